@@ -1,0 +1,62 @@
+# One environment, .venv, serves every target; the first of them makes it.
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+DIST := dist
+TESTED := --doctest-modules bnfix tests
+COVERAGE := 95
+CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
+
+# What a caller's shell puts before the environment's own packages would be tested in their place.
+unexport PYTHONPATH PYTHONHOME
+
+# A stamp is void if the interpreter is gone, or if the checkout has moved: scripts hold its path.
+STATE := $(shell $(PY) -c "" 2>/dev/null && cat $(STAMP) 2>/dev/null)
+ifneq ($(STATE),$(CURDIR))
+$(STAMP): again
+endif
+
+.PHONY: help demo test lint coverage wheel again
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help: ## these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 18
+
+demo: $(STAMP) ## the whole way on embedded data, offline, in under a minute
+	$(VENV)/bin/bnfix demo
+
+test: $(STAMP) ## all tests and doctests
+	$(PY) -m pytest -q $(TESTED)
+
+lint: $(STAMP) ## formatting, lint, types
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+coverage: $(STAMP) ## the tests, with the branches they miss
+	$(PY) -m pytest -q --cov --cov-report=term-missing --cov-fail-under=$(COVERAGE) $(TESTED)
+
+wheel: $(STAMP) ## the wheel, in dist/
+	@# A stale build/ would put files into the wheel that are no longer in the source.
+	rm -rf build
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir "$(DIST)" .
+
+$(STAMP): pyproject.toml
+	@rm -f $(STAMP)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		for python in $(PYTHON) $(CANDIDATES); do \
+			if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
+				>/dev/null 2>&1; then found=$$python; break; fi; \
+		done; \
+		if [ -z "$${found:-}" ]; then \
+			echo "make: no Python 3.11 or newer (with venv) was found as any of:" \
+				"$(PYTHON) $(CANDIDATES). Install one, or name it: make PYTHON=/path/to/python" >&2; \
+			exit 1; \
+		fi; \
+		echo "make: a new environment in $(VENV), by $$found"; \
+		rm -rf $(VENV) && "$$found" -m venv $(VENV); \
+	fi
+	@echo "make: installing what pyproject.toml asks for (minutes the first time)"
+	$(PY) -m pip install --disable-pip-version-check -e ".[dev]"
+	@printf '%s\n' "$(CURDIR)" >$(STAMP)

@@ -1,0 +1,72 @@
+"""Every error that bnfix states on purpose.
+
+    BnfixError
+    ├── ConfigError      an option or argument that cannot be right (also a ValueError)
+    ├── CheckpointError  a file that cannot be read, does not fit, or may not be written
+    ├── ModelError       a model that cannot be built or called
+    ├── NormError        a normalization layer that cannot be found, swapped or set
+    ├── DataError        images or labels that cannot be used
+    └── NumericError     a computation that met NaN, infinity or too little data
+
+A message reads: where: what was found, what was expected. What to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class BnfixError(Exception):
+    """The root of the tree: catch this to catch all that bnfix states.
+
+    Args:
+        message: where, what was found, what was expected, what to do.
+        name: the layer, tensor or option concerned, where there is one.
+        path: the file concerned, where there is one.
+    """
+
+    def __init__(
+        self, message: str, *, name: str | None = None, path: str | Path | None = None
+    ) -> None:
+        super().__init__(message)
+        self.name = name
+        self.path = None if path is None else Path(path)
+
+
+class ConfigError(BnfixError, ValueError):
+    """An option or argument is unknown, out of range, or contradicts another."""
+
+
+class CheckpointError(BnfixError):
+    """A checkpoint cannot be read safely, does not fit its model, or may not be written."""
+
+
+class ModelError(BnfixError):
+    """A model specification cannot be resolved, or the model cannot be called on the data."""
+
+
+class NormError(BnfixError):
+    """A normalization layer cannot be swapped or given the settings asked for."""
+
+
+class DataError(BnfixError):
+    """Data cannot be opened, has labels that do not fit, or too few usable examples."""
+
+
+class NumericError(BnfixError):
+    """A computation met a value that is not finite, or too little data to be defined."""
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """Join names for a message: at most ``limit`` of them, then how many more there are.
+
+    Args:
+        names: what to list, in order.
+        limit: how many to spell out.
+
+    Returns:
+        For example ``a, b, c, d, e and 12 more``.
+    """
+    shown = ", ".join(str(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,270 @@
+"""The frozen settings of each stage (what is computed), and the run options (how).
+
+A recipe holds everything that can change a number in a report by more than rounding; it is stored
+in the output's history. Run options change results by rounding only. Defaults and help texts stand
+here once: the command line reads both from these classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from bnfix.errors import ConfigError
+
+#: What `--to` offers: (channel groups, ghost size, example weight), before overrides.
+#: ``None`` groups: one channel each; ``None`` ghost: the whole batch; ``"gcd32"``: gcd(C, 32).
+KINDS: dict[str, tuple[str | None, int | None, float]] = {
+    "example-aware": (None, None, 0.0),
+    "ghost": (None, 16, 0.0),
+    "batch-group": ("gcd32", 2, 0.0),
+    "group": ("gcd32", 1, 1.0),
+    "batch": (None, None, 0.0),
+}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text, which the command line shows.
+
+    Args:
+        default: the field's default.
+        help: one sentence for ``--help``.
+
+    Returns:
+        The dataclass field.
+    """
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def _require(condition: bool, message: str, name: str) -> None:
+    if not condition:
+        raise ConfigError(message, name=name)
+
+
+def _one_of(value: Any, choices: tuple[str, ...], name: str) -> None:
+    listed = ", ".join(choices)
+    _require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded image to the network's input: resize, centre crop, scale, normalize.
+
+    input = (pixel · scale - mean) / std, pixel in 0..255, per channel.
+    """
+
+    resize: tuple[int, ...] | None = option(
+        None, "Resize before the crop: one number for the shorter side, or HEIGHTxWIDTH."
+    )
+    crop: tuple[int, int] | None = option(
+        None, "Centre crop after the resize: one number or HEIGHTxWIDTH."
+    )
+    interpolation: str = option("bilinear", "How to resize: " + ", ".join(INTERPOLATIONS) + ".")
+    mean: tuple[float, ...] = option(
+        (0.0,), "Mean to subtract after scaling, one number or one a channel, comma-separated."
+    )
+    std: tuple[float, ...] = option(
+        (1.0,), "Deviation to divide by, one number or one a channel, comma-separated."
+    )
+    scale: float = option(1 / 255, "Factor for pixel values 0..255 (a number or 1/255).")
+    channels: int = option(3, "Channels of the input: 3 (colour) or 1 (grey).")
+
+    def __post_init__(self) -> None:
+        """Check ranges, and that mean and std fit the channels.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        _one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
+        _require(
+            self.channels in (1, 3), f"channels: {self.channels}, expected 1 or 3.", "channels"
+        )
+        for name in ("resize", "crop"):
+            size = getattr(self, name)
+            ok = size is None or (len(size) in (1, 2) and all(0 < s <= 16384 for s in size))
+            _require(ok, f"--{name}: {size}, expected one or two sizes from 1 to 16384.", name)
+        for name in ("mean", "std"):
+            n = len(getattr(self, name))
+            _require(
+                n in (1, self.channels),
+                f"--{name}: {n} numbers for {self.channels} channels. Give 1 or {self.channels}.",
+                name,
+            )
+        _require(all(s > 0 for s in self.std), f"--std: {self.std}, expected above 0.", "std")
+        _require(self.scale > 0, f"--scale: {self.scale}, expected above 0.", "scale")
+
+
+@dataclass(frozen=True)
+class SwapRecipe:
+    """Which normalization the layers are turned into."""
+
+    to: str = option("example-aware", "Kind of normalization: " + ", ".join(KINDS) + ".")
+    example_weight: float | None = option(
+        None, "Weight of the example in its own statistics, 0..1."
+    )
+    ghost_size: int | None = option(None, "Examples a ghost batch in training.")
+    channel_groups: int | None = option(None, "Channel groups that share their statistics.")
+    layers: tuple[str, ...] = option((), "Only layers whose dotted name matches; repeatable.")
+    skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        _one_of(self.to, tuple(KINDS), "--to")
+        a = self.example_weight
+        _require(
+            a is None or 0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight"
+        )
+        for name in ("ghost_size", "channel_groups"):
+            n = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            _require(n is None or n >= 1, f"{flag}: {n}, expected at least 1.", name)
+
+
+@dataclass(frozen=True)
+class StatisticsRecipe:
+    """How population statistics are computed anew, or that they are not."""
+
+    statistics: str = option("auto", "auto, keep, population or train-batch.")
+    train_batch_size: int | None = option(
+        None, "Batch size a device that the network was trained with."
+    )
+    feed: str = option(
+        "batch", "What layers above see: batch (one pass) or sequential (exact, by depth)."
+    )
+    samples: int | None = option(
+        None, "Examples to use, drawn in seeded random order (default all)."
+    )
+    batch_size: int = option(128, "Batch size of the batch feed.")
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations.
+
+        Raises:
+            ConfigError: if a value is out of range, or train-batch has no batch size.
+        """
+        _one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
+        _one_of(self.feed, ("batch", "sequential"), "--feed")
+        b = self.train_batch_size
+        _require(
+            b is None or b >= 1,
+            f"--train-batch-size: {b}, expected at least 1.",
+            "train_batch_size",
+        )
+        _require(
+            self.statistics != "train-batch" or b is not None,
+            "--statistics train-batch: the batch size is missing. Give --train-batch-size B.",
+            "train_batch_size",
+        )
+        n = self.samples
+        _require(n is None or n >= 2, f"--samples: {n}, expected at least 2.", "samples")
+        _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
+
+
+@dataclass(frozen=True)
+class WeightRecipe:
+    """How the example weight is chosen."""
+
+    example_weight: str | float = option("auto", "auto, keep, match, or a number from 0 to 1.")
+    granularity: str = option("channel", "Finest freedom allowed: global, layer or channel.")
+    pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
+    epochs: int = option(2, "Passes over the fit examples when weights are learned.")
+    batch_size: int = option(64, "Batch size when weights are learned.")
+    lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
+    start: float = option(0.05, "Least weight from which learning starts.")
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        a = self.example_weight
+        if isinstance(a, str):
+            _one_of(a, ("auto", "keep", "match"), "--example-weight")
+        else:
+            _require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
+        _one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """A short training run on top of a trained checkpoint."""
+
+    train: str = option("norms", "What is trained: norms, head, norms+head or all.")
+    statistics: str = option(
+        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
+    )
+    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
+    epochs: int = option(2, "Passes over the fit examples.")
+    steps: int | None = option(None, "Number of steps, instead of epochs.")
+    optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
+    lr: float = option(0.003, "Peak learning rate, falling to 0 by cosine.")
+    weight_lr: float = option(0.02, "Peak rate for learned example weights.")
+    warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
+    batch_size: int = option(64, "Batch size of training.")
+    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
+    weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
+    norm_decay: float = option(0.0, "Decay of gamma and beta, decoupled from the gradient.")
+    norm_decay_target: str = option(
+        "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
+    )
+    label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
+    clip: float | None = option(None, "Largest norm of the gradient.")
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        _one_of(self.train, ("norms", "head", "norms+head", "all"), "--train")
+        _one_of(self.statistics, ("frozen", "train"), "--statistics")
+        _one_of(self.example_weight, ("keep", "learn"), "--example-weight")
+        _one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
+        _one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
+        for name, low in (("epochs", 0), ("steps", 0), ("batch_size", 1), ("ghost_size", 1)):
+            n = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            _require(n is None or n >= low, f"{flag}: {n}, expected at least {low}.", name)
+        for name in ("lr", "weight_lr", "weight_decay", "norm_decay"):
+            v = getattr(self, name)
+            flag = "--" + name.replace("_", "-")
+            _require(0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
+        _require(0 <= self.warmup < 1, f"--warmup: {self.warmup}, expected 0 to 1.", "warmup")
+        _require(0 <= self.label_smoothing < 1, "--label-smoothing: expected 0 to 1.", "smoothing")
+
+
+@dataclass(frozen=True)
+class GateRecipe:
+    """How strict the choice between candidates is, and how the data are cut."""
+
+    z: float = option(2.0, "Standard errors by which a candidate must win on the select split.")
+    fit: float = option(0.6, "Part of the data for fitting.")
+    select: float = option(0.2, "Part of the data for choosing; the rest is the test split.")
+    seed: int = option(0, "Seed of the split and of every random choice.")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run: nothing here changes a number by more than rounding."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (autocast).")
+    batch_size: int = option(128, "Batch size of evaluation.")
+    workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        _one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
+        _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
+        _require(self.workers >= -1, f"--workers: {self.workers}, expected 0 or more.", "workers")

@@ -1,0 +1,231 @@
+"""Where and how the model runs: device, precision, the form of batches and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.errors import ConfigError, DataError, ModelError
+
+#: How a model is run on one batch of the user's own form.
+Forward = Callable[[nn.Module, Any], Any]
+#: Batches, or what gives the batches of the k-th pass (so that each pass can be shuffled anew).
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+
+_INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
+_LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(text: str) -> torch.device:
+    """The device that an option means.
+
+    Args:
+        text: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: if it is not known or not there.
+    """
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--device: {text!r} is not known. Use auto, cpu, cuda or cuda:N.", name="device"
+        ) from error
+    n = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n):
+        raise ConfigError(
+            f"--device: {text!r} is not on this machine ({n} CUDA devices). Use cpu or auto.",
+            name="device",
+        )
+    return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors lie.
+
+    Args:
+        model: the first parameter or buffer decides.
+
+    Returns:
+        That device; the CPU for a model without tensors.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context for a precision.
+
+    Args:
+        device: where the model runs.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    Returns:
+        Autocast for the half types, nothing for fp32.
+    """
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def unpack(batch: Any) -> tuple[Any, Tensor | None]:
+    """Inputs and labels of a batch in any usual form.
+
+    Args:
+        batch: ``(x, y, ...)``, ``(x,)``, ``x``, or a mapping with usual key names.
+
+    Returns:
+        The inputs and the labels, ``None`` where there are none.
+
+    Raises:
+        DataError: if a mapping has no input under a usual name, or a sequence is empty.
+    """
+    if isinstance(batch, Mapping):
+        found = [key for key in _INPUT_KEYS if key in batch]
+        if not found:
+            raise DataError(
+                f"batch: keys {sorted(map(str, batch))}, none of {', '.join(_INPUT_KEYS)}. "
+                "Give forward=, which is called with the model and the batch."
+            )
+        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+        return batch[found[0]], labels
+    if isinstance(batch, list | tuple):
+        if not batch:
+            raise DataError("batch: an empty tuple, expected (x, y), (x,) or x.")
+        return batch[0], batch[1] if len(batch) > 1 else None
+    return batch, None
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """Move tensors inside tuples, lists and mappings; leave the rest.
+
+    Args:
+        value: a tensor or a nest of them.
+        device: where to.
+
+    Returns:
+        The same nest with its tensors there.
+    """
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(move(item, device) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(move(item, device) for item in value)
+    return value
+
+
+def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
+    """Run a model on one batch.
+
+    Args:
+        model: the model, on ``device``.
+        batch: any form that ``unpack`` takes, or that ``forward`` does.
+        device: where to run.
+        forward: called as ``forward(model, batch)`` with the batch moved, instead of
+            ``model(inputs)``.
+
+    Returns:
+        Whatever the model returns.
+    """
+    if forward is not None:
+        return forward(model, move(batch, device))
+    return model(move(unpack(batch)[0], device))
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output.
+
+    Args:
+        output: a tensor, a tuple or list whose first item is one, or a mapping or object with
+            ``logits`` or ``out``.
+
+    Returns:
+        ``(N, K)``.
+
+    Raises:
+        ModelError: if there is no such tensor.
+    """
+    found = output
+    for key in ("logits", "out"):
+        if isinstance(output, Mapping) and key in output:
+            found = output[key]
+        elif not isinstance(output, Tensor) and hasattr(output, key):
+            found = getattr(output, key)
+    if isinstance(found, list | tuple) and found:
+        found = found[0]
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise ModelError(
+            f"model: its output is {type(found).__name__} {shape}, expected logits (N, classes). "
+            "Give forward=, which is called with the model and the batch and returns logits."
+        )
+    return found
+
+
+def pass_of(batches: Batches, k: int) -> Iterable[Any]:
+    """The batches of the k-th pass.
+
+    Args:
+        batches: an iterable, the same for every pass, or a callable that gives the k-th.
+        k: which pass, from 0.
+
+    Returns:
+        An iterable of batches.
+    """
+    return batches(k) if callable(batches) else batches
+
+
+def again(batches: Batches) -> Batches:
+    """Batches that can be gone through more than once.
+
+    Args:
+        batches: an iterator that runs dry is read into a list; all else stays as it is.
+
+    Returns:
+        Something to iterate over repeatedly.
+    """
+    if not callable(batches) and iter(batches) is batches:
+        return list(batches)
+    return batches
+
+
+def hold_out(
+    batches: Batches, held: Iterable[Any] | None, *, every: int
+) -> tuple[Batches, Iterable[Any]]:
+    """Set every n-th batch aside, unless something is set aside already.
+
+    Args:
+        batches: what to take from; read into a list where nothing is set aside yet.
+        held: what is set aside already, or ``None``.
+        every: n.
+
+    Returns:
+        What is left, and what is set aside.
+
+    Raises:
+        DataError: if there are fewer than 2 batches to divide.
+    """
+    if held is not None:
+        return again(batches), held
+    everything = list(pass_of(batches, 0))
+    if len(everything) < 2:
+        raise DataError(
+            f"batches: {len(everything)}, expected at least 2 so that one can be held out. Give "
+            "smaller batches, or give the held-out ones yourself."
+        )
+    every = min(every, len(everything))
+    return [b for i, b in enumerate(everything) if i % every], everything[::every]

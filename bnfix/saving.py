@@ -1,0 +1,406 @@
+"""A ready model from a file and back: spec, tensors, swap, weights."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.checkpoint import FORMAT, Checkpoint, key_problems, read_checkpoint, write_checkpoint
+from bnfix.errors import BnfixError, CheckpointError, ModelError, some
+from bnfix.models import build_model, from_file_allowed
+from bnfix.norms import generalized_norms, set_example_weight_
+from bnfix.recipe import Preprocessing, SwapRecipe
+from bnfix.surgery import Change, find_norms, plan_swap, swap_planned_
+from bnfix.version import __version__
+
+_HALF = (torch.float16, torch.bfloat16)
+_LARGEST_HALF_LOSS = 1e-3
+
+
+@dataclass
+class Origin:
+    """Where a model came from; travels with it as an attribute, so that saving knows.
+
+    Args:
+        spec: the model specification, if it was built from one.
+        arguments: of the builder.
+        preprocessing: what its inputs go through, if known.
+        history: one entry a command.
+        dtypes: the file's type of each tensor.
+    """
+
+    spec: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, and the file it came from.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        checkpoint: the file's tensors and how they were found.
+        origin: spec, preprocessing, history.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    origin: Origin
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a checkpoint into a ready model in evaluation mode.
+
+    Args:
+        path: a bnfix output, or any checkpoint if ``model`` is given.
+        model: the stock model to put it into; by default the one that the file names, if that is
+            torchvision's or timm's.
+
+    Returns:
+        The model with its norm layers swapped and their weights set as the file says.
+
+    Raises:
+        CheckpointError: if the file cannot be read or does not fit.
+        ModelError: if the file names no model that may be built from what a file says.
+    """
+    return load_ready(path, model=model).model
+
+
+def load_ready(
+    path: str | Path,
+    *,
+    spec: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+) -> Loaded:
+    """Read a checkpoint, build its model, load it strictly, and set its norm layers.
+
+    Args:
+        path: the file.
+        spec: the model to build; by default the one that the file names.
+        arguments: of the builder.
+        model: used instead of building one; changed in place.
+        key: nesting inside the file, if it is not to be found by itself.
+        prefix: prefix of the names, if it is not to be found by itself.
+
+    Returns:
+        The model and where it came from.
+
+    Raises:
+        CheckpointError: if the file does not fit the model; all problems at once.
+    """
+    checkpoint = read_checkpoint(path, key=key, prefix=prefix)
+    origin = _origin(checkpoint)
+    if spec is not None:
+        origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
+    elif model is None:
+        _require_buildable(checkpoint, origin)
+    if model is None:
+        model = build_model(origin.spec or "", origin.arguments, checkpoint.tensors)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    stock = {name: s for name, s in shapes.items() if not _is_weight_buffer(name, model)}
+    problems = key_problems(stock, checkpoint.tensors)
+    if problems and key is None and prefix is None:
+        checkpoint = read_checkpoint(path, expected=set(stock))
+        problems = key_problems(stock, checkpoint.tensors)
+    if problems:
+        where = origin.spec or type(model).__name__
+        raise CheckpointError(
+            f"{Path(path).name}: does not fit {where}, {len(problems)} problems: "
+            f"{some(problems)}. Give the --model that it was trained as.",
+            path=path,
+        )
+    state = dict(checkpoint.tensors)
+    for name, tensor in model.state_dict().items():
+        state.setdefault(name, tensor)  # num_batches_tracked, which old files lack
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{Path(path).name}: cannot be loaded into {type(model).__name__}: {error}", path=path
+        ) from error
+    origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
+    if checkpoint.metadata is not None:
+        _apply_norms(model, checkpoint)
+    model.eval()
+    model.__dict__["_bnfix_origin"] = origin
+    return Loaded(model, checkpoint, origin)
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """Where a model came from.
+
+    Args:
+        model: from `load`, or any other.
+
+    Returns:
+        Its origin; an empty one for a model that was not loaded by bnfix.
+    """
+    found = model.__dict__.get("_bnfix_origin")
+    return found if isinstance(found, Origin) else Origin()
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    force: bool = False,
+    entry: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> None:
+    """Write a model as one ``.safetensors`` whose tensors are exactly the stock state dict.
+
+    Plain PyTorch loads it with ``strict=True`` and gets the same model with example weight 0; what
+    bnfix knows besides (settings of the norm layers, history) stands in the header.
+
+    Args:
+        model: with or without generalized layers.
+        path: ends in ``.safetensors``.
+        force: replace an existing file.
+        entry: added to the history.
+        preprocessing: stored for later commands; by default what the model came with.
+
+    Raises:
+        CheckpointError: if the file may not be written; nothing is then left behind.
+    """
+    origin = origin_of(model)
+    preprocessing = preprocessing or origin.preprocessing
+    norms = {}
+    for name, layer in generalized_norms(model):
+        weight = layer.example_weight
+        equal = weight.ndim == 0 or bool((weight == weight[0]).all())
+        norms[name] = {
+            "channel_groups": layer.channel_groups,
+            "ghost_size": layer.ghost_size,
+            "example_weight": float(weight.flatten()[0]) if equal else weight.tolist(),
+            "eps": layer.eps,
+        }
+    metadata = {
+        "format": FORMAT,
+        "bnfix": __version__,
+        "model": {"spec": origin.spec, "arguments": origin.arguments},
+        "preprocessing": None if preprocessing is None else asdict(preprocessing),
+        "norms": norms,
+        "history": [*origin.history, *([dict(entry)] if entry is not None else [])],
+    }
+    write_checkpoint(path, stock_tensors(model), metadata, force=force)
+
+
+def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without bnfix's own buffers, in the types of the file it came from.
+
+    Statistics that would lose more than 1e-3 in the file's half type (of their deviation, or of
+    themselves) are float32.
+
+    Args:
+        model: any module.
+
+    Returns:
+        CPU tensors by name, in the stock model's order.
+    """
+    dtypes = origin_of(model).dtypes
+    state = model.state_dict()
+    tensors = {}
+    for name, tensor in state.items():
+        if _is_weight_buffer(name, model):
+            continue
+        dtype = dtypes.get(name, tensor.dtype)
+        if dtype in _HALF and name.endswith(("running_mean", "running_var")):
+            spread = state.get(name.removesuffix("mean").removesuffix("var") + "var", tensor)
+            if _loss(tensor, dtype, spread, is_mean=name.endswith("mean")) > _LARGEST_HALF_LOSS:
+                dtype = torch.float32
+        same_kind = tensor.is_floating_point() == dtype.is_floating_point
+        tensors[name] = tensor.detach().cpu().to(dtype if same_kind else tensor.dtype)
+    return tensors
+
+
+def history_entry(
+    command: str,
+    *,
+    options: Mapping[str, Any],
+    seed: int,
+    checkpoint: Checkpoint | None,
+    data: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One entry of an output's history.
+
+    Args:
+        command: the command's name.
+        options: what was asked for, JSON values.
+        seed: of the run.
+        checkpoint: the input.
+        data: spec, fingerprint, and digests of the examples by split.
+        results: numbers worth keeping.
+
+    Returns:
+        The entry, JSON values only.
+    """
+    return {
+        "command": command,
+        "options": dict(options),
+        "seed": seed,
+        "input": None
+        if checkpoint is None
+        else {"file": checkpoint.path.name, "sha256": checkpoint.sha256},
+        "data": None if data is None else dict(data),
+        "versions": versions(),
+        "results": dict(results or {}),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on.
+
+    Returns:
+        By name: bnfix, python, torch.
+    """
+    return {
+        "bnfix": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _is_weight_buffer(name: str, model: nn.Module) -> bool:
+    """Whether a key is the example weight of one of bnfix's layers."""
+    if name != "example_weight" and not name.endswith(".example_weight"):
+        return False
+    owner = name.rpartition(".")[0]
+    return any(owner == layer for layer, _ in _all_names(model))
+
+
+def _all_names(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, site.module)
+        for site in find_norms(model)
+        for name in (site.name, *site.aliases)
+        if hasattr(site.module, "channel_groups")
+    ]
+
+
+def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> float:
+    error = (tensor.to(dtype).double() - tensor.double()).abs()
+    scale = (var.double().clamp_min(0) + 1e-5).sqrt() if is_mean else var.double() + 1e-5
+    return float((error / scale).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
+
+
+def _origin(checkpoint: Checkpoint) -> Origin:
+    """What a header says, its types checked: files are hostile until proven otherwise."""
+    metadata = checkpoint.metadata
+    if metadata is None:
+        return Origin()
+    model = metadata.get("model")
+    model = model if isinstance(model, dict) else {}
+    spec, arguments = model.get("spec"), model.get("arguments")
+    history = metadata.get("history")
+    preprocessing = metadata.get("preprocessing")
+    return Origin(
+        spec if isinstance(spec, str) else None,
+        arguments if isinstance(arguments, dict) else {},
+        _preprocessing(preprocessing, checkpoint) if isinstance(preprocessing, dict) else None,
+        [e for e in history if isinstance(e, dict)] if isinstance(history, list) else [],
+    )
+
+
+def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessing:
+    known = {name: found[name] for name in Preprocessing.__dataclass_fields__ if name in found}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    try:
+        return Preprocessing(**values)
+    except (BnfixError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path.name}: the preprocessing in its header cannot be used: {error}",
+            path=checkpoint.path,
+        ) from error
+
+
+def _require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
+    name = checkpoint.path.name
+    if origin.spec is None:
+        raise ModelError(
+            f"{name}: does not say what model it is. Give --model, for example "
+            "torchvision:resnet50, package.module:callable or path/to/file.py:callable.",
+            path=checkpoint.path,
+        )
+    if not from_file_allowed(origin.spec):
+        raise ModelError(
+            f"{name}: names the model {origin.spec!r}, and code that a file names is not run. If "
+            f"you trust it, give --model {origin.spec}",
+            path=checkpoint.path,
+        )
+
+
+def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Swap the layers that the header lists and give them its settings."""
+    norms = (checkpoint.metadata or {}).get("norms")
+    if not isinstance(norms, dict) or not norms:
+        return
+    sites = {n: site.name for site in find_norms(model) for n in (site.name, *site.aliases)}
+    unknown = [name for name in norms if name not in sites]
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path.name}: its header sets norm layers that the model lacks: "
+            f"{some(unknown)}.",
+            path=checkpoint.path,
+        )
+    try:
+        settings = {sites[name]: _Settings(**_known(value)) for name, value in norms.items()}
+        plan = plan_swap(model, SwapRecipe(layers=tuple(_literal(name) for name in settings)))
+        changes = tuple(_with(change, settings[change.name]) for change in plan.changes)
+        swap_planned_(model, replace(plan, changes=changes))
+        for name, setting in settings.items():
+            layer = model.get_submodule(name)
+            layer.__dict__["eps"] = float(setting.eps)
+            set_example_weight_(layer, setting.example_weight)
+    except (BnfixError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path.name}: the norm settings in its header cannot be used: {error}",
+            path=checkpoint.path,
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Settings:
+    channel_groups: int
+    ghost_size: int | None
+    example_weight: Any
+    eps: float
+
+    def __post_init__(self) -> None:
+        integers = (self.channel_groups, 1 if self.ghost_size is None else self.ghost_size)
+        if not all(type(n) is int and n >= 1 for n in integers):
+            raise ValueError("channel_groups and ghost_size are counts of at least 1")
+        if not isinstance(self.eps, float | int) or not 0 <= self.eps < 1e6:
+            raise ValueError("eps is a number of at least 0")
+
+
+def _known(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError("an entry is not an object")
+    return {name: value.get(name) for name in _Settings.__dataclass_fields__}
+
+
+def _with(change: Change, setting: _Settings) -> Change:
+    return replace(
+        change,
+        channel_groups=setting.channel_groups,
+        ghost_size=setting.ghost_size,
+        example_weight=0.0,
+    )
+
+
+def _literal(name: str) -> str:
+    """A glob that matches this name only."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

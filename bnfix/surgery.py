@@ -1,0 +1,450 @@
+"""Find norm layers, plan their swap with all problems at once, swap them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from bnfix.errors import NormError, some
+from bnfix.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
+from bnfix.recipe import KINDS, SwapRecipe
+
+_STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_OURS = (GeneralizedBatchNorm, GeneralizedBatchNormAct)
+#: timm's layers are known by where they come from, so that timm need not be installed.
+_TIMM_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A place in a model with a normalization layer that has, or could have, population moments.
+
+    Args:
+        name: its first dotted name.
+        aliases: further names of the same module.
+        module: the layer.
+        kind: its class name.
+        problem: why it cannot be swapped; "" if it can.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    kind: str
+    problem: str
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its statistics are constants by construction."""
+        return "Frozen" in self.kind or bool(getattr(self.module, "frozen", False))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it keeps population moments."""
+        return isinstance(getattr(self.module, "running_mean", None), Tensor)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a swap does, or did, to one layer.
+
+    Args:
+        name: dotted name.
+        kind: class name before.
+        channels: C.
+        channel_groups: G after.
+        ghost_size: after; ``None`` is the whole batch.
+        example_weight: after; ``None`` keeps what a generalized layer has.
+        difference: largest |output after - output before| in evaluation on seeded normal inputs of
+            the layer's own moments, relative to the largest output where that is above 1;
+            ``None`` until done, or where it was not measurable.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    channel_groups: int
+    ghost_size: int | None
+    example_weight: float | None
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """All that a swap would do, and all that speaks against it.
+
+    Args:
+        changes: the layers, in order.
+        problems: reasons to refuse; a swap with any raises and changes nothing.
+        skipped: layers left as they are, each with the reason.
+        notes: what a user should know.
+    """
+
+    changes: tuple[Change, ...]
+    problems: tuple[str, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def find_norms(model: nn.Module) -> list[NormSite]:
+    """Every normalization layer with population moments, known or not, in order.
+
+    Torch's Batch Norms, SyncBatchNorm, torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d, and
+    anything else that derives from Batch Norm or holds ``running_mean`` and ``running_var``.
+    Instance Norm is not among them.
+
+    Args:
+        model: any module.
+
+    Returns:
+        One site a module, whatever number of names it has.
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        holds_moments = {"running_mean", "running_var"} <= set(module._buffers)
+        if isinstance(module, _BatchNorm) or (
+            holds_moments and not isinstance(module, _InstanceNorm)
+        ):
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    return [
+        NormSite(
+            names[key][0],
+            tuple(names[key][1:]),
+            module,
+            type(module).__name__,
+            _problem(module, is_root=names[key][0] == ""),
+        )
+        for key, module in modules.items()
+    ]
+
+
+def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
+    """Plan the swap of every norm layer; no effect on the model.
+
+    Args:
+        model: any module.
+        recipe: the kind wanted, its overrides, and which layers.
+
+    Returns:
+        Changes, problems, what is skipped and why.
+    """
+    recipe = recipe or SwapRecipe()
+    changes: list[Change] = []
+    problems: list[str] = []
+    skipped: list[str] = []
+    synchronized: list[str] = []
+    sites = find_norms(model)
+    names = [name for site in sites for name in (site.name, *site.aliases)]
+    for pattern in (*recipe.layers, *recipe.skip):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            known = some(names) or "none"
+            problems.append(f"{pattern}: matches no norm layer (there are: {known})")
+    for site in sites:
+        if not selected(site, recipe.layers, recipe.skip):
+            skipped.append(f"{site.name}: left alone as asked")
+        elif site.problem:
+            problems.append(f"{site.name}: {site.problem}")
+        else:
+            change, found = _plan_site(site, recipe)
+            changes.append(change)
+            problems.extend(found)
+            if "Sync" in site.kind:
+                synchronized.append(site.name)
+    notes = []
+    if synchronized:
+        notes.append(
+            f"{some(synchronized)}: was SyncBatchNorm; in training it now normalizes per process"
+        )
+    if not sites:
+        problems.append("model: no Batch Norm layer in it, so there is nothing to swap")
+    return SwapPlan(tuple(changes), tuple(problems), tuple(skipped), tuple(notes))
+
+
+def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``.
+
+    Args:
+        site: the place, by any of its names.
+        layers: globs; none means all.
+        skip: globs.
+
+    Returns:
+        True if it is to be worked on.
+    """
+
+    def matches(patterns: Sequence[str]) -> bool:
+        names = (site.name, *site.aliases)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    return (not layers or matches(layers)) and not matches(skip)
+
+
+def swap_norms_(
+    model: nn.Module,
+    *,
+    to: str = "example-aware",
+    example_weight: float | None = None,
+    ghost_size: int | None = None,
+    channel_groups: int | None = None,
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> SwapPlan:
+    """Turn every Batch Norm into a `GeneralizedBatchNorm` with the same weights and outputs.
+
+    With example weight 0 evaluation gives the same outputs at any grouping: where channels share
+    moments, scale and shift are re-fitted (the pooled moments are constants, so they can absorb
+    the change exactly), and each layer is compared before anything is replaced.
+
+    Args:
+        model: any module; layers that are generalized already get the new settings.
+        to: kind of normalization, a key of ``bnfix.recipe.KINDS``.
+        example_weight: overrides the kind's, 0 to 1.
+        ghost_size: overrides the kind's, in examples.
+        channel_groups: overrides the kind's, a count of groups.
+        layers: only names that match one of these globs.
+        skip: not names that match one of these globs.
+
+    Returns:
+        The plan with the measured difference of every layer.
+
+    Raises:
+        NormError: with all problems at once; the model is then untouched.
+
+    Changes:
+        The modules of ``model``, in place; names, aliases, hooks, fields and parameters are kept.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> swap_norms_(net).changes[0].name
+        '1'
+    """
+    recipe = SwapRecipe(to, example_weight, ghost_size, channel_groups, tuple(layers), tuple(skip))
+    return swap_planned_(model, plan_swap(model, recipe))
+
+
+def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
+    """Do what a plan says; see `swap_norms_`.
+
+    Args:
+        model: the model that was planned for.
+        plan: from `plan_swap`.
+
+    Returns:
+        The plan with the measured difference of every layer.
+
+    Raises:
+        NormError: with all problems at once; the model is then untouched.
+
+    Changes:
+        The modules of ``model``, in place.
+    """
+    if plan.problems:
+        raise NormError(f"norm layers: {'; '.join(plan.problems[:8])}{_more(plan.problems, 8)}.")
+    sites = {site.name: site for site in find_norms(model)}
+    new: dict[int, nn.Module] = {}
+    done: list[Change] = []
+    problems: list[str] = []
+    for change in plan.changes:
+        old = sites[change.name].module
+        layer = _build(old, change)
+        difference = None if layer.live else _difference(old, layer)
+        tolerance = 1e-2 if layer.weight is not None and layer.weight.dtype.itemsize < 4 else 1e-4
+        if difference is not None and not difference <= tolerance:
+            problems.append(
+                f"{change.name}: its outputs would change by {difference:.2g}, more than rounding "
+                "(are its statistics finite?)"
+            )
+        new[id(old)] = layer
+        done.append(replace(change, difference=difference))
+    if problems:
+        raise NormError(f"norm layers: {'; '.join(problems[:8])}{_more(problems, 8)}.")
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in new:
+                parent._modules[name] = new[id(child)]
+    return replace(plan, changes=tuple(done))
+
+
+def _more(items: Sequence[str], shown: int) -> str:
+    return f"; and {len(items) - shown} more" if len(items) > shown else ""
+
+
+def _is_timm_act(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.__module__.startswith("timm.") and kind.__name__ in _TIMM_ACT
+
+
+def _problem(module: nn.Module, *, is_root: bool) -> str:
+    kind = type(module)
+    if is_root:
+        return "the model is itself a norm layer; put it inside a module, such as nn.Sequential"
+    if isinstance(module, _LazyNormBase):
+        return f"{kind.__name__} has no size yet; run the model once before"
+    known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm, FrozenBatchNorm2d) or _is_timm_act(module)
+    if not known:
+        return (
+            f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and it may do "
+            f"more than normalize; leave it with --skip"
+        )
+    return ""
+
+
+def _n_channels(module: nn.Module) -> int:
+    n = getattr(module, "num_features", None)
+    return int(n) if n is not None else int(module.running_mean.numel())  # type: ignore[operator]
+
+
+def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
+    channels = _n_channels(site.module)
+    kind_groups, kind_ghost, kind_weight = KINDS[recipe.to]
+    groups = recipe.channel_groups
+    if groups is None:
+        groups = gcd(channels, 32) if kind_groups == "gcd32" else channels
+    weight = kind_weight if recipe.example_weight is None else recipe.example_weight
+    ghost = recipe.ghost_size or kind_ghost
+    change = Change(site.name, site.kind, channels, groups, ghost, weight)
+    problems = []
+    if channels % groups:
+        problems.append(
+            f"{site.name}: {channels} channels do not divide into {groups} groups; use a divisor "
+            f"of {channels}, for example --channel-groups {gcd(channels, groups)}"
+        )
+    affine = all(getattr(site.module, p, None) is not None for p in ("weight", "bias"))
+    if groups < channels and not affine and site.has_statistics:
+        problems.append(
+            f"{site.name}: without scale and shift it cannot keep its outputs when channels share "
+            "statistics; leave it with --skip"
+        )
+    if 0 < weight < 1 and not site.has_statistics:
+        problems.append(
+            f"{site.name}: keeps no running statistics to mix the example's with; leave it with "
+            "--skip"
+        )
+    return change, problems
+
+
+def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
+    """A generalized layer with every field, hook and tensor of the old one."""
+    activated = hasattr(old, "act") and hasattr(old, "drop")
+    kind = GeneralizedBatchNormAct if activated else GeneralizedBatchNorm
+    layer = kind.__new__(kind)
+    # Hook dictionaries are shared on purpose: handles that the user holds keep working.
+    layer.__dict__.update(old.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        layer.__dict__[table] = dict(old.__dict__[table])
+    layer._buffers.pop("example_weight", None)
+    layer.__dict__["_non_persistent_buffers_set"] = set(old._non_persistent_buffers_set)
+    if not isinstance(old, _BatchNorm):
+        _complete_frozen(layer, old)
+    tensor = next((t for t in (*layer._parameters.values(), *layer._buffers.values())
+                   if t is not None), None)  # fmt: skip
+    weight: Any = change.example_weight
+    if weight is None:
+        weight = old.example_weight if isinstance(old, GeneralizedBatchNorm) else 0.0
+    layer._configure(
+        change.channel_groups,
+        change.ghost_size,
+        weight,
+        None if tensor is None else tensor.device,
+    )
+    if change.channel_groups < change.channels and layer.running_mean is not None:
+        _refit(layer, old)
+    return layer
+
+
+def _complete_frozen(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
+    """FrozenBatchNorm2d lacks the fields that it does not need; scale and shift stay buffers."""
+    layer.num_features = _n_channels(old)
+    layer.affine, layer.track_running_stats, layer.momentum = True, True, 0.0
+    layer._buffers.setdefault("num_batches_tracked", None)
+    layer.frozen = True
+    layer.training = False
+
+
+@torch.no_grad()
+def _refit(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
+    """Pool the moments over channel groups; let scale and shift absorb the change.
+
+    gamma' = gamma s_pool / s, beta' = beta + gamma (mean_pool - mean) / s, s^2 = var + eps.
+    """
+    mean, var = layer.running_mean, layer.running_var
+    if isinstance(old, GeneralizedBatchNorm):
+        mean, var = old._population()
+    if mean is None or var is None or layer.weight is None or layer.bias is None:
+        return
+    layer._buffers["running_mean"], layer._buffers["running_var"] = mean.double(), var.double()
+    pooled_mean, pooled_var = layer._population()
+    if torch.allclose(pooled_mean, mean.double(), 1e-12, 0) and torch.allclose(
+        pooled_var, var.double(), 1e-12, 0
+    ):  # pooled already, as in a file of such a layer: nothing is left to absorb
+        layer._buffers["running_mean"], layer._buffers["running_var"] = mean, var
+        return
+    sd, pooled_sd = ((v.double() + layer.eps).sqrt() for v in (var, pooled_var))
+    gamma, beta = layer.weight.double(), layer.bias.double()
+    fitted = {
+        "weight": gamma * pooled_sd / sd,
+        "bias": beta + gamma * (pooled_mean - mean.double()) / sd,
+        "running_mean": pooled_mean,
+        "running_var": pooled_var,
+    }
+    for name, value in fitted.items():
+        source: Tensor = getattr(old, name)
+        fresh: Any = value.to(source.dtype)
+        if name in layer._parameters:
+            fresh = nn.Parameter(fresh, requires_grad=source.requires_grad)
+            layer._parameters[name] = fresh
+        else:
+            layer._buffers[name] = fresh
+
+
+@torch.no_grad()
+def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
+    """Largest relative difference in evaluation on normal inputs of the layer's own moments."""
+    mean, var = getattr(old, "running_mean", None), getattr(old, "running_var", None)
+    if mean is None or var is None or mean.device.type == "meta":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    spatial = {"BatchNorm1d": (5,), "BatchNorm3d": (2, 2, 2)}.get(type(old).__name__, (3, 3))
+    shape = (4, new.num_features, *spatial)
+    noise = torch.randn(shape, generator=generator).to(mean)
+    view = (1, -1, *(1 for _ in spatial))
+    x = mean.view(view) + var.clamp_min(0).sqrt().view(view) * noise
+    training = old.training, new.training
+    old.training = new.training = False
+    try:
+        # Class methods, not calls: the user's hooks are no part of this.
+        before = type(old).forward(old, x)
+        after = type(new).forward(new, x)
+    finally:
+        old.training, new.training = training
+    scale = before.abs().max().clamp_min(1.0)
+    return float(((after - before).abs().max() / scale).item())
+
+
+def sites_with_statistics(
+    model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
+) -> Iterator[NormSite]:
+    """The sites whose population moments may be computed anew.
+
+    Args:
+        model: any module.
+        layers: only names that match one of these globs.
+        skip: not names that match one of these globs.
+
+    Yields:
+        Sites that keep moments, are not frozen, and are selected.
+    """
+    for site in find_norms(model):
+        if site.has_statistics and not site.frozen and selected(site, layers, skip):
+            yield site

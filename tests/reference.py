@@ -1,0 +1,51 @@
+"""Slow, obvious float64 versions of the formulas; numpy only, never bnfix."""
+
+import numpy as np
+
+
+def population(running, groups):
+    """Pooled moments (C,) of the channel groups of (mean, var)."""
+    mean, var = (np.asarray(m, np.float64) for m in running)
+    out_mean, out_var = np.empty_like(mean), np.empty_like(var)
+    for group in np.split(np.arange(len(mean)), groups):
+        out_mean[group] = mean[group].mean()
+        out_var[group] = (var[group] + mean[group] ** 2).mean() - mean[group].mean() ** 2
+    return out_mean, out_var
+
+
+def evaluate(x, gamma, beta, running, *, groups, example_weight, eps):
+    """Inference, one example and one channel group at a time, from raw moments."""
+    x = np.asarray(x, np.float64)
+    n, c = x.shape[:2]
+    a = np.broadcast_to(np.asarray(example_weight, np.float64), (c,))
+    pop_mean, pop_var = population(running, groups)
+    y = np.empty_like(x)
+    for i in range(n):
+        for group in np.split(np.arange(c), groups):
+            block = x[i, group]
+            for ch in group:
+                m1 = (1 - a[ch]) * pop_mean[ch] + a[ch] * block.mean()
+                m2 = (1 - a[ch]) * (pop_var[ch] + pop_mean[ch] ** 2) + a[ch] * (block**2).mean()
+                y[i, ch] = gamma[ch] * (x[i, ch] - m1) / np.sqrt(m2 - m1**2 + eps) + beta[ch]
+    return y
+
+
+def train(x, gamma, beta, *, groups, ghost_size, eps):
+    """Training output: every (run, channel group) by its own two-pass moments."""
+    x = np.asarray(x, np.float64)
+    n, c = x.shape[:2]
+    y = np.empty_like(x)
+    runs = 1 if ghost_size is None else -(-n // ghost_size)
+    for run in np.array_split(np.arange(n), runs):
+        for group in np.split(np.arange(c), groups):
+            block = x[np.ix_(run, group)]
+            y[np.ix_(run, group)] = (block - block.mean()) / np.sqrt(block.var() + eps)
+    shape = (1, c) + (1,) * (x.ndim - 2)
+    return y * np.reshape(gamma, shape) + np.reshape(beta, shape)
+
+
+def channel_moments(x):
+    """Mean and biased variance of every channel of (N, C, ...)."""
+    x = np.asarray(x, np.float64)
+    flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+    return flat.mean(1), flat.var(1)
