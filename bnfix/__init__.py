@@ -1,1 +1,55 @@
-"""bnfix."""
+"""bnfix: repair trained networks at their normalization layers."""
+
+from bnfix.calibration import recalibrate_, residuals
+from bnfix.comparison import evaluate_files
+from bnfix.conversion import convert
+from bnfix.errors import (
+    BnfixError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NormError,
+    NumericError,
+)
+from bnfix.evaluation import Metrics, compare, evaluate
+from bnfix.example_weight import choose_example_weight_
+from bnfix.finetuning import decay_norms_, finetune_, parameter_groups
+from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.pipeline import calibrate, finetune, fix
+from bnfix.result import Result
+from bnfix.saving import load, save
+from bnfix.surgery import find_norms, swap_norms_
+from bnfix.version import __version__
+
+__all__ = [
+    "BnfixError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GeneralizedBatchNorm",
+    "Metrics",
+    "ModelError",
+    "NormError",
+    "NumericError",
+    "Result",
+    "__version__",
+    "calibrate",
+    "choose_example_weight_",
+    "compare",
+    "convert",
+    "decay_norms_",
+    "evaluate",
+    "evaluate_files",
+    "find_norms",
+    "finetune",
+    "finetune_",
+    "fix",
+    "load",
+    "parameter_groups",
+    "recalibrate_",
+    "residuals",
+    "save",
+    "set_example_weight_",
+    "swap_norms_",
+]

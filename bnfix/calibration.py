@@ -7,9 +7,12 @@ evaluation. The model's own buffers are not touched until the end, when all are 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
@@ -19,7 +22,12 @@ from bnfix import guards, runtime
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.moments import Moments, mix, pool
 from bnfix.norms import GeneralizedBatchNorm, over_channel_groups
-from bnfix.surgery import NormSite, find_norms, selected
+from bnfix.surgery import NormSite, find_norms, sites_with_statistics, unmatched
+
+#: Passes at most for a layer that is called more than once, whose output comes back to its input.
+_ROUNDS = 12
+#: Change of the moments, in units of sqrt(var + eps) and relative, below which it has settled.
+_SETTLED = 1e-7
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,12 @@ class LayerStatistics:
         kind: class name.
         channels: C.
         n_values: values a channel behind the statistics.
-        n_calls: calls of the layer in a forward pass.
+        n_calls: calls of the layer in a forward pass, the most there were.
         mean_shift: mean over channels of |new mean - old mean| / sqrt(new var + eps).
         log_var_ratio: mean over channels of |log((new var + eps) / (old var + eps))|.
-        mean_se: largest standard error of a mean, in units of sqrt(var + eps).
-        var_se: largest standard error of a variance, relative to var + eps.
+        mean_se: largest standard error of a mean, in units of sqrt(var + eps); infinite from one
+            example.
+        var_se: largest standard error of a variance, relative to var + eps; likewise.
     """
 
     name: str
@@ -63,7 +72,8 @@ class Calibration:
         layers: one record a layer, in order of first call.
         called_again: layers called more than once in a forward pass; their calls are pooled.
         never_reached: layers that the data never came to; their statistics are as they were.
-        left_alone: layers that are frozen, excluded, or keep no statistics.
+        left_alone: layers that are frozen, excluded, keep no statistics, or hold something of that
+            name without being Batch Norm.
         seconds: wall-clock time.
     """
 
@@ -86,8 +96,6 @@ class _Accumulator:
         self.values: Moments | None = None
         self._examples: Moments | None = None
         self._shift: Tensor | None = None
-        self.n_calls = 0
-        self.n_batches = 0
 
     def add(self, mean: Tensor, var: Tensor, n_positions: int) -> Moments:
         """Add one call's per-example moments ``(N, C)``, float64; return the call's own moments."""
@@ -103,12 +111,16 @@ class _Accumulator:
         n = mean.new_tensor(float(mean.shape[0]))
         moments = Moments(n, rows.mean(1), rows.var(1, correction=0))
         self._examples = moments if self._examples is None else pool([self._examples, moments])
-        self.n_calls += 1
         return batch
 
-    def between(self) -> Tensor:
-        """Variance over examples of the per-example mean, Vm ``(C,)``."""
-        return self._examples.var[0]  # type: ignore[union-attr]
+    def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
+        values, examples = self.values, self._examples
+        if values is None or examples is None:
+            raise NumericError("statistics: no examples were collected.")
+        if train_batch_size is None:
+            return values.mean, values.var
+        return values.mean, (values.var - examples.var[0] / train_batch_size).clamp_min(0)
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
@@ -120,12 +132,15 @@ class _Accumulator:
         covariance = (var_sum - var_d - var_r) / 2
         # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
         var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
-        n = examples.count.clamp_min(2)
+        n = float(examples.count)
+        if n < 2:
+            unknown = torch.full_like(var_d, math.inf)
+            return unknown, unknown
         return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
 
 
-class _StopHereError(Exception):
-    """Ends a shortened forward pass at the layer being measured."""
+class _StopHereError(BaseException):
+    """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
 
 
 class _Collector:
@@ -134,40 +149,71 @@ class _Collector:
     def __init__(self, sites: Sequence[NormSite], *, by_batch: bool) -> None:
         self.sites = {id(site.module): site for site in sites}
         self.by_batch = by_batch
-        self.final: dict[str, tuple[Tensor, Tensor]] = {}
+        self.use: dict[str, tuple[Tensor, Tensor]] = {}
         self.measured: dict[str, _Accumulator] = {}
-        self.wanted: set[str] | None = None
-        self.stop_at: str | None = None
+        self.n_calls: dict[str, int] = {}
+        self.wanted: str | None = None
+        self.stops = False
+        self._before: dict[str, set[str]] = {}
+        self._calls: Counter[str] = Counter()
         self._found_bad: list[tuple[str, Tensor]] = []
-        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: dict[int, tuple[Any, Any]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         site = self.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
-        use = self.final.get(site.name)
-        if (self.wanted is None or site.name in self.wanted) and x.numel():
+        use = self.use.get(site.name)
+        if (self.wanted is None or site.name == self.wanted) and x.numel():
+            self._count(site.name)
             batch = self._measure(site, x)
-            if self.stop_at == site.name:
+            if self.stops:
                 raise _StopHereError
             if self.by_batch:
-                use = _stored(module, batch.mean, batch.var)
+                use = _as_stored(site, batch.mean, batch.var)
         if use is not None:
-            self._own[id(module)] = module._buffers["running_mean"], module._buffers["running_var"]  # type: ignore[assignment]
-            module._buffers["running_mean"], module._buffers["running_var"] = use
+            buffers = module._buffers
+            self._own[id(module)] = buffers["running_mean"], buffers["running_var"]
+            buffers["running_mean"], buffers["running_var"] = use
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         own = self._own.pop(id(module), None)
         if own is not None:
             module._buffers["running_mean"], module._buffers["running_var"] = own
 
+    def order(self) -> list[str]:
+        """The layers measured, each after all that came before it in any batch."""
+        try:
+            return list(TopologicalSorter(self._before).static_order())
+        except CycleError:
+            return list(self.measured)
+
+    def is_first(self, name: str) -> bool:
+        """Whether no other layer measured ever came before this one."""
+        return not self._before[name]
+
+    def _count(self, name: str) -> None:
+        if not self._calls[name]:
+            last = [key for key, n in self._calls.items() if n][-1:]
+            self._before.setdefault(name, set()).update(last)
+        self._calls[name] += 1
+        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
+
     def _measure(self, site: NormSite, x: Tensor) -> Moments:
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
+        own = site.module._buffers["running_mean"]
+        if own is None or own.shape != values.shape[1:2]:
+            raise NormError(
+                f"{site.name}: its input has shape {tuple(x.shape)}, but it keeps statistics of "
+                f"shape {None if own is None else tuple(own.shape)}. Leave it with skip.",
+                name=site.name,
+            )
         mean, var = precise_moments(values)
         self._found_bad.append((site.name, ~(mean + var).isfinite().all(1)))
-        accumulator = self.measured.setdefault(site.name, _Accumulator())
-        return accumulator.add(mean, var, values.shape[2])
+        # Pooled example by example: the spread of a group's means is not the mean of the spreads.
+        mean, var = _over_groups(site, mean, var)
+        return self.measured.setdefault(site.name, _Accumulator()).add(mean, var, values.shape[2])
 
-    def check_finite(self, batch_index: int) -> None:
+    def _check_finite(self, batch_index: int) -> None:
         """One synchronization a batch: raise if any layer met a value that is not finite."""
         found, self._found_bad = self._found_bad, []
         if not found or not bool(torch.stack([bad.any() for _, bad in found]).any()):
@@ -175,8 +221,8 @@ class _Collector:
         name, bad = next((name, bad) for name, bad in found if bool(bad.any()))
         example = int(bad.nonzero()[0].item())
         raise NumericError(
-            f"{name}: its input is not finite in batch {batch_index}, example {example} (both "
-            "counted from 0). Leave that example out, or use --precision fp32.",
+            f"{name}: its input, or the square of it, is not finite in batch {batch_index}, "
+            f"example {example} (both counted from 0). Leave that example out, or use fp32.",
             name=name,
         )
 
@@ -190,27 +236,28 @@ class _Collector:
         """Run the batches; return examples and batches seen."""
         device = runtime.device_of(model)
         n_examples = n_batches = 0
-        with guards.inference(model), guards.hooks() as handles:
+        with (
+            guards.inference(model),
+            guards.hooks() as handles,
+            # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
+            torch.compiler.set_stance("force_eager"),
+        ):
             for site in self.sites.values():
                 handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(site.module.register_forward_hook(self.after, always_call=True))
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(_up_to(batches, samples)):
+                self._calls.clear()
                 try:
                     runtime.run(model, batch, device, forward)
                 except _StopHereError:
                     pass
                 finally:
-                    self._restore()
-                self.check_finite(index)
+                    for site in self.sites.values():
+                        self.after(site.module, None, None)
+                self._check_finite(index)
                 n = _n_examples(batch)
                 n_examples, n_batches = n_examples + n, n_batches + (n > 0)
-                if samples is not None and n_examples >= samples:
-                    break
         return n_examples, n_batches
-
-    def _restore(self) -> None:
-        for site in self.sites.values():
-            self.after(site.module, None, None)
 
 
 def recalibrate_(
@@ -241,7 +288,9 @@ def recalibrate_(
         train_batch_size: B of ``train-batch``.
         feed: what the layers above a layer see. ``batch``: its output normalized by the batch's own
             moments, one pass. ``sequential``: its output in inference with its new moments, layer
-            after layer, exact whatever the batches; one (shortening) pass a layer.
+            after layer, exact whatever the batches (as long as every pass gives the same examples);
+            one pass, and one (shortening) pass for each layer but the first. A layer called more
+            than once is measured until it settles; `residuals` tells how well it did.
         samples: stop after the batch with which this number of examples is reached.
         forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
         layers: only names that match one of these globs.
@@ -251,9 +300,11 @@ def recalibrate_(
         What was measured and what was left alone.
 
     Raises:
-        ConfigError: if an option is not known, or ``train-batch`` lacks its size.
-        NormError: if there is no layer to recalibrate.
-        DataError: if there are no examples.
+        ConfigError: if an option is not known or out of range, or ``train-batch`` lacks its size.
+        NormError: if a pattern matches nothing, there is no layer to recalibrate, or the data
+            reach none.
+        DataError: if there are no examples, or none in a later pass.
+        NumericError: if a layer's input is not finite, or its moments do not fit its type.
 
     Changes:
         ``running_mean``, ``running_var``, and ``num_batches_tracked`` where it is 0; all at the
@@ -269,38 +320,37 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    if target not in ("population", "train-batch") or feed not in ("batch", "sequential"):
-        raise ConfigError(
-            f"target {target!r}, feed {feed!r}: expected population or train-batch, batch or "
-            "sequential."
-        )
-    if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
-        raise ConfigError("target train-batch: give train_batch_size, at least 1.")
+    _check_options(target, train_batch_size, feed, samples)
     started = time.perf_counter()
     every = find_norms(model)
-    sites = [s for s in every if s.has_statistics and not s.frozen and selected(s, layers, skip)]
+    problems = unmatched(every, (*layers, *skip))
+    if problems:
+        raise NormError(f"norm layers: {'; '.join(problems)}.")
+    sites = list(sites_with_statistics(model, layers, skip))
     if not sites:
         raise NormError("model: no norm layer with statistics to compute anew.")
     size = train_batch_size if target == "train-batch" else None
-    if feed == "batch":
-        collector = _Collector(sites, by_batch=True)
-        n_examples, n_batches = collector.one_pass(
-            model, runtime.pass_of(batches, 0), forward, samples
-        )
-        passes = 1.0
-        new = {name: _statistics(acc, size) for name, acc in collector.measured.items()}
-    else:
-        collector, new, n_examples, n_batches, passes = _sequential(
-            model, sites, runtime.again(batches), forward, samples, size
-        )
+    if feed == "sequential" and isinstance(batches, Iterator):
+        batches = list(_up_to(batches, samples))
+    collector = _Collector(sites, by_batch=True)
+    n_examples, n_batches = collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
     if n_examples == 0:
         raise DataError("calibration: no examples. Give at least one batch.")
-    reached = [site for name in collector.measured for site in sites if site.name == name]
+    if not collector.measured:
+        raise NormError(f"{some([s.name for s in sites])}: never reached by the data.")
+    measured, passes = collector.measured, 1.0
+    if feed == "sequential":
+        measured, passes = _sequential(model, collector, batches, forward, samples, size)
+    by_name = {site.name: site for site in sites}
+    new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
+    stored = {name: _as_stored(by_name[name], *moments) for name, moments in new.items()}
+    _check_stored(stored)
     records = tuple(
-        _record(site, collector.measured[site.name], new[site.name], n_batches) for site in reached
+        _record(by_name[name], accumulator, new[name], collector.n_calls[name])
+        for name, accumulator in measured.items()
     )
-    for site in reached:
-        _write(site, *new[site.name], n_batches)
+    for name, moments in stored.items():
+        _write(by_name[name].module, *moments, n_batches)
     return Calibration(
         target if size is None else f"train-batch {size}",
         feed,
@@ -308,9 +358,9 @@ def recalibrate_(
         n_batches,
         passes,
         records,
-        tuple(r.name for r in records if r.n_calls > 1),
-        tuple(site.name for site in sites if site.name not in collector.measured),
-        tuple(site.name for site in every if site not in sites),
+        tuple(record.name for record in records if record.n_calls > 1),
+        tuple(name for name in by_name if name not in measured),
+        tuple(site.name for site in every if site.name not in by_name),
         time.perf_counter() - started,
     )
 
@@ -331,15 +381,21 @@ def residuals(
     Returns:
         For each layer reached: mean over channels of |log((var_stored + eps)/(var_fresh + eps))|,
         and of |mean_stored - mean_fresh| / sqrt(var_fresh + eps).
+
+    Raises:
+        DataError: if there are no examples.
     """
-    sites = [site for site in find_norms(model) if site.has_statistics]
+    # Frozen layers too: whether their constants fit the data is worth knowing.
+    sites = [site for site in find_norms(model) if site.has_statistics and _is_comparable(site)]
     collector = _Collector(sites, by_batch=False)
-    collector.one_pass(model, batches, forward, None)
+    n_examples, _ = collector.one_pass(model, batches, forward, None)
+    if n_examples == 0:
+        raise DataError("residuals: no examples. Give at least one batch.")
     found = {}
     for site in sites:
         if site.name in collector.measured:
-            fresh = _pooled_over_groups(site, *_statistics(collector.measured[site.name], None))
-            mean_shift, log_var_ratio = _drift(site, *fresh)
+            fresh = collector.measured[site.name].statistics(None)
+            mean_shift, log_var_ratio = _drift(_own_moments(site), fresh, _eps(site))
             found[site.name] = (log_var_ratio, mean_shift)
     return found
 
@@ -364,90 +420,112 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     return rough.double() + left, var.clamp_min(0)
 
 
+def _check_options(
+    target: str, train_batch_size: int | None, feed: str, samples: int | None
+) -> None:
+    if target not in ("population", "train-batch") or feed not in ("batch", "sequential"):
+        raise ConfigError(
+            f"target {target!r}, feed {feed!r}: expected population or train-batch, batch or "
+            "sequential."
+        )
+    if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
+        raise ConfigError("target train-batch: give train_batch_size, at least 1.")
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples: {samples}, expected at least 1.", name="samples")
+
+
 def _sequential(
     model: nn.Module,
-    sites: Sequence[NormSite],
+    scout: _Collector,
     batches: runtime.Batches,
     forward: runtime.Forward | None,
     samples: int | None,
     size: int | None,
-) -> tuple[_Collector, dict[str, tuple[Tensor, Tensor]], int, int, float]:
+) -> tuple[dict[str, _Accumulator], float]:
     """Layer after layer in call order, each measured while all before it are final."""
-    scout = _Collector(sites, by_batch=True)
-    first = next(iter(runtime.pass_of(batches, 0)), None)
-    if first is None:
-        raise DataError("calibration: no examples. Give at least one batch.")
-    scout.one_pass(model, [first], forward, None)
-    order = list(scout.measured)
-    collector = _Collector(sites, by_batch=False)
-    n_examples = n_batches = 0
-    new: dict[str, tuple[Tensor, Tensor]] = {}
-    modules = {site.name: site.module for site in sites}
+    order = scout.order()
+    sites = {site.name: site for site in scout.sites.values()}
+    collector = _Collector(list(sites.values()), by_batch=False)
+    # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     for name in order:
-        collector.wanted = {name}
-        collector.stop_at = name if scout.measured[name].n_calls == 1 else None
-        n_examples, n_batches = collector.one_pass(
-            model, runtime.pass_of(batches, 0), forward, samples
-        )
-        new[name] = _statistics(collector.measured[name], size)
-        collector.final[name] = _stored(modules[name], *new[name])
-    parts = sum((k + 1) / len(order) for k in range(len(order)))
-    return collector, new, n_examples, n_batches, parts
+        collector.use[name] = _as_stored(sites[name], *scout.measured[name].statistics(size))
+    passes = 1.0
+    for depth, name in enumerate(order, 1):
+        once = scout.n_calls[name] == 1
+        if once and scout.is_first(name):
+            collector.measured[name] = scout.measured[name]
+            continue
+        collector.wanted, collector.stops = name, once
+        for _ in range(1 if once else _ROUNDS):
+            collector.measured.pop(name, None)
+            collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
+            passes += depth / len(order) if once else 1.0
+            if name not in collector.measured:
+                raise DataError(
+                    f"{name}: a further pass over the batches did not reach it. Give a list or a "
+                    "loader, which can be gone through again.",
+                    name=name,
+                )
+            before = collector.use[name]
+            new = collector.measured[name].statistics(size)
+            collector.use[name] = _as_stored(sites[name], *new)
+            if max(_drift(before, new, _eps(sites[name]))) < _SETTLED:
+                break
+    return collector.measured, passes
 
 
-def _statistics(accumulator: _Accumulator, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
-    values = accumulator.values
-    if values is None:
-        raise NumericError("statistics: no examples were collected.")
-    if train_batch_size is None:
-        return values.mean, values.var
-    return values.mean, (values.var - accumulator.between() / train_batch_size).clamp_min(0)
-
-
-def _pooled_over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped layers store their pooled moments, repeated over the group's channels."""
+def _over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Grouped layers pool their moments, and repeat them over the group's channels."""
     if isinstance(site.module, GeneralizedBatchNorm):
         return over_channel_groups(mean, var, site.module.channel_groups)
     return mean, var
 
 
-def _stored(module: nn.Module, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+def _as_stored(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """Moments as the layer's buffers hold them."""
-    own = module._buffers["running_mean"]
-    if own is None:
-        raise NormError("layer: keeps no running statistics.")
+    own: Any = site.module._buffers["running_mean"]
     return mean.to(own), var.to(own)
 
 
-def _drift(site: NormSite, mean: Tensor, var: Tensor) -> tuple[float, float]:
-    """How far the stored moments are from these: mean shift and log variance ratio."""
-    eps = float(getattr(site.module, "eps", 1e-5))
-    old_mean, old_var = (
-        site.module._buffers[key].double()  # type: ignore[union-attr]
-        for key in ("running_mean", "running_var")
-    )
+def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
+    """The moments that the layer holds, as it uses them, in float64."""
+    mean: Any = site.module._buffers["running_mean"]
+    var: Any = site.module._buffers["running_var"]
+    return _over_groups(site, mean.double(), var.double())
+
+
+def _is_comparable(site: NormSite) -> bool:
+    return not site.problem or isinstance(site.module, nn.modules.batchnorm._BatchNorm)
+
+
+def _eps(site: NormSite) -> float:
+    return float(getattr(site.module, "eps", 1e-5))
+
+
+def _drift(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
+) -> tuple[float, float]:
+    """How far old moments are from new: mean shift and log variance ratio."""
+    old_mean, old_var = (moment.double() for moment in old)
+    mean, var = new
     shift = ((mean - old_mean).abs() / (var + eps).sqrt()).mean()
     ratio = ((var + eps) / (old_var.clamp_min(0) + eps)).log().abs().mean()
     return float(shift), float(ratio)
 
 
 def _record(
-    site: NormSite,
-    accumulator: _Accumulator,
-    new: tuple[Tensor, Tensor],
-    n_batches: int,
+    site: NormSite, accumulator: _Accumulator, new: tuple[Tensor, Tensor], n_calls: int
 ) -> LayerStatistics:
-    mean, var = _pooled_over_groups(site, *new)
-    mean_shift, log_var_ratio = _drift(site, mean, var)
+    mean_shift, log_var_ratio = _drift(_own_moments(site), new, _eps(site))
     mean_se, var_se = accumulator.errors()
-    spread = new[1] + float(getattr(site.module, "eps", 1e-5))
+    spread = new[1] + _eps(site)
     n_values = 0 if accumulator.values is None else int(accumulator.values.count)
     return LayerStatistics(
         site.name,
         site.kind,
-        int(mean.numel()),
+        new[0].numel(),
         n_values,
-        max(1, round(accumulator.n_calls / max(n_batches, 1))),
+        n_calls,
         mean_shift,
         log_var_ratio,
         float((mean_se / spread.sqrt()).max()),
@@ -455,24 +533,45 @@ def _record(
     )
 
 
-def _write(site: NormSite, mean: Tensor, var: Tensor, n_batches: int) -> None:
-    mean, var = _pooled_over_groups(site, mean, var)
-    buffers = site.module._buffers
-    for key, value in (("running_mean", mean), ("running_var", var)):
-        own = buffers[key]
-        if own is not None:
-            own.copy_(value)
+def _check_stored(stored: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (mean, var) in stored.items():
+        if not bool((mean + var).isfinite().all()):
+            raise NumericError(
+                f"{name}: its moments are beyond {str(mean.dtype).removeprefix('torch.')}. "
+                "Recalibrate in float32.",
+                name=name,
+            )
+
+
+def _write(module: nn.Module, mean: Tensor, var: Tensor, n_batches: int) -> None:
+    buffers: Any = module._buffers
+    buffers["running_mean"].copy_(mean)
+    buffers["running_var"].copy_(var)
     tracked = buffers.get("num_batches_tracked")
     if tracked is not None and int(tracked) == 0:
         tracked.fill_(n_batches)
 
 
+def _up_to(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """Batches until this number of examples is reached; not one more is asked for."""
+    n_examples = 0
+    for batch in batches:
+        yield batch
+        n_examples += _n_examples(batch)
+        if samples is not None and n_examples >= samples:
+            return
+
+
 def _n_examples(batch: Any) -> int:
+    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
     try:
-        inputs = runtime.unpack(batch)[0]
+        found = runtime.unpack(batch)[0]
     except DataError:
-        return 1  # a form that only the user's forward knows: counted as one
-    return len(inputs) if isinstance(inputs, Tensor) else 1
+        found = batch  # a form that only the user's forward knows
+    while isinstance(found, Mapping | list | tuple) and found:
+        found = next(iter(found.values() if isinstance(found, Mapping) else found))
+    shape = tuple(getattr(found, "shape", ()))
+    return int(shape[0]) if shape else 1
 
 
 def describe_missing(calibration: Calibration) -> list[str]:
@@ -488,7 +587,7 @@ def describe_missing(calibration: Calibration) -> list[str]:
     for names, text in (
         (calibration.called_again, "called more than once a forward pass; their calls are pooled"),
         (calibration.never_reached, "never reached by the data; their statistics are as they were"),
-        (calibration.left_alone, "frozen, excluded or without statistics; left alone"),
+        (calibration.left_alone, "frozen, excluded, without statistics or not known; left alone"),
     ):
         if names:
             sentences.append(f"{some(names)}: {text}.")

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
-from scipy.stats import binomtest, norm
-from torch import nn
+from scipy.stats import binomtest
+from scipy.stats import t as student_t
+from torch import Tensor, nn
 
 from bnfix import guards, runtime
-from bnfix.errors import DataError, NumericError
+from bnfix.errors import DataError, ModelError, NumericError
 
 Array = NDArray[Any]
 Interval = tuple[float, float]
 N_BINS = 15
 N_RESAMPLES = 1000
 LEVEL = 0.95
+#: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
+ROUNDING = 1e-6
+_CHUNK = 2**20  # logits worked on at a time in float64: 50,000 x 1,000 of them at once is 400 MB
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Bin:
     accuracy: float
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PerExample:
     """What paired comparisons need, one row an example.
 
@@ -52,7 +53,7 @@ class PerExample:
         labels: ``(N,)`` int64.
         losses: NLL, nats.
         scaled_losses: NLL after the temperature fitted on the half that the example is not in.
-        right: whether the largest logit is the label's.
+        right: whether the largest logit is the label's; of equal logits the first counts as larger.
     """
 
     labels: Array
@@ -68,14 +69,17 @@ class Metrics:
     Args:
         n_examples: examples seen.
         top1: fraction right; ``None``, as all below, where there are no labels.
-        top5: fraction with the label among the five largest logits.
+        top5: fraction with the label among the five largest logits; of equal logits the first
+            count as larger, as in ``top1``.
         nll: mean negative log-likelihood, nats.
         nll_temperature_scaled: the same after one temperature, fitted on one seeded half of the
-            examples and applied to the other, both ways.
+            examples and applied to the other, both ways. The fit counts one more example than there
+            are, spread over all labels, so that a half without a mistake has a temperature too.
         temperature: geometric mean of the two.
         brier: mean over examples of the squared distance from the one-hot label.
         ece: expected calibration error, 15 equal-width right-closed bins, confidence 1 in the last.
-        interval: 95% bootstrap interval of each of these.
+        interval: 95% bootstrap interval of each but the temperature; that of ``ece`` is shifted by
+            the bias of the bootstrap (absolute gaps grow by resampling).
         images_per_second: of the pass, data loading included.
         reliability: the 15 bins.
         logits: ``(N, K)`` float32.
@@ -112,7 +116,7 @@ class Difference:
     Args:
         difference: mean over the examples.
         interval: 95%, by bootstrap over the examples.
-        p: two-sided; McNemar's exact test for top-1, a paired normal test for losses.
+        p: two-sided; McNemar's exact test for top-1, the paired t-test for losses.
     """
 
     difference: float
@@ -129,7 +133,8 @@ class Paired:
         nll: difference in NLL; below 0 is better.
         nll_temperature_scaled: the same after temperature scaling of both.
         verdict: ``better``: NLL or top-1 significantly better and neither significantly worse;
-            ``worse``: either significantly worse; otherwise ``same``.
+            ``worse``: either significantly worse; otherwise ``same``. Significant: the interval
+            leaves out 0 (and rounding), and p < 0.05; either alone is too bold on few examples.
         temperature_only: better, but nothing of it is left after temperature scaling.
     """
 
@@ -138,6 +143,21 @@ class Paired:
     nll_temperature_scaled: Difference
     verdict: str
     temperature_only: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """The least that says how good a model is; see `score`.
+
+    Args:
+        n_examples: examples seen.
+        nll: mean negative log-likelihood, nats.
+        top1: fraction right.
+    """
+
+    n_examples: int
+    nll: float
+    top1: float
 
 
 def evaluate(
@@ -161,33 +181,57 @@ def evaluate(
         The metrics with 95% intervals.
 
     Raises:
-        DataError: if there are no examples.
+        DataError: if there are no examples, or labels do not fit.
+        ModelError: if the output is no logits, or not always for the same number of classes.
         NumericError: if a logit is not finite.
     """
-    device = runtime.device_of(model)
-    logits: list[Array] = []
-    labels: list[Array] = []
-    started = time.perf_counter()
-    n_seen = 0
-    with guards.inference(model), runtime.autocast(device, precision):
-        for batch in batches:
-            output = runtime.logits_of(runtime.run(model, batch, device, forward)).float()
-            if not bool(torch.isfinite(output).all()):
-                bad = int((~torch.isfinite(output)).any(1).nonzero()[0].item())
-                raise NumericError(
-                    f"evaluation: the logits of example {n_seen + bad} are not finite. Look at the "
-                    "statistics with `bnfix inspect`, or use --precision fp32."
-                )
-            logits.append(output.cpu().numpy())
-            n_seen += len(output)
-            target = runtime.unpack(batch)[1]
-            if target is not None:
-                labels.append(torch.as_tensor(target).cpu().numpy())
-    if n_seen == 0:
-        raise DataError("evaluation: no examples. Give at least one batch.")
-    rate = n_seen / max(time.perf_counter() - started, 1e-9)
-    together = np.concatenate(labels).astype(np.int64) if labels else None
-    return measure(np.concatenate(logits), together, images_per_second=rate, seed=seed)
+    logits, labels, rate = _collect(model, batches, forward, precision)
+    return measure(logits, labels, images_per_second=rate, seed=seed)
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: runtime.Forward | None = None,
+    precision: str = "fp32",
+) -> Score:
+    """Measure loss and accuracy only, without the cost of intervals; for searches.
+
+    Args:
+        model: on the device to run on; modes are left as found.
+        batches: any iterable of ``(x, y)``.
+        forward: called as ``forward(model, batch)`` and returns logits, for unusual batches.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    Returns:
+        The same NLL and top-1 as `evaluate`.
+
+    Raises:
+        DataError: if there are no examples, or no labels, or labels do not fit.
+    """
+    logits, labels, _ = _collect(model, batches, forward, precision)
+    if labels is None:
+        raise DataError("batches: no labels in them. Give (x, y) with integer classes y.")
+    right = logits.argmax(1) == labels
+    return Score(len(labels), float(_losses(logits, labels).mean()), float(right.mean()))
+
+
+def labels_of(batch: Any, n_examples: int, n_classes: int) -> Array | None:
+    """The labels of a batch, checked against the logits that the model gave for it.
+
+    Args:
+        batch: any form that ``runtime.unpack`` takes, and mappings that only ``forward`` knows.
+        n_examples: N of the logits.
+        n_classes: K of the logits.
+
+    Returns:
+        ``(N,)`` int64 on the CPU, or ``None`` where the batch has none.
+    """
+    if isinstance(batch, Mapping):
+        batch = {"x": None, **batch}  # inputs may have any names where forward= is given
+    labels = runtime.unpack(batch)[1]
+    return None if labels is None else _checked(labels, n_examples, n_classes)
 
 
 def measure(
@@ -205,38 +249,34 @@ def measure(
         The metrics with 95% intervals.
 
     Raises:
-        DataError: if labels do not fit the logits.
+        DataError: if there are no examples, or labels do not fit the logits.
     """
+    if logits.ndim != 2 or not logits.size:
+        raise DataError(
+            f"logits: shape {logits.shape}, expected (examples, classes), both above 0."
+        )
+    _refuse_not_finite(logits, 0)
     if labels is None:
         none = (None,) * 7
         return Metrics(len(logits), *none, {}, images_per_second, (), logits, None)
-    n, k = logits.shape
-    if len(labels) != n or n == 0 or labels.min() < 0 or labels.max() >= k:
-        raise DataError(
-            f"labels: {len(labels)} for {n} examples, from {labels.min(initial=0)} to "
-            f"{labels.max(initial=0)}, expected one an example from 0 to {k - 1}."
-        )
-    rows = np.arange(n)
-    log_p = log_softmax(logits.astype(np.float64), axis=1)
-    losses = -log_p[rows, labels]
-    order = logits.argmax(1)
-    right = order == labels
-    in_top5 = (logits > logits[rows, labels][:, None]).sum(1) < min(5, k)
-    p = np.exp(log_p)
-    brier = (p**2).sum(1) - 2 * p[rows, labels] + 1
-    confidence = p[rows, order]
+    n = len(logits)
+    labels = _checked(labels, n, logits.shape[1])
+    rank, losses, brier, confidence = _per_example(logits, labels)
+    right = rank == 0
     scaled, temperature = _scaled_losses(logits, labels, seed)
     bins, gaps = _reliability(confidence, right)
-    columns = np.column_stack([right, in_top5, losses, scaled, brier]).astype(np.float64)
+    columns = np.column_stack([right, rank < 5, losses, scaled, brier]).astype(np.float64)
+    means = [float(mean) for mean in columns.mean(0)]
+    ece = float(np.abs(gaps.mean(0)).sum())
     resampled = _resample(np.column_stack([columns, gaps]), seed)
     names = ("top1", "top5", "nll", "nll_temperature_scaled", "brier")
-    interval = {name: _interval(resampled[:, i]) for i, name in enumerate(names)}
-    interval["ece"] = _interval(np.abs(resampled[:, len(names) :]).sum(1))
-    means = columns.mean(0)
+    interval = {name: _interval(resampled[:, i], means[i]) for i, name in enumerate(names)}
+    resampled_ece = np.abs(resampled[:, len(names) :]).sum(1)
+    shifted = resampled_ece - resampled_ece.mean() + ece
+    interval["ece"] = _interval(shifted.clip(0, 1), ece)
     return Metrics(
-        n, float(means[0]), float(means[1]), float(means[2]), float(means[3]), temperature,
-        float(means[4]), float(np.abs(gaps.mean(0)).sum()), interval, images_per_second, bins,
-        logits, PerExample(labels, losses, scaled, right),
+        n, means[0], means[1], means[2], means[3], temperature, means[4], ece, interval,
+        images_per_second, bins, logits, PerExample(labels, losses, scaled, right),
     )  # fmt: skip
 
 
@@ -250,6 +290,9 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
 
     Returns:
         Differences (after less before) with 95% intervals and the verdict.
+
+    Raises:
+        DataError: if the examples differ or have no labels.
     """
     old, new = paired_examples(before, after)
     columns = np.column_stack(
@@ -259,16 +302,16 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
             new.scaled_losses - old.scaled_losses,
         ]
     )
-    intervals = [_interval(column) for column in _resample(columns, seed).T]
+    means = columns.mean(0)
+    intervals = map(_interval, _resample(columns, seed).T, means)
     p_values = (_mcnemar(columns[:, 0]), _paired_p(columns[:, 1]), _paired_p(columns[:, 2]))
     top1, nll, scaled = (
-        Difference(float(column.mean()), interval, p)
-        for column, interval, p in zip(columns.T, intervals, p_values, strict=True)
+        Difference(float(mean), interval, p)
+        for mean, interval, p in zip(means, intervals, p_values, strict=True)
     )
-    gains = top1.interval[0] > 0 or nll.interval[1] < 0
-    losses = top1.interval[1] < 0 or nll.interval[0] > 0
-    verdict = "worse" if losses else "better" if gains else "same"
-    left = top1.interval[0] > 0 or scaled.interval[1] < 0
+    signs = {_sign(top1), -_sign(nll)}
+    verdict = "worse" if -1 in signs else "better" if 1 in signs else "same"
+    left = _sign(top1) == 1 or _sign(scaled) == -1
     return Paired(top1, nll, scaled, verdict, verdict == "better" and not left)
 
 
@@ -292,32 +335,159 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
     return before.examples, after.examples
 
 
+def _collect(
+    model: nn.Module, batches: Iterable[Any], forward: runtime.Forward | None, precision: str
+) -> tuple[Array, Array | None, float]:
+    """Logits, labels (if any), and examples a second, of one pass in evaluation."""
+    device = runtime.device_of(model)
+    logits: list[Array] = []
+    labels: list[Array | None] = []
+    n_seen = 0
+    started = time.perf_counter()
+    with guards.inference(model):
+        for batch in batches:
+            with runtime.autocast(device, precision):
+                output = runtime.logits_of(runtime.run(model, batch, device, forward))
+            found = output.float().cpu().numpy()
+            if logits and found.shape[1] != logits[0].shape[1]:
+                raise ModelError(
+                    f"evaluation: {found.shape[1]} logits in batch {len(logits)}, but "
+                    f"{logits[0].shape[1]} before it. Expected one number of classes."
+                )
+            _refuse_not_finite(found, n_seen)
+            logits.append(found)
+            labels.append(labels_of(batch, *found.shape))
+            n_seen += len(found)
+    if n_seen == 0:
+        raise DataError("evaluation: no examples. Give at least one batch.")
+    rate = n_seen / max(time.perf_counter() - started, 1e-9)
+    given = [y for y in labels if y is not None]
+    if given and len(given) < len(labels):
+        raise DataError(
+            f"labels: {len(labels) - len(given)} of {len(labels)} batches have none. Give labels "
+            "in all batches, or in none."
+        )
+    return np.concatenate(logits), np.concatenate(given) if given else None, rate
+
+
+def _refuse_not_finite(logits: Array, n_before: int) -> None:
+    finite = np.isfinite(logits).all(1)
+    if not finite.all():
+        raise NumericError(
+            f"evaluation: the logits of example {n_before + int(finite.argmin())} (from 0) are not "
+            "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
+        )
+
+
+def _checked(labels: Any, n: int, k: int) -> Array:
+    """Labels of any kind as ``(n,)`` int64 in [0, k), or a refusal."""
+    try:
+        array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"labels: {error}. Give one integer an example.") from error
+    if array.dtype.kind not in "iub" or array.shape != (n,):
+        raise DataError(
+            f"labels: {array.dtype} of shape {array.shape} for {n} examples, expected one integer "
+            "an example. Give forward= and integer labels for unusual batches."
+        )
+    if n and not 0 <= array.min() <= array.max() < k:
+        raise DataError(
+            f"labels: from {array.min()} to {array.max()}, expected 0 to {k - 1}, as the model has "
+            f"{k} outputs. Check the class map."
+        )
+    return array.astype(np.int64)
+
+
+def _chunks(logits: Array) -> Iterator[slice]:
+    size = max(1, _CHUNK // logits.shape[1])
+    return (slice(start, start + size) for start in range(0, len(logits), size))
+
+
+def _log_softmax(logits: Array, inverse_temperature: float = 1.0) -> Array:
+    scaled = logits.astype(np.float64) * inverse_temperature
+    scaled -= scaled.max(1, keepdims=True)
+    return np.asarray(scaled - np.log(np.exp(scaled).sum(1, keepdims=True)))
+
+
+def _losses(logits: Array, labels: Array, inverse_temperature: float = 1.0) -> Array:
+    """NLL of each example, float64."""
+    losses = np.empty(len(labels))
+    for part in _chunks(logits):
+        log_p = _log_softmax(logits[part], inverse_temperature)
+        losses[part] = -np.take_along_axis(log_p, labels[part, None], 1)[:, 0]
+    return losses
+
+
+def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
+    """Rank of the label's logit from 0, NLL, Brier score and confidence, each ``(N,)``."""
+    rank, (losses, brier, confidence) = np.empty(len(labels), int), np.empty((3, len(labels)))
+    for part in _chunks(logits):
+        own = np.take_along_axis(logits[part], labels[part, None], 1)
+        # A tie is won by the smaller index, as argmax has it: equal logits must not all be right.
+        earlier = np.arange(logits.shape[1]) < labels[part, None]
+        rank[part] = ((logits[part] > own) | ((logits[part] == own) & earlier)).sum(1)
+        log_p = _log_softmax(logits[part])
+        losses[part] = -np.take_along_axis(log_p, labels[part, None], 1)[:, 0]
+        p = np.exp(log_p)
+        confidence[part] = p.max(1)
+        np.put_along_axis(p, labels[part, None], -np.expm1(-losses[part, None]), 1)
+        brier[part] = (p**2).sum(1)
+    return rank, losses, brier, confidence
+
+
 def _scaled_losses(logits: Array, labels: Array, seed: int) -> tuple[Array, float]:
     """NLL of each example under the temperature fitted on the half that it is not in."""
-    wide = logits.astype(np.float64)
-    rows = np.arange(len(labels))
     half = np.zeros(len(labels), dtype=bool)
     half[np.random.default_rng(seed).permutation(len(labels))[: len(labels) // 2]] = True
     losses = np.empty(len(labels))
-    temperatures = []
+    inverses = []
     for fitted, applied in ((half, ~half), (~half, half)):
-        temperature = _temperature(wide[fitted], labels[fitted]) if fitted.any() else 1.0
-        temperatures.append(temperature)
-        scaled = log_softmax(wide[applied] / temperature, axis=1)
-        losses[applied] = -scaled[rows[: len(scaled)], labels[applied]]
-    return losses, float(np.exp(np.mean(np.log(temperatures))))
+        inverses.append(_inverse_temperature(logits[fitted], labels[fitted]))
+        losses[applied] = _losses(logits[applied], labels[applied], inverses[-1])
+    return losses, float(np.exp(-np.mean(np.log(inverses))))
 
 
-def _temperature(logits: Array, labels: Array) -> float:
-    """The temperature in [1/20, 20] with the least NLL."""
-    rows = np.arange(len(labels))
+def _inverse_temperature(logits: Array, labels: Array) -> float:
+    """The b > 0 with the least NLL of b * logits, which is convex in b, by guarded Newton steps."""
+    # One more example than there are is spread over all labels (Platt's idea): without it the best
+    # b of a half without a mistake is infinite, and a mistake in the other half costs as much.
+    n = len(labels)
+    target = scale = 0.0
+    for part in _chunks(logits):
+        z = logits[part].astype(np.float64)
+        own = np.take_along_axis(z, labels[part, None], 1)[:, 0]
+        target += float((n * own + z.mean(1) - (n + 1) * z.max(1)).sum()) / (n + 1)
+        scale += float(z.std(1).sum())
+    if scale == 0:
+        return 1.0
+    low, high = 0.01 * n / scale, 100 * n / scale
+    b = min(max(1.0, low), high)
+    for _ in range(100):
+        slope, curvature = _slopes(logits, b)
+        slope -= target
+        low, high = (low, b) if slope > 0 else (b, high)
+        new = b - slope / curvature if curvature > 0 else low
+        if not low < new < high:
+            new = (low * high) ** 0.5
+        done = abs(new - b) <= 1e-9 * b
+        b = new
+        if done:
+            break
+    return b
 
-    def nll(log_t: float) -> float:
-        return float(-log_softmax(logits / np.exp(log_t), axis=1)[rows, labels].mean())
 
-    bound = np.log(20.0)
-    found = minimize_scalar(nll, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-4})
-    return float(np.exp(found.x))
+def _slopes(logits: Array, b: float) -> tuple[float, float]:
+    """Sums over examples of mean and variance of (z - max z) under softmax(b z)."""
+    mean = var = 0.0
+    for part in _chunks(logits):
+        z = logits[part].astype(np.float64)
+        z -= z.max(1, keepdims=True)
+        p = np.exp(b * z)
+        total = p.sum(1)
+        first = np.einsum("nk,nk->n", p, z) / total
+        mean += float(first.sum())
+        var += float((np.einsum("nk,nk,nk->n", p, z, z) / total - first**2).sum())
+    return mean, var
 
 
 def _reliability(confidence: Array, right: Array) -> tuple[tuple[Bin, ...], Array]:
@@ -340,15 +510,26 @@ def _resample(values: Array, seed: int) -> Array:
     n = len(values)
     rng = np.random.default_rng(seed)
     means = np.empty((N_RESAMPLES, values.shape[1]))
-    for start in range(0, N_RESAMPLES, 100):
-        drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in range(100)]
-        means[start : start + 100] = np.stack(drawn) @ values / n
+    size = min(100, max(1, 5 * _CHUNK // n))
+    for start in range(0, N_RESAMPLES, size):
+        part = means[start : start + size]
+        drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in part]
+        part[:] = np.stack(drawn) @ values / n
     return means
 
 
-def _interval(resampled: Array) -> Interval:
+def _interval(resampled: Array, point: float) -> Interval:
+    """The middle 95%; always with the estimate in it, which rounding could leave out."""
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return min(float(low), float(point)), max(float(high), float(point))
+
+
+def _sign(difference: Difference) -> int:
+    """1 or -1 where the difference is significantly above or below 0, else 0."""
+    low, high = difference.interval
+    if difference.p >= 1 - LEVEL:
+        return 0
+    return 1 if low > ROUNDING else -1 if high < -ROUNDING else 0
 
 
 def _mcnemar(difference: Array) -> float:
@@ -357,8 +538,8 @@ def _mcnemar(difference: Array) -> float:
 
 
 def _paired_p(difference: Array) -> float:
-    deviation = float(difference.std(ddof=1)) if len(difference) > 1 else 0.0
-    if deviation == 0:
-        return 1.0 if not difference.any() else 0.0
-    z = float(difference.mean()) / (deviation / np.sqrt(len(difference)))
-    return float(2 * norm.sf(abs(z)))
+    n = len(difference)
+    if n < 2 or not difference.any():
+        return 1.0
+    se = float(difference.std(ddof=1)) / n**0.5
+    return float(2 * student_t.sf(abs(float(difference.mean())) / se, n - 1)) if se > 0 else 0.0

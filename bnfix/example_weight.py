@@ -8,7 +8,7 @@ moment to stop), and takes over only if the gate lets it on the select batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import guards, runtime
-from bnfix.errors import DataError, NormError
-from bnfix.evaluation import Metrics, evaluate
+from bnfix.errors import DataError, ModelError, NormError
+from bnfix.evaluation import Metrics, Score, evaluate, labels_of, score
 from bnfix.gate import Decision, judge
 from bnfix.norms import (
     GeneralizedBatchNorm,
@@ -60,8 +60,8 @@ class WeightChoice:
         weights: the weight of every layer after the choice, a number or one a channel.
         excluded: layers that keep their weight: a single position a map, or no statistics.
         n_live: layers with a weight above 0.
-        passes: what the choice cost, in passes over the fit examples; a pass with gradients
-            counts as 3.
+        passes: what fitting cost, in passes over the examples that it learns from; a pass with
+            gradients counts as 3, and watching for the right moment to stop counts too.
         seconds: wall-clock time.
     """
 
@@ -91,8 +91,9 @@ def choose_example_weight_(
 
     Args:
         model: with generalized layers, on the device to run on.
-        batches: labelled ``(x, y)`` to fit on. If ``select`` is not given they are read into a
-            list, and every fourth batch is held out for the gate.
+        batches: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
+            If ``select`` or ``monitor`` is not given they are read into a list, and every fourth
+            batch is held out for the gate.
         select: labelled batches for the gate; not used for fitting.
         monitor: labelled batches on which learning decides when to stop; by default every fifth
             of ``batches``, held out from the fit.
@@ -107,10 +108,10 @@ def choose_example_weight_(
 
     Raises:
         NormError: if the model has no generalized layer.
-        DataError: if there are too few batches to hold some out.
+        DataError: if there are too few batches to hold some out, or no labels.
 
     Changes:
-        ``example_weight`` of the layers, if a candidate won.
+        ``example_weight`` of the layers, if a candidate won; nothing after an exception.
     Restores:
         Modes, ``requires_grad``, gradients.
     """
@@ -118,36 +119,41 @@ def choose_example_weight_(
     started = time.perf_counter()
     if not list(generalized_norms(model)):
         raise NormError("model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first.")
-    batches, select = runtime.hold_out(batches, select, every=4)
-    learn, monitor = runtime.hold_out(batches, monitor, every=5)
-    layers, excluded = weighable_layers(model, monitor, forward, pointwise=recipe.pointwise)
+    learn, watched, chosen_on = _divide(batches, select, monitor)
+    layers, excluded = weighable_layers(model, watched, forward, pointwise=recipe.pointwise)
     name, metrics = incumbent or ("as it was", None)
     if metrics is None:
-        metrics = evaluate(model, select, forward=forward, precision=precision)
-    search = _Search(model, layers, monitor, learn, forward, precision)
+        metrics = evaluate(model, chosen_on, forward=forward, precision=precision)
+    if metrics.examples is None:
+        raise DataError("example weight: the select batches have no labels to choose by.")
+    search = _Search(model, layers, watched, learn, forward, precision)
     decisions: list[Decision] = []
     curve: tuple[CurvePoint, ...] = ()
     chosen = "keep"
-    for level in LEVELS[: LEVELS.index(recipe.granularity) + 1] if layers else ():
-        before = {key: layer.example_weight for key, layer in layers.items()}
-        if level == "global":
-            curve = search.one_weight()
-        else:
-            search.learned(level, recipe)
-        label = f"example weight per {level}" if level != "global" else "one example weight"
-        candidate = evaluate(model, select, forward=forward, precision=precision)
-        decision = judge("example weight", (label, candidate), (name, metrics), z)
-        decisions.append(decision)
-        if decision.admitted:
-            chosen, name, metrics = level, label, candidate
-        else:
-            set_example_weight_(model, before)
-    weights = weights_of(model)
+    at_first = standing = guards.Snapshot(nn.ModuleList(layers.values()))
+    try:
+        for level in LEVELS[: LEVELS.index(recipe.granularity) + 1] if layers else ():
+            if level == "global":
+                curve = search.one_weight()
+            else:
+                search.learned(level, recipe)
+            label = f"example weight per {level}" if level != "global" else "one example weight"
+            candidate = evaluate(model, chosen_on, forward=forward, precision=precision)
+            decision = judge("example weight", (label, candidate), (name, metrics), z)
+            decisions.append(decision)
+            if decision.admitted:
+                chosen, name, metrics = level, label, candidate
+                standing = guards.Snapshot(nn.ModuleList(layers.values()))
+            else:
+                standing.restore_()
+    except BaseException:
+        at_first.restore_()
+        raise
     return WeightChoice(
         tuple(decisions),
         chosen,
         curve,
-        weights,
+        weights_of(model),
         tuple(excluded),
         sum(layer.live for _, layer in generalized_norms(model)),
         search.passes,
@@ -177,7 +183,8 @@ def weighable_layers(
     """The layers whose example weight may be chosen, seen on one batch.
 
     With a single position the example's variance is 0 and the formula turns into a squashing
-    non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with ``pointwise``.
+    non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with ``pointwise``. A layer
+    that is called more than once counts by its smallest map, one that is not reached never.
 
     Args:
         model: with generalized layers.
@@ -195,15 +202,17 @@ def weighable_layers(
     everything = dict(generalized_norms(model))
     names = {id(layer): name for name, layer in everything.items()}
 
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-        positions[names[id(module)]] = args[0][0, 0].numel() if len(args[0]) else 0
+    def look(module: nn.Module, args: Any, output: Tensor) -> None:
+        seen = output[0, 0].numel() if len(output) else 0
+        name = names[id(module)]
+        positions[name] = min(seen, positions.get(name, seen))
 
     batch = next(iter(batches), None)
     if batch is None:
         raise DataError("example weight: no examples. Give at least one batch.")
     with guards.inference(model), guards.hooks() as handles:
         for layer in everything.values():
-            handles.append(layer.register_forward_pre_hook(look))
+            handles.append(layer.register_forward_hook(look))
         runtime.run(model, batch, runtime.device_of(model), forward)
     taking_part = {
         name: layer
@@ -213,8 +222,27 @@ def weighable_layers(
     return taking_part, [name for name in everything if name not in taking_part]
 
 
+def _divide(
+    batches: runtime.Batches, select: Iterable[Any] | None, monitor: Iterable[Any] | None
+) -> tuple[runtime.Batches, Iterable[Any], Iterable[Any]]:
+    """Batches to learn from, to stop by, and for the gate; each can be gone through repeatedly."""
+    if select is None or monitor is None:
+        batches = list(runtime.pass_of(batches, 0))
+        least = 1 + (select is None) + (monitor is None)
+        if len(batches) < least:
+            raise DataError(
+                f"batches: {len(batches)}, expected at least {least} so that some can be held out "
+                "for the gate and to stop by. Give smaller batches, or give the held-out ones "
+                "yourself."
+            )
+    batches, select = runtime.hold_out(batches, select, every=4)
+    learn, monitor = runtime.hold_out(batches, monitor, every=5)
+    watched, chosen_on = (runtime.pass_of(runtime.again(held), 0) for held in (monitor, select))
+    return learn, watched, chosen_on
+
+
 class _Search:
-    """The two ways to find weights on the fit examples; counts the passes that they cost."""
+    """The two ways to find weights on the fit examples; counts what they cost."""
 
     def __init__(
         self,
@@ -227,7 +255,13 @@ class _Search:
     ) -> None:
         self.model, self.layers, self.forward, self.precision = model, layers, forward, precision
         self.monitor, self.learn = monitor, learn
-        self.passes = 0.0
+        self.n_batches = self.n_examples = 0
+        self._n_run = 0
+
+    @property
+    def passes(self) -> float:
+        """Examples run, in passes over those learned from; with gradients three times."""
+        return self._n_run / max(self.n_examples, 1)
 
     def one_weight(self) -> tuple[CurvePoint, ...]:
         """One weight for all layers by bracketed search; leaves the best one set."""
@@ -237,8 +271,9 @@ class _Search:
             a = float(root) ** 2  # the curve is flatter, and the resolution finer, in the root
             if a not in points:
                 set_example_weight_(self.model, dict.fromkeys(self.layers, a))
-                metrics = self._evaluate(self.learn)
-                points[a] = CurvePoint(a, metrics.nll or 0.0, metrics.top1 or 0.0)
+                found = self._score(self._counted(runtime.pass_of(self.learn, 0)))
+                self.n_examples = found.n_examples
+                points[a] = CurvePoint(a, found.nll, found.top1)
             return points[a].nll
 
         for a in (0.0, *_COARSE):
@@ -255,8 +290,6 @@ class _Search:
 
     def learned(self, granularity: str, recipe: WeightRecipe) -> None:
         """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
-        n_batches = sum(1 for _ in runtime.pass_of(self.learn, 0))
-        total = max(1, n_batches * recipe.epochs)
         device = runtime.device_of(self.model)
         best_loss = np.inf
         best: dict[str, Tensor] = {}
@@ -267,7 +300,8 @@ class _Search:
         ):
             self.model.eval()
             optimizer = torch.optim.Adam(leaves.values(), lr=recipe.lr)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+            n_steps = max(1, self.n_batches * recipe.epochs)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
             for epoch in range(recipe.epochs):
                 for batch in runtime.pass_of(self.learn, epoch):
                     optimizer.zero_grad()
@@ -277,8 +311,7 @@ class _Search:
                     with torch.no_grad():
                         for leaf in leaves.values():
                             leaf.clamp_(0, 1)
-                self.passes += 3
-                now = self._evaluate(self.monitor).nll or 0.0
+                now = self._score(self.monitor).nll
                 if now < best_loss:
                     best_loss = now
                     best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
@@ -287,16 +320,24 @@ class _Search:
 
     def _loss(self, batch: Any, device: torch.device) -> Tensor:
         logits = runtime.logits_of(runtime.run(self.model, batch, device, self.forward))
-        labels = runtime.unpack(batch)[1]
+        labels = labels_of(batch, *logits.shape)
         if labels is None:
-            raise DataError("example weight: the batches have no labels to learn from.")
-        return F.cross_entropy(logits.float(), torch.as_tensor(labels).to(device))
+            raise DataError("example weight: a batch has no labels to learn from. Give (x, y).")
+        if not logits.requires_grad:
+            raise ModelError(
+                "example weight: the model's output has no gradient in the weights. Look for "
+                "no_grad or detach in the model, or use --granularity global."
+            )
+        self._n_run += 3 * len(labels)
+        return F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
 
-    def _evaluate(self, batches: runtime.Batches) -> Metrics:
-        self.passes += 1
-        metrics = evaluate(
-            self.model, runtime.pass_of(batches, 0), forward=self.forward, precision=self.precision
-        )
-        if metrics.nll is None:
-            raise DataError("example weight: the batches have no labels to choose by.")
-        return metrics
+    def _score(self, batches: Iterable[Any]) -> Score:
+        found = score(self.model, batches, forward=self.forward, precision=self.precision)
+        self._n_run += found.n_examples
+        return found
+
+    def _counted(self, batches: Iterable[Any]) -> Iterator[Any]:
+        self.n_batches = 0
+        for batch in batches:
+            self.n_batches += 1
+            yield batch

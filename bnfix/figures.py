@@ -7,15 +7,14 @@ picture follows the reader's theme. Nothing else of its output but shapes and te
 from __future__ import annotations
 
 import io
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 
+from bnfix import pages
 from bnfix.evaluation import Array, Metrics
 from bnfix.example_weight import CurvePoint
 from bnfix.finetuning import Finetuning
@@ -58,8 +57,6 @@ _STYLE = {
     "grid.color": _GRID,
     "figure.constrained_layout.use": True,
 }
-_SVG = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
 _MOST_CLASSES = 40
 _SHOWN_CLASSES = 20
 
@@ -105,7 +102,7 @@ def reliability(models: Sequence[tuple[str, Metrics]]) -> Picture:
             upper.plot([0, 1], [0, 1], color=_INK, linestyle="--", linewidth=1)
             share = [b.n_examples / metrics.n_examples for b in bins]
             lower.bar(left, share, width, align="edge", color=_MUTED)
-            upper.set_title(_short(name, 24 if len(models) > 1 else 48), parse_math=False)
+            upper.set_title(pages.clean(name, 24 if len(models) > 1 else 48), parse_math=False)
             upper.set_ylim(0, 1)
             lower.set_xlim(0, 1)
             lower.set_xlabel("confidence")
@@ -181,7 +178,8 @@ def drift(
         ("residual", residual, _LOSS, "^"),
     ]
     columns = [(label, _finite(values), c, m) for label, values, c, m in series]
-    columns = [column for column in columns if np.isfinite(column[1]).any()]
+    moved = [column for column in columns if np.nan_to_num(column[1]).any()]
+    columns = moved or [column for column in columns if np.isfinite(column[1]).any()]
     seen = np.concatenate([values[np.isfinite(values)] for _, values, _, _ in columns])
 
     def draw(figure: Any) -> None:
@@ -199,16 +197,20 @@ def drift(
         axis.set_ylabel("drift")
         _legend(figure, axis.lines, [label for label, *_ in columns])
 
-    worst = int(np.nanargmax(columns[0][1]))
-    left = " The residual is what one verifying pass in inference still finds." if any(
-        label == "residual" for label, *_ in columns
-    ) else ""  # fmt: skip
+    label, values = columns[0][:2]
+    worst = int(np.nanargmax(values))
+    shown = [column[0] for column in columns]
+    told = {
+        "mean shift": "Means are in standard deviations.",
+        "|log variance ratio|": "Variances are compared as |log ratio| (0.1 is about 10%).",
+        "residual": "The residual is what one verifying pass in inference still finds.",
+    }
     return _picture(
         "drift",
         "Population statistics: drift by layer",
-        "How far the data's statistics lie from the stored ones, mean over a layer's channels: "
-        "means in standard deviations, variances as |log ratio| (0.1 is about 10%). The largest "
-        f"{columns[0][0]} is {columns[0][1][worst]:.3g}, at layer {worst + 1}.{left}",
+        "Stored statistics against those before, mean over a layer's channels. "
+        + " ".join(told[name] for name in shown)
+        + f" The largest {label} is {values[worst]:.3g}, at layer {worst + 1}.",
         draw,
     )
 
@@ -278,7 +280,9 @@ def per_class(
             face = color if clear[c] else "none"
             mark = ">" if gained else "<"
             axis.plot([last[c]], [row], mark, mec=color, mfc=face, markersize=6)
-        axis.set_yticks(range(len(order)), [_short(names[c], 22) for c in order], parse_math=False)
+        axis.set_yticks(
+            range(len(order)), [pages.clean(names[int(c)], 22) for c in order], parse_math=False
+        )
         axis.set_ylim(len(order) - 0.5, -0.5)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axis.set_xlabel("top-1 of the class")
@@ -322,7 +326,7 @@ def training(runs: Sequence[Finetuning]) -> Picture:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("epoch (0: before any step)")
         axis.set_ylabel("NLL, monitor images")
-        _legend(figure, axis.lines[: len(runs)], [_short(run.trained, 40) for run in runs])
+        _legend(figure, axis.lines[: len(runs)], [pages.clean(run.trained, 40) for run in runs])
 
     return _picture(
         "training",
@@ -353,10 +357,10 @@ def gate(decisions: Sequence[Decision]) -> Picture:
             axis.plot(ends, [row, row], color=color, linewidth=2)
             face = color if d.admitted else "none"
             axis.plot([d.nll_difference], [row], "o", mec=color, mfc=face, markersize=7)
-        labels = [_short(d.candidate, 26) for d in decisions]
+        labels = [pages.clean(d.candidate, 26) for d in decisions]
         axis.set_yticks(range(len(decisions)), labels, parse_math=False)
         axis.set_ylim(len(decisions) - 0.5, -0.5)
-        axis.set_xlabel("NLL against what stood (lower is better)")
+        axis.set_xlabel("NLL difference; left is better")
 
     return _picture(
         "gate",
@@ -387,7 +391,7 @@ def speed(models: Sequence[tuple[str, float]]) -> Picture:
             axis.annotate(
                 f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center"
             )
-        labels = [_short(name, 22) for name, _ in models]
+        labels = [pages.clean(name, 22) for name, _ in models]
         axis.set_yticks(range(len(models)), labels, parse_math=False)
         axis.set_ylim(len(models) - 0.5, -0.5)
         axis.set_xlim(0, 1.18 * max(rates))
@@ -415,11 +419,6 @@ def _root(values: Array) -> Array:
 
 def _colors(n: int) -> list[str]:
     return [_LAST] if n == 1 else [_FIRST] * (n - 1) + [_LAST]
-
-
-def _short(name: str, limit: int) -> str:
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(name).split()))
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _depth_axis(axis: Any, n: int) -> None:
@@ -451,53 +450,5 @@ def _picture(
         draw(figure)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    return Picture(key, title, caption, _for_page(text.getvalue(), key, f"{title}. {caption}"))
-
-
-def _for_page(text: str, key: str, label: str) -> str:
-    """Unique ids, page colours, short numbers, a title; no style sheet, no metadata."""
-    root = ElementTree.fromstring(text[text.index("<svg") :])
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag == f"{_SVG}style" or not child.tag.startswith(_SVG):
-                parent.remove(child)
-            elif child.tag == f"{_SVG}metadata":
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        _clean_attributes(element, key)
-        if element.tag not in ("text", "tspan"):
-            element.text = None
-        element.tail = None
-    root.attrib = {
-        "viewBox": root.attrib["viewBox"],
-        "role": "img",
-        "aria-labelledby": f"{key}-title",
-        "fill": "currentColor",
-    }
-    title = ElementTree.Element("title", {"id": f"{key}-title"})
-    title.text = label
-    root.insert(0, title)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
-
-
-def _clean_attributes(element: ElementTree.Element, key: str) -> None:
-    given = element.attrib
-    if "id" in given and element.tag in ("g", "text"):
-        del given["id"]
-    if _LINK in given:
-        given["href"] = given.pop(_LINK).replace("#", f"#{key}-", 1)
-    if "id" in given:
-        given["id"] = f"{key}-{given['id']}"
-    if "clip-path" in given:
-        given["clip-path"] = given["clip-path"].replace("#", f"#{key}-", 1)
-    if "style" in given:
-        parts = [part.strip() for part in given["style"].split(";")]
-        style = ";".join(part for part in parts if part and not part.startswith("font-family"))
-        given["style"] = re.sub(
-            r"#[0-9a-f]{6}", lambda found: _VARIABLES.get(found[0], found[0]), style
-        )
-    for name in ("d", "x", "y", "transform", "width", "height"):
-        if name in given:
-            shorter = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}", given[name])
-            given[name] = " ".join(shorter.split())
+    label = f"{title}. {caption}"
+    return Picture(key, title, caption, pages.svg_for_page(text.getvalue(), key, label, _VARIABLES))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnfix.evaluation import Array, Metrics, paired_examples
+from bnfix.errors import ConfigError
+from bnfix.evaluation import ROUNDING, Array, Metrics, paired_examples
 
 
 @dataclass(frozen=True)
@@ -57,33 +58,40 @@ def judge(
     """Judge a candidate against what stands, on the same select examples.
 
     It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
-    difference, and its top-1 is not lower by more than ``z`` of its own. Ties go to the incumbent.
+    difference (and by more than rounding), and its top-1 is not lower by more than ``z`` of its
+    own. Ties go to the incumbent, and so does a single example, which has no standard error.
 
     Args:
         stage: what is being decided.
         candidate: name and metrics.
         incumbent: name and metrics.
-        z: standard errors demanded.
+        z: standard errors demanded, at least 0.
 
     Returns:
         The decision.
+
+    Raises:
+        ConfigError: if z is below 0.
+        DataError: if the two were not measured on the same labelled examples.
     """
+    if not z >= 0:
+        raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
     (name, new_metrics), (old_name, old_metrics) = candidate, incumbent
     old, new = paired_examples(old_metrics, new_metrics)
     n = len(new.losses)
     loss, loss_se = _mean_and_se(new.losses - old.losses)
     top1, top1_se = _mean_and_se(new.right.astype(np.float64) - old.right)
+    admitted = False
     if n < 2:
-        admitted, reason = False, "too few examples to judge"
-    elif not loss < -z * loss_se or loss == 0:
-        admitted, reason = False, f"its loss is not lower by {z:g} standard errors"
+        reason = "a single example cannot judge"
+    elif not (loss < -z * loss_se and loss < -ROUNDING):
+        reason = f"its loss is not lower by more than {z:g} standard errors"
     elif top1 < -z * top1_se:
-        admitted, reason = False, f"its top-1 is lower by more than {z:g} standard errors"
+        reason = f"its top-1 is lower by more than {z:g} standard errors"
     else:
-        admitted, reason = (
-            True,
-            f"its loss is lower by {-loss / max(loss_se, 1e-12):.1f} " + ("standard errors"),
-        )
+        admitted = True
+        by = f"{-loss / loss_se:.1f} standard errors" if loss_se else "the same for every example"
+        reason = f"its loss is lower by {-loss:.3g} nats, {by}"
     return Decision(
         stage, name, old_name, n, float(new.losses.mean()), float(old.losses.mean()),
         float(new.right.mean()), float(old.right.mean()), loss, loss_se, top1, top1_se, z,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,20 +54,23 @@ def only_these_require_grad(model: nn.Module, wanted: list[Tensor]) -> Iterator[
         wanted: tensors that get it.
 
     Restores:
-        ``requires_grad`` of every parameter; gradients gathered inside are dropped.
+        ``requires_grad`` and gradient of every parameter, and of those wanted that are none; what
+        is gathered inside is dropped.
     """
-    parameters = list(model.parameters())
-    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    tensors = list({id(t): t for t in (*model.parameters(), *wanted)}.values())
+    before = [(t, t.requires_grad, t.grad) for t in tensors]
     try:
-        for p in parameters:
-            p.requires_grad_(False)
+        for t in tensors:
+            t.requires_grad_(False)
+            # Left in place it would be added to in place.
+            t.grad = None
         for tensor in wanted:
             tensor.requires_grad_(True)
         yield
     finally:
-        for p, flag, grad in before:
-            p.requires_grad_(flag)
-            p.grad = grad
+        for t, flag, grad in before:
+            t.requires_grad_(flag)
+            t.grad = grad
 
 
 @contextmanager
@@ -107,34 +111,35 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._parameters = [(p, p.detach().clone()) for p in model.parameters()]
-        self._buffers = [
-            (module, name, buffer, None if buffer is None else buffer.detach().clone())
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-        ]
-        self._settings = [(module, _settings(module)) for module in model.modules()]
+        modules = list(model.modules())
+        tables: list[Any] = [table for m in modules for table in (m._parameters, m._buffers)]
+        self._tables = [(table, dict(table)) for table in tables]
+        tensors = {id(t): t for _, own in self._tables for t in own.values() if t is not None}
+        self._values = [(t, t.detach().clone()) for t in tensors.values()]
+        self._settings = [(module, _settings(module)) for module in modules]
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put every value back into the very tensors that held it.
+        """Put every value back into the very tensors that held it, and those into their places.
 
         Changes:
             Parameters, buffers and plain settings (numbers, flags) of the model; not its modes.
         """
-        for parameter, saved in self._parameters:
-            parameter.copy_(saved)
-        for module, name, buffer, value in self._buffers:
-            if buffer is not None and value is not None:
-                buffer.copy_(value)
-            module._buffers[name] = buffer
+        for tensor, value in self._values:
+            tensor.copy_(value)
+        for table, own in self._tables:
+            table.update(own)
         for module, settings in self._settings:
             module.__dict__.update(settings)
+
+
+#: Fields that belong to the machinery of torch, the mode and the kind of hooks among them.
+_TORCH_FIELDS = frozenset(vars(nn.Module()))
 
 
 def _settings(module: nn.Module) -> dict[str, bool | int | float | None]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name != "training" and (value is None or isinstance(value, bool | int | float))
+        if name not in _TORCH_FIELDS and (value is None or isinstance(value, bool | int | float))
     }

@@ -142,13 +142,11 @@ def _reason(error: BaseException) -> str:
 def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -> nn.Module:
     try:
         with (
-            torch.random.fork_rng(devices=[]),
+            _seeded(),
             _importable(builder.folder),
             warnings.catch_warnings(),
             device,
         ):
-            # Only this generator: torch.manual_seed would touch those of other devices, too.
-            torch.default_generator.manual_seed(0)
             if builder.quiet or device.type == "meta":
                 warnings.simplefilter("ignore")
             model = builder.call(**copy.deepcopy(arguments))
@@ -315,7 +313,7 @@ def _resolve(
         raise ModelError(f"{spec}: is not a model, expected {_FORMS}.{hint}", name=spec)
     is_file = where.endswith(".py") or "/" in where
     folder = str(Path(where).resolve().parent if is_file else Path.cwd())
-    with _importable(folder):
+    with _seeded(), _importable(folder):
         module = _import_file(spec, Path(where)) if is_file else _import_module(spec, where)
     call = _attribute(spec, module, attribute)
     builder = _Builder(spec, call, folder=folder)
@@ -368,6 +366,14 @@ def _import_timm(spec: str) -> ModuleType:
             f"{spec}: needs timm, which is not installed ({error}). pip install 'bnfix[timm]'.",
             name=spec,
         ) from error
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        # Only this generator: torch.manual_seed would touch those of other devices, too.
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 @contextmanager

@@ -358,7 +358,7 @@ def _load(path: Path, blocked: list[str], mapped: bool) -> Any:
         ):
             # torch's remarks (protocols, typed storages, alignment) are not the user's business.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)  # noqa: TID251
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _READ_ERRORS as error:
         if not blocked:
             raise

@@ -268,3 +268,49 @@ class RunOptions:
         _one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
         _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
         _require(self.workers >= -1, f"--workers: {self.workers}, expected 0 or more.", "workers")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which model a checkpoint belongs to, and where in the file it lies."""
+
+    model: str | None = option(
+        None,
+        "torchvision:NAME, timm:NAME, package.module:callable or path/to/file.py:callable; needed "
+        "until a checkpoint carries one.",
+    )
+    arguments: tuple[tuple[str, Any], ...] = option((), "Arguments of the builder.")
+    key: str | None = option(None, "Dotted nesting of the state dict in the file.")
+    prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which examples are used, and how they become inputs.
+
+    Resize and crop belong together: one given replaces both. The rest replaces one by one.
+    """
+
+    test: str | None = option(None, "Examples for the claim, used for nothing else.")
+    class_map: str | None = option(None, "JSON file: folder name to class index.")
+    labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
+    preset: str | None = option(
+        None, "Preprocessing of torchvision:WEIGHTS_NAME or timm:NAME, to start from."
+    )
+    resize: tuple[int, ...] | None = None
+    crop: tuple[int, ...] | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    max_bad: float | None = option(
+        None, "Bad images that a pass may meet (default: 1%, and at least 5)."
+    )
+
+    def __post_init__(self) -> None:
+        """Check choices.
+
+        Raises:
+            ConfigError: if a value is not known.
+        """
+        _one_of(self.labels, ("auto", "none"), "--labels")

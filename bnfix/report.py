@@ -5,29 +5,39 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from bnfix import figures
 from bnfix.calibration import Calibration
 from bnfix.checkpoint import write_text
-from bnfix.evaluation import Difference, Metrics, Paired, compare
+from bnfix.errors import some
+from bnfix.evaluation import Metrics, Paired, compare
 from bnfix.example_weight import WeightChoice
 from bnfix.finetuning import Finetuning
 from bnfix.gate import Decision
+from bnfix.pages import (
+    clean,
+    count,
+    difference,
+    direction,
+    flat,
+    number,
+    percent,
+    plain_json,
+    render,
+)
 from bnfix.surgery import SwapPlan
 from bnfix.version import __version__
 
 #: Commands whose first model is the same network before the work.
 _BEFORE = ("fix", "convert", "calibrate", "finetune", "demo")
+_DRIFTS = ("mean_shift", "log_var_ratio", "residual")
 _BADGES = {"better": "Better", "same": "Same", "worse": "Worse"}
 
 
@@ -56,7 +66,7 @@ class DataUsed:
 
     Args:
         spec: as given.
-        n_examples: evaluated.
+        n_examples: in all of it.
         fingerprint: of the whole data.
         class_names: by index.
         splits: examples by split name.
@@ -168,7 +178,9 @@ class Report:
             A few sentences; the first begins with the verdict.
         """
         sentences = " ".join([self._headline(), *self._remarks()])
-        return sentences if self.verdict is None else f"{self.verdict}: {sentences}"
+        if self.verdict is None:
+            return sentences[:1].upper() + sentences[1:]
+        return f"{self.verdict}: {sentences}"
 
     def to_json(self) -> dict[str, Any]:
         """Put everything into plain containers; numbers that are not finite become ``None``.
@@ -183,7 +195,7 @@ class Report:
             "verdict_sentence": self.verdict_sentence(),
             "temperature_only": self.temperature_only,
             "n_seen": self.n_seen,
-            "data": None if self.data is None else dataclasses.asdict(self.data),
+            "data": None if self.data is None else _data_json(self.data),
             "models": [_model_json(model) for model in self.models],
             "paired": [
                 _paired_json(model.name, self.models[0].name, paired)
@@ -198,7 +210,7 @@ class Report:
             else [],
             "training_curve": [dataclasses.asdict(run) for run in self.finetunings],
             "swap": _without(self.swap),
-            "per_class": self._per_class(),
+            "per_class": self._per_class,
             "reliability": [
                 {"name": m.name, "bins": [dataclasses.asdict(b) for b in m.metrics.reliability]}
                 for m in self.models
@@ -209,7 +221,7 @@ class Report:
             "command_line": self.command_line,
             "versions": self.versions,
         }
-        return {key: _plain(value) for key, value in content.items()}
+        return {key: plain_json(value) for key, value in content.items()}
 
     def to_markdown(self) -> str:
         """Write the tables and sentences as Markdown.
@@ -244,46 +256,44 @@ class Report:
         """The first sentence, without the verdict's word."""
         if not self.models:
             n = len(self.swap.changes) if self.swap else 0
-            done = f"{_count(n)} norm layers swapped; " if n else ""
+            done = f"{count(n)} norm {'layer' if n == 1 else 'layers'} swapped; " if n else ""
             return f"{done}no model was evaluated, so nothing is claimed."
         last, images = self.models[-1].metrics, self._images()
         if last.top1 is None:
             return f"the {images} have no labels, so nothing can be proven."
         if len(self.models) == 1:
             low, high = (100 * end for end in last.interval["top1"])
-            return (
-                f"{_percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
-            )
+            return f"{percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
         first, paired = self.models[0].metrics, self.paired[-1]
         if paired is None or first.top1 is None:
-            return f"{_percent(last.top1)} of {images} right; the first model was not measured."
+            return f"{percent(last.top1)} of {images} right; the first model was not measured."
         if self._judged_by_nll():
             return (
-                f"NLL {_number(last.nll)} on {images}, {_number(first.nll)} {self._reference()}; "
-                f"the difference is {_difference(paired.nll)}."
+                f"NLL {number(last.nll)} on {images}, {number(first.nll)} {self._reference()}; "
+                f"the difference is {difference(paired.nll)}."
             )
         no = "no measurable difference: " if paired.verdict == "same" else ""
         return (
-            f"{no}{_percent(last.top1)} of {images} right, {_percent(first.top1)} "
-            f"{self._reference()}; the difference is {_difference(paired.top1, points=True)}."
+            f"{no}{percent(last.top1)} of {images} right, {percent(first.top1)} "
+            f"{self._reference()}; the difference is {difference(paired.top1, points=True)}."
         )
 
     def _remarks(self) -> list[str]:
         """What else must be known to judge the headline."""
-        remarks = []
+        remarks: list[str] = []
         paired = self.paired[-1] if self.paired else None
         if paired is not None:
             first, last = self.models[0].metrics, self.models[-1].metrics
             if self._judged_by_nll():
-                one, other, of = _percent(last.top1), _percent(first.top1), paired.top1
+                one, other, of = percent(last.top1), percent(first.top1), paired.top1
                 remarks.append(
-                    f"Top-1 {_direction(of)}: {one}, {other} {self._reference()} "
-                    f"(difference {_difference(of, points=True)})."
+                    f"Top-1 {direction(of)}: {one}, {other} {self._reference()} "
+                    f"(difference {difference(of, points=True)})."
                 )
             else:
                 remarks.append(
-                    f"NLL {_direction(paired.nll)}: {_number(last.nll)}, {_number(first.nll)} "
-                    f"{self._reference()} (difference {_difference(paired.nll)})."
+                    f"NLL {direction(paired.nll)}: {number(last.nll)}, {number(first.nll)} "
+                    f"{self._reference()} (difference {difference(paired.nll)})."
                 )
         if self.temperature_only:
             remarks.append(
@@ -291,7 +301,7 @@ class Report:
             )
         if self.n_seen:
             remarks.append(
-                f"{_count(self.n_seen)} of these images were used for fitting or choosing, so this "
+                f"{count(self.n_seen)} of these images were used for fitting or choosing, so this "
                 "is no proof."
             )
         return remarks
@@ -307,15 +317,16 @@ class Report:
     def _reference(self) -> str:
         if self.command in _BEFORE and len(self.models) == 2:
             return "before"
-        return f"with {_clean(self.models[0].name)}"
+        return f"with {clean(self.models[0].name)}"
 
     def _images(self) -> str:
-        is_test = self.data is not None and "test" in self.data.splits and not self.n_seen
-        return f"{_count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}images"
+        is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
+        return f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}images"
 
     def _decisions(self) -> tuple[Decision, ...]:
         return self.decisions or (self.choice.decisions if self.choice else ())
 
+    @cached_property
     def _per_class(self) -> list[dict[str, Any]]:
         """Top-1 of every class that has examples, one number a model."""
         examples = [model.metrics.examples for model in self.models]
@@ -348,11 +359,11 @@ class Report:
             figures.gate(decisions) if decisions else None,
             figures.reliability([labelled[0], labelled[-1]][: len(labelled)]) if labelled else None,
             figures.weights_over_depth([layer.example_weight for layer in self.layers])
-            if any(np.any(layer.example_weight) for layer in self.layers)
+            if self._any_weight()
             else None,
             figures.weight_curve(points) if len(points) > 1 else None,
             figures.drift(*drifts)
-            if any(v is not None and math.isfinite(v) for values in drifts for v in values)
+            if any(v and math.isfinite(v) for values in drifts for v in values)
             else None,
             figures.training(runs) if runs else None,
             self._class_picture(),
@@ -362,10 +373,13 @@ class Report:
         ]
         return [picture for picture in made if picture is not None]
 
+    def _any_weight(self) -> bool:
+        return any(np.any(layer.example_weight) for layer in self.layers)
+
     def _class_picture(self) -> figures.Picture | None:
         if not self.paired or self.paired[-1] is None:
             return None
-        rows = self._per_class()
+        rows = self._per_class
         first, last = self.models[0].metrics.examples, self.models[-1].metrics.examples
         if len(rows) < 2 or first is None or last is None:
             return None
@@ -377,14 +391,16 @@ class Report:
         return figures.per_class(names, n, top1[:, 0], top1[:, 1], np.sqrt(variance / n))
 
     def _render(self, template: str, pictures: Sequence[figures.Picture]) -> str:
-        environment = _html_environment() if "html" in template else _markdown_environment()
         headline = self._headline()
         badge = _BADGES.get(self.verdict or "", "Not proven")
+        if self.verdict is not None and self.n_seen:
+            badge += ", no proof"
         if self.verdict is None and self.models and self.models[-1].metrics.top1 is not None:
             badge = "Measured"
         elif not self.models:
             badge = "Done"
-        return environment.get_template(template).render(
+        return render(
+            template,
             r=self,
             version=__version__,
             badge=badge,
@@ -394,11 +410,11 @@ class Report:
             left_out=_left_out(self),
             decisions=self._decisions(),
             pictures=pictures,
-            per_class=self._per_class(),
+            per_class=self._per_class,
+            options=dict(flat(self.options)),
+            any_weight=self._any_weight(),
+            changed=sorted(self._per_class, key=_change),
         )
-
-
-_DRIFTS = ("mean_shift", "log_var_ratio", "residual")
 
 
 def report_paths(out: Path) -> tuple[Path, Path, Path]:
@@ -414,6 +430,17 @@ def report_paths(out: Path) -> tuple[Path, Path, Path]:
         out.with_name(f"{out.name}.report.{kind}") for kind in ("json", "md", "html")
     )
     return json_path, md_path, html_path
+
+
+def _change(row: dict[str, Any]) -> float:
+    """Sorts the largest change of a class first."""
+    first, last = row["top1"][0], row["top1"][-1]
+    return 0.0 if first is None or last is None else -abs(last - first)
+
+
+def _data_json(data: DataUsed) -> dict[str, Any]:
+    values = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
+    return {key: value for key, value in values.items() if key != "class_names"}
 
 
 def _model_json(model: Evaluated) -> dict[str, Any]:
@@ -443,150 +470,36 @@ def _without(record: Any, *names: str) -> dict[str, Any] | None:
     return {key: value for key, value in dataclasses.asdict(record).items() if key not in names}
 
 
-def _plain(value: Any) -> Any:
-    """Plain JSON values; what is not finite becomes ``None``, what is not known its text."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, (float, np.floating)):
-        return float(f"{float(value):.9g}") if math.isfinite(value) else None
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
-    return str(value)
-
-
-def _clean(text: object, limit: int = 500) -> str:
-    """One line without control characters; names come from files."""
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(text).split()))
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def _markdown(text: object) -> str:
-    line = _clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", line)
-
-
-class _Code(str):
-    """Text for an indented Markdown code block: one line, no escapes needed."""
-
-
-def _count(n: float) -> str:
-    return f"{n:,.0f}"
-
-
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def _brief(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.3g}"
-
-
-def _p(value: float) -> str:
-    return "below 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _ends(d: Difference, points: bool) -> tuple[str, str, str]:
-    """The difference and its interval, with the digits it takes to keep the ends off 0."""
-    scale, digits = (100, 1) if points else (1, 3)
-    ends = [abs(scale * end) for end in d.interval if end]
-    while ends and digits < 6 and min(ends) < 0.5 * 10**-digits:
-        digits += 1
-    value, low, high = (
-        f"{scale * x:.{digits}f}" for x in (d.difference, d.interval[0], d.interval[1])
-    )
-    return value, low, high
-
-
-def _difference(d: Difference, *, points: bool = False) -> str:
-    value, low, high = _ends(d, points)
-    return f"{value}{' points' if points else ''}, 95% interval {low} to {high}"
-
-
-def _direction(d: Difference) -> str:
-    low, high = d.interval
-    return "is higher" if low > 0 else "is lower" if high < 0 else "does not differ measurably"
-
-
-def _weight(value: float | list[float]) -> str:
-    """A layer's example weight in a table cell: a number, or least, median and largest."""
-    if not isinstance(value, list):
-        return _brief(value)
-    low, middle, high = np.quantile(value, [0, 0.5, 1]) if value else (0.0, 0.0, 0.0)
-    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
-
-
-_FILTERS: dict[str, Callable[..., Any]] = {
-    "count": _count, "percent": _percent, "number": _number, "brief": _brief, "p": _p,
-    "ends": _ends, "weight": _weight, "code": lambda text: _Code(_clean(text, 4000)),
-    "safe_svg": lambda svg: Markup(svg),  # noqa: S704
-}  # fmt: skip
-
-
-def _html_environment() -> Environment:
-    def finalize(value: Any) -> Any:
-        return value if isinstance(value, (Markup, _Code)) else _clean(value)
-
-    return _environment(autoescape=True, finalize=finalize)
-
-
-def _markdown_environment() -> Environment:
-    def finalize(value: Any) -> Any:
-        return value if isinstance(value, _Code) else _markdown(value)
-
-    return _environment(autoescape=False, finalize=finalize)
-
-
-def _environment(**options: Any) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("bnfix", "templates"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        **options,
-    )
-    environment.filters.update(_FILTERS)
-    return environment
-
-
 def _done(report: Report) -> list[str]:
     """What was done, one sentence each."""
     told = []
     if report.swap and report.swap.changes:
         found = [c.difference for c in report.swap.changes if c.difference is not None]
         exact = f"; no output changes by more than {max(found):.1g} of its range" if found else ""
-        told.append(f"{_count(len(report.swap.changes))} norm layers were swapped{exact}.")
+        told.append(f"{count(len(report.swap.changes))} norm layers were swapped{exact}.")
     if c := report.calibration:
         told.append(
             f"Population statistics ({c.target}, {c.feed} feed) were measured on "
-            f"{_count(c.n_examples)} images in {_count(c.n_batches)} batches: "
-            f"{len(c.layers)} layers, {c.passes:.3g} passes, {c.seconds:.1f} s."
+            f"{count(c.n_examples)} images in {count(c.n_batches)} batches: "
+            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s."
         )
     if w := report.choice:
         chosen = {"keep": "kept as it was", "global": "one for the model"}.get(w.chosen)
         told.append(
             f"Example weight: {chosen or 'one per ' + w.chosen}; {w.n_live} layers use it. "
-            f"The search took {w.passes:.3g} passes, {w.seconds:.1f} s."
+            f"The search took {_passes(w.passes)}, {w.seconds:.1f} s."
         )
     for run in report.finetunings:
         kept = f"epoch {run.best_epoch} was kept" if run.best_epoch else "nothing was kept"
         told.append(
-            f"Fine-tuning of {run.trained}: {_count(run.n_parameters)} numbers, "
-            f"{_count(run.n_steps)} steps, {run.seconds:.1f} s; {kept}."
+            f"Fine-tuning of {run.trained}: {count(run.n_parameters)} numbers, "
+            f"{count(run.n_steps)} steps, {run.seconds:.1f} s; {kept}."
         )
     if decisions := report._decisions():
         n = sum(d.admitted for d in decisions)
         told.append(
             f"{n} of {len(decisions)} candidates passed the gate, on "
-            f"{_count(decisions[0].n_examples)} images of the select split."
+            f"{count(decisions[0].n_examples)} images of the select split."
         )
     return told
 
@@ -608,11 +521,15 @@ def _left_out(report: Report) -> list[str]:
         if run.n_skipped_steps
     ]
     if report.data and report.data.n_skipped:
-        told += _grouped(f"{_count(report.data.n_skipped)} images left out", report.data.skipped)
+        n = report.data.n_skipped
+        shown = f": {some(report.data.skipped, 8)}" if report.data.skipped else ""
+        told.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} left out{shown}.")
     return list(dict.fromkeys(told))
 
 
-def _grouped(what: str, names: Sequence[str]) -> list[str]:
-    from bnfix.errors import some
+def _passes(n: float) -> str:
+    return f"{n:.3g} {'pass' if n == 1 else 'passes'}"
 
+
+def _grouped(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what}: {some(names, 8)}."] if names else []

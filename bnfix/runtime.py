@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from bnfix.errors import ConfigError, DataError, ModelError
 
@@ -73,9 +74,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
     Returns:
         Autocast for the half types, nothing for fp32.
+
+    Raises:
+        ConfigError: if the precision is not known.
     """
     if precision == "fp32":
         return nullcontext()
+    if precision not in _AUTOCAST:
+        raise ConfigError(
+            f"--precision: {precision!r} is not known. Use one of: fp32, {', '.join(_AUTOCAST)}.",
+            name="precision",
+        )
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
@@ -117,8 +126,10 @@ def move(value: Any, device: torch.device) -> Any:
     Returns:
         The same nest with its tensors there.
     """
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+    # A packed sequence is a named tuple too, but its lengths must stay on the CPU.
+    if isinstance(value, Tensor | PackedSequence):
+        movable: Any = value
+        return movable.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: move(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -163,14 +174,16 @@ def logits_of(output: Any) -> Tensor:
     for key in ("logits", "out"):
         if isinstance(output, Mapping) and key in output:
             found = output[key]
-        elif not isinstance(output, Tensor) and hasattr(output, key):
+            break
+        if not isinstance(output, Tensor) and hasattr(output, key):
             found = getattr(output, key)
+            break
     if isinstance(found, list | tuple) and found:
         found = found[0]
     if not isinstance(found, Tensor) or found.ndim != 2:
-        shape = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ModelError(
-            f"model: its output is {type(found).__name__} {shape}, expected logits (N, classes). "
+            f"model: its output is {type(found).__name__}{shape}, expected logits (N, classes). "
             "Give forward=, which is called with the model and the batch and returns logits."
         )
     return found
@@ -198,9 +211,8 @@ def again(batches: Batches) -> Batches:
     Returns:
         Something to iterate over repeatedly.
     """
-    if not callable(batches) and iter(batches) is batches:
-        return list(batches)
-    return batches
+    # Not `iter(batches) is batches`: asking a loader for an iterator starts its workers.
+    return list(batches) if isinstance(batches, Iterator) else batches
 
 
 def hold_out(
@@ -210,7 +222,7 @@ def hold_out(
 
     Args:
         batches: what to take from; read into a list where nothing is set aside yet.
-        held: what is set aside already, or ``None``.
+        held: what is set aside already, read into a list if it is an iterator; or ``None``.
         every: n.
 
     Returns:
@@ -220,7 +232,7 @@ def hold_out(
         DataError: if there are fewer than 2 batches to divide.
     """
     if held is not None:
-        return again(batches), held
+        return again(batches), list(held) if isinstance(held, Iterator) else held
     everything = list(pass_of(batches, 0))
     if len(everything) < 2:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import _WrappedHook
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.errors import NormError, some
-from bnfix.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
+from bnfix.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, over_channel_groups
 from bnfix.recipe import KINDS, SwapRecipe
 
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -65,8 +67,9 @@ class Change:
         ghost_size: after; ``None`` is the whole batch.
         example_weight: after; ``None`` keeps what a generalized layer has.
         difference: largest |output after - output before| in evaluation on seeded normal inputs of
-            the layer's own moments, relative to the largest output where that is above 1;
-            ``None`` until done, or where it was not measurable.
+            the layer's own moments, computed in float64 from the tensors as stored, relative to the
+            largest output where that is above 1; ``None`` until done, where an example weight
+            before or after means another output, or where it was not measurable.
     """
 
     name: str
@@ -111,7 +114,9 @@ def find_norms(model: nn.Module) -> list[NormSite]:
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        holds_moments = {"running_mean", "running_var"} <= set(module._buffers)
+        # Not module._buffers: a scripted module has none that can be iterated over.
+        buffers = {key for key, _ in module.named_buffers(recurse=False)}
+        holds_moments = {"running_mean", "running_var"} <= buffers
         if isinstance(module, _BatchNorm) or (
             holds_moments and not isinstance(module, _InstanceNorm)
         ):
@@ -145,11 +150,7 @@ def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
     skipped: list[str] = []
     synchronized: list[str] = []
     sites = find_norms(model)
-    names = [name for site in sites for name in (site.name, *site.aliases)]
-    for pattern in (*recipe.layers, *recipe.skip):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            known = some(names) or "none"
-            problems.append(f"{pattern}: matches no norm layer (there are: {known})")
+    problems.extend(unmatched(sites, (*recipe.layers, *recipe.skip)))
     for site in sites:
         if not selected(site, recipe.layers, recipe.skip):
             skipped.append(f"{site.name}: left alone as asked")
@@ -190,6 +191,25 @@ def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool
     return (not layers or matches(layers)) and not matches(skip)
 
 
+def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
+    """Which patterns match no norm layer: each is most likely a slip of the pen.
+
+    Args:
+        sites: from `find_norms`.
+        patterns: globs on dotted names.
+
+    Returns:
+        One problem for each such pattern.
+    """
+    names = [name for site in sites for name in (site.name, *site.aliases)]
+    known = some(names) or "none"
+    return [
+        f"{pattern}: matches no norm layer (there are: {known})"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
 def swap_norms_(
     model: nn.Module,
     *,
@@ -204,7 +224,8 @@ def swap_norms_(
 
     With example weight 0 evaluation gives the same outputs at any grouping: where channels share
     moments, scale and shift are re-fitted (the pooled moments are constants, so they can absorb
-    the change exactly), and each layer is compared before anything is replaced.
+    the change exactly), and each layer is compared before anything is replaced. Parameters are the
+    very same objects, except that re-fitted ones are new: build optimizers afterwards.
 
     Args:
         model: any module; layers that are generalized already get the new settings.
@@ -244,31 +265,34 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
         The plan with the measured difference of every layer.
 
     Raises:
-        NormError: with all problems at once; the model is then untouched.
+        NormError: with all problems at once, or if the plan is of another model; the model is then
+            untouched.
 
     Changes:
         The modules of ``model``, in place.
     """
-    if plan.problems:
-        raise NormError(f"norm layers: {'; '.join(plan.problems[:8])}{_more(plan.problems, 8)}.")
-    sites = {site.name: site for site in find_norms(model)}
-    new: dict[int, nn.Module] = {}
+    sites = {site.name: site.module for site in find_norms(model)}
+    problems = list(plan.problems) + [
+        f"{change.name}: no norm layer of this model; plan for this very model"
+        for change in plan.changes
+        if change.name not in sites
+    ]
+    _refuse(problems)
+    new: dict[int, GeneralizedBatchNorm] = {}
     done: list[Change] = []
-    problems: list[str] = []
     for change in plan.changes:
-        old = sites[change.name].module
+        old = sites[change.name]
         layer = _build(old, change)
-        difference = None if layer.live else _difference(old, layer)
-        tolerance = 1e-2 if layer.weight is not None and layer.weight.dtype.itemsize < 4 else 1e-4
-        if difference is not None and not difference <= tolerance:
-            problems.append(
-                f"{change.name}: its outputs would change by {difference:.2g}, more than rounding "
-                "(are its statistics finite?)"
-            )
+        weighed = layer.live or (isinstance(old, GeneralizedBatchNorm) and old.live)
+        difference = None if weighed else _difference(old, layer)
+        if difference is not None and not difference <= _tolerance(layer):
+            problems.append(f"{change.name}: {_why_different(layer, difference)}")
         new[id(old)] = layer
         done.append(replace(change, difference=difference))
-    if problems:
-        raise NormError(f"norm layers: {'; '.join(problems[:8])}{_more(problems, 8)}.")
+    _refuse(problems)
+    for change in plan.changes:
+        old = sites[change.name]
+        _rebind_hooks(old, new[id(old)])
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in new:
@@ -276,8 +300,30 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
     return replace(plan, changes=tuple(done))
 
 
-def _more(items: Sequence[str], shown: int) -> str:
-    return f"; and {len(items) - shown} more" if len(items) > shown else ""
+def _refuse(problems: Sequence[str], shown: int = 8) -> None:
+    if problems:
+        more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
+        raise NormError(f"norm layers: {'; '.join(problems[:shown])}{more}.")
+
+
+def _tolerance(layer: GeneralizedBatchNorm) -> float:
+    return 1e-2 if layer.weight is not None and layer.weight.dtype.itemsize < 4 else 1e-4
+
+
+def _why_different(layer: GeneralizedBatchNorm, difference: float) -> str:
+    moments = (layer.running_mean, layer.running_var)
+    if not all(bool(m.isfinite().all()) for m in moments if m is not None):
+        why = "not all of its statistics are finite; recalibrate before channels share them"
+    else:
+        why = "its moments differ too much for its type; convert in float32, use more groups"
+    return f"its outputs would change by {difference:.2g}: {why}, or leave it with --skip"
+
+
+def _rebind_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Hooks on loading that were registered with their module hold it weakly: give them the new."""
+    for hook in old._load_state_dict_pre_hooks.values():
+        if isinstance(hook, _WrappedHook) and hook.with_module:
+            hook.module = weakref.ref(new)
 
 
 def _is_timm_act(module: nn.Module) -> bool:
@@ -295,8 +341,10 @@ def _problem(module: nn.Module, *, is_root: bool) -> str:
     if not known:
         return (
             f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and it may do "
-            f"more than normalize; leave it with --skip"
+            "more than normalize; leave it with --skip"
         )
+    if "forward" in vars(module):
+        return "its forward was replaced on the object itself; undo that, or leave it with --skip"
     return ""
 
 
@@ -326,25 +374,36 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
             f"{site.name}: without scale and shift it cannot keep its outputs when channels share "
             "statistics; leave it with --skip"
         )
-    if 0 < weight < 1 and not site.has_statistics:
+    if not site.has_statistics and 0 < weight < 1:
         problems.append(
             f"{site.name}: keeps no running statistics to mix the example's with; leave it with "
             "--skip"
+        )
+    elif not site.has_statistics and weight == 0 and (ghost is not None or groups < channels):
+        problems.append(
+            f"{site.name}: keeps no running statistics, so groups or ghost batches would change "
+            "its outputs in evaluation too; leave it with --skip"
         )
     return change, problems
 
 
 def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
     """A generalized layer with every field, hook and tensor of the old one."""
-    activated = hasattr(old, "act") and hasattr(old, "drop")
+    activated = _is_timm_act(old) or isinstance(old, GeneralizedBatchNormAct)
     kind = GeneralizedBatchNormAct if activated else GeneralizedBatchNorm
     layer = kind.__new__(kind)
     # Hook dictionaries are shared on purpose: handles that the user holds keep working.
     layer.__dict__.update(old.__dict__)
     for table in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[table] = dict(old.__dict__[table])
+    # A compiled call would go on calling the old layer.
+    layer.__dict__.pop("_compiled_call_impl", None)
     layer._buffers.pop("example_weight", None)
     layer.__dict__["_non_persistent_buffers_set"] = set(old._non_persistent_buffers_set)
+    if activated:
+        # SyncBatchNormAct may lack either, and then does without it.
+        for name in ("drop", "act"):
+            layer._modules.setdefault(name, nn.Identity())
     if not isinstance(old, _BatchNorm):
         _complete_frozen(layer, old)
     tensor = next((t for t in (*layer._parameters.values(), *layer._buffers.values())
@@ -358,7 +417,8 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
         weight,
         None if tensor is None else tensor.device,
     )
-    if change.channel_groups < change.channels and layer.running_mean is not None:
+    was_grouped = isinstance(old, GeneralizedBatchNorm) and old.channel_groups < change.channels
+    if was_grouped or change.channel_groups < change.channels:
         _refit(layer, old)
     return layer
 
@@ -379,30 +439,26 @@ def _refit(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
     gamma' = gamma s_pool / s, beta' = beta + gamma (mean_pool - mean) / s, s^2 = var + eps.
     """
     mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None or mean.device.type == "meta":
+        return
     if isinstance(old, GeneralizedBatchNorm):
-        mean, var = old._population()
-    if mean is None or var is None or layer.weight is None or layer.bias is None:
-        return
-    layer._buffers["running_mean"], layer._buffers["running_var"] = mean.double(), var.double()
-    pooled_mean, pooled_var = layer._population()
-    if torch.allclose(pooled_mean, mean.double(), 1e-12, 0) and torch.allclose(
-        pooled_var, var.double(), 1e-12, 0
-    ):  # pooled already, as in a file of such a layer: nothing is left to absorb
-        layer._buffers["running_mean"], layer._buffers["running_var"] = mean, var
-        return
-    sd, pooled_sd = ((v.double() + layer.eps).sqrt() for v in (var, pooled_var))
-    gamma, beta = layer.weight.double(), layer.bias.double()
-    fitted = {
-        "weight": gamma * pooled_sd / sd,
-        "bias": beta + gamma * (pooled_mean - mean.double()) / sd,
-        "running_mean": pooled_mean,
-        "running_var": pooled_var,
-    }
+        mean, var = over_channel_groups(mean.double(), var.double(), old.channel_groups)
+    mean, var = mean.double(), var.double()
+    pooled_mean, pooled_var = over_channel_groups(mean, var, layer.channel_groups)
+    fitted = {"running_mean": pooled_mean, "running_var": pooled_var}
+    if layer.weight is not None and layer.bias is not None:
+        sd, pooled_sd = (var + layer.eps).sqrt(), (pooled_var + layer.eps).sqrt()
+        gamma = layer.weight.double()
+        fitted["weight"] = gamma * pooled_sd / sd
+        fitted["bias"] = layer.bias.double() + gamma * (pooled_mean - mean) / sd
     for name, value in fitted.items():
         source: Tensor = getattr(old, name)
         fresh: Any = value.to(source.dtype)
+        if torch.equal(fresh, source):
+            continue
         if name in layer._parameters:
             fresh = nn.Parameter(fresh, requires_grad=source.requires_grad)
+            fresh.__dict__.update(source.__dict__)
             layer._parameters[name] = fresh
         else:
             layer._buffers[name] = fresh
@@ -416,26 +472,49 @@ def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
         return None
     generator = torch.Generator().manual_seed(0)
     spatial = {"BatchNorm1d": (5,), "BatchNorm3d": (2, 2, 2)}.get(type(old).__name__, (3, 3))
-    shape = (4, new.num_features, *spatial)
-    noise = torch.randn(shape, generator=generator).to(mean)
-    view = (1, -1, *(1 for _ in spatial))
-    x = mean.view(view) + var.clamp_min(0).sqrt().view(view) * noise
-    training = old.training, new.training
-    old.training = new.training = False
+    view = (1, new.num_features, *(1 for _ in spatial))
+    noise = torch.randn((4, new.num_features, *spatial), generator=generator).to(mean.device)
+    x = mean.double().view(view) + var.double().clamp_min(0).sqrt().view(view) * noise
+    before, after = _evaluated(old, x), _evaluated(new, x)
+    # A layer whose statistics are not finite gives NaN, and may give the same NaN: it can still be
+    # swapped, and then be recalibrated.
+    same = (before == after) | (before.isnan() & after.isnan())
+    gap = torch.where(same, 0.0, (after - before).abs())
+    scale = before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1.0)
+    return float((gap.max() / scale).item())
+
+
+def _evaluated(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's output in evaluation, in float64 from its tensors as they are stored."""
+    parts = list(module.modules())
+    modes = [part.training for part in parts]
+    tables: list[Any] = [t for part in parts for t in (part._parameters, part._buffers)]
+    own = [dict(table) for table in tables]
     try:
-        # Class methods, not calls: the user's hooks are no part of this.
-        before = type(old).forward(old, x)
-        after = type(new).forward(new, x)
+        for part in parts:
+            part.training = False
+        for table in tables:
+            wide = {
+                k: t.double() for k, t in table.items() if t is not None and t.is_floating_point()
+            }
+            table.update(wide)
+        # The class's method, not a call: the user's hooks are no part of this.
+        output: Tensor = type(module).forward(module, x)
     finally:
-        old.training, new.training = training
-    scale = before.abs().max().clamp_min(1.0)
-    return float(((after - before).abs().max() / scale).item())
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+        for table, tensors in zip(tables, own, strict=True):
+            table.update(tensors)
+    return output
 
 
 def sites_with_statistics(
     model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> Iterator[NormSite]:
     """The sites whose population moments may be computed anew.
+
+    A layer of a kind not known is one of them if it derives from Batch Norm; whatever else holds
+    ``running_mean`` and ``running_var`` may mean something else by them.
 
     Args:
         model: any module.
@@ -446,5 +525,6 @@ def sites_with_statistics(
         Sites that keep moments, are not frozen, and are selected.
     """
     for site in find_norms(model):
-        if site.has_statistics and not site.frozen and selected(site, layers, skip):
+        known = not site.problem or isinstance(site.module, _BatchNorm)
+        if site.has_statistics and known and not site.frozen and selected(site, layers, skip):
             yield site

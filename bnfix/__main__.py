@@ -1,0 +1,5 @@
+"""``python -m bnfix``: the command line."""
+
+from bnfix.cli import main
+
+main()

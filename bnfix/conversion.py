@@ -1,0 +1,169 @@
+"""`convert`: swap the norm layers of a checkpoint, and prove that the outputs stay the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfix import guards
+from bnfix.errors import ModelError
+from bnfix.example_weight import weighable_layers
+from bnfix.layer_rows import layer_rows
+from bnfix.models import input_channels
+from bnfix.norms import generalized_norms, set_example_weight_
+from bnfix.recipe import ModelRecipe, RunOptions, SwapRecipe
+from bnfix.report import Report
+from bnfix.result import Result
+from bnfix.saving import history_entry, versions
+from bnfix.surgery import plan_swap, swap_planned_
+from bnfix.workbench import load_one
+
+
+def convert(
+    checkpoint: str | Path,
+    *,
+    model: str | ModelRecipe | None = None,
+    swap: SwapRecipe | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    run: RunOptions | None = None,
+    command_line: str = "",
+) -> Result:
+    """Swap the norm layers of a checkpoint; outputs stay the same at example weight 0.
+
+    Args:
+        checkpoint: the file.
+        model: spec of the model, if the file does not carry one.
+        swap: kind, groups, layers.
+        input_shape: (C, H, W) for the check of the whole model; by default usual ones are tried.
+        run: the device.
+        command_line: as typed, for the report.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+
+    Raises:
+        ModelError: if the outputs changed although they should not have.
+    """
+    recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
+    swap = swap or SwapRecipe()
+    loaded = load_one(checkpoint, recipe, run or RunOptions())
+    example = example_input(loaded.model, input_shape)
+    before = None if example is None else _outputs(loaded.model, example)
+    plan = swap_planned_(loaded.model, plan_swap(loaded.model, swap))
+    notes = list(loaded.checkpoint.notes)
+    if swap.example_weight or swap.to == "group":
+        notes += _zero_pointwise(loaded.model, example)
+    difference = None
+    if before is None or example is None:
+        notes.append(
+            "the whole model could not be run on a made-up input, so only its layers were compared "
+            "one by one; give --input-shape C,H,W."
+        )
+    else:
+        after = _outputs(loaded.model, example)
+        difference = float((after - before).abs().max() / before.abs().max().clamp_min(1))
+        live = any(layer.live for _, layer in generalized_norms(loaded.model))
+        if not live and not difference <= 1e-4:
+            raise ModelError(
+                f"model: its outputs changed by {difference:.2g} in the swap, more than rounding. "
+                "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
+            )
+        shape = "x".join(map(str, example.shape))
+        notes.append(
+            f"on normal random input of {shape} the largest output difference is {difference:.2g} "
+            "(relative to the largest output)."
+        )
+    options = {"swap": dataclasses.asdict(swap)}
+    entry = history_entry(
+        "convert",
+        options=options,
+        seed=0,
+        checkpoint=loaded.checkpoint,
+        results={"difference": difference, "n_layers": len(plan.changes)},
+    )
+    report = Report(
+        command="convert",
+        data=None,
+        models=(),
+        layers=layer_rows(loaded.model, {}, {}),
+        swap=plan,
+        assumptions=(*notes, *plan.notes),
+        options=options,
+        command_line=command_line,
+        versions=versions(),
+    )
+    return Result(loaded.model, report, entry, loaded.origin.preprocessing)
+
+
+def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tensor | None:
+    """A seeded normal input that the model runs on.
+
+    Args:
+        model: any module.
+        shape: of one example; by default usual image sizes are tried.
+
+    Returns:
+        Two examples, or ``None`` if no usual size works.
+
+    Raises:
+        ModelError: if the model does not run on the shape that was given.
+    """
+    channels = input_channels(model) or 3
+    sizes = (224, 32, 28, 64, 16, 8, 299, 96, 128, 256, 384, 512)
+    shapes = [shape] if shape is not None else [(channels, size, size) for size in sizes]
+    generator = torch.Generator().manual_seed(0)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    failures = []
+    for candidate in shapes:
+        example = torch.randn(2, *candidate, generator=generator).to(device)
+        try:
+            _outputs(model, example)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            failures.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        else:
+            return example
+    if shape is not None:
+        raise ModelError(f"model: cannot be run on an input of {shape} ({failures[0]}).")
+    return None
+
+
+def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    """All tensors of the output, flat, in float64."""
+    with guards.inference(model):
+        output = model(example)
+    found: list[torch.Tensor] = []
+
+    def gather(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value.double().flatten())
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                gather(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                gather(item)
+
+    gather(output)
+    if not found:
+        raise TypeError("the output holds no tensor")
+    return torch.cat(found)
+
+
+def _zero_pointwise(model: nn.Module, example: torch.Tensor | None) -> list[str]:
+    """Layers with a single position keep weight 0: there the formula is another non-linearity."""
+    if example is None:
+        return []
+    _, excluded = weighable_layers(model, [example])
+    layers = dict(generalized_norms(model))
+    live = [
+        name for name in excluded if layers[name].live and layers[name].running_mean is not None
+    ]
+    if live:
+        set_example_weight_(model, dict.fromkeys(live, 0.0))
+        return [f"{len(live)} layers have a single position a map and keep example weight 0."]
+    return []

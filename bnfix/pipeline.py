@@ -1,0 +1,607 @@
+"""The order of the stages; no other room knows it.
+
+Two rules stand above all else. Statistics are never left stale: weights trained in training mode
+are followed by recalibration; weights tuned with frozen statistics have those as part of the
+answer. No example is in two splits: what is fitted on *fit* is judged on *select* and claimed on
+*test*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnfix import guards
+from bnfix.calibration import Calibration, describe_missing, recalibrate_, residuals
+from bnfix.errors import ConfigError, DataError
+from bnfix.evaluation import Metrics, compare, evaluate
+from bnfix.example_weight import WeightChoice, choose_example_weight_, weighable_layers
+from bnfix.finetuning import Finetuning, finetune_
+from bnfix.gate import Decision, judge
+from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
+from bnfix.norms import generalized_norms, set_example_weight_
+from bnfix.recipe import (
+    DataRecipe,
+    FinetuneRecipe,
+    GateRecipe,
+    ModelRecipe,
+    RunOptions,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+)
+from bnfix.report import DataUsed, Evaluated, Report
+from bnfix.result import Result
+from bnfix.saving import history_entry, versions
+from bnfix.surgery import find_norms, plan_swap, swap_planned_
+from bnfix.workbench import (
+    Track,
+    Tracked,
+    Workbench,
+    data_record,
+    describe_skipped,
+    history_digests,
+    open_workbench,
+    seen_before,
+    silent,
+)
+
+ORIGINAL = "as it was"
+#: What `fix` tries where there are labels.
+TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All recipes of one command.
+
+    Args:
+        command: ``fix``, ``calibrate`` or ``finetune``.
+        command_line: as typed.
+        model: which model.
+        source: which examples.
+        swap: which layers and kind.
+        statistics: auto, or what to do.
+        weight: auto, or what to do.
+        finetune: what to try; ``None`` for nothing.
+        gate: splits, seed, z.
+        run: device and batch size.
+    """
+
+    command: str = "fix"
+    command_line: str = ""
+    model: ModelRecipe = ModelRecipe()
+    source: DataRecipe = DataRecipe()
+    swap: SwapRecipe = SwapRecipe()
+    statistics: StatisticsRecipe = StatisticsRecipe()
+    weight: WeightRecipe = WeightRecipe()
+    finetune: FinetuneRecipe | None = TRIED
+    gate: GateRecipe = GateRecipe()
+    run: RunOptions = RunOptions()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is left to the gate."""
+        auto = "auto" in (self.statistics.statistics, self.weight.example_weight)
+        return auto or (self.command == "fix" and self.finetune is not None)
+
+    def fractions(self) -> tuple[float, float, float]:
+        """Fit, select and test parts of the data."""
+        given = self.source.test is not None
+        if self.command == "finetune":
+            return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
+        if not self.chooses or self.source.labels == "none":
+            return 1.0, 0.0, 0.0
+        if given:
+            return 0.75, 0.25, 0.0
+        return self.gate.fit, self.gate.select, 1 - self.gate.fit - self.gate.select
+
+    def open(self, checkpoint: str | Path, data: str, track: Track) -> Workbench:
+        """Open the checkpoint and the data, cut it, and swap the norm layers.
+
+        Args:
+            checkpoint: the file.
+            data: DATA.
+            track: how progress is shown.
+
+        Returns:
+            The workbench.
+
+        Raises:
+            DataError: if labels are needed and there are none.
+        """
+        bench = open_workbench(
+            checkpoint,
+            data,
+            model=self.model,
+            source=self.source,
+            gate=self.gate,
+            run=self.run,
+            fractions=self.fractions(),
+            track=track,
+        )
+        if self.finetune is not None and not bench.labelled:
+            if self.command != "fix":
+                raise DataError(
+                    f"{data}: has no labels, and fine-tuning needs them. Give labelled data."
+                )
+            bench.assumptions.append("fine-tuning was not tried: the data has no labels.")
+        if self.chooses and not bench.labelled:
+            bench.assumptions.append(
+                "without labels nothing can be proven, so `auto` keeps what is there. These act: "
+                "--statistics population, --statistics train-batch --train-batch-size B, "
+                "--example-weight match or a number."
+            )
+            if bench.split.select.size:
+                bench.split = dataclasses.replace(
+                    bench.split,
+                    fit=_joined(bench.split.fit, bench.split.select, bench.split.test),
+                    select=bench.split.select[:0],
+                    test=bench.split.test[:0],
+                )
+        # Layers that a bnfix file has set already keep their settings, unless others are asked for.
+        if not list(generalized_norms(bench.model)) or self.swap != SwapRecipe():
+            swapped = swap_planned_(bench.model, plan_swap(bench.model, self.swap))
+            bench.assumptions += [*swapped.notes, *swapped.skipped]
+        return bench
+
+    def describe(self, bench: Workbench, output: str | None) -> dict[str, Any]:
+        """What the command would do, as JSON values.
+
+        Args:
+            bench: the opened workbench.
+            output: where it would be written.
+
+        Returns:
+            Layers, data, splits, stages and passes.
+        """
+        split = bench.split
+        return {
+            "command": self.command,
+            "plan": True,
+            "model": bench.loaded.origin.spec,
+            "n_layers": len(find_norms(bench.model)),
+            "data": {
+                **data_record(bench.images),
+                "kind": bench.images.kind,
+                "labels": bench.labelled,
+                "splits": {
+                    "fit": len(split.fit),
+                    "select": len(split.select),
+                    "test": len(split.test),
+                },
+            },
+            "preprocessing": dataclasses.asdict(bench.preprocessing),
+            "stages": self._stages(bench),
+            "device": str(next(iter(bench.model.parameters())).device),
+            "output": output,
+            "assumptions": list(bench.assumptions),
+        }
+
+    def _stages(self, bench: Workbench) -> list[str]:
+        gated = bench.labelled and self.chooses
+        stages = []
+        n_norms = sum(site.has_statistics and not site.frozen for site in find_norms(bench.model))
+        passes = 1.0 if self.statistics.feed == "batch" else (n_norms + 1) / 2
+        if self.statistics.statistics != "keep" and (gated or self._stated_statistics()):
+            stages.append(
+                f"population statistics ({self.statistics.statistics}, {self.statistics.feed} "
+                f"feed): {passes:g} passes over fit"
+            )
+        if gated and self.finetune is not None:
+            stages.append(f"fine-tuning ({self.finetune.train}): {self.finetune.epochs} epochs")
+        if gated and self.weight.example_weight == "auto":
+            stages.append(f"example weight (up to per {self.weight.granularity}), on fit")
+        if gated:
+            stages.append("every candidate judged on select; the winner measured on test")
+        return stages
+
+    def _stated_statistics(self) -> bool:
+        return self.statistics.statistics in ("population", "train-batch")
+
+
+def fix(
+    checkpoint: str | Path,
+    *,
+    data: str,
+    model: str | None = None,
+    plan: Plan | None = None,
+    track: Track = silent,
+) -> Result:
+    """Repair a checkpoint at its norm layers, as far as held-out data proves it better.
+
+    Candidates: new population statistics; brief fine-tuning of norms and head; example weights;
+    both together. Each is fitted on the fit split and judged on the select split, the cheaper at
+    inference first, so that it wins ties; the claim is made on the test split. Where nothing is
+    better the output is the input.
+
+    Args:
+        checkpoint: the file.
+        data: DATA; labelled, unless everything is stated in the plan.
+        model: spec of the model, if the file does not carry one.
+        plan: all settings.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+    """
+    return execute(*open_plan(plan or Plan(), checkpoint, data, model, track))
+
+
+def calibrate(
+    checkpoint: str | Path,
+    *,
+    data: str,
+    model: str | None = None,
+    plan: Plan | None = None,
+    track: Track = silent,
+) -> Result:
+    """Population statistics and example weights, gated; `fix` without fine-tuning.
+
+    Args:
+        checkpoint: the file.
+        data: DATA; labelled, unless everything is stated in the plan.
+        model: spec of the model, if the file does not carry one.
+        plan: all settings.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+    """
+    plan = dataclasses.replace(plan or Plan(), command="calibrate", finetune=None)
+    return execute(*open_plan(plan, checkpoint, data, model, track))
+
+
+def finetune(
+    checkpoint: str | Path,
+    *,
+    data: str,
+    model: str | None = None,
+    plan: Plan | None = None,
+    track: Track = silent,
+) -> Result:
+    """Fine-tune a checkpoint briefly; keep the best epoch, or the original.
+
+    Args:
+        checkpoint: the file.
+        data: labelled DATA; a fifth is kept for the test, unless the plan names a test.
+        model: spec of the model, if the file does not carry one.
+        plan: all settings; its ``finetune`` says what is trained.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+    """
+    plan = plan or Plan(finetune=FinetuneRecipe())
+    plan = dataclasses.replace(plan, command="finetune")
+    return execute(*open_plan(plan, checkpoint, data, model, track))
+
+
+def open_plan(
+    plan: Plan, checkpoint: str | Path, data: str, model: str | None, track: Track
+) -> tuple[Plan, Workbench]:
+    """Open what a plan works on.
+
+    Args:
+        plan: all settings.
+        checkpoint: the file.
+        data: DATA.
+        model: spec that overrides the plan's.
+        track: how progress is shown.
+
+    Returns:
+        The plan and its workbench.
+    """
+    if model is not None:
+        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, model=model))
+    return plan, plan.open(checkpoint, data, track)
+
+
+def execute(plan: Plan, bench: Workbench) -> Result:
+    """Go through the stages of a plan.
+
+    Args:
+        plan: all settings.
+        bench: opened by the plan.
+
+    Returns:
+        Model, report, history entry.
+    """
+    stages = _Stages(bench, plan)
+    if plan.command == "finetune":
+        stages.tune_ungated()
+    else:
+        stages.statistics()
+        stages.tune()
+    return stages.result()
+
+
+class _Stages:
+    """The stages of `fix` over one workbench; keeps what stands and what it took to get there."""
+
+    def __init__(self, bench: Workbench, plan: Plan) -> None:
+        self.bench, self.plan, self.model = bench, plan, bench.model
+        self.original = guards.Snapshot(self.model)
+        self.original_statistics = statistics_of(self.model)
+        self.decisions: list[Decision] = []
+        self.calibration: Calibration | None = None
+        self.choice: WeightChoice | None = None
+        self.finetunings: list[Finetuning] = []
+        self.passes: list[Tracked] = []
+        self.gated = bench.labelled and plan.chooses
+        self.name = ORIGINAL
+        self._standing: Metrics | None = None
+
+    def standing(self) -> Metrics:
+        """Metrics on select of what stands."""
+        if self._standing is None:
+            self._standing = self._on_select("what stands")
+        return self._standing
+
+    def _on_select(self, what: str) -> Metrics:
+        return self._evaluate(self.bench.batches(self.bench.split.select, f"select: {what}"))
+
+    def _evaluate(self, batches: Tracked) -> Metrics:
+        self.passes.append(batches)
+        gate, run = self.bench.gate, self.bench.run
+        return evaluate(self.model, batches, precision=run.precision, seed=gate.seed)
+
+    def _offer(self, stage: str, name: str, fallback: guards.Snapshot) -> bool:
+        """Judge the model as it is now; put what stood back if it is not admitted."""
+        metrics = self._on_select(name)
+        decision = judge(stage, (name, metrics), (self.name, self.standing()), self.bench.gate.z)
+        self.decisions.append(decision)
+        if decision.admitted:
+            self.name, self._standing = name, metrics
+        else:
+            fallback.restore_()
+        return decision.admitted
+
+    def statistics(self) -> None:
+        """New population statistics: stated, or each kind as a candidate."""
+        recipe, weight = self.plan.statistics, self.plan.weight.example_weight
+        b = recipe.train_batch_size
+        if weight == "match" and b is None:
+            raise ConfigError(
+                "--example-weight match: the batch size is missing. Give --train-batch-size B.",
+                name="train_batch_size",
+            )
+        if weight == "match" and recipe.statistics == "auto":
+            recipe = dataclasses.replace(recipe, statistics="train-batch")
+        if recipe.statistics in ("population", "train-batch"):
+            self.calibration = self._recalibrate(recipe.statistics)
+        elif recipe.statistics == "auto" and self.gated:
+            for target in ("population", *(("train-batch",) if b else ())):
+                self._try_statistics(target, example_weight=None)
+            if b and weight == "auto":
+                self._try_statistics("train-batch", example_weight=1 / b)
+        if weight == "match" and b is not None:
+            self._set_weight(1 / b)
+        elif not isinstance(weight, str):
+            self._set_weight(float(weight))
+
+    def _try_statistics(self, target: str, example_weight: float | None) -> None:
+        self.standing()
+        before = guards.Snapshot(self.model)
+        calibration = self._recalibrate(target)
+        name = f"statistics of the data ({calibration.target})"
+        if example_weight is not None:
+            self._set_weight(example_weight)
+            name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
+        if self._offer("statistics", name, before) or self.calibration is None:
+            self.calibration = calibration
+
+    def _recalibrate(self, target: str) -> Calibration:
+        recipe = self.plan.statistics
+        batches = self.bench.batches(
+            self.bench.split.fit, f"statistics ({target})", recipe.batch_size
+        )
+        self.passes.append(batches)
+        calibration = recalibrate_(
+            self.model,
+            batches.shuffled(self.bench.gate.seed)(0),
+            target=target,
+            train_batch_size=recipe.train_batch_size,
+            feed=recipe.feed,
+            samples=recipe.samples,
+            layers=self.plan.swap.layers,
+            skip=self.plan.swap.skip,
+        )
+        self.bench.assumptions += describe_missing(calibration)
+        return calibration
+
+    def _set_weight(self, weight: float) -> None:
+        layers, excluded = self._weighable()
+        if layers:
+            set_example_weight_(self.model, dict.fromkeys(layers, weight))
+        if excluded and weight:
+            self.bench.assumptions.append(
+                f"{len(excluded)} layers keep their example weight: they have a single position a "
+                "map, or no statistics (--pointwise takes the first in)."
+            )
+
+    def _weighable(self) -> tuple[dict[str, Any], list[str]]:
+        batches = self.bench.batches(self.bench.split.fit[:8], "a look at the layers")
+        return weighable_layers(self.model, batches, pointwise=self.plan.weight.pointwise)
+
+    def tune(self) -> None:
+        """Fine-tuning alone, example weights alone, both together: the cheaper one wins ties."""
+        if not self.gated:
+            return
+        recipe, weight = self.plan.finetune, self.plan.weight.example_weight
+        base = guards.Snapshot(self.model)
+        if recipe is not None:
+            self.standing()
+            alone = dataclasses.replace(recipe, example_weight="keep")
+            self._finetune(alone)
+            self._offer("fine-tuning", f"fine-tuned {recipe.train}", base)
+        if weight != "auto":
+            return
+        learns = recipe is not None and recipe.example_weight == "learn"
+        stands = guards.Snapshot(self.model)
+        if recipe is None or recipe.statistics == "frozen":
+            base.restore_()
+        if not self._choose():
+            stands.restore_()
+        stands = guards.Snapshot(self.model)
+        if recipe is not None and learns and recipe.statistics == "frozen":
+            base.restore_()
+            self._finetune(recipe)
+            self._offer("fine-tuning", f"fine-tuned {recipe.train} with example weights", stands)
+
+    def tune_ungated(self) -> None:
+        """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
+        if self.plan.finetune is not None:
+            self._finetune(self.plan.finetune)
+            if self.finetunings[-1].best_epoch:
+                self.name = f"fine-tuned {self.finetunings[-1].trained}"
+
+    def _choose(self) -> bool:
+        """Choose example weights from the present state; whether a level was admitted."""
+        bench = self.bench
+        standing = self.standing()
+        learn, monitor = bench.learn_and_monitor()
+        recipe = self.plan.weight
+        learning = bench.batches(learn, "example weight: fitting", recipe.batch_size)
+        watching = bench.batches(monitor, "example weight: watching")
+        selecting = bench.batches(bench.split.select, "select: example weight")
+        choice = choose_example_weight_(
+            self.model,
+            learning.shuffled(bench.gate.seed),
+            select=selecting,
+            monitor=watching,
+            recipe=recipe,
+            z=bench.gate.z,
+            incumbent=(self.name, standing),
+            precision=bench.run.precision,
+        )
+        self.choice = choice
+        self.decisions += choice.decisions
+        if choice.chosen != "keep":
+            self.name = next(d.candidate for d in reversed(choice.decisions) if d.admitted)
+            self._standing = None
+        return choice.chosen != "keep"
+
+    def _finetune(self, recipe: FinetuneRecipe) -> None:
+        bench = self.bench
+        learn, monitor = bench.learn_and_monitor()
+        training = bench.batches(learn, f"fine-tuning {recipe.train}", recipe.batch_size)
+        watching = bench.batches(monitor, "fine-tuning: watching")
+
+        def refresh(model: nn.Module) -> None:
+            self.calibration = self._recalibrate("population")
+
+        layers = self._weighable()[0] if recipe.example_weight == "learn" else None
+        self.finetunings.append(
+            finetune_(
+                self.model,
+                training.shuffled(bench.gate.seed),
+                monitor=watching,
+                recipe=recipe,
+                weighable=layers,
+                seed=bench.gate.seed,
+                after_epoch=refresh if recipe.statistics == "train" else None,
+            )
+        )
+
+    def result(self) -> Result:
+        """Measure original and output on test, never keep what is known to be worse, report."""
+        bench, plan = self.bench, self.plan
+        models: list[Evaluated] = []
+        checkpoint = bench.loaded.checkpoint
+        labelled_test = bench.test_images.labels is not None and bench.split.test.size > 0
+        if labelled_test:
+            models = self._measure_test()
+        fresh: dict[str, tuple[float, float]] = {}
+        if self.calibration is not None and bench.split.fit.size:
+            check = bench.batches(bench.split.fit, "residual of the statistics")
+            fresh = residuals(self.model, check)
+        drifts = drifts_between(self.original_statistics, statistics_of(self.model))
+        rows = layer_rows(self.model, drifts, fresh, self.calibration)
+        data = {
+            **data_record(bench.images),
+            "fit": history_digests(bench.images, bench.split.fit),
+            "select": history_digests(bench.images, bench.split.select),
+        }
+        options = self._options()
+        entry = history_entry(
+            plan.command,
+            options=options,
+            seed=bench.gate.seed,
+            checkpoint=checkpoint,
+            data=data,
+            results={
+                "output": self.name,
+                "top1": models[-1].metrics.top1 if models else None,
+                "nll": models[-1].metrics.nll if models else None,
+            },
+        )
+        skipped = describe_skipped(self.passes)
+        split = bench.split
+        report = Report(
+            command=plan.command,
+            data=DataUsed(
+                data["spec"],
+                data["n_examples"],
+                data["fingerprint"],
+                bench.images.class_names,
+                {"fit": len(split.fit), "select": len(split.select), "test": len(split.test)},
+                skipped,
+                len(skipped),
+            ),
+            models=tuple(models),
+            layers=rows,
+            decisions=tuple(self.decisions),
+            calibration=self.calibration,
+            choice=self.choice,
+            finetunings=tuple(self.finetunings),
+            assumptions=tuple(dict.fromkeys(bench.assumptions)),
+            n_seen=seen_before(bench.test_images, split.test, bench.loaded.origin.history),
+            options=options,
+            seed=bench.gate.seed,
+            command_line=plan.command_line,
+            versions=versions(),
+        )
+        return Result(self.model, report, entry, bench.preprocessing)
+
+    def _measure_test(self) -> list[Evaluated]:
+        bench = self.bench
+        final = guards.Snapshot(self.model)
+        self.original.restore_()
+        file, sha256 = str(bench.loaded.checkpoint.path), bench.loaded.checkpoint.sha256
+        before = self._evaluate(bench.test_batches(f"test: {ORIGINAL}"))
+        first = Evaluated(ORIGINAL, file, sha256, before, n_live(self.model))
+        final.restore_()
+        after = self._evaluate(bench.test_batches(f"test: {self.name}"))
+        stated = not self.gated and self.plan.command != "finetune"
+        if compare(before, after, seed=bench.gate.seed).verdict == "worse" and not stated:
+            bench.assumptions.append(
+                f"{self.name!r} turned out significantly worse on the test split, so the output is "
+                "the input."
+            )
+            self.original.restore_()
+            self.name, after = ORIGINAL, before
+        return [first, Evaluated(f"output: {self.name}", None, None, after, n_live(self.model))]
+
+    def _options(self) -> dict[str, Any]:
+        plan = self.plan
+        finetune = plan.finetune
+        return {
+            "model": dataclasses.asdict(plan.model),
+            "data": dataclasses.asdict(plan.source),
+            "swap": dataclasses.asdict(plan.swap),
+            "statistics": dataclasses.asdict(plan.statistics),
+            "example_weight": dataclasses.asdict(plan.weight),
+            "finetune": None if finetune is None else dataclasses.asdict(finetune),
+            "gate": dataclasses.asdict(plan.gate),
+            "precision": plan.run.precision,
+        }
+
+
+def _joined(*parts: Any) -> Any:
+    return torch.cat([torch.as_tensor(part) for part in parts]).sort().values.numpy()

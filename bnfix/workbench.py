@@ -1,0 +1,438 @@
+"""A checkpoint and its data, opened: model, preprocessing, splits, batches, assumptions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnfix import guards, runtime
+from bnfix.data import Batches, Split, cut, fingerprint
+from bnfix.errors import DataError, ModelError, some
+from bnfix.images import Images
+from bnfix.models import default_preprocessing, input_channels, preset_preprocessing
+from bnfix.opening import open_images
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.saving import Loaded, load_ready
+
+#: Wraps the batches of a pass, to show its progress: stage, batches, their number.
+Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
+    """Show no progress.
+
+    Args:
+        stage: what is being done.
+        batches: what is gone through.
+        n: how many there are.
+
+    Returns:
+        The batches.
+    """
+    return batches
+
+
+class Tracked:
+    """Batches whose every pass shows its progress.
+
+    Args:
+        batches: to iterate over.
+        stage: what the pass is for, in words.
+        track: how progress is shown.
+    """
+
+    def __init__(self, batches: Batches, stage: str, track: Track) -> None:
+        self.batches, self.stage, self._track = batches, stage, track
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._track(self.stage, self.batches, len(self.batches)))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def shuffled(self, seed: int) -> Callable[[int], Tracked]:
+        """The same batches in another order every pass.
+
+        Args:
+            seed: of pass 0; pass k has seed + k.
+
+        Returns:
+            What gives the batches of the k-th pass.
+        """
+        return lambda k: Tracked(self.batches.with_seed(seed + k), self.stage, self._track)
+
+
+@dataclass
+class Workbench:
+    """All that the stages work on.
+
+    Args:
+        loaded: the checkpoint with its model, on the device.
+        images: the data.
+        test_images: where the test split lies: the data again, or ``--test``.
+        split: positions of fit and select in ``images``, of test in ``test_images``.
+        preprocessing: from image to input.
+        run: how to run.
+        gate: splits and seed.
+        assumptions: everything assumed for the user, one sentence each.
+        max_bad: bad images that a pass may meet.
+        track: how progress is shown.
+    """
+
+    loaded: Loaded
+    images: Images
+    test_images: Images
+    split: Split
+    preprocessing: Preprocessing
+    run: RunOptions
+    gate: GateRecipe
+    assumptions: list[str]
+    max_bad: float | None
+    track: Track
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, on the device."""
+        return self.loaded.model
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the data has labels that may be used."""
+        return self.images.labels is not None
+
+    def batches(self, index: np.ndarray, stage: str, size: int | None = None) -> Tracked:
+        """Batches of chosen images of the data, in the order of the index.
+
+        Args:
+            index: positions.
+            stage: what they are for, in words.
+            size: batch size; by default that of evaluation.
+
+        Returns:
+            Re-iterable batches.
+        """
+        return self._batches(self.images, index, stage, size)
+
+    def test_batches(self, stage: str) -> Tracked:
+        """Batches of the test split.
+
+        Args:
+            stage: what they are for, in words.
+
+        Returns:
+            Re-iterable batches.
+        """
+        return self._batches(self.test_images, self.split.test, stage, None)
+
+    def _batches(self, images: Images, index: np.ndarray, stage: str, size: int | None) -> Tracked:
+        batches = Batches(
+            images,
+            index,
+            self.preprocessing,
+            batch_size=size or self.run.batch_size,
+            workers=self.run.workers,
+            max_bad=self.max_bad,
+        )
+        return Tracked(batches, stage, self.track)
+
+    def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
+        """Cut the fit split for early stopping: four fifths to learn on, one to watch.
+
+        Returns:
+            Positions of both.
+        """
+        rng = np.random.default_rng(self.gate.seed)
+        order = rng.permutation(self.split.fit)
+        n_monitor = max(1, len(order) // 5)
+        return np.sort(order[n_monitor:]), np.sort(order[:n_monitor])
+
+
+def open_workbench(
+    checkpoint: str | Path,
+    data: str,
+    *,
+    model: ModelRecipe,
+    source: DataRecipe,
+    gate: GateRecipe,
+    run: RunOptions,
+    fractions: tuple[float, float, float],
+    track: Track = silent,
+) -> Workbench:
+    """Open a checkpoint and its data, and cut the data.
+
+    Args:
+        checkpoint: the file.
+        data: DATA to work on.
+        model: which model the checkpoint is.
+        source: labels, preprocessing, ``--test``.
+        gate: seed of the splits.
+        run: device and batch size.
+        fractions: of fit, select and test; a third part of 0 means no test, or ``--test``.
+        track: how progress is shown.
+
+    Returns:
+        The opened workbench.
+
+    Raises:
+        DataError: if a part that is needed would be empty.
+    """
+    loaded = load_one(checkpoint, model, run)
+    preprocessing, assumptions = resolve_preprocessing(loaded, source)
+    assumptions = [*loaded.checkpoint.notes, *assumptions]
+    images = open_checked(data, loaded.model, source, preprocessing)
+    split = cut(images, fractions, gate.seed)
+    test_images = images
+    if source.test is not None:
+        test_images = open_checked(source.test, loaded.model, source, preprocessing)
+        test, n_dropped = _unseen(test_images, images)
+        split = dataclasses.replace(split, test=test)
+        if n_dropped:
+            assumptions.append(
+                f"{n_dropped} test images are in the data too; they were left out of the test."
+            )
+    if split.duplicates:
+        assumptions.append(
+            f"{split.duplicates} images are exact copies of others; they were left out, so that "
+            "no image is in two splits."
+        )
+    assumptions += [f"{Path(data).name}: {note}." for note in images.notes]
+    for name, wanted in (("fit", fractions[0]), ("select", fractions[1])):
+        if wanted and len(getattr(split, name)) < 2:
+            raise DataError(
+                f"{data}: {len(images)} images leave {len(getattr(split, name))} for the {name} "
+                "split, expected at least 2. Give more data."
+            )
+    return Workbench(
+        loaded,
+        images,
+        test_images,
+        split,
+        preprocessing,
+        run,
+        gate,
+        assumptions,
+        source.max_bad,
+        track,
+    )
+
+
+def load_one(checkpoint: str | Path, recipe: ModelRecipe, run: RunOptions) -> Loaded:
+    """Load a checkpoint onto the device.
+
+    Args:
+        checkpoint: the file.
+        recipe: which model it is.
+        run: the device.
+
+    Returns:
+        The loaded model.
+    """
+    device = runtime.resolve_device(run.device)
+    loaded = load_ready(
+        checkpoint,
+        spec=recipe.model,
+        arguments=dict(recipe.arguments),
+        key=recipe.key,
+        prefix=recipe.prefix,
+    )
+    if any(t.dtype in (torch.float16, torch.bfloat16) for t in loaded.model.state_dict().values()):
+        # Half-precision models are worked on in float32; saving gives each tensor its type back.
+        loaded.model.float()
+    loaded.model.to(device)
+    return loaded
+
+
+def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
+    """What inputs go through: options, over a preset, over what is stored, over a guess.
+
+    Args:
+        loaded: a model that may have come with preprocessing.
+        source: the options.
+
+    Returns:
+        The preprocessing, and sentences on what was assumed.
+    """
+    notes: list[str] = []
+    channels = input_channels(loaded.model)
+    channels = channels if channels in (1, 3) else 3
+    stored = loaded.origin.preprocessing
+    default = None if loaded.origin.spec is None else default_preprocessing(loaded.origin.spec)
+    photometric = source.mean is not None or source.std is not None
+    if source.preset is not None:
+        base = preset_preprocessing(source.preset)
+    elif stored is not None:
+        base = stored
+        notes.append("preprocessing: as stored in the checkpoint.")
+    elif default is not None:
+        base = default[0]
+        notes.append(f"preprocessing: {default[1]}.")
+    elif channels == 3:
+        base = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+        if not photometric:
+            notes.append(
+                "preprocessing: pixels/255, less ImageNet's mean, by ImageNet's deviation, assumed "
+                "since nothing was given (--mean, --std, --scale, --preset)."
+            )
+    else:
+        base = Preprocessing(channels=1)
+        if not photometric:
+            notes.append(
+                "preprocessing: pixels/255, assumed since nothing was given (--mean, --std)."
+            )
+    given: dict[str, Any] = {
+        name: getattr(source, name)
+        for name in ("interpolation", "mean", "std", "scale")
+        if getattr(source, name) is not None
+    }
+    if source.resize is not None or source.crop is not None:
+        crop = source.crop
+        given["resize"] = source.resize
+        given["crop"] = None if crop is None else (crop[0], crop[-1])
+    if base.channels != channels:
+        given.setdefault("mean", (sum(base.mean) / len(base.mean),))
+        given.setdefault("std", (sum(base.std) / len(base.std),))
+        given["channels"] = channels
+    return dataclasses.replace(base, **given), notes
+
+
+def open_checked(
+    data: str, model: nn.Module, source: DataRecipe, preprocessing: Preprocessing
+) -> Images:
+    """Open DATA and check that its labels fit the model's outputs.
+
+    Args:
+        data: DATA.
+        model: run once, on the first usable image, to see how many outputs it has.
+        source: class map and labels.
+        preprocessing: of that image.
+
+    Returns:
+        The images.
+
+    Raises:
+        ModelError: if the model cannot be run on them.
+    """
+    class_map = None if source.class_map is None else Path(source.class_map)
+    images = open_images(
+        data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
+    )
+    first = next(
+        iter(Batches(images, np.arange(len(images)), preprocessing, batch_size=1, workers=0))
+    )
+    try:
+        with guards.inference(model):
+            output = runtime.run(model, first, runtime.device_of(model))
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        shape = "x".join(map(str, first.x.shape))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"model: cannot be run on an input of {shape} ({reason}). Check --resize, --crop and "
+            "--model."
+        ) from error
+    if images.labels is None:
+        return images
+    n_classes = runtime.logits_of(output).shape[1]
+    return open_images(
+        data,
+        class_map=class_map,
+        labels=source.labels,
+        n_classes=n_classes,
+        channels=preprocessing.channels,
+    )
+
+
+def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
+    """Bad images that passes have met, each once, in words.
+
+    Args:
+        benches: batches that were gone through.
+
+    Returns:
+        Name and reason of each.
+    """
+    found = {s.name: f"{s.name}: {s.reason}" for b in benches for s in b.batches.skipped}
+    return tuple(found.values())
+
+
+def history_digests(images: Images, index: np.ndarray) -> str:
+    """Digests of images, to be recognized later.
+
+    Args:
+        images: the data.
+        index: positions.
+
+    Returns:
+        12 hexadecimal digits an image, sorted, joined.
+    """
+    return "".join(sorted(_digest(images, int(i)) for i in index))
+
+
+def seen_before(images: Images, index: np.ndarray, history: Iterable[dict[str, Any]]) -> int:
+    """How many images a checkpoint's history has used for fitting or choosing.
+
+    Args:
+        images: the data.
+        index: positions.
+        history: entries of a header; parts of the wrong type are passed over.
+
+    Returns:
+        The count.
+    """
+    used: set[str] = set()
+    for entry in history:
+        data = entry.get("data")
+        for part in ("fit", "select"):
+            text = data.get(part) if isinstance(data, dict) else None
+            if isinstance(text, str):
+                used.update(text[i : i + 12] for i in range(0, len(text), 12))
+    return sum(_digest(images, int(i)) in used for i in index) if used else 0
+
+
+def data_record(images: Images, index: np.ndarray | None = None) -> dict[str, Any]:
+    """Spec, size and fingerprint, as the history stores them.
+
+    Args:
+        images: the data.
+        index: positions; by default all.
+
+    Returns:
+        JSON values.
+    """
+    n = len(images) if index is None else len(index)
+    return {"spec": images.spec, "n_examples": n, "fingerprint": fingerprint(images, index)}
+
+
+def _unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
+    """Positions of test images that are not in the data, and how many are."""
+    known = {_digest(images, i) for i in range(len(images))}
+    kept = [i for i in range(len(test)) if _digest(test, i) not in known]
+    if not kept:
+        raise DataError(
+            f"{test.spec}: every test image is in {some([images.spec])} too, so nothing can be "
+            "claimed on it. Give other images."
+        )
+    return np.asarray(kept, dtype=np.int64), len(test) - len(kept)
+
+
+def _digest(images: Images, i: int) -> str:
+    return images.digest(i).hex()
+
+
+def float32_matmul_exact() -> None:
+    """Turn TF32 off: metrics on CPU and CUDA are to agree to rounding.
+
+    Changes:
+        torch's settings for matrix products and convolutions on CUDA.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
