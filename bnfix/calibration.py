@@ -92,50 +92,42 @@ class Calibration:
 class _Accumulator:
     """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
 
-    def __init__(self) -> None:
-        self.values: Moments | None = None
-        self._examples: Moments | None = None
-        self._shift: Tensor | None = None
+    def __init__(self, shift: Tensor) -> None:
+        # Per-example means are taken from the first batch's, so that none of them is large.
+        self._shift = shift
+        none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
+        self.values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
+        self._examples = Moments(none, rows, rows)
 
-    def add(self, mean: Tensor, var: Tensor, n_positions: int) -> Moments:
-        """Add one call's per-example moments ``(N, C)``, float64; return the call's own moments."""
-        count = mean.new_tensor(float(mean.shape[0] * n_positions))
-        batch = Moments(count, *mix(mean, var, dim=0))
-        self.values = batch if self.values is None else pool([self.values, batch])
-        if self._shift is None:
-            self._shift = batch.mean
+    def add(self, mean: Tensor, var: Tensor, batch: Moments) -> None:
+        """Add one call's per-example moments ``(N, C)``, float64, and their mixture."""
+        self.values = pool([self.values, batch])
         d = mean - self._shift
         r = var + d.square()
         # Variances of d, r and d + r give their covariance, by the one mixing rule.
         rows = torch.stack((d, r, d + r))
         n = mean.new_tensor(float(mean.shape[0]))
         moments = Moments(n, rows.mean(1), rows.var(1, correction=0))
-        self._examples = moments if self._examples is None else pool([self._examples, moments])
-        return batch
+        self._examples = pool([self._examples, moments])
 
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
-        values, examples = self.values, self._examples
-        if values is None or examples is None:
-            raise NumericError("statistics: no examples were collected.")
+        mean, var = self.values.mean, self.values.var
         if train_batch_size is None:
-            return values.mean, values.var
-        return values.mean, (values.var - examples.var[0] / train_batch_size).clamp_min(0)
+            return mean, var
+        return mean, (var - self._examples.var[0] / train_batch_size).clamp_min(0)
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
-        examples, values, shift = self._examples, self.values, self._shift
-        if examples is None or values is None or shift is None:
-            raise NumericError("statistics: no examples were collected.")
-        var_d, var_r, var_sum = examples.var
-        m = values.mean - shift
-        covariance = (var_sum - var_d - var_r) / 2
-        # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
-        var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
-        n = float(examples.count)
+        var_d, var_r, var_sum = self._examples.var
+        n = float(self._examples.count)
         if n < 2:
             unknown = torch.full_like(var_d, math.inf)
             return unknown, unknown
+        m = self.values.mean - self._shift
+        covariance = (var_sum - var_d - var_r) / 2
+        # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
+        var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
         return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
 
 
@@ -211,7 +203,12 @@ class _Collector:
         self._found_bad.append((site.name, ~(mean + var).isfinite().all(1)))
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
         mean, var = _over_groups(site, mean, var)
-        return self.measured.setdefault(site.name, _Accumulator()).add(mean, var, values.shape[2])
+        count = mean.new_tensor(float(mean.shape[0] * values.shape[2]))
+        batch = Moments(count, *mix(mean, var, dim=0))
+        if site.name not in self.measured:
+            self.measured[site.name] = _Accumulator(batch.mean)
+        self.measured[site.name].add(mean, var, batch)
+        return batch
 
     def _check_finite(self, batch_index: int) -> None:
         """One synchronization a batch: raise if any layer met a value that is not finite."""
@@ -519,12 +516,11 @@ def _record(
     mean_shift, log_var_ratio = _drift(_own_moments(site), new, _eps(site))
     mean_se, var_se = accumulator.errors()
     spread = new[1] + _eps(site)
-    n_values = 0 if accumulator.values is None else int(accumulator.values.count)
     return LayerStatistics(
         site.name,
         site.kind,
         new[0].numel(),
-        n_values,
+        int(accumulator.values.count),
         n_calls,
         mean_shift,
         log_var_ratio,

@@ -267,8 +267,7 @@ class _Search:
         """One weight for all layers by bracketed search; leaves the best one set."""
         points: dict[float, CurvePoint] = {}
 
-        def loss(root: float) -> float:
-            a = float(root) ** 2  # the curve is flatter, and the resolution finer, in the root
+        def loss(a: float) -> float:
             if a not in points:
                 set_example_weight_(self.model, dict.fromkeys(self.layers, a))
                 found = self._score(self._counted(runtime.pass_of(self.learn, 0)))
@@ -277,13 +276,19 @@ class _Search:
             return points[a].nll
 
         for a in (0.0, *_COARSE):
-            loss(a**0.5)
+            loss(a)
         tried = sorted(points)
         best = min(tried, key=lambda a: points[a].nll)
         low = max([a for a in tried if a < best], default=0.0)
         high = min([a for a in tried if a > best], default=1.0)
-        bounds = (low**0.5, high**0.5)
-        minimize_scalar(loss, bounds=bounds, method="bounded", options={"maxiter": 5})
+        minimize_scalar(
+            lambda root: loss(
+                float(root) ** 2
+            ),  # the curve is flatter, resolution finer, in sqrt(a)
+            bounds=(low**0.5, high**0.5),
+            method="bounded",
+            options={"maxiter": 5, "xatol": 0.01},
+        )
         best = min(points, key=lambda a: points[a].nll)
         set_example_weight_(self.model, dict.fromkeys(self.layers, best))
         return tuple(points[a] for a in sorted(points))

@@ -96,6 +96,11 @@ def full() -> Report:
 
 
 @pytest.fixture(scope="module")
+def full_html(full: Report) -> str:
+    return full.to_html()
+
+
+@pytest.fixture(scope="module")
 def hostile() -> tuple[str, str]:
     report = full_report(HOSTILE)
     return report.to_html(), report.to_markdown()
@@ -354,22 +359,20 @@ def test_markdown_headings_stand_alone(full: Report) -> None:
         assert before == "" or not line.startswith(("#", "|--")) or before.startswith("|")
 
 
-def test_page_is_one_file_with_references_that_resolve(full: Report) -> None:
-    html = full.to_html()
-    page = Page(html)
+def test_page_is_one_file_with_references_that_resolve(full_html: str) -> None:
+    page = Page(full_html)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     wanted = [value.removeprefix("#") for value in page.values("href")]
-    wanted += re.findall(r"url\(#([^)]+)\)", html) + page.values("aria-labelledby")
+    wanted += re.findall(r"url\(#([^)]+)\)", full_html) + page.values("aria-labelledby")
     assert wanted
     assert set(wanted) <= set(ids)
-    assert not re.search(r"https?://|@import|<link|<img", html)
-    assert re.search(r'Content-Security-Policy" content="default-src \'none\'', html)
+    assert not re.search(r"https?://|@import|<link|<img", full_html)
+    assert re.search(r'Content-Security-Policy" content="default-src \'none\'', full_html)
 
 
-def test_page_is_structured_for_readers_that_do_not_see_it(full: Report) -> None:
-    html = full.to_html()
-    page = Page(html)
+def test_page_is_structured_for_readers_that_do_not_see_it(full_html: str) -> None:
+    page = Page(full_html)
     levels = [int(tag[1]) for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert levels.count(1) == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
@@ -378,11 +381,11 @@ def test_page_is_structured_for_readers_that_do_not_see_it(full: Report) -> None
     assert page.values("lang") == ["en"]
     assert page.tags.count("table") == page.tags.count("caption")
     assert page.tags.count("svg") == page.values("role").count("img") == 8
-    assert not re.search(r"<th(?! scope)[ >]", html)
+    assert not re.search(r"<th(?! scope)[ >]", full_html)
 
 
-def test_colors_follow_the_theme(full: Report) -> None:
-    svgs = re.findall(r"<svg.*?</svg>", full.to_html(), flags=re.DOTALL)
+def test_colors_follow_the_theme(full_html: str) -> None:
+    svgs = re.findall(r"<svg.*?</svg>", full_html, flags=re.DOTALL)
     assert not [svg for svg in svgs if re.search(r"(fill|stroke): ?#", svg)]
     assert all("currentColor" in svg and "font-family" not in svg for svg in svgs)
 
@@ -424,11 +427,10 @@ TITLES = (
 )
 
 
-def test_all_pictures_and_sections_are_there(full: Report) -> None:
-    html = full.to_html()
-    assert all(f"<h3>{title}</h3>" in html for title in TITLES)
+def test_all_pictures_and_sections_are_there(full_html: str) -> None:
+    assert all(f"<h3>{title}</h3>" in full_html for title in TITLES)
     for heading in ("What was done and why", "Models compared", "What was assumed or skipped"):
-        assert f">{heading}</h2>" in html
+        assert f">{heading}</h2>" in full_html
 
 
 def test_pictures_and_sections_appear_only_when_there_is_something() -> None:
@@ -467,10 +469,9 @@ def test_options_are_listed_by_dotted_name_and_open_ones_left_out() -> None:
     assert "finetune" not in html
 
 
-def test_same_report_same_bytes_whatever_the_users_settings_are(full: Report) -> None:
-    once = full.to_html()
+def test_same_report_same_bytes_whatever_the_users_settings_are(full_html: str) -> None:
     with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.grid": False}):
-        assert full_report().to_html() == once
+        assert full_report().to_html() == full_html
         assert matplotlib.rcParams["font.size"] == 30
 
 
@@ -479,7 +480,7 @@ def test_page_stays_small_for_deep_wide_models_and_many_classes() -> None:
     assert len(report.to_html().encode()) < 1_500_000
 
 
-def test_save_writes_three_files(full: Report, tmp_path: Path) -> None:
+def test_save_writes_three_files(full: Report, full_html: str, tmp_path: Path) -> None:
     paths = report_paths(tmp_path / "out.safetensors")
     assert [path.name for path in paths] == [
         "out.safetensors.report.json", "out.safetensors.report.md", "out.safetensors.report.html",
@@ -487,7 +488,7 @@ def test_save_writes_three_files(full: Report, tmp_path: Path) -> None:
     full.save(*paths)
     assert json.loads(paths[0].read_text()) == full.to_json()
     assert paths[1].read_text() == full.to_markdown()
-    assert paths[2].read_text() == full.to_html()
+    assert paths[2].read_text() == full_html
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 

@@ -429,6 +429,7 @@ def test_flags_and_marks_of_parameters_survive_a_refit(groups):
 def test_hooks_are_kept_and_their_handles_still_remove(groups):
     net = nets.lived_in(nets.plain())
     seen = []
+    kind = GeneralizedBatchNorm
     bn = net.bn1
     handles = [
         bn.register_forward_pre_hook(lambda m, a: seen.append(("pre", type(m)))),
@@ -439,13 +440,13 @@ def test_hooks_are_kept_and_their_handles_still_remove(groups):
         bn.register_full_backward_hook(lambda m, i, o: seen.append(("back", type(m)))),
         bn.register_state_dict_post_hook(lambda m, *_: seen.append(("state", type(m)))),
         bn.register_load_state_dict_pre_hook(lambda m, *_: seen.append(("load pre", type(m)))),
+        bn._register_load_state_dict_pre_hook(lambda *_: seen.append(("load pre", kind))),
         bn.register_load_state_dict_post_hook(lambda m, _: seen.append(("load", type(m)))),
     ]
     plan = swap_norms_(net, channel_groups=groups)
     assert seen == []  # comparing outputs runs no hook of the user's
     assert plan.changes[0].difference < 1e-6
     del bn  # a hook on loading that was registered with its module holds it weakly
-    kind = GeneralizedBatchNorm
 
     def exercise():
         seen.clear()
@@ -454,7 +455,8 @@ def test_hooks_are_kept_and_their_handles_still_remove(groups):
         return list(seen)
 
     assert exercise() == [
-        (what, kind) for what in ("pre", "forward", "back pre", "back", "state", "load pre", "load")
+        (what, kind)
+        for what in ("pre", "forward", "back pre", "back", "state", "load pre", "load pre", "load")
     ]
     later = net.bn1.register_forward_hook(lambda *_: seen.append("later"))
     for handle in (*handles, later):
