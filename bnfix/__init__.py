@@ -19,7 +19,8 @@ from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
 from bnfix.pipeline import calibrate, finetune, fix
 from bnfix.result import Result
 from bnfix.saving import load, save
-from bnfix.surgery import find_norms, swap_norms_
+from bnfix.sites import find_norms
+from bnfix.surgery import swap_norms_
 from bnfix.version import __version__
 
 __all__ = [

@@ -7,22 +7,17 @@ evaluation. The model's own buffers are not touched until the end, when all are 
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from bnfix import guards, runtime
+from bnfix import runtime
+from bnfix.collecting import Accumulator, Collector, as_stored, over_groups, up_to
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
-from bnfix.moments import Moments, mix, pool
-from bnfix.norms import GeneralizedBatchNorm, over_channel_groups
-from bnfix.surgery import NormSite, find_norms, sites_with_statistics, unmatched
+from bnfix.sites import NormSite, find_norms, sites_with_statistics, unmatched
 
 #: Passes at most for a layer that is called more than once, whose output comes back to its input.
 _ROUNDS = 12
@@ -87,174 +82,6 @@ class Calibration:
     never_reached: tuple[str, ...]
     left_alone: tuple[str, ...]
     seconds: float
-
-
-class _Accumulator:
-    """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
-
-    def __init__(self, shift: Tensor) -> None:
-        # Per-example means are taken from the first batch's, so that none of them is large.
-        self._shift = shift
-        none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
-        self.values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
-        self._examples = Moments(none, rows, rows)
-
-    def add(self, mean: Tensor, var: Tensor, batch: Moments) -> None:
-        """Add one call's per-example moments ``(N, C)``, float64, and their mixture."""
-        self.values = pool([self.values, batch])
-        d = mean - self._shift
-        r = var + d.square()
-        # Variances of d, r and d + r give their covariance, by the one mixing rule.
-        rows = torch.stack((d, r, d + r))
-        n = mean.new_tensor(float(mean.shape[0]))
-        moments = Moments(n, rows.mean(1), rows.var(1, correction=0))
-        self._examples = pool([self._examples, moments])
-
-    def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
-        mean, var = self.values.mean, self.values.var
-        if train_batch_size is None:
-            return mean, var
-        return mean, (var - self._examples.var[0] / train_batch_size).clamp_min(0)
-
-    def errors(self) -> tuple[Tensor, Tensor]:
-        """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
-        var_d, var_r, var_sum = self._examples.var
-        n = float(self._examples.count)
-        if n < 2:
-            unknown = torch.full_like(var_d, math.inf)
-            return unknown, unknown
-        m = self.values.mean - self._shift
-        covariance = (var_sum - var_d - var_r) / 2
-        # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
-        var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
-        return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
-
-
-class _StopHereError(BaseException):
-    """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
-
-
-class _Collector:
-    """Hooks on the sites: measure inputs; decide what each layer normalizes by."""
-
-    def __init__(self, sites: Sequence[NormSite], *, by_batch: bool) -> None:
-        self.sites = {id(site.module): site for site in sites}
-        self.by_batch = by_batch
-        self.use: dict[str, tuple[Tensor, Tensor]] = {}
-        self.measured: dict[str, _Accumulator] = {}
-        self.n_calls: dict[str, int] = {}
-        self.wanted: str | None = None
-        self.stops = False
-        self._before: dict[str, set[str]] = {}
-        self._calls: Counter[str] = Counter()
-        self._found_bad: list[tuple[str, Tensor]] = []
-        self._own: dict[int, tuple[Any, Any]] = {}
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        site = self.sites[id(module)]
-        x = args[0] if args else next(iter(kwargs.values()))
-        use = self.use.get(site.name)
-        if (self.wanted is None or site.name == self.wanted) and x.numel():
-            self._count(site.name)
-            batch = self._measure(site, x)
-            if self.stops:
-                raise _StopHereError
-            if self.by_batch:
-                use = _as_stored(site, batch.mean, batch.var)
-        if use is not None:
-            buffers = module._buffers
-            self._own[id(module)] = buffers["running_mean"], buffers["running_var"]
-            buffers["running_mean"], buffers["running_var"] = use
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        own = self._own.pop(id(module), None)
-        if own is not None:
-            module._buffers["running_mean"], module._buffers["running_var"] = own
-
-    def order(self) -> list[str]:
-        """The layers measured, each after all that came before it in any batch."""
-        try:
-            return list(TopologicalSorter(self._before).static_order())
-        except CycleError:
-            return list(self.measured)
-
-    def is_first(self, name: str) -> bool:
-        """Whether no other layer measured ever came before this one."""
-        return not self._before[name]
-
-    def _count(self, name: str) -> None:
-        if not self._calls[name]:
-            last = [key for key, n in self._calls.items() if n][-1:]
-            self._before.setdefault(name, set()).update(last)
-        self._calls[name] += 1
-        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
-
-    def _measure(self, site: NormSite, x: Tensor) -> Moments:
-        values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
-        own = site.module._buffers["running_mean"]
-        if own is None or own.shape != values.shape[1:2]:
-            raise NormError(
-                f"{site.name}: its input has shape {tuple(x.shape)}, but it keeps statistics of "
-                f"shape {None if own is None else tuple(own.shape)}. Leave it with skip.",
-                name=site.name,
-            )
-        mean, var = precise_moments(values)
-        self._found_bad.append((site.name, ~(mean + var).isfinite().all(1)))
-        # Pooled example by example: the spread of a group's means is not the mean of the spreads.
-        mean, var = _over_groups(site, mean, var)
-        count = mean.new_tensor(float(mean.shape[0] * values.shape[2]))
-        batch = Moments(count, *mix(mean, var, dim=0))
-        if site.name not in self.measured:
-            self.measured[site.name] = _Accumulator(batch.mean)
-        self.measured[site.name].add(mean, var, batch)
-        return batch
-
-    def _check_finite(self, batch_index: int) -> None:
-        """One synchronization a batch: raise if any layer met a value that is not finite."""
-        found, self._found_bad = self._found_bad, []
-        if not found or not bool(torch.stack([bad.any() for _, bad in found]).any()):
-            return
-        name, bad = next((name, bad) for name, bad in found if bool(bad.any()))
-        example = int(bad.nonzero()[0].item())
-        raise NumericError(
-            f"{name}: its input, or the square of it, is not finite in batch {batch_index}, "
-            f"example {example} (both counted from 0). Leave that example out, or use fp32.",
-            name=name,
-        )
-
-    def one_pass(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: runtime.Forward | None,
-        samples: int | None,
-    ) -> tuple[int, int]:
-        """Run the batches; return examples and batches seen."""
-        device = runtime.device_of(model)
-        n_examples = n_batches = 0
-        with (
-            guards.inference(model),
-            guards.hooks() as handles,
-            # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
-            torch.compiler.set_stance("force_eager"),
-        ):
-            for site in self.sites.values():
-                handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
-                handles.append(site.module.register_forward_hook(self.after, always_call=True))
-            for index, batch in enumerate(_up_to(batches, samples)):
-                self._calls.clear()
-                try:
-                    runtime.run(model, batch, device, forward)
-                except _StopHereError:
-                    pass
-                finally:
-                    for site in self.sites.values():
-                        self.after(site.module, None, None)
-                self._check_finite(index)
-                n = _n_examples(batch)
-                n_examples, n_batches = n_examples + n, n_batches + (n > 0)
-        return n_examples, n_batches
 
 
 def recalibrate_(
@@ -328,8 +155,8 @@ def recalibrate_(
         raise NormError("model: no norm layer with statistics to compute anew.")
     size = train_batch_size if target == "train-batch" else None
     if feed == "sequential" and isinstance(batches, Iterator):
-        batches = list(_up_to(batches, samples))
-    collector = _Collector(sites, by_batch=True)
+        batches = list(up_to(batches, samples))
+    collector = Collector(sites, by_batch=True)
     n_examples, n_batches = collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
     if n_examples == 0:
         raise DataError("calibration: no examples. Give at least one batch.")
@@ -340,7 +167,7 @@ def recalibrate_(
         measured, passes = _sequential(model, collector, batches, forward, samples, size)
     by_name = {site.name: site for site in sites}
     new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
-    stored = {name: _as_stored(by_name[name], *moments) for name, moments in new.items()}
+    stored = {name: as_stored(by_name[name], *moments) for name, moments in new.items()}
     _check_stored(stored)
     records = tuple(
         _record(by_name[name], accumulator, new[name], collector.n_calls[name])
@@ -384,7 +211,7 @@ def residuals(
     """
     # Frozen layers too: whether their constants fit the data is worth knowing.
     sites = [site for site in find_norms(model) if site.has_statistics and _is_comparable(site)]
-    collector = _Collector(sites, by_batch=False)
+    collector = Collector(sites, by_batch=False)
     n_examples, _ = collector.one_pass(model, batches, forward, None)
     if n_examples == 0:
         raise DataError("residuals: no examples. Give at least one batch.")
@@ -395,26 +222,6 @@ def residuals(
             mean_shift, log_var_ratio = _drift(_own_moments(site), fresh, _eps(site))
             found[site.name] = (log_var_ratio, mean_shift)
     return found
-
-
-def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-example moments whose rounding does not grow with the offset of the values.
-
-    The mean is refined by the mean of what is left after subtracting it, so at mean/std = 1e4 in
-    float32 it keeps about seven digits of the deviation instead of three.
-
-    Args:
-        values: ``(N, C, L)``.
-
-    Returns:
-        Mean and biased variance ``(N, C)``, float64.
-    """
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    rough = values.mean(-1)
-    centred = values - rough.unsqueeze(-1)
-    left = centred.mean(-1).double()
-    var = (centred * centred).mean(-1).double() - left.square()
-    return rough.double() + left, var.clamp_min(0)
 
 
 def _check_options(
@@ -433,19 +240,19 @@ def _check_options(
 
 def _sequential(
     model: nn.Module,
-    scout: _Collector,
+    scout: Collector,
     batches: runtime.Batches,
     forward: runtime.Forward | None,
     samples: int | None,
     size: int | None,
-) -> tuple[dict[str, _Accumulator], float]:
+) -> tuple[dict[str, Accumulator], float]:
     """Layer after layer in call order, each measured while all before it are final."""
     order = scout.order()
     sites = {site.name: site for site in scout.sites.values()}
-    collector = _Collector(list(sites.values()), by_batch=False)
+    collector = Collector(list(sites.values()), by_batch=False)
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     for name in order:
-        collector.use[name] = _as_stored(sites[name], *scout.measured[name].statistics(size))
+        collector.use[name] = as_stored(sites[name], *scout.measured[name].statistics(size))
     passes = 1.0
     for depth, name in enumerate(order, 1):
         once = scout.n_calls[name] == 1
@@ -465,30 +272,17 @@ def _sequential(
                 )
             before = collector.use[name]
             new = collector.measured[name].statistics(size)
-            collector.use[name] = _as_stored(sites[name], *new)
+            collector.use[name] = as_stored(sites[name], *new)
             if max(_drift(before, new, _eps(sites[name]))) < _SETTLED:
                 break
     return collector.measured, passes
-
-
-def _over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped layers pool their moments, and repeat them over the group's channels."""
-    if isinstance(site.module, GeneralizedBatchNorm):
-        return over_channel_groups(mean, var, site.module.channel_groups)
-    return mean, var
-
-
-def _as_stored(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments as the layer's buffers hold them."""
-    own: Any = site.module._buffers["running_mean"]
-    return mean.to(own), var.to(own)
 
 
 def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
     """The moments that the layer holds, as it uses them, in float64."""
     mean: Any = site.module._buffers["running_mean"]
     var: Any = site.module._buffers["running_var"]
-    return _over_groups(site, mean.double(), var.double())
+    return over_groups(site, mean.double(), var.double())
 
 
 def _is_comparable(site: NormSite) -> bool:
@@ -511,7 +305,7 @@ def _drift(
 
 
 def _record(
-    site: NormSite, accumulator: _Accumulator, new: tuple[Tensor, Tensor], n_calls: int
+    site: NormSite, accumulator: Accumulator, new: tuple[Tensor, Tensor], n_calls: int
 ) -> LayerStatistics:
     mean_shift, log_var_ratio = _drift(_own_moments(site), new, _eps(site))
     mean_se, var_se = accumulator.errors()
@@ -546,28 +340,6 @@ def _write(module: nn.Module, mean: Tensor, var: Tensor, n_batches: int) -> None
     tracked = buffers.get("num_batches_tracked")
     if tracked is not None and int(tracked) == 0:
         tracked.fill_(n_batches)
-
-
-def _up_to(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """Batches until this number of examples is reached; not one more is asked for."""
-    n_examples = 0
-    for batch in batches:
-        yield batch
-        n_examples += _n_examples(batch)
-        if samples is not None and n_examples >= samples:
-            return
-
-
-def _n_examples(batch: Any) -> int:
-    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
-    try:
-        found = runtime.unpack(batch)[0]
-    except DataError:
-        found = batch  # a form that only the user's forward knows
-    while isinstance(found, Mapping | list | tuple) and found:
-        found = next(iter(found.values() if isinstance(found, Mapping) else found))
-    shape = tuple(getattr(found, "shape", ()))
-    return int(shape[0]) if shape else 1
 
 
 def describe_missing(calibration: Calibration) -> list[str]:

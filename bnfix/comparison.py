@@ -21,6 +21,7 @@ from bnfix.workbench import (
     Tracked,
     data_record,
     describe_skipped,
+    evaluation_batch_size,
     load_one,
     open_checked,
     resolve_preprocessing,
@@ -75,14 +76,14 @@ def evaluate_files(
         channels = preprocessing.channels
         if channels not in opened:
             opened[channels] = open_checked(data, loaded.model, source, preprocessing)
-        images = opened[channels]
+        images, input_size = opened[channels]
         everything = np.arange(len(images))
         batches = Tracked(
             Batches(
                 images,
                 everything,
                 preprocessing,
-                batch_size=run.batch_size,
+                batch_size=evaluation_batch_size(run, loaded.model, input_size),
                 workers=run.workers,
                 max_bad=source.max_bad,
             ),

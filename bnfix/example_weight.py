@@ -237,8 +237,7 @@ def _divide(
             )
     batches, select = runtime.hold_out(batches, select, every=4)
     learn, monitor = runtime.hold_out(batches, monitor, every=5)
-    watched, chosen_on = (runtime.pass_of(runtime.again(held), 0) for held in (monitor, select))
-    return learn, watched, chosen_on
+    return learn, monitor, select
 
 
 class _Search:

@@ -26,7 +26,7 @@ from bnfix.norms import (
     trainable_weights,
 )
 from bnfix.recipe import FinetuneRecipe
-from bnfix.surgery import find_norms
+from bnfix.sites import find_norms
 
 _MOST_BAD_STEPS = 10
 _START = 0.05  # least example weight to learn from, as in `WeightRecipe.start`
@@ -249,12 +249,11 @@ def finetune_(
         )
     started = time.perf_counter()
     with guards.seeded(seed):
-        batches, held = runtime.hold_out(batches, monitor, every=5)
-        watched = runtime.pass_of(runtime.again(held), 0)
-        groups, layers = _what(model, recipe, weighable, watched, forward)
+        batches, monitor = runtime.hold_out(batches, monitor, every=5)
+        groups, layers = _what(model, recipe, weighable, monitor, forward)
         run = _Run(model, recipe, groups, _n_steps(recipe, batches), forward)
         before = guards.Snapshot(model)
-        points = [_point(model, watched, forward, 0, 0, None)]
+        points = [_point(model, monitor, forward, 0, 0, None)]
         best, best_epoch = before, 0
         try:
             with (
@@ -267,7 +266,7 @@ def finetune_(
                     loss = run.one_epoch(runtime.pass_of(batches, len(points) - 1))
                     if after_epoch is not None:
                         after_epoch(model)
-                    points.append(_point(model, watched, forward, len(points), run.step, loss))
+                    points.append(_point(model, monitor, forward, len(points), run.step, loss))
                     if points[-1].nll < points[best_epoch].nll:
                         best, best_epoch = guards.Snapshot(model), points[-1].epoch
                 best.restore_()

@@ -11,7 +11,7 @@ from bnfix.calibration import Calibration
 from bnfix.example_weight import weights_of
 from bnfix.norms import generalized_norms
 from bnfix.report import LayerRow
-from bnfix.surgery import find_norms
+from bnfix.sites import find_norms
 
 
 def statistics_of(model: nn.Module) -> dict[str, Any]:

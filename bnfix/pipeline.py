@@ -38,7 +38,8 @@ from bnfix.recipe import (
 from bnfix.report import DataUsed, Evaluated, Report
 from bnfix.result import Result
 from bnfix.saving import history_entry, versions
-from bnfix.surgery import find_norms, plan_swap, swap_planned_
+from bnfix.sites import find_norms
+from bnfix.surgery import plan_swap, swap_planned_
 from bnfix.workbench import (
     Track,
     Tracked,
@@ -467,7 +468,9 @@ class _Stages:
         standing = self.standing()
         learn, monitor = bench.learn_and_monitor()
         recipe = self.plan.weight
-        learning = bench.batches(learn, "example weight: fitting", recipe.batch_size)
+        learning = bench.batches(
+            learn, "example weight: fitting", bench.training_batch_size(recipe.batch_size)
+        )
         watching = bench.batches(monitor, "example weight: watching")
         selecting = bench.batches(bench.split.select, "select: example weight")
         choice = choose_example_weight_(
@@ -490,7 +493,9 @@ class _Stages:
     def _finetune(self, recipe: FinetuneRecipe) -> None:
         bench = self.bench
         learn, monitor = bench.learn_and_monitor()
-        training = bench.batches(learn, f"fine-tuning {recipe.train}", recipe.batch_size)
+        training = bench.batches(
+            learn, f"fine-tuning {recipe.train}", bench.training_batch_size(recipe.batch_size)
+        )
         watching = bench.batches(monitor, "fine-tuning: watching")
 
         def refresh(model: nn.Module) -> None:

@@ -174,7 +174,9 @@ class WeightRecipe:
     granularity: str = option("channel", "Finest freedom allowed: global, layer or channel.")
     pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
     epochs: int = option(2, "Passes over the fit examples when weights are learned.")
-    batch_size: int = option(64, "Batch size when weights are learned.")
+    batch_size: int | None = option(
+        None, "Batch size when weights are learned (default 64, less for large inputs)."
+    )
     lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
     start: float = option(0.05, "Least weight from which learning starts.")
 
@@ -207,7 +209,9 @@ class FinetuneRecipe:
     lr: float = option(0.003, "Peak learning rate, falling to 0 by cosine.")
     weight_lr: float = option(0.02, "Peak rate for learned example weights.")
     warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
-    batch_size: int = option(64, "Batch size of training.")
+    batch_size: int | None = option(
+        None, "Batch size of training (default 64, less for large inputs)."
+    )
     ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
     weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
     norm_decay: float = option(0.0, "Decay of gamma and beta, decoupled from the gradient.")
@@ -256,7 +260,9 @@ class RunOptions:
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: str = option("fp32", "fp32, bf16 or fp16 (autocast).")
-    batch_size: int = option(128, "Batch size of evaluation.")
+    batch_size: int | None = option(
+        None, "Batch size (default 128, less for large inputs on the CPU)."
+    )
     workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
 
     def __post_init__(self) -> None:
@@ -266,7 +272,8 @@ class RunOptions:
             ConfigError: if a value is out of range.
         """
         _one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
-        _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
+        b = self.batch_size
+        _require(b is None or b >= 1, f"--batch-size: {b}, expected 1 or more.", "batch_size")
         _require(self.workers >= -1, f"--workers: {self.workers}, expected 0 or more.", "workers")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +19,8 @@ Forward = Callable[[nn.Module, Any], Any]
 #: Batches, or what gives the batches of the k-th pass (so that each pass can be shuffled anew).
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
+#: From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +53,22 @@ def resolve_device(text: str) -> torch.device:
             name="device",
         )
     return device
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for reuse instead of giving it back to the system.
+
+    Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
+    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic. For
+    a program's start; a library should not decide this. Where there is no glibc, nothing happens.
+
+    Changes:
+        glibc's thresholds for mapping and trimming, for this process.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def device_of(model: nn.Module) -> torch.device:

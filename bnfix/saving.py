@@ -16,7 +16,8 @@ from bnfix.errors import BnfixError, CheckpointError, ModelError, some
 from bnfix.models import build_model, from_file_allowed
 from bnfix.norms import generalized_norms, set_example_weight_
 from bnfix.recipe import Preprocessing, SwapRecipe
-from bnfix.surgery import Change, find_norms, plan_swap, swap_planned_
+from bnfix.sites import find_norms
+from bnfix.surgery import Change, plan_swap, swap_planned_
 from bnfix.version import __version__
 
 _HALF = (torch.float16, torch.bfloat16)

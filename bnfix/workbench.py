@@ -24,6 +24,7 @@ from bnfix.saving import Loaded, load_ready
 #: Wraps the batches of a pass, to show its progress: stage, batches, their number.
 Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
+_VALUES_A_BATCH = 1 << 22
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -87,6 +88,7 @@ class Workbench:
         assumptions: everything assumed for the user, one sentence each.
         max_bad: bad images that a pass may meet.
         track: how progress is shown.
+        input_size: numbers in one input.
     """
 
     loaded: Loaded
@@ -99,6 +101,7 @@ class Workbench:
     assumptions: list[str]
     max_bad: float | None
     track: Track
+    input_size: int
 
     @property
     def model(self) -> nn.Module:
@@ -139,11 +142,22 @@ class Workbench:
             images,
             index,
             self.preprocessing,
-            batch_size=size or self.run.batch_size,
+            batch_size=size or evaluation_batch_size(self.run, self.model, self.input_size),
             workers=self.run.workers,
             max_bad=self.max_bad,
         )
         return Tracked(batches, stage, self.track)
+
+    def training_batch_size(self, stated: int | None) -> int:
+        """The batch size of a stage with gradients.
+
+        Args:
+            stated: the recipe's.
+
+        Returns:
+            That, or 64, less for large inputs: at least 16, and 4 million numbers a batch.
+        """
+        return stated or min(64, max(16, _VALUES_A_BATCH // self.input_size))
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
         """Cut the fit split for early stopping: four fifths to learn on, one to watch.
@@ -189,11 +203,11 @@ def open_workbench(
     loaded = load_one(checkpoint, model, run)
     preprocessing, assumptions = resolve_preprocessing(loaded, source)
     assumptions = [*loaded.checkpoint.notes, *assumptions]
-    images = open_checked(data, loaded.model, source, preprocessing)
+    images, input_size = open_checked(data, loaded.model, source, preprocessing)
     split = cut(images, fractions, gate.seed)
     test_images = images
     if source.test is not None:
-        test_images = open_checked(source.test, loaded.model, source, preprocessing)
+        test_images, _ = open_checked(source.test, loaded.model, source, preprocessing)
         test, n_dropped = _unseen(test_images, images)
         split = dataclasses.replace(split, test=test)
         if n_dropped:
@@ -223,6 +237,7 @@ def open_workbench(
         assumptions,
         source.max_bad,
         track,
+        input_size,
     )
 
 
@@ -307,7 +322,7 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
 
 def open_checked(
     data: str, model: nn.Module, source: DataRecipe, preprocessing: Preprocessing
-) -> Images:
+) -> tuple[Images, int]:
     """Open DATA and check that its labels fit the model's outputs.
 
     Args:
@@ -317,7 +332,7 @@ def open_checked(
         preprocessing: of that image.
 
     Returns:
-        The images.
+        The images, and how many numbers one input has.
 
     Raises:
         ModelError: if the model cannot be run on them.
@@ -339,16 +354,36 @@ def open_checked(
             f"model: cannot be run on an input of {shape} ({reason}). Check --resize, --crop and "
             "--model."
         ) from error
+    input_size = first.x[0].numel()
     if images.labels is None:
-        return images
+        return images, input_size
     n_classes = runtime.logits_of(output).shape[1]
-    return open_images(
+    images = open_images(
         data,
         class_map=class_map,
         labels=source.labels,
         n_classes=n_classes,
         channels=preprocessing.channels,
     )
+    return images, input_size
+
+
+def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:
+    """The batch size of passes without gradients; it changes results by rounding only.
+
+    Args:
+        run: its batch size, if stated, is the answer.
+        model: on its device.
+        input_size: numbers in one input.
+
+    Returns:
+        128; on the CPU, where large batches fall out of the caches, less for large inputs.
+    """
+    if run.batch_size is not None:
+        return run.batch_size
+    if runtime.device_of(model).type != "cpu":
+        return 128
+    return min(128, max(8, _VALUES_A_BATCH // input_size))
 
 
 def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:

@@ -11,15 +11,12 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.calibration import (
-    describe_missing,
-    precise_moments,
-    recalibrate_,
-    residuals,
-)
+from bnfix.calibration import describe_missing, recalibrate_, residuals
+from bnfix.collecting import precise_moments
 from bnfix.errors import ConfigError, DataError, NormError, NumericError
 from bnfix.norms import GeneralizedBatchNorm
-from bnfix.surgery import find_norms, swap_norms_
+from bnfix.sites import find_norms
+from bnfix.surgery import swap_norms_
 from tests import nets, reference
 
 FEEDS = ["batch", "sequential"]

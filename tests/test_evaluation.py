@@ -208,6 +208,7 @@ def test_the_interval_of_a_calibrated_models_ece_contains_its_estimate():
     metrics = measure(logits, labels)
     low, high = metrics.interval["ece"]
     assert 0 <= low < metrics.ece < high
+    assert abs((low + high) / 2 - metrics.ece) < 0.2 * (high - low)
 
 
 def test_the_interval_of_top1_has_the_binomial_width():

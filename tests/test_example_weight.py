@@ -265,6 +265,38 @@ def test_learned_weights_stay_between_0_and_1_at_any_rate(net, batches, select):
     assert max(seen) == 1.0
 
 
+def test_the_epoch_that_the_monitor_likes_best_is_kept(net, batches, select):
+    """The later epochs have wrong labels and lead away."""
+    wrong = [(x, (y + 2) % N_CLASSES) for x, y in batches]  # the pattern is wrong
+    after_learning, monitor = [], cut(*patterns(32, 4, shifted=True))
+
+    def forward(model, batch):
+        if torch.is_grad_enabled():
+            after_learning.append(None)
+        elif after_learning and torch.equal(batch[0], monitor[0][0]):
+            after_learning.append(
+                (model.bn1.example_weight.item(), model.bn2.example_weight.item())
+            )
+        return model(batch[0])
+
+    choice = choose_example_weight_(
+        net,
+        lambda k: batches if k == 0 else wrong,
+        select=select,
+        monitor=monitor,
+        recipe=WeightRecipe(granularity="layer", lr=0.3, epochs=3),
+        forward=forward,
+    )
+    ends = []
+    for bn1, bn2 in [weights for weights in after_learning if weights]:
+        at_the_end = copy.deepcopy(net)
+        set_example_weight_(at_the_end, {"bn1": bn1, "bn2": bn2})
+        ends.append((evaluate(at_the_end, monitor).nll, evaluate(at_the_end, select).nll))
+    assert len(ends) == 3
+    assert ends[2] != min(ends)
+    assert choice.decisions[1].nll == pytest.approx(min(ends)[1], rel=1e-9)
+
+
 def test_two_runs_are_equal_bit_for_bit(shifted_net, batches, select):
     runs = []
     for _ in range(2):
@@ -398,6 +430,9 @@ def test_without_epochs_nothing_is_learned(net, batches, select):
     assert [d.admitted for d in choice.decisions] == [True, False, False]
     assert choice.chosen == "global"
     assert choice.decisions[1].nll_difference == 0
+    best = min(choice.curve, key=lambda point: point.nll)
+    assert choice.weights["bn1"] == choice.weights["bn2"] == pytest.approx(best.example_weight)
+    assert best.example_weight > 0
 
 
 # Which layers take part
@@ -422,16 +457,18 @@ def test_layers_without_statistics_or_not_reached_keep_their_weight(batches):
             self.bare = GeneralizedBatchNorm(2, track_running_stats=False)
             self.twice = GeneralizedBatchNorm(2)
             self.usual = GeneralizedBatchNorm(2)
+            self.late = GeneralizedBatchNorm(2)
             self.idle = GeneralizedBatchNorm(2)
             self.fc = nn.Linear(2, N_CLASSES)
 
         def forward(self, x):
             x = self.usual(input=self.twice(self.bare(x)))
+            x = self.late(x + self.late(x.mean((2, 3)))[..., None, None])
             return self.fc(self.twice(x.mean((2, 3))))
 
     layers, excluded = weighable_layers(Odd(), iter(batches))
     assert list(layers) == ["usual"]
-    assert excluded == ["bare", "twice", "idle"]
+    assert excluded == ["bare", "twice", "late", "idle"]
 
 
 def test_with_no_layer_to_weigh_nothing_is_tried():

@@ -251,9 +251,10 @@ def test_batches_of_one_example_are_left_out_where_statistics_are_trained():
     assert (alone.n_steps, alone.n_skipped_steps, alone.curve[1].loss) == (0, 1, None)
 
 
+@pytest.mark.parametrize("make", [tiny, stock])
 @pytest.mark.parametrize("statistics", ["frozen", "train"])
-def test_frozen_norm_layers_are_untouched(statistics):
-    model = tiny()
+def test_frozen_norm_layers_are_untouched(make, statistics):
+    model = make()
     model.bn1.frozen = model.bn3.frozen = True
     found = Found(model)
     recipe = FinetuneRecipe(
@@ -640,7 +641,7 @@ def test_the_best_epoch_is_kept():
 
 
 def test_an_early_best_epoch_is_kept_bit_for_bit():
-    """The monitor likes the model after its first epoch only."""
+    """The monitor likes the model most after its first epoch, and least before."""
     states, model = [], tiny()
 
     def note(model):
@@ -650,7 +651,7 @@ def test_an_early_best_epoch_is_kept_bit_for_bit():
         out = model(batch[0])
         if torch.is_grad_enabled():
             return out
-        return F.one_hot(batch[1], N_CLASSES) * (9.0 if len(states) == 1 else 1.0)
+        return F.one_hot(batch[1], N_CLASSES) * {0: 1.0, 1: 9.0}.get(len(states), 4.0)
 
     recipe = FinetuneRecipe(train="all", statistics="train", epochs=4)
     tuned = finetune_(
@@ -691,6 +692,32 @@ def test_after_epoch_comes_before_each_evaluation_and_may_recalibrate():
     assert calls == [0, 1]
     assert tuned.best_epoch > 0
     assert model.bn1.running_mean.tolist() == [float(tuned.best_epoch)] * 6
+
+
+def test_a_step_left_out_does_not_undo_a_recalibration():
+    model, seen = tiny(), []
+    poison = (torch.full_like(BATCHES[0][0], math.nan), BATCHES[0][1])
+
+    def refresh(model):
+        with torch.no_grad():
+            model.bn1.running_mean.fill_(100.0)
+
+    def forward(model, batch):
+        if torch.is_grad_enabled():
+            seen.append(model.bn1.running_mean.tolist())
+        return model(batch[0])
+
+    finetune_(
+        model,
+        lambda k: [poison, *BATCHES[:2]],
+        epochs=2,
+        monitor=MONITOR,
+        recipe=FinetuneRecipe(statistics="train"),
+        forward=forward,
+        after_epoch=refresh,
+    )
+    assert seen[3] == seen[4] == [100.0] * 6  # before and after the poison of the second epoch
+    assert seen[5] != seen[4]
 
 
 # Example weights along the way

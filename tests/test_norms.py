@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests import reference
 from bnfix.errors import ConfigError, NormError, NumericError
 from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from tests import reference
 from tests.real import GOLDEN
 
 CASES = json.loads((GOLDEN / "four_things.json").read_text()) if GOLDEN.is_dir() else {}

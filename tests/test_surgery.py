@@ -15,15 +15,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.errors import ConfigError, NormError
 from bnfix.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
 from bnfix.recipe import SwapRecipe
-from bnfix.surgery import (
-    find_norms,
-    plan_swap,
-    selected,
-    sites_with_statistics,
-    swap_norms_,
-    swap_planned_,
-    unmatched,
-)
+from bnfix.sites import find_norms, selected, sites_with_statistics, unmatched
+from bnfix.surgery import plan_swap, swap_norms_, swap_planned_
 from tests import nets
 
 

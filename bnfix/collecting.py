@@ -1,0 +1,258 @@
+"""Hooks that measure what norm layers meet, and hand them the moments to normalize by."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix import guards, runtime
+from bnfix.errors import DataError, NormError, NumericError
+from bnfix.moments import Moments, mix, pool
+from bnfix.norms import GeneralizedBatchNorm, over_channel_groups
+from bnfix.sites import NormSite
+
+
+class Accumulator:
+    """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
+
+    def __init__(self, shift: Tensor) -> None:
+        # Per-example means are taken from the first batch's, so that none of them is large.
+        self._shift = shift
+        none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
+        self.values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
+        self._examples = Moments(none, rows, rows)
+
+    def add(self, mean: Tensor, var: Tensor, batch: Moments) -> None:
+        """Add one call's per-example moments ``(N, C)``, float64, and their mixture."""
+        self.values = pool([self.values, batch])
+        d = mean - self._shift
+        r = var + d.square()
+        # Variances of d, r and d + r give their covariance, by the one mixing rule.
+        rows = torch.stack((d, r, d + r))
+        n = mean.new_tensor(float(mean.shape[0]))
+        moments = Moments(n, rows.mean(1), rows.var(1, correction=0))
+        self._examples = pool([self._examples, moments])
+
+    def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
+        mean, var = self.values.mean, self.values.var
+        if train_batch_size is None:
+            return mean, var
+        return mean, (var - self._examples.var[0] / train_batch_size).clamp_min(0)
+
+    def errors(self) -> tuple[Tensor, Tensor]:
+        """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
+        var_d, var_r, var_sum = self._examples.var
+        n = float(self._examples.count)
+        if n < 2:
+            unknown = torch.full_like(var_d, math.inf)
+            return unknown, unknown
+        m = self.values.mean - self._shift
+        covariance = (var_sum - var_d - var_r) / 2
+        # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
+        var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
+        return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
+
+
+class _StopHereError(BaseException):
+    """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
+
+
+class Collector:
+    """Hooks on the sites: measure inputs; decide what each layer normalizes by."""
+
+    def __init__(self, sites: Sequence[NormSite], *, by_batch: bool) -> None:
+        self.sites = {id(site.module): site for site in sites}
+        self.by_batch = by_batch
+        self.use: dict[str, tuple[Tensor, Tensor]] = {}
+        self.measured: dict[str, Accumulator] = {}
+        self.n_calls: dict[str, int] = {}
+        self.wanted: str | None = None
+        self.stops = False
+        self._before: dict[str, set[str]] = {}
+        self._calls: Counter[str] = Counter()
+        self._found_bad: list[tuple[str, Tensor]] = []
+        self._own: dict[int, tuple[Any, Any]] = {}
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Measure a layer's input and hand it the moments to use; a forward pre-hook.
+
+        Args:
+            module: the layer.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+
+        Raises:
+            _StopHereError: where a shortened pass ends.
+        """
+        site = self.sites[id(module)]
+        x = args[0] if args else next(iter(kwargs.values()))
+        use = self.use.get(site.name)
+        if (self.wanted is None or site.name == self.wanted) and x.numel():
+            self._count(site.name)
+            batch = self._measure(site, x)
+            if self.stops:
+                raise _StopHereError
+            if self.by_batch:
+                use = as_stored(site, batch.mean, batch.var)
+        if use is not None:
+            buffers = module._buffers
+            self._own[id(module)] = buffers["running_mean"], buffers["running_var"]
+            buffers["running_mean"], buffers["running_var"] = use
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Give a layer its own buffers back; a forward hook.
+
+        Args:
+            module: the layer.
+            args: its arguments.
+            output: its output.
+        """
+        own = self._own.pop(id(module), None)
+        if own is not None:
+            module._buffers["running_mean"], module._buffers["running_var"] = own
+
+    def order(self) -> list[str]:
+        """The layers measured, each after all that came before it in any batch."""
+        try:
+            return list(TopologicalSorter(self._before).static_order())
+        except CycleError:
+            return list(self.measured)
+
+    def is_first(self, name: str) -> bool:
+        """Whether no other layer measured ever came before this one."""
+        return not self._before[name]
+
+    def _count(self, name: str) -> None:
+        if not self._calls[name]:
+            last = [key for key, n in self._calls.items() if n][-1:]
+            self._before.setdefault(name, set()).update(last)
+        self._calls[name] += 1
+        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
+
+    def _measure(self, site: NormSite, x: Tensor) -> Moments:
+        values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
+        own = site.module._buffers["running_mean"]
+        if own is None or own.shape != values.shape[1:2]:
+            raise NormError(
+                f"{site.name}: its input has shape {tuple(x.shape)}, but it keeps statistics of "
+                f"shape {None if own is None else tuple(own.shape)}. Leave it with skip.",
+                name=site.name,
+            )
+        mean, var = precise_moments(values)
+        self._found_bad.append((site.name, ~(mean + var).isfinite().all(1)))
+        # Pooled example by example: the spread of a group's means is not the mean of the spreads.
+        mean, var = over_groups(site, mean, var)
+        count = mean.new_tensor(float(mean.shape[0] * values.shape[2]))
+        batch = Moments(count, *mix(mean, var, dim=0))
+        if site.name not in self.measured:
+            self.measured[site.name] = Accumulator(batch.mean)
+        self.measured[site.name].add(mean, var, batch)
+        return batch
+
+    def _check_finite(self, batch_index: int) -> None:
+        """One synchronization a batch: raise if any layer met a value that is not finite."""
+        found, self._found_bad = self._found_bad, []
+        if not found or not bool(torch.stack([bad.any() for _, bad in found]).any()):
+            return
+        name, bad = next((name, bad) for name, bad in found if bool(bad.any()))
+        example = int(bad.nonzero()[0].item())
+        raise NumericError(
+            f"{name}: its input, or the square of it, is not finite in batch {batch_index}, "
+            f"example {example} (both counted from 0). Leave that example out, or use fp32.",
+            name=name,
+        )
+
+    def one_pass(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: runtime.Forward | None,
+        samples: int | None,
+    ) -> tuple[int, int]:
+        """Run the batches; return examples and batches seen."""
+        device = runtime.device_of(model)
+        n_examples = n_batches = 0
+        with (
+            guards.inference(model),
+            guards.hooks() as handles,
+            # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
+            torch.compiler.set_stance("force_eager"),
+        ):
+            for site in self.sites.values():
+                handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
+                handles.append(site.module.register_forward_hook(self.after, always_call=True))
+            for index, batch in enumerate(up_to(batches, samples)):
+                self._calls.clear()
+                try:
+                    runtime.run(model, batch, device, forward)
+                except _StopHereError:
+                    pass
+                finally:
+                    for site in self.sites.values():
+                        self.after(site.module, None, None)
+                self._check_finite(index)
+                n = _n_examples(batch)
+                n_examples, n_batches = n_examples + n, n_batches + (n > 0)
+        return n_examples, n_batches
+
+
+def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-example moments whose rounding does not grow with the offset of the values.
+
+    The mean is refined by the mean of what is left after subtracting it, so at mean/std = 1e4 in
+    float32 it keeps about seven digits of the deviation instead of three.
+
+    Args:
+        values: ``(N, C, L)``.
+
+    Returns:
+        Mean and biased variance ``(N, C)``, float64.
+    """
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    rough = values.mean(-1)
+    centred = values - rough.unsqueeze(-1)
+    left = centred.mean(-1).double()
+    var = (centred * centred).mean(-1).double() - left.square()
+    return rough.double() + left, var.clamp_min(0)
+
+
+def over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Grouped layers pool their moments, and repeat them over the group's channels."""
+    if isinstance(site.module, GeneralizedBatchNorm):
+        return over_channel_groups(mean, var, site.module.channel_groups)
+    return mean, var
+
+
+def as_stored(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments as the layer's buffers hold them."""
+    own: Any = site.module._buffers["running_mean"]
+    return mean.to(own), var.to(own)
+
+
+def up_to(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
+    """Batches until this number of examples is reached; not one more is asked for."""
+    n_examples = 0
+    for batch in batches:
+        yield batch
+        n_examples += _n_examples(batch)
+        if samples is not None and n_examples >= samples:
+            return
+
+
+def _n_examples(batch: Any) -> int:
+    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
+    try:
+        found = runtime.unpack(batch)[0]
+    except DataError:
+        found = batch  # a form that only the user's forward knows
+    while isinstance(found, Mapping | list | tuple) and found:
+        found = next(iter(found.values() if isinstance(found, Mapping) else found))
+    shape = tuple(getattr(found, "shape", ()))
+    return int(shape[0]) if shape else 1

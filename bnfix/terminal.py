@@ -1,0 +1,274 @@
+"""Words and tables for the terminal: results to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from bnfix.diagnosis import Finding, NormTensors
+from bnfix.errors import BnfixError, ConfigError
+from bnfix.report import Report
+from bnfix.result import Result
+from bnfix.workbench import Track, silent
+
+
+@dataclasses.dataclass
+class Terminal:
+    """Where a command's words go: results to standard output, all else to standard error."""
+
+    as_json: bool
+    quiet: bool
+    out: Console = dataclasses.field(default_factory=Console)
+    err: Console = dataclasses.field(default_factory=lambda: Console(stderr=True))
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[Track]:
+        """Show progress on a terminal; keep the user's own prints off standard output.
+
+        Yields:
+            What wraps the batches of a pass.
+        """
+        shown = self.err.is_terminal and not self.quiet
+        redirect = contextlib.redirect_stdout(sys.stderr)
+        if not shown:
+            with redirect:
+                yield silent
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("batches"),
+            TimeRemainingColumn(),
+        )
+        with redirect, Progress(*columns, console=self.err, transient=True) as progress:
+
+            def track(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
+                task = progress.add_task(escape(stage), total=n)
+                try:
+                    for batch in batches:
+                        yield batch
+                        progress.advance(task)
+                finally:
+                    progress.remove_task(task)
+
+            yield track
+
+    def show(self, report: Report, written: Path | None = None) -> None:
+        """The result, in the form that was asked for.
+
+        Args:
+            report: of the command.
+            written: the checkpoint that was written.
+        """
+        if self.as_json:
+            content = report.to_json()
+            content["output"] = None if written is None else str(written)
+            self.print_json(content)
+            return
+        if not self.quiet:
+            for table in (_decision_table(report), _model_table(report)):
+                if table is not None:
+                    self.out.print(table)
+        self.out.print(escape(report.verdict_sentence()), soft_wrap=True)
+        if written is not None and not self.quiet:
+            self.out.print(
+                escape(f"wrote {written} and {written.name}.report.html, .md, .json"),
+                soft_wrap=True,
+            )
+
+    def print_json(self, content: Any) -> None:
+        """One JSON object on standard output.
+
+        Args:
+            content: JSON values.
+        """
+        sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def stated() -> Iterator[None]:
+    """Turn stated errors into one line and an exit code: 1, 2 for wrong usage, 130 interrupted.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        _fail(error, 2)
+    except BnfixError as error:
+        _fail(error, 1)
+    except torch.OutOfMemoryError as error:
+        message = str(error).splitlines()[0]
+        _fail(f"out of memory: {message} Lower --batch-size, or use --device cpu.", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written.", 130)
+
+
+def _fail(error: Exception | str, code: int) -> None:
+    message = " ".join(str(error).split())
+    Console(stderr=True).print(f"bnfix: {escape(message)}", soft_wrap=True, highlight=False)
+    raise typer.Exit(code)
+
+
+def show_planned(terminal: Terminal, described: dict[str, Any]) -> None:
+    """What a command would do.
+
+    Args:
+        terminal: where to.
+        described: from `Plan.describe`.
+    """
+    if terminal.as_json:
+        terminal.print_json(described)
+        return
+    split = described["data"]["splits"]
+    lines = [
+        f"{described['command']}: {described['n_layers']} norm layers of {described['model']}",
+        f"data: {described['data']['spec']} ({described['data']['kind']}), "
+        + ", ".join(f"{name} {n:,}" for name, n in split.items()),
+        *(f"{i}. {stage}" for i, stage in enumerate(described["stages"], 1)),
+        f"would write {described['output']} and its report; nothing was done",
+        *(f"note: {note}" for note in described["assumptions"]),
+    ]
+    for line in lines:
+        terminal.out.print(escape(line), soft_wrap=True)
+
+
+def show_conversion(terminal: Terminal, result: Result, output: Path | None) -> None:
+    """The layers of a conversion.
+
+    Args:
+        terminal: where to.
+        result: of the command.
+        output: what was written; ``None`` for a plan.
+    """
+    swap = result.report.swap
+    if terminal.as_json or swap is None:
+        terminal.show(result.report, output)
+        return
+    table = Table("layer", "was", "channels", "groups", "ghost", "example weight", "difference")
+    for change in swap.changes:
+        table.add_row(
+            escape(change.name),
+            change.kind,
+            str(change.channels),
+            str(change.channel_groups),
+            "all" if change.ghost_size is None else str(change.ghost_size),
+            f"{change.example_weight or 0:g}",
+            "-" if change.difference is None else f"{change.difference:.1e}",
+        )
+    if not terminal.quiet:
+        terminal.out.print(table)
+    for note in result.report.assumptions:
+        terminal.out.print(escape(note), soft_wrap=True)
+    wrote = "nothing was written" if output is None else f"wrote {output} and its report"
+    terminal.out.print(escape(f"{len(swap.changes)} layers; {wrote}"), soft_wrap=True)
+
+
+def show_inspection(
+    terminal: Terminal,
+    layers: Sequence[NormTensors],
+    kinds: dict[str, str],
+    findings: Sequence[Finding],
+    notes: Sequence[str],
+) -> None:
+    """Layers and findings.
+
+    Args:
+        terminal: where to.
+        layers: of the file.
+        kinds: class names by layer, where a model was given.
+        findings: what is wrong.
+        notes: how the file was read.
+    """
+    table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    for layer in layers:
+        table.add_row(
+            escape(layer.name),
+            kinds.get(layer.name, "?"),
+            str(layer.channels),
+            "-" if layer.batches_tracked is None else str(layer.batches_tracked),
+            "{:.2g} to {:.2g}".format(*layer.mean_range),
+            "{:.2g} to {:.2g}".format(*layer.var_range),
+            str(layer.n_dead),
+            _short_weight(layer.example_weight),
+        )
+    if layers and not terminal.quiet:
+        terminal.out.print(table)
+    for note in notes:
+        terminal.out.print(escape(f"note: {note}"), soft_wrap=True)
+    for finding in findings:
+        text = f"{finding.severity}: {finding.layer}: {finding.detail} -> {finding.advice}"
+        terminal.out.print(escape(text), soft_wrap=True)
+    summary = f"{len(layers)} norm layers, {len(findings)} findings"
+    terminal.out.print(summary if layers else "no norm layer with running statistics in this file")
+
+
+def _short_weight(weight: Any) -> str:
+    numbers = [w for w in weight if isinstance(w, int | float)] if isinstance(weight, list) else []
+    if numbers:
+        return f"{min(numbers):.2g} to {max(numbers):.2g}"
+    return f"{weight:.3g}" if isinstance(weight, int | float) else "?"
+
+
+def _decision_table(report: Report) -> Table | None:
+    if not report.decisions:
+        return None
+    table = Table("stage", "candidate", "NLL", "against", "top-1", "against", "admitted", "why")
+    for d in report.decisions:
+        table.add_row(
+            d.stage,
+            escape(d.candidate),
+            f"{d.nll:.4f}",
+            f"{d.incumbent_nll:.4f}",
+            f"{100 * d.top1:.1f}%",
+            f"{100 * d.incumbent_top1:.1f}%",
+            "yes" if d.admitted else "no",
+            escape(d.reason),
+        )
+    return table
+
+
+def _model_table(report: Report) -> Table | None:
+    if not report.models or report.models[0].metrics.top1 is None:
+        return None
+    table = Table("model", "top-1 (95%)", "NLL (95%)", "NLL scaled", "ECE", "live", "images/s")
+    for model in report.models:
+        m = model.metrics
+        low, high = m.interval["top1"]
+        nll_low, nll_high = m.interval["nll"]
+        table.add_row(
+            escape(model.name),
+            f"{100 * (m.top1 or 0):.1f}% ({100 * low:.1f} to {100 * high:.1f})",
+            f"{m.nll:.3f} ({nll_low:.3f} to {nll_high:.3f})",
+            f"{m.nll_temperature_scaled:.3f}",
+            f"{m.ece:.3f}",
+            str(model.n_live),
+            f"{m.images_per_second:.0f}",
+        )
+    return table
+
+
+def jsonable(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value
