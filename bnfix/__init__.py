@@ -14,8 +14,9 @@ from bnfix.errors import (
 )
 from bnfix.evaluation import Metrics, compare, evaluate
 from bnfix.example_weight import choose_example_weight_
-from bnfix.finetuning import decay_norms_, finetune_, parameter_groups
+from bnfix.finetuning import finetune_
 from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.parameters import decay_norms_, parameter_groups
 from bnfix.pipeline import calibrate, finetune, fix
 from bnfix.result import Result
 from bnfix.saving import load, save

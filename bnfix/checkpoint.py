@@ -42,6 +42,7 @@ NESTS: Final = (
 #: What wrappers put before every name: DataParallel, torch.compile, Lightning and the like.
 PREFIXES: Final = ("module.", "_orig_mod.", "model.")
 _DEPTH: Final = 3
+_HEADER_DEPTH: Final = 64
 #: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
 _REPEATED_LIMIT: Final = 64 * 2**20
 
@@ -237,7 +238,7 @@ def write_checkpoint(
             check_output(path, force=False)
 
     try:
-        _replace_whole(path, save)
+        replace_whole(path, save)
     except (OSError, SafetensorError, RuntimeError, TypeError, LookupError, ValueError) as error:
         raise CheckpointError(f"{shown}: not written ({plain(error)}).", path=path) from error
 
@@ -256,7 +257,7 @@ def write_text(path: str | Path, text: str) -> None:
     _check_folder(path)
     content = text.encode("utf-8", errors="backslashreplace")
     try:
-        _replace_whole(path, lambda temporary: temporary.write_bytes(content))
+        replace_whole(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise CheckpointError(f"{plain(path)}: not written ({plain(error)}).", path=path) from error
 
@@ -321,7 +322,24 @@ def _parse_header(text: str, path: Path) -> dict[str, Any]:
             "written by a newer bnfix. Upgrade bnfix.",
             path=path,
         )
+    if _is_deeper(header, _HEADER_DEPTH):
+        raise CheckpointError(
+            f"{shown}: its bnfix header is nested more than {_HEADER_DEPTH} deep.", path=path
+        )
     return header
+
+
+# Level by level: whoever walks a header by recursion may then do so.
+def _is_deeper(value: Any, depth: int) -> bool:
+    level = [value]
+    for _ in range(depth):
+        level = [
+            item
+            for found in level
+            if isinstance(found, dict | list)
+            for item in (found.values() if isinstance(found, dict) else found)
+        ]
+    return any(isinstance(found, dict | list) for found in level)
 
 
 # A copy in which numbers that JSON cannot express are null.
@@ -528,8 +546,13 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ready
 
 
-# Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure.
-def _replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure.
+
+    Args:
+        path: what comes to be whole, or stays as it was.
+        write: called with the temporary name.
+    """
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
     try:
         temporary.touch()

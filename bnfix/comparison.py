@@ -13,7 +13,7 @@ from bnfix.data import Batches
 from bnfix.errors import ConfigError
 from bnfix.evaluation import evaluate
 from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
-from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, check_seed
 from bnfix.report import DataUsed, Evaluated, Report
 from bnfix.saving import versions
 from bnfix.workbench import (
@@ -61,22 +61,22 @@ def evaluate_files(
     """
     if not checkpoints:
         raise ConfigError("eval: no checkpoint given.")
+    check_seed(seed)
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     source, run = source or DataRecipe(), run or RunOptions()
     models: list[Evaluated] = []
     notes: list[str] = []
     states: list[dict[str, Any]] = []
     opened: dict[Any, Any] = {}
-    seen = 0
+    history: list[dict[str, Any]] = []
     passes: list[Tracked] = []
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
         loaded = load_one(path, recipe, run)
         preprocessing, remarks = resolve_preprocessing(loaded, source)
         notes += [f"{name}: {remark}" for remark in (*loaded.checkpoint.notes, *remarks)]
-        channels = preprocessing.channels
-        if channels not in opened:
-            opened[channels] = open_checked(data, loaded.model, source, preprocessing)
-        images, input_size = opened[channels]
+        images, input_size = open_checked(data, loaded.model, source, preprocessing)
+        # Opened anew for its classes; kept from the last time for the images already decoded.
+        images = opened.setdefault((preprocessing.channels, images.class_names), images)
         everything = np.arange(len(images))
         batches = Tracked(
             Batches(
@@ -92,7 +92,7 @@ def evaluate_files(
         )
         metrics = evaluate(loaded.model, batches, precision=run.precision, seed=seed)
         passes.append(batches)
-        seen = max(seen, seen_before(images, everything, loaded.origin.history))
+        history += loaded.origin.history
         models.append(
             Evaluated(name, str(path), loaded.checkpoint.sha256, metrics, n_live(loaded.model))
         )
@@ -115,7 +115,7 @@ def evaluate_files(
         models=tuple(models),
         layers=layer_rows(last, drifts_between(states[0], states[-1]), {}),
         assumptions=tuple(dict.fromkeys([*notes, *(f"{n}." for n in last_images.notes)])),
-        n_seen=seen,
+        n_seen=seen_before(last_images, np.arange(len(last_images)), history),
         options={"preprocessing": dataclasses.asdict(preprocessing)},
         seed=seed,
         command_line=command_line,

@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from bnfix import guards
+from bnfix.data import Batches
 from bnfix.errors import ModelError
 from bnfix.example_weight import weighable_layers
 from bnfix.layer_rows import layer_rows
 from bnfix.models import input_channels
 from bnfix.norms import generalized_norms, set_example_weight_
-from bnfix.recipe import ModelRecipe, RunOptions, SwapRecipe
+from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
+from bnfix.refitting import REFIT_SAMPLES, Refitting, refit_
 from bnfix.report import Report
 from bnfix.result import Result
-from bnfix.saving import history_entry, versions
+from bnfix.saving import Loaded, history_entry, versions
 from bnfix.surgery import plan_swap, swap_planned_
-from bnfix.workbench import load_one
+from bnfix.workbench import (
+    Track,
+    Tracked,
+    data_record,
+    describe_skipped,
+    evaluation_batch_size,
+    history_digests,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+    silent,
+)
 
 
 def convert(
@@ -32,8 +47,15 @@ def convert(
     input_shape: tuple[int, ...] | None = None,
     run: RunOptions | None = None,
     command_line: str = "",
+    data: str | None = None,
+    source: DataRecipe | None = None,
+    seed: int = 0,
+    samples: int | None = None,
+    track: Track = silent,
 ) -> Result:
     """Swap the norm layers of a checkpoint; outputs stay the same at example weight 0.
+
+    Above 0 they cannot; with data, scale and shift are then re-fitted to the original's outputs.
 
     Args:
         checkpoint: the file.
@@ -42,6 +64,11 @@ def convert(
         input_shape: (C, H, W) for the check of the whole model; by default usual ones are tried.
         run: the device.
         command_line: as typed, for the report.
+        data: DATA to re-fit scale and shift on; labels are not used.
+        source: preprocessing of the data.
+        seed: of the order in which examples are drawn.
+        samples: examples to re-fit on.
+        track: how progress is shown.
 
     Returns:
         Model, report, history entry; nothing is written until ``result.save(path)``.
@@ -54,7 +81,10 @@ def convert(
     loaded = load_one(checkpoint, recipe, run or RunOptions())
     example = example_input(loaded.model, input_shape)
     before = None if example is None else _outputs(loaded.model, example)
-    plan = swap_planned_(loaded.model, plan_swap(loaded.model, swap))
+    planned = plan_swap(loaded.model, swap)
+    weighs = any(change.example_weight for change in planned.changes)
+    original = copy.deepcopy(loaded.model) if weighs and data is not None else None
+    plan = swap_planned_(loaded.model, planned)
     notes = list(loaded.checkpoint.notes)
     if swap.example_weight or swap.to == "group":
         notes += _zero_pointwise(loaded.model, example)
@@ -78,13 +108,33 @@ def convert(
             f"on normal random input of {shape} the largest output difference is {difference:.2g} "
             "(relative to the largest output)."
         )
-    options = {"swap": dataclasses.asdict(swap)}
+    source = source or DataRecipe()
+    preprocessing, used, refitting = loaded.origin.preprocessing, None, None
+    if original is not None and data is not None:
+        fitted = _refit(loaded, original, data, source, run or RunOptions(), seed, samples, track)
+        refitting, preprocessing, used, remarks = fitted
+        notes += [*remarks, refitting.describe()]
+    elif data is not None:
+        notes.append("--data was not used: at example weight 0 there is nothing to re-fit.")
+    elif weighs:
+        notes.append(
+            "scale and shift are the original's, re-fitted for moments pooled over the channel "
+            "groups only; give --data to re-fit them to the original's outputs."
+        )
+    options = {"swap": dataclasses.asdict(swap), "data": dataclasses.asdict(source)}
     entry = history_entry(
         "convert",
-        options=options,
-        seed=0,
+        options={**options, "samples": samples},
+        seed=seed,
         checkpoint=loaded.checkpoint,
-        results={"difference": difference, "n_layers": len(plan.changes)},
+        data=used,
+        results={
+            "difference": difference,
+            "n_layers": len(plan.changes),
+            "residuals": None
+            if refitting is None
+            else {layer.name: layer.residual for layer in refitting.layers},
+        },
     )
     report = Report(
         command="convert",
@@ -97,7 +147,37 @@ def convert(
         command_line=command_line,
         versions=versions(),
     )
-    return Result(loaded.model, report, entry, loaded.origin.preprocessing)
+    return Result(loaded.model, report, entry, preprocessing)
+
+
+def _refit(
+    loaded: Loaded,
+    original: nn.Module,
+    data: str,
+    source: DataRecipe,
+    run: RunOptions,
+    seed: int,
+    samples: int | None,
+    track: Track,
+) -> tuple[Refitting, Preprocessing, dict[str, Any], list[str]]:
+    """Re-fit on some of the data: how well, on inputs made how, what is noted, and remarks."""
+    source = dataclasses.replace(source, labels="none")
+    preprocessing, remarks = resolve_preprocessing(loaded, source)
+    images, input_size = open_checked(data, loaded.model, source, preprocessing)
+    wanted = samples or REFIT_SAMPLES
+    index = np.random.default_rng(seed).permutation(len(images))[:wanted]
+    batches = Batches(
+        images,
+        index,
+        preprocessing,
+        batch_size=evaluation_batch_size(run, loaded.model, input_size),
+        workers=run.workers,
+        max_bad=source.max_bad,
+    )
+    tracked = Tracked(batches, "re-fitting scale and shift", track)
+    found = refit_(loaded.model, original, tracked)
+    used = {**data_record(images, index), "fit": history_digests(images, index)}
+    return found, preprocessing, used, [*remarks, *describe_skipped([tracked])]
 
 
 def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -71,25 +72,26 @@ def read_norms(
     """
     layers = []
     for key, mean in tensors.items():
-        name = key.removesuffix("running_mean").removesuffix(".")
+        name, _, last = key.rpartition(".")
         prefix = f"{name}." if name else ""
         var = tensors.get(f"{prefix}running_var")
-        if not key.endswith("running_mean") or var is None or mean.numel() == 0:
+        if last != "running_mean" or var is None:
             continue
-        tracked = tensors.get(f"{prefix}num_batches_tracked")
+        if mean.shape != var.shape or mean.numel() == 0 or not (_is_real(mean) and _is_real(var)):
+            continue
         gamma = tensors.get(f"{prefix}weight")
+        has_gamma = gamma is not None and gamma.numel() > 0 and _is_real(gamma)
         settings = (header or {}).get(name)
-        weight = settings.get("example_weight", 0.0) if isinstance(settings, dict) else 0.0
         layers.append(
             NormTensors(
                 name,
                 mean.numel(),
-                None if tracked is None or tracked.numel() != 1 else int(tracked),
+                _count(tensors.get(f"{prefix}num_batches_tracked")),
                 _range(mean),
                 _range(var),
-                None if gamma is None or gamma.numel() == 0 else _range(gamma.abs()),
+                _range(gamma.double().abs()) if gamma is not None and has_gamma else None,
                 int((var.double() < _TINY_VAR).sum()),
-                weight,
+                _weight(settings.get("example_weight")) if isinstance(settings, dict) else 0.0,
             )
         )
     return layers
@@ -146,7 +148,7 @@ def _faults(
         )
         found.append(("dead-channels", detail, "note", "nothing; they carry no signal"))
     gamma = tensors.get(prefix + "weight")
-    if gamma is not None and gamma.is_floating_point():
+    if gamma is not None and _is_real(gamma):
         n_zero = int((gamma.double().abs() < 1e-8).sum())
         if not bool(gamma.isfinite().all()):
             detail = "scale (gamma) is not finite"
@@ -158,6 +160,25 @@ def _faults(
         detail = "statistics are stored in half precision"
         found.append(("half-statistics", detail, "note", recalibrate))
     return found
+
+
+def _is_real(tensor: Tensor) -> bool:
+    """Whether these are numbers to compute with; a file may hold any type under any name."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize in (1, 2, 4, 8)
+
+
+def _count(tensor: Tensor | None) -> int | None:
+    if tensor is None or tensor.numel() != 1 or tensor.dtype.is_complex:
+        return None
+    value = tensor.double().item()
+    return int(value) if math.isfinite(value) else None
+
+
+def _weight(found: Any) -> float | list[float]:
+    """The example weight that a header states; NaN where it states none that is a number."""
+    if isinstance(found, list) and found and all(type(w) in (int, float) for w in found):
+        return [float(w) for w in found]
+    return float(found) if type(found) in (int, float) else math.nan
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:

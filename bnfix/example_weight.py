@@ -7,8 +7,9 @@ moment to stop), and takes over only if the gate lets it on the select batches.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,8 @@ from bnfix.norms import (
 from bnfix.recipe import WeightRecipe
 
 LEVELS = ("global", "layer", "channel")
+#: Batches on which the search over one number stands at least.
+_LEAST_BATCHES = 8
 _COARSE = (0.01, 0.03, 0.1, 0.3)
 
 
@@ -137,6 +140,7 @@ def choose_example_weight_(
                 curve = search.one_weight()
             else:
                 search.learned(level, recipe)
+                search.thin(recipe.thin)
             label = f"example weight per {level}" if level != "global" else "one example weight"
             candidate = evaluate(model, chosen_on, forward=forward, precision=precision)
             decision = judge("example weight", (label, candidate), (name, metrics), z)
@@ -266,11 +270,14 @@ class _Search:
         """One weight for all layers by bracketed search; leaves the best one set."""
         points: dict[float, CurvePoint] = {}
 
+        self._count()
+
         def loss(a: float) -> float:
             if a not in points:
                 set_example_weight_(self.model, dict.fromkeys(self.layers, a))
-                found = self._score(self._counted(runtime.pass_of(self.learn, 0)))
-                self.n_examples = found.n_examples
+                # One number needs few examples: a part of the batches is as good, and cheaper.
+                part = max(1, self.n_batches // 3, min(self.n_batches, _LEAST_BATCHES))
+                found = self._score(itertools.islice(runtime.pass_of(self.learn, 0), part))
                 points[a] = CurvePoint(a, found.nll, found.top1)
             return points[a].nll
 
@@ -292,6 +299,33 @@ class _Search:
         set_example_weight_(self.model, dict.fromkeys(self.layers, best))
         return tuple(points[a] for a in sorted(points))
 
+    def thin(self, part: float) -> None:
+        """Set layers back to 0 that hardly matter: a layer with weight 0 costs nothing.
+
+        In the order of their mean weight, as many as together give up less than ``part`` of what
+        the weights have gained on the monitor examples. (Channels cannot be told apart so: nearly
+        every single one is insignificant, and all of them together are the gain.)
+        """
+        weights = {name: layer.example_weight for name, layer in self.layers.items()}
+        order = sorted(weights, key=lambda name: float(weights[name].mean()))
+        order = [name for name in order if bool((weights[name] > 0).any())]
+
+        def without(n: int) -> float:
+            zeros = {name: torch.zeros(()) for name in order[:n]}
+            set_example_weight_(self.model, {**weights, **zeros})
+            return self._score(self.monitor).nll
+
+        if not part or not order:
+            return
+        full, none = without(0), without(len(order))
+        limit = full + part * max(none - full, 0.0)
+        low, high = 0, len(order)  # low layers are known to be dispensable, high are not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if without(middle) <= limit else (low, middle)
+        zeros = {name: torch.zeros(()) for name in order[:low]}
+        set_example_weight_(self.model, {**weights, **zeros})
+
     def learned(self, granularity: str, recipe: WeightRecipe) -> None:
         """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
         device = runtime.device_of(self.model)
@@ -304,9 +338,10 @@ class _Search:
         ):
             self.model.eval()
             optimizer = torch.optim.Adam(leaves.values(), lr=recipe.lr)
-            n_steps = max(1, self.n_batches * recipe.epochs)
+            epochs = recipe.epochs if granularity == "channel" else min(1, recipe.epochs)
+            n_steps = max(1, self.n_batches * epochs)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-            for epoch in range(recipe.epochs):
+            for epoch in range(epochs):
                 for batch in runtime.pass_of(self.learn, epoch):
                     optimizer.zero_grad()
                     self._loss(batch, device).backward()  # type: ignore[no-untyped-call]
@@ -340,8 +375,10 @@ class _Search:
         self._n_run += found.n_examples
         return found
 
-    def _counted(self, batches: Iterable[Any]) -> Iterator[Any]:
-        self.n_batches = 0
-        for batch in batches:
-            self.n_batches += 1
-            yield batch
+    def _count(self) -> None:
+        """Batches and examples of a pass, counted once."""
+        if not self.n_batches:
+            for batch in runtime.pass_of(self.learn, 0):
+                inputs = runtime.unpack(batch)[0] if self.forward is None else batch
+                self.n_batches += 1
+                self.n_examples += len(inputs) if hasattr(inputs, "__len__") else 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -37,7 +38,7 @@ from bnfix.recipe import (
 )
 from bnfix.report import DataUsed, Evaluated, Report
 from bnfix.result import Result
-from bnfix.saving import history_entry, versions
+from bnfix.saving import history_entry, round_as_stored_, versions
 from bnfix.sites import find_norms
 from bnfix.surgery import plan_swap, swap_planned_
 from bnfix.workbench import (
@@ -53,6 +54,8 @@ from bnfix.workbench import (
 )
 
 ORIGINAL = "as it was"
+#: ``--samples auto``: so many at first, then twice as many, until the errors are this small.
+_AUTO_SAMPLES, _AUTO_ERROR = 1000, 0.05
 #: What `fix` tries where there are labels.
 TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
 
@@ -145,11 +148,20 @@ class Plan:
                     select=bench.split.select[:0],
                     test=bench.split.test[:0],
                 )
-        # Layers that a bnfix file has set already keep their settings, unless others are asked for.
-        if not list(generalized_norms(bench.model)) or self.swap != SwapRecipe():
-            swapped = swap_planned_(bench.model, plan_swap(bench.model, self.swap))
-            bench.assumptions += [*swapped.notes, *swapped.skipped]
+        self._swap_(bench)
         return bench
+
+    def _swap_(self, bench: Workbench) -> None:
+        """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
+        swapped = plan_swap(bench.model, self.swap)
+        if list(generalized_norms(bench.model)):
+            if dataclasses.replace(self.swap, layers=(), skip=()) == SwapRecipe():
+                return
+            if self.swap.example_weight is None:
+                kept = [dataclasses.replace(c, example_weight=None) for c in swapped.changes]
+                swapped = dataclasses.replace(swapped, changes=tuple(kept))
+        swapped = swap_planned_(bench.model, swapped)
+        bench.assumptions += [*swapped.notes, *swapped.skipped]
 
     def describe(self, bench: Workbench, output: str | None) -> dict[str, Any]:
         """What the command would do, as JSON values.
@@ -398,21 +410,28 @@ class _Stages:
             self.calibration = calibration
 
     def _recalibrate(self, target: str) -> Calibration:
-        recipe = self.plan.statistics
-        batches = self.bench.batches(
-            self.bench.split.fit, f"statistics ({target})", recipe.batch_size
-        )
-        self.passes.append(batches)
-        calibration = recalibrate_(
-            self.model,
-            batches.shuffled(self.bench.gate.seed)(0),
-            target=target,
-            train_batch_size=recipe.train_batch_size,
-            feed=recipe.feed,
-            samples=recipe.samples,
-            layers=self.plan.swap.layers,
-            skip=self.plan.swap.skip,
-        )
+        recipe, gate = self.plan.statistics, self.bench.gate
+        order = np.random.default_rng(gate.seed).permutation(self.bench.split.fit)
+        n = len(order) if recipe.samples is None else _AUTO_SAMPLES
+        if isinstance(recipe.samples, int):
+            n = recipe.samples
+        before = guards.Snapshot(self.model)
+        while True:
+            batches = self.bench.batches(order[:n], f"statistics ({target})", recipe.batch_size)
+            self.passes.append(batches)
+            calibration = recalibrate_(
+                self.model,
+                batches,
+                target=target,
+                train_batch_size=recipe.train_batch_size,
+                feed=recipe.feed,
+                layers=self.plan.swap.layers,
+                skip=self.plan.swap.skip,
+            )
+            if recipe.samples != "auto" or n >= len(order) or _is_enough(calibration):
+                break
+            before.restore_()
+            n *= 2
         self.bench.assumptions += describe_missing(calibration)
         return calibration
 
@@ -519,6 +538,7 @@ class _Stages:
         bench, plan = self.bench, self.plan
         models: list[Evaluated] = []
         checkpoint = bench.loaded.checkpoint
+        round_as_stored_(self.model)
         labelled_test = bench.test_images.labels is not None and bench.split.test.size > 0
         if labelled_test:
             models = self._measure_test()
@@ -606,6 +626,12 @@ class _Stages:
             "gate": dataclasses.asdict(plan.gate),
             "precision": plan.run.precision,
         }
+
+
+def _is_enough(calibration: Calibration) -> bool:
+    """Whether half the layers know every mean and variance to 5% of their spread."""
+    errors = sorted(max(layer.mean_se, layer.var_se) for layer in calibration.layers)
+    return errors[len(errors) // 2] <= _AUTO_ERROR
 
 
 def _joined(*parts: Any) -> Any:

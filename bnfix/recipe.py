@@ -8,6 +8,7 @@ here once: the command line reads both from these classes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,19 @@ def option(default: Any, help: str) -> Any:
 def _require(condition: bool, message: str, name: str) -> None:
     if not condition:
         raise ConfigError(message, name=name)
+
+
+def check_seed(seed: int) -> None:
+    """Check that every generator takes a seed.
+
+    Args:
+        seed: of torch, numpy and the splits.
+
+    Raises:
+        ConfigError: if it is out of range.
+    """
+    ok = 0 <= seed < 2**63
+    _require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
 
 
 def _one_of(value: Any, choices: tuple[str, ...], name: str) -> None:
@@ -83,17 +97,23 @@ class Preprocessing:
         )
         for name in ("resize", "crop"):
             size = getattr(self, name)
-            ok = size is None or (len(size) in (1, 2) and all(0 < s <= 16384 for s in size))
+            ok = size is None or (
+                len(size) in (1, 2) and all(type(s) is int and 0 < s <= 16384 for s in size)
+            )
             _require(ok, f"--{name}: {size}, expected one or two sizes from 1 to 16384.", name)
         for name in ("mean", "std"):
-            n = len(getattr(self, name))
+            values = getattr(self, name)
+            ok = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+            _require(ok, f"--{name}: {values}, expected finite numbers.", name)
             _require(
-                n in (1, self.channels),
-                f"--{name}: {n} numbers for {self.channels} channels. Give 1 or {self.channels}.",
+                len(values) in (1, self.channels),
+                f"--{name}: {len(values)} numbers for {self.channels} channels. "
+                f"Give 1 or {self.channels}.",
                 name,
             )
         _require(all(s > 0 for s in self.std), f"--std: {self.std}, expected above 0.", "std")
-        _require(self.scale > 0, f"--scale: {self.scale}, expected above 0.", "scale")
+        ok = self.scale > 0 and math.isfinite(self.scale)
+        _require(ok, f"--scale: {self.scale}, expected a number above 0.", "scale")
 
 
 @dataclass(frozen=True)
@@ -137,8 +157,10 @@ class StatisticsRecipe:
     feed: str = option(
         "batch", "What layers above see: batch (one pass) or sequential (exact, by depth)."
     )
-    samples: int | None = option(
-        None, "Examples to use, drawn in seeded random order (default all)."
+    samples: int | str | None = option(
+        None,
+        "Examples to use, drawn in seeded random order: a number, or auto for as many as it takes "
+        "(default all).",
     )
     batch_size: int = option(128, "Batch size of the batch feed.")
 
@@ -162,7 +184,8 @@ class StatisticsRecipe:
             "train_batch_size",
         )
         n = self.samples
-        _require(n is None or n >= 2, f"--samples: {n}, expected at least 2.", "samples")
+        ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
+        _require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
         _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
 
 
@@ -173,7 +196,10 @@ class WeightRecipe:
     example_weight: str | float = option("auto", "auto, keep, match, or a number from 0 to 1.")
     granularity: str = option("channel", "Finest freedom allowed: global, layer or channel.")
     pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
-    epochs: int = option(2, "Passes over the fit examples when weights are learned.")
+    epochs: int = option(2, "Passes over the fit examples when weights are learned per channel.")
+    thin: float = option(
+        0.02, "Part of the gain that may be given up to set whole layers back to 0 (0 for none)."
+    )
     batch_size: int | None = option(
         None, "Batch size when weights are learned (default 64, less for large inputs)."
     )
@@ -219,7 +245,22 @@ class FinetuneRecipe:
         "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
     )
     label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
-    clip: float | None = option(None, "Largest norm of the gradient.")
+    clip: float | None = option(
+        None, "Largest norm of the gradient over all that is trained; a larger one is shortened."
+    )
+    accumulate: int = option(
+        1, "Batches a step: their gradients together are those of all their examples in one batch."
+    )
+    ema: float | None = option(
+        None,
+        "Evaluate and keep an exponential moving average of what is trained: its decay, such as "
+        "0.99 (less at the start, where a step t counts as min(decay, (1+t)/(10+t))).",
+    )
+    augment: str = option(
+        "none",
+        "Training images: none; light (mirror, shift by up to 1/8); standard (mirror, random crop "
+        "of 1/2 to all of the area). Not for digits or text, which mirroring makes wrong.",
+    )
 
     def __post_init__(self) -> None:
         """Check ranges and combinations.
@@ -232,7 +273,9 @@ class FinetuneRecipe:
         _one_of(self.example_weight, ("keep", "learn"), "--example-weight")
         _one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
         _one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
-        for name, low in (("epochs", 0), ("steps", 0), ("batch_size", 1), ("ghost_size", 1)):
+        _one_of(self.augment, ("none", "light", "standard"), "--augment")
+        lows = {"epochs": 0, "steps": 0, "batch_size": 1, "ghost_size": 1, "accumulate": 1}
+        for name, low in lows.items():
             n = getattr(self, name)
             flag = "--" + name.replace("_", "-")
             _require(n is None or n >= low, f"{flag}: {n}, expected at least {low}.", name)
@@ -242,6 +285,9 @@ class FinetuneRecipe:
             _require(0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
         _require(0 <= self.warmup < 1, f"--warmup: {self.warmup}, expected 0 to 1.", "warmup")
         _require(0 <= self.label_smoothing < 1, "--label-smoothing: expected 0 to 1.", "smoothing")
+        clip, ema = self.clip, self.ema
+        _require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
+        _require(ema is None or 0 <= ema < 1, f"--ema: {ema}, expected 0 to 1 (1 excluded).", "ema")
 
 
 @dataclass(frozen=True)
@@ -252,6 +298,18 @@ class GateRecipe:
     fit: float = option(0.6, "Part of the data for fitting.")
     select: float = option(0.2, "Part of the data for choosing; the rest is the test split.")
     seed: int = option(0, "Seed of the split and of every random choice.")
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ConfigError: if a value is out of range.
+        """
+        ok = self.z >= 0 and math.isfinite(self.z)
+        _require(ok, f"--z: {self.z}, expected 0 or more standard errors.", "z")
+        check_seed(self.seed)
+        ok = min(self.fit, self.select, 1 - self.fit - self.select) >= 0
+        _require(ok, f"fit {self.fit}, select {self.select}: expected parts of 1.", "fit")
 
 
 @dataclass(frozen=True)

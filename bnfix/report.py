@@ -247,10 +247,17 @@ class Report:
             md_path: for the Markdown.
             html_path: for the page.
         """
-        as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        texts = (as_json, self.to_markdown(), self.to_html())
-        for path, text in zip((json_path, md_path, html_path), texts, strict=True):
+        for path, text in zip((json_path, md_path, html_path), self.texts(), strict=True):
             write_text(path, text)
+
+    def texts(self) -> tuple[str, str, str]:
+        """Write out all three forms.
+
+        Returns:
+            JSON, Markdown and the page.
+        """
+        as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        return as_json, self.to_markdown(), self.to_html()
 
     def _headline(self) -> str:
         """The first sentence, without the verdict's word."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bnfix.checkpoint import check_output
+from bnfix.checkpoint import check_output, write_text
 from bnfix.errors import CheckpointError
 from bnfix.recipe import Preprocessing
 from bnfix.report import Report, report_paths
@@ -43,8 +43,10 @@ class Result:
             CheckpointError: if a file exists or cannot be written.
         """
         check_outputs(path, force=force)
+        texts = self.report.texts()  # first: what cannot be reported is not written either
         save(self.model, path, force=force, entry=self.entry, preprocessing=self.preprocessing)
-        self.report.save(*report_paths(Path(path)))
+        for place, text in zip(report_paths(Path(path)), texts, strict=True):
+            write_text(place, text)
 
 
 def check_outputs(path: str | Path, *, force: bool) -> None:
@@ -58,9 +60,23 @@ def check_outputs(path: str | Path, *, force: bool) -> None:
         CheckpointError: if one of them exists, or the folder cannot be written to.
     """
     check_output(path, force=force)
-    existing = [p for p in report_paths(Path(path)) if p.exists() and not force]
-    if existing:
-        raise CheckpointError(
-            f"{existing[0].name}: already exists. Give another name, or --force to replace it.",
-            path=existing[0],
-        )
+    check_reports(report_paths(Path(path)), force=force)
+
+
+def check_reports(paths: Iterable[Path], *, force: bool) -> None:
+    """Check before any work that the files of a report may be written.
+
+    Args:
+        paths: of the files.
+        force: whether existing ones may be replaced.
+
+    Raises:
+        CheckpointError: if one exists, or is a folder.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise CheckpointError(f"{path}: is a folder, expected a file to write.", path=path)
+        if not force and (path.exists() or path.is_symlink()):
+            raise CheckpointError(
+                f"{path}: already exists. Give another name, or --force to replace it.", path=path
+            )

@@ -226,6 +226,24 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+@torch.no_grad()
+def round_as_stored_(model: nn.Module) -> None:
+    """Give every tensor the value that `save` would write for it.
+
+    What is measured after this is what the file will do, also where its type is a half one.
+
+    Args:
+        model: any module.
+
+    Changes:
+        Parameters and buffers, by rounding to the type of the file they came from.
+    """
+    own = model.state_dict(keep_vars=True)
+    for name, stored in stock_tensors(model).items():
+        if stored.dtype != own[name].dtype:
+            own[name].copy_(stored)
+
+
 def history_entry(
     command: str,
     *,
@@ -292,7 +310,8 @@ def _all_names(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> float:
-    error = (tensor.to(dtype).double() - tensor.double()).abs()
+    stored = tensor.to(dtype).double()
+    error = torch.where(stored.isnan() & tensor.isnan(), 0.0, (stored - tensor.double()).abs())
     scale = (var.double().clamp_min(0) + 1e-5).sqrt() if is_mean else var.double() + 1e-5
     return float((error / scale).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
 
@@ -302,16 +321,31 @@ def _origin(checkpoint: Checkpoint) -> Origin:
     metadata = checkpoint.metadata
     if metadata is None:
         return Origin()
-    model = metadata.get("model")
-    model = model if isinstance(model, dict) else {}
-    spec, arguments = model.get("spec"), model.get("arguments")
-    history = metadata.get("history")
-    preprocessing = metadata.get("preprocessing")
+    model: Any = metadata.get("model") or {}
+    spec: Any = model.get("spec") if isinstance(model, dict) else model
+    arguments: Any = (model.get("arguments") or {}) if isinstance(model, dict) else model
+    preprocessing, history = metadata.get("preprocessing"), metadata.get("history") or []
+    wrong = [
+        name
+        for name, fits in (
+            ("model", all(isinstance(v, t) for v, t in ((spec, str | None), (arguments, dict)))),
+            ("preprocessing", isinstance(preprocessing, dict | None)),
+            ("norms", isinstance(metadata.get("norms"), dict | None)),
+            ("history", isinstance(history, list) and all(isinstance(e, dict) for e in history)),
+        )
+        if not fits
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{checkpoint.path.name}: its bnfix header holds values of the wrong type under "
+            f"{some(wrong)}. It was not written by bnfix; fetch the file again.",
+            path=checkpoint.path,
+        )
     return Origin(
-        spec if isinstance(spec, str) else None,
-        arguments if isinstance(arguments, dict) else {},
-        _preprocessing(preprocessing, checkpoint) if isinstance(preprocessing, dict) else None,
-        [e for e in history if isinstance(e, dict)] if isinstance(history, list) else [],
+        spec,
+        arguments,
+        None if preprocessing is None else _preprocessing(preprocessing, checkpoint),
+        history,
     )
 
 
@@ -320,7 +354,7 @@ def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessi
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     try:
         return Preprocessing(**values)
-    except (BnfixError, TypeError, ValueError) as error:
+    except (BnfixError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{checkpoint.path.name}: the preprocessing in its header cannot be used: {error}",
             path=checkpoint.path,
@@ -365,7 +399,7 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
             layer = model.get_submodule(name)
             layer.__dict__["eps"] = float(setting.eps)
             set_example_weight_(layer, setting.example_weight)
-    except (BnfixError, TypeError, ValueError, RuntimeError) as error:
+    except (BnfixError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path.name}: the norm settings in its header cannot be used: {error}",
             path=checkpoint.path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +19,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bnfix.diagnosis import Finding, NormTensors
-from bnfix.errors import BnfixError, ConfigError
+from bnfix.errors import BnfixError, ConfigError, some
+from bnfix.pages import clean
 from bnfix.report import Report
 from bnfix.result import Result
 from bnfix.workbench import Track, silent
+
+#: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
+_UNBOUNDED = 1000
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_UNBOUNDED)
 
 
 @dataclasses.dataclass
@@ -30,8 +40,8 @@ class Terminal:
 
     as_json: bool
     quiet: bool
-    out: Console = dataclasses.field(default_factory=Console)
-    err: Console = dataclasses.field(default_factory=lambda: Console(stderr=True))
+    out: Console = dataclasses.field(default_factory=_console)
+    err: Console = dataclasses.field(default_factory=lambda: _console(stderr=True))
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Track]:
@@ -41,9 +51,8 @@ class Terminal:
             What wraps the batches of a pass.
         """
         shown = self.err.is_terminal and not self.quiet
-        redirect = contextlib.redirect_stdout(sys.stderr)
         if not shown:
-            with redirect:
+            with _stdout_to_stderr():
                 yield silent
             return
         columns = (
@@ -53,10 +62,11 @@ class Terminal:
             TextColumn("batches"),
             TimeRemainingColumn(),
         )
-        with redirect, Progress(*columns, console=self.err, transient=True) as progress:
+        bars = Progress(*columns, console=self.err, transient=True)
+        with _stdout_to_stderr(), bars as progress:
 
             def track(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
-                task = progress.add_task(escape(stage), total=n)
+                task = progress.add_task(shown_text(stage), total=n)
                 try:
                     for batch in batches:
                         yield batch
@@ -82,12 +92,28 @@ class Terminal:
             for table in (_decision_table(report), _model_table(report)):
                 if table is not None:
                     self.out.print(table)
-        self.out.print(escape(report.verdict_sentence()), soft_wrap=True)
-        if written is not None and not self.quiet:
-            self.out.print(
-                escape(f"wrote {written} and {written.name}.report.html, .md, .json"),
-                soft_wrap=True,
-            )
+        self.say(report.verdict_sentence())
+        if not self.quiet:
+            self.notes(_noteworthy(report))
+            if written is not None:
+                self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
+
+    def say(self, text: str) -> None:
+        """One line on standard output, as it is.
+
+        Args:
+            text: of any origin.
+        """
+        self.out.print(shown_text(text), soft_wrap=True, highlight=False)
+
+    def notes(self, notes: Iterable[str]) -> None:
+        """What a user should know besides, on standard error.
+
+        Args:
+            notes: one sentence each, of any origin.
+        """
+        for note in notes:
+            self.err.print(shown_text(f"note: {note}"), soft_wrap=True, highlight=False)
 
     def print_json(self, content: Any) -> None:
         """One JSON object on standard output.
@@ -97,6 +123,38 @@ class Terminal:
         """
         sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send standard output to standard error, also what compiled code or a child process prints."""
+    sys.stdout.flush()
+    kept: int | None = None
+    # In memory, where a test or another program reads them, they are no files.
+    with contextlib.suppress(OSError, ValueError):
+        own, error = sys.stdout.fileno(), sys.stderr.fileno()
+        kept = os.dup(own)
+        os.dup2(error, own)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stderr.flush()
+        if kept is not None:
+            os.dup2(kept, own)
+            os.close(kept)
+
+
+def shown_text(text: object) -> str:
+    """A text of any origin on one line, without control characters and without markup.
+
+    Args:
+        text: for example a layer's name.
+
+    Returns:
+        What rich prints as it is.
+    """
+    return escape(clean(text, limit=10_000))
 
 
 @contextlib.contextmanager
@@ -116,12 +174,12 @@ def stated() -> Iterator[None]:
         message = str(error).splitlines()[0]
         _fail(f"out of memory: {message} Lower --batch-size, or use --device cpu.", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written.", 130)
+        _fail("interrupted.", 130)
 
 
 def _fail(error: Exception | str, code: int) -> None:
-    message = " ".join(str(error).split())
-    Console(stderr=True).print(f"bnfix: {escape(message)}", soft_wrap=True, highlight=False)
+    text = shown_text(f"bnfix: {error}")
+    _console(stderr=True).print(text, soft_wrap=True, highlight=False)
     raise typer.Exit(code)
 
 
@@ -145,7 +203,7 @@ def show_planned(terminal: Terminal, described: dict[str, Any]) -> None:
         *(f"note: {note}" for note in described["assumptions"]),
     ]
     for line in lines:
-        terminal.out.print(escape(line), soft_wrap=True)
+        terminal.say(line)
 
 
 def show_conversion(terminal: Terminal, result: Result, output: Path | None) -> None:
@@ -157,14 +215,20 @@ def show_conversion(terminal: Terminal, result: Result, output: Path | None) -> 
         output: what was written; ``None`` for a plan.
     """
     swap = result.report.swap
-    if terminal.as_json or swap is None:
+    if terminal.as_json:
+        content = result.report.to_json()
+        content |= {"plan": True} if output is None else {}
+        terminal.print_json({**content, "output": None if output is None else str(output)})
+        return
+    if swap is None:
         terminal.show(result.report, output)
         return
     table = Table("layer", "was", "channels", "groups", "ghost", "example weight", "difference")
+    table.columns[0].overflow = "fold"
     for change in swap.changes:
         table.add_row(
-            escape(change.name),
-            change.kind,
+            shown_text(change.name),
+            shown_text(change.kind),
             str(change.channels),
             str(change.channel_groups),
             "all" if change.ghost_size is None else str(change.ghost_size),
@@ -173,10 +237,9 @@ def show_conversion(terminal: Terminal, result: Result, output: Path | None) -> 
         )
     if not terminal.quiet:
         terminal.out.print(table)
-    for note in result.report.assumptions:
-        terminal.out.print(escape(note), soft_wrap=True)
+        terminal.notes([*result.report.assumptions, *swap.skipped])
     wrote = "nothing was written" if output is None else f"wrote {output} and its report"
-    terminal.out.print(escape(f"{len(swap.changes)} layers; {wrote}"), soft_wrap=True)
+    terminal.say(f"{len(swap.changes)} layers; {wrote}")
 
 
 def show_inspection(
@@ -196,10 +259,11 @@ def show_inspection(
         notes: how the file was read.
     """
     table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    table.columns[0].overflow = "fold"
     for layer in layers:
         table.add_row(
-            escape(layer.name),
-            kinds.get(layer.name, "?"),
+            shown_text(layer.name),
+            shown_text(kinds.get(layer.name, "?")),
             str(layer.channels),
             "-" if layer.batches_tracked is None else str(layer.batches_tracked),
             "{:.2g} to {:.2g}".format(*layer.mean_range),
@@ -210,12 +274,11 @@ def show_inspection(
     if layers and not terminal.quiet:
         terminal.out.print(table)
     for note in notes:
-        terminal.out.print(escape(f"note: {note}"), soft_wrap=True)
+        terminal.say(f"note: {note}")
     for finding in findings:
-        text = f"{finding.severity}: {finding.layer}: {finding.detail} -> {finding.advice}"
-        terminal.out.print(escape(text), soft_wrap=True)
+        terminal.say(f"{finding.severity}: {finding.layer}: {finding.detail} -> {finding.advice}")
     summary = f"{len(layers)} norm layers, {len(findings)} findings"
-    terminal.out.print(summary if layers else "no norm layer with running statistics in this file")
+    terminal.say(summary if layers else "no norm layer with running statistics in this file")
 
 
 def _short_weight(weight: Any) -> str:
@@ -225,20 +288,28 @@ def _short_weight(weight: Any) -> str:
     return f"{weight:.3g}" if isinstance(weight, int | float) else "?"
 
 
+def _noteworthy(report: Report) -> list[str]:
+    """What was assumed, and which images were left out."""
+    skipped = report.data.skipped if report.data else ()
+    n = report.data.n_skipped if report.data else 0
+    left_out = f"{n} images could not be read and were left out: {some(skipped, 3)}"
+    return [*report.assumptions, *([left_out] if n else [])]
+
+
 def _decision_table(report: Report) -> Table | None:
     if not report.decisions:
         return None
     table = Table("stage", "candidate", "NLL", "against", "top-1", "against", "admitted", "why")
     for d in report.decisions:
         table.add_row(
-            d.stage,
-            escape(d.candidate),
+            shown_text(d.stage),
+            shown_text(d.candidate),
             f"{d.nll:.4f}",
             f"{d.incumbent_nll:.4f}",
             f"{100 * d.top1:.1f}%",
             f"{100 * d.incumbent_top1:.1f}%",
             "yes" if d.admitted else "no",
-            escape(d.reason),
+            shown_text(d.reason),
         )
     return table
 
@@ -252,7 +323,7 @@ def _model_table(report: Report) -> Table | None:
         low, high = m.interval["top1"]
         nll_low, nll_high = m.interval["nll"]
         table.add_row(
-            escape(model.name),
+            shown_text(model.name),
             f"{100 * (m.top1 or 0):.1f}% ({100 * low:.1f} to {100 * high:.1f})",
             f"{m.nll:.3f} ({nll_low:.3f} to {nll_high:.3f})",
             f"{m.nll_temperature_scaled:.3f}",

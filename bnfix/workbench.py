@@ -219,7 +219,7 @@ def open_workbench(
             f"{split.duplicates} images are exact copies of others; they were left out, so that "
             "no image is in two splits."
         )
-    assumptions += [f"{Path(data).name}: {note}." for note in images.notes]
+    assumptions += [f"{data}: {note}." for note in images.notes]
     for name, wanted in (("fit", fractions[0]), ("select", fractions[1])):
         if wanted and len(getattr(split, name)) < 2:
             raise DataError(
@@ -341,9 +341,15 @@ def open_checked(
     images = open_images(
         data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
     )
-    first = next(
-        iter(Batches(images, np.arange(len(images)), preprocessing, batch_size=1, workers=0))
+    everything = Batches(
+        images,
+        np.arange(len(images)),
+        preprocessing,
+        batch_size=1,
+        workers=0,
+        max_bad=source.max_bad,
     )
+    first = next(iter(everything))
     try:
         with guards.inference(model):
             output = runtime.run(model, first, runtime.device_of(model))

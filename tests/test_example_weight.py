@@ -335,18 +335,22 @@ def test_a_callable_gives_the_batches_of_each_pass(net, batches, select):
     choice = choose_example_weight_(
         net, of_pass, select=select, monitor=batches[:2], recipe=WeightRecipe(epochs=3)
     )
-    assert asked == [0] * len(choice.curve) + [0, 1, 2] * 2
+    # counted once, searched, learned per layer in one pass, per channel in three
+    assert asked == [0] + [0] * len(choice.curve) + [0] + [0, 1, 2]
 
 
 def test_the_cost_is_counted_in_passes(net, batches, select):
     choice = choose_example_weight_(
         net, batches, select=select, recipe=WeightRecipe(granularity="global")
     )
-    assert choice.passes == len(choice.curve)
+    # the search runs on a part of the batches
+    per_point = choice.passes / len(choice.curve)
+    assert 0 < per_point <= 1
     choice = choose_example_weight_(
-        net, batches, select=select, monitor=batches[:5], recipe=WeightRecipe(epochs=2)
+        net, batches, select=select, monitor=batches[:5], recipe=WeightRecipe(epochs=2, thin=0)
     )
-    assert choice.passes == pytest.approx(len(choice.curve) + 2 * 2 * (3 + 0.5))
+    searched = len(choice.curve) * per_point
+    assert choice.passes == pytest.approx(searched + (1 + 2) * (3 + 0.5), rel=0.1)
 
 
 def test_what_stands_need_not_be_measured_again(net, batches, select):
@@ -426,7 +430,9 @@ def test_a_strict_gate_keeps_what_there_was(net, batches, select, start):
 
 
 def test_without_epochs_nothing_is_learned(net, batches, select):
-    choice = choose_example_weight_(net, batches, select=select, recipe=WeightRecipe(epochs=0))
+    choice = choose_example_weight_(
+        net, batches, select=select, recipe=WeightRecipe(epochs=0, thin=0)
+    )
     assert [d.admitted for d in choice.decisions] == [True, False, False]
     assert choice.chosen == "global"
     assert choice.decisions[1].nll_difference == 0
@@ -558,7 +564,7 @@ def test_batches_without_labels_are_refused(net, batches):
     def sometimes(k):
         return batches if k == 0 else bare
 
-    recipe = WeightRecipe(granularity="layer")
+    recipe = WeightRecipe(epochs=2)
     with pytest.raises(DataError, match="example weight: a batch has no labels"):
         choose_example_weight_(net, sometimes, select=batches, monitor=batches, recipe=recipe)
     found.assert_still()
@@ -589,3 +595,19 @@ def test_an_output_without_gradients_is_refused_where_they_are_needed(net, batch
     found.assert_still()
     recipe = WeightRecipe(granularity="global")
     assert choose_example_weight_(net, batches, recipe=recipe, forward=detached).curve
+
+
+def test_a_layer_whose_weight_does_not_matter_is_set_back_to_zero(net, batches, select):
+    def as_if_absent(module, args, output):
+        return args[0] + 0 * output
+
+    net.bn2.register_forward_hook(as_if_absent)
+    recipes = {"thinned": WeightRecipe(epochs=4), "full": WeightRecipe(epochs=4, thin=0)}
+    n_live = {}
+    for name, recipe in recipes.items():
+        set_example_weight_(net, 0.0)
+        choice = choose_example_weight_(net, batches, select=select, recipe=recipe, z=0)
+        assert choice.chosen in ("layer", "channel")
+        assert any(choice.weights["bn1"])
+        n_live[name] = choice.n_live
+    assert n_live == {"thinned": 1, "full": 2}

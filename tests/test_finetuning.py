@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from bnfix.errors import ConfigError, DataError, ModelError, NormError, NumericError
 from bnfix.evaluation import evaluate
-from bnfix.finetuning import decay_norms_, finetune_, parameter_groups
+from bnfix.finetuning import finetune_
 from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.parameters import decay_norms_, parameter_groups
 from bnfix.recipe import FinetuneRecipe
 from tests import nets
 
