@@ -23,7 +23,7 @@ from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions, Swa
 from bnfix.refitting import REFIT_SAMPLES, Refitting, refit_
 from bnfix.report import Report
 from bnfix.result import Result
-from bnfix.saving import Loaded, history_entry, versions
+from bnfix.saving import Loaded, history_entry, round_as_stored_, versions
 from bnfix.surgery import plan_swap, swap_planned_
 from bnfix.workbench import (
     Track,
@@ -37,6 +37,9 @@ from bnfix.workbench import (
     resolve_preprocessing,
     silent,
 )
+
+#: Largest difference of the outputs, relative to the largest output, that counts as rounding.
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 1e-2
 
 
 def convert(
@@ -81,6 +84,7 @@ def convert(
     loaded = load_one(checkpoint, recipe, run or RunOptions())
     example = example_input(loaded.model, input_shape)
     before = None if example is None else _outputs(loaded.model, example)
+    was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
     planned = plan_swap(loaded.model, swap)
     weighs = any(change.example_weight for change in planned.changes)
     original = copy.deepcopy(loaded.model) if weighs and data is not None else None
@@ -88,6 +92,8 @@ def convert(
     notes = list(loaded.checkpoint.notes)
     if swap.example_weight or swap.to == "group":
         notes += _zero_pointwise(loaded.model, example)
+    round_as_stored_(loaded.model)
+    is_half = any(d.is_floating_point and d.itemsize < 4 for d in loaded.origin.dtypes.values())
     difference = None
     if before is None or example is None:
         notes.append(
@@ -96,9 +102,12 @@ def convert(
         )
     else:
         after = _outputs(loaded.model, example)
-        difference = float((after - before).abs().max() / before.abs().max().clamp_min(1))
-        live = any(layer.live for _, layer in generalized_norms(loaded.model))
-        if not live and not difference <= 1e-4:
+        # A network that is broken already gives NaN, and may give the same NaN.
+        same = (before == after) | (before.isnan() & after.isnan())
+        gap = torch.where(same, 0.0, (after - before).abs()).max()
+        difference = float(gap / before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1))
+        live = was_live or any(layer.live for _, layer in generalized_norms(loaded.model))
+        if not live and not difference <= (_HALF_TOLERANCE if is_half else _TOLERANCE):
             raise ModelError(
                 f"model: its outputs changed by {difference:.2g} in the swap, more than rounding. "
                 "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
