@@ -7,22 +7,27 @@ evaluation. The model's own buffers are not touched until the end, when all are 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bnfix import runtime
 from bnfix.collecting import Accumulator, Collector, as_stored, over_groups, up_to
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.sites import NormSite, find_norms, sites_with_statistics, unmatched
+from bnfix.walking import Walk
 
 #: Passes at most for a layer that is called more than once, whose output comes back to its input.
 _ROUNDS = 12
 #: Change of the moments, in units of sqrt(var + eps) and relative, below which it has settled.
 _SETTLED = 1e-7
+#: `samples="auto"`: examples between two looks at the errors, as a part of those seen.
+_LOOK_AGAIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,10 @@ class Calibration:
         left_alone: layers that are frozen, excluded, keep no statistics, or hold something of that
             name without being Batch Norm.
         seconds: wall-clock time.
+        how: ``walk``, all batches together in one pass; or ``passes``, one after the other.
+        slowest: with ``samples="auto"``, the layer whose error was last to be small enough; empty
+            without.
+        is_enough: whether it became so before the data ended; true without ``auto``.
     """
 
     target: str
@@ -82,6 +91,9 @@ class Calibration:
     never_reached: tuple[str, ...]
     left_alone: tuple[str, ...]
     seconds: float
+    how: str = "passes"
+    slowest: str = ""
+    is_enough: bool = True
 
 
 def recalibrate_(
@@ -91,7 +103,9 @@ def recalibrate_(
     target: str = "population",
     train_batch_size: int | None = None,
     feed: str = "batch",
-    samples: int | None = None,
+    samples: int | str | None = None,
+    tolerance: float = 0.05,
+    memory_bytes: int | None = None,
     forward: runtime.Forward | None = None,
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -112,10 +126,18 @@ def recalibrate_(
         train_batch_size: B of ``train-batch``.
         feed: what the layers above a layer see. ``batch``: its output normalized by the batch's own
             moments, one pass. ``sequential``: its output in inference with its new moments, layer
-            after layer, exact whatever the batches (as long as every pass gives the same examples);
-            one pass, and one (shortening) pass for each layer but the first. A layer called more
-            than once is measured until it settles; `residuals` tells how well it did.
-        samples: stop after the batch with which this number of examples is reached.
+            after layer, exact whatever the batches (as long as every pass gives the same examples).
+            One pass, in which all batches wait for each other at each layer, if what they hold by
+            then fits the memory. Otherwise, or where batches meet layers in different orders or a
+            layer more than once: one pass, and one (shortening) pass for each layer but the first.
+            A layer called more than once is measured until it settles; `residuals` tells how well.
+        samples: stop after the batch with which this number of examples is reached; ``auto``: with
+            which every layer's errors are small enough; under ``sequential`` a pass of the batch
+            feed decides that. Not for a stream, which may have no end.
+        tolerance: what is small enough for ``auto``: root mean square over a layer's channels of
+            the standard errors of mean (by sqrt(var + eps)) or variance (by var + eps).
+        memory_bytes: what the walking batches may hold, at most; by default a quarter of the
+            memory that is free; 0 for passes.
         forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
         layers: only names that match one of these globs.
         skip: not names that match one of these globs.
@@ -144,7 +166,12 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    _check_options(target, train_batch_size, feed, samples)
+    _check_options(target, train_batch_size, feed, samples, tolerance)
+    if samples == "auto" and isinstance(batches, Iterator):
+        raise ConfigError(
+            "samples auto: the batches are a stream, which may have no end. Give a number.",
+            name="samples",
+        )
     started = time.perf_counter()
     every = find_norms(model)
     problems = unmatched(every, (*layers, *skip))
@@ -154,17 +181,9 @@ def recalibrate_(
     if not sites:
         raise NormError("model: no norm layer with statistics to compute anew.")
     size = train_batch_size if target == "train-batch" else None
-    if feed == "sequential" and isinstance(batches, Iterator):
-        batches = list(up_to(batches, samples))
-    collector = Collector(sites, by_batch=True)
-    n_examples, n_batches = collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
-    if n_examples == 0:
-        raise DataError("calibration: no examples. Give at least one batch.")
-    if not collector.measured:
-        raise NormError(f"{some([s.name for s in sites])}: never reached by the data.")
-    measured, passes = collector.measured, 1.0
-    if feed == "sequential":
-        measured, passes = _sequential(model, collector, batches, forward, samples, size)
+    auto = _Enough(tolerance) if samples == "auto" else None
+    found = _collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes)
+    measured, collector = found.measured, found.collector
     by_name = {site.name: site for site in sites}
     new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
     stored = {name: as_stored(by_name[name], *moments) for name, moments in new.items()}
@@ -174,18 +193,21 @@ def recalibrate_(
         for name, accumulator in measured.items()
     )
     for name, moments in stored.items():
-        _write(by_name[name].module, *moments, n_batches)
+        _write(by_name[name].module, *moments, found.n_batches)
     return Calibration(
         target if size is None else f"train-batch {size}",
         feed,
-        n_examples,
-        n_batches,
-        passes,
+        found.n_examples,
+        found.n_batches,
+        found.passes,
         records,
         tuple(record.name for record in records if record.n_calls > 1),
         tuple(name for name in by_name if name not in measured),
         tuple(site.name for site in every if site.name not in by_name),
         time.perf_counter() - started,
+        found.how,
+        "" if auto is None else auto.slowest,
+        auto is None or auto.is_enough,
     )
 
 
@@ -225,7 +247,11 @@ def residuals(
 
 
 def _check_options(
-    target: str, train_batch_size: int | None, feed: str, samples: int | None
+    target: str,
+    train_batch_size: int | None,
+    feed: str,
+    samples: int | str | None,
+    tolerance: float,
 ) -> None:
     if target not in ("population", "train-batch") or feed not in ("batch", "sequential"):
         raise ConfigError(
@@ -234,8 +260,124 @@ def _check_options(
         )
     if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
         raise ConfigError("target train-batch: give train_batch_size, at least 1.")
-    if samples is not None and samples < 1:
-        raise ConfigError(f"samples: {samples}, expected at least 1.", name="samples")
+    known = samples >= 1 if isinstance(samples, int) else samples in (None, "auto")
+    if not known:
+        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
+
+
+class _Enough:
+    """Whether every layer's errors are small enough; looked at now and then."""
+
+    def __init__(self, tolerance: float) -> None:
+        self._tolerance, self._next_look = tolerance, 2
+        self.slowest, self.is_enough = "", False
+
+    def __call__(self, collector: Collector, n_examples: int) -> bool:
+        if n_examples < self._next_look:
+            return False
+        self._next_look = math.ceil(n_examples * (1 + _LOOK_AGAIN))
+        errors = {
+            site.name: layer_error(collector.measured[site.name], _eps(site))
+            for site in collector.sites.values()
+            if site.name in collector.measured
+        }
+        late = [name for name, error in errors.items() if not error <= self._tolerance]
+        if late:
+            self.slowest = max(late, key=lambda name: errors[name])
+        self.is_enough = not late
+        return self.is_enough
+
+
+def layer_error(accumulator: Accumulator, eps: float) -> float:
+    """The larger of the errors of mean and variance, root mean square over the channels.
+
+    Args:
+        accumulator: what was measured at the layer.
+        eps: of the layer.
+
+    Returns:
+        Mean in units of sqrt(var + eps), variance in units of var + eps; infinite from one example.
+    """
+    mean_se, var_se = accumulator.errors()
+    spread = accumulator.values.var + eps
+    squares = torch.stack((mean_se.square() / spread, (var_se / spread).square()))
+    return float(squares.mean(1).max().sqrt())
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a feed has measured, and what it took."""
+
+    measured: Mapping[str, Accumulator]
+    collector: Collector
+    n_examples: int
+    n_batches: int
+    passes: float
+    how: str
+
+
+def _collect(
+    model: nn.Module,
+    sites: list[NormSite],
+    batches: runtime.Batches,
+    forward: runtime.Forward | None,
+    samples: int | str | None,
+    auto: _Enough | None,
+    feed: str,
+    size: int | None,
+    memory_bytes: int | None,
+) -> _Found:
+    """Measure every layer's input by the feed asked for, in the cheapest way that is exact."""
+    wanted = samples if isinstance(samples, int) else None
+    if feed == "sequential" and isinstance(batches, Iterator):
+        batches = list(up_to(batches, wanted))
+    scout = Collector(sites, by_batch=True)
+    passes = n_examples = n_batches = 0
+    wasted = 0.0
+    if feed == "batch" or auto is not None:
+        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, auto)
+        passes, wanted = 1, n_examples
+    if feed == "batch":
+        return _Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
+    walking = Collector(sites, by_batch=False)
+    walk = Walk(model, walking, forward, size, memory_bytes)
+    if walk.go(batches, wanted):
+        _check_reached(sites, walk.n_examples, walking)
+        return _Found(
+            walking.measured, walking, walk.n_examples, walk.n_batches, passes + 1.0, "walk"
+        )
+    if not passes:
+        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, None)
+        passes = 1
+    wasted = walk.n_steps / len(scout.measured)
+    measured, more = _sequential(model, scout, batches, forward, wanted, size)
+    return _Found(measured, scout, n_examples, n_batches, passes + more + wasted, "passes")
+
+
+def _scout(
+    model: nn.Module,
+    scout: Collector,
+    batches: runtime.Batches,
+    forward: runtime.Forward | None,
+    samples: int | None,
+    auto: _Enough | None,
+) -> tuple[int, int]:
+    """The one pass of the batch feed."""
+    enough = None if auto is None else lambda n: auto(scout, n)
+    n_examples, n_batches = scout.one_pass(
+        model, runtime.pass_of(batches, 0), forward, samples, enough
+    )
+    _check_reached(list(scout.sites.values()), n_examples, scout)
+    return n_examples, n_batches
+
+
+def _check_reached(sites: Sequence[NormSite], n_examples: int, collector: Collector) -> None:
+    if n_examples == 0:
+        raise DataError("calibration: no examples. Give at least one batch.")
+    if not collector.measured:
+        raise NormError(f"{some([s.name for s in sites])}: never reached by the data.")
 
 
 def _sequential(
@@ -253,7 +395,7 @@ def _sequential(
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     for name in order:
         collector.use[name] = as_stored(sites[name], *scout.measured[name].statistics(size))
-    passes = 1.0
+    passes = 0.0
     for depth, name in enumerate(order, 1):
         once = scout.n_calls[name] == 1
         if once and scout.is_first(name):

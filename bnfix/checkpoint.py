@@ -158,7 +158,7 @@ def check_output(path: str | Path, *, force: bool) -> None:
             f"Use {better}.",
             path=path,
         )
-    _check_folder(path)
+    check_folder(path)
     try:
         if path.is_dir():
             raise CheckpointError(f"{shown}: is a folder, expected a file to write.", path=path)
@@ -171,7 +171,15 @@ def check_output(path: str | Path, *, force: bool) -> None:
         raise CheckpointError(f"{shown}: cannot be written ({plain(error)}).", path=path) from error
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path) -> None:
+    """Check that the folder of a file to write is there and open to writing.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
     folder = path.parent
     shown = plain(path)
     try:
@@ -254,7 +262,7 @@ def write_text(path: str | Path, text: str) -> None:
         CheckpointError: if the folder is missing or closed, or the disk is full.
     """
     path = Path(path)
-    _check_folder(path)
+    check_folder(path)
     content = text.encode("utf-8", errors="backslashreplace")
     try:
         replace_whole(path, lambda temporary: temporary.write_bytes(content))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import shlex
 import sys
@@ -14,22 +15,27 @@ import typer
 from rich.markup import escape
 
 from bnfix import demo as demo_files
-from bnfix.checkpoint import check_output, read_checkpoint
+from bnfix.checkpoint import check_folder, check_output, read_checkpoint
 from bnfix.comparison import evaluate_files
 from bnfix.conversion import convert as convert_file
 from bnfix.diagnosis import diagnose, read_norms
-from bnfix.errors import CheckpointError
+from bnfix.errors import CheckpointError, ConfigError
+from bnfix.opening import open_images
 from bnfix.options import (
     MODEL,
     OUT,
     TRAIN,
+    Accumulate,
+    Augment,
     BatchSize,
     ChannelGroups,
     Checkpoint,
     ClassMap,
+    Clip,
     Crop,
     Data,
     Device,
+    Ema,
     Epochs,
     Feed,
     Force,
@@ -56,17 +62,21 @@ from bnfix.options import (
     Prefix,
     Preset,
     Quiet,
+    RefitData,
+    RefitSamples,
     Resize,
     Samples,
     Scale,
     Seed,
     ShowPlan,
     Skip,
+    State,
     Statistics,
     Std,
     Steps,
     SwapWeight,
     Test,
+    Thin,
     To,
     Train,
     TrainBatchSize,
@@ -78,10 +88,12 @@ from bnfix.options import (
     data_recipe,
     default_of,
     model_recipe,
+    samples_of,
     sizes,
     weight_of,
 )
 from bnfix.pipeline import TRIED, Plan, execute, open_plan
+from bnfix.reading import require_file
 from bnfix.recipe import (
     DataRecipe,
     FinetuneRecipe,
@@ -91,9 +103,10 @@ from bnfix.recipe import (
     StatisticsRecipe,
     SwapRecipe,
     WeightRecipe,
+    check_seed,
 )
-from bnfix.result import check_outputs
-from bnfix.runtime import keep_freed_memory
+from bnfix.result import check_outputs, check_reports
+from bnfix.runtime import exact_float32, keep_freed_memory
 from bnfix.sites import find_norms
 from bnfix.terminal import (
     Terminal,
@@ -140,11 +153,12 @@ def _run_plan(
             plan, bench = open_plan(plan, checkpoint, data, None, track)
             described = plan.describe(bench, str(output))
             result = None if show_plan else execute(plan, bench)
+            if result is not None:
+                result.save(output, force=force)
         if result is None:
             show_planned(terminal, described)
-            return
-        result.save(output, force=force)
-        terminal.show(result.report, output)
+        else:
+            terminal.show(result.report, output)
 
 
 @app.command()
@@ -174,6 +188,7 @@ def fix(
     example_weight: Weight = default_of(WeightRecipe, "example_weight"),
     granularity: Granularity = default_of(WeightRecipe, "granularity"),
     pointwise: Pointwise = False,
+    thin: Thin = default_of(WeightRecipe, "thin"),
     layers: Layers = None,
     skip: Skip = None,
     z: Z = default_of(GateRecipe, "z"),
@@ -215,10 +230,10 @@ def fix(
             ),
             SwapRecipe(layers=tuple(layers or ()), skip=tuple(skip or ())),
             StatisticsRecipe(
-                statistics, train_batch_size, feed, samples,
+                statistics, train_batch_size, feed, samples_of(samples),
                 batch_size or default_of(StatisticsRecipe, "batch_size"),
             ),
-            WeightRecipe(weight_of(example_weight), granularity, pointwise),
+            WeightRecipe(weight_of(example_weight), granularity, pointwise, thin=thin),
             tune,
             GateRecipe(z, seed=seed),
             RunOptions(device, precision, batch_size, workers),
@@ -256,6 +271,7 @@ def calibrate(
     example_weight: Weight = default_of(WeightRecipe, "example_weight"),
     granularity: Granularity = default_of(WeightRecipe, "granularity"),
     pointwise: Pointwise = False,
+    thin: Thin = default_of(WeightRecipe, "thin"),
     layers: Layers = None,
     skip: Skip = None,
     z: Z = default_of(GateRecipe, "z"),
@@ -285,10 +301,10 @@ def calibrate(
             ),
             SwapRecipe(layers=tuple(layers or ()), skip=tuple(skip or ())),
             StatisticsRecipe(
-                statistics, train_batch_size, feed, samples,
+                statistics, train_batch_size, feed, samples_of(samples),
                 batch_size or default_of(StatisticsRecipe, "batch_size"),
             ),
-            WeightRecipe(weight_of(example_weight), granularity, pointwise),
+            WeightRecipe(weight_of(example_weight), granularity, pointwise, thin=thin),
             None,
             GateRecipe(z, seed=seed),
             RunOptions(device, precision, batch_size, workers),
@@ -329,6 +345,11 @@ def finetune(
     norm_decay: NormDecay = 0.0,
     norm_decay_target: NormDecayTarget = default_of(FinetuneRecipe, "norm_decay_target"),
     label_smoothing: LabelSmoothing = 0.0,
+    clip: Clip = None,
+    accumulate: Accumulate = default_of(FinetuneRecipe, "accumulate"),
+    ema: Ema = None,
+    augment: Augment = default_of(FinetuneRecipe, "augment"),
+    state: State = None,
     to: To = default_of(SwapRecipe, "to"),
     ghost_size: GhostSize = None,
     channel_groups: ChannelGroups = None,
@@ -364,6 +385,10 @@ def finetune(
             norm_decay=norm_decay,
             norm_decay_target=norm_decay_target,
             label_smoothing=label_smoothing,
+            clip=clip,
+            accumulate=accumulate,
+            ema=ema,
+            augment=augment,
         )
         return Plan(
             "finetune",
@@ -381,6 +406,7 @@ def finetune(
             recipe,
             GateRecipe(seed=seed),
             RunOptions(device, precision, workers=workers),
+            None if state is None else str(state),
         )  # fmt: skip
 
     _run_plan(
@@ -410,7 +436,20 @@ def convert(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    data: RefitData = None,
+    samples: RefitSamples = None,
+    preset: Preset = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    interpolation: Interpolation = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    max_bad: MaxBad = None,
     device: Device = "auto",
+    batch_size: BatchSize = None,
+    workers: Workers = -1,
+    seed: Seed = 0,
     force: Force = False,
     show_plan: ShowPlan = False,
     as_json: Json = False,
@@ -426,19 +465,30 @@ def convert(
             to, example_weight, ghost_size, channel_groups, tuple(layers or ()), tuple(skip or ())
         )
         shape = sizes(input_shape, "input-shape")
+        source = data_recipe(
+            None, None, "none", preset, max_bad, (resize, crop, interpolation, mean, std, scale)
+        )
+        if samples is not None and samples < 2:
+            raise ConfigError(f"--samples: {samples}, expected at least 2.", name="samples")
+        check_seed(seed)
         if not show_plan:
             check_outputs(output, force=force)
-        with terminal.working():
+        with terminal.working() as track:
             result = convert_file(
                 checkpoint,
                 model=model_recipe(model, model_arg, key, prefix),
                 swap=recipe,
                 input_shape=shape,
-                run=RunOptions(device),
+                run=RunOptions(device, batch_size=batch_size, workers=workers),
                 command_line=_command_line(),
+                data=data,
+                source=source,
+                seed=seed,
+                samples=samples,
+                track=track,
             )
-        if not show_plan:
-            result.save(output, force=force)
+            if not show_plan:
+                result.save(output, force=force)
         show_conversion(terminal, result, None if show_plan else output)
 
 
@@ -490,19 +540,22 @@ def evaluate(
         run = RunOptions(device, precision, batch_size, workers)
         paths = None if report is None else _report_files(report, force=force)
         if show_plan:
+            for path in checkpoints:
+                require_file(path)
+            n_examples = len(open_images(data, labels="none"))
             plan = {
                 "command": "eval",
                 "plan": True,
                 "checkpoints": [str(path) for path in checkpoints],
-                "data": data,
+                "data": {"spec": data, "n_examples": n_examples},
                 "passes": len(checkpoints),
                 "report": None if report is None else str(report),
             }
             if as_json:
                 terminal.print_json(plan)
             else:
-                text = f"eval: {len(checkpoints)} passes over {data}; nothing was done"
-                terminal.out.print(escape(text), soft_wrap=True)
+                what = f"{len(checkpoints)} passes over the {n_examples:,} images of {data}"
+                terminal.say(f"eval: {what}; nothing was done")
             return
         with terminal.working() as track:
             found = evaluate_files(
@@ -515,23 +568,27 @@ def evaluate(
                 track=track,
                 command_line=_command_line(),
             )
-        if paths is not None and report is not None:
-            report.mkdir(parents=True, exist_ok=True)
-            found.save(*paths)
+            if paths is not None and report is not None:
+                _make_folder(report)
+                found.save(*paths)
         terminal.show(found)
 
 
 def _report_files(folder: Path, *, force: bool) -> tuple[Path, Path, Path]:
     paths = (folder / "report.json", folder / "report.md", folder / "report.html")
-    existing = [path for path in paths if path.exists()]
-    if existing and not force:
-        raise CheckpointError(
-            f"{existing[0]}: already exists. Give another --report, or --force to replace it.",
-            path=existing[0],
-        )
+    check_reports(paths, force=force)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder. Give another --report.", path=folder)
+    check_folder(next(path for path in (folder, *folder.parents) if path.exists()) / "report.json")
     return paths
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"{folder}: cannot be made ({reason}).", path=folder) from error
 
 
 @app.command()
@@ -591,27 +648,32 @@ def demo(
         Path,
         typer.Option("-o", "--output", metavar="DIR", help="Folder to write.", rich_help_panel=OUT),
     ] = Path("bnfix-demo"),
+    device: Device = "auto",
+    seed: Seed = 0,
     force: Force = False,
+    show_plan: ShowPlan = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole way on embedded data, offline: look, convert, calibrate, fine-tune, evaluate.
+    """The whole way on embedded data, offline: convert, calibrate, fine-tune, evaluate.
 
     Example: bnfix demo
     """
     terminal = Terminal(as_json, quiet)
     with stated():
         fixed = output / "digits_net.fixed.safetensors"
-        if output.exists() and not force and not (output / "digits_net.safetensors").is_file():
+        if show_plan:
+            terminal.show_demo_plan(str(output))
+            return
+        # What an earlier demo has left there is made anew: it is the same every time.
+        earlier = (output / "digits_net.safetensors").is_file()
+        if output.is_dir() and not (force or earlier) and any(output.iterdir()):
             raise CheckpointError(
                 f"{output}: already exists and is not from an earlier demo. Give another -o DIR, "
                 "or --force.",
                 path=output,
             )
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{output}: cannot be made ({error}).", path=output) from error
+        _make_folder(output)
         check_output(fixed, force=True)
         files = demo_files.write_files(output)
         prep = demo_files.PREPROCESSING
@@ -623,6 +685,8 @@ def demo(
             ]),
             model=ModelRecipe(demo_files.SPEC),
             source=DataRecipe(test=str(files.test), mean=prep.mean, std=prep.std),
+            gate=GateRecipe(seed=seed),
+            run=RunOptions(device),
         )  # fmt: skip
         if not (quiet or as_json):
             text = (
@@ -634,7 +698,7 @@ def demo(
         with terminal.working() as track:
             plan, bench = open_plan(plan, files.checkpoint, str(files.calibration), None, track)
             result = execute(plan, bench)
-        result.save(fixed, force=True)
+            result.save(fixed, force=True)
         terminal.show(result.report, fixed)
 
 
@@ -657,6 +721,11 @@ def _main(
 def main() -> None:
     """Run the command line."""
     keep_freed_memory()
+    exact_float32()
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding has no sign for is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -17,6 +17,11 @@ from bnfix.moments import Moments, mix, pool
 from bnfix.norms import GeneralizedBatchNorm, over_channel_groups
 from bnfix.sites import NormSite
 
+#: Examples that wait to be added to a layer's sums in one go.
+_WAITING = 1024
+#: Numbers that are centred at once on the CPU, so that they stay in its caches.
+_CHUNK = 1 << 18
+
 
 class Accumulator:
     """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
@@ -25,19 +30,38 @@ class Accumulator:
         # Per-example means are taken from the first batch's, so that none of them is large.
         self._shift = shift
         none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
-        self.values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
+        self._values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
         self._examples = Moments(none, rows, rows)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._positions = self._n_waiting = 0
 
-    def add(self, mean: Tensor, var: Tensor, batch: Moments) -> None:
-        """Add one call's per-example moments ``(N, C)``, float64, and their mixture."""
-        self.values = pool([self.values, batch])
+    def add(self, mean: Tensor, var: Tensor, positions: int) -> None:
+        """Add one call's per-example moments ``(N, C)``, float64, each of so many positions."""
+        # Many small sums cost more than one large one, so examples wait for each other.
+        if positions != self._positions or self._n_waiting >= _WAITING:
+            self._flush()
+        self._positions = positions
+        self._waiting.append((mean, var))
+        self._n_waiting += mean.shape[0]
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        mean, var = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._n_waiting = [], 0
+        n = mean.new_tensor(float(mean.shape[0]))
+        self._values = pool([self._values, Moments(n * self._positions, *mix(mean, var))])
         d = mean - self._shift
         r = var + d.square()
         # Variances of d, r and d + r give their covariance, by the one mixing rule.
-        rows = torch.stack((d, r, d + r))
-        n = mean.new_tensor(float(mean.shape[0]))
-        moments = Moments(n, rows.mean(1), rows.var(1, correction=0))
-        self._examples = pool([self._examples, moments])
+        rows = torch.stack((d, r, d + r), 1)
+        self._examples = pool([self._examples, Moments(n, *mix(rows, torch.zeros_like(rows)))])
+
+    @property
+    def values(self) -> Moments:
+        """Of all values of a channel together."""
+        self._flush()
+        return self._values
 
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
@@ -48,19 +72,19 @@ class Accumulator:
 
     def errors(self) -> tuple[Tensor, Tensor]:
         """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
+        m = self.values.mean - self._shift
         var_d, var_r, var_sum = self._examples.var
         n = float(self._examples.count)
         if n < 2:
             unknown = torch.full_like(var_d, math.inf)
             return unknown, unknown
-        m = self.values.mean - self._shift
         covariance = (var_sum - var_d - var_r) / 2
         # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
         var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
         return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
 
 
-class _StopHereError(BaseException):
+class StopHereError(BaseException):
     """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
 
 
@@ -77,7 +101,8 @@ class Collector:
         self.stops = False
         self._before: dict[str, set[str]] = {}
         self._calls: Counter[str] = Counter()
-        self._found_bad: list[tuple[str, Tensor]] = []
+        self.batch_index = 0
+        self._to_check: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
         self._own: dict[int, tuple[Any, Any]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -89,22 +114,25 @@ class Collector:
             kwargs: its keyword arguments.
 
         Raises:
-            _StopHereError: where a shortened pass ends.
+            StopHereError: where a shortened pass ends.
         """
         site = self.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
         if (self.wanted is None or site.name == self.wanted) and x.numel():
-            self._count(site.name)
-            batch = self._measure(site, x)
+            mean, var = self.measure(site, x)
             if self.stops:
-                raise _StopHereError
+                raise StopHereError
             if self.by_batch:
-                use = as_stored(site, batch.mean, batch.var)
+                use = as_stored(site, mean, var)
         if use is not None:
-            buffers = module._buffers
-            self._own[id(module)] = buffers["running_mean"], buffers["running_var"]
-            buffers["running_mean"], buffers["running_var"] = use
+            self.lend(module, use)
+
+    def lend(self, module: nn.Module, moments: tuple[Tensor, Tensor]) -> None:
+        """Let a layer normalize by these moments until its forward pass is over."""
+        buffers = module._buffers
+        self._own[id(module)] = buffers["running_mean"], buffers["running_var"]
+        buffers["running_mean"], buffers["running_var"] = moments
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Give a layer its own buffers back; a forward hook.
@@ -129,14 +157,14 @@ class Collector:
         """Whether no other layer measured ever came before this one."""
         return not self._before[name]
 
-    def _count(self, name: str) -> None:
-        if not self._calls[name]:
-            last = [key for key, n in self._calls.items() if n][-1:]
-            self._before.setdefault(name, set()).update(last)
-        self._calls[name] += 1
-        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
+    def new_batch(self, index: int) -> None:
+        """Calls from now on belong to this batch."""
+        self.batch_index = index
+        self._calls.clear()
 
-    def _measure(self, site: NormSite, x: Tensor) -> Moments:
+    def measure(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Count a call and add its input to the layer's sums; return the input's own moments."""
+        self._count(site.name)
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         own = site.module._buffers["running_mean"]
         if own is None or own.shape != values.shape[1:2]:
@@ -145,27 +173,34 @@ class Collector:
                 f"shape {None if own is None else tuple(own.shape)}. Leave it with skip.",
                 name=site.name,
             )
-        mean, var = precise_moments(values)
-        self._found_bad.append((site.name, ~(mean + var).isfinite().all(1)))
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
-        mean, var = over_groups(site, mean, var)
-        count = mean.new_tensor(float(mean.shape[0] * values.shape[2]))
-        batch = Moments(count, *mix(mean, var, dim=0))
+        mean, var = over_groups(site, *precise_moments(values))
+        mixed = mix(mean, var, dim=0)
+        self._to_check.append((self.batch_index, site.name, mean, var, mixed[1]))
         if site.name not in self.measured:
-            self.measured[site.name] = Accumulator(batch.mean)
-        self.measured[site.name].add(mean, var, batch)
-        return batch
+            self.measured[site.name] = Accumulator(mixed[0])
+        self.measured[site.name].add(mean, var, values.shape[2])
+        return mixed
 
-    def _check_finite(self, batch_index: int) -> None:
-        """One synchronization a batch: raise if any layer met a value that is not finite."""
-        found, self._found_bad = self._found_bad, []
-        if not found or not bool(torch.stack([bad.any() for _, bad in found]).any()):
+    def _count(self, name: str) -> None:
+        if not self._calls[name]:
+            last = [key for key, n in self._calls.items() if n][-1:]
+            self._before.setdefault(name, set()).update(last)
+        self._calls[name] += 1
+        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
+
+    def check_finite(self) -> None:
+        """One synchronization for all calls since the last check: raise if any was not finite."""
+        calls, self._to_check = self._to_check, []
+        # What is not finite in any example is not finite in the mixture either.
+        if not calls or bool(torch.cat([mixed for *_, mixed in calls]).isfinite().all()):
             return
-        name, bad = next((name, bad) for name, bad in found if bool(bad.any()))
-        example = int(bad.nonzero()[0].item())
+        index, name, mean, var, _ = next(c for c in calls if not bool(c[-1].isfinite().all()))
+        bad = ~(mean + var).isfinite().all(1)
         raise NumericError(
-            f"{name}: its input, or the square of it, is not finite in batch {batch_index}, "
-            f"example {example} (both counted from 0). Leave that example out, or use fp32.",
+            f"{name}: its input, or the square of it, is not finite in batch {index}, "
+            f"example {int(bad.int().argmax())} (both counted from 0). Leave that example out, or "
+            "use fp32.",
             name=name,
         )
 
@@ -175,8 +210,9 @@ class Collector:
         batches: Iterable[Any],
         forward: runtime.Forward | None,
         samples: int | None,
+        enough: Callable[[int], bool] | None = None,
     ) -> tuple[int, int]:
-        """Run the batches; return examples and batches seen."""
+        """Run the batches until they end, or are enough; return examples and batches seen."""
         device = runtime.device_of(model)
         n_examples = n_batches = 0
         with (
@@ -189,20 +225,23 @@ class Collector:
                 handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(site.module.register_forward_hook(self.after, always_call=True))
             for index, batch in enumerate(up_to(batches, samples)):
-                self._calls.clear()
+                self.new_batch(index)
                 try:
                     runtime.run(model, batch, device, forward)
-                except _StopHereError:
+                except StopHereError:
                     pass
                 finally:
                     for site in self.sites.values():
                         self.after(site.module, None, None)
-                self._check_finite(index)
-                n = _n_examples(batch)
+                self.check_finite()
+                n = n_examples_of(batch)
                 n_examples, n_batches = n_examples + n, n_batches + (n > 0)
+                if enough is not None and enough(n_examples):
+                    break
         return n_examples, n_batches
 
 
+@torch.no_grad()
 def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Per-example moments whose rounding does not grow with the offset of the values.
 
@@ -216,11 +255,24 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
         Mean and biased variance ``(N, C)``, float64.
     """
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    rough = values.mean(-1)
-    centred = values - rough.unsqueeze(-1)
-    left = centred.mean(-1).double()
-    var = (centred * centred).mean(-1).double() - left.square()
-    return rough.double() + left, var.clamp_min(0)
+    n, channels, positions = values.shape
+    pieces = [values]
+    if values.device.type == "cpu":
+        # What does not fit the caches, and new memory for it, would cost more than the arithmetic.
+        pieces = list(torch.split(values, max(1, _CHUNK // max(1, channels * positions))))
+    memory = torch.empty_like(pieces[0])
+    rough, left, squares = values.new_empty(3, n, channels)
+    start = 0
+    for piece in pieces:
+        rows = slice(start, start := start + len(piece))
+        centred = memory[: len(piece)]
+        torch.mean(piece, -1, out=rough[rows])
+        torch.sub(piece, rough[rows].unsqueeze(-1), out=centred)
+        torch.sum(centred, -1, out=left[rows])
+        torch.sum(centred.mul_(centred), -1, out=squares[rows])
+    refined = left.double() / positions
+    var = squares.double() / positions - refined.square()
+    return rough.double() + refined, var.clamp_min_(0)
 
 
 def over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,12 +293,12 @@ def up_to(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
     n_examples = 0
     for batch in batches:
         yield batch
-        n_examples += _n_examples(batch)
+        n_examples += n_examples_of(batch)
         if samples is not None and n_examples >= samples:
             return
 
 
-def _n_examples(batch: Any) -> int:
+def n_examples_of(batch: Any) -> int:
     """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
     try:
         found = runtime.unpack(batch)[0]

@@ -119,7 +119,8 @@ def convert(
         )
     source = source or DataRecipe()
     preprocessing, used, refitting = loaded.origin.preprocessing, None, None
-    if original is not None and data is not None:
+    live = any(layer.live for _, layer in generalized_norms(loaded.model))
+    if original is not None and data is not None and live:
         fitted = _refit(loaded, original, data, source, run or RunOptions(), seed, samples, track)
         refitting, preprocessing, used, remarks = fitted
         notes += [*remarks, refitting.describe()]

@@ -176,9 +176,10 @@ def _count(tensor: Tensor | None) -> int | None:
 
 def _weight(found: Any) -> float | list[float]:
     """The example weight that a header states; NaN where it states none that is a number."""
-    if isinstance(found, list) and found and all(type(w) in (int, float) for w in found):
-        return [float(w) for w in found]
-    return float(found) if type(found) in (int, float) else math.nan
+    if isinstance(found, list) and found:
+        weights = [_weight(w) for w in found]
+        return [w for w in weights if isinstance(w, float)]
+    return float(found) if type(found) in (int, float) and 0 <= found <= 1 else math.nan
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:

@@ -80,7 +80,8 @@ class Metrics:
         ece: expected calibration error, 15 equal-width right-closed bins, confidence 1 in the last.
         interval: 95% bootstrap interval of each but the temperature; that of ``ece`` is shifted by
             the bias of the bootstrap (absolute gaps grow by resampling).
-        images_per_second: of the pass, data loading included.
+        images_per_second: through the model, without loading; the first of several batches is left
+            out.
         reliability: the 15 bins.
         logits: ``(N, K)`` float32.
         examples: losses and hits one by one.
@@ -342,13 +343,17 @@ def _collect(
     device = runtime.device_of(model)
     logits: list[Array] = []
     labels: list[Array | None] = []
-    n_seen = 0
-    started = time.perf_counter()
+    n_seen = n_timed = 0
+    seconds = 0.0
     with guards.inference(model):
         for batch in batches:
+            started = time.perf_counter()
             with runtime.autocast(device, precision):
                 output = runtime.logits_of(runtime.run(model, batch, device, forward))
             found = output.float().cpu().numpy()
+            if n_seen == n_timed and n_timed:
+                n_timed, seconds = 0, 0.0  # the first batch also warms up
+            n_timed, seconds = n_timed + len(found), seconds + time.perf_counter() - started
             if logits and found.shape[1] != logits[0].shape[1]:
                 raise ModelError(
                     f"evaluation: {found.shape[1]} logits in batch {len(logits)}, but "
@@ -360,7 +365,7 @@ def _collect(
             n_seen += len(found)
     if n_seen == 0:
         raise DataError("evaluation: no examples. Give at least one batch.")
-    rate = n_seen / max(time.perf_counter() - started, 1e-9)
+    rate = n_timed / max(seconds, 1e-9)
     given = [y for y in labels if y is not None]
     if given and len(given) < len(labels):
         raise DataError(

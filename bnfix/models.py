@@ -231,9 +231,12 @@ def _check_size(
     size = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.is_meta)
     held = sum(tensor.numel() for tensor in tensors.values())
     if size > max(_SIZE_LIMIT * held, _SIZE_FLOOR):
+        missing = [name for name in state if name not in tensors]
+        unexpected = [name for name in tensors if name not in state]
         raise ModelError(
-            f"{builder.spec}: has {size} values, the checkpoint only {held}. "
-            "Check --model and its arguments.",
+            f"{builder.spec}: has {size} values, the checkpoint only {held}; "
+            f"missing from the file: {some(missing) or 'none'}; "
+            f"not in the model: {some(unexpected) or 'none'}. Check --model and its arguments.",
             name=builder.spec,
         )
 

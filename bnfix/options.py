@@ -21,6 +21,7 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.refitting import REFIT_SAMPLES
 
 
 def help_of(recipe: type, name: str) -> str:
@@ -145,7 +146,12 @@ TrainBatchSize = Annotated[int | None, _option(StatisticsRecipe, "train_batch_si
 Feed = Annotated[str, _option(StatisticsRecipe, "feed", panel=NORM)]
 
 
-Samples = Annotated[int | None, _option(StatisticsRecipe, "samples", panel=NORM)]
+Samples = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N|auto", help=help_of(StatisticsRecipe, "samples"), rich_help_panel=NORM
+    ),
+]
 
 
 Weight = Annotated[str, _option(WeightRecipe, "example_weight", panel=NORM)]
@@ -157,6 +163,7 @@ Granularity = Annotated[str, _option(WeightRecipe, "granularity", panel=NORM)]
 Pointwise = Annotated[bool, _option(WeightRecipe, "pointwise", "--pointwise", panel=NORM)]
 
 
+Thin = Annotated[float, _option(WeightRecipe, "thin", panel=NORM)]
 Z = Annotated[float, _option(GateRecipe, "z", panel=NORM)]
 
 
@@ -191,6 +198,50 @@ NormDecayTarget = Annotated[str, _option(FinetuneRecipe, "norm_decay_target", pa
 
 
 LabelSmoothing = Annotated[float, _option(FinetuneRecipe, "label_smoothing", panel=TRAIN)]
+
+
+Clip = Annotated[float | None, _option(FinetuneRecipe, "clip", panel=TRAIN)]
+
+
+Accumulate = Annotated[int, _option(FinetuneRecipe, "accumulate", panel=TRAIN)]
+
+
+Ema = Annotated[float | None, _option(FinetuneRecipe, "ema", panel=TRAIN)]
+
+
+Augment = Annotated[str, _option(FinetuneRecipe, "augment", panel=TRAIN)]
+
+
+State = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder for the state of the run; interrupted, the same command goes on from it.",
+        rich_help_panel=TRAIN,
+    ),
+]
+
+
+RefitData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        help="Examples on which scale and shift are re-fitted to the original's outputs, where "
+        "example weights above 0 change those (--to group); labels are not used.",
+        rich_help_panel=DATA,
+    ),
+]
+
+
+RefitSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        help=f"Examples to re-fit on, drawn in seeded random order (default {REFIT_SAMPLES}).",
+        rich_help_panel=DATA,
+    ),
+]
 
 
 Device = Annotated[str, _option(RunOptions, "device", panel=RUN)]
@@ -351,6 +402,21 @@ def data_recipe(
         None if scales is None else scales[0],
         max_bad,
     )
+
+
+def samples_of(text: str | None) -> int | str | None:
+    """A number of examples, or a word that the recipe knows.
+
+    Args:
+        text: as typed.
+
+    Returns:
+        The number, or the text.
+    """
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
 
 
 def weight_of(text: str) -> str | float:

@@ -8,6 +8,7 @@ answer. No example is in two splits: what is fitted on *fit* is judged on *selec
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import nn
 
 from bnfix import guards
 from bnfix.calibration import Calibration, describe_missing, recalibrate_, residuals
-from bnfix.errors import ConfigError, DataError
+from bnfix.data import fingerprint
+from bnfix.errors import ConfigError, DataError, NumericError
 from bnfix.evaluation import Metrics, compare, evaluate
 from bnfix.example_weight import WeightChoice, choose_example_weight_, weighable_layers
 from bnfix.finetuning import Finetuning, finetune_
@@ -36,6 +38,7 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.refitting import REFIT_SAMPLES, refit_
 from bnfix.report import DataUsed, Evaluated, Report
 from bnfix.result import Result
 from bnfix.saving import history_entry, round_as_stored_, versions
@@ -54,8 +57,6 @@ from bnfix.workbench import (
 )
 
 ORIGINAL = "as it was"
-#: ``--samples auto``: so many at first, then twice as many, until the errors are this small.
-_AUTO_SAMPLES, _AUTO_ERROR = 1000, 0.05
 #: What `fix` tries where there are labels.
 TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
 
@@ -75,6 +76,7 @@ class Plan:
         finetune: what to try; ``None`` for nothing.
         gate: splits, seed, z.
         run: device and batch size.
+        state: folder for the state of a fine-tuning run, to go on from.
     """
 
     command: str = "fix"
@@ -87,6 +89,7 @@ class Plan:
     finetune: FinetuneRecipe | None = TRIED
     gate: GateRecipe = GateRecipe()
     run: RunOptions = RunOptions()
+    state: str | None = None
 
     @property
     def chooses(self) -> bool:
@@ -160,6 +163,9 @@ class Plan:
             if self.swap.example_weight is None:
                 kept = [dataclasses.replace(c, example_weight=None) for c in swapped.changes]
                 swapped = dataclasses.replace(swapped, changes=tuple(kept))
+        live = any(layer.live for _, layer in generalized_norms(bench.model))
+        if not live and any(change.example_weight for change in swapped.changes):
+            bench.original = copy.deepcopy(bench.model)
         swapped = swap_planned_(bench.model, swapped)
         bench.assumptions += [*swapped.notes, *swapped.skipped]
 
@@ -359,10 +365,10 @@ class _Stages:
     def _on_select(self, what: str) -> Metrics:
         return self._evaluate(self.bench.batches(self.bench.split.select, f"select: {what}"))
 
-    def _evaluate(self, batches: Tracked) -> Metrics:
+    def _evaluate(self, batches: Tracked, model: nn.Module | None = None) -> Metrics:
         self.passes.append(batches)
         gate, run = self.bench.gate, self.bench.run
-        return evaluate(self.model, batches, precision=run.precision, seed=gate.seed)
+        return evaluate(model or self.model, batches, precision=run.precision, seed=gate.seed)
 
     def _offer(self, stage: str, name: str, fallback: guards.Snapshot) -> bool:
         """Judge the model as it is now; put what stood back if it is not admitted."""
@@ -412,26 +418,20 @@ class _Stages:
     def _recalibrate(self, target: str) -> Calibration:
         recipe, gate = self.plan.statistics, self.bench.gate
         order = np.random.default_rng(gate.seed).permutation(self.bench.split.fit)
-        n = len(order) if recipe.samples is None else _AUTO_SAMPLES
         if isinstance(recipe.samples, int):
-            n = recipe.samples
-        before = guards.Snapshot(self.model)
-        while True:
-            batches = self.bench.batches(order[:n], f"statistics ({target})", recipe.batch_size)
-            self.passes.append(batches)
-            calibration = recalibrate_(
-                self.model,
-                batches,
-                target=target,
-                train_batch_size=recipe.train_batch_size,
-                feed=recipe.feed,
-                layers=self.plan.swap.layers,
-                skip=self.plan.swap.skip,
-            )
-            if recipe.samples != "auto" or n >= len(order) or _is_enough(calibration):
-                break
-            before.restore_()
-            n *= 2
+            order = order[: recipe.samples]
+        batches = self.bench.batches(order, f"statistics ({target})", recipe.batch_size)
+        self.passes.append(batches)
+        calibration = recalibrate_(
+            self.model,
+            batches,
+            target=target,
+            train_batch_size=recipe.train_batch_size,
+            feed=recipe.feed,
+            samples="auto" if recipe.samples == "auto" else None,
+            layers=self.plan.swap.layers,
+            skip=self.plan.swap.skip,
+        )
         self.bench.assumptions += describe_missing(calibration)
         return calibration
 
@@ -458,8 +458,8 @@ class _Stages:
         if recipe is not None:
             self.standing()
             alone = dataclasses.replace(recipe, example_weight="keep")
-            self._finetune(alone)
-            self._offer("fine-tuning", f"fine-tuned {recipe.train}", base)
+            if self._finetune_if_stable(alone):
+                self._offer("fine-tuning", f"fine-tuned {recipe.train}", base)
         if weight != "auto":
             return
         learns = recipe is not None and recipe.example_weight == "learn"
@@ -471,15 +471,47 @@ class _Stages:
         stands = guards.Snapshot(self.model)
         if recipe is not None and learns and recipe.statistics == "frozen":
             base.restore_()
-            self._finetune(recipe)
-            self._offer("fine-tuning", f"fine-tuned {recipe.train} with example weights", stands)
+            name = f"fine-tuned {recipe.train} with example weights"
+            if not self._finetune_if_stable(recipe):
+                stands.restore_()
+            else:
+                self._offer("fine-tuning", name, stands)
 
     def tune_ungated(self) -> None:
         """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
-        if self.plan.finetune is not None:
-            self._finetune(self.plan.finetune)
-            if self.finetunings[-1].best_epoch:
-                self.name = f"fine-tuned {self.finetunings[-1].trained}"
+        recipe = self.plan.finetune
+        if recipe is None:
+            return
+        if self.bench.original is not None:
+            self._refit(self.bench.original)
+        if recipe.ghost_size is not None and recipe.statistics == "frozen":
+            self.bench.assumptions.append(
+                "--ghost-size was stored but had no effect here: with --statistics frozen nothing "
+                "is normalized by batches; --statistics train does that."
+            )
+        self._finetune(recipe, self.plan.state)
+        if self.finetunings[-1].best_epoch:
+            self.name = f"fine-tuned {self.finetunings[-1].trained}"
+
+    def _refit(self, original: nn.Module) -> None:
+        """Fit scale and shift of layers that now weigh the example to the original's outputs."""
+        bench = self.bench
+        _, excluded = self._weighable()
+        layers = dict(generalized_norms(self.model))
+        pointwise = [
+            name for name in excluded
+            if layers[name].live and layers[name].running_mean is not None
+        ]  # fmt: skip
+        set_example_weight_(self.model, dict.fromkeys(pointwise, 0.0))
+        if pointwise:
+            bench.assumptions.append(
+                f"{len(pointwise)} layers have a single position a map and keep example weight 0."
+            )
+        if any(layer.live for layer in layers.values()):
+            index = np.random.default_rng(bench.gate.seed).permutation(bench.split.fit)
+            batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift")
+            bench.assumptions.append(refit_(self.model, original, batches).describe())
+        self.name = "converted and re-fitted"
 
     def _choose(self) -> bool:
         """Choose example weights from the present state; whether a level was admitted."""
@@ -509,7 +541,19 @@ class _Stages:
             self._standing = None
         return choice.chosen != "keep"
 
-    def _finetune(self, recipe: FinetuneRecipe) -> None:
+    def _finetune_if_stable(self, recipe: FinetuneRecipe) -> bool:
+        """Fine-tune; a run whose numbers are not finite is noted and leaves the model as it was."""
+        try:
+            self._finetune(recipe)
+        except NumericError as error:
+            weights = " with example weights" if recipe.example_weight == "learn" else ""
+            self.bench.assumptions.append(
+                f"fine-tuning of {recipe.train}{weights} was given up: {error}"
+            )
+            return False
+        return True
+
+    def _finetune(self, recipe: FinetuneRecipe, state: str | None = None) -> None:
         bench = self.bench
         learn, monitor = bench.learn_and_monitor()
         training = bench.batches(
@@ -524,14 +568,27 @@ class _Stages:
         self.finetunings.append(
             finetune_(
                 self.model,
-                training.shuffled(bench.gate.seed),
+                training.shuffled(bench.gate.seed, recipe.augment),
                 monitor=watching,
                 recipe=recipe,
                 weighable=layers,
                 seed=bench.gate.seed,
                 after_epoch=refresh if recipe.statistics == "train" else None,
+                state=state,
+                identity="" if state is None else self._identity(learn, monitor, training),
             )
         )
+
+    def _identity(self, learn: Any, monitor: Any, training: Tracked) -> str:
+        """What numbers of a run depend on besides model, recipe and seed."""
+        images = self.bench.images
+        return str([
+            fingerprint(images, learn),
+            fingerprint(images, monitor),
+            training.batches.batch_size,
+            self.bench.preprocessing,
+            self.plan.statistics,
+        ])  # fmt: skip
 
     def result(self) -> Result:
         """Measure original and output on test, never keep what is known to be worse, report."""
@@ -599,11 +656,14 @@ class _Stages:
         final = guards.Snapshot(self.model)
         self.original.restore_()
         file, sha256 = str(bench.loaded.checkpoint.path), bench.loaded.checkpoint.sha256
-        before = self._evaluate(bench.test_batches(f"test: {ORIGINAL}"))
-        first = Evaluated(ORIGINAL, file, sha256, before, n_live(self.model))
+        own = self.model if bench.original is None else bench.original
+        before = self._evaluate(bench.test_batches(f"test: {ORIGINAL}"), own)
+        first = Evaluated(ORIGINAL, file, sha256, before, n_live(own))
         final.restore_()
         after = self._evaluate(bench.test_batches(f"test: {self.name}"))
-        stated = not self.gated and self.plan.command != "finetune"
+        # Another kind of normalization was asked for, whatever it costs.
+        converted = bench.original is not None
+        stated = not self.gated and (converted or self.plan.command != "finetune")
         if compare(before, after, seed=bench.gate.seed).verdict == "worse" and not stated:
             bench.assumptions.append(
                 f"{self.name!r} turned out significantly worse on the test split, so the output is "
@@ -626,12 +686,6 @@ class _Stages:
             "gate": dataclasses.asdict(plan.gate),
             "precision": plan.run.precision,
         }
-
-
-def _is_enough(calibration: Calibration) -> bool:
-    """Whether half the layers know every mean and variance to 5% of their spread."""
-    errors = sorted(max(layer.mean_se, layer.var_se) for layer in calibration.layers)
-    return errors[len(errors) // 2] <= _AUTO_ERROR
 
 
 def _joined(*parts: Any) -> Any:

@@ -198,7 +198,7 @@ class WeightRecipe:
     pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
     epochs: int = option(2, "Passes over the fit examples when weights are learned per channel.")
     thin: float = option(
-        0.02, "Part of the gain that may be given up to set whole layers back to 0 (0 for none)."
+        0.005, "Part of the gain that may be given up to set whole layers back to 0 (0 for none)."
     )
     batch_size: int | None = option(
         None, "Batch size when weights are learned (default 64, less for large inputs)."
@@ -218,6 +218,7 @@ class WeightRecipe:
         else:
             _require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
         _one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
+        _require(0 <= self.thin < 1, f"--thin: {self.thin}, expected 0 to 1.", "thin")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bnfix.errors import ConfigError, DataError, ModelError
+from bnfix.errors import BnfixError, ConfigError, DataError, ModelError
 
 #: How a model is run on one batch of the user's own form.
 Forward = Callable[[nn.Module, Any], Any]
@@ -23,6 +23,8 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+#: What a network is known to raise on an input of another shape than it was made for.
+_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,6 +71,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def exact_float32() -> None:
+    """Turn TF32 off: metrics on CPU and CUDA are to agree to rounding.
+
+    Changes:
+        torch's settings for matrix products and convolutions on CUDA.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -171,10 +183,27 @@ def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | N
 
     Returns:
         Whatever the model returns.
+
+    Raises:
+        failure: if bnfix states it, or the memory does not suffice.
+        ModelError: if the model, called without ``forward``, fails on the input.
     """
     if forward is not None:
         return forward(model, move(batch, device))
-    return model(move(unpack(batch)[0], device))
+    x = move(unpack(batch)[0], device)
+    failure: Exception
+    try:
+        return model(x)
+    except _MODEL_ERRORS as error:
+        failure = error
+    if isinstance(failure, BnfixError | torch.OutOfMemoryError):
+        raise failure
+    what = f"shape {'x'.join(map(str, x.shape))}" if isinstance(x, Tensor) else type(x).__name__
+    reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+    raise ModelError(
+        f"model: cannot be run on an input of {what} ({reason}). Check --resize, --crop and "
+        "--model."
+    ) from failure
 
 
 def logits_of(output: Any) -> Tensor:

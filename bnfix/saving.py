@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def load_ready(
         where = origin.spec or type(model).__name__
         raise CheckpointError(
             f"{Path(path).name}: does not fit {where}, {len(problems)} problems: "
-            f"{some(problems)}. Give the --model that it was trained as.",
+            f"{_listed(problems)}. Give the --model that it was trained as.",
             path=path,
         )
     state = dict(checkpoint.tensors)
@@ -292,6 +292,14 @@ def versions() -> dict[str, str]:
     }
 
 
+def _listed(problems: Sequence[str]) -> str:
+    """Some of every kind of problem: many of one kind must not hide another."""
+    endings = ("missing from the file", "in the model", "not in the model")
+    missing, shapes, unexpected = ([p for p in problems if p.endswith(end)] for end in endings)
+    shapes = [p for p in shapes if p not in unexpected]
+    return "; ".join(some(kind, 8) for kind in (missing, shapes, unexpected) if kind)
+
+
 def _is_weight_buffer(name: str, model: nn.Module) -> bool:
     """Whether a key is the example weight of one of bnfix's layers."""
     if name != "example_weight" and not name.endswith(".example_weight"):
@@ -417,7 +425,11 @@ class _Settings:
         integers = (self.channel_groups, 1 if self.ghost_size is None else self.ghost_size)
         if not all(type(n) is int and n >= 1 for n in integers):
             raise ValueError("channel_groups and ghost_size are counts of at least 1")
-        if not isinstance(self.eps, float | int) or not 0 <= self.eps < 1e6:
+        weight = self.example_weight
+        for found in weight if isinstance(weight, list) else [weight]:
+            if type(found) not in (int, float) or not 0 <= found <= 1:
+                raise ValueError("example_weight is a number from 0 to 1, or a list of such")
+        if type(self.eps) not in (int, float) or not 0 <= self.eps < 1e6:
             raise ValueError("eps is a number of at least 0")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -98,6 +99,17 @@ class Terminal:
             if written is not None:
                 self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
 
+    def show_demo_plan(self, output: str) -> None:
+        """What the demonstration would do.
+
+        Args:
+            output: folder that it would write.
+        """
+        if self.as_json:
+            self.print_json({"command": "demo", "plan": True, "output": output})
+        else:
+            self.say(f"demo: would fix the embedded digits and write {output}; nothing was done")
+
     def say(self, text: str) -> None:
         """One line on standard output, as it is.
 
@@ -173,8 +185,8 @@ def stated() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         message = str(error).splitlines()[0]
         _fail(f"out of memory: {message} Lower --batch-size, or use --device cpu.", 1)
-    except KeyboardInterrupt:
-        _fail("interrupted.", 130)
+    except KeyboardInterrupt as interrupt:
+        _fail(str(interrupt) or "interrupted.", 130)
 
 
 def _fail(error: Exception | str, code: int) -> None:
@@ -299,25 +311,25 @@ def _noteworthy(report: Report) -> list[str]:
 def _decision_table(report: Report) -> Table | None:
     if not report.decisions:
         return None
-    table = Table("stage", "candidate", "NLL", "against", "top-1", "against", "admitted", "why")
+    table = _narrow("candidate", "NLL", "was", "top-1", "was", "admitted")
     for d in report.decisions:
         table.add_row(
-            shown_text(d.stage),
             shown_text(d.candidate),
-            f"{d.nll:.4f}",
-            f"{d.incumbent_nll:.4f}",
+            f"{d.nll:.3f}",
+            f"{d.incumbent_nll:.3f}",
             f"{100 * d.top1:.1f}%",
             f"{100 * d.incumbent_top1:.1f}%",
             "yes" if d.admitted else "no",
-            shown_text(d.reason),
         )
+    n = report.decisions[0].n_examples
+    table.caption = f"judged on {n:,} images held out for it; the report says why"
     return table
 
 
 def _model_table(report: Report) -> Table | None:
     if not report.models or report.models[0].metrics.top1 is None:
         return None
-    table = Table("model", "top-1 (95%)", "NLL (95%)", "NLL scaled", "ECE", "live", "images/s")
+    table = _narrow("model", "top-1 (95%)", "NLL (95%)", "scaled", "live")
     for model in report.models:
         m = model.metrics
         low, high = m.interval["top1"]
@@ -327,10 +339,19 @@ def _model_table(report: Report) -> Table | None:
             f"{100 * (m.top1 or 0):.1f}% ({100 * low:.1f} to {100 * high:.1f})",
             f"{m.nll:.3f} ({nll_low:.3f} to {nll_high:.3f})",
             f"{m.nll_temperature_scaled:.3f}",
-            f"{m.ece:.3f}",
             str(model.n_live),
-            f"{m.images_per_second:.0f}",
         )
+    table.caption = "scaled: NLL after temperature scaling; live: layers with an example weight"
+    return table
+
+
+def _narrow(name: str, *numbers: str) -> Table:
+    """A table of names and numbers that fits a terminal of 80 columns; only names may wrap."""
+    table = Table(
+        name, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left"
+    )
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 

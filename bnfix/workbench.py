@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from bnfix import guards, runtime
-from bnfix.data import Batches, Split, cut, fingerprint
-from bnfix.errors import DataError, ModelError, some
+from bnfix.augmentation import augmented
+from bnfix.data import Batch, Batches, Split, cut, fingerprint
+from bnfix.errors import DataError, some
 from bnfix.images import Images
 from bnfix.models import default_preprocessing, input_channels, preset_preprocessing
 from bnfix.opening import open_images
@@ -50,27 +52,42 @@ class Tracked:
         batches: to iterate over.
         stage: what the pass is for, in words.
         track: how progress is shown.
+        vary: what images go through besides, if anything.
     """
 
-    def __init__(self, batches: Batches, stage: str, track: Track) -> None:
-        self.batches, self.stage, self._track = batches, stage, track
+    def __init__(
+        self,
+        batches: Batches,
+        stage: str,
+        track: Track,
+        vary: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
+    ) -> None:
+        self.batches, self.stage, self._track, self._vary = batches, stage, track, vary
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._track(self.stage, self.batches, len(self.batches)))
+        source = self.batches if self._vary is None else self._vary(self.batches)
+        return iter(self._track(self.stage, source, len(self.batches)))
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def shuffled(self, seed: int) -> Callable[[int], Tracked]:
+    def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
         """The same batches in another order every pass.
 
         Args:
             seed: of pass 0; pass k has seed + k.
+            augment: random variants of the images, others in every pass.
 
         Returns:
             What gives the batches of the k-th pass.
         """
-        return lambda k: Tracked(self.batches.with_seed(seed + k), self.stage, self._track)
+
+        def of_pass(k: int) -> Tracked:
+            vary = partial(augmented, kind=augment, seed=seed, epoch=k)
+            batches = self.batches.with_seed(seed + k)
+            return Tracked(batches, self.stage, self._track, None if augment == "none" else vary)
+
+        return of_pass
 
 
 @dataclass
@@ -89,6 +106,8 @@ class Workbench:
         max_bad: bad images that a pass may meet.
         track: how progress is shown.
         input_size: numbers in one input.
+        original: the model before layers were swapped that now weigh the example; their scale and
+            shift are still to be re-fitted to its outputs.
     """
 
     loaded: Loaded
@@ -102,6 +121,7 @@ class Workbench:
     max_bad: float | None
     track: Track
     input_size: int
+    original: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -333,9 +353,6 @@ def open_checked(
 
     Returns:
         The images, and how many numbers one input has.
-
-    Raises:
-        ModelError: if the model cannot be run on them.
     """
     class_map = None if source.class_map is None else Path(source.class_map)
     images = open_images(
@@ -350,16 +367,8 @@ def open_checked(
         max_bad=source.max_bad,
     )
     first = next(iter(everything))
-    try:
-        with guards.inference(model):
-            output = runtime.run(model, first, runtime.device_of(model))
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
-        shape = "x".join(map(str, first.x.shape))
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"model: cannot be run on an input of {shape} ({reason}). Check --resize, --crop and "
-            "--model."
-        ) from error
+    with guards.inference(model):
+        output = runtime.run(model, first, runtime.device_of(model))
     input_size = first.x[0].numel()
     if images.labels is None:
         return images, input_size
@@ -467,13 +476,3 @@ def _unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
 
 def _digest(images: Images, i: int) -> str:
     return images.digest(i).hex()
-
-
-def float32_matmul_exact() -> None:
-    """Turn TF32 off: metrics on CPU and CUDA are to agree to rounding.
-
-    Changes:
-        torch's settings for matrix products and convolutions on CUDA.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False

@@ -28,7 +28,7 @@ choice = bnfix.choose_example_weight_(model, batches("calibration"))
 after = bnfix.evaluate(model, batches("test"))
 
 for tried in choice.decisions:
-    verdict = "taken" if tried.admitted else "refused"
+    verdict = "admitted" if tried.admitted else "refused"
     print(f"{tried.candidate}: NLL {tried.nll:.3f} against {tried.incumbent_nll:.3f}, {verdict}")
 print(f"chosen: {choice.chosen}; {choice.n_live} layers have a weight above 0")
 print(f"test: NLL {before.nll:.3f} -> {after.nll:.3f}, top-1 {before.top1:.1%} -> {after.top1:.1%}")

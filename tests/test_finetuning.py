@@ -1,15 +1,25 @@
 """Short training runs on tiny networks: what moves, what stays, and what is kept."""
 
 import copy
+import dataclasses
 import itertools
 import math
+import pickle
+import signal
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bnfix.errors import ConfigError, DataError, ModelError, NormError, NumericError
+from bnfix.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NormError,
+    NumericError,
+)
 from bnfix.evaluation import evaluate
 from bnfix.finetuning import finetune_
 from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
@@ -278,7 +288,9 @@ def test_frozen_norm_layers_are_not_weighed_either():
 
 
 def test_tied_parameters_are_trained_once():
-    model = nets.lived_in(nets.shared_norm()).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nets.lived_in(nets.shared_norm()).eval()
     assert model.first.bn is model.second.bn
     groups = parameter_groups(model, lr=0.1)
     assert [len(group["params"]) for group in groups] == [2, 4]
@@ -1042,3 +1054,340 @@ def test_batches_with_names_of_their_own():
     curve = finetune_(one, BATCHES, monitor=MONITOR, recipe=recipe).curve
     tuned = finetune_(other, named(BATCHES), monitor=named(MONITOR), recipe=recipe, forward=forward)
     assert tuned.curve == curve
+
+
+# Several batches a step
+
+
+def stepped(batches, recipe, seed=0, make=tiny):
+    model = make(seed)
+    tuned = finetune_(model, batches, monitor=MONITOR[:1], recipe=recipe, epochs=1)
+    return model, tuned
+
+
+def whole(batches):
+    return [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "train"])
+@pytest.mark.parametrize("sizes", [(16, 16, 16), (16, 16, 8), (24, 8)])
+def test_gathered_gradients_are_those_of_all_examples_in_one_batch(statistics, sizes):
+    recipe = FinetuneRecipe(
+        train="all", statistics=statistics, ghost_size=8 if statistics == "train" else None,
+        optimizer="sgd", lr=1e-3, warmup=0, label_smoothing=0.1, clip=1e9,
+    )  # fmt: skip
+    x, y = whole(BATCHES)[0]
+    parts = list(zip(x[: sum(sizes)].split(sizes), y[: sum(sizes)].split(sizes), strict=True))
+    gathered, tuned = stepped(parts, dataclasses.replace(recipe, accumulate=len(parts)))
+    together, reference = stepped(whole(parts), recipe)
+    # One step of 1.9 times the gradient: what moved shows the gradient.
+    start = dict(tiny().named_parameters())
+    others = dict(together.named_parameters())
+    for name, p in gathered.named_parameters():
+        gradients = [(start[name] - q) / 1.9e-3 for q in (p, others[name])]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=2e-4, msg=name)
+        torch.testing.assert_close(p, others[name], rtol=0, atol=1e-6, msg=name)
+    assert tuned.n_steps == reference.n_steps == 1
+    assert tuned.curve[1].loss == pytest.approx(reference.curve[1].loss, rel=1e-5)
+
+
+def test_outputs_and_gradients_are_equal_where_the_ghosts_are():
+    x, y = whole(BATCHES[:4])[0]
+    models = [tiny().double() for _ in range(2)]
+    for model in models:
+        model.train()
+        for layer in (model.bn1, model.bn2, model.bn3):
+            layer.ghost_size = 8
+    outputs = models[0](x.double())
+    F.cross_entropy(outputs, y).backward()
+    pieces = []
+    for part, labels in zip(x.double().split(16), y.split(16), strict=True):
+        pieces.append(models[1](part))
+        (F.cross_entropy(pieces[-1], labels) * len(labels) / len(y)).backward()
+    torch.testing.assert_close(torch.cat(pieces), outputs, rtol=0, atol=1e-5)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=1e-5)
+
+
+def test_a_smaller_last_step_is_taken_with_the_batches_left():
+    recipe = FinetuneRecipe(accumulate=4, statistics="train")
+    model, tuned = stepped(BATCHES, recipe)
+    assert len(BATCHES) == 6
+    assert (tuned.n_steps, tuned.n_skipped_steps) == (2, 0)
+    if tuned.best_epoch:
+        assert int(model.bn1.num_batches_tracked) == 7 + 6
+    limited = finetune_(
+        tiny(), BATCHES, monitor=MONITOR, recipe=FinetuneRecipe(accumulate=4, steps=3)
+    )
+    assert limited.n_steps == 3
+
+
+def test_running_moments_move_as_far_as_without_gathering():
+    batch = BATCHES[0]
+    moved = []
+    for k in (1, 4):
+        recipe = FinetuneRecipe(statistics="train", lr=0.0, accumulate=k, steps=1)
+        model, seen = stock(), []
+
+        def note(model, seen=seen):
+            seen.append((model.bn1.momentum, model.bn1.running_mean.clone()))
+
+        finetune_(model, [batch] * k, monitor=MONITOR, recipe=recipe, after_epoch=note)
+        assert model.bn1.momentum == 0.1
+        assert seen[0][0] == pytest.approx(1 - 0.9 ** (1 / k))
+        moved.append(seen[0][1])
+    torch.testing.assert_close(moved[0], moved[1])
+    assert not torch.equal(moved[0], stock().bn1.running_mean)
+
+
+def test_a_step_with_one_bad_batch_is_left_out_whole():
+    poison = (torch.full_like(BATCHES[0][0], math.nan), BATCHES[0][1])
+    recipe = FinetuneRecipe(train="all", statistics="train", accumulate=2)
+    model, tuned = stepped([BATCHES[0], poison, *BATCHES[1:3]], recipe)
+    assert (tuned.n_steps, tuned.n_skipped_steps) == (1, 1)
+    assert all(bool(value.isfinite().all()) for value in model.state_dict().values())
+
+
+# The moving average
+
+
+def one_of_each(k):
+    return [BATCHES[k]]
+
+
+@pytest.mark.parametrize("learn", ["keep", "learn"])
+def test_the_average_of_the_steps_is_evaluated_and_kept(learn):
+    options = {"train": "all", "optimizer": "sgd", "lr": 0.01, "warmup": 0, "example_weight": learn}
+    model, reference, path, averages = tiny(), tiny(), [], []
+
+    def watch(model, into):
+        into.append([p.detach().clone() for p in (*model.parameters(), model.bn1.example_weight)])
+
+    recipe = FinetuneRecipe(steps=6, ema=0.3, **options)
+    tuned = finetune_(
+        model, one_of_each, monitor=MONITOR, recipe=recipe, after_epoch=lambda m: watch(m, averages)
+    )
+    plain = dataclasses.replace(recipe, ema=None)
+    finetune_(
+        reference, one_of_each, monitor=MONITOR, recipe=plain, after_epoch=lambda m: watch(m, path)
+    )
+    weight = torch.full((6,), 0.05) if learn == "learn" else torch.zeros(())
+    expected = [*(p.detach() for p in tiny().parameters()), weight]
+    for t, (state, average) in enumerate(zip(path, averages, strict=True), 1):
+        decay = min(0.3, (1 + t) / (10 + t))
+        expected = [decay * e + (1 - decay) * p for e, p in zip(expected, state, strict=True)]
+        for e, found in zip(expected, average, strict=True):
+            torch.testing.assert_close(found, e, rtol=1e-4, atol=1e-6)
+    assert tuned.best_epoch > 0
+    for p, kept in zip(model.parameters(), averages[tuned.best_epoch - 1], strict=False):
+        assert torch.equal(p, kept)
+    assert evaluate(model, MONITOR).nll == pytest.approx(tuned.curve[tuned.best_epoch].nll)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": -0.1}, "--clip: -0.1, expected 0 or more"),
+        ({"clip": math.nan}, "--clip: nan"),
+        ({"accumulate": 0}, "--accumulate: 0, expected at least 1"),
+        ({"ema": 1.0}, "--ema: 1.0, expected 0 to 1"),
+        ({"ema": -0.5}, "--ema: -0.5"),
+        ({"augment": "wild"}, "--augment: 'wild' is not known. Use one of: none, light, standard"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        FinetuneRecipe(**options)
+
+
+# Going on after an interrupt
+
+
+STATES = [
+    FinetuneRecipe(train="all", epochs=3),
+    FinetuneRecipe(train="norms+head", example_weight="learn", epochs=3, optimizer="sgd", ema=0.8),
+    FinetuneRecipe(train="all", statistics="train", ghost_size=8, epochs=3, accumulate=2, ema=0.9),
+]
+
+
+def shuffled(k):
+    """The batches of pass k in an order that depends on torch's own generator."""
+    order = torch.randperm(len(BATCHES)).tolist()
+    return [BATCHES[i] for i in order]
+
+
+def interrupted(n):
+    """The same batches, with an interrupt in place of the n-th."""
+    counter = itertools.count()
+
+    def batches(k):
+        order = shuffled(k)
+
+        def go_through():
+            for batch in order:
+                if next(counter) == n:
+                    raise KeyboardInterrupt("enough")
+                yield batch
+
+        return Sizable(go_through())
+
+    return batches
+
+
+class Sizable:
+    def __init__(self, iterator):
+        self.iterator = iterator
+
+    def __iter__(self):
+        return self.iterator
+
+    def __len__(self):
+        return len(BATCHES)
+
+
+@pytest.mark.parametrize("recipe", STATES)
+@pytest.mark.parametrize("n", [1, 5, 6, 9, 17])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(recipe, n, tmp_path):
+    options = {"monitor": MONITOR, "recipe": recipe, "seed": 3}
+    reference, found = tiny(dropout=0.3), Found(tiny(dropout=0.3))
+    expected = finetune_(reference, shuffled, **options)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        finetune_(found.model, interrupted(n), state=tmp_path / "a" / "b", **options)
+    found.assert_still()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["finetuning.pt"]
+    for _ in range(2):  # it goes on to the end; and once more there is nothing left to do
+        model = tiny(dropout=0.3)
+        tuned = finetune_(model, shuffled, state=tmp_path / "a" / "b", **options)
+        assert dataclasses.replace(tuned, seconds=0) == dataclasses.replace(expected, seconds=0)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, reference.state_dict()[name]), name
+        assert model.bn1.live == reference.bn1.live
+    assert expected.best_epoch > 0
+
+
+def test_a_run_with_a_state_is_the_run_without(tmp_path):
+    models = [tiny(dropout=0.3), tiny(dropout=0.3)]
+    found = [
+        finetune_(model, shuffled, monitor=MONITOR, recipe=STATES[1], state=state)
+        for model, state in zip(models, (None, tmp_path), strict=True)
+    ]
+    assert dataclasses.replace(found[0], seconds=0) == dataclasses.replace(found[1], seconds=0)
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_signal_waits_for_the_end_of_the_step(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    steps = itertools.count()
+
+    def forward(model, batch):
+        if torch.is_grad_enabled() and next(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return model(batch[0])
+
+    model, reference = tiny(), tiny()
+    with pytest.raises(KeyboardInterrupt, match="holds the state"):
+        finetune_(model, BATCHES, monitor=MONITOR, forward=forward, state=tmp_path)
+    assert next(steps) == 4
+    assert signal.getsignal(signal.SIGINT) is before
+    finetune_(model, BATCHES, monitor=MONITOR, forward=forward, state=tmp_path)
+    assert next(steps) == 4 + 1 + 2 * len(BATCHES) - 4
+    finetune_(reference, BATCHES, monitor=MONITOR)
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=0, atol=0)
+
+
+def test_the_state_of_another_run_or_no_state_at_all_is_refused(tmp_path):
+    options = {"monitor": MONITOR, "recipe": STATES[0], "state": tmp_path}
+    finetune_(tiny(), BATCHES, **options)
+    other = tiny()
+    with torch.no_grad():
+        other.fc.bias[0] += 1e-6
+    for model, change in (
+        (other, {}),
+        (tiny(), {"seed": 1}),
+        (tiny(), {"recipe": FinetuneRecipe(train="all", epochs=3, lr=0.1)}),
+        (tiny(), {"identity": "other data"}),
+    ):
+        found = Found(model)
+        with pytest.raises(CheckpointError, match="is the state of another run"):
+            finetune_(model, BATCHES, **{**options, **change})
+        found.assert_still()
+    path = tmp_path / "finetuning.pt"
+    content = torch.load(path, weights_only=True)
+    for broken in ({"points": [[1]]}, {"model": {}}, {"run": None}, {"random": [torch.zeros(3)]}):
+        torch.save({**content, **broken}, path)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            finetune_(tiny(), BATCHES, **options)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(CheckpointError, match="is not the state of a fine-tuning run"):
+        finetune_(tiny(), BATCHES, **options)
+    path.write_bytes(pickle.dumps(Runs()))
+    with pytest.raises(CheckpointError, match=r"pickle|not a"):
+        finetune_(tiny(), BATCHES, **options)
+    path.unlink()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        finetune_(tiny(), BATCHES, **{**options, "state": tmp_path / "file"})
+
+
+class Runs:
+    def __reduce__(self):
+        return pytest.fail, ("code from a file was run",)
+
+
+# The commands
+
+
+def test_options_of_the_step_reach_it(cli, files, tmp_path):
+    words = ["finetune", files.net, *files.common, "--data", files.data, "--json"]
+    given = ["--accumulate", 3, "--clip", 1, "--ema", 0.9, "--augment", "light", "--batch-size", 20]
+    found = cli(*words, *given, "-o", tmp_path / "a.safetensors").json
+    # 180 images, 144 to tune on, 115 to learn: 6 batches, 2 steps an epoch.
+    assert [point["step"] for point in found["training_curve"][0]["curve"]] == [0, 2, 4]
+    options = found["options"]["finetune"]
+    assert [options[name] for name in ("accumulate", "clip", "ema", "augment")] == [
+        3, 1, 0.9, "light",
+    ]  # fmt: skip
+    refused = cli(*words, "--clip", -1, "-o", tmp_path / "b.safetensors")
+    assert refused.code == 2
+    assert "--clip: -1.0, expected 0 or more" in refused.message
+
+
+def test_a_ghost_size_without_effect_is_said(cli, files, tmp_path):
+    words = ["finetune", files.net, *files.common, "--data", files.data, "--json"]
+    found = cli(*words, "--ghost-size", 4, "-o", tmp_path / "a.safetensors").json
+    assert "--ghost-size was stored but had no effect" in " ".join(found["assumptions"])
+
+
+def test_the_state_of_a_command_is_of_its_data_too(cli, files, tmp_path):
+    state, out = tmp_path / "state", iter("abc")
+    words = ["finetune", files.net, *files.common, "--state", state, "--json"]
+
+    def go(*more):
+        return cli(*words, *more, "-o", tmp_path / f"{next(out)}.safetensors")
+
+    assert go("--data", files.data).code == 0
+    assert go("--data", files.data).code == 0
+    a, b = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "ab")
+    assert a == b
+    assert "is the state of another run" in go("--data", files.test).message
+
+
+def test_a_candidate_that_diverges_does_not_end_fix(cli, files, tmp_path):
+    spec = tmp_path / "diverging.py"
+    spec.write_text(
+        (files.folder / "nets.py").read_text()
+        + "\nclass Diverging(Net):\n"
+        + "    def forward(self, x):\n"
+        + "        return super().forward(x) * (float('nan') if torch.is_grad_enabled() else 1)\n"
+        + "\ndef diverging():\n    return Diverging(3)\n"
+    )
+    out = tmp_path / "out.safetensors"
+    found = cli(
+        "fix", files.stale, "--model", f"{spec}:diverging", *files.common[2:], "--data", files.data,
+        "--example-weight", "keep", "--epochs", 6, "-o", out, "--json",
+    ).json  # fmt: skip
+    notes = " ".join(found["assumptions"])
+    assert "fine-tuning of norms+head was given up: fine-tuning: loss or gradient was" in notes
+    assert out.exists()
+    assert all(math.isfinite(model["nll"]) for model in found["models"])

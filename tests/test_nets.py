@@ -15,7 +15,7 @@ from tests.real import DATA, needs_data
 
 
 def stock_state(name: str) -> dict[str, Tensor]:
-    file = torch.load(DATA / name, map_location="cpu", weights_only=True)  # noqa: TID251
+    file = torch.load(DATA / name, map_location="cpu", weights_only=True)
     return {
         key.removeprefix("module."): value for key, value in file.get("state_dict", file).items()
     }

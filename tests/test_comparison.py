@@ -1,0 +1,337 @@
+"""`eval`: the same numbers as plain PyTorch, the JSON to the letter, and what was seen before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+import bnfix
+from bnfix.comparison import evaluate_files
+from bnfix.conversion import convert
+from bnfix.errors import CheckpointError, ConfigError, DataError
+from bnfix.recipe import DataRecipe, SwapRecipe
+from bnfix.version import __version__
+from tests.conftest import images_of, inputs_of
+from tests.real import DATA, needs_data
+
+NUMBER = (int, float)
+
+
+def is_interval(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, NUMBER) for v in value)
+        and value[0] <= value[1]
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(cli, files) -> dict[str, Any]:
+    words = ["--data", files.test, *files.common, "--json"]
+    return cli("eval", files.stale, files.net, *words).json
+
+
+# --- the JSON ---
+
+
+def test_the_keys_of_the_report_are_there_and_of_their_types(compared, files):
+    import hashlib
+
+    assert compared["bnfix"] == __version__
+    assert compared["command"] == "eval"
+    assert compared["verdict"] in ("better", "same", "worse")
+    assert compared["temperature_only"] in (True, False)
+    assert set(compared["data"]) >= {"spec", "n_examples", "fingerprint"}
+    assert compared["data"]["spec"] == str(files.test)
+    assert compared["data"]["n_examples"] == 120
+    assert len(compared["data"]["fingerprint"]) == 64
+    for model, path in zip(compared["models"], (files.stale, files.net), strict=True):
+        assert model["name"] == path.name
+        assert model["file"] == str(path)
+        assert model["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        for key in ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece"):
+            assert isinstance(model[key], NUMBER), key
+        assert 0 <= model["top1"] <= 1
+        assert model["top5"] == 1
+        assert is_interval(model["interval"]["top1"])
+        assert is_interval(model["interval"]["nll"])
+        assert model["interval"]["top1"][0] <= model["top1"] <= model["interval"]["top1"][1]
+        assert model["images_per_second"] > 0
+    (paired,) = compared["paired"]
+    assert (paired["name"], paired["against"]) == ("net.pth", "stale.pth")
+    assert paired["verdict"] == compared["verdict"]
+    for key in ("top1", "nll", "nll_temperature_scaled"):
+        assert isinstance(paired[key]["difference"], NUMBER)
+        assert is_interval(paired[key]["interval"])
+        assert 0 <= paired[key]["p"] <= 1
+    for layer, name in zip(compared["layers"], ("bn1", "bn2"), strict=True):
+        assert layer["name"] == name
+        assert layer["kind"] == "BatchNorm2d"
+        assert isinstance(layer["channels"], int)
+        assert layer["example_weight"] == 0
+        assert layer["mean_shift"] > 0
+        assert layer["log_var_ratio"] > 0
+        assert "residual" in layer
+    assert compared["output"] is None
+
+
+def test_the_numbers_are_those_of_plain_pytorch(compared, files):
+    images, labels = images_of(120, seed=3)
+    with torch.no_grad():
+        logits = files.trained()(inputs_of(images)).double()
+    y = torch.from_numpy(labels)
+    found = compared["models"][1]
+    assert found["top1"] == float((logits.argmax(1) == y).double().mean())
+    assert found["nll"] == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-5)
+    p = logits.softmax(1)
+    brier = ((p - F.one_hot(y, 3)) ** 2).sum(1).mean()
+    assert found["brier"] == pytest.approx(float(brier), rel=1e-5)
+    confidence, guess = p.max(1)
+    ece = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            gap = confidence[inside].mean() - (guess[inside] == y[inside]).double().mean()
+            ece += float(gap.abs() * inside.double().mean())
+    assert found["ece"] == pytest.approx(ece, abs=1e-6)
+
+
+def test_the_pairing_is_the_difference_of_the_two(compared):
+    first, second = compared["models"]
+    (paired,) = compared["paired"]
+    for key in ("top1", "nll"):
+        assert paired[key]["difference"] == pytest.approx(second[key] - first[key], abs=1e-6)
+    assert compared["verdict"] == "better"
+    assert compared["verdict_sentence"].startswith("better: ")
+
+
+def test_batch_size_workers_and_place_do_not_matter(cli, files, compared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", files.stale, files.net, "--data", files.test, *files.common, "--json"]
+    for more in (["--batch-size", "7"], ["--device", "cpu", "--seed", "0"]):
+        again = cli(*words, *more).json
+        for old, new in zip(compared["models"], again["models"], strict=True):
+            assert new["top1"] == old["top1"]
+            assert new["nll"] == pytest.approx(old["nll"], rel=1e-5)
+        assert again["verdict"] == compared["verdict"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_seed_moves_intervals_only(cli, files, compared):
+    words = ["--data", files.test, *files.common, "--json"]
+    again = cli("eval", files.stale, files.net, *words, "--seed", "5").json
+    assert again["models"][0]["nll"] == compared["models"][0]["nll"]
+    assert again["models"][0]["interval"] != compared["models"][0]["interval"]
+
+
+# --- verdicts ---
+
+
+def test_one_model_has_no_verdict(cli, files):
+    found = cli("eval", files.net, "--data", files.test, *files.common, "--json").json
+    assert found["verdict"] is None
+    assert found["paired"] == []
+    assert found["temperature_only"] is False
+
+
+def test_without_labels_there_is_no_verdict_and_there_are_no_metrics(cli, files):
+    for words in (["--data", files.flat], ["--data", files.test, "--labels", "none"]):
+        found = cli("eval", files.stale, files.net, *words, *files.common, "--json").json
+        assert found["verdict"] is None
+        for model in found["models"]:
+            for key in ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece"):
+                assert model[key] is None
+            assert model["interval"] == {"top1": None, "nll": None}
+        (paired,) = found["paired"]
+        assert paired["verdict"] is None
+        assert "nothing can be proven" in found["verdict_sentence"]
+
+
+def test_the_same_model_twice_is_the_same(cli, files):
+    found = cli("eval", files.net, files.net, "--data", files.test, *files.common, "--json").json
+    assert found["verdict"] == "same"
+    assert found["paired"][0]["nll"]["difference"] == 0
+    assert found["models"][0]["name"] != found["models"][1]["name"]
+
+
+def test_the_verdict_is_the_last_models_against_the_first(cli, files):
+    order = [files.net, files.net, files.stale]
+    found = cli("eval", *order, "--data", files.test, *files.common, "--json").json
+    assert [pair["verdict"] for pair in found["paired"]] == ["same", "worse"]
+    assert found["verdict"] == "worse"
+    assert [pair["against"] for pair in found["paired"]] == [found["models"][0]["name"]] * 2
+
+
+# --- the report ---
+
+
+def test_a_report_is_three_files_and_an_existing_one_is_refused_before_any_work(
+    cli, files, tmp_path
+):
+    folder = tmp_path / "deep" / "report"
+    words = ["--data", files.test, *files.common, "--report", folder]
+    found = cli("eval", files.stale, files.net, *words, "--json").json
+    assert {p.name for p in folder.iterdir()} == {"report.json", "report.md", "report.html"}
+    found.pop("output")
+    assert json.loads((folder / "report.json").read_text()) == found
+    before = (folder / "report.md").read_text()
+    assert found["verdict_sentence"].split(":")[0] in before.lower()
+    (folder / "report.json").unlink()
+    outcome = cli("eval", "missing.pth", "--data", "nowhere", "--report", folder)
+    assert outcome.code == 1
+    assert "report.md: already exists" in outcome.message
+    assert not (folder / "report.json").exists()
+    assert cli("eval", files.net, *words, "--force").code == 0
+    assert (folder / "report.md").read_text() != before
+
+
+def test_places_where_no_report_can_be_written(cli, files, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(0o555)
+    (tmp_path / "file").write_text("x")
+    for place in (closed, closed / "deeper" / "still", tmp_path / "file", tmp_path / "file" / "x"):
+        outcome = cli("eval", "missing.pth", "--data", "nowhere", "--report", place)
+        assert outcome.code == 1
+        assert "missing.pth" not in outcome.message
+    assert list(closed.iterdir()) == []
+
+
+# --- what was seen ---
+
+
+def test_images_that_a_history_has_used_are_counted_and_said(cli, files, tmp_path):
+    out = tmp_path / "out.safetensors"
+    words = ["--data", files.data, *files.common]
+    assert cli("calibrate", files.stale, *words, "-o", out).code == 0
+    found = cli("eval", files.stale, out, *words, "--json").json
+    assert found["n_seen"] == 144  # fit and select, not test
+    assert "144 of these images were used" in found["verdict_sentence"]
+    found = cli("eval", out, "--data", files.test, *files.common, "--json").json
+    assert found["n_seen"] == 0
+    assert "were used" not in found["verdict_sentence"]
+    other = tmp_path / "other.safetensors"
+    words = ["--data", files.test, *files.common, "--statistics", "population"]
+    assert cli("calibrate", files.stale, *words, "--example-weight", "keep", "-o", other).code == 0
+    images, labels = (
+        np.concatenate(parts)
+        for parts in zip(images_of(180, seed=2), images_of(120, seed=3), strict=True)
+    )
+    np.savez(tmp_path / "both.npz", images=images, labels=labels)
+    words = ["--data", tmp_path / "both.npz", *files.common, "--json"]
+    assert cli("eval", out, other, *words).json["n_seen"] == 144 + 120
+
+
+# --- several checkpoints ---
+
+
+def test_live_layers_count_and_one_spec_serves_all(cli, files, tmp_path):
+    out = tmp_path / "live.safetensors"
+    convert(files.net, model=files.spec, swap=SwapRecipe(example_weight=0.2)).save(out)
+    found = cli("eval", files.net, out, "--data", files.test, *files.common, "--json").json
+    assert [model["n_live"] for model in found["models"]] == [0, 2]
+    assert [row["example_weight"] for row in found["layers"]] == pytest.approx([0.2, 0.2])
+    assert [row["kind"] for row in found["layers"]] == ["GeneralizedBatchNorm"] * 2
+    with torch.no_grad():
+        logits = bnfix.load(out, model=files.model())(inputs_of(images_of(120, seed=3)[0]))
+    nll = F.cross_entropy(logits.double(), torch.from_numpy(images_of(120, seed=3)[1]))
+    assert found["models"][1]["nll"] == pytest.approx(float(nll), rel=1e-5)
+
+
+def test_preprocessing_in_a_file_is_used_and_options_go_before_it(cli, files, tmp_path):
+    out = tmp_path / "out.safetensors"
+    words = ["--data", files.data, *files.common, "--statistics", "keep"]
+    assert cli("calibrate", files.net, *words, "--example-weight", "keep", "-o", out).code == 0
+    plain = ["eval", out, "--model", files.spec, "--data", files.test, "--json"]
+    stored, stated = cli(*plain).json, cli(*plain, "--mean", "0.5", "--std", "0.25").json
+    assert stored["models"][0]["nll"] == stated["models"][0]["nll"]
+    assert any("as stored" in note for note in stored["assumptions"])
+    other = cli(*plain, "--std", "1").json
+    assert other["models"][0]["nll"] != stored["models"][0]["nll"]
+
+
+def test_classes_that_do_not_fit_are_refused(cli, files, tmp_path):
+    five = files.trained().state_dict()
+    five["fc.weight"], five["fc.bias"] = torch.randn(5, 12), torch.zeros(5)
+    save_file(five, tmp_path / "five.safetensors")
+    two = {n: t[:2].contiguous() if n.startswith("fc") else t for n, t in five.items()}
+    save_file(two, tmp_path / "two.safetensors")
+    words = ["--data", files.test, *files.common]
+    for order in ([tmp_path / "two.safetensors"], [files.net, tmp_path / "two.safetensors"]):
+        outcome = cli("eval", *order, *words)
+        assert outcome.code == 1
+        assert "2" in outcome.message
+    assert cli("eval", files.net, tmp_path / "five.safetensors", *words).code == 0
+    data = ["--data", files.folders, *files.common]
+    outcome = cli("eval", tmp_path / "two.safetensors", *data)
+    assert outcome.code == 1
+    assert "3" in outcome.message
+
+
+def test_a_class_map_says_which_folder_is_which(cli, files, tmp_path):
+    (tmp_path / "map.json").write_text('{"class 0": 2, "class 1": 0, "class 2": 1}')
+    words = ["eval", files.net, "--data", files.folders, *files.common, "--json"]
+    right = cli(*words).json["models"][0]["top1"]
+    turned = cli(*words, "--class-map", tmp_path / "map.json").json["models"][0]["top1"]
+    assert right > 0.6 > 0.4 > turned
+    (tmp_path / "map.json").write_text('{"class 0": 2}')
+    outcome = cli(*words, "--class-map", tmp_path / "map.json")
+    assert outcome.code == 1
+    assert "class 1" in outcome.message
+
+
+# --- from Python ---
+
+
+def test_in_process(files):
+    source = DataRecipe(mean=(0.5,), std=(0.25,))
+    report = evaluate_files([files.net], data=str(files.test), model=files.spec, source=source)
+    assert report.models[0].metrics.n_examples == 120
+    assert report.verdict is None
+    with pytest.raises(ConfigError, match="no checkpoint given"):
+        evaluate_files([], data=str(files.test))
+    with pytest.raises(ConfigError, match="--seed: -3"):
+        evaluate_files([files.net], data=str(files.test), model=files.spec, seed=-3)
+    with pytest.raises(CheckpointError, match="no such file"):
+        evaluate_files(["missing.pth"], data=str(files.test), model=files.spec)
+    with pytest.raises(DataError, match="no such file or folder"):
+        evaluate_files([files.net], data="nowhere", model=files.spec)
+
+
+@needs_data
+def test_a_published_checkpoint_gives_the_published_numbers(cli, tmp_path):
+    """The figures of the data's own README, for the first 500 images and all."""
+    images, labels = (np.load(DATA / "cifar10" / "test.npz")[k][:500] for k in ("images", "labels"))
+    np.savez(tmp_path / "part.npz", images=images, labels=labels)
+    words = [
+        "--model",
+        f"{Path(__file__).parent}/nets.py:resnet20",
+        "--data",
+        tmp_path / "part.npz",
+    ]
+    preset = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--json"]
+    found = cli("eval", DATA / "cifar10" / "resnet20.th", *words, *preset).json
+    from tests.nets import resnet20
+
+    file = torch.load(DATA / "cifar10" / "resnet20.th", map_location="cpu")["state_dict"]
+    model = resnet20().eval()
+    model.load_state_dict({n.removeprefix("module."): t for n, t in file.items()}, strict=False)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    )
+    with torch.no_grad():
+        logits = model((x - mean) / std)
+    assert found["models"][0]["top1"] == pytest.approx(
+        float((logits.argmax(1).numpy() == labels).mean()), abs=1e-9
+    )
+    nll = F.cross_entropy(logits.double(), torch.from_numpy(labels))
+    assert found["models"][0]["nll"] == pytest.approx(float(nll), rel=1e-4)
