@@ -16,17 +16,17 @@ from rich.markup import escape
 
 from bnfix import demo as demo_files
 from bnfix.checkpoint import check_folder, check_output, read_checkpoint
-from bnfix.comparison import evaluate_files
+from bnfix.comparison import evaluate_files, plan_evaluation
 from bnfix.conversion import convert as convert_file
 from bnfix.diagnosis import diagnose, read_norms
-from bnfix.errors import CheckpointError, ConfigError
-from bnfix.opening import open_images
+from bnfix.errors import CheckpointError, ConfigError, some
 from bnfix.options import (
     MODEL,
     OUT,
     TRAIN,
     Accumulate,
     Augment,
+    AverageWeights,
     BatchSize,
     ChannelGroups,
     Checkpoint,
@@ -62,6 +62,7 @@ from bnfix.options import (
     Prefix,
     Preset,
     Quiet,
+    Recipe,
     RefitData,
     RefitSamples,
     Resize,
@@ -80,11 +81,13 @@ from bnfix.options import (
     To,
     Train,
     TrainBatchSize,
+    TuneBatchSize,
     TuneStatistics,
     Weight,
     WeightDecay,
     Workers,
     Z,
+    average_recipe,
     data_recipe,
     default_of,
     model_recipe,
@@ -93,7 +96,6 @@ from bnfix.options import (
     weight_of,
 )
 from bnfix.pipeline import TRIED, Plan, execute, open_plan
-from bnfix.reading import require_file
 from bnfix.recipe import (
     DataRecipe,
     FinetuneRecipe,
@@ -105,6 +107,7 @@ from bnfix.recipe import (
     WeightRecipe,
     check_seed,
 )
+from bnfix.replay import replayed_plan
 from bnfix.result import check_outputs, check_reports
 from bnfix.runtime import exact_float32, keep_freed_memory
 from bnfix.sites import find_norms
@@ -161,8 +164,39 @@ def _run_plan(
             terminal.show(result.report, output)
 
 
+#: What `--recipe` leaves to the command line.
+_BESIDE_A_RECIPE = {
+    "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix", "test",
+    "device", "workers", "force", "show_plan", "as_json", "quiet",
+}  # fmt: skip
+
+
+def _only_replayed(
+    context: typer.Context, plan: Plan, given: ModelRecipe, test: str | None
+) -> Plan:
+    """A replayed plan with the model and the test data of this command line, and no more of it."""
+    typed = {
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in _BESIDE_A_RECIPE
+        and (source := context.get_parameter_source(option.name or "")) is not None
+        and source.name == "COMMANDLINE"
+    }
+    if typed:
+        raise ConfigError(
+            f"--recipe: replays all options of that file; {some(sorted(typed))} cannot be given "
+            "besides. Leave one of them out."
+        )
+    if given.model is not None:
+        plan = dataclasses.replace(plan, model=given)
+    if test is not None:
+        plan = dataclasses.replace(plan, source=dataclasses.replace(plan.source, test=test))
+    return plan
+
+
 @app.command()
 def fix(
+    context: typer.Context,
     checkpoint: Checkpoint,
     data: Data,
     output: Output,
@@ -201,6 +235,7 @@ def fix(
     ] = TRIED.train,
     epochs: Epochs = TRIED.epochs,
     lr: LearningRate = TRIED.lr,
+    recipe: Recipe = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     batch_size: BatchSize = None,
@@ -217,6 +252,11 @@ def fix(
     """
 
     def make() -> Plan:
+        run = RunOptions(device, precision, batch_size, workers)
+        if recipe is not None:
+            plan = replayed_plan(recipe, run=run, command_line=_command_line())
+            given = model_recipe(model, model_arg, key, prefix)
+            return _only_replayed(context, plan, given, test)
         tune = None if train == "none" else dataclasses.replace(
             TRIED, train=train, epochs=epochs, lr=lr
         )  # fmt: skip
@@ -236,7 +276,7 @@ def fix(
             WeightRecipe(weight_of(example_weight), granularity, pointwise, thin=thin),
             tune,
             GateRecipe(z, seed=seed),
-            RunOptions(device, precision, batch_size, workers),
+            run,
         )  # fmt: skip
 
     _run_plan(
@@ -357,7 +397,7 @@ def finetune(
     skip: Skip = None,
     device: Device = "auto",
     precision: Precision = "fp32",
-    batch_size: BatchSize = None,
+    batch_size: TuneBatchSize = None,
     workers: Workers = -1,
     seed: Seed = 0,
     force: Force = False,
@@ -412,6 +452,78 @@ def finetune(
     _run_plan(
         Terminal(as_json, quiet), make, checkpoint, data, output, force=force, show_plan=show_plan
     )
+
+
+@app.command()
+def average(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints.")
+    ],
+    data: Data,
+    output: Output,
+    weights: AverageWeights = None,
+    model: Model = None,
+    model_arg: ModelArg = None,
+    key: Key = None,
+    prefix: Prefix = None,
+    test: Test = None,
+    class_map: ClassMap = None,
+    labels: Labels = "auto",
+    preset: Preset = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    interpolation: Interpolation = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = None,
+    max_bad: MaxBad = None,
+    feed: Feed = default_of(StatisticsRecipe, "feed"),
+    samples: Samples = None,
+    layers: Layers = None,
+    skip: Skip = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    batch_size: BatchSize = None,
+    workers: Workers = -1,
+    seed: Seed = 0,
+    force: Force = False,
+    show_plan: ShowPlan = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The mean of several checkpoints' weights, with the statistics that belong to it.
+
+    Where the data has labels, the mean is measured against the first checkpoint: on --test, or on a
+    fifth of the data that is kept for it.
+
+    Example: bnfix average a.pth b.pth --model net.py:build --data photos/ -o mean.safetensors
+    """
+
+    def make() -> Plan:
+        return Plan(
+            "average",
+            _command_line(),
+            model_recipe(model, model_arg, key, prefix),
+            data_recipe(
+                test, class_map, labels, preset, max_bad,
+                (resize, crop, interpolation, mean, std, scale),
+            ),
+            SwapRecipe(layers=tuple(layers or ()), skip=tuple(skip or ())),
+            StatisticsRecipe(
+                "population", None, feed, samples_of(samples),
+                batch_size or default_of(StatisticsRecipe, "batch_size"),
+            ),
+            WeightRecipe("keep"),
+            None,
+            GateRecipe(seed=seed),
+            RunOptions(device, precision, batch_size, workers),
+            average=average_recipe(checkpoints, weights),
+        )  # fmt: skip
+
+    _run_plan(
+        Terminal(as_json, quiet), make, checkpoints[0], data, output, force=force,
+        show_plan=show_plan,
+    )  # fmt: skip
 
 
 @app.command()
@@ -540,22 +652,12 @@ def evaluate(
         run = RunOptions(device, precision, batch_size, workers)
         paths = None if report is None else _report_files(report, force=force)
         if show_plan:
-            for path in checkpoints:
-                require_file(path)
-            n_examples = len(open_images(data, labels="none"))
-            plan = {
-                "command": "eval",
-                "plan": True,
-                "checkpoints": [str(path) for path in checkpoints],
-                "data": {"spec": data, "n_examples": n_examples},
-                "passes": len(checkpoints),
-                "report": None if report is None else str(report),
-            }
+            plan = plan_evaluation(checkpoints, data)
             if as_json:
-                terminal.print_json(plan)
+                terminal.print_json({**plan, "report": None if report is None else str(report)})
             else:
-                what = f"{len(checkpoints)} passes over the {n_examples:,} images of {data}"
-                terminal.say(f"eval: {what}; nothing was done")
+                what = f"{plan['passes']} passes over the {plan['data']['n_examples']:,} images"
+                terminal.say(f"eval: {what} of {data}; nothing was done")
             return
         with terminal.working() as track:
             found = evaluate_files(

@@ -13,6 +13,8 @@ from bnfix.data import Batches
 from bnfix.errors import ConfigError
 from bnfix.evaluation import evaluate
 from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
+from bnfix.opening import open_images
+from bnfix.reading import require_file
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, check_seed
 from bnfix.report import DataUsed, Evaluated, Report
 from bnfix.saving import versions
@@ -121,6 +123,27 @@ def evaluate_files(
         command_line=command_line,
         versions=versions(),
     )
+
+
+def plan_evaluation(checkpoints: Sequence[str | Path], data: str) -> dict[str, Any]:
+    """What `evaluate_files` would do, without reading a tensor or decoding an image.
+
+    Args:
+        checkpoints: the files; they must be there.
+        data: DATA.
+
+    Returns:
+        JSON values.
+    """
+    for path in checkpoints:
+        require_file(Path(path))
+    return {
+        "command": "eval",
+        "plan": True,
+        "checkpoints": [str(path) for path in checkpoints],
+        "data": {"spec": data, "n_examples": len(open_images(data, labels="none"))},
+        "passes": len(checkpoints),
+    }
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:

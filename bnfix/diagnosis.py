@@ -124,7 +124,9 @@ def _faults(
     layer: NormTensors, mean: Tensor, var: Tensor, prefix: str, tensors: Mapping[str, Tensor]
 ) -> list[_Fault]:
     found: list[_Fault] = []
-    recalibrate = "bnfix calibrate CKPT --data DATA --statistics population -o OUT"
+    recalibrate = (
+        "bnfix calibrate CKPT --data DATA --statistics population --example-weight keep -o OUT"
+    )
     n_bad = int((~(mean.isfinite() & var.isfinite())).sum())
     if n_bad:
         detail = f"{n_bad} of {layer.channels} channels have statistics that are not finite"

@@ -11,6 +11,7 @@ import typer
 
 from bnfix.errors import ConfigError
 from bnfix.recipe import (
+    AverageRecipe,
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -137,6 +138,9 @@ Layers = Annotated[list[str] | None, _option(SwapRecipe, "layers", "--layers", p
 Skip = Annotated[list[str] | None, _option(SwapRecipe, "skip", "--skip", panel=NORM)]
 
 
+AverageWeights = Annotated[str | None, _option(AverageRecipe, "weights", panel=NORM)]
+
+
 Statistics = Annotated[str, _option(StatisticsRecipe, "statistics", panel=NORM)]
 
 
@@ -253,10 +257,23 @@ Precision = Annotated[str, _option(RunOptions, "precision", panel=RUN)]
 BatchSize = Annotated[int | None, _option(RunOptions, "batch_size", panel=RUN)]
 
 
+TuneBatchSize = Annotated[int | None, _option(FinetuneRecipe, "batch_size", panel=TRAIN)]
+
+
 Workers = Annotated[int, _option(RunOptions, "workers", panel=RUN)]
 
 
 Seed = Annotated[int, _option(GateRecipe, "seed", panel=RUN)]
+
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="OUT.safetensors",
+        help="Replay the options in that file's history.",
+        rich_help_panel=RUN,
+    ),
+]
 
 
 Output = Annotated[
@@ -402,6 +419,22 @@ def data_recipe(
         None if scales is None else scales[0],
         max_bad,
     )
+
+
+def average_recipe(files: Sequence[Path], weights: str | None) -> AverageRecipe:
+    """The checkpoints after the first, and the weights of all, as a recipe.
+
+    Args:
+        files: all checkpoints.
+        weights: comma-separated, as typed.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ConfigError: if a number cannot be read, or the weights do not fit the files.
+    """
+    return AverageRecipe(tuple(map(str, files[1:])), _numbers(weights, "weights") or ())
 
 
 def samples_of(text: str | None) -> int | str | None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from bnfix import guards
+from bnfix.averaging import average_into_
 from bnfix.calibration import Calibration, describe_missing, recalibrate_, residuals
 from bnfix.data import fingerprint
 from bnfix.errors import ConfigError, DataError, NumericError
@@ -29,6 +30,7 @@ from bnfix.gate import Decision, judge
 from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.norms import generalized_norms, set_example_weight_
 from bnfix.recipe import (
+    AverageRecipe,
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -43,7 +45,7 @@ from bnfix.report import DataUsed, Evaluated, Report
 from bnfix.result import Result
 from bnfix.saving import history_entry, round_as_stored_, versions
 from bnfix.sites import find_norms
-from bnfix.surgery import plan_swap, swap_planned_
+from bnfix.surgery import Change, plan_swap, swap_planned_
 from bnfix.workbench import (
     Track,
     Tracked,
@@ -66,7 +68,7 @@ class Plan:
     """All recipes of one command.
 
     Args:
-        command: ``fix``, ``calibrate`` or ``finetune``.
+        command: ``fix``, ``calibrate``, ``finetune`` or ``average``.
         command_line: as typed.
         model: which model.
         source: which examples.
@@ -77,6 +79,7 @@ class Plan:
         gate: splits, seed, z.
         run: device and batch size.
         state: folder for the state of a fine-tuning run, to go on from.
+        average: checkpoints to average the model with, before anything else.
     """
 
     command: str = "fix"
@@ -90,11 +93,25 @@ class Plan:
     gate: GateRecipe = GateRecipe()
     run: RunOptions = RunOptions()
     state: str | None = None
+    average: AverageRecipe | None = None
+
+    def __post_init__(self) -> None:
+        """Check what only the recipes together can tell.
+
+        Raises:
+            ConfigError: if match has no batch size.
+        """
+        if self.weight.example_weight == "match" and self.statistics.train_batch_size is None:
+            raise ConfigError(
+                "--example-weight match: the batch size is missing. Give --train-batch-size B.",
+                name="train_batch_size",
+            )
 
     @property
     def chooses(self) -> bool:
         """Whether anything is left to the gate."""
-        auto = "auto" in (self.statistics.statistics, self.weight.example_weight)
+        auto = self.statistics.statistics == "auto" and self.weight.example_weight != "match"
+        auto = auto or self.weight.example_weight == "auto"
         return auto or (self.command == "fix" and self.finetune is not None)
 
     def fractions(self) -> tuple[float, float, float]:
@@ -102,6 +119,8 @@ class Plan:
         given = self.source.test is not None
         if self.command == "finetune":
             return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
+        if self.average is not None and not given and self.source.labels != "none":
+            return 0.8, 0.0, 0.2
         if not self.chooses or self.source.labels == "none":
             return 1.0, 0.0, 0.0
         if given:
@@ -138,6 +157,11 @@ class Plan:
                     f"{data}: has no labels, and fine-tuning needs them. Give labelled data."
                 )
             bench.assumptions.append("fine-tuning was not tried: the data has no labels.")
+        if self.average is not None and not bench.labelled:
+            split = bench.split
+            bench.split = dataclasses.replace(
+                split, fit=_joined(split.fit, split.test), test=split.test[:0]
+            ) if self.source.test is None else split  # fmt: skip
         if self.chooses and not bench.labelled:
             bench.assumptions.append(
                 "without labels nothing can be proven, so `auto` keeps what is there. These act: "
@@ -160,14 +184,25 @@ class Plan:
         if list(generalized_norms(bench.model)):
             if dataclasses.replace(self.swap, layers=(), skip=()) == SwapRecipe():
                 return
-            if self.swap.example_weight is None:
-                kept = [dataclasses.replace(c, example_weight=None) for c in swapped.changes]
-                swapped = dataclasses.replace(swapped, changes=tuple(kept))
+            changes = tuple(self._keeping(change, bench.model) for change in swapped.changes)
+            swapped = dataclasses.replace(swapped, changes=changes)
         live = any(layer.live for _, layer in generalized_norms(bench.model))
         if not live and any(change.example_weight for change in swapped.changes):
             bench.original = copy.deepcopy(bench.model)
         swapped = swap_planned_(bench.model, swapped)
         bench.assumptions += [*swapped.notes, *swapped.skipped]
+
+    def _keeping(self, change: Change, model: nn.Module) -> Change:
+        """A change of a layer that is set already, less what nobody asked for."""
+        layer, swap = dict(generalized_norms(model)).get(change.name), self.swap
+        if layer is None or swap.to != SwapRecipe().to:
+            return change
+        return dataclasses.replace(
+            change,
+            channel_groups=swap.channel_groups or layer.channel_groups,
+            ghost_size=swap.ghost_size or layer.ghost_size,
+            example_weight=swap.example_weight,
+        )
 
     def describe(self, bench: Workbench, output: str | None) -> dict[str, Any]:
         """What the command would do, as JSON values.
@@ -207,10 +242,12 @@ class Plan:
         stages = []
         n_norms = sum(site.has_statistics and not site.frozen for site in find_norms(bench.model))
         passes = 1.0 if self.statistics.feed == "batch" else (n_norms + 1) / 2
+        if self.average is not None:
+            stages.append(f"mean of {len(self.average.files) + 1} checkpoints")
         if self.statistics.statistics != "keep" and (gated or self._stated_statistics()):
             stages.append(
                 f"population statistics ({self.statistics.statistics}, {self.statistics.feed} "
-                f"feed): {passes:g} passes over fit"
+                f"feed): {passes:g} {'pass' if passes == 1 else 'passes'} over fit"
             )
         if gated and self.finetune is not None:
             stages.append(f"fine-tuning ({self.finetune.train}): {self.finetune.epochs} epochs")
@@ -221,7 +258,8 @@ class Plan:
         return stages
 
     def _stated_statistics(self) -> bool:
-        return self.statistics.statistics in ("population", "train-batch")
+        match = self.statistics.statistics == "auto" and self.weight.example_weight == "match"
+        return match or self.statistics.statistics in ("population", "train-batch")
 
 
 def fix(
@@ -332,6 +370,8 @@ def execute(plan: Plan, bench: Workbench) -> Result:
         Model, report, history entry.
     """
     stages = _Stages(bench, plan)
+    if plan.average is not None:
+        stages.average(plan.average)
     if plan.command == "finetune":
         stages.tune_ungated()
     else:
@@ -351,10 +391,17 @@ class _Stages:
         self.calibration: Calibration | None = None
         self.choice: WeightChoice | None = None
         self.finetunings: list[Finetuning] = []
+        self.averaged: list[dict[str, Any]] = []
         self.passes: list[Tracked] = []
         self.gated = bench.labelled and plan.chooses
         self.name = ORIGINAL
         self._standing: Metrics | None = None
+
+    def average(self, recipe: AverageRecipe) -> None:
+        """The mean of several checkpoints, as stated; the first one stays the original."""
+        self.averaged, notes = average_into_(self.bench.loaded, recipe, self.plan.model)
+        self.bench.assumptions += notes
+        self.name = f"mean of {len(self.averaged)} checkpoints"
 
     def standing(self) -> Metrics:
         """Metrics on select of what stands."""
@@ -372,7 +419,12 @@ class _Stages:
 
     def _offer(self, stage: str, name: str, fallback: guards.Snapshot) -> bool:
         """Judge the model as it is now; put what stood back if it is not admitted."""
-        metrics = self._on_select(name)
+        try:
+            metrics = self._on_select(name)
+        except NumericError as error:
+            self._leave_out(name, error)
+            fallback.restore_()
+            return False
         decision = judge(stage, (name, metrics), (self.name, self.standing()), self.bench.gate.z)
         self.decisions.append(decision)
         if decision.admitted:
@@ -381,33 +433,39 @@ class _Stages:
             fallback.restore_()
         return decision.admitted
 
+    def _leave_out(self, candidate: str, error: NumericError) -> None:
+        self.bench.assumptions.append(f"{candidate}: was given up: {error}")
+
     def statistics(self) -> None:
         """New population statistics: stated, or each kind as a candidate."""
         recipe, weight = self.plan.statistics, self.plan.weight.example_weight
         b = recipe.train_batch_size
-        if weight == "match" and b is None:
-            raise ConfigError(
-                "--example-weight match: the batch size is missing. Give --train-batch-size B.",
-                name="train_batch_size",
-            )
         if weight == "match" and recipe.statistics == "auto":
             recipe = dataclasses.replace(recipe, statistics="train-batch")
         if recipe.statistics in ("population", "train-batch"):
             self.calibration = self._recalibrate(recipe.statistics)
+            self.name = f"statistics of the data ({self.calibration.target})"
         elif recipe.statistics == "auto" and self.gated:
             for target in ("population", *(("train-batch",) if b else ())):
                 self._try_statistics(target, example_weight=None)
             if b and weight == "auto":
                 self._try_statistics("train-batch", example_weight=1 / b)
         if weight == "match" and b is not None:
-            self._set_weight(1 / b)
-        elif not isinstance(weight, str):
+            weight = 1 / b
+        if not isinstance(weight, str):
             self._set_weight(float(weight))
+            stated = f"example weight {weight:.3g}"
+            self.name = stated if self.name == ORIGINAL else f"{self.name}, {stated}"
+            self._standing = None
 
     def _try_statistics(self, target: str, example_weight: float | None) -> None:
         self.standing()
         before = guards.Snapshot(self.model)
-        calibration = self._recalibrate(target)
+        try:
+            calibration = self._recalibrate(target)
+        except NumericError as error:
+            self._leave_out(f"statistics of the data ({target})", error)
+            return
         name = f"statistics of the data ({calibration.target})"
         if example_weight is not None:
             self._set_weight(example_weight)
@@ -489,8 +547,7 @@ class _Stages:
                 "--ghost-size was stored but had no effect here: with --statistics frozen nothing "
                 "is normalized by batches; --statistics train does that."
             )
-        self._finetune(recipe, self.plan.state)
-        if self.finetunings[-1].best_epoch:
+        if self._finetune_if_stable(recipe, self.plan.state) and self.finetunings[-1].best_epoch:
             self.name = f"fine-tuned {self.finetunings[-1].trained}"
 
     def _refit(self, original: nn.Module) -> None:
@@ -541,15 +598,13 @@ class _Stages:
             self._standing = None
         return choice.chosen != "keep"
 
-    def _finetune_if_stable(self, recipe: FinetuneRecipe) -> bool:
+    def _finetune_if_stable(self, recipe: FinetuneRecipe, state: str | None = None) -> bool:
         """Fine-tune; a run whose numbers are not finite is noted and leaves the model as it was."""
         try:
-            self._finetune(recipe)
+            self._finetune(recipe, state)
         except NumericError as error:
             weights = " with example weights" if recipe.example_weight == "learn" else ""
-            self.bench.assumptions.append(
-                f"fine-tuning of {recipe.train}{weights} was given up: {error}"
-            )
+            self._leave_out(f"fine-tuning of {recipe.train}{weights}", error)
             return False
         return True
 
@@ -593,6 +648,8 @@ class _Stages:
     def result(self) -> Result:
         """Measure original and output on test, never keep what is known to be worse, report."""
         bench, plan = self.bench, self.plan
+        if self.gated and self.name == ORIGINAL:
+            bench.assumptions.append("nothing was better beyond doubt, so the output is the input.")
         models: list[Evaluated] = []
         checkpoint = bench.loaded.checkpoint
         round_as_stored_(self.model)
@@ -685,6 +742,7 @@ class _Stages:
             "finetune": None if finetune is None else dataclasses.asdict(finetune),
             "gate": dataclasses.asdict(plan.gate),
             "precision": plan.run.precision,
+            **({"average": self.averaged} if self.averaged else {}),
         }
 
 

@@ -147,6 +147,35 @@ class SwapRecipe:
 
 
 @dataclass(frozen=True)
+class AverageRecipe:
+    """Which further checkpoints a model is averaged with, and by which weights."""
+
+    files: tuple[str, ...] = option((), "Further checkpoints.")
+    weights: tuple[float, ...] = option(
+        (), "Weights of the checkpoints, comma-separated (default: all the same)."
+    )
+
+    def __post_init__(self) -> None:
+        """Check numbers and ranges.
+
+        Raises:
+            ConfigError: if there is nothing to average, or the weights do not fit the files.
+        """
+        n = len(self.files) + 1
+        _require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
+        _require(
+            len(self.weights) in (0, n),
+            f"--weights: {len(self.weights)} numbers for {n} checkpoints. Give one each.",
+            "weights",
+        )
+        _require(
+            all(0 < w < 1e6 for w in self.weights),
+            f"--weights: {', '.join(map(str, self.weights))}, expected numbers above 0.",
+            "weights",
+        )
+
+
+@dataclass(frozen=True)
 class StatisticsRecipe:
     """How population statistics are computed anew, or that they are not."""
 

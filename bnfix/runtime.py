@@ -233,7 +233,8 @@ def logits_of(output: Any) -> Tensor:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ModelError(
             f"model: its output is {type(found).__name__}{shape}, expected logits (N, classes). "
-            "Give forward=, which is called with the model and the batch and returns logits."
+            "For other networks there are convert and --labels none --statistics population; from "
+            "Python, forward=, which is called with the model and the batch and returns logits."
         )
     return found
 

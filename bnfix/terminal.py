@@ -304,7 +304,7 @@ def _noteworthy(report: Report) -> list[str]:
     """What was assumed, and which images were left out."""
     skipped = report.data.skipped if report.data else ()
     n = report.data.n_skipped if report.data else 0
-    left_out = f"{n} images could not be read and were left out: {some(skipped, 3)}"
+    left_out = f"unreadable images left out, {n}: {some(skipped, 3)}"
     return [*report.assumptions, *([left_out] if n else [])]
 
 

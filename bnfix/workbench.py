@@ -410,7 +410,8 @@ def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
     Returns:
         Name and reason of each.
     """
-    found = {s.name: f"{s.name}: {s.reason}" for b in benches for s in b.batches.skipped}
+    every = [skipped for bench in benches for skipped in bench.batches.skipped]
+    found = {s.name: f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}" for s in every}
     return tuple(found.values())
 
 

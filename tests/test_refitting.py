@@ -15,8 +15,7 @@ from bnfix.norms import GeneralizedBatchNorm
 from bnfix.refitting import refit_
 from bnfix.saving import load
 from bnfix.surgery import swap_norms_
-from tests import nets
-from tests.conftest import inputs_of
+from tests import conftest, nets
 from tests.real import DATA, needs_data
 
 
@@ -257,7 +256,7 @@ def test_convert_refits_where_data_is_given(cli, files, tmp_path):
     notes = [" ".join(report["assumptions"]) for report in found]
     assert "give --data to re-fit them" in notes[0]
     assert "2 layers were re-fitted to the original's outputs on 180 examples" in notes[1]
-    x, original = inputs_of(np.load(files.test)["images"]), files.trained()
+    x, original = conftest.inputs_of(np.load(files.test)["images"]), files.trained()
     with torch.no_grad():
         gaps = [
             (load(path, model=files.model())(x) - original(x)).square().mean() for path in outputs

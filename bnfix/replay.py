@@ -1,0 +1,119 @@
+"""`fix --recipe`: the options in an output's history, read back as the plan they came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from bnfix.checkpoint import read_checkpoint
+from bnfix.errors import CheckpointError, ConfigError
+from bnfix.models import from_file_allowed
+from bnfix.pipeline import Plan
+from bnfix.reading import plain
+from bnfix.recipe import (
+    DataRecipe,
+    FinetuneRecipe,
+    GateRecipe,
+    ModelRecipe,
+    RunOptions,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+)
+
+_Recipe = TypeVar("_Recipe")
+
+
+def replayed_plan(path: str | Path, *, run: RunOptions, command_line: str = "") -> Plan:
+    """Read the plan of the last `fix` or `calibrate` in a file's history.
+
+    A model that the file names is taken over only where it may be built from what a file says.
+
+    Args:
+        path: a bnfix output.
+        run: device and batch size, which a history does not hold; the precision, which it does, is
+            the history's.
+        command_line: as typed, for the report.
+
+    Returns:
+        The plan, as a `fix`.
+
+    Raises:
+        CheckpointError: if there is no such entry, or its options cannot be used.
+    """
+    where = Path(path)
+    header = read_checkpoint(where).metadata or {}
+    history = header.get("history")
+    entries = [
+        entry
+        for entry in (history if isinstance(history, list) else [])
+        if isinstance(entry, dict) and entry.get("command") in ("fix", "calibrate")
+    ]
+    if not entries:
+        raise CheckpointError(
+            f"{plain(where)}: has no fix or calibrate in its history to replay. Give a file that "
+            "bnfix has written.",
+            path=where,
+        )
+    try:
+        found = entries[-1].get("options")
+        options: dict[str, Any] = found if isinstance(found, dict) else {}
+        model = _recipe(ModelRecipe, options, "model")
+        if model.model is not None and not from_file_allowed(model.model):
+            model = dataclasses.replace(model, model=None, arguments=())
+        none = options.get("finetune") is None
+        return Plan(
+            "fix",
+            command_line,
+            model,
+            _recipe(DataRecipe, options, "data"),
+            _recipe(SwapRecipe, options, "swap"),
+            _recipe(StatisticsRecipe, options, "statistics"),
+            _recipe(WeightRecipe, options, "example_weight"),
+            None if none else _recipe(FinetuneRecipe, options, "finetune"),
+            _recipe(GateRecipe, options, "gate"),
+            dataclasses.replace(run, precision=options.get("precision", run.precision)),
+        )
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{plain(where)}: the options in its history cannot be used: {plain(error)}", path=where
+        ) from error
+
+
+def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Recipe:
+    """One recipe from JSON values, each of its declared type."""
+    values = options.get(name)
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict) or not set(values) <= set(hints):
+        raise ConfigError(f"{name}: not an object of the options that this version knows.")
+    found = {key: _hashable(value) for key, value in values.items()}
+    wrong = [key for key, value in found.items() if not _fits(value, hints[key])]
+    if wrong:
+        raise ConfigError(f"{name}: {', '.join(wrong)}: of the wrong type.")
+    return kind(**found)
+
+
+def _hashable(value: Any) -> Any:
+    """Lists, which JSON has, as the tuples that recipes hold."""
+    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint

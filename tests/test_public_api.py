@@ -1,0 +1,160 @@
+"""The public names, and that the command line says nothing that the recipes do not say."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from types import ModuleType
+from typing import Any
+
+import pytest
+import typer
+
+import bnfix
+from bnfix.cli import app
+from bnfix.pipeline import TRIED
+from bnfix.recipe import (
+    DataRecipe,
+    FinetuneRecipe,
+    GateRecipe,
+    ModelRecipe,
+    Preprocessing,
+    RunOptions,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+)
+
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+#: For each command, the recipes that its options are the fields of; the first that has one counts.
+RECIPES: dict[str, list[Any]] = {
+    "fix": [
+        StatisticsRecipe(), WeightRecipe(), GateRecipe(), TRIED, SwapRecipe(), DataRecipe(),
+        ModelRecipe(),
+    ],
+    "calibrate": [
+        StatisticsRecipe(), WeightRecipe(), GateRecipe(), SwapRecipe(), DataRecipe(), ModelRecipe(),
+    ],
+    "finetune": [
+        FinetuneRecipe(), GateRecipe(), SwapRecipe(), DataRecipe(), ModelRecipe(),
+    ],
+    "convert": [SwapRecipe(), GateRecipe(), DataRecipe(), ModelRecipe()],
+    "eval": [GateRecipe(), DataRecipe(), ModelRecipe()],
+    "inspect": [ModelRecipe()],
+    "demo": [GateRecipe()],
+}  # fmt: skip
+#: Where another recipe than the first counts.
+OTHERS: dict[tuple[str, str], Any] = {
+    ("fix", "epochs"): TRIED, ("fix", "lr"): TRIED, ("finetune", "ghost_size"): SwapRecipe(),
+}  # fmt: skip
+RUN = ("device", "precision", "batch_size", "workers")
+#: Options whose text is put together from several fields, or which are no field of a recipe.
+OWN_WORDS = {"samples", "train", "model_arg", "input_shape", "data", "report", "checkpoints"}
+
+
+def options() -> list[tuple[str, Any]]:
+    return [
+        (command, parameter) for command, found in COMMANDS.items() for parameter in found.params
+    ]
+
+
+def ids(value: Any) -> str:
+    return value if isinstance(value, str) else value.name
+
+
+def test_all_is_the_public_names_sorted():
+    assert bnfix.__all__ == sorted(bnfix.__all__)
+    assert len(bnfix.__all__) == len(set(bnfix.__all__)) <= 30
+    public = {
+        name
+        for name, value in vars(bnfix).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    # A function that is named like a room hides it; what counts is that the name is there.
+    assert public == set(bnfix.__all__) - {"__version__"}
+    for name in bnfix.__all__:
+        assert getattr(bnfix, name).__doc__ or name == "__version__"
+
+
+def test_what_the_contract_names_is_there():
+    for name in (
+        "GeneralizedBatchNorm", "set_example_weight_", "swap_norms_", "recalibrate_",
+        "choose_example_weight_", "finetune_", "evaluate", "compare", "save", "load", "fix",
+        "Metrics",
+    ):  # fmt: skip
+        assert name in bnfix.__all__
+    layer = inspect.signature(bnfix.GeneralizedBatchNorm).parameters
+    assert [(n, layer[n].default) for n in list(layer)[:5]] == [
+        ("num_features", inspect.Parameter.empty),
+        ("eps", 1e-5),
+        ("momentum", 0.1),
+        ("affine", True),
+        ("track_running_stats", True),
+    ]
+    for name, default in (("channel_groups", None), ("ghost_size", None), ("example_weight", 0.0)):
+        assert layer[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert layer[name].default == default
+
+
+def test_every_command_of_this_version_is_there():
+    assert set(COMMANDS) >= {"demo", "inspect", "convert", "calibrate", "finetune", "eval", "fix"}
+
+
+@pytest.mark.parametrize(("command", "option"), options(), ids=ids)
+def test_an_option_has_help_and_the_default_of_its_recipe(command, option):
+    if option.name == "help" or command not in RECIPES:
+        return
+    assert getattr(option, "help", None) or option.param_type_name == "argument"
+    default = None if option.default in ((), []) or callable(option.default) else option.default
+    recipes = [RunOptions()] if option.name in RUN and command != "finetune" else []
+    if (command, option.name) in OTHERS:
+        recipes = [OTHERS[command, option.name]]
+    for recipe in [*recipes, *RECIPES[command], RunOptions()]:
+        field = type(recipe).__dataclass_fields__.get(option.name)
+        if field is None:
+            continue
+        expected = getattr(recipe, option.name)
+        if not option.required:
+            assert default == (None if expected == () else expected)
+        if option.name not in OWN_WORDS and "help" in field.metadata:
+            assert option.help.split(" [")[0] == field.metadata["help"]
+        elif "help" not in field.metadata:
+            assert option.help == Preprocessing.__dataclass_fields__[option.name].metadata["help"]
+        return
+    assert option.name in {
+        "checkpoint", "checkpoints", "data", "output", "report", "force", "show_plan", "as_json",
+        "quiet", "model_arg", "input_shape", "recipe", *OWN_WORDS, *EXTRA,
+    }  # fmt: skip
+
+
+#: Options that are no field of a recipe and belong to one command.
+EXTRA = {"state"}
+
+
+@pytest.mark.parametrize("command", ["fix", "calibrate", "finetune", "convert", "eval"])
+def test_options_that_apply_are_everywhere(command):
+    flags = {flag for parameter in COMMANDS[command].params for flag in parameter.opts}
+    wanted = {"--model", "--model-arg", "--key", "--prefix", "--device", "--json", "--quiet"}
+    wanted |= {"--force", "--plan"}
+    if command != "convert":
+        wanted |= {"--data", "--precision", "--batch-size", "--workers", "--seed", "--class-map"}
+        wanted |= {"--preset", "--resize", "--crop", "--interpolation", "--mean", "--std"}
+        wanted |= {"--scale"}
+    assert wanted <= flags
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_ends_with_an_example_that_names_it(command):
+    text = COMMANDS[command].help
+    assert f"Example: bnfix {command}" in text
+
+
+def test_recipes_are_frozen():
+    for recipe in (
+        DataRecipe(), FinetuneRecipe(), GateRecipe(), ModelRecipe(), Preprocessing(), RunOptions(),
+        StatisticsRecipe(), SwapRecipe(), WeightRecipe(),
+    ):  # fmt: skip
+        name = dataclasses.fields(recipe)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            setattr(recipe, name, None)

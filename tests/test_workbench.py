@@ -1,0 +1,219 @@
+"""A checkpoint and its data, opened: preprocessing, parts, what was seen, and what was assumed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnfix.errors import ConfigError, DataError, ModelError
+from bnfix.opening import open_images
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.saving import Loaded, Origin, load_ready
+from bnfix.workbench import (
+    Workbench,
+    data_record,
+    describe_skipped,
+    evaluation_batch_size,
+    history_digests,
+    load_one,
+    open_checked,
+    open_workbench,
+    resolve_preprocessing,
+    seen_before,
+)
+from tests.conftest import Files, images_of
+
+SOURCE = DataRecipe(mean=(0.5,), std=(0.25,))
+
+
+def bench_of(files: Files, **changed: object) -> Workbench:
+    options: dict[str, object] = {
+        "model": ModelRecipe(files.spec),
+        "source": SOURCE,
+        "gate": GateRecipe(),
+        "run": RunOptions("cpu", workers=0),
+        "fractions": (0.6, 0.2, 0.2),
+    }
+    return open_workbench(files.net, str(files.data), **options | changed)  # type: ignore[arg-type]
+
+
+# --- preprocessing ---
+
+
+@pytest.fixture
+def loaded(files: Files) -> Loaded:
+    return load_ready(files.net, spec=files.spec)
+
+
+def test_without_a_word_imagenets_numbers_are_assumed_and_said(loaded):
+    found, notes = resolve_preprocessing(loaded, DataRecipe())
+    assert found == Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert "assumed" in notes[0]
+    assert resolve_preprocessing(loaded, SOURCE)[1] == []
+
+
+def test_what_is_given_replaces_one_by_one_but_resize_and_crop_together(loaded):
+    preset = "torchvision:ResNet50_Weights.IMAGENET1K_V2"
+    base, _ = resolve_preprocessing(loaded, DataRecipe(preset=preset))
+    assert (base.resize, base.crop) == ((232,), (224, 224))
+    found, _ = resolve_preprocessing(loaded, DataRecipe(preset=preset, std=(0.5,)))
+    assert (found.std, found.mean, found.crop) == ((0.5,), base.mean, (224, 224))
+    found, _ = resolve_preprocessing(loaded, DataRecipe(preset=preset, resize=(64,)))
+    assert (found.resize, found.crop, found.mean) == ((64,), None, base.mean)
+    found, _ = resolve_preprocessing(loaded, DataRecipe(preset=preset, crop=(96,)))
+    assert (found.resize, found.crop) == (None, (96, 96))
+
+
+def test_stored_goes_before_assumed_and_a_preset_before_stored(loaded):
+    stored = Preprocessing(resize=(9,), mean=(0.1,), std=(0.2,))
+    loaded.origin.preprocessing = stored
+    found, notes = resolve_preprocessing(loaded, DataRecipe())
+    assert found == stored
+    assert "as stored" in notes[0]
+    preset = DataRecipe(preset="torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    assert resolve_preprocessing(loaded, preset)[0].crop == (224, 224)
+
+
+def test_a_published_model_brings_its_own(loaded):
+    loaded.origin.spec = "torchvision:mobilenet_v2"
+    found, notes = resolve_preprocessing(loaded, DataRecipe())
+    assert (found.resize, found.crop) == ((256,), (224, 224))
+    assert "MobileNet_V2_Weights" in notes[0]
+
+
+def test_a_network_for_grey_images_gets_one_channel(loaded):
+    loaded = Loaded(nn.Sequential(nn.Conv2d(1, 4, 3)), loaded.checkpoint, Origin())
+    found, notes = resolve_preprocessing(loaded, DataRecipe())
+    assert found == Preprocessing(channels=1)
+    assert "pixels/255, assumed" in notes[0]
+    colour = DataRecipe(preset="torchvision:ResNet18_Weights.IMAGENET1K_V1")
+    found, _ = resolve_preprocessing(loaded, colour)
+    assert found.channels == 1
+    assert found.mean == pytest.approx((0.449,), abs=1e-6)
+    with pytest.raises(ConfigError, match="--mean: 3 numbers for 1 channels"):
+        resolve_preprocessing(loaded, DataRecipe(mean=(0.1, 0.2, 0.3)))
+
+
+# --- opening ---
+
+
+def test_parts_are_disjoint_and_learning_and_watching_share_fit(files):
+    bench = bench_of(files)
+    parts = [bench.split.fit, bench.split.select, bench.split.test]
+    assert [len(part) for part in parts] == [108, 36, 36]
+    assert len(np.unique(np.concatenate(parts))) == 180
+    learn, monitor = bench.learn_and_monitor()
+    assert np.array_equal(np.sort(np.concatenate([learn, monitor])), bench.split.fit)
+    assert len(monitor) == 21
+    again = bench_of(files)
+    assert np.array_equal(again.split.fit, bench.split.fit)
+    other = bench_of(files, gate=GateRecipe(seed=1))
+    assert not np.array_equal(other.split.fit, bench.split.fit)
+
+
+def test_each_class_is_in_each_part(files):
+    bench = bench_of(files)
+    assert bench.images.labels is not None
+    for part in (bench.split.fit, bench.split.select, bench.split.test):
+        assert np.bincount(bench.images.labels[part]).tolist() == [len(part) // 3] * 3
+
+
+def test_batches_are_gone_through_again_and_shuffled_by_the_pass(files):
+    bench = bench_of(files)
+    batches = bench.batches(bench.split.fit, "a look", 50)
+    assert len(batches) == 3
+    first, second = (torch.cat([b.x for b in batches]) for _ in range(2))
+    assert torch.equal(first, second)
+    epochs = batches.shuffled(4)
+    orders = [np.concatenate([b.index for b in epochs(k)]) for k in (0, 1, 0)]
+    assert np.array_equal(orders[0], orders[2])
+    assert not np.array_equal(orders[0], orders[1])
+    assert np.array_equal(np.sort(orders[0]), bench.split.fit)
+
+
+def test_half_precision_is_worked_on_in_float32(files, tmp_path):
+    half = {n: t.half() if t.is_floating_point() else t for n, t in torch.load(files.net).items()}
+    torch.save(half, tmp_path / "half.pth")
+    model = load_one(tmp_path / "half.pth", ModelRecipe(files.spec), RunOptions("cpu")).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_input_that_cannot_be_run_is_named(files, tmp_path):
+    np.savez(tmp_path / "big.npz", images=np.zeros((3, 320, 310, 3), np.uint8))
+    model = load_ready(files.net, spec=files.spec).model
+    with pytest.raises(ModelError, match=r"1x3x320x310 \(images of more than 300 pixels"):
+        open_checked(str(tmp_path / "big.npz"), model, SOURCE, Preprocessing())
+
+
+def test_labels_that_the_model_has_no_output_for(files, tmp_path):
+    images, labels = images_of(12, 0)
+    np.savez(tmp_path / "many.npz", images=images, labels=labels + 1)
+    model = load_ready(files.net, spec=files.spec).model
+    with pytest.raises(DataError, match=r"many\.npz.*3"):
+        open_checked(str(tmp_path / "many.npz"), model, SOURCE, Preprocessing())
+
+
+def test_more_bad_images_than_usual_may_be_allowed_from_the_start(files, tmp_path):
+    for i in range(8):
+        (tmp_path / f"a{i}.png").write_text("no image")
+    (tmp_path / "b.png").write_bytes((files.flat / "000.png").read_bytes())
+    model = load_ready(files.net, spec=files.spec).model
+    with pytest.raises(DataError, match="--max-bad"):
+        open_checked(str(tmp_path), model, SOURCE, Preprocessing())
+    images, size = open_checked(str(tmp_path), model, DataRecipe(max_bad=8), Preprocessing())
+    assert (len(images), size) == (9, 3 * 8 * 8)
+
+
+def test_skipped_images_are_described_once(files, tmp_path):
+    import shutil
+
+    shutil.copytree(files.flat, tmp_path / "flat")
+    (tmp_path / "flat" / "bad.png").write_text("no image")
+    bench = bench_of(files)
+    images = open_images(str(tmp_path / "flat"))
+    bench.images = images
+    batches = bench.batches(np.arange(len(images)), "a look")
+    assert sum(len(b.x) for _ in range(2) for b in batches) == 120
+    (told,) = describe_skipped([batches, batches])
+    assert told.startswith("bad.png: ")
+
+
+@pytest.mark.parametrize(
+    ("stated", "input_size", "expected"),
+    [(7, 10, 7), (None, 192, 128), (None, 3 * 224**2, 27), (None, 1 << 24, 8)],
+)
+def test_the_batch_of_evaluation_fits_the_input(files, stated, input_size, expected):
+    run = RunOptions("cpu", batch_size=stated)
+    assert evaluation_batch_size(run, files.model(), input_size) == expected
+
+
+# --- what was seen ---
+
+
+def test_images_are_recognized_by_their_content(files, tmp_path):
+    images = open_images(str(files.data))
+    digests = history_digests(images, np.arange(10))
+    assert len(digests) == 120
+    everything = np.arange(len(images))
+    entry = {"data": {"fit": digests, "select": history_digests(images, np.arange(5, 15))}}
+    assert seen_before(images, everything, [entry]) == 15
+    assert seen_before(images, np.arange(10, 20), [entry]) == 5
+    assert seen_before(open_images(str(files.test)), np.arange(120), [entry]) == 0
+    assert seen_before(images, everything, []) == 0
+
+
+@pytest.mark.parametrize("entry", [{}, {"data": 1}, {"data": {"fit": 3, "select": None}}])
+def test_a_history_of_another_form_is_passed_over(files, entry):
+    assert seen_before(open_images(str(files.data)), np.arange(180), [entry]) == 0
+
+
+def test_the_record_of_the_data_does_not_depend_on_its_place(files, tmp_path):
+    copied = tmp_path / "elsewhere.npz"
+    copied.write_bytes(files.data.read_bytes())
+    one, two = (data_record(open_images(str(path))) for path in (files.data, copied))
+    assert one["fingerprint"] == two["fingerprint"]
+    assert one["spec"] != two["spec"]
+    assert one["n_examples"] == 180
+    assert data_record(open_images(str(files.test)))["fingerprint"] != one["fingerprint"]
