@@ -10,6 +10,9 @@ CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
 # What a caller's shell puts before the environment's own packages would be tested in their place.
 unexport PYTHONPATH PYTHONHOME
 
+# Threads that spin while they wait bring small networks to a stand where cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 # A stamp is void if the interpreter is gone, or if the checkout has moved: scripts hold its path.
 STATE := $(shell $(PY) -c "" 2>/dev/null && cat $(STAMP) 2>/dev/null)
 ifneq ($(STATE),$(CURDIR))

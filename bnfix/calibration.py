@@ -104,7 +104,7 @@ def recalibrate_(
     train_batch_size: int | None = None,
     feed: str = "batch",
     samples: int | str | None = None,
-    tolerance: float = 0.05,
+    tolerance: float = 0.04,
     memory_bytes: int | None = None,
     forward: runtime.Forward | None = None,
     layers: Sequence[str] = (),
@@ -494,6 +494,12 @@ def describe_missing(calibration: Calibration) -> list[str]:
         One sentence a kind of exception, none if there is none.
     """
     sentences = []
+    if calibration.slowest:
+        reached = "were enough" if calibration.is_enough else "are all there are, and not enough"
+        sentences.append(
+            f"population statistics: {calibration.n_examples} examples {reached}; the last layer "
+            f"to be known well was {calibration.slowest}."
+        )
     for names, text in (
         (calibration.called_again, "called more than once a forward pass; their calls are pooled"),
         (calibration.never_reached, "never reached by the data; their statistics are as they were"),

@@ -79,6 +79,7 @@ from bnfix.options import (
     Test,
     Thin,
     To,
+    Tolerance,
     Train,
     TrainBatchSize,
     TuneBatchSize,
@@ -219,6 +220,7 @@ def fix(
     train_batch_size: TrainBatchSize = None,
     feed: Feed = default_of(StatisticsRecipe, "feed"),
     samples: Samples = None,
+    tolerance: Tolerance = default_of(StatisticsRecipe, "tolerance"),
     example_weight: Weight = default_of(WeightRecipe, "example_weight"),
     granularity: Granularity = default_of(WeightRecipe, "granularity"),
     pointwise: Pointwise = False,
@@ -271,7 +273,7 @@ def fix(
             SwapRecipe(layers=tuple(layers or ()), skip=tuple(skip or ())),
             StatisticsRecipe(
                 statistics, train_batch_size, feed, samples_of(samples),
-                batch_size or default_of(StatisticsRecipe, "batch_size"),
+                batch_size or default_of(StatisticsRecipe, "batch_size"), tolerance,
             ),
             WeightRecipe(weight_of(example_weight), granularity, pointwise, thin=thin),
             tune,
@@ -308,6 +310,7 @@ def calibrate(
     train_batch_size: TrainBatchSize = None,
     feed: Feed = default_of(StatisticsRecipe, "feed"),
     samples: Samples = None,
+    tolerance: Tolerance = default_of(StatisticsRecipe, "tolerance"),
     example_weight: Weight = default_of(WeightRecipe, "example_weight"),
     granularity: Granularity = default_of(WeightRecipe, "granularity"),
     pointwise: Pointwise = False,
@@ -342,7 +345,7 @@ def calibrate(
             SwapRecipe(layers=tuple(layers or ()), skip=tuple(skip or ())),
             StatisticsRecipe(
                 statistics, train_batch_size, feed, samples_of(samples),
-                batch_size or default_of(StatisticsRecipe, "batch_size"),
+                batch_size or default_of(StatisticsRecipe, "batch_size"), tolerance,
             ),
             WeightRecipe(weight_of(example_weight), granularity, pointwise, thin=thin),
             None,
@@ -479,6 +482,7 @@ def average(
     max_bad: MaxBad = None,
     feed: Feed = default_of(StatisticsRecipe, "feed"),
     samples: Samples = None,
+    tolerance: Tolerance = default_of(StatisticsRecipe, "tolerance"),
     layers: Layers = None,
     skip: Skip = None,
     device: Device = "auto",
@@ -491,10 +495,9 @@ def average(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The mean of several checkpoints' weights, with the statistics that belong to it.
+    """The mean of several checkpoints, with its own statistics; measured against the first one.
 
-    Where the data has labels, the mean is measured against the first checkpoint: on --test, or on a
-    fifth of the data that is kept for it.
+    That is on --test, or on a fifth of labelled data.
 
     Example: bnfix average a.pth b.pth --model net.py:build --data photos/ -o mean.safetensors
     """
@@ -511,7 +514,7 @@ def average(
             SwapRecipe(layers=tuple(layers or ()), skip=tuple(skip or ())),
             StatisticsRecipe(
                 "population", None, feed, samples_of(samples),
-                batch_size or default_of(StatisticsRecipe, "batch_size"),
+                batch_size or default_of(StatisticsRecipe, "batch_size"), tolerance,
             ),
             WeightRecipe("keep"),
             None,

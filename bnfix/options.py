@@ -138,6 +138,9 @@ Layers = Annotated[list[str] | None, _option(SwapRecipe, "layers", "--layers", p
 Skip = Annotated[list[str] | None, _option(SwapRecipe, "skip", "--skip", panel=NORM)]
 
 
+Tolerance = Annotated[float, _option(StatisticsRecipe, "tolerance", panel=NORM)]
+
+
 AverageWeights = Annotated[str | None, _option(AverageRecipe, "weights", panel=NORM)]
 
 

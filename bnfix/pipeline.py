@@ -395,6 +395,7 @@ class _Stages:
         self.passes: list[Tracked] = []
         self.gated = bench.labelled and plan.chooses
         self.name = ORIGINAL
+        self.stated: tuple[str, guards.Snapshot] | None = None
         self._standing: Metrics | None = None
 
     def average(self, recipe: AverageRecipe) -> None:
@@ -444,7 +445,8 @@ class _Stages:
             recipe = dataclasses.replace(recipe, statistics="train-batch")
         if recipe.statistics in ("population", "train-batch"):
             self.calibration = self._recalibrate(recipe.statistics)
-            self.name = f"statistics of the data ({self.calibration.target})"
+            found = f"statistics of the data ({self.calibration.target})"
+            self.name = found if self.name == ORIGINAL else f"{self.name}, {found}"
         elif recipe.statistics == "auto" and self.gated:
             for target in ("population", *(("train-batch",) if b else ())):
                 self._try_statistics(target, example_weight=None)
@@ -457,6 +459,8 @@ class _Stages:
             stated = f"example weight {weight:.3g}"
             self.name = stated if self.name == ORIGINAL else f"{self.name}, {stated}"
             self._standing = None
+        if recipe.statistics in ("population", "train-batch") or not isinstance(weight, str):
+            self.stated = self.name, guards.Snapshot(self.model)
 
     def _try_statistics(self, target: str, example_weight: float | None) -> None:
         self.standing()
@@ -487,6 +491,7 @@ class _Stages:
             train_batch_size=recipe.train_batch_size,
             feed=recipe.feed,
             samples="auto" if recipe.samples == "auto" else None,
+            tolerance=recipe.tolerance,
             layers=self.plan.swap.layers,
             skip=self.plan.swap.skip,
         )
@@ -722,12 +727,17 @@ class _Stages:
         converted = bench.original is not None
         stated = not self.gated and (converted or self.plan.command != "finetune")
         if compare(before, after, seed=bench.gate.seed).verdict == "worse" and not stated:
-            bench.assumptions.append(
-                f"{self.name!r} turned out significantly worse on the test split, so the output is "
-                "the input."
-            )
-            self.original.restore_()
-            self.name, after = ORIGINAL, before
+            # What was asked for outright stays, whatever it costs; what was chosen goes.
+            name, kept = self.stated or (ORIGINAL, self.original)
+            if name != self.name:
+                bench.assumptions.append(
+                    f"{self.name!r} turned out significantly worse on the test split, so the "
+                    f"output is {'the input' if name == ORIGINAL else repr(name)}."
+                )
+                kept.restore_()
+                self.name, after = name, before
+                if self.stated:
+                    after = self._evaluate(bench.test_batches(f"test: {name}"))
         return [first, Evaluated(f"output: {self.name}", None, None, after, n_live(self.model))]
 
     def _options(self) -> dict[str, Any]:

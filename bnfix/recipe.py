@@ -192,6 +192,11 @@ class StatisticsRecipe:
         "(default all).",
     )
     batch_size: int = option(128, "Batch size of the batch feed.")
+    tolerance: float = option(
+        0.04,
+        "With --samples auto: the standard error that every layer's mean and variance must reach, "
+        "by its spread, root mean square over its channels.",
+    )
 
     def __post_init__(self) -> None:
         """Check ranges and combinations.
@@ -215,6 +220,8 @@ class StatisticsRecipe:
         n = self.samples
         ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
         _require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
+        t = self.tolerance
+        _require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
         _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
 
 

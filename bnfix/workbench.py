@@ -310,7 +310,7 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
         notes.append("preprocessing: as stored in the checkpoint.")
     elif default is not None:
         base = default[0]
-        notes.append(f"preprocessing: {default[1]}.")
+        notes.append(f"{default[1]}, since nothing else was given.")
     elif channels == 3:
         base = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
         if not photometric:

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from bnfix import walking
 from bnfix.calibration import describe_missing, recalibrate_, residuals
 from bnfix.collecting import precise_moments
 from bnfix.errors import ConfigError, DataError, NormError, NumericError
@@ -20,6 +22,15 @@ from bnfix.surgery import swap_norms_
 from tests import nets, reference
 
 FEEDS = ["batch", "sequential"]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["walk", "passes"])
+def way(request):
+    """Everything is tested in both ways of the sequential feed: with memory for it, and without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "passes":
+            patch.setattr(walking, "default_memory", lambda device: 0)
+        yield request.param
 
 
 def images(n=10, size=6, channels=3, seed=0, dtype=torch.float64):
@@ -607,6 +618,7 @@ def test_sequential_follows_every_route():
 def test_routes_without_an_order_still_end():
     net = nets.lived_in(Routed(crossing=True)).double()
     done = recalibrate_(net, routed_batches(), feed="sequential")
+    assert done.how == "passes"
     assert {r.name for r in done.layers} == {"first", "extra", "last"}
     assert max(residuals(net, routed_batches())["first"]) < 1e-10
 
@@ -624,6 +636,178 @@ def test_passes_are_counted():
         1 + 14 / 5
     )
     assert calls == [0] * 5
+
+
+# ---- walking together ------------------------------------------------------------------------
+
+
+def test_a_walk_is_one_pass_and_equals_the_passes(way):
+    found = []
+    for memory in (None, 0):
+        net = some_net(nets.resnet20, torch.float32)
+        for site in find_norms(net):
+            site.module.reset_running_stats()
+        batches = split(images(14, 8, dtype=torch.float32), (5, 1, 6, 2))
+        done = recalibrate_(net, batches, feed="sequential", memory_bytes=memory)
+        found.append((done, net.state_dict()))
+    (one, state), (other, expected) = found
+    if way == "walk":
+        assert (one.how, one.passes) == ("walk", 1.0)
+    assert (other.how, other.passes) == ("passes", pytest.approx(1 + 189 / 19))
+    assert [r.name for r in one.layers] == [r.name for r in other.layers]
+    assert (one.n_examples, one.n_batches) == (other.n_examples, other.n_batches) == (14, 4)
+    for name, value in state.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_walk_goes_through_the_batches_and_the_model_once():
+    net = some_net(nets.residual)
+    calls, given = [], []
+    net.conv1.register_forward_hook(lambda *_: calls.append("conv1"))
+    net.fc.register_forward_hook(lambda *_: calls.append("fc"))
+
+    def batches(k):
+        given.append(k)
+        return split(images(6), (2, 2, 2))
+
+    before = threading.active_count()
+    recalibrate_(net, batches, feed="sequential", memory_bytes=1 << 30)
+    assert calls == ["conv1"] * 3 + ["fc"] * 3
+    assert given == [0]
+    assert threading.active_count() == before
+
+
+def test_what_does_not_fit_the_memory_takes_passes():
+    """Four channels of 6x6 in float64 are 1152 bytes an example: less memory than that for all of
+    the norm layers' inputs cannot do, several times as much can.
+    """
+    x = images(64)
+    hows = []
+    for memory in (64 * 1152, 8 * 64 * 1152):
+        net = some_net(nets.residual)
+        done = recalibrate_(net, list(x.split(4)), feed="sequential", memory_bytes=memory)
+        assert_statistics(net, oracle(net, [x]), 1e-10)
+        hows.append(done.how)
+    assert hows == ["passes", "walk"]
+
+
+def test_what_is_held_across_the_model_counts():
+    """Skip connections over many layers are held too, not only a norm layer's input."""
+
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(12))
+
+        def forward(self, x):
+            kept = []
+            for norm in self.norms:
+                kept.append(x)
+                x = norm(x) * 2
+            return x + sum(kept)
+
+    x = images(16)
+    for memory, how in ((4 * 16 * 3 * 36 * 8, "passes"), (20 * 16 * 3 * 36 * 8, "walk")):
+        net = Skips().double()
+        done = recalibrate_(net, list(x.split(2)), feed="sequential", memory_bytes=memory)
+        assert done.how == how
+        # given up on the way: what was walked until then counts
+        assert done.passes > (1 + 77 / 12 if how == "passes" else 0)
+
+
+def test_more_batches_than_may_walk_take_passes():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)).double()
+    x = images(300, 2)
+    done = recalibrate_(net, list(x.split(1)), feed="sequential", memory_bytes=1 << 30)
+    assert (done.how, done.n_examples) == ("passes", 300)
+    assert_statistics(net, oracle(net, [x]), 1e-10)
+
+
+def test_batches_that_never_reach_a_layer_do_not_hold_up_the_others():
+    class Exits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            early = x[0, 0, 0, 0] > 0
+            x = torch.relu(self.first(x))
+            return x if early else self.second(x)
+
+    net = Exits().double()
+    done = recalibrate_(net, routed_batches(), feed="sequential", memory_bytes=1 << 30)
+    assert (done.how, done.passes) == ("walk", 1.0)
+    assert [r.n_values for r in done.layers] == [6 * 36, 3 * 36]
+    assert max(max(pair) for pair in residuals(net, routed_batches()).values()) < 1e-10
+
+
+def test_a_walk_keeps_autocast_and_takes_no_gradients():
+    seen = []
+    net = some_net(nets.plain, torch.float32)
+    net.conv2.register_forward_hook(
+        lambda m, a, out: seen.append((out.dtype, out.requires_grad, torch.is_grad_enabled()))
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        recalibrate_(net, split(images(4, dtype=torch.float32), (2, 2)), feed="sequential")
+    assert set(seen) == {(torch.bfloat16, False, False)}
+
+
+def test_a_default_device_of_this_thread_is_respected():
+    net = some_net(nets.plain, torch.float32)
+    made = []
+    net.conv2.register_forward_pre_hook(lambda *_: made.append(torch.empty(0).device.type))
+    with torch.device("meta"):
+        batches = [torch.randn(2, 3, 6, 6, device="cpu") for _ in range(2)]
+        done = recalibrate_(net, batches, feed="sequential")
+    assert done.how == "passes"
+    assert set(made) == {"meta"}
+
+
+# ---- as many examples as it takes ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_auto_stops_where_every_layer_is_known_well_enough(feed):
+    x = images(4000, 2)
+    x = x[torch.randperm(4000, generator=torch.Generator().manual_seed(0))]
+    net = some_net(nets.plain)
+    done = recalibrate_(net, list(x.split(20)), feed=feed, samples="auto", tolerance=0.1)
+    assert done.is_enough
+    assert 40 < done.n_examples < 2000
+    assert done.slowest in ("bn1", "bn2")
+    assert describe_missing(done)[0] == (
+        f"population statistics: {done.n_examples} examples were enough; the last layer to be "
+        f"known well was {done.slowest}."
+    )
+    same = some_net(nets.plain)
+    recalibrate_(same, list(x[: done.n_examples].split(20)), feed=feed)
+    assert torch.equal(same.bn2.running_var, net.bn2.running_var)
+    # a tenth fewer would not have done, half the error takes about four times as many
+    strict = recalibrate_(net, list(x.split(20)), samples="auto", tolerance=0.05)
+    assert 2.5 < strict.n_examples / done.n_examples < 6
+
+
+def test_auto_with_too_few_examples_says_so():
+    net = some_net(nets.plain)
+    done = recalibrate_(net, [images(9)], samples="auto", tolerance=1e-3)
+    assert (done.n_examples, done.is_enough) == (9, False)
+    assert done.slowest
+    assert "9 examples are all there are, and not enough" in describe_missing(done)[0]
+
+
+def test_dead_channels_are_known_at_once():
+    """A channel without any spread has no error by sqrt(eps), and one that is alive still counts."""
+    net = nn.Sequential(nn.BatchNorm2d(3)).double()
+    x = images(400, 3)
+    x[:, 0] = 0
+    done = recalibrate_(net, list(x.split(10)), samples="auto", tolerance=0.2)
+    assert done.is_enough
+    assert 10 <= done.n_examples < 400
+
+
+def test_auto_does_not_take_a_stream():
+    with pytest.raises(ConfigError, match=r"samples auto: the batches are a stream, .* a number"):
+        recalibrate_(some_net(nets.plain), iter([images(4)]), samples="auto")
 
 
 # ---- residuals -------------------------------------------------------------------------------
@@ -768,6 +952,8 @@ def test_batches_that_can_be_had_only_once_are_refused_where_they_are_needed_aga
         ({"target": "train-batch"}, "train-batch: give train_batch_size, at least 1"),
         ({"target": "train-batch", "train_batch_size": 0}, "give train_batch_size, at least 1"),
         ({"samples": 0}, "samples: 0, expected at least 1"),
+        ({"samples": "all"}, "samples: all, expected at least 1, or auto"),
+        ({"tolerance": 0.0}, r"tolerance: 0\.0, expected above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options, found):

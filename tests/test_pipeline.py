@@ -216,6 +216,21 @@ def test_stated_statistics_act_without_labels(run, files):
     )
 
 
+def test_what_is_stated_stays_even_where_it_is_worse_and_what_is_chosen_goes(run, files, tmp_path):
+    """Statistics of pictures much too bright, and the claim on pictures as they were."""
+    images, labels = images_of(180, seed=2)
+    bright = (images.astype(int) + 90).clip(0, 255).astype(np.uint8)
+    np.savez(tmp_path / "bright.npz", images=bright, labels=labels)
+    words = ["--statistics", "population", "--test", files.test, "--granularity", "global"]
+    found, out = run("calibrate", files.net, *words, data=tmp_path / "bright.npz")
+    assert found["verdict"] == "worse"
+    assert "statistics of the data" in found["models"][1]["name"]
+    moved = load_file(out)["bn1.running_mean"] - torch.load(files.net)["bn1.running_mean"]
+    assert moved.abs().max() > 0.1
+    found, out = run("calibrate", files.net, *words[2:], data=tmp_path / "bright.npz")
+    assert found["verdict"] in ("same", "better")
+
+
 def test_an_impossible_gate_keeps_everything(run, files):
     found, out = run("calibrate", files.stale, "--z", "1000")
     assert not any(d["admitted"] for d in found["decisions"])
