@@ -123,6 +123,7 @@ def convert(
     if original is not None and data is not None and live:
         fitted = _refit(loaded, original, data, source, run or RunOptions(), seed, samples, track)
         refitting, preprocessing, used, remarks = fitted
+        round_as_stored_(loaded.model)
         notes += [*remarks, refitting.describe()]
     elif data is not None:
         notes.append("--data was not used: at example weight 0 there is nothing to re-fit.")

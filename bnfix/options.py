@@ -155,9 +155,7 @@ Feed = Annotated[str, _option(StatisticsRecipe, "feed", panel=NORM)]
 
 Samples = Annotated[
     str | None,
-    typer.Option(
-        metavar="N|auto", help=help_of(StatisticsRecipe, "samples"), rich_help_panel=NORM
-    ),
+    typer.Option(metavar="N|auto", help=help_of(StatisticsRecipe, "samples"), rich_help_panel=NORM),
 ]
 
 

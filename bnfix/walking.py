@@ -238,14 +238,16 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What was there before is not held by the walk, even if a view of it is.
+        for storage in _storages((args, kwargs)):
+            self._hold(storage, 0)
         made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                self._hold(leaf.untyped_storage())
+        for storage in _storages(made):
+            self._hold(storage, storage.nbytes())
         return made
 
-    def _hold(self, storage: Any) -> None:
-        key, n = storage._cdata, storage.nbytes()
+    def _hold(self, storage: Any, n: int) -> None:
+        key = storage._cdata
         if key in self._known and self._known[key]() is not None:
             return
         self.bytes += n
@@ -255,6 +257,11 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, drop)
+
+
+def _storages(nest: Any) -> list[Any]:
+    leaves = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+    return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
 
 
 _State = Any

@@ -88,8 +88,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "workbench",
         },
         "pipeline": {
-            "averaging", "calibration", "data", "evaluation", "example_weight", "finetuning", "gate", "guards",
-            "layer_rows", "norms", "refitting", "report", "result", "saving", "sites", "surgery",
+            "averaging", "calibration", "data", "evaluation", "example_weight", "finetuning",
+            "gate", "guards", "layer_rows", "norms", "refitting", "report", "result", "saving", "sites", "surgery",
             "workbench",
         },
     },

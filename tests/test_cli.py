@@ -234,6 +234,44 @@ def test_force_replaces_and_a_failure_keeps_the_old_file(cli, files, tmp_path, c
     ]
 
 
+def test_a_file_may_replace_itself_and_a_link_is_a_file(cli, files, tmp_path):
+    out, link = tmp_path / "out.safetensors", tmp_path / "link.safetensors"
+    words = ["--model", files.spec, "--model-arg", "num_classes=3"]
+    assert cli("convert", files.net, *words, "-o", out).code == 0
+    link.symlink_to("nowhere")
+    assert "already exists" in cli("convert", out, *words, "-o", link).message
+    assert cli("convert", out, *words, "-o", out).code == 1
+    assert cli("convert", out, *words, "-o", out, "--force").code == 0
+    assert cli("inspect", out, "--json").json["history"][1]["command"] == "convert"
+
+
+def test_a_model_argument_must_be_known_and_fit(cli, files, tmp_path):
+    words = ["convert", files.net, "--model", files.spec, "-o", tmp_path / "o.safetensors"]
+    assert "unknown argument depth" in cli(*words, "--model-arg", "depth=3").message
+    assert "(4, 12) in the model" in cli(*words, "--model-arg", "num_classes=4").message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_of_other_forms(cli, files, tmp_path):
+    """A mapping with logits will do; maps of logits will not, and that is said."""
+    (tmp_path / "forms.py").write_text(
+        (files.folder / "nets.py").read_text() + "\nclass Named(Net):\n"
+        "    def forward(self, x):\n"
+        "        return {'features': x, 'logits': super().forward(x)}\n"
+        "\nclass Maps(Net):\n"
+        "    def forward(self, x):\n"
+        "        return self.bn1(self.conv1(x))\n"
+        "\ndef named(): return Named(3)\n\ndef maps(): return Maps(3)\n"
+    )
+    data = ["--data", files.test, "--mean", "0.5", "--std", "0.25", "--json"]
+    found = cli("eval", files.net, "--model", f"{tmp_path}/forms.py:named", *data).json
+    plain = cli("eval", files.net, "--model", files.spec, *data).json
+    assert found["models"][0]["nll"] == plain["models"][0]["nll"]
+    outcome = cli("eval", files.net, "--model", f"{tmp_path}/forms.py:maps", *data)
+    assert outcome.code == 1
+    assert "expected logits (N, classes)" in outcome.message
+
+
 @pytest.mark.parametrize("command", WRITING)
 def test_places_that_cannot_be_written_are_refused_before_any_work(cli, files, tmp_path, command):
     closed = tmp_path / "closed"

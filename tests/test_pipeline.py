@@ -292,6 +292,15 @@ def test_images_that_are_in_the_data_too_are_left_out_of_the_test(run, cli, file
     assert "every test image" in outcome.message
 
 
+def test_images_of_an_earlier_command_are_counted_and_said(run, files):
+    _, first = run("calibrate", files.stale)
+    found, _ = run("calibrate", first)
+    assert found["n_seen"] == 0  # the same seed cuts the same test
+    found, _ = run("calibrate", first, "--seed", "1")
+    assert 0 < found["n_seen"] <= found["data"]["splits"]["test"]
+    assert f"{found['n_seen']} of these images were used" in found["verdict_sentence"]
+
+
 def test_copies_inside_the_data_are_in_no_two_splits(run, files, tmp_path):
     images, labels = (np.concatenate([a, a[:30]]) for a in images_of(180, seed=2))
     np.savez(tmp_path / "copies.npz", images=images, labels=labels)
