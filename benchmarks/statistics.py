@@ -8,10 +8,10 @@ eps) and of |log variance ratio|. Second table: top-1 with the statistics as the
 Needs the real checkpoints and images; fvcore is compared where it is installed. Minutes on 2 cores.
 """
 
+# This file's own name is a module of the standard library, which others must find instead of it.
 import sys
 from pathlib import Path
 
-# This file's own name is a module of the standard library, which must be found instead of it.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import evaluate, recalibrate_
+from bnfix.checkpoint import read_checkpoint
 from bnfix.runtime import keep_freed_memory
 from bnfix.sites import find_norms
 from tests import nets
@@ -61,9 +62,7 @@ def ways() -> dict[str, Way]:
 
 
 def checkpoint(net: nn.Module, file: Path) -> nn.Module:
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    net.load_state_dict({name.removeprefix("module."): t for name, t in state.items()})
+    net.load_state_dict(read_checkpoint(file).tensors, strict=False)  # old: no batch counters
     return net.eval()
 
 

@@ -7,27 +7,18 @@ evaluation. The model's own buffers are not touched until the end, when all are 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bnfix import runtime
-from bnfix.collecting import Accumulator, Collector, as_stored, over_groups, up_to
+from bnfix.collecting import Accumulator, Collector, as_stored, over_groups
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
+from bnfix.feeding import Enough, collect, drift, eps_of
 from bnfix.sites import NormSite, find_norms, sites_with_statistics, unmatched
-from bnfix.walking import Walk
-
-#: Passes at most for a layer that is called more than once, whose output comes back to its input.
-_ROUNDS = 12
-#: Change of the moments, in units of sqrt(var + eps) and relative, below which it has settled.
-_SETTLED = 1e-7
-#: `samples="auto"`: examples between two looks at the errors, as a part of those seen.
-_LOOK_AGAIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -181,8 +172,8 @@ def recalibrate_(
     if not sites:
         raise NormError("model: no norm layer with statistics to compute anew.")
     size = train_batch_size if target == "train-batch" else None
-    auto = _Enough(tolerance) if samples == "auto" else None
-    found = _collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes)
+    auto = Enough(tolerance) if samples == "auto" else None
+    found = collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes)
     measured, collector = found.measured, found.collector
     by_name = {site.name: site for site in sites}
     new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
@@ -241,7 +232,7 @@ def residuals(
     for site in sites:
         if site.name in collector.measured:
             fresh = collector.measured[site.name].statistics(None)
-            mean_shift, log_var_ratio = _drift(_own_moments(site), fresh, _eps(site))
+            mean_shift, log_var_ratio = drift(_own_moments(site), fresh, eps_of(site))
             found[site.name] = (log_var_ratio, mean_shift)
     return found
 
@@ -267,159 +258,6 @@ def _check_options(
         raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
 
 
-class _Enough:
-    """Whether every layer's errors are small enough; looked at now and then."""
-
-    def __init__(self, tolerance: float) -> None:
-        self._tolerance, self._next_look = tolerance, 2
-        self.slowest, self.is_enough = "", False
-
-    def __call__(self, collector: Collector, n_examples: int) -> bool:
-        if n_examples < self._next_look:
-            return False
-        self._next_look = math.ceil(n_examples * (1 + _LOOK_AGAIN))
-        errors = {
-            site.name: layer_error(collector.measured[site.name], _eps(site))
-            for site in collector.sites.values()
-            if site.name in collector.measured
-        }
-        late = [name for name, error in errors.items() if not error <= self._tolerance]
-        if late:
-            self.slowest = max(late, key=lambda name: errors[name])
-        self.is_enough = not late
-        return self.is_enough
-
-
-def layer_error(accumulator: Accumulator, eps: float) -> float:
-    """The larger of the errors of mean and variance, root mean square over the channels.
-
-    Args:
-        accumulator: what was measured at the layer.
-        eps: of the layer.
-
-    Returns:
-        Mean in units of sqrt(var + eps), variance in units of var + eps; infinite from one example.
-    """
-    mean_se, var_se = accumulator.errors()
-    spread = accumulator.values.var + eps
-    squares = torch.stack((mean_se.square() / spread, (var_se / spread).square()))
-    return float(squares.mean(1).max().sqrt())
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a feed has measured, and what it took."""
-
-    measured: Mapping[str, Accumulator]
-    collector: Collector
-    n_examples: int
-    n_batches: int
-    passes: float
-    how: str
-
-
-def _collect(
-    model: nn.Module,
-    sites: list[NormSite],
-    batches: runtime.Batches,
-    forward: runtime.Forward | None,
-    samples: int | str | None,
-    auto: _Enough | None,
-    feed: str,
-    size: int | None,
-    memory_bytes: int | None,
-) -> _Found:
-    """Measure every layer's input by the feed asked for, in the cheapest way that is exact."""
-    wanted = samples if isinstance(samples, int) else None
-    if feed == "sequential" and isinstance(batches, Iterator):
-        batches = list(up_to(batches, wanted))
-    scout = Collector(sites, by_batch=True)
-    passes = n_examples = n_batches = 0
-    wasted = 0.0
-    if feed == "batch" or auto is not None:
-        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, auto)
-        passes, wanted = 1, n_examples
-    if feed == "batch":
-        return _Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
-    walking = Collector(sites, by_batch=False)
-    walk = Walk(model, walking, forward, size, memory_bytes)
-    if walk.go(batches, wanted):
-        _check_reached(sites, walk.n_examples, walking)
-        return _Found(
-            walking.measured, walking, walk.n_examples, walk.n_batches, passes + 1.0, "walk"
-        )
-    if not passes:
-        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, None)
-        passes = 1
-    wasted = walk.n_steps / len(scout.measured)
-    measured, more = _sequential(model, scout, batches, forward, wanted, size)
-    return _Found(measured, scout, n_examples, n_batches, passes + more + wasted, "passes")
-
-
-def _scout(
-    model: nn.Module,
-    scout: Collector,
-    batches: runtime.Batches,
-    forward: runtime.Forward | None,
-    samples: int | None,
-    auto: _Enough | None,
-) -> tuple[int, int]:
-    """The one pass of the batch feed."""
-    enough = None if auto is None else lambda n: auto(scout, n)
-    n_examples, n_batches = scout.one_pass(
-        model, runtime.pass_of(batches, 0), forward, samples, enough
-    )
-    _check_reached(list(scout.sites.values()), n_examples, scout)
-    return n_examples, n_batches
-
-
-def _check_reached(sites: Sequence[NormSite], n_examples: int, collector: Collector) -> None:
-    if n_examples == 0:
-        raise DataError("calibration: no examples. Give at least one batch.")
-    if not collector.measured:
-        raise NormError(f"{some([s.name for s in sites])}: never reached by the data.")
-
-
-def _sequential(
-    model: nn.Module,
-    scout: Collector,
-    batches: runtime.Batches,
-    forward: runtime.Forward | None,
-    samples: int | None,
-    size: int | None,
-) -> tuple[dict[str, Accumulator], float]:
-    """Layer after layer in call order, each measured while all before it are final."""
-    order = scout.order()
-    sites = {site.name: site for site in scout.sites.values()}
-    collector = Collector(list(sites.values()), by_batch=False)
-    # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
-    for name in order:
-        collector.use[name] = as_stored(sites[name], *scout.measured[name].statistics(size))
-    passes = 0.0
-    for depth, name in enumerate(order, 1):
-        once = scout.n_calls[name] == 1
-        if once and scout.is_first(name):
-            collector.measured[name] = scout.measured[name]
-            continue
-        collector.wanted, collector.stops = name, once
-        for _ in range(1 if once else _ROUNDS):
-            collector.measured.pop(name, None)
-            collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
-            passes += depth / len(order) if once else 1.0
-            if name not in collector.measured:
-                raise DataError(
-                    f"{name}: a further pass over the batches did not reach it. Give a list or a "
-                    "loader, which can be gone through again.",
-                    name=name,
-                )
-            before = collector.use[name]
-            new = collector.measured[name].statistics(size)
-            collector.use[name] = as_stored(sites[name], *new)
-            if max(_drift(before, new, _eps(sites[name]))) < _SETTLED:
-                break
-    return collector.measured, passes
-
-
 def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
     """The moments that the layer holds, as it uses them, in float64."""
     mean: Any = site.module._buffers["running_mean"]
@@ -431,27 +269,12 @@ def _is_comparable(site: NormSite) -> bool:
     return not site.problem or isinstance(site.module, nn.modules.batchnorm._BatchNorm)
 
 
-def _eps(site: NormSite) -> float:
-    return float(getattr(site.module, "eps", 1e-5))
-
-
-def _drift(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
-) -> tuple[float, float]:
-    """How far old moments are from new: mean shift and log variance ratio."""
-    old_mean, old_var = (moment.double() for moment in old)
-    mean, var = new
-    shift = ((mean - old_mean).abs() / (var + eps).sqrt()).mean()
-    ratio = ((var + eps) / (old_var.clamp_min(0) + eps)).log().abs().mean()
-    return float(shift), float(ratio)
-
-
 def _record(
     site: NormSite, accumulator: Accumulator, new: tuple[Tensor, Tensor], n_calls: int
 ) -> LayerStatistics:
-    mean_shift, log_var_ratio = _drift(_own_moments(site), new, _eps(site))
+    mean_shift, log_var_ratio = drift(_own_moments(site), new, eps_of(site))
     mean_se, var_se = accumulator.errors()
-    spread = new[1] + _eps(site)
+    spread = new[1] + eps_of(site)
     return LayerStatistics(
         site.name,
         site.kind,

@@ -241,13 +241,15 @@ class Plan:
         gated = bench.labelled and self.chooses
         stages = []
         n_norms = sum(site.has_statistics and not site.frozen for site in find_norms(bench.model))
-        passes = 1.0 if self.statistics.feed == "batch" else (n_norms + 1) / 2
+        passes = 1.0 if self.statistics.feed == "batch" else (n_norms + 3) / 2
         if self.average is not None:
             stages.append(f"mean of {len(self.average.files) + 1} checkpoints")
         if self.statistics.statistics != "keep" and (gated or self._stated_statistics()):
+            # All batches walk together, or each layer takes a pass that is shorter than the next.
+            more = "" if passes == 1 else f", or {passes:g} where that does not fit the memory"
             stages.append(
                 f"population statistics ({self.statistics.statistics}, {self.statistics.feed} "
-                f"feed): {passes:g} {'pass' if passes == 1 else 'passes'} over fit"
+                f"feed): 1 pass over fit{more}"
             )
         if gated and self.finetune is not None:
             stages.append(f"fine-tuning ({self.finetune.train}): {self.finetune.epochs} epochs")

@@ -169,6 +169,10 @@ class Walk:
         walker.go.release()
         self._back.acquire()
         self._running = None
+        if walker.at is not None:
+            # Here, not in the batch's thread: the many small sums want threads that are awake.
+            self._collector.measure(walker.at, walker.x)
+            walker.x = None
         if walker.is_over:
             walker.done.result()
         if walker.index == 0 and not self._fits():
@@ -195,7 +199,7 @@ class Walk:
             self._back.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure, wait for the others, and lend the layer its final moments; a pre-hook."""
+        """Wait to be measured, and for the others; lend the layer its final moments; a pre-hook."""
         collector, walker = self._collector, self._running
         site = collector.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
@@ -205,8 +209,8 @@ class Walk:
             if site.name in collector.use:
                 self._impossible = True
                 raise StopHereError
-            collector.measure(site, x)
-            walker.at = site
+            walker.at, walker.x = site, x
+            del x
             self._back.release()
             walker.go.acquire()
             if self._ending:
@@ -223,6 +227,7 @@ class _Walker:
         tensors = [leaf for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor)]
         self.size = sum(tensor.numel() for tensor in tensors) or 1
         self.at: Any = None
+        self.x: Any = None
         self.is_over = False
         self.go = threading.Semaphore(0)
         self.done: Future[None]

@@ -58,12 +58,13 @@ FLOORS: list[dict[str, set[str]]] = [
         "training": {"evaluation", "norms", "parameters", "resuming", "runtime", "sites"},
     },
     {
-        "calibration": {"collecting", "runtime", "sites", "walking"},
+        "feeding": {"collecting", "runtime", "sites", "walking"},
         "averaging": {"checkpoint", "saving"},
         "finetuning": {
             "evaluation", "guards", "norms", "parameters", "resuming", "runtime", "training",
         },
     },
+    {"calibration": {"collecting", "feeding", "runtime", "sites"}},
     {"figures": {"evaluation", "example_weight", "finetuning", "gate", "pages"}},
     {
         "report": {
@@ -89,8 +90,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "pipeline": {
             "averaging", "calibration", "data", "evaluation", "example_weight", "finetuning",
-            "gate", "guards", "layer_rows", "norms", "refitting", "report", "result", "saving", "sites", "surgery",
-            "workbench",
+            "gate", "guards", "layer_rows", "norms", "refitting", "report", "result", "saving",
+            "sites", "surgery", "workbench",
         },
     },
     {"replay": {"checkpoint", "models", "pipeline", "reading"}},
