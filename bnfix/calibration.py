@@ -150,6 +150,7 @@ def recalibrate_(
         Modes, hooks.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> recalibrate_(net, [torch.randn(4, 3, 8, 8)]).n_examples
         4
