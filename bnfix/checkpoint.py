@@ -198,6 +198,22 @@ def check_folder(path: Path) -> None:
         raise CheckpointError(f"{shown}: cannot be written ({plain(error)}).", path=path) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder to write into, and those above it; one that is there is left.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        CheckpointError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckpointError(f"{plain(folder)}: cannot be made ({reason}).", path=folder) from error
+
+
 def write_checkpoint(
     path: str | Path,
     tensors: Mapping[str, torch.Tensor],

@@ -78,7 +78,7 @@ class Plan:
         finetune: what to try; ``None`` for nothing.
         gate: splits, seed, z.
         run: device and batch size.
-        state: folder for the state of a fine-tuning run, to go on from.
+        state: folder for the state of a long run, to go on from.
         average: checkpoints to average the model with, before anything else.
     """
 

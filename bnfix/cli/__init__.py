@@ -1,0 +1,59 @@
+"""The command line: parse, one call of the public API, tables and progress, exit code."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from bnfix.cli.convert import convert
+from bnfix.cli.demo import demo
+from bnfix.cli.eval import evaluate
+from bnfix.cli.grouping import grouped
+from bnfix.cli.inspect import inspect
+from bnfix.cli.planned import average, calibrate, finetune, fix
+from bnfix.runtime import exact_float32, keep_freed_memory
+from bnfix.version import __version__
+
+app = typer.Typer(
+    name="bnfix",
+    help="Repair trained networks at their Batch Normalization layers: convert, recalibrate, "
+    "choose, prove.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (fix, calibrate, finetune, average, convert, evaluate, inspect, demo):
+    app.command("eval" if command is evaluate else command.__name__)(grouped(command))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bnfix {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    logging.getLogger("bnfix").addHandler(logging.NullHandler())
+
+
+def main() -> None:
+    """Run the command line."""
+    keep_freed_memory()
+    exact_float32()
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding has no sign for is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

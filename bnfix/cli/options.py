@@ -1,0 +1,468 @@
+"""The command line's options, in groups: types with their help, and texts to recipes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bnfix.cli.terminal import Terminal
+from bnfix.errors import ConfigError
+from bnfix.recipe import (
+    DataRecipe,
+    FinetuneRecipe,
+    GateRecipe,
+    ModelRecipe,
+    Preprocessing,
+    RunOptions,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+)
+
+MODEL, DATA, RUN = "Model and file", "Data and preprocessing", "How to run"
+NORM, TRAIN, OUT = "Normalization", "Training", "Output"
+
+
+def default_of(recipe: type, name: str) -> Any:
+    """The default of a recipe's field.
+
+    Args:
+        recipe: a recipe class.
+        name: of the field.
+
+    Returns:
+        The value.
+    """
+    return recipe.__dataclass_fields__[name].default  # type: ignore[attr-defined]
+
+
+def option(recipe: type, name: str, *flags: str, panel: str, metavar: str | None = None) -> Any:
+    """An option whose help text is that of a recipe's field: it stands there, and only there.
+
+    Args:
+        recipe: a recipe class.
+        name: of the field.
+        flags: by default the field's name.
+        panel: of the help.
+        metavar: what the value is called in the help.
+
+    Returns:
+        For ``Annotated``.
+    """
+    text = recipe.__dataclass_fields__[name].metadata["help"]  # type: ignore[attr-defined]
+    flags = flags or ("--" + name.replace("_", "-"),)
+    return typer.Option(*flags, help=str(text), rich_help_panel=panel, metavar=metavar)
+
+
+def _model(name: str) -> Any:
+    return option(ModelRecipe, name, panel=MODEL)
+
+
+def _shape(name: str) -> Any:
+    return option(Preprocessing, name, panel=DATA)
+
+
+def _data(name: str) -> Any:
+    return option(DataRecipe, name, panel=DATA)
+
+
+def _layers(name: str) -> Any:
+    return option(SwapRecipe, name, "--" + name.replace("_", "-"), panel=NORM)
+
+
+def _tune(name: str) -> Any:
+    return option(FinetuneRecipe, name, panel=TRAIN)
+
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="DATA",
+        help="Class folders, a folder with labels.csv, a flat folder, or an .npz file.",
+        rich_help_panel=DATA,
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", metavar="OUT", help="The .safetensors to write.", rich_help_panel=OUT
+    ),
+]
+Seed = Annotated[int, option(GateRecipe, "seed", panel=RUN)]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder for the state of the run; interrupted, the same command goes on from it.",
+        rich_help_panel=RUN,
+    ),
+]
+Train = Annotated[str, _tune("train")]
+Epochs = Annotated[int, _tune("epochs")]
+LearningRate = Annotated[float, _tune("lr")]
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model the checkpoint is."""
+
+    model: Annotated[str | None, _model("model")] = None
+    model_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model-arg",
+            metavar="KEY=VALUE",
+            help="Argument of the builder, a JSON value; repeatable.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    key: Annotated[str | None, _model("key")] = None
+    prefix: Annotated[str | None, _model("prefix")] = None
+
+    def recipe(self) -> ModelRecipe:
+        """The options as a recipe.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ConfigError: if an argument has no equals sign.
+        """
+        arguments = []
+        for pair in self.model_arg or ():
+            name, equals, value = pair.partition("=")
+            if not equals or not name:
+                raise ConfigError(f"--model-arg: {pair!r}, expected KEY=VALUE.", name="model_arg")
+            try:
+                arguments.append((name, json.loads(value)))
+            except ValueError:
+                arguments.append((name, value))  # a bare word is a string
+        return ModelRecipe(self.model, tuple(arguments), self.key, self.prefix)
+
+
+@dataclass(frozen=True)
+class InputFlags:
+    """How images become inputs."""
+
+    preset: Annotated[str | None, _data("preset")] = None
+    resize: Annotated[str | None, _shape("resize")] = None
+    crop: Annotated[str | None, _shape("crop")] = None
+    interpolation: Annotated[str | None, _shape("interpolation")] = None
+    mean: Annotated[str | None, _shape("mean")] = None
+    std: Annotated[str | None, _shape("std")] = None
+    scale: Annotated[str | None, _shape("scale")] = None
+    max_bad: Annotated[float | None, _data("max_bad")] = None
+
+    def recipe(
+        self,
+        *,
+        test: str | None = None,
+        class_map: Path | None = None,
+        labels: str = "none",
+    ) -> DataRecipe:
+        """The options as a recipe.
+
+        Args:
+            test: DATA of the claim.
+            class_map: JSON file.
+            labels: auto or none.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            ConfigError: if a number cannot be read.
+        """
+        scales = numbers(self.scale, "scale")
+        if scales is not None and len(scales) != 1:
+            raise ConfigError(f"--scale: {self.scale!r}, expected one number.", name="scale")
+        return DataRecipe(
+            test=test,
+            class_map=None if class_map is None else str(class_map),
+            labels=labels,
+            preset=self.preset,
+            resize=sizes(self.resize, "resize"),
+            crop=sizes(self.crop, "crop"),
+            interpolation=self.interpolation,
+            mean=numbers(self.mean, "mean"),
+            std=numbers(self.std, "std"),
+            scale=None if scales is None else scales[0],
+            max_bad=self.max_bad,
+        )
+
+
+@dataclass(frozen=True)
+class LabelFlags:
+    """Which labels the examples have."""
+
+    class_map: Annotated[Path | None, _data("class_map")] = None
+    labels: Annotated[str, _data("labels")] = "auto"
+
+
+@dataclass(frozen=True)
+class LayerFlags:
+    """Which layers."""
+
+    layers: Annotated[list[str] | None, _layers("layers")] = None
+    skip: Annotated[list[str] | None, _layers("skip")] = None
+
+    def recipe(self, **kind: Any) -> SwapRecipe:
+        """The options as a recipe.
+
+        Args:
+            kind: the recipe's other fields.
+
+        Returns:
+            The recipe.
+        """
+        return SwapRecipe(layers=tuple(self.layers or ()), skip=tuple(self.skip or ()), **kind)
+
+
+@dataclass(frozen=True)
+class KindFlags:
+    """Which kind of normalization."""
+
+    to: Annotated[str, _layers("to")] = default_of(SwapRecipe, "to")
+    ghost_size: Annotated[int | None, _layers("ghost_size")] = None
+    channel_groups: Annotated[int | None, _layers("channel_groups")] = None
+
+
+@dataclass(frozen=True)
+class FeedFlags:
+    """How statistics are measured."""
+
+    feed: Annotated[str, option(StatisticsRecipe, "feed", panel=NORM)] = default_of(
+        StatisticsRecipe, "feed"
+    )
+    samples: Annotated[
+        str | None, option(StatisticsRecipe, "samples", panel=NORM, metavar="N|auto")
+    ] = None
+    tolerance: Annotated[float, option(StatisticsRecipe, "tolerance", panel=NORM)] = default_of(
+        StatisticsRecipe, "tolerance"
+    )
+
+    def recipe(
+        self, statistics: str, batch_size: int | None, train_batch_size: int | None = None
+    ) -> StatisticsRecipe:
+        """The options as a recipe.
+
+        Args:
+            statistics: auto, or what to do.
+            batch_size: of the batch feed, if stated.
+            train_batch_size: that the network was trained with.
+
+        Returns:
+            The recipe.
+        """
+        return StatisticsRecipe(
+            statistics,
+            train_batch_size,
+            self.feed,
+            _samples(self.samples),
+            batch_size or default_of(StatisticsRecipe, "batch_size"),
+            self.tolerance,
+        )
+
+
+@dataclass(frozen=True)
+class ChoiceFlags:
+    """What is chosen, and how strictly."""
+
+    statistics: Annotated[str, option(StatisticsRecipe, "statistics", panel=NORM)] = default_of(
+        StatisticsRecipe, "statistics"
+    )
+    train_batch_size: Annotated[
+        int | None, option(StatisticsRecipe, "train_batch_size", panel=NORM)
+    ] = None
+    example_weight: Annotated[str, option(WeightRecipe, "example_weight", panel=NORM)] = default_of(
+        WeightRecipe, "example_weight"
+    )
+    granularity: Annotated[str, option(WeightRecipe, "granularity", panel=NORM)] = default_of(
+        WeightRecipe, "granularity"
+    )
+    pointwise: Annotated[bool, option(WeightRecipe, "pointwise", "--pointwise", panel=NORM)] = False
+    thin: Annotated[float, option(WeightRecipe, "thin", panel=NORM)] = default_of(
+        WeightRecipe, "thin"
+    )
+    z: Annotated[float, option(GateRecipe, "z", panel=NORM)] = default_of(GateRecipe, "z")
+
+    def recipe(self) -> WeightRecipe:
+        """The choice of example weights as a recipe.
+
+        Returns:
+            The recipe.
+        """
+        return WeightRecipe(
+            _weight(self.example_weight), self.granularity, self.pointwise, thin=self.thin
+        )
+
+
+@dataclass(frozen=True)
+class TuneFlags:
+    """A short training run."""
+
+    train: Train = default_of(FinetuneRecipe, "train")
+    statistics: Annotated[str, _tune("statistics")] = default_of(FinetuneRecipe, "statistics")
+    example_weight: Annotated[str, _tune("example_weight")] = default_of(
+        FinetuneRecipe, "example_weight"
+    )
+    epochs: Epochs = default_of(FinetuneRecipe, "epochs")
+    steps: Annotated[int | None, _tune("steps")] = None
+    optimizer: Annotated[str, _tune("optimizer")] = default_of(FinetuneRecipe, "optimizer")
+    lr: LearningRate = default_of(FinetuneRecipe, "lr")
+    weight_decay: Annotated[float, _tune("weight_decay")] = 0.0
+    norm_decay: Annotated[float, _tune("norm_decay")] = 0.0
+    norm_decay_target: Annotated[str, _tune("norm_decay_target")] = default_of(
+        FinetuneRecipe, "norm_decay_target"
+    )
+    label_smoothing: Annotated[float, _tune("label_smoothing")] = 0.0
+    clip: Annotated[float | None, _tune("clip")] = None
+    accumulate: Annotated[int, _tune("accumulate")] = default_of(FinetuneRecipe, "accumulate")
+    ema: Annotated[float | None, _tune("ema")] = None
+    augment: Annotated[str, _tune("augment")] = default_of(FinetuneRecipe, "augment")
+    batch_size: Annotated[int | None, _tune("batch_size")] = None
+
+    def recipe(self, ghost_size: int | None) -> FinetuneRecipe:
+        """The options as a recipe.
+
+        Args:
+            ghost_size: examples a ghost batch.
+
+        Returns:
+            The recipe.
+        """
+        own = {name: getattr(self, name) for name in TuneFlags.__dataclass_fields__}
+        return FinetuneRecipe(ghost_size=ghost_size, **own)
+
+
+@dataclass(frozen=True)
+class PlaceFlags:
+    """Where to run, and with how many processes that decode images."""
+
+    device: Annotated[str, option(RunOptions, "device", panel=RUN)] = "auto"
+    workers: Annotated[int, option(RunOptions, "workers", panel=RUN)] = -1
+
+
+@dataclass(frozen=True)
+class RunFlags(PlaceFlags):
+    """How to run."""
+
+    precision: Annotated[str, option(RunOptions, "precision", panel=RUN)] = "fp32"
+    batch_size: Annotated[int | None, option(RunOptions, "batch_size", panel=RUN)] = None
+
+    def options(self) -> RunOptions:
+        """The options as the library takes them.
+
+        Returns:
+            The run options.
+        """
+        return RunOptions(self.device, self.precision, self.batch_size, self.workers)
+
+
+@dataclass(frozen=True)
+class TalkFlags:
+    """What is said."""
+
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="The result as one JSON object on standard output.", rich_help_panel=OUT
+        ),
+    ] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only the verdict.", rich_help_panel=OUT)
+    ] = False
+
+    def terminal(self) -> Terminal:
+        """Where the command's words go.
+
+        Returns:
+            The terminal.
+        """
+        return Terminal(self.as_json, self.quiet)
+
+
+@dataclass(frozen=True)
+class OutFlags(TalkFlags):
+    """What is written and said."""
+
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace existing outputs.", rich_help_panel=OUT)
+    ] = False
+    show_plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Say what would be done, do nothing.", rich_help_panel=OUT),
+    ] = False
+
+
+def numbers(text: str | None, name: str) -> tuple[float, ...] | None:
+    """Comma-separated numbers; a fraction such as 1/255 is one.
+
+    Args:
+        text: as typed.
+        name: of the option.
+
+    Returns:
+        The numbers; ``None`` where nothing was typed.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(_fraction(part) for part in text.replace(" ", ",").split(",") if part)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"--{name}: {text!r}, expected a number, or several with commas between.", name=name
+        ) from error
+
+
+def _fraction(text: str) -> float:
+    above, slash, below = text.partition("/")
+    return float(above) / float(below) if slash else float(above)
+
+
+def sizes(text: str | None, name: str) -> tuple[int, ...] | None:
+    """Sizes from a text such as 224 or 224x320.
+
+    Args:
+        text: as typed.
+        name: of the option.
+
+    Returns:
+        One or more integers; ``None`` where nothing was typed.
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
+    except ValueError as error:
+        raise ConfigError(
+            f"--{name}: {text!r}, expected one size or HEIGHTxWIDTH, such as 224 or 224x320.",
+            name=name,
+        ) from error
+
+
+def _samples(text: str | None) -> int | str | None:
+    """A number of examples, or a word that the recipe knows."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
+def _weight(text: str) -> str | float:
+    """An example weight: a number, or a word that the recipe knows."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

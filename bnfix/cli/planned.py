@@ -1,0 +1,301 @@
+"""The commands that make a plan and carry it out: fix, calibrate, finetune, average."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bnfix.cli.options import (
+    NORM,
+    RUN,
+    TRAIN,
+    Checkpoint,
+    ChoiceFlags,
+    Data,
+    Epochs,
+    FeedFlags,
+    InputFlags,
+    KindFlags,
+    LabelFlags,
+    LayerFlags,
+    LearningRate,
+    ModelFlags,
+    OutFlags,
+    Output,
+    PlaceFlags,
+    RunFlags,
+    Seed,
+    State,
+    TuneFlags,
+    numbers,
+    option,
+)
+from bnfix.cli.terminal import show_planned, stated
+from bnfix.errors import ConfigError, some
+from bnfix.pipeline import TRIED, Plan, execute, open_plan
+from bnfix.recipe import (
+    AverageRecipe,
+    DataRecipe,
+    GateRecipe,
+    ModelRecipe,
+    RunOptions,
+    StatisticsRecipe,
+    WeightRecipe,
+)
+from bnfix.replay import replayed_plan
+from bnfix.result import check_outputs
+
+Test = Annotated[str | None, option(DataRecipe, "test", panel="Data and preprocessing")]
+
+#: What `--recipe` leaves to the command line.
+_BESIDE_A_RECIPE = {
+    "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix", "test",
+    "device", "workers", "force", "show_plan", "as_json", "quiet",
+}  # fmt: skip
+
+
+def command_line() -> str:
+    """This command as it was typed.
+
+    Returns:
+        Quoted for a shell.
+    """
+    return shlex.join(["bnfix", *sys.argv[1:]])
+
+
+def _carry_out(
+    make: Callable[[], Plan], checkpoint: Path, data: str, output: Path, out: OutFlags
+) -> None:
+    """Check the output, open, do, save, show; or say what would be done."""
+    terminal = out.terminal()
+    with stated():
+        plan = make()
+        if not out.show_plan:
+            check_outputs(output, force=out.force)
+        with terminal.working() as track:
+            plan, bench = open_plan(plan, checkpoint, data, None, track)
+            described = plan.describe(bench, str(output))
+            result = None if out.show_plan else execute(plan, bench)
+            if result is not None:
+                result.save(output, force=out.force)
+        if result is None:
+            show_planned(terminal, described)
+        else:
+            terminal.show(result.report, output)
+
+
+def _only_replayed(
+    context: typer.Context, plan: Plan, given: ModelRecipe, test: str | None
+) -> Plan:
+    """A replayed plan with the model and the test data of this command line, and no more of it."""
+    typed = {
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in _BESIDE_A_RECIPE
+        and (source := context.get_parameter_source(option.name or "")) is not None
+        and source.name == "COMMANDLINE"
+    }
+    if typed:
+        raise ConfigError(
+            f"--recipe: replays all options of that file; {some(sorted(typed))} cannot be given "
+            "besides. Leave one of them out."
+        )
+    if given.model is not None:
+        plan = dataclasses.replace(plan, model=given)
+    if test is not None:
+        plan = dataclasses.replace(plan, source=dataclasses.replace(plan.source, test=test))
+    return plan
+
+
+def fix(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    data: Data,
+    output: Output,
+    model: ModelFlags,
+    labels: LabelFlags,
+    inputs: InputFlags,
+    choice: ChoiceFlags,
+    feed: FeedFlags,
+    layers: LayerFlags,
+    run: RunFlags,
+    out: OutFlags,
+    test: Test = None,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What fine-tuning may train: none, norms, head, norms+head or all.",
+            rich_help_panel=TRAIN,
+        ),
+    ] = TRIED.train,
+    epochs: Epochs = TRIED.epochs,
+    lr: LearningRate = TRIED.lr,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT.safetensors",
+            help="Replay the options in that file's history.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """All of it in one go: statistics, example weights, brief fine-tuning, each before the gate.
+
+    Example: bnfix fix net.pth --model torchvision:resnet50 --data photos/ -o fixed.safetensors
+    """
+
+    def make() -> Plan:
+        if recipe is not None:
+            plan = replayed_plan(recipe, run=run.options(), command_line=command_line())
+            return _only_replayed(context, plan, model.recipe(), test)
+        tune = None if train == "none" else dataclasses.replace(
+            TRIED, train=train, epochs=epochs, lr=lr
+        )  # fmt: skip
+        return Plan(
+            "fix",
+            command_line(),
+            model.recipe(),
+            inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
+            layers.recipe(),
+            feed.recipe(choice.statistics, run.batch_size, choice.train_batch_size),
+            choice.recipe(),
+            tune,
+            GateRecipe(choice.z, seed=seed),
+            run.options(),
+        )
+
+    _carry_out(make, checkpoint, data, output, out)
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    data: Data,
+    output: Output,
+    model: ModelFlags,
+    labels: LabelFlags,
+    inputs: InputFlags,
+    choice: ChoiceFlags,
+    feed: FeedFlags,
+    layers: LayerFlags,
+    run: RunFlags,
+    out: OutFlags,
+    test: Test = None,
+    state: State = None,
+    seed: Seed = 0,
+) -> None:
+    """Population statistics and example weights, each kept only where held-out data proves it.
+
+    Example: bnfix calibrate net.pth --model net.py:build --data photos/ -o calibrated.safetensors
+    """
+
+    def make() -> Plan:
+        return Plan(
+            "calibrate",
+            command_line(),
+            model.recipe(),
+            inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
+            layers.recipe(),
+            feed.recipe(choice.statistics, run.batch_size, choice.train_batch_size),
+            choice.recipe(),
+            None,
+            GateRecipe(choice.z, seed=seed),
+            run.options(),
+            None if state is None else str(state),
+        )
+
+    _carry_out(make, checkpoint, data, output, out)
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    data: Data,
+    output: Output,
+    model: ModelFlags,
+    inputs: InputFlags,
+    tune: TuneFlags,
+    kind: KindFlags,
+    layers: LayerFlags,
+    place: PlaceFlags,
+    out: OutFlags,
+    test: Test = None,
+    class_map: Annotated[
+        Path | None, option(DataRecipe, "class_map", panel="Data and preprocessing")
+    ] = None,
+    precision: Annotated[str, option(RunOptions, "precision", panel=RUN)] = "fp32",
+    state: State = None,
+    seed: Seed = 0,
+) -> None:
+    """A few epochs on top; the best epoch is kept, or the original where nothing got better.
+
+    Example: bnfix finetune net.pth --model net.py:build --data photos/ -o tuned.safetensors
+    """
+
+    def make() -> Plan:
+        return Plan(
+            "finetune",
+            command_line(),
+            model.recipe(),
+            inputs.recipe(test=test, class_map=class_map, labels="auto"),
+            layers.recipe(
+                to=kind.to, ghost_size=kind.ghost_size, channel_groups=kind.channel_groups
+            ),
+            StatisticsRecipe(statistics="keep"),
+            WeightRecipe(example_weight="keep"),
+            tune.recipe(kind.ghost_size),
+            GateRecipe(seed=seed),
+            RunOptions(place.device, precision, workers=place.workers),
+            None if state is None else str(state),
+        )
+
+    _carry_out(make, checkpoint, data, output, out)
+
+
+def average(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints.")
+    ],
+    data: Data,
+    output: Output,
+    model: ModelFlags,
+    labels: LabelFlags,
+    inputs: InputFlags,
+    feed: FeedFlags,
+    layers: LayerFlags,
+    run: RunFlags,
+    out: OutFlags,
+    weights: Annotated[str | None, option(AverageRecipe, "weights", panel=NORM)] = None,
+    test: Test = None,
+    state: State = None,
+    seed: Seed = 0,
+) -> None:
+    """The mean of several checkpoints, with its own statistics; measured against the first one.
+
+    That is on --test, or on a fifth of labelled data.
+
+    Example: bnfix average a.pth b.pth --model net.py:build --data photos/ -o mean.safetensors
+    """
+
+    def make() -> Plan:
+        return Plan(
+            "average",
+            command_line(),
+            model.recipe(),
+            inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
+            layers.recipe(),
+            feed.recipe("population", run.batch_size),
+            WeightRecipe("keep"),
+            None,
+            GateRecipe(seed=seed),
+            run.options(),
+            None if state is None else str(state),
+            AverageRecipe(tuple(map(str, checkpoints[1:])), numbers(weights, "weights") or ()),
+        )
+
+    _carry_out(make, checkpoints[0], data, output, out)
