@@ -5,6 +5,8 @@ STAMP := $(VENV)/.installed
 DIST := dist
 TESTED := --doctest-modules bnfix tests
 COVERAGE := 95
+SHOWN := bnfix-demo
+CASES ?= 5000
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
 
 # What a caller's shell puts before the environment's own packages would be tested in their place.
@@ -19,18 +21,28 @@ ifneq ($(STATE),$(CURDIR))
 $(STAMP): again
 endif
 
-.PHONY: help demo test lint coverage wheel again
+.PHONY: help demo test test-browser screenshots fuzz lint coverage wheel again
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 18
 
 demo: $(STAMP) ## the whole way on embedded data, offline, in under a minute
 	$(VENV)/bin/bnfix demo
 
 test: $(STAMP) ## all tests and doctests
 	$(PY) -m pytest -q $(TESTED)
+
+test-browser: $(STAMP) ## the report's page in a real browser; needs chromium and chromedriver
+	$(PY) -m pytest -q -rs tests/browser
+
+screenshots: $(STAMP) ## pictures of the demo's page for README, in docs/
+	$(VENV)/bin/bnfix demo --quiet --force -o $(SHOWN)
+	$(PY) -m tests.browser.screenshots $(SHOWN)/digits_net.fixed.safetensors.report.html docs
+
+fuzz: $(STAMP) ## damaged and hostile files for every reader; CASES=5000 a file of tests
+	BNFIX_FUZZ_CASES=$(CASES) $(PY) -m pytest -q --timeout 0 tests/fuzz
 
 lint: $(STAMP) ## formatting, lint, types
 	$(PY) -m ruff format --check .

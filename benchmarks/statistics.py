@@ -1,10 +1,11 @@
-"""Population statistics by bnfix and by others: their error, and the accuracy they bring back.
+"""Population statistics by bnfix and by others: their error and their cost.
 
     python benchmarks/statistics.py --data FOLDER        # the folder that BNFIX_DATA names
 
 First table: the worst layer's distance from the statistics that the same weights give in float64
 with all images as one training batch; mean over the layer's channels of |mean shift| / sqrt(var +
-eps) and of |log variance ratio|. Second table: top-1 with the statistics as they were, and anew.
+eps) and of |log variance ratio|. Second table: processor time. What new statistics do to the
+accuracy is in statistics_accuracy.py.
 Needs the real checkpoints and images; fvcore is compared where it is installed. Minutes on 2 cores.
 """
 
@@ -16,7 +17,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix import evaluate, recalibrate_
+from bnfix import recalibrate_
 from bnfix.checkpoint import read_checkpoint
 from bnfix.runtime import keep_freed_memory
 from bnfix.sites import find_norms
@@ -75,13 +75,6 @@ def cifar(file: Path, n: int, size: int = 32) -> tuple[Tensor, Tensor]:
         x = F.interpolate(x, size, mode="bilinear", antialias=True)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1), labels
-
-
-def digits(file: Path) -> tuple[Tensor, Tensor]:
-    with np.load(file) as data:
-        x, labels = torch.tensor(data["images"]).unsqueeze(1).float(), torch.tensor(data["labels"])
-    x = F.interpolate(x, 16, mode="bilinear", antialias=True) / 255
-    return (x - 0.2471) / 0.2994, labels
 
 
 # --- the error of the estimate ---
@@ -140,75 +133,7 @@ def errors(data: Path) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
-# --- the accuracy that comes back ---
-
-
-def weights(net: nn.Module) -> list[Tensor]:
-    return [m.weight for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-
-
-@torch.no_grad()
-def pruned(net: nn.Module, part: float) -> nn.Module:
-    """The smallest weights of the whole network are 0."""
-    net = copy.deepcopy(net)
-    every = torch.cat([w.abs().flatten() for w in weights(net)])
-    least = every.kthvalue(int(part * len(every))).values
-    for w in weights(net):
-        w[w.abs() <= least] = 0
-    return net
-
-
-@torch.no_grad()
-def rounded(net: nn.Module, bits: int) -> nn.Module:
-    """Weights on 2^bits - 1 levels, symmetric, one scale for each tensor."""
-    net, most = copy.deepcopy(net), 2 ** (bits - 1) - 1
-    for w in weights(net):
-        step = w.abs().max() / most
-        w.copy_((w / step).round() * step)
-    return net
-
-
-@torch.no_grad()
-def noisy(net: nn.Module, part: float) -> nn.Module:
-    """Gaussian noise of this part of each tensor's own deviation."""
-    net, generator = copy.deepcopy(net), torch.Generator().manual_seed(0)
-    for w in weights(net):
-        w.add_(part * w.std() * torch.randn(w.shape, generator=generator))
-    return net
-
-
-def top1(net: nn.Module, x: Tensor, labels: Tensor) -> float:
-    return evaluate(net, list(zip(x.split(250), labels.split(250), strict=True))).top1
-
-
-def recovered(data: Path) -> None:
-    net = checkpoint(nets.resnet20(), data / "cifar10/resnet20.th")
-    usps = checkpoint(nets.usps_net(), data / "odd/usps.pth")
-    fit, test = data / "cifar10/calibration.npz", data / "cifar10/test.npz"
-    large = cifar(fit, 1000)[0], *cifar(test, 2000)
-    small = cifar(fit, 1000, 24)[0], *cifar(test, 2000, 24)
-    mnist = digits(data / "mnist/calibration.npz")[0], *digits(data / "mnist/test.npz")
-    cases = [
-        ("as it is", net, large),
-        ("50% pruned", pruned(net, 0.5), large),
-        ("70% pruned", pruned(net, 0.7), large),
-        ("4-bit weights", rounded(net, 4), large),
-        ("noise, 0.3 of the weights' deviation", noisy(net, 0.3), large),
-        ("0.75 of the resolution", net, small),
-        ("USPS network on MNIST", usps, mnist),
-    ]
-    found = ways()
-    print("\nTop-1 in % (half-width of the 95% interval); statistics by batches of 128\n")
-    print("| | n | stale | " + " | ".join(found) + " |\n|---|--:|--:|" + "--:|" * len(found))
-    for name, model, (x, images, labels) in cases:
-        accuracies = [top1(model, images, labels)]
-        for way in found.values():
-            mended = copy.deepcopy(model)
-            way(mended, list(x.split(128)))
-            accuracies.append(top1(mended.eval(), images, labels))
-        n = len(labels)
-        cells = [f"{100 * p:.1f} ({196 * math.sqrt(p * (1 - p) / n):.1f})" for p in accuracies]
-        print(f"| {name} | {n} | " + " | ".join(cells) + " |", flush=True)
+# --- what it costs ---
 
 
 def speed(data: Path, repeats: int = 3) -> None:
@@ -246,7 +171,6 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     errors(arguments.data)
-    recovered(arguments.data)
     speed(arguments.data)
 
 

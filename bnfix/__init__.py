@@ -1,5 +1,6 @@
 """bnfix: repair trained networks at their normalization layers."""
 
+import bnfix.starting as _starting  # noqa: F401  # first, since it is about the imports below
 from bnfix.calibration import recalibrate_, residuals
 from bnfix.comparison import evaluate_files
 from bnfix.conversion import convert
@@ -12,10 +13,13 @@ from bnfix.errors import (
     NormError,
     NumericError,
 )
-from bnfix.evaluation import Metrics, compare, evaluate
+from bnfix.evaluation import evaluate
 from bnfix.example_weight import choose_example_weight_
+from bnfix.exporting import export
 from bnfix.finetuning import finetune_
+from bnfix.metrics import Metrics
 from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.pairing import compare
 from bnfix.parameters import decay_norms_, parameter_groups
 from bnfix.pipeline import calibrate, finetune, fix
 from bnfix.result import Result
@@ -43,6 +47,7 @@ __all__ = [
     "decay_norms_",
     "evaluate",
     "evaluate_files",
+    "export",
     "find_norms",
     "finetune",
     "finetune_",

@@ -82,7 +82,11 @@ def average_into_(
     for file in recipe.files:
         try:
             other = read_checkpoint(
-                file, key=model.key, prefix=model.prefix, expected=frozenset(shapes)
+                file,
+                key=model.key,
+                prefix=model.prefix,
+                expected=frozenset(shapes),
+                prefer_ema=model.prefer_ema,
             )
         except CheckpointError as error:
             problems.append(str(error).rstrip("."))

@@ -10,14 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from bnfix import runtime
+from bnfix import processes, runtime
 from bnfix.collecting import Accumulator, Collector, as_stored, over_groups
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.feeding import Enough, collect, drift, eps_of
+from bnfix.keeping import Kept
+from bnfix.resuming import identity_of
 from bnfix.sites import NormSite, find_norms, sites_with_statistics, unmatched
 
 
@@ -49,7 +52,7 @@ class LayerStatistics:
     var_se: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """What `recalibrate_` did.
 
@@ -70,6 +73,8 @@ class Calibration:
         slowest: with ``samples="auto"``, the layer whose error was last to be small enough; empty
             without.
         is_enough: whether it became so before the data ended; true without ``auto``.
+        n_processes: how many shared the batches.
+        n_resumed: examples whose moments an earlier run had measured and kept.
     """
 
     target: str
@@ -85,6 +90,15 @@ class Calibration:
     how: str = "passes"
     slowest: str = ""
     is_enough: bool = True
+    n_processes: int = 1
+    n_resumed: int = 0
+
+    def __repr__(self) -> str:
+        missed = f", {len(self.never_reached)} never reached" if self.never_reached else ""
+        return (
+            f"Calibration({self.target}, {self.feed} feed: {len(self.layers)} layers from "
+            f"{self.n_examples:,} examples{missed}, {self.seconds:.3g} s)"
+        )
 
 
 def recalibrate_(
@@ -100,6 +114,8 @@ def recalibrate_(
     forward: runtime.Forward | None = None,
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
+    state: str | Path | None = None,
+    identity: str = "",
 ) -> Calibration:
     """Set the population moments of every norm layer to those of the data, weights fixed.
 
@@ -132,6 +148,11 @@ def recalibrate_(
         forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
         layers: only names that match one of these globs.
         skip: not names that match one of these globs.
+        state: folder for what passes have measured so far, one file a rank, written every half a
+            minute or so. A run that finds its state there goes on from it, to the same numbers. A
+            walk, which is one pass, starts over.
+        identity: what else tells this run from others, such as a fingerprint of the data; model
+            and options always do.
 
     Returns:
         What was measured and what was left alone.
@@ -174,7 +195,14 @@ def recalibrate_(
         raise NormError("model: no norm layer with statistics to compute anew.")
     size = train_batch_size if target == "train-batch" else None
     auto = Enough(tolerance) if samples == "auto" else None
-    found = collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes)
+    keeper = None
+    if state is not None:
+        settings = {
+            "target": target, "size": size, "feed": feed, "samples": samples, "of": identity,
+            "tolerance": tolerance, "layers": [site.name for site in sites],
+        }  # fmt: skip
+        keeper = Kept(state, identity_of(model, settings))
+    found = collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes, keeper)
     measured, collector = found.measured, found.collector
     by_name = {site.name: site for site in sites}
     new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
@@ -200,6 +228,8 @@ def recalibrate_(
         found.how,
         "" if auto is None else auto.slowest,
         auto is None or auto.is_enough,
+        processes.here().size,
+        0 if keeper is None else keeper.n_resumed,
     )
 
 
@@ -318,6 +348,11 @@ def describe_missing(calibration: Calibration) -> list[str]:
         One sentence a kind of exception, none if there is none.
     """
     sentences = []
+    if calibration.n_resumed:
+        sentences.append(
+            f"population statistics: {calibration.n_resumed} examples were not run again; an "
+            "interrupted run had kept what they measured."
+        )
     if calibration.slowest:
         reached = "were enough" if calibration.is_enough else "are all there are, and not enough"
         sentences.append(

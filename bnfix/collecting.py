@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bnfix import guards, runtime
-from bnfix.errors import DataError, NormError, NumericError
+from bnfix import guards, processes, runtime
+from bnfix.errors import NormError, NumericError
 from bnfix.moments import Moments, mix, pool
 from bnfix.norms import GeneralizedBatchNorm, over_channel_groups
 from bnfix.sites import NormSite
@@ -56,6 +58,74 @@ class Accumulator:
         # Variances of d, r and d + r give their covariance, by the one mixing rule.
         rows = torch.stack((d, r, d + r), 1)
         self._examples = pool([self._examples, Moments(n, *mix(rows, torch.zeros_like(rows)))])
+
+    def merged(self, others: Sequence[Accumulator]) -> Accumulator:
+        """These sums and those of others together, as if one had seen all.
+
+        Args:
+            others: of the same layer, from other examples.
+
+        Returns:
+            A new accumulator; these stay as they are.
+        """
+        whole = Accumulator(self._shift)
+        everyone = [self, *others]
+        for accumulator in everyone:
+            accumulator._flush()
+        whole._values = pool([accumulator._values for accumulator in everyone])
+        whole._examples = pool([a._examples_from(self._shift) for a in everyone])
+        return whole
+
+    def _examples_from(self, shift: Tensor) -> Moments:
+        """The moments of the examples as if their means had been taken from another shift."""
+        # With d' = d - s: r' = var_i + d'^2 = r - 2 s d + s^2.
+        s = shift - self._shift
+        mean_d, mean_r, _ = self._examples.mean
+        var_d, var_r, var_sum = self._examples.var
+        covariance = (var_sum - var_d - var_r) / 2
+        mean_d, mean_r = mean_d - s, mean_r - 2 * s * mean_d + s.square()
+        moved_var_r = (var_r + 4 * s.square() * var_d - 4 * s * covariance).clamp_min(0)
+        moved_covariance = covariance - 2 * s * var_d
+        moved_sum = (var_d + moved_var_r + 2 * moved_covariance).clamp_min(0)
+        return Moments(
+            self._examples.count,
+            torch.stack((mean_d, mean_r, mean_d + mean_r)),
+            torch.stack((var_d, moved_var_r, moved_sum)),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the sums hold, to go on from bit for bit.
+
+        Returns:
+            Tensors on the CPU, and numbers.
+        """
+        sums = [self._shift]
+        for moments in (self._values, self._examples):
+            sums += [moments.count, moments.mean, moments.var]
+        return {
+            "sums": [tensor.cpu() for tensor in sums],
+            "waiting": [[mean.cpu(), var.cpu()] for mean, var in self._waiting],
+            "positions": self._positions,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> Accumulator:
+        """Sums that go on from a state.
+
+        Args:
+            state: from `state`.
+            device: where the layer's inputs are.
+
+        Returns:
+            The accumulator.
+        """
+        shift, *rest = (tensor.to(device) for tensor in state["sums"])
+        self = cls(shift)
+        self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])
+        self._waiting = [(mean.to(device), var.to(device)) for mean, var in state["waiting"]]
+        self._n_waiting = sum(mean.shape[0] for mean, _ in self._waiting)
+        self._positions = int(state["positions"])
+        return self
 
     @property
     def values(self) -> Moments:
@@ -101,6 +171,8 @@ class Collector:
         self.stops = False
         self._before: dict[str, set[str]] = {}
         self._calls: Counter[str] = Counter()
+        #: Examples of the last pass that this rank has run.
+        self.n_own = 0
         self.batch_index = 0
         self._to_check: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
         self._own: dict[int, tuple[Any, Any]] = {}
@@ -145,6 +217,56 @@ class Collector:
         own = self._own.pop(id(module), None)
         if own is not None:
             module._buffers["running_mean"], module._buffers["running_var"] = own
+
+    def state(self) -> dict[str, Any]:
+        """What was measured, to be sent to other ranks or written.
+
+        Returns:
+            Plain containers, numbers and tensors on the CPU.
+        """
+        return {
+            "measured": {name: found.state() for name, found in self.measured.items()},
+            "n_calls": dict(self.n_calls),
+            "before": {name: sorted(names) for name, names in self._before.items()},
+        }
+
+    def set_states_(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Replace what was measured by what others have, taken together.
+
+        Args:
+            states: from `state`; of the ranks, in their order.
+
+        Changes:
+            What was measured and counted; not what layers normalize by.
+        """
+        devices = {site.name: device_of_site(site) for site in self.sites.values()}
+        parts: dict[str, list[Accumulator]] = {}
+        self.n_calls, self._before = {}, {}
+        for state in states:
+            for name, n in state["n_calls"].items():
+                self.n_calls[name] = max(int(n), self.n_calls.get(name, 0))
+            for name, names in state["before"].items():
+                self._before.setdefault(name, set()).update(names)
+            for name, sums in state["measured"].items():
+                part = Accumulator.of_state(sums, devices[name])
+                parts.setdefault(name, []).append(part)
+        # One part stays as it is, with what still waits: so a run goes on bit for bit.
+        self.measured = {
+            name: first if not rest else first.merged(rest)
+            for name, (first, *rest) in parts.items()
+        }
+
+    def everyones(self) -> dict[str, Accumulator]:
+        """What all ranks together have measured so far; a collective call.
+
+        Returns:
+            By layer.
+        """
+        if not processes.here().shared:
+            return self.measured
+        together = Collector(list(self.sites.values()), by_batch=self.by_batch)
+        together.set_states_(processes.gather(self.state()))
+        return together.measured
 
     def order(self) -> list[str]:
         """The layers measured, each after all that came before it in any batch."""
@@ -198,7 +320,7 @@ class Collector:
         index, name, mean, var, _ = next(c for c in calls if not bool(c[-1].isfinite().all()))
         bad = ~(mean + var).isfinite().all(1)
         raise NumericError(
-            f"{name}: its input, or the square of it, is not finite in batch {index}, "
+            f"{name}: its input, or the square of it, is not finite in batch {_of_all(index)}, "
             f"example {int(bad.int().argmax())} (both counted from 0). Leave that example out, or "
             "use fp32.",
             name=name,
@@ -211,10 +333,59 @@ class Collector:
         forward: runtime.Forward | None,
         samples: int | None,
         enough: Callable[[int], bool] | None = None,
+        keeper: Keeper | None = None,
     ) -> tuple[int, int]:
-        """Run the batches until they end, or are enough; return examples and batches seen."""
+        """Run the batches until they end, or are enough; return examples and batches seen.
+
+        Of several processes each runs its own batches; all end with what all have measured.
+
+        Returns:
+            Examples and batches, of all processes.
+        """
+        # What earlier passes have measured is everyone's already.
+        earlier, self.measured = self.measured, {}
+        found = None if keeper is None else keeper.finished(self)
+        if found is None:
+            found = self._whole_pass(model, batches, forward, samples, enough, keeper)
+        self.measured = {**earlier, **self.measured}
+        return found
+
+    def _whole_pass(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: runtime.Forward | None,
+        samples: int | None,
+        enough: Callable[[int], bool] | None,
+        keeper: Keeper | None,
+    ) -> tuple[int, int]:
+        """All ranks' parts of a pass, put together."""
+        seen = processes.together(
+            lambda: self._run(model, batches, forward, samples, enough, keeper)
+        )
+        if processes.here().shared:
+            self.set_states_(processes.gather(self.state()))
+        self.n_own = seen[processes.here().rank][0]
+        n_examples, n_batches = (sum(counts) for counts in zip(*seen, strict=True))
+        if keeper is not None:
+            keeper.finish(self, n_examples, n_batches)
+        return n_examples, n_batches
+
+    def _run(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: runtime.Forward | None,
+        samples: int | None,
+        enough: Callable[[int], bool] | None,
+        keeper: Keeper | None,
+    ) -> tuple[int, int]:
+        """This rank's part of a pass."""
         device = runtime.device_of(model)
-        n_examples = n_batches = 0
+        n_examples, n_batches, n_gone = (0, 0, 0) if keeper is None else keeper.resume_(self)
+        left = None if samples is None else samples - n_examples
+        rest = up_to(after(batches, n_gone), left) if left is None or left > 0 else iter(())
+        looks = enough is not None and processes.here().shared
         with (
             guards.inference(model),
             guards.hooks() as handles,
@@ -224,21 +395,57 @@ class Collector:
             for site in self.sites.values():
                 handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(site.module.register_forward_hook(self.after, always_call=True))
-            for index, batch in enumerate(up_to(batches, samples)):
-                self.new_batch(index)
-                try:
-                    runtime.run(model, batch, device, forward)
-                except StopHereError:
-                    pass
-                finally:
-                    for site in self.sites.values():
-                        self.after(site.module, None, None)
-                self.check_finite()
-                n = n_examples_of(batch)
+            for index, batch in enumerate(processes.in_step(rest) if looks else rest, n_gone):
+                measure = partial(self._one, model, batch, index, device, forward)
+                n = processes.together(measure)[processes.here().rank] if looks else measure()
                 n_examples, n_batches = n_examples + n, n_batches + (n > 0)
-                if enough is not None and enough(n_examples):
-                    break
+                if keeper is not None:
+                    keeper.after_batch(self, n_examples, n_batches, index + 1)
+                if enough is not None:
+                    n_seen = sum(processes.gather(n_examples)) if looks else n_examples
+                    if enough(n_seen):
+                        break
         return n_examples, n_batches
+
+    def _one(
+        self,
+        model: nn.Module,
+        batch: Any,
+        index: int,
+        device: torch.device,
+        forward: runtime.Forward | None,
+    ) -> int:
+        """Measure one batch; how many examples it has."""
+        if batch is None:
+            return 0
+        self.new_batch(index)
+        try:
+            runtime.run(model, batch, device, forward)
+        except StopHereError:
+            pass
+        finally:
+            for site in self.sites.values():
+                self.after(site.module, None, None)
+        self.check_finite()
+        return runtime.n_examples_of(batch)
+
+
+class Keeper(Protocol):
+    """Keeps what passes have measured, for a run that goes on after a crash."""
+
+    def finished(self, collector: Collector) -> tuple[int, int] | None:
+        """Begin a pass; where it was finished before, give its result, examples and batches."""
+
+    def resume_(self, collector: Collector) -> tuple[int, int, int]:
+        """What a begun pass has come to: examples, batches, and batches to leave out."""
+
+    def after_batch(
+        self, collector: Collector, n_examples: int, n_batches: int, n_gone: int
+    ) -> None:
+        """Write now and then."""
+
+    def finish(self, collector: Collector, n_examples: int, n_batches: int) -> None:
+        """Write what the whole pass has measured."""
 
 
 @torch.no_grad()
@@ -288,23 +495,50 @@ def as_stored(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor
     return mean.to(own), var.to(own)
 
 
+def device_of_site(site: NormSite) -> torch.device:
+    """Where a layer's statistics are.
+
+    Args:
+        site: the layer's place.
+
+    Returns:
+        The device of its running mean.
+    """
+    own: Any = site.module._buffers["running_mean"]
+    return torch.device("cpu") if own is None else own.device
+
+
+def after(batches: Iterable[Any], n: int) -> Iterable[Any]:
+    """Batches without the first ones, which are not read where that can be helped.
+
+    Args:
+        batches: any; those with ``starting_at`` are asked.
+        n: how many to leave out.
+
+    Returns:
+        The rest.
+    """
+    if not n:
+        return batches
+    if hasattr(batches, "starting_at"):
+        rest: Iterable[Any] = batches.starting_at(n)
+        return rest
+    return islice(batches, n, None)
+
+
 def up_to(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
     """Batches until this number of examples is reached; not one more is asked for."""
     n_examples = 0
+    if samples is not None and samples <= 0:
+        return
     for batch in batches:
         yield batch
-        n_examples += n_examples_of(batch)
+        n_examples += runtime.n_examples_of(batch)
         if samples is not None and n_examples >= samples:
             return
 
 
-def n_examples_of(batch: Any) -> int:
-    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
-    try:
-        found = runtime.unpack(batch)[0]
-    except DataError:
-        found = batch  # a form that only the user's forward knows
-    while isinstance(found, Mapping | list | tuple) and found:
-        found = next(iter(found.values() if isinstance(found, Mapping) else found))
-    shape = tuple(getattr(found, "shape", ()))
-    return int(shape[0]) if shape else 1
+def _of_all(index: int) -> int:
+    """The place of a batch among those of all ranks, dealt one by one."""
+    place = processes.here()
+    return index * place.size + place.rank

@@ -1,4 +1,4 @@
-"""`eval`: checkpoints side by side on the same examples."""
+"""`eval`: checkpoints side by side on the same examples, which are read once."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from typing import Any
 
 import numpy as np
 
+from bnfix import processes
+from bnfix.corruptions import corruption_of
+from bnfix.custom_metrics import custom_metrics, import_metric
 from bnfix.data import Batches
+from bnfix.entrants import Arena, Entrant, enter
 from bnfix.errors import ConfigError
-from bnfix.evaluation import evaluate
+from bnfix.estimating import estimated_evaluation
+from bnfix.evaluation import Outputs
 from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
-from bnfix.opening import open_images
+from bnfix.metrics import Metrics, measure
+from bnfix.predictions import check_predictions, table_of, write_predictions
 from bnfix.reading import require_file
-from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, check_seed
-from bnfix.report import DataUsed, Evaluated, Report
+from bnfix.recipe import (
+    CORRUPTIONS,
+    SEVERITIES,
+    DataRecipe,
+    EvaluationRecipe,
+    ModelRecipe,
+    RunOptions,
+    check_seed,
+)
+from bnfix.records import DataUsed, Evaluated
+from bnfix.report import Report
 from bnfix.saving import versions
 from bnfix.workbench import (
     Track,
-    Tracked,
     data_record,
     describe_skipped,
     evaluation_batch_size,
-    load_one,
-    open_checked,
-    resolve_preprocessing,
     seen_before,
     silent,
 )
@@ -39,11 +50,17 @@ def evaluate_files(
     model: str | ModelRecipe | None = None,
     source: DataRecipe | None = None,
     run: RunOptions | None = None,
+    also: EvaluationRecipe | None = None,
+    predictions: Path | None = None,
+    force: bool = False,
     seed: int = 0,
     track: Track = silent,
     command_line: str = "",
 ) -> Report:
     """Measure checkpoints on the same examples, each paired against the first.
+
+    Checkpoints of one preprocessing go through the data together, so that every image is read and
+    decoded once.
 
     Args:
         checkpoints: one or more files.
@@ -51,7 +68,10 @@ def evaluate_files(
         model: spec that serves every checkpoint; by default what each carries.
         source: labels and preprocessing.
         run: device and batch size.
-        seed: of the intervals.
+        also: what else is measured.
+        predictions: file for what each model says of each example, ``.csv`` or ``.parquet``.
+        force: replace that file if it is there.
+        seed: of the intervals, of noise, and of which images are compared in other batches.
         track: how progress is shown.
         command_line: as typed, for the report.
 
@@ -59,97 +79,145 @@ def evaluate_files(
         The report.
 
     Raises:
-        ConfigError: if there is no checkpoint.
+        ConfigError: if there is no checkpoint, or options exclude each other.
     """
     if not checkpoints:
         raise ConfigError("eval: no checkpoint given.")
     check_seed(seed)
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
-    source, run = source or DataRecipe(), run or RunOptions()
-    models: list[Evaluated] = []
+    source, run, also = source or DataRecipe(), run or RunOptions(), also or EvaluationRecipe()
+    if also.corruptions and source.corrupt is not None:
+        raise ConfigError("--corruptions: not together with --corrupt. Leave one of them out.")
+    functions = [import_metric(spec) for spec in also.metric]
+    if predictions is not None:
+        check_predictions(predictions, force=force)
     notes: list[str] = []
-    states: list[dict[str, Any]] = []
-    opened: dict[Any, Any] = {}
-    history: list[dict[str, Any]] = []
-    passes: list[Tracked] = []
-    for path, name in zip(checkpoints, _names(checkpoints), strict=True):
-        loaded = load_one(path, recipe, run)
-        preprocessing, remarks = resolve_preprocessing(loaded, source)
-        notes += [f"{name}: {remark}" for remark in (*loaded.checkpoint.notes, *remarks)]
-        images, input_size = open_checked(data, loaded.model, source, preprocessing)
-        # Opened anew for its classes; kept from the last time for the images already decoded.
-        images = opened.setdefault((preprocessing.channels, images.class_names), images)
-        everything = np.arange(len(images))
-        batches = Tracked(
-            Batches(
-                images,
-                everything,
-                preprocessing,
-                batch_size=evaluation_batch_size(run, loaded.model, input_size),
-                workers=run.workers,
-                max_bad=source.max_bad,
-            ),
-            f"evaluating {name}",
-            track,
-        )
-        metrics = evaluate(loaded.model, batches, precision=run.precision, seed=seed)
-        passes.append(batches)
-        history += loaded.origin.history
-        models.append(
-            Evaluated(name, str(path), loaded.checkpoint.sha256, metrics, n_live(loaded.model))
-        )
-        states.append(statistics_of(loaded.model))
-        last, last_images = loaded.model, images
-    record = data_record(last_images)
-    skipped = describe_skipped(passes)
-    used = DataUsed(
-        record["spec"],
-        models[0].metrics.n_examples,
-        record["fingerprint"],
-        last_images.class_names,
-        {},
-        skipped,
-        len(skipped),
+    entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
+    if also.corruptions and entrants[0].images.labels is None:
+        raise ConfigError("--corruptions: the examples have no labels. Give labels.")
+    arena = Arena(entrants, source, run, seed, track)
+    found = arena.outputs("evaluating", corruption_of(source.corrupt, seed), bool(functions))
+    metrics = [_measured(one, seed) for one in found]
+    own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
+    if predictions is not None:
+        _write_predictions(predictions, entrants, found)
+    last = entrants[-1]
+    record, skipped = data_record(last.images), describe_skipped(arena.passes)
+    history = [entry for one in entrants for entry in one.loaded.origin.history]
+    first_statistics, last_statistics = (
+        statistics_of(one.loaded.model) for one in (entrants[0], last)
     )
+    if source.corrupt is not None:
+        notes.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
     return Report(
         command="eval",
-        data=used,
-        models=tuple(models),
-        layers=layer_rows(last, drifts_between(states[0], states[-1]), {}),
-        assumptions=tuple(dict.fromkeys([*notes, *(f"{n}." for n in last_images.notes)])),
-        n_seen=seen_before(last_images, np.arange(len(last_images)), history),
-        options={"preprocessing": dataclasses.asdict(preprocessing)},
+        data=DataUsed(
+            record["spec"],
+            metrics[0].n_examples,
+            record["fingerprint"],
+            last.images.class_names,
+            {},
+            skipped,
+            len(skipped),
+            source.corrupt,
+        ),
+        models=tuple(
+            Evaluated(
+                one.name,
+                one.path,
+                one.loaded.checkpoint.sha256,
+                m,
+                n_live(one.loaded.model),
+                custom,
+                outputs.classified,
+            )
+            for one, m, custom, outputs in zip(entrants, metrics, own, found, strict=True)
+        ),
+        layers=layer_rows(last.loaded.model, drifts_between(first_statistics, last_statistics), {}),
+        assumptions=tuple(dict.fromkeys([*notes, *(f"{n}." for n in last.images.notes)])),
+        n_seen=seen_before(last.images, np.arange(len(last.images)), history),
+        options={
+            "preprocessing": dataclasses.asdict(last.preprocessing),
+            **({"corrupt": source.corrupt} if source.corrupt else {}),
+            **{name: value for name, value in dataclasses.asdict(also).items() if value},
+        },
         seed=seed,
         command_line=command_line,
         versions=versions(),
+        corruptions=tuple(arena.shifted()) if also.corruptions else (),
+        invariance=tuple(arena.invariance()) if also.compare_batch_sizes else (),
     )
 
 
-def plan_evaluation(checkpoints: Sequence[str | Path], data: str) -> dict[str, Any]:
-    """What `evaluate_files` would do, without reading a tensor or decoding an image.
+def plan_evaluation(
+    checkpoints: Sequence[str | Path],
+    data: str,
+    also: EvaluationRecipe | None = None,
+    *,
+    model: ModelRecipe | None = None,
+    source: DataRecipe | None = None,
+    run: RunOptions | None = None,
+) -> dict[str, Any]:
+    """What `evaluate_files` would do, and what it would cost by a few batches of every model.
 
     Args:
         checkpoints: the files; they must be there.
         data: DATA.
+        also: what else would be measured.
+        model: which models they are.
+        source: labels and preprocessing.
+        run: device and batch size.
 
     Returns:
         JSON values.
     """
     for path in checkpoints:
         require_file(Path(path))
+    n_variants = 1
+    if also is not None and also.corruptions:
+        n_variants += len(CORRUPTIONS) * len(SEVERITIES)
+    source, run = source or DataRecipe(), run or RunOptions()
+    own = also is not None and bool(also.metric)
+    entrants = enter(checkpoints, data, model or ModelRecipe(), source, run, own, [])
+    n_examples = len(entrants[0].images)
+    few = []
+    for one in entrants:
+        size = evaluation_batch_size(run, one.loaded.model, one.input_size)
+        index = np.arange(min(n_examples, 2 * size))
+        batches = Batches(
+            one.images,
+            index,
+            one.preprocessing,
+            batch_size=size,
+            workers=run.workers,
+            max_bad=float(len(index)),
+        )
+        few.append((one.loaded.model, batches))
+    cost = estimated_evaluation(few, n_examples, n_variants, run.precision)
     return {
         "command": "eval",
         "plan": True,
         "checkpoints": [str(path) for path in checkpoints],
-        "data": {"spec": data, "n_examples": len(open_images(data, labels="none"))},
-        "passes": len(checkpoints),
+        "data": {"spec": data, "n_examples": n_examples},
+        **cost.to_json(),
     }
 
 
-def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Short names, made unique by as much of the path as it takes."""
-    names = [Path(path).name for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{Path(path).parent.name}/{name} ({i + 1})"
-        for i, (name, path) in enumerate(zip(names, paths, strict=True))
-    ]
+def _measured(found: Outputs, seed: int) -> Metrics:
+    """Metrics of logits; of other outputs only their number."""
+    rate = found.images_per_second
+    if found.classified:
+        return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
+    none = (None,) * 7
+    return Metrics(len(found.outputs), *none, {}, rate, (), found.outputs[:0], None)
+
+
+def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[Outputs]) -> None:
+    if not all(one.classified for one in found):
+        raise ConfigError(
+            "--predictions: the outputs are no logits of classes. Leave it out.", name="predictions"
+        )
+    images, positions = entrants[0].images, found[0].positions
+    examples = [] if positions is None else [images.name(int(i)) for i in positions]
+    if processes.here().is_first:
+        write_predictions(path, table_of([one.name for one in entrants], examples, found))

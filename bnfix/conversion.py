@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from bnfix import guards
-from bnfix.data import Batches
+from bnfix.corruptions import corruption_of
+from bnfix.data import Batch, Batches
 from bnfix.errors import ModelError
 from bnfix.example_weight import weighable_layers
 from bnfix.layer_rows import layer_rows
@@ -23,6 +24,8 @@ from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions, Swa
 from bnfix.refitting import REFIT_SAMPLES, Refitting, refit_
 from bnfix.report import Report
 from bnfix.result import Result
+from bnfix.runtime import has_forward, tensors_in
+from bnfix.runtime import run as run_model
 from bnfix.saving import Loaded, history_entry, round_as_stored_, versions
 from bnfix.surgery import plan_swap, swap_planned_
 from bnfix.workbench import (
@@ -38,6 +41,10 @@ from bnfix.workbench import (
     silent,
 )
 
+#: What a network, or the user's call of it, is known to raise on an input of another shape.
+_FAILURES = (
+    RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ModelError,
+)  # fmt: skip
 #: Largest difference of the outputs, relative to the largest output, that counts as rounding.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 1e-2
 
@@ -81,7 +88,7 @@ def convert(
     """
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     swap = swap or SwapRecipe()
-    loaded = load_one(checkpoint, recipe, run or RunOptions())
+    loaded = load_one(checkpoint, recipe, run or RunOptions(), mapped=True)
     example = example_input(loaded.model, input_shape)
     before = None if example is None else _outputs(loaded.model, example)
     was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
@@ -102,6 +109,11 @@ def convert(
         )
     else:
         after = _outputs(loaded.model, example)
+        if after.shape != before.shape:
+            raise ModelError(
+                "model: gives outputs of other shapes after the swap. It may hold norm layers "
+                "that are reached in ways that cannot be seen; use --skip."
+            )
         # A network that is broken already gives NaN, and may give the same NaN.
         same = (before == after) | (before.isnan() & after.isnan())
         gap = torch.where(same, 0.0, (after - before).abs()).max()
@@ -132,7 +144,11 @@ def convert(
             "scale and shift are the original's, re-fitted for moments pooled over the channel "
             "groups only; give --data to re-fit them to the original's outputs."
         )
-    options = {"swap": dataclasses.asdict(swap), "data": dataclasses.asdict(source)}
+    options = {
+        "model": dataclasses.asdict(recipe),
+        "swap": dataclasses.asdict(swap),
+        "data": dataclasses.asdict(source),
+    }
     entry = history_entry(
         "convert",
         options={**options, "samples": samples},
@@ -175,6 +191,8 @@ def _refit(
     source = dataclasses.replace(source, labels="none")
     preprocessing, remarks = resolve_preprocessing(loaded, source)
     images, input_size = open_checked(data, loaded.model, source, preprocessing)
+    if source.corrupt is not None:
+        remarks.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
     wanted = samples or REFIT_SAMPLES
     index = np.random.default_rng(seed).permutation(len(images))[:wanted]
     batches = Batches(
@@ -184,6 +202,7 @@ def _refit(
         batch_size=evaluation_batch_size(run, loaded.model, input_size),
         workers=run.workers,
         max_bad=source.max_bad,
+        corruption=corruption_of(source.corrupt, seed),
     )
     tracked = Tracked(batches, "re-fitting scale and shift", track)
     found = refit_(loaded.model, original, tracked)
@@ -214,7 +233,7 @@ def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tens
         example = torch.randn(2, *candidate, generator=generator).to(device)
         try:
             _outputs(model, example)
-        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        except _FAILURES as error:
             failures.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
         else:
             return example
@@ -224,32 +243,38 @@ def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tens
 
 
 def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """All tensors of the output, flat, in float64."""
-    with guards.inference(model):
-        output = model(example)
-    found: list[torch.Tensor] = []
-
-    def gather(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found.append(value.double().flatten())
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                gather(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                gather(item)
-
-    gather(output)
+    """All tensors of the output, flat, in float64; of a detector those of its backbone."""
+    features: list[Any] = []
+    backbone = getattr(model, "backbone", None)
+    with guards.inference(model), guards.hooks() as handles:
+        if isinstance(backbone, nn.Module):
+            handles.append(backbone.register_forward_hook(lambda *call: features.append(call[-1])))
+        if has_forward(model):
+            output = run_model(model, _batch_of(example), example.device)
+        else:
+            output = model(example)
+    # Which boxes a detector keeps, and in which order, can turn on a rounding.
+    if _is_detections(output) and features:
+        output = features
+    found = tensors_in(output)
     if not found:
         raise TypeError("the output holds no tensor")
-    return torch.cat(found)
+    return torch.cat([tensor.double().flatten() for tensor in found])
+
+
+def _batch_of(example: torch.Tensor) -> Batch:
+    return Batch(example, None, np.arange(len(example)))
+
+
+def _is_detections(output: Any) -> bool:
+    return isinstance(output, list) and all(isinstance(o, Mapping) and "boxes" in o for o in output)
 
 
 def _zero_pointwise(model: nn.Module, example: torch.Tensor | None) -> list[str]:
     """Layers with a single position keep weight 0: there the formula is another non-linearity."""
     if example is None:
         return []
-    _, excluded = weighable_layers(model, [example])
+    _, excluded = weighable_layers(model, [_batch_of(example)])
     layers = dict(generalized_norms(model))
     live = [
         name for name in excluded if layers[name].live and layers[name].running_mean is not None

@@ -6,9 +6,10 @@ import copy
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import ceil, floor
+from functools import partial
+from math import floor
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from bnfix.corruptions import Corruption
 from bnfix.errors import ConfigError, DataError, some
 from bnfix.images import (
     MAX_PIXELS,
     ArrayImages,
-    FileImages,
+    EncodedImages,
     Images,
 )
 from bnfix.recipe import Preprocessing
@@ -198,6 +200,8 @@ class Batches:
         shuffle_seed: order by a seeded permutation.
         max_bad: how many bad images a pass may meet; default: 1 %, and at least 5.
         cache_bytes: memory for resized images of one kind.
+        corruption: what is done to every image after resize and crop, as 8-bit pixels, before
+            scale, mean and std; what is kept in memory is the image without it.
 
     Raises:
         ConfigError: if an option is out of range or the channels are not those of the images.
@@ -214,6 +218,7 @@ class Batches:
         shuffle_seed: int | None = None,
         max_bad: float | None = None,
         cache_bytes: int = 2 << 30,
+        corruption: Corruption | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"--batch-size: {batch_size}, expected 1 or more.", name="batch_size")
@@ -234,15 +239,17 @@ class Batches:
         self.workers = workers
         self.max_bad = max(5.0, 0.01 * len(index)) if max_bad is None else max_bad
         self.cache_bytes = cache_bytes
+        self.corruption = corruption
         self.skipped: list[Skipped] = []
         self._seen_bad: set[int] = set()
         self._index = index
         self._order = _shuffled(index, shuffle_seed)
+        self._part: Callable[[list[np.ndarray]], list[np.ndarray]] = _all_of
         geometry = (preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
         self._shaped: _Shaped = images.shaped.setdefault(geometry, _Shaped())
 
     def __len__(self) -> int:
-        return ceil(len(self._order) / self.batch_size)
+        return len(self._groups())
 
     @property
     def n_examples(self) -> int:
@@ -262,23 +269,68 @@ class Batches:
         other._order = _shuffled(self._index, seed)
         return other
 
+    def dealt(self, rank: int, size: int) -> Batches:
+        """Every ``size``-th batch, whole, so that all ranks together have the same batches as one.
+
+        Args:
+            rank: whose share.
+            size: how many ranks there are.
+
+        Returns:
+            The copy; memory and ``skipped`` are shared.
+        """
+        other = copy.copy(self)
+        other._part = partial(_dealt, rank=rank, size=size)
+        return other
+
+    def sliced(self, rank: int, size: int) -> Batches:
+        """A part of every batch, so that all ranks together take the same steps as one.
+
+        Args:
+            rank: whose share.
+            size: how many ranks there are.
+
+        Returns:
+            The copy; a last batch of fewer images than ranks is nothing to some.
+        """
+        other = copy.copy(self)
+        other._part = partial(_sliced, rank=rank, size=size)
+        return other
+
+    def starting_at(self, n: int) -> Batches:
+        """The same without the first batches, which are not read either.
+
+        Args:
+            n: batches to leave out.
+
+        Returns:
+            The copy.
+        """
+        other, part = copy.copy(self), self._part
+        other._part = lambda groups: part(groups)[n:]
+        return other
+
+    def _groups(self) -> list[np.ndarray]:
+        order, size = self._order, self.batch_size
+        return self._part([order[start : start + size] for start in range(0, len(order), size)])
+
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of one pass.
 
         Raises:
             DataError: if there are no images, none or too few are good, or sizes differ.
         """
-        order, size = self._order, self.batch_size
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        groups = self._groups()
         n_good = 0
         for index, pixels in self._pixels(groups):
             n_good += len(index)
             labels = self.images.labels
             y = None if labels is None else torch.from_numpy(labels[index])
-            yield Batch(self._scaled(pixels), y, index)
-        if n_good == 0:
+            yield Batch(self._scaled(self._corrupted(pixels, index)), y, index)
+        if n_good == 0 and (groups or not len(self._order)):
             why = f": {self.skipped[0].reason}" if self.skipped else "."
-            raise DataError(f"{self.images.spec}: no usable image among {len(order)}{why}")
+            n = sum(map(len, groups))
+            raise DataError(f"{self.images.spec}: no usable image among {n}{why}")
 
     # Positions and pixels, uint8 (n, C, H, W), of each group's good images.
     def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -341,7 +393,7 @@ class Batches:
             n_cpus = len(os.sched_getaffinity(0))
         if self.workers >= 0:
             return min(self.workers, n_cpus) if n_wanted else 0
-        many = n_wanted > 256 and isinstance(self.images, FileImages)
+        many = n_wanted > 256 and isinstance(self.images, EncodedImages)
         return min(4, n_cpus) if many and n_cpus > 1 else 0
 
     def _skip(self, i: int, reason: str, n_bad: int) -> None:
@@ -367,11 +419,30 @@ class Batches:
                 "(height x width). Give --resize and --crop, or --preset."
             )
 
+    def _corrupted(self, pixels: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        if self.corruption is None:
+            return pixels
+        images = pixels.permute(0, 2, 3, 1).numpy()
+        spoilt = [self.corruption.apply(x, int(i)) for x, i in zip(images, index, strict=True)]
+        return torch.from_numpy(np.stack(spoilt)).permute(0, 3, 1, 2)
+
     def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
         p = self.preprocessing
         x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (p.mean, p.std))
         return x.mul_(p.scale).sub_(mean).div_(std)
+
+
+def _all_of(groups: list[np.ndarray]) -> list[np.ndarray]:
+    return groups
+
+
+def _dealt(groups: list[np.ndarray], rank: int, size: int) -> list[np.ndarray]:
+    return groups[rank::size]
+
+
+def _sliced(groups: list[np.ndarray], rank: int, size: int) -> list[np.ndarray]:
+    return [group[rank::size] for group in groups if len(group) > rank]
 
 
 def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:

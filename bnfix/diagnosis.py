@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,17 @@ from torch import Tensor
 
 _MOMENTS = ("running_mean", "running_var")
 _TINY_VAR = 1e-5
+#: Below so many batches more than 1% of a new layer's statistics is left at momentum 0.1.
+_FEW_BATCHES = 44
+_LARGEST_HALF = 65504.0
+
+#: What to do, with the command; CKPT, SPEC, DATA and OUT are filled in where they are known.
+RECALIBRATE = (
+    "bnfix calibrate CKPT --model SPEC --data DATA --statistics population --example-weight keep "
+    "-o OUT"
+)
+TUNE = "bnfix finetune CKPT --model SPEC --data DATA --train norms -o OUT"
+REPLACE = "find another checkpoint, and see what it holds: bnfix inspect OTHER"
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,8 @@ class NormTensors:
         gamma_range: smallest and largest |gamma|, where there is one.
         n_dead: channels with a running variance below 1e-5.
         example_weight: as the header says; 0 for a stock file.
+        grouped: whether the header says that channels share statistics.
+        ours: whether the header knows the layer.
     """
 
     name: str
@@ -56,6 +70,8 @@ class NormTensors:
     gamma_range: tuple[float, float] | None
     n_dead: int
     example_weight: float | list[float]
+    grouped: bool = False
+    ours: bool = False
 
 
 def read_norms(
@@ -92,6 +108,8 @@ def read_norms(
                 _range(gamma.double().abs()) if gamma is not None and has_gamma else None,
                 int((var.double() < _TINY_VAR).sum()),
                 _weight(settings.get("example_weight")) if isinstance(settings, dict) else 0.0,
+                isinstance(settings, dict) and settings.get("channel_groups") != mean.numel(),
+                isinstance(settings, dict),
             )
         )
     return layers
@@ -105,62 +123,153 @@ def diagnose(tensors: Mapping[str, Tensor], layers: list[NormTensors]) -> list[F
         layers: from `read_norms`.
 
     Returns:
-        Findings in the order of the layers.
+        Findings in the order of the layers; then what are no whole layers.
     """
     findings: list[Finding] = []
+    counts = [layer.batches_tracked for layer in layers if layer.batches_tracked]
+    usual = Counter(counts).most_common(1)[0][0] if counts else 0
     for layer in layers:
-        prefix = f"{layer.name}." if layer.name else ""
-        mean, var = (tensors[prefix + key].double() for key in _MOMENTS)
-        findings += [
-            Finding(layer.name, *fault) for fault in _faults(layer, mean, var, prefix, tensors)
+        mean, var = (tensors[_under(layer.name, key)] for key in _MOMENTS)
+        faults = [
+            *_statistics_faults(layer, mean, var),
+            *_counter_faults(layer, mean, var, usual, any_counted=bool(counts)),
+            *_affine_faults(layer, tensors),
+            *_half_faults(layer, mean, var),
         ]
-    return findings
+        findings += [Finding(layer.name, *fault) for fault in faults]
+    known = {layer.name for layer in layers}
+    return findings + _broken_layers(tensors, known)
 
 
 _Fault = tuple[str, str, str, str]
 
 
-def _faults(
-    layer: NormTensors, mean: Tensor, var: Tensor, prefix: str, tensors: Mapping[str, Tensor]
-) -> list[_Fault]:
+def _under(layer: str, key: str) -> str:
+    return f"{layer}.{key}" if layer else key
+
+
+def _statistics_faults(layer: NormTensors, mean: Tensor, var: Tensor) -> list[_Fault]:
+    mean, var = mean.double(), var.double()
     found: list[_Fault] = []
-    recalibrate = (
-        "bnfix calibrate CKPT --data DATA --statistics population --example-weight keep -o OUT"
-    )
     n_bad = int((~(mean.isfinite() & var.isfinite())).sum())
     if n_bad:
         detail = f"{n_bad} of {layer.channels} channels have statistics that are not finite"
-        found.append(("not-finite", detail, "error", recalibrate))
+        found.append(("not-finite", detail, "error", RECALIBRATE))
     n_negative = int((var < 0).sum())
     if n_negative:
         detail = f"{n_negative} of {layer.channels} channels have a negative variance"
-        found.append(("negative-variance", detail, "error", recalibrate))
+        found.append(("negative-variance", detail, "error", RECALIBRATE))
     if not mean.any() and bool((var == 1).all()):
         detail = "the statistics are those of a new layer (mean 0, variance 1)"
-        found.append(("never-updated", detail, "warning", recalibrate))
-    elif layer.batches_tracked == 0:
-        detail = "num_batches_tracked is 0 although the statistics are not those of a new layer"
-        found.append(("counter-zero", detail, "note", "nothing, unless momentum is None"))
-    if bool((var == 0).all()):
-        found.append(("zero-variance", "every variance is 0", "warning", recalibrate))
+        found.append(("never-updated", detail, "warning", RECALIBRATE))
+    elif bool((var == 0).all()):
+        found.append(("zero-variance", "every variance is 0", "warning", RECALIBRATE))
     elif layer.n_dead and not n_negative:
         detail = (
             f"{layer.n_dead} of {layer.channels} channels have a variance below {_TINY_VAR:g} "
             f"(least {layer.var_range[0]:.2g}): constant channels, normalized by eps"
         )
         found.append(("dead-channels", detail, "note", "nothing; they carry no signal"))
-    gamma = tensors.get(prefix + "weight")
-    if gamma is not None and _is_real(gamma):
+    elif not layer.grouped and layer.channels > 1 and not n_bad and _all_same(mean, var):
+        detail = "every channel has the same mean and the same variance"
+        found.append(("uniform-statistics", detail, "warning", RECALIBRATE))
+    return found
+
+
+def _all_same(mean: Tensor, var: Tensor) -> bool:
+    return bool((mean == mean[0]).all()) and bool((var == var[0]).all())
+
+
+def _counter_faults(
+    layer: NormTensors, mean: Tensor, var: Tensor, usual: int, *, any_counted: bool
+) -> list[_Fault]:
+    n = layer.batches_tracked
+    if n is None:
+        detail = "has no count of batches, and other layers have one: frozen, or put in by hand"
+        return [
+            ("frozen", detail, "note", "nothing, if it is meant so; " + RECALIBRATE)
+        ] * any_counted
+    if n == 0 and (bool(mean.any()) or not bool((var == 1).all())):
+        detail = "num_batches_tracked is 0 although the statistics are not those of a new layer"
+        return [("counter-zero", detail, "note", "nothing, unless momentum is None")]
+    if n < 0:
+        detail = f"num_batches_tracked is {n}, which counts nothing"
+        return [("counter-negative", detail, "warning", RECALIBRATE)]
+    if 0 < n < _FEW_BATCHES and not layer.ours:
+        detail = (
+            f"{n} batches were counted: at torch's momentum of 0.1 a part of {0.9**n:.2g} of the "
+            "statistics is still that of a new layer"
+        )
+        return [("few-batches", detail, "warning", RECALIBRATE)]
+    if usual and n != usual and n % usual == 0:
+        detail = (
+            f"counted {n // usual} times as many batches as most layers: it is called "
+            f"{n // usual} times a forward pass, and its statistics pool those calls"
+        )
+        return [("counted-again", detail, "note", "nothing; inspect with --model tells for sure")]
+    if usual and n and n < usual / 2:
+        detail = (
+            f"counted {n} batches where most layers counted {usual}: it is newer than they are, or "
+            "was frozen in between"
+        )
+        return [("counter-behind", detail, "note", RECALIBRATE)]
+    return []
+
+
+def _affine_faults(layer: NormTensors, tensors: Mapping[str, Tensor]) -> list[_Fault]:
+    found: list[_Fault] = []
+    gamma, beta = (tensors.get(_under(layer.name, key)) for key in ("weight", "bias"))
+    for name, tensor in (("scale (gamma)", gamma), ("shift (beta)", beta)):
+        if tensor is not None and _is_real(tensor) and not bool(tensor.isfinite().all()):
+            code = "gamma-not-finite" if tensor is gamma else "beta-not-finite"
+            found.append((code, f"{name} is not finite", "error", REPLACE))
+        if tensor is not None and tensor.shape != (layer.channels,):
+            shape = tuple(tensor.shape)
+            detail = f"{name} has shape {shape}, the statistics have {layer.channels} channels"
+            found.append(("length-mismatch", detail, "error", "fetch the file again; " + REPLACE))
+    if gamma is not None and _is_real(gamma) and bool(gamma.isfinite().all()) and gamma.numel():
         n_zero = int((gamma.double().abs() < 1e-8).sum())
-        if not bool(gamma.isfinite().all()):
-            detail = "scale (gamma) is not finite"
-            found.append(("gamma-not-finite", detail, "error", "find another checkpoint"))
+        if n_zero == gamma.numel():
+            detail = "every scale (gamma) is 0: the layer puts out its shift and nothing else"
+            found.append(("gamma-all-zero", detail, "warning", TUNE))
         elif n_zero:
             detail = f"{n_zero} of {layer.channels} channels have a scale of 0"
             found.append(("gamma-zero", detail, "note", "nothing; they could be pruned"))
-    if tensors[prefix + "running_var"].dtype in (torch.float16, torch.bfloat16):
-        detail = "statistics are stored in half precision"
-        found.append(("half-statistics", detail, "note", recalibrate))
+    return found
+
+
+def _half_faults(layer: NormTensors, mean: Tensor, var: Tensor) -> list[_Fault]:
+    if {mean.dtype, var.dtype} & {torch.float16, torch.bfloat16}:
+        return [("half-statistics", "statistics are stored in half precision", "note", RECALIBRATE)]
+    finite = torch.cat([mean.double().abs(), var.double()])
+    finite = finite[finite.isfinite()]
+    if finite.numel() and float(finite.max()) > _LARGEST_HALF:
+        detail = (
+            f"a statistic of {float(finite.max()):.3g} is beyond float16 (65504): the layer must "
+            "stay in float32"
+        )
+        return [("beyond-half", detail, "note", "bnfix eval CKPT --data DATA --precision bf16")]
+    return []
+
+
+def _broken_layers(tensors: Mapping[str, Tensor], known: set[str]) -> list[Finding]:
+    """What has moments by name but is no layer to compute with."""
+    found = []
+    for key, tensor in tensors.items():
+        name, _, last = key.rpartition(".")
+        if last not in _MOMENTS or name in known:
+            continue
+        other = tensors.get(_under(name, _MOMENTS[1 - _MOMENTS.index(last)]))
+        if other is None:
+            detail = f"has a {last} and not the other moment"
+            found.append(Finding(name, "moment-missing", detail, "error", REPLACE))
+        elif last == _MOMENTS[0] and tensor.shape != other.shape:
+            detail = f"mean of shape {tuple(tensor.shape)}, variance of {tuple(other.shape)}"
+            found.append(Finding(name, "length-mismatch", detail, "error", REPLACE))
+        elif last == _MOMENTS[0]:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            detail = f"its statistics are {kind} of shape {tuple(tensor.shape)}, not real numbers"
+            found.append(Finding(name, "odd-statistics", detail, "error", REPLACE))
     return found
 
 

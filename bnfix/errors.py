@@ -6,7 +6,8 @@
     ├── ModelError       a model that cannot be built or called
     ├── NormError        a normalization layer that cannot be found, swapped or set
     ├── DataError        images or labels that cannot be used
-    └── NumericError     a computation that met NaN, infinity or too little data
+    ├── NumericError     a computation that met NaN, infinity or too little data
+    └── ProcessError     another process of the same run that has ended or cannot be reached
 
 A message reads: where: what was found, what was expected. What to do.
 """
@@ -58,6 +59,10 @@ class NumericError(BnfixError):
     """A computation met a value that is not finite, or too little data to be defined."""
 
 
+class ProcessError(BnfixError):
+    """Another process of the same run has ended, or cannot be reached."""
+
+
 def some(names: Sequence[str], limit: int = 5) -> str:
     """Join names for a message: at most ``limit`` of them, then how many more there are.
 
@@ -70,3 +75,18 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     """
     shown = ", ".join(str(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def plain(text: object) -> str:
+    """Put a text of unknown origin on one line, without control characters.
+
+    Args:
+        text: a name from a file, or somebody else's error (cut to 200 characters), or a path.
+
+    Returns:
+        A text that is fit for a message.
+    """
+    reason = text.strerror if isinstance(text, OSError) else None  # without the path, again
+    line = " ".join(str(reason or text).split())
+    line = "".join(sign if sign.isprintable() else "?" for sign in line)
+    return line if isinstance(text, Path) or len(line) <= 200 else line[:197] + "..."

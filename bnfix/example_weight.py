@@ -7,52 +7,34 @@ moment to stop), and takes over only if the gate lets it on the select batches.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bnfix import guards, runtime
-from bnfix.errors import DataError, ModelError, NormError
-from bnfix.evaluation import Metrics, Score, evaluate, labels_of, score
+from bnfix import guards, processes, runtime
+from bnfix.errors import DataError, NormError
+from bnfix.evaluation import evaluate
 from bnfix.gate import Decision, judge
+from bnfix.metrics import Metrics
 from bnfix.norms import (
     GeneralizedBatchNorm,
     generalized_norms,
-    set_example_weight_,
-    trainable_weights,
 )
 from bnfix.recipe import WeightRecipe
+from bnfix.weight_search import CurvePoint, WeightSearch
 
 LEVELS = ("global", "layer", "channel")
-#: Batches on which the search over one number stands at least.
-_LEAST_BATCHES = 8
-_COARSE = (0.01, 0.03, 0.1, 0.3)
+_LABELS = {
+    "global": "one example weight",
+    "layer": "example weight per layer",
+    "channel": "example weight per channel",
+}
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """The loss at one global weight, on the fit examples.
-
-    Args:
-        example_weight: a.
-        nll: mean NLL.
-        top1: fraction right.
-    """
-
-    example_weight: float
-    nll: float
-    top1: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WeightChoice:
     """What was tried, what won, by how much.
 
@@ -63,9 +45,11 @@ class WeightChoice:
         weights: the weight of every layer after the choice, a number or one a channel.
         excluded: layers that keep their weight: a single position a map, or no statistics.
         n_live: layers with a weight above 0.
-        passes: what fitting cost, in passes over the examples that it learns from; a pass with
-            gradients counts as 3, and watching for the right moment to stop counts too.
+        passes: what it cost, in evaluation passes over all examples given: those learned from,
+            those that say when to stop, and the gate's. One with gradients counts as 3.
         seconds: wall-clock time.
+        clock_passes: the same time in such passes, as long as they took here with weight 0;
+            ``None`` if nothing was tried.
     """
 
     decisions: tuple[Decision, ...]
@@ -76,6 +60,16 @@ class WeightChoice:
     n_live: int
     passes: float
     seconds: float
+    clock_passes: float | None = None
+
+    def __repr__(self) -> str:
+        tried = ", ".join(
+            f"{d.candidate}: {'admitted' if d.admitted else 'not admitted'}" for d in self.decisions
+        )
+        return (
+            f"WeightChoice({self.chosen}: {self.n_live} of {len(self.weights)} layers live; "
+            f"tried {tried or 'nothing'}; {self.passes:.3g} passes, {self.seconds:.3g} s)"
+        )
 
 
 def choose_example_weight_(
@@ -129,7 +123,14 @@ def choose_example_weight_(
         metrics = evaluate(model, chosen_on, forward=forward, precision=precision)
     if metrics.examples is None:
         raise DataError("example weight: the select batches have no labels to choose by.")
-    search = _Search(model, layers, watched, learn, forward, precision)
+    search = WeightSearch(model, layers, watched, learn, forward, precision)
+
+    def judged(level: str, incumbent: tuple[str, Metrics]) -> tuple[Decision, Metrics]:
+        found = evaluate(model, chosen_on, forward=forward, precision=precision)
+        search.n_run += found.n_examples
+        return judge("example weight", (_LABELS[level], found), incumbent, z), found
+
+    below, squares = (name, metrics), dict[str, dict[str, Tensor]]()
     decisions: list[Decision] = []
     curve: tuple[CurvePoint, ...] = ()
     chosen = "keep"
@@ -139,20 +140,31 @@ def choose_example_weight_(
             if level == "global":
                 curve = search.one_weight()
             else:
-                search.learned(level, recipe)
-                search.thin(recipe.thin)
-            label = f"example weight per {level}" if level != "global" else "one example weight"
-            candidate = evaluate(model, chosen_on, forward=forward, precision=precision)
-            decision = judge("example weight", (label, candidate), (name, metrics), z)
+                squares[level] = search.learned(level, recipe)
+            if level == recipe.granularity != "global":
+                search.thin(recipe.thin, squares[level])
+            decision, candidate = judged(level, (name, metrics))
             decisions.append(decision)
             if decision.admitted:
-                chosen, name, metrics = level, label, candidate
+                below = name, metrics
+                chosen, name, metrics = level, _LABELS[level], candidate
                 standing = guards.Snapshot(nn.ModuleList(layers.values()))
+            else:
+                standing.restore_()
+        if chosen == "layer" != recipe.granularity:
+            # Thinning was left for the finer level, which was not admitted.
+            search.thin(recipe.thin, squares["layer"])
+            decision, _ = judged("layer", below)
+            if decision.admitted:
+                decisions[-2] = decision
             else:
                 standing.restore_()
     except BaseException:
         at_first.restore_()
         raise
+    seconds = time.perf_counter() - started
+    n_given = search.n_examples + search.n_watched + metrics.n_examples
+    pass_seconds = search.seconds_an_example * n_given
     return WeightChoice(
         tuple(decisions),
         chosen,
@@ -160,8 +172,9 @@ def choose_example_weight_(
         weights_of(model),
         tuple(excluded),
         sum(layer.live for _, layer in generalized_norms(model)),
-        search.passes,
-        time.perf_counter() - started,
+        search.n_run / n_given,
+        seconds,
+        seconds / pass_seconds if pass_seconds else None,
     )
 
 
@@ -211,13 +224,21 @@ def weighable_layers(
         name = names[id(module)]
         positions[name] = min(seen, positions.get(name, seen))
 
-    batch = next(iter(batches), None)
-    if batch is None:
+    def look_at_one() -> bool:
+        batch = next(iter(batches), None)
+        if batch is None:
+            return False
+        with guards.inference(model), guards.hooks() as handles:
+            for layer in everything.values():
+                handles.append(layer.register_forward_hook(look))
+            runtime.run(model, batch, runtime.device_of(model), forward)
+        return True
+
+    if not any(processes.together(look_at_one)):
         raise DataError("example weight: no examples. Give at least one batch.")
-    with guards.inference(model), guards.hooks() as handles:
-        for layer in everything.values():
-            handles.append(layer.register_forward_hook(look))
-        runtime.run(model, batch, runtime.device_of(model), forward)
+    for seen in processes.gather(positions):
+        for name, n in seen.items():
+            positions[name] = min(n, positions.get(name, n))
     taking_part = {
         name: layer
         for name, layer in everything.items()
@@ -242,151 +263,3 @@ def _divide(
     batches, select = runtime.hold_out(batches, select, every=4)
     learn, monitor = runtime.hold_out(batches, monitor, every=5)
     return learn, monitor, select
-
-
-class _Search:
-    """The two ways to find weights on the fit examples; counts what they cost."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: dict[str, GeneralizedBatchNorm],
-        monitor: Iterable[Any],
-        learn: runtime.Batches,
-        forward: runtime.Forward | None,
-        precision: str,
-    ) -> None:
-        self.model, self.layers, self.forward, self.precision = model, layers, forward, precision
-        self.monitor, self.learn = monitor, learn
-        self.n_batches = self.n_examples = 0
-        self._squared_gradients: dict[str, Tensor] = {}
-        self._n_run = 0
-
-    @property
-    def passes(self) -> float:
-        """Examples run, in passes over those learned from; with gradients three times."""
-        return self._n_run / max(self.n_examples, 1)
-
-    def one_weight(self) -> tuple[CurvePoint, ...]:
-        """One weight for all layers by bracketed search; leaves the best one set."""
-        points: dict[float, CurvePoint] = {}
-
-        self._count()
-
-        def loss(a: float) -> float:
-            if a not in points:
-                set_example_weight_(self.model, dict.fromkeys(self.layers, a))
-                # One number needs few examples: a part of the batches is as good, and cheaper.
-                part = max(1, self.n_batches // 3, min(self.n_batches, _LEAST_BATCHES))
-                found = self._score(itertools.islice(runtime.pass_of(self.learn, 0), part))
-                points[a] = CurvePoint(a, found.nll, found.top1)
-            return points[a].nll
-
-        for a in (0.0, *_COARSE):
-            loss(a)
-        tried = sorted(points)
-        best = min(tried, key=lambda a: points[a].nll)
-        low = max([a for a in tried if a < best], default=0.0)
-        high = min([a for a in tried if a > best], default=1.0)
-        minimize_scalar(
-            lambda root: loss(
-                float(root) ** 2
-            ),  # the curve is flatter, resolution finer, in sqrt(a)
-            bounds=(low**0.5, high**0.5),
-            method="bounded",
-            options={"maxiter": 5, "xatol": 0.01},
-        )
-        best = min(points, key=lambda a: points[a].nll)
-        set_example_weight_(self.model, dict.fromkeys(self.layers, best))
-        return tuple(points[a] for a in sorted(points))
-
-    def thin(self, part: float) -> None:
-        """Set layers back to 0 that hardly matter: a layer with weight 0 costs nothing.
-
-        In the order of their Wald statistics, sum over channels of a^2 E[(dL/da)^2], as many as
-        together give up less than ``part`` of what the weights have gained on the monitor
-        examples. (Channels cannot be told apart so: nearly every single one is insignificant, and
-        all of them together are the gain.)
-        """
-        weights = {name: layer.example_weight for name, layer in self.layers.items()}
-        squares = self._squared_gradients
-        wald = {n: float((w.square() * squares.get(n, 0.0)).sum()) for n, w in weights.items()}
-        order = sorted(wald, key=lambda name: wald[name])
-        order = [name for name in order if bool((weights[name] > 0).any())]
-
-        def without(n: int) -> float:
-            zeros = {name: torch.zeros(()) for name in order[:n]}
-            set_example_weight_(self.model, {**weights, **zeros})
-            return self._score(self.monitor).nll
-
-        if not part or not order:
-            return
-        full, none = without(0), without(len(order))
-        limit = full + part * max(none - full, 0.0)
-        low, high = 0, len(order)  # low layers are known to be dispensable, high are not
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if without(middle) <= limit else (low, middle)
-        zeros = {name: torch.zeros(()) for name in order[:low]}
-        set_example_weight_(self.model, {**weights, **zeros})
-
-    def learned(self, granularity: str, recipe: WeightRecipe) -> None:
-        """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
-        device = runtime.device_of(self.model)
-        best_loss = np.inf
-        best: dict[str, Tensor] = {}
-        with (
-            guards.modes_kept(self.model),
-            trainable_weights(self.layers, granularity, recipe.start) as leaves,
-            guards.only_these_require_grad(self.model, list(leaves.values())),
-        ):
-            self.model.eval()
-            optimizer = torch.optim.Adam(leaves.values(), lr=recipe.lr)
-            epochs = recipe.epochs if granularity == "channel" else min(1, recipe.epochs)
-            n_steps = max(1, self.n_batches * epochs)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-            for epoch in range(epochs):
-                self._squared_gradients = {n: torch.zeros_like(v) for n, v in leaves.items()}
-                for batch in runtime.pass_of(self.learn, epoch):
-                    optimizer.zero_grad()
-                    self._loss(batch, device).backward()  # type: ignore[no-untyped-call]
-                    for name, leaf in leaves.items():
-                        if leaf.grad is not None:
-                            self._squared_gradients[name] += leaf.grad.square()
-                    optimizer.step()
-                    schedule.step()
-                    with torch.no_grad():
-                        for leaf in leaves.values():
-                            leaf.clamp_(0, 1)
-                now = self._score(self.monitor).nll
-                if now < best_loss:
-                    best_loss = now
-                    best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
-        if best:
-            set_example_weight_(self.model, best)
-
-    def _loss(self, batch: Any, device: torch.device) -> Tensor:
-        logits = runtime.logits_of(runtime.run(self.model, batch, device, self.forward))
-        labels = labels_of(batch, *logits.shape)
-        if labels is None:
-            raise DataError("example weight: a batch has no labels to learn from. Give (x, y).")
-        if not logits.requires_grad:
-            raise ModelError(
-                "example weight: the model's output has no gradient in the weights. Look for "
-                "no_grad or detach in the model, or use --granularity global."
-            )
-        self._n_run += 3 * len(labels)
-        return F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
-
-    def _score(self, batches: Iterable[Any]) -> Score:
-        found = score(self.model, batches, forward=self.forward, precision=self.precision)
-        self._n_run += found.n_examples
-        return found
-
-    def _count(self) -> None:
-        """Batches and examples of a pass, counted once."""
-        if not self.n_batches:
-            for batch in runtime.pass_of(self.learn, 0):
-                inputs = runtime.unpack(batch)[0] if self.forward is None else batch
-                self.n_batches += 1
-                self.n_examples += len(inputs) if hasattr(inputs, "__len__") else 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix import runtime
-from bnfix.collecting import Accumulator, Collector, as_stored, up_to
+from bnfix.collecting import Accumulator, Collector, Keeper, as_stored, up_to
 from bnfix.errors import DataError, NormError, some
 from bnfix.sites import NormSite
 from bnfix.walking import Walk
@@ -39,10 +39,11 @@ class Enough:
         if n_examples < self._next_look:
             return False
         self._next_look = math.ceil(n_examples * (1 + _LOOK_AGAIN))
+        measured = collector.everyones()
         errors = {
-            site.name: layer_error(collector.measured[site.name], eps_of(site))
+            site.name: layer_error(measured[site.name], eps_of(site))
             for site in collector.sites.values()
-            if site.name in collector.measured
+            if site.name in measured
         }
         late = [name for name, error in errors.items() if not error <= self._tolerance]
         if late:
@@ -89,6 +90,7 @@ def collect(
     feed: str,
     size: int | None,
     memory_bytes: int | None,
+    keeper: Keeper | None = None,
 ) -> Found:
     """Measure every layer's input by the feed asked for, in the cheapest way that is exact.
 
@@ -102,6 +104,7 @@ def collect(
         feed: ``batch`` or ``sequential``.
         size: of the train-batch target.
         memory_bytes: what a walk may hold.
+        keeper: keeps what passes have measured; a walk starts over.
 
     Returns:
         What was measured, and what it took.
@@ -113,8 +116,8 @@ def collect(
     passes = n_examples = n_batches = 0
     wasted = 0.0
     if feed == "batch" or auto is not None:
-        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, auto)
-        passes, wanted = 1, n_examples
+        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, auto, keeper)
+        passes, wanted = 1, scout.n_own
     if feed == "batch":
         return Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
     walking = Collector(sites, by_batch=False)
@@ -125,10 +128,10 @@ def collect(
             walking.measured, walking, walk.n_examples, walk.n_batches, passes + 1.0, "walk"
         )
     if not passes:
-        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, None)
+        n_examples, n_batches = _scout(model, scout, batches, forward, wanted, None, keeper)
         passes = 1
     wasted = walk.n_steps / len(scout.measured)
-    measured, more = _sequential(model, scout, batches, forward, wanted, size)
+    measured, more = _sequential(model, scout, batches, forward, wanted, size, keeper)
     return Found(measured, scout, n_examples, n_batches, passes + more + wasted, "passes")
 
 
@@ -139,11 +142,12 @@ def _scout(
     forward: runtime.Forward | None,
     samples: int | None,
     auto: Enough | None,
+    keeper: Keeper | None,
 ) -> tuple[int, int]:
     """The one pass of the batch feed."""
     enough = None if auto is None else lambda n: auto(scout, n)
     n_examples, n_batches = scout.one_pass(
-        model, runtime.pass_of(batches, 0), forward, samples, enough
+        model, runtime.pass_of(batches, 0), forward, samples, enough, keeper
     )
     _check_reached(list(scout.sites.values()), n_examples, scout)
     return n_examples, n_batches
@@ -163,6 +167,7 @@ def _sequential(
     forward: runtime.Forward | None,
     samples: int | None,
     size: int | None,
+    keeper: Keeper | None,
 ) -> tuple[dict[str, Accumulator], float]:
     """Layer after layer in call order, each measured while all before it are final."""
     order = scout.order()
@@ -180,7 +185,7 @@ def _sequential(
         collector.wanted, collector.stops = name, once
         for _ in range(1 if once else _ROUNDS):
             collector.measured.pop(name, None)
-            collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
+            collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples, keeper=keeper)
             passes += depth / len(order) if once else 1.0
             if name not in collector.measured:
                 raise DataError(

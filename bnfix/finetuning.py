@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfix import guards, runtime
+from bnfix import guards, processes, runtime
 from bnfix.errors import ConfigError, DataError, NormError, NumericError
 from bnfix.evaluation import score
 from bnfix.norms import (
@@ -152,7 +152,10 @@ def finetune_(
         run = Run(model, recipe, groups, n_steps_of(recipe, batches), forward)
         settings = {"recipe": asdict(recipe), "seed": seed, "n_steps": run.n_steps, "of": identity}
         folder = None if state is None else StateFolder(state, identity_of(model, settings))
-        found = None if folder is None else folder.read()
+        found = None
+        if folder is not None:
+            # The first rank's file holds for all: what is trained is the same on every rank.
+            found = processes.together(folder.read if processes.here().is_first else _nothing)[0]
         before = guards.Snapshot(model)
         first = None if found else _point(model, monitor, forward, 0, 0, None)
         try:
@@ -193,6 +196,10 @@ def finetune_(
     )
 
 
+def _nothing() -> None:
+    """What a rank reads that leaves the file to the first one."""
+
+
 class _Course:
     """The epochs so far, the best of them, and their state in a folder, if there is one."""
 
@@ -219,7 +226,7 @@ class _Course:
 
     def save(self, random: Any = None) -> None:
         """Write the state, if there is a folder for it."""
-        if self.folder is not None:
+        if self.folder is not None and processes.here().is_first:
             self.folder.write({
                 "model": values_of(self.model),
                 "run": self.run.state(),
@@ -278,7 +285,7 @@ def _what(
         n_classes, linear, positions = _look(model, monitor, forward)
     groups = parameter_groups(
         model,
-        lr=recipe.lr,
+        lr=recipe.peak_lr,
         weight_decay=recipe.weight_decay,
         norm_decay=recipe.norm_decay,
         train=recipe.train,
@@ -303,25 +310,41 @@ def _look(
     model: nn.Module, batches: Iterable[Any], forward: runtime.Forward | None
 ) -> tuple[int, list[nn.Module], dict[int, int]]:
     """Number of classes, linear layers in the order of their calls, positions at each norm."""
-    linear: list[nn.Module] = []
-    positions: dict[int, int] = {}
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(module, GeneralizedBatchNorm):
-            seen = output[0, 0].numel() if len(output) else 0
-            positions[id(module)] = min(seen, positions.get(id(module), seen))
-        else:
-            linear.append(module)
+    def own() -> tuple[int, list[str], dict[str, int]] | None:
+        linear: list[str] = []
+        positions: dict[str, int] = {}
 
-    batch = next(iter(batches), None)
-    if batch is None:
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            name = names[id(module)]
+            if isinstance(module, GeneralizedBatchNorm):
+                seen = output[0, 0].numel() if len(output) else 0
+                positions[name] = min(seen, positions.get(name, seen))
+            else:
+                linear.append(name)
+
+        batch = next(iter(batches), None)
+        if batch is None:
+            return None
+        with guards.inference(model), guards.hooks() as handles:
+            for module in modules.values():
+                if isinstance(module, nn.Linear | nn.Conv2d | GeneralizedBatchNorm):
+                    handles.append(module.register_forward_hook(note))
+            output = runtime.run(model, batch, runtime.device_of(model), forward)
+        return runtime.logits_of(output).shape[1], linear, positions
+
+    # A rank may have no batch; the first that has one says what all of them use.
+    found = next((found for found in processes.together(own) if found is not None), None)
+    if found is None:
         raise DataError("fine-tuning: no examples. Give at least one batch.")
-    with guards.inference(model), guards.hooks() as handles:
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | GeneralizedBatchNorm):
-                handles.append(module.register_forward_hook(note))
-        output = runtime.run(model, batch, runtime.device_of(model), forward)
-    return runtime.logits_of(output).shape[1], linear, positions
+    n_classes, linear, positions = found
+    return (
+        n_classes,
+        [modules[name] for name in linear],
+        {id(modules[name]): n for name, n in positions.items()},
+    )
 
 
 def _point(

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnfix.errors import ConfigError
-from bnfix.evaluation import ROUNDING, Array, Metrics, paired_examples
+from bnfix.intervals import Array
+from bnfix.metrics import Metrics
+from bnfix.pairing import ROUNDING, paired_examples
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images by position: decoding files, slicing arrays, and the index of each class.
+"""Images by position: decoding files of any origin, slicing arrays.
 
 Files may come from strangers: only plain image formats are decoded, their size is checked before
 memory is taken, and what a damaged one makes Pillow raise becomes one kind of error.
@@ -7,28 +7,27 @@ memory is taken, and what a damaged one makes Pillow raise becomes one kind of e
 from __future__ import annotations
 
 import hashlib
-import json
-import re
+import os
 import stat
 import struct
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bnfix.errors import DataError, some
+from bnfix.errors import DataError
 
-MAX_PIXELS = 100_000_000
-MAX_CLASSES = 1_000_000
-MAX_CLASS_MAP_BYTES = 10_000_000
+# Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
+MAX_PIXELS = 50_000_000
+MAX_IMAGE_BYTES = 256 << 20
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Not every plugin: some of Pillow's formats start other programs (EPS) or are rarely tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 # What Pillow's decoders raise on files that are broken on purpose; it has no common base class.
@@ -38,16 +37,16 @@ _DECODE_ERRORS = (
     Image.DecompressionBombError,
 )  # fmt: skip
 _ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels, 1),
 }
-_IMAGENET_ID = re.compile(r"n[0-9]{8}")
+_STRIP_PIXELS = 1 << 22
 
 
 class Images(ABC):
@@ -66,11 +65,12 @@ class Images(ABC):
         self.class_names: tuple[str, ...] | None = None
         self.notes: list[str] = []
         self.shaped: dict[Any, Any] = {}
+        self.classes_given: Any = None  # before they were numbered, for those who number anew
         self._digests: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes decode; sending them what is already decoded would copy it to each.
-        return self.__dict__ | {"shaped": {}, "_digests": {}}
+        return self.__dict__ | {"shaped": {}, "_digests": {}, "classes_given": None}
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -139,32 +139,15 @@ class Images(ABC):
         return self._digests[i]
 
 
-class FileImages(Images):
-    """Images in a folder, one file each; ``classes`` are its class folders, if it has any."""
+class EncodedImages(Images):
+    """Images that lie encoded somewhere, one file or one run of bytes each."""
 
-    def __init__(
-        self,
-        spec: str,
-        kind: str,
-        files: Sequence[str],
-        channels: int,
-        *,
-        classes: Sequence[str] = (),
-    ) -> None:
-        super().__init__(spec, channels)
-        self.kind = kind
-        self.files = list(files)
-        self.classes = tuple(classes)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def _name(self, i: int) -> str:
-        return self.files[i].encode("utf-8", "backslashreplace").decode()
+    @abstractmethod
+    def _stream(self, i: int) -> BufferedReader | BytesIO: ...
 
     def _read(self, i: int) -> np.ndarray:
         with self._open(i) as image:
-            return _decode(image, self.channels)
+            return pixels_of(image, self.channels)
 
     def _size_of(self, i: int) -> tuple[int, int]:
         with self._open(i) as image:
@@ -174,22 +157,25 @@ class FileImages(Images):
 
     def _hash(self, i: int) -> bytes:
         try:
-            with open_regular(Path(self.spec) / self.files[i]) as file:
+            with self._stream(i) as file:
                 return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=6)).digest()
         except (OSError, ValueError):
             return hashlib.blake2b(self.name(i).encode(), digest_size=6, key=b"name").digest()
 
     @contextmanager
     def _open(self, i: int) -> Iterator[Image.Image]:
-        path = Path(self.spec) / self.files[i]
         try:
             # Pillow warns of large or odd files; what matters of that becomes an error below.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with open_regular(path) as file, Image.open(file, formats=_FORMATS) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise Image.DecompressionBombError
-                    yield image
+                with self._stream(i) as file:
+                    if file.seek(0, os.SEEK_END) > MAX_IMAGE_BYTES:
+                        raise OSError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
+                    file.seek(0)
+                    with Image.open(file, formats=_FORMATS) as image:
+                        if image.width * image.height > MAX_PIXELS:
+                            raise Image.DecompressionBombError
+                        yield image
         except _DECODE_ERRORS as error:
             if isinstance(error, Image.DecompressionBombError):
                 reason = f"more than {MAX_PIXELS:,} pixels"
@@ -200,7 +186,45 @@ class FileImages(Images):
             else:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
             name = self.name(i)
-            raise DataError(f"{name}: bad image, {reason}.", name=name, path=path) from error
+            raise DataError(
+                f"{name}: bad image, {reason}.", name=name, path=self._path(i)
+            ) from error
+
+    def _path(self, i: int) -> Path:
+        return Path(self.spec)
+
+
+class FileImages(EncodedImages):
+    """Images in a folder, one file each; ``classes`` are its class folders, if it has any."""
+
+    def __init__(
+        self,
+        root: str,
+        kind: str,
+        files: Sequence[str],
+        channels: int,
+        *,
+        classes: Sequence[str] = (),
+    ) -> None:
+        super().__init__(root, channels)
+        self.root = Path(root)
+        self.kind = kind
+        self.files = list(files)
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _name(self, i: int) -> str:
+        name = self.files[i].encode("utf-8", "backslashreplace").decode()
+        signs = (s if s.isprintable() else s.encode("unicode_escape").decode() for s in name)
+        return "".join(signs)
+
+    def _stream(self, i: int) -> BufferedReader | BytesIO:
+        return open_regular(self._path(i))
+
+    def _path(self, i: int) -> Path:
+        return self.root / self.files[i]
 
 
 class ArrayImages(Images):
@@ -247,10 +271,22 @@ class ArrayImages(Images):
         return int(self.array.shape[1]), int(self.array.shape[2])
 
     def _hash(self, i: int) -> bytes:
-        pixels = np.ascontiguousarray(self.array[i])
-        digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=6)
-        digest.update(pixels.data)
-        return digest.digest()
+        return digest_of(self.array[i])
+
+
+def digest_of(pixels: np.ndarray) -> bytes:
+    """Hash an image by its shape and raw pixels.
+
+    Args:
+        pixels: uint8, of any shape.
+
+    Returns:
+        6 bytes (blake2b).
+    """
+    pixels = np.ascontiguousarray(pixels)
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=6)
+    digest.update(pixels.data)
+    return digest.digest()
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -277,160 +313,62 @@ def _orientation(image: Image.Image) -> int:
         return 1  # a broken tag block does not make the pixels worse
 
 
-# Pixels of an opened image, uint8 (H, W, channels).
-def _decode(image: Image.Image, channels: int) -> np.ndarray:
+def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
+    """Decode an image: first frame, upright, 8 bit, no alpha.
+
+    Args:
+        image: opened by Pillow.
+        channels: 3 (colour) or 1 (grey).
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        ValueError: if its pixels are floating-point or deeper than 16 bits.
+    """
     image.load()
     orientation = _orientation(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels")
-    if image.mode.startswith("I"):
-        deep = np.asarray(image).astype(np.int64)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError("more than 16 bits a pixel")
-        image = Image.fromarray(((deep * 255 + 32767) // 65535).astype(np.uint8))
-    image = image.convert("RGB" if channels == 3 else "L")
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
-    pixels = np.array(image)
-    return pixels if channels == 3 else pixels[..., None]
+    pixels = np.empty((image.height, image.width, channels), dtype=np.uint8)
+    # By strips: a second copy of a large image in its own mode would double the memory.
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = pixels[top : top + rows]
+        part = image
+        if len(strip) < image.height:
+            part = image.crop((0, top, image.width, top + len(strip)))
+        if part.mode.startswith("I"):
+            part = _shallow(np.asarray(part))
+        strip[:] = np.asarray(part.convert("RGB" if channels == 3 else "L")).reshape(strip.shape)
+    return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation in _TURNS else pixels
 
 
-def map_classes(
-    names: Sequence[str], class_map: dict[str, int] | None, n_classes: int | None, where: str
-) -> tuple[dict[str, int], str]:
-    """Give each class name its index: by the map, by ImageNet id, by value, or by sorted order.
-
-    Args:
-        names: distinct class names.
-        class_map: name to index, where the user gave one.
-        n_classes: outputs of the model, where known.
-        where: the data, for messages.
-
-    Returns:
-        Name to index, and in words how it was found.
-
-    Raises:
-        DataError: if a name has no index, or the indices cannot be the model's outputs.
-    """
-    names, n = sorted(names), len(names)
-    ask = "Give --class-map FILE.json (class name to index)."
-    if class_map is not None:
-        missing = [name for name in names if name not in class_map]
-        if missing:
-            raise DataError(
-                f"{where}: {len(missing)} of {n} classes are not in the class map: "
-                f"{some(missing)}. Add them."
-            )
-        indices, how = {name: class_map[name] for name in names}, "classes by the class map"
-    elif all(_IMAGENET_ID.fullmatch(name) for name in names) and n != n_classes:
-        indices, how = _imagenet_indices(names, where, ask), "classes by ImageNet id"
-    elif all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):
-        indices, how = {name: int(name) for name in names}, "classes are numbers, taken by value"
-        if len(set(indices.values())) < n:
-            raise DataError(f"{where}: two classes of the same number among {some(names)}. {ask}")
-    elif n_classes is not None and n != n_classes:
-        raise DataError(
-            f"{where}: {n} classes for a model with {n_classes} outputs, so their sorted names "
-            f"cannot say which output is which. {ask}"
-        )
-    else:
-        indices = {name: k for k, name in enumerate(names)}
-        how = f"{n} classes numbered by sorted name"
-    limit = MAX_CLASSES if n_classes is None else n_classes
-    outside = [f"{name} = {k}" for name, k in indices.items() if k >= limit]
-    if outside:
-        raise DataError(
-            f"{where}: {len(outside)} of {n} classes lie outside the outputs 0 to {limit - 1}: "
-            f"{some(outside)}. {ask}"
-        )
-    return indices, how
+# Pixels of 16 bits, or in integers that could hold more, as 8 bits.
+def _shallow(deep: np.ndarray) -> Image.Image:
+    if deep.min() < 0 or deep.max() > 65535:
+        raise ValueError("more than 16 bits a pixel")
+    return Image.fromarray(((deep.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, int]:
-    known: Sequence[str] = names
-    if len(names) != 1000:
-        try:
-            from timm.data.imagenet_info import ImageNetInfo  # optional: it carries the list
-        except ImportError as error:
-            raise DataError(
-                f"{where}: {len(names)} folders or labels named by ImageNet ids, not all 1000, "
-                f"and the full list comes with timm, which is not installed. {ask}"
-            ) from error
-        known = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
-    indices = {name: k for k, name in enumerate(known)}
-    unknown = [name for name in names if name not in indices]
-    if unknown:
-        raise DataError(
-            f"{where}: {len(unknown)} of {len(names)} ids are not among ImageNet's 1000: "
-            f"{some(unknown)}. {ask}"
-        )
-    return {name: indices[name] for name in names}
-
-
-def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.ndarray:
-    """Check that integer labels can be outputs of the model.
+def list_images(folder: Path) -> tuple[list[str], list[str], int]:
+    """List a folder, hidden entries apart.
 
     Args:
-        labels: any integer type (n,).
-        n_classes: outputs of the model, where known.
-        where: the data, for messages.
+        folder: not its folders' insides.
 
     Returns:
-        The labels as int64.
-
-    Raises:
-        DataError: if a label is negative or above the last output.
+        Sorted names of images and of folders, and how many other entries there are.
     """
-    limit = MAX_CLASSES if n_classes is None else n_classes
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= limit:
-        n_bad = int(((labels < 0) | (labels >= limit)).sum())
-        what = "" if n_classes is None else f", the model's {n_classes} outputs"
-        raise DataError(
-            f"{where}: labels from {low} to {high}, {n_bad} of {len(labels)} outside "
-            f"0 to {limit - 1}{what}. Correct the labels, or give --class-map FILE.json."
-        )
-    return labels.astype(np.int64)
-
-
-def read_class_map(path: Path) -> dict[str, int]:
-    """Read a class map: a JSON object, class name to index.
-
-    Args:
-        path: the JSON file, at most 10 MB.
-
-    Returns:
-        Name to index.
-
-    Raises:
-        DataError: if it cannot be read, is too large, or is not such an object.
-    """
-    where = f"class map {path}"
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-            raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
-        return found
-
-    try:
-        with open_regular(Path(path)) as file:
-            text = file.read(MAX_CLASS_MAP_BYTES + 1)
-        if len(text) > MAX_CLASS_MAP_BYTES:
-            raise DataError(f"{where}: larger than {MAX_CLASS_MAP_BYTES // 10**6} MB.", path=path)
-        content = json.loads(text, object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: cannot be read as JSON ({error}).", path=path) from error
-    if not isinstance(content, dict) or not content:
-        raise DataError(f"{where}: expected an object of class name to index.", path=path)
-    wrong = [
-        f"{name}: {k!r}"[:60]
-        for name, k in content.items()
-        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < MAX_CLASSES
-    ]
-    if wrong:
-        raise DataError(
-            f"{where}: {len(wrong)} values are not whole numbers from 0: {some(wrong)}.", path=path
-        )
-    return content
+    files, folders, n_others = [], [], 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(SUFFIXES):
+                files.append(entry.name)
+            else:
+                n_others += 1
+    return sorted(files), sorted(folders), n_others

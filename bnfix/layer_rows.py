@@ -10,7 +10,7 @@ from torch import nn
 from bnfix.calibration import Calibration
 from bnfix.example_weight import weights_of
 from bnfix.norms import generalized_norms
-from bnfix.report import LayerRow
+from bnfix.records import LayerRow
 from bnfix.sites import find_norms
 
 

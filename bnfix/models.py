@@ -1,4 +1,4 @@
-"""A model from a spec, and the preprocessing that belongs to a published one.
+"""A model from a spec.
 
 The number of classes is read off the checkpoint: the model is built twice without memory, with two
 numbers of classes, and the shapes that move with that number are solved for what the file has.
@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import math
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any, Final, cast
+from importlib.util import find_spec
+from typing import Any, Final
 
 import torch
 import torchvision
 from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.errors import ConfigError, ModelError, some
-from bnfix.recipe import INTERPOLATIONS, Preprocessing
+from bnfix.errors import ModelError, some
+from bnfix.importing import import_callable, import_library, importable, reason_of, seeded
+from bnfix.pretrained import build_pretrained
 
 #: What builders call the number of classes.
-CLASS_ARGUMENTS: Final = ("num_classes", "n_classes")
+CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
 #: Two numbers of classes to probe with: small, and unlike the usual counts.
 _PROBES: Final = (11, 13)
 #: Arguments of torchvision's and timm's builders that fetch or read weights, or speak of it.
@@ -57,7 +52,12 @@ _AUXILIARY: Final = {
 #: A model this much larger than its checkpoint is not built: it could not be filled.
 _SIZE_LIMIT: Final = 4
 _SIZE_FLOOR: Final = 10**7
-_FORMS: Final = "torchvision:NAME, timm:NAME, package.module:callable or path/to/file.py:callable"
+_FORMS: Final = (
+    "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
+    "path/to/file.py:callable"
+)
+#: torchvision's detectors, which are trained with Batch Norms that are constants.
+_DETECTORS: Final = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class _Builder:
     fixed: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     quiet: bool = False
+    finish: Callable[[nn.Module], None] | None = None
 
 
 def build_model(
@@ -80,8 +81,9 @@ def build_model(
     """Build the model that a spec names, with fresh weights, on the CPU, in evaluation mode.
 
     Args:
-        spec: ``torchvision:NAME``, ``timm:NAME``, ``package.module:callable`` (also from the
-            current folder) or ``path/to/file.py:callable``. The latter two run the user's code.
+        spec: ``torchvision:NAME``, ``timm:NAME``, ``transformers:DIR``,
+            ``package.module:callable`` (also from the current folder) or
+            ``path/to/file.py:callable``. The latter two run the user's code.
         arguments: keyword arguments of the builder.
         tensors: a checkpoint's tensors; given, the number of classes is read off them where the
             builder takes one and ``arguments`` do not say it.
@@ -93,6 +95,61 @@ def build_model(
         ModelError: if the spec is not known, its code fails, an argument is unknown or missing, or
             no model comes out.
     """
+    builder, given = _resolved(spec, arguments, tensors)
+    return _build(builder, given, torch.device("cpu"))
+
+
+def builder_arguments(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """All arguments that `build_model` would call the builder with.
+
+    Args:
+        spec: as for `build_model`.
+        arguments: keyword arguments of the builder.
+        tensors: a checkpoint's, off which the number of classes is read.
+
+    Returns:
+        Keyword arguments, those that bnfix sets itself included.
+    """
+    return _resolved(spec, arguments, tensors)[1]
+
+
+def build_skeleton(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
+) -> nn.Module | None:
+    """Build a model without memory for its tensors, to be filled with a checkpoint's own.
+
+    Args:
+        spec: as for `build_model`.
+        arguments: keyword arguments of the builder.
+        tensors: the checkpoint's, under the model's own names.
+
+    Returns:
+        The model on the meta device; ``None`` where it cannot be had so, or would not be whole
+        with those tensors.
+    """
+    builder, given = _resolved(spec, arguments, tensors)
+    try:
+        model = _build(builder, given, torch.device("meta"))
+        state = model.state_dict(keep_vars=True)
+        known = {id(tensor) for tensor in state.values()}
+    except (ModelError, NotImplementedError):
+        return None
+    if len(known) < len(state):
+        return None  # tensors under two names would no longer be one
+    # What is no part of the state dict would stay empty: buffers that are not saved, plain fields.
+    for module in nn.Module.modules(model):
+        own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        held = (i for v in own for i in (v if isinstance(v, list | tuple) else [v]))
+        if any(isinstance(t, torch.Tensor) and t.is_meta and id(t) not in known for t in held):
+            return None
+    return model
+
+
+def _resolved(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor] | None
+) -> tuple[_Builder, dict[str, Any]]:
     given = dict(arguments or {})
     builder = _resolve(spec, given, tensors)
     _check_arguments(builder, given, readable=tensors is not None)
@@ -100,7 +157,7 @@ def build_model(
     if tensors is not None:
         given = _with_classes(builder, given, tensors)
         _check_size(builder, given, tensors)
-    return _build(builder, given, torch.device("cpu"))
+    return builder, given
 
 
 def from_file_allowed(spec: str) -> bool:
@@ -134,28 +191,25 @@ def input_channels(model: nn.Module) -> int | None:
 # --- building ---
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
-
-
 def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -> nn.Module:
     try:
         with (
-            _seeded(),
-            _importable(builder.folder),
+            seeded(),
+            importable(builder.folder),
             warnings.catch_warnings(),
             device,
         ):
             if builder.quiet or device.type == "meta":
                 warnings.simplefilter("ignore")
             model = builder.call(**copy.deepcopy(arguments))
+            if isinstance(model, nn.Module) and builder.finish is not None:
+                builder.finish(model)
             if isinstance(model, nn.Module):
                 return model.eval() if device.type == "meta" else model.to(device).eval()
     except (Exception, SystemExit) as error:
         hint = " Check --model-arg key=value." if isinstance(error, TypeError) else ""
         raise ModelError(
-            f"{builder.spec}: building the model failed ({_reason(error)}).{hint}",
+            f"{builder.spec}: building the model failed ({reason_of(error)}).{hint}",
             name=builder.spec,
         ) from error
     raise ModelError(
@@ -304,21 +358,31 @@ def _resolve(
                 name=spec,
             )
         return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
-    if kind == "transformers":
-        raise ModelError(
-            f"{spec}: transformers models are not built by this version. "
-            "Give a callable that returns the model, as path/to/file.py:callable.",
-            name=spec,
-        )
+    if kind == "transformers" and name:
+
+        def pretrained(**arguments: Any) -> nn.Module:
+            return build_pretrained(spec, name, arguments)
+
+        return _Builder(spec, pretrained, "num_labels", quiet=True)
     if not where or not attribute:
         close = difflib.get_close_matches(spec, torchvision.models.list_models(), 1)
         hint = f" Did you mean torchvision:{close[0]}?" if close else ""
         raise ModelError(f"{spec}: is not a model, expected {_FORMS}.{hint}", name=spec)
-    is_file = where.endswith(".py") or "/" in where
-    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
-    with _seeded(), _importable(folder):
-        module = _import_file(spec, Path(where)) if is_file else _import_module(spec, where)
-    call = _attribute(spec, module, attribute)
+    near = difflib.get_close_matches(kind, ("torchvision", "timm", "transformers"), 1, 0.7)
+    if near and name and kind.isidentifier() and find_spec(kind) is None:
+        raise ModelError(f"{spec}: no such kind. Did you mean {near[0]}:{name}?", name=spec)
+    call, folder = import_callable(spec)
+    if isinstance(call, nn.Module):
+        raise ModelError(
+            f"{spec}: is a model, expected a class or function that returns one. Name that.",
+            name=spec,
+        )
+    if not callable(call):
+        raise ModelError(
+            f"{spec}: is of type {type(call).__name__}, expected a class or function that "
+            "returns a model.",
+            name=spec,
+        )
     builder = _Builder(spec, call, folder=folder)
     signature = _signature(builder)
     takes = [name for name in CLASS_ARGUMENTS if signature and name in signature.parameters]
@@ -346,229 +410,32 @@ def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | Non
     argument, start = next((a for key, a in _AUXILIARY.items() if stem.startswith(key)), (None, ""))
     if argument and tensors is not None:
         fixed[argument] = any(key.startswith(start) for key in tensors)
-    return _Builder(spec, call, "num_classes", fixed, quiet=True)
+    finish = None
+    if tensors is not None and stem.startswith(_DETECTORS):
+        finish = partial(_freeze_as_stored_, tensors=tensors)
+    return _Builder(spec, call, "num_classes", fixed, quiet=True, finish=finish)
+
+
+def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a detector constant Batch Norms where its file has no counters, as theirs have none.
+
+    The builder decides that by whether it is told to fetch weights, which it is not here.
+    """
+    norms = {n: m for n, m in model.named_modules() if type(m) is nn.BatchNorm2d}
+    stored = [name for name in norms if f"{name}.running_var" in tensors]
+    if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
+        return
+    for name in stored:
+        parent, _, last = name.rpartition(".")
+        frozen = FrozenBatchNorm2d(norms[name].num_features, norms[name].eps)
+        setattr(model.get_submodule(parent), last, frozen)
 
 
 def _timm(spec: str, name: str) -> _Builder:
-    timm = _import_timm(spec)
+    timm = import_library("timm", spec)
     # Names such as hf-hub:... or local-dir:... would fetch files.
     if not timm.is_model(name) or not from_file_allowed(spec):
         raise _unknown_name(spec, name, timm.list_models(), "timm")
     return _Builder(
         spec, partial(timm.create_model, name), "num_classes", {"pretrained": False}, quiet=True
     )
-
-
-def _import_timm(spec: str) -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module("timm")
-    except ImportError as error:
-        raise ModelError(
-            f"{spec}: needs timm, which is not installed ({error}). pip install 'bnfix[timm]'.",
-            name=spec,
-        ) from error
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        # Only this generator: torch.manual_seed would touch those of other devices, too.
-        torch.default_generator.manual_seed(0)
-        yield
-
-
-@contextmanager
-def _importable(folder: str | None) -> Iterator[None]:
-    # First, as `python -m` and `python file.py` have it; the code may import on when it is called.
-    if folder is None:
-        yield
-        return
-    importlib.invalidate_caches()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
-
-
-def _import_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ModelError(f"{spec}: no such file. Give the path to a Python file.", name=spec)
-    # By content: the same file gives the same classes, a changed one does not meet the old ones.
-    try:
-        identity = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{spec}: cannot be read ({error.strerror}).", name=spec) from error
-    name = f"_bnfix_{re.sub(r'[^0-9A-Za-z]', '_', path.stem)}_{identity.hexdigest()[:12]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    described = importlib.util.spec_from_file_location(name, path)
-    if described is None or described.loader is None:
-        raise ModelError(f"{spec}: is not a Python file. Give a name ending in .py.", name=spec)
-    module = importlib.util.module_from_spec(described)
-    sys.modules[name] = module
-    try:
-        described.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if not isinstance(error, Exception | SystemExit):
-            raise
-        raise ModelError(
-            f"{spec}: importing {path} failed ({_reason(error)}).", name=spec
-        ) from error
-    return module
-
-
-def _import_module(spec: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if absent and (name == error.name or name.startswith(f"{error.name}.")):  # type: ignore[union-attr]
-            raise ModelError(
-                f"{spec}: there is no module {name}, neither installed nor in the current folder. "
-                f"Expected {_FORMS}.",
-                name=spec,
-            ) from error
-        raise ModelError(
-            f"{spec}: importing {name} failed ({_reason(error)}).", name=spec
-        ) from error
-
-
-def _attribute(spec: str, module: ModuleType, dotted: str) -> Callable[..., Any]:
-    found: Any = module
-    for part in dotted.split("."):
-        if not hasattr(found, part):
-            names = [name for name, value in vars(found).items() if callable(value)]
-            close = difflib.get_close_matches(part, names, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ModelError(f"{spec}: there is no {part} in it.{hint}", name=spec)
-        found = getattr(found, part)
-    if isinstance(found, nn.Module):
-        raise ModelError(
-            f"{spec}: is a model, expected a class or function that returns one. Name that.",
-            name=spec,
-        )
-    if not callable(found):
-        raise ModelError(
-            f"{spec}: is of type {type(found).__name__}, expected a class or function that "
-            "returns a model.",
-            name=spec,
-        )
-    return cast(Callable[..., Any], found)
-
-
-# --- preprocessing ---
-
-
-def default_preprocessing(spec: str) -> tuple[Preprocessing, str] | None:
-    """Look up what the authors of a published model feed it; nothing is downloaded.
-
-    Args:
-        spec: a model spec.
-
-    Returns:
-        The preprocessing of the first ImageNet weights of ``torchvision:NAME``, with a note that
-        says so; None for other specs, and for models without such weights.
-    """
-    kind, _, name = spec.partition(":")
-    if kind != "torchvision" or name not in torchvision.models.list_models():
-        return None
-    for weights in torchvision.models.get_model_weights(name):
-        found = _of_transforms(weights)
-        if found is not None and "IMAGENET1K" in weights.name:
-            return found, f"preprocessing of torchvision's {type(weights).__name__}.{weights.name}"
-    return None
-
-
-def preset_preprocessing(preset: str) -> Preprocessing:
-    """Look up a named preprocessing; nothing is downloaded.
-
-    Args:
-        preset: ``torchvision:WEIGHTS_NAME``, as in
-            ``torchvision:ResNet50_Weights.IMAGENET1K_V2``, or ``timm:NAME``.
-
-    Returns:
-        The preprocessing.
-
-    Raises:
-        ConfigError: if there is no such preset, or it is not one of image classification.
-        ModelError: if timm is asked and not installed.
-    """
-    kind, _, name = preset.partition(":")
-    if kind == "torchvision":
-        try:
-            found = _of_transforms(torchvision.models.get_weight(name))
-        except (AttributeError, KeyError, ValueError) as error:
-            close = difflib.get_close_matches(name, _weight_names(), 2)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(
-                f"--preset {preset}: torchvision has no such weights.{hint}", name="preset"
-            ) from error
-    elif kind == "timm":
-        found = _of_timm(preset, name)
-    else:
-        raise ConfigError(
-            f"--preset {preset}: expected torchvision:WEIGHTS_NAME (for example "
-            "torchvision:ResNet50_Weights.IMAGENET1K_V2) or timm:NAME.",
-            name="preset",
-        )
-    if found is None:
-        raise ConfigError(
-            f"--preset {preset}: does not preprocess for image classification. "
-            "Give --resize, --crop, --mean and --std.",
-            name="preset",
-        )
-    return found
-
-
-def _weight_names() -> list[str]:
-    enums = [torchvision.models.get_model_weights(m) for m in torchvision.models.list_models()]
-    return [f"{enum.__name__}.{weights.name}" for enum in enums for weights in enum]
-
-
-def _of_transforms(weights: Any) -> Preprocessing | None:
-    transforms = weights.transforms()
-    if type(transforms).__name__ != "ImageClassification":
-        return None  # detection, segmentation and video resize in other ways
-    crop = tuple(transforms.crop_size)
-    return Preprocessing(
-        resize=tuple(transforms.resize_size),
-        crop=(crop[0], crop[-1]),
-        interpolation=_interpolation(transforms.interpolation.value),
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-    )
-
-
-def _of_timm(preset: str, name: str) -> Preprocessing | None:
-    timm = _import_timm(preset)
-    try:
-        config = timm.get_pretrained_cfg(name)
-    except RuntimeError:  # a tag that the model does not have
-        config = None
-    if config is None:
-        close = difflib.get_close_matches(name, timm.list_models(), 2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"--preset {preset}: timm has no such model.{hint}", name="preset")
-    channels, height, width = config.input_size
-    if channels not in (1, 3) or config.crop_mode == "border":
-        return None
-    part = config.crop_pct or 0.875
-    scaled = (math.floor(height / part), math.floor(width / part))
-    square = height == width and config.crop_mode != "squash"
-    return Preprocessing(
-        resize=scaled[:1] if square else scaled,
-        crop=(height, width),
-        interpolation=_interpolation(config.interpolation),
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        channels=channels,
-    )
-
-
-def _interpolation(name: str) -> str:
-    return name if name in INTERPOLATIONS else "bilinear"

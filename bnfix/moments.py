@@ -78,6 +78,25 @@ def example_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, (centred * centred).mean(-1), centred
 
 
+def over_channel_groups(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mix moments ``(..., C)`` within each channel group; every channel gets its group's.
+
+    Args:
+        mean: ``(..., C)``.
+        var: biased, the same shape.
+        groups: a divisor of C.
+
+    Returns:
+        Mean and variance, the same shape.
+    """
+    size = mean.shape[-1] // groups
+    if size == 1:
+        return mean, var
+    shape = (*mean.shape[:-1], groups, size)
+    mean, var = mix(mean.view(shape), var.view(shape), dim=-1)
+    return mean.repeat_interleave(size, -1), var.repeat_interleave(size, -1)
+
+
 @dataclass(frozen=True)
 class Moments:
     """Count, mean and biased variance of some values, per channel.

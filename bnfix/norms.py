@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfix import kernels
 from bnfix.errors import ConfigError, NormError, NumericError
 from bnfix.moments import example_moments, mix
+from bnfix.moments import over_channel_groups as over_channel_groups
 
 Weight = float | Sequence[float] | Tensor
 
@@ -67,6 +69,7 @@ class GeneralizedBatchNorm(_BatchNorm):
     ghost_size: int | None
     example_weight: Tensor
     frozen: bool = False
+    _shiftable: bool = False
 
     def __init__(
         self,
@@ -137,7 +140,9 @@ class GeneralizedBatchNorm(_BatchNorm):
 
     def _refresh_flag(self) -> None:
         weight = self.example_weight
-        self._live = weight.device.type != "meta" and bool((weight != 0).any())
+        known = weight.device.type != "meta"
+        self._live = known and bool((weight != 0).any())
+        self._shiftable = known and bool((weight <= kernels.SHIFTABLE).all())
 
     @property
     def live(self) -> bool:
@@ -182,7 +187,7 @@ class GeneralizedBatchNorm(_BatchNorm):
                 return super().forward(input)
             return self._by_runs(input)
         if self._live:
-            return self._by_example(input)
+            return kernels.evaluate(input, self._terms())
         if self.channel_groups == self.num_features:
             return super().forward(input)
         mean, var = self._population()
@@ -197,24 +202,17 @@ class GeneralizedBatchNorm(_BatchNorm):
         mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         return over_channel_groups(mean, var, self.channel_groups)
 
-    def _by_example(self, input: Tensor) -> Tensor:
-        """Evaluate with each example's own moments mixed into the population's."""
-        values = _values(input)
-        mean, var, centred = example_moments(values)
-        group_mean, group_var = over_channel_groups(mean, var, self.channel_groups)
-        if self.running_mean is not None:
-            a = self.example_weight.to(values.dtype)
-            population_mean, population_var = self._population()
-            group_mean, group_var = mix(
-                torch.stack((population_mean.to(values.dtype).expand_as(mean), group_mean)),
-                torch.stack((population_var.to(values.dtype).expand_as(var), group_var)),
-                torch.stack((1 - a, a)).view(2, 1, -1),
-            )
-        return self._affine(input, centred, mean - group_mean, group_var)
+    def _terms(self) -> kernels.Terms:
+        """What evaluation mixes with the example's moments, and applies."""
+        mean, var = (None, None) if self.running_mean is None else self._population()
+        return kernels.Terms(
+            mean, var, self.example_weight, self.weight, self.bias, self.eps, self.channel_groups,
+            self._shiftable,
+        )  # fmt: skip
 
     def _by_runs(self, input: Tensor) -> Tensor:
         """Normalize each (ghost batch, channel group) by itself; update the running moments."""
-        values = _values(input)
+        values = kernels.values_of(input)
         n = values.shape[0]
         n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
         base, longer = divmod(n, n_runs)
@@ -236,7 +234,8 @@ class GeneralizedBatchNorm(_BatchNorm):
         run_var = torch.cat([block[1] for block in blocks])
         if self.training and self.track_running_stats:
             self._update_running(mean, var, n * values.shape[2])
-        return self._affine(input, centred, mean - run_mean, run_var)
+        output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
+        return output.view(input.shape).to(input.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
@@ -254,17 +253,6 @@ class GeneralizedBatchNorm(_BatchNorm):
             momentum = self.momentum
         running_mean.copy_(running_mean + momentum * (batch_mean - running_mean))
         running_var.copy_(running_var + momentum * (batch_var - running_var))
-
-    def _affine(self, input: Tensor, centred: Tensor, offset: Tensor, var: Tensor) -> Tensor:
-        """Output from values centred by their own mean; ``offset`` is that mean less mu."""
-        scale = torch.rsqrt(var + self.eps)
-        if self.weight is not None:
-            scale = scale * self.weight.to(scale.dtype)
-        shift = offset * scale
-        if self.bias is not None:
-            shift = shift + self.bias.to(shift.dtype)
-        output = torch.addcmul(shift.unsqueeze(-1), centred, scale.unsqueeze(-1))
-        return output.view(input.shape).to(input.dtype)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
@@ -326,31 +314,6 @@ class GeneralizedBatchNormAct(GeneralizedBatchNorm):
         """
         activated: Tensor = self.act(self.drop(super().forward(input)))
         return activated
-
-
-def _values(input: Tensor) -> Tensor:
-    """The input as ``(N, C, L)`` in the precision of its statistics: float32 at least."""
-    values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
-    return values.float() if input.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def over_channel_groups(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mix moments ``(..., C)`` within each channel group; every channel gets its group's.
-
-    Args:
-        mean: ``(..., C)``.
-        var: biased, the same shape.
-        groups: a divisor of C.
-
-    Returns:
-        Mean and variance, the same shape.
-    """
-    size = mean.shape[-1] // groups
-    if size == 1:
-        return mean, var
-    shape = (*mean.shape[:-1], groups, size)
-    mean, var = mix(mean.view(shape), var.view(shape), dim=-1)
-    return mean.repeat_interleave(size, -1), var.repeat_interleave(size, -1)
 
 
 def _over_runs(mean: Tensor, var: Tensor, length: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -424,7 +387,10 @@ def trainable_weights(
     Restores:
         The buffers and flags as they were; what was learned is the caller's to set.
     """
-    before = {name: (layer.example_weight, layer._live) for name, layer in layers.items()}
+    before = {
+        name: (layer.example_weight, layer._live, layer._shiftable)
+        for name, layer in layers.items()
+    }
     leaves: dict[str, Tensor] = {}
     try:
         for name, layer in layers.items():
@@ -433,7 +399,9 @@ def trainable_weights(
             value = per_channel if granularity == "channel" else weight.mean()
             leaves[name] = value.clamp_min(start).requires_grad_()
             layer._buffers["example_weight"], layer._live = leaves[name], True
+            layer._shiftable = False  # a leaf may come near 1
         yield leaves
     finally:
-        for name, (weight, live) in before.items():
-            layers[name]._buffers["example_weight"], layers[name]._live = weight, live
+        for name, (weight, live, shiftable) in before.items():
+            layers[name]._buffers["example_weight"] = weight
+            layers[name]._live, layers[name]._shiftable = live, shiftable

@@ -1,15 +1,15 @@
 """DATA opened: what kind it is, its images listed, each with its class.
 
-Kinds: a folder of class folders, a folder with ``labels.csv``, a flat folder, an ``.npz`` file.
-All of it may come from strangers: sizes are checked before memory is taken, nothing is unpickled,
-and no path leads out of the folder by its name.
+Kinds: a folder of class folders, a folder with ``labels.csv``, a flat folder, an ``.npz`` file;
+named data sets, tables, tar shards and callables have rooms of their own. All of it may come from
+strangers: sizes are checked before memory is taken, nothing is unpickled, and no path leads out of
+the folder by its name. Only a callable named in the spec itself is imported.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 import tokenize
 import warnings
@@ -22,22 +22,28 @@ from typing import Any
 
 import numpy as np
 
+from bnfix.callables import is_callable, open_callable
+from bnfix.classes import check_range, map_classes, read_class_map
+from bnfix.datasets import is_dataset, near_dataset, open_dataset
 from bnfix.errors import ConfigError, DataError, some
 from bnfix.images import (
+    SUFFIXES,
     ArrayImages,
     FileImages,
     Images,
-    check_range,
-    map_classes,
+    list_images,
     open_regular,
-    read_class_map,
 )
+from bnfix.parquet import choose_split, find_tables, open_tables
+from bnfix.shards import expand_braces, open_shards
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+#: The class of each image by name or by number; None where there are none.
+Classes = list[str] | np.ndarray | None
 MAX_CSV_BYTES = 500_000_000
 _KINDS = (
     "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
-    "or an .npz file with images and labels"
+    "an .npz file with images and labels, .tar shards, a Hugging Face folder or .parquet files, "
+    "a data set as cifar10:ROOT#test, or package.module:callable"
 )
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
@@ -61,7 +67,8 @@ def open_images(
     """Open DATA: find out its kind, list its images, and give each its class.
 
     Args:
-        spec: a folder of class folders, with ``labels.csv``, or flat; or an ``.npz`` file.
+        spec: a folder of class folders, with ``labels.csv``, or flat; an ``.npz`` file; ``.tar``
+            shards; parquet files or a Hugging Face folder; a named data set; or a callable.
         class_map: JSON file, class name to index.
         labels: ``auto``, or ``none`` where the data's labels must not be used.
         n_classes: outputs of the model, where known; labels must fit them.
@@ -81,13 +88,23 @@ def open_images(
     mapping = None if class_map is None else read_class_map(Path(class_map))
     path, wanted = Path(spec), labels == "auto"
     images: Images
-    classes: list[str] | np.ndarray | None
+    classes: Classes
     try:
-        if path.is_dir():
-            by_file = (path / "labels.csv").exists()
-            images, classes = (_open_csv if by_file else _open_folder)(path, wanted, channels)
+        if is_dataset(spec) and not path.exists():
+            images, classes = open_dataset(spec, channels)
+        elif "#" in spec and not path.exists():
+            folder, _, split = spec.rpartition("#")
+            images, classes = _open_split(Path(folder), split, wanted, channels, spec)
+        elif path.is_dir():
+            images, classes = _open_split(path, "", wanted, channels, spec)
         elif path.suffix.lower() == ".npz" and path.is_file():
             images, classes = _open_npz(path, wanted, channels)
+        elif path.suffix.lower() in (".tar", ".parquet"):
+            images, classes = _open_files(spec, wanted, channels)
+        elif not path.exists() and (hint := near_dataset(spec)):
+            raise DataError(f"DATA {spec}: no such kind. {hint}", path=spec)
+        elif not path.exists() and is_callable(spec):
+            images, classes = open_callable(spec, wanted, channels)
         elif path.exists() or ":" in spec:
             raise DataError(f"DATA {spec}: not of a kind that is known. Give {_KINDS}.", path=spec)
         else:
@@ -95,13 +112,34 @@ def open_images(
     except (OSError, ValueError) as error:
         raise DataError(f"DATA {spec}: cannot be read ({error}).", path=spec) from error
     images.spec = spec
-    if classes is not None:
+    if classes is not None and wanted:
+        images.classes_given = classes, mapping, tuple(images.notes)
         _set_labels(images, classes, mapping, n_classes)
     else:
         images.notes.append("no labels" if wanted else "labels are not used (--labels none)")
         if mapping is not None:
             images.notes.append("the class map is not used: there are no labels to map")
     return images
+
+
+def for_outputs(images: Images, n_classes: int) -> Images:
+    """Number the classes of opened data anew, for a model with so many outputs.
+
+    Args:
+        images: labelled or not.
+        n_classes: outputs of the model; labels must fit them.
+
+    Returns:
+        The same images with the labels checked; nothing is read again, and what has been decoded
+        is shared.
+    """
+    again = object.__new__(type(images))
+    again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
+    if images.classes_given is not None:
+        classes, mapping, notes = images.classes_given
+        again.notes = list(notes)
+        _set_labels(again, classes, mapping, n_classes)
+    return again
 
 
 # Turn each image's class, a name or a number, into its index.
@@ -119,8 +157,13 @@ def _set_labels(
             )
         if numbers:
             classes = np.asarray([int(name) for name in numbers], dtype=np.int64)
+    known = images.class_names
+    if isinstance(classes, np.ndarray) and mapping is not None and known is not None:
+        classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
     if mapping is None and isinstance(classes, np.ndarray):
         images.labels = check_range(classes, n, where)
+        if known is not None and n is not None:
+            images.class_names = (*known[:n], *map(str, range(len(known), n)))
         return
     names = [str(name) for name in classes]
     folders = images.classes if isinstance(images, FileImages) else ()
@@ -134,32 +177,53 @@ def _set_labels(
     images.class_names = tuple(" + ".join(held.get(k, [str(k)])) for k in range(count))
 
 
-# Sorted names of images and of subfolders, and how many other entries there are.
-def _list(folder: Path) -> tuple[list[str], list[str], int]:
-    files, folders, n_others = [], [], 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(SUFFIXES):
-                files.append(entry.name)
-            else:
-                n_others += 1
-    return sorted(files), sorted(folders), n_others
+# A folder of any kind, or one split in it.
+def _open_split(
+    path: Path, split: str, wanted: bool, channels: int, spec: str
+) -> tuple[Images, Classes]:
+    if (path / "labels.csv").exists() and not split:
+        return _open_csv(path, wanted, channels)
+    tables = find_tables(path) if path.is_dir() else []
+    if tables:
+        chosen, note = choose_split(path, tables, split, f"DATA {spec}")
+        images, classes = open_tables(chosen, wanted, channels, f"DATA {spec}")
+        images.notes += [] if note is None else [note]
+        return images, classes
+    inside = path / split
+    if split and not inside.is_dir():
+        raise DataError(
+            f"DATA {spec}: looked for a folder {split} or parquet files of that split in {path}; "
+            "neither is there.",
+            path=path,
+        )
+    by_file = (inside / "labels.csv").exists()
+    return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
+
+
+# Tar shards or parquet files, one or a range of them.
+def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
+    paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"DATA {spec}: {len(missing)} of {len(paths)} files are missing: {some(missing)}. "
+            "Fetch them, or give the range that is there.",
+            path=missing[0],
+        )
+    by_row = paths[0].suffix.lower() == ".parquet"
+    return (open_tables if by_row else open_shards)(paths, wanted, channels, f"DATA {spec}")
 
 
 # A folder of class folders, or a flat folder; class names where they are wanted.
 def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
-    loose, folders, n_others = _list(path)
+    loose, folders, n_others = list_images(path)
     files, classes, empty = [], [], []
     for folder in folders:
-        inside, deeper, n = _list(path / folder)
+        inside, deeper, n = list_images(path / folder)
         n_others += n
         found = [f"{folder}/{name}" for name in inside]
         for sub in deeper:
-            nested, _, n = _list(path / folder / sub)
+            nested, _, n = list_images(path / folder / sub)
             n_others += n
             found += [f"{folder}/{sub}/{name}" for name in nested]
         files += found
@@ -232,7 +296,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     if found:
         raise DataError(f"{where}: {found}. Correct the file.", path=where)
     images = FileImages(str(path), "labels.csv", files, channels)
-    unlisted = set(_list(path)[0]).difference(files)
+    unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
         images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
     return images, [row[column[1]] for row in rows] if wanted else None

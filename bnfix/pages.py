@@ -16,7 +16,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bnfix.evaluation import Difference
+from bnfix.pairing import Difference
 
 _NONE = "-"
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -279,6 +279,7 @@ _FILTERS: Mapping[str, Callable[..., Any]] = {
     "number": number,
     "ends": ends,
     "brief": _brief,
+    "tiny": lambda value: f"{value:.1e}",
     "p": _p,
     "weight": _weight,
     "code": lambda text: _Code(clean(text, 4000)),

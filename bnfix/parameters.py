@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bnfix.errors import ConfigError, ModelError
+from bnfix.recipe import TRAINED
 from bnfix.sites import find_norms
 
 
@@ -36,7 +37,8 @@ def parameter_groups(
         lr: learning rate of both groups.
         weight_decay: of the others.
         norm_decay: noted in the norms' group, as ``norm_decay``; no optimizer acts on it.
-        train: ``norms``, ``head``, ``norms+head`` or ``all``.
+        train: ``norms``, ``head``, ``norms+head``, ``last-norm+head`` (of the norm layers only the
+            last one defined) or ``all``.
         head: what ``head`` means; by default the last linear layer or 1x1 convolution defined.
 
     Returns:
@@ -53,14 +55,16 @@ def parameter_groups(
         >>> optimizer.step()
         >>> decay_norms_(net, optimizer.param_groups[0]["lr"], 0.1, "identity")
     """
-    if train not in ("norms", "head", "norms+head", "all"):
+    if train not in TRAINED:
         raise ConfigError(
-            f"--train: {train!r} is not known. Use one of: norms, head, norms+head, all.",
-            name="train",
+            f"--train: {train!r} is not known. Use one of: {', '.join(TRAINED)}.", name="train"
         )
     sites = find_norms(model)
     own = {id(p): (p, s) for s in sites for p in s.module.parameters(recurse=False)}
-    norms = [p for p, site in own.values() if not site.frozen] if train != "head" else []
+    free = [(p, site) for p, site in own.values() if not site.frozen and train != "head"]
+    if train == "last-norm+head":
+        free = [(p, site) for p, site in free if site is free[-1][1]]
+    norms = [p for p, _ in free]
     if train == "all":
         others = [p for p in model.parameters() if id(p) not in own]
     elif train == "norms":

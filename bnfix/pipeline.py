@@ -18,18 +18,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfix import guards
+from bnfix import guards, processes
 from bnfix.averaging import average_into_
 from bnfix.calibration import Calibration, describe_missing, recalibrate_, residuals
 from bnfix.data import fingerprint
 from bnfix.errors import ConfigError, DataError, NumericError
-from bnfix.evaluation import Metrics, compare, evaluate
+from bnfix.estimating import Work, estimated
+from bnfix.evaluation import evaluate
 from bnfix.example_weight import WeightChoice, choose_example_weight_, weighable_layers
 from bnfix.finetuning import Finetuning, finetune_
 from bnfix.gate import Decision, judge
+from bnfix.label_free import fit_moments_, fit_predictions_
 from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
+from bnfix.metrics import Metrics
 from bnfix.norms import generalized_norms, set_example_weight_
+from bnfix.pairing import compare
 from bnfix.recipe import (
+    LABEL_FREE,
     AverageRecipe,
     DataRecipe,
     FinetuneRecipe,
@@ -40,8 +45,9 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.records import DataUsed, Evaluated
 from bnfix.refitting import REFIT_SAMPLES, refit_
-from bnfix.report import DataUsed, Evaluated, Report
+from bnfix.report import Report
 from bnfix.result import Result
 from bnfix.saving import history_entry, round_as_stored_, versions
 from bnfix.sites import find_norms
@@ -57,6 +63,7 @@ from bnfix.workbench import (
     seen_before,
     silent,
 )
+from bnfix.workload import workload
 
 ORIGINAL = "as it was"
 #: What `fix` tries where there are labels.
@@ -99,18 +106,20 @@ class Plan:
         """Check what only the recipes together can tell.
 
         Raises:
-            ConfigError: if match has no batch size.
+            ConfigError: if a fit of the weight without labels has no batch size.
         """
-        if self.weight.example_weight == "match" and self.statistics.train_batch_size is None:
+        weight = self.weight.example_weight
+        if weight in LABEL_FREE and self.statistics.train_batch_size is None:
             raise ConfigError(
-                "--example-weight match: the batch size is missing. Give --train-batch-size B.",
+                f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B.",
                 name="train_batch_size",
             )
 
     @property
     def chooses(self) -> bool:
         """Whether anything is left to the gate."""
-        auto = self.statistics.statistics == "auto" and self.weight.example_weight != "match"
+        without_labels = self.weight.example_weight in LABEL_FREE
+        auto = self.statistics.statistics == "auto" and not without_labels
         auto = auto or self.weight.example_weight == "auto"
         return auto or (self.command == "fix" and self.finetune is not None)
 
@@ -166,7 +175,7 @@ class Plan:
             bench.assumptions.append(
                 "without labels nothing can be proven, so `auto` keeps what is there. These act: "
                 "--statistics population, --statistics train-batch --train-batch-size B, "
-                "--example-weight match or a number."
+                "--example-weight match, fit-moments, fit-predictions or a number."
             )
             if bench.split.select.size:
                 bench.split = dataclasses.replace(
@@ -212,7 +221,8 @@ class Plan:
             output: where it would be written.
 
         Returns:
-            Layers, data, splits, stages and passes.
+            Layers, data, splits, stages, passes, and what they would cost on this machine: a few
+            batches are run for that, and nothing is changed.
         """
         split = bench.split
         return {
@@ -233,9 +243,28 @@ class Plan:
             "preprocessing": dataclasses.asdict(bench.preprocessing),
             "stages": self._stages(bench),
             "device": str(next(iter(bench.model.parameters())).device),
+            **estimated(bench, self.workload(bench)).to_json(),
             "output": output,
             "assumptions": list(bench.assumptions),
         }
+
+    def workload(self, bench: Workbench) -> list[Work]:
+        """The passes that the command takes where every candidate is tried.
+
+        Args:
+            bench: the opened workbench.
+
+        Returns:
+            One entry a stage, in order.
+        """
+        return workload(
+            bench,
+            gated=bench.labelled and self.chooses,
+            statistics=self.statistics,
+            weight=self.weight,
+            finetune=self.finetune if bench.labelled else None,
+            only_finetune=self.command == "finetune",
+        )
 
     def _stages(self, bench: Workbench) -> list[str]:
         gated = bench.labelled and self.chooses
@@ -260,8 +289,9 @@ class Plan:
         return stages
 
     def _stated_statistics(self) -> bool:
-        match = self.statistics.statistics == "auto" and self.weight.example_weight == "match"
-        return match or self.statistics.statistics in ("population", "train-batch")
+        without_labels = self.weight.example_weight in LABEL_FREE
+        auto = self.statistics.statistics == "auto" and without_labels
+        return auto or self.statistics.statistics in ("population", "train-batch")
 
 
 def fix(
@@ -372,6 +402,8 @@ def execute(plan: Plan, bench: Workbench) -> Result:
         Model, report, history entry.
     """
     stages = _Stages(bench, plan)
+    if (n := processes.here().size) > 1:
+        bench.assumptions.append(f"{n} processes shared the work; the first one wrote.")
     if plan.average is not None:
         stages.average(plan.average)
     if plan.command == "finetune":
@@ -443,7 +475,7 @@ class _Stages:
         """New population statistics: stated, or each kind as a candidate."""
         recipe, weight = self.plan.statistics, self.plan.weight.example_weight
         b = recipe.train_batch_size
-        if weight == "match" and recipe.statistics == "auto":
+        if weight in LABEL_FREE and recipe.statistics == "auto":
             recipe = dataclasses.replace(recipe, statistics="train-batch")
         if recipe.statistics in ("population", "train-batch"):
             self.calibration = self._recalibrate(recipe.statistics)
@@ -456,13 +488,36 @@ class _Stages:
                 self._try_statistics("train-batch", example_weight=1 / b)
         if weight == "match" and b is not None:
             weight = 1 / b
+        elif weight in LABEL_FREE and b is not None:
+            self._fit_label_free(str(weight), b)
         if not isinstance(weight, str):
             self._set_weight(float(weight))
             stated = f"example weight {weight:.3g}"
             self.name = stated if self.name == ORIGINAL else f"{self.name}, {stated}"
             self._standing = None
-        if recipe.statistics in ("population", "train-batch") or not isinstance(weight, str):
+        stated_statistics = recipe.statistics in ("population", "train-batch")
+        if stated_statistics or weight in LABEL_FREE or not isinstance(weight, str):
             self.stated = self.name, guards.Snapshot(self.model)
+
+    def _fit_label_free(self, how: str, train_batch_size: int) -> None:
+        """Example weights fitted to the network's own behaviour in training mode."""
+        bench, recipe = self.bench, self.plan.weight
+        order = np.random.default_rng(bench.gate.seed).permutation(bench.split.fit)
+        # Whole runs of B; not the batch size of evaluation, which must not change what is found.
+        size = train_batch_size * -(-64 // train_batch_size)
+        batches = bench.batches(order, f"example weight: {how}", size).whole()
+        fit = fit_moments_ if how == "fit-moments" else fit_predictions_
+        found = fit(
+            self.model,
+            batches,
+            train_batch_size,
+            self._weighable()[0],
+            granularity=recipe.granularity,
+            seed=bench.gate.seed,
+        )
+        bench.assumptions.append(found.describe())
+        self.name = how if self.name == ORIGINAL else f"{self.name}, {how}"
+        self._standing = None
 
     def _try_statistics(self, target: str, example_weight: float | None) -> None:
         self.standing()
@@ -496,9 +551,18 @@ class _Stages:
             tolerance=recipe.tolerance,
             layers=self.plan.swap.layers,
             skip=self.plan.swap.skip,
+            state=None if self.plan.command == "finetune" else self.plan.state,
+            identity=self._identity_of(order, batches),
         )
         self.bench.assumptions += describe_missing(calibration)
         return calibration
+
+    def _identity_of(self, order: Any, batches: Tracked) -> str:
+        """What statistics depend on besides model and options."""
+        if self.plan.state is None:
+            return ""
+        found = fingerprint(self.bench.images, order)
+        return str([found, batches.batches.batch_size, self.bench.preprocessing])
 
     def _set_weight(self, weight: float) -> None:
         layers, excluded = self._weighable()
@@ -573,7 +637,7 @@ class _Stages:
             )
         if any(layer.live for layer in layers.values()):
             index = np.random.default_rng(bench.gate.seed).permutation(bench.split.fit)
-            batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift")
+            batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift").whole()
             bench.assumptions.append(refit_(self.model, original, batches).describe())
         self.name = "converted and re-fitted"
 
@@ -699,6 +763,7 @@ class _Stages:
                 {"fit": len(split.fit), "select": len(split.select), "test": len(split.test)},
                 skipped,
                 len(skipped),
+                self.plan.source.corrupt,
             ),
             models=tuple(models),
             layers=rows,

@@ -23,6 +23,13 @@ KINDS: dict[str, tuple[str | None, int | None, float]] = {
     "group": ("gcd32", 1, 1.0),
     "batch": (None, None, 0.0),
 }
+#: Ways to set the example weight without labels, for networks trained with batches of B.
+LABEL_FREE = ("match", "fit-moments", "fit-predictions")
+#: What `--corrupt` and `--corruptions` offer.
+CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "pixelate")
+SEVERITIES = (1, 2, 3)
+#: What fine-tuning may train.
+TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -55,6 +62,30 @@ def check_seed(seed: int) -> None:
     """
     ok = 0 <= seed < 2**63
     _require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
+
+
+def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
+    """Read a corruption of images.
+
+    Args:
+        text: ``kind:severity``, such as ``blur:2``.
+        where: what gave it, for the message.
+
+    Returns:
+        Kind and severity.
+
+    Raises:
+        ConfigError: if there is no such kind or severity.
+    """
+    kind, _, severity = text.partition(":")
+    known = kind in CORRUPTIONS and severity in map(str, SEVERITIES)
+    _require(
+        known,
+        f"{where}: {text!r} is not known. Give KIND:SEVERITY, such as blur:2; kinds: "
+        f"{', '.join(CORRUPTIONS)}; severities: {', '.join(map(str, SEVERITIES))}.",
+        "corrupt",
+    )
+    return kind, int(severity)
 
 
 def _one_of(value: Any, choices: tuple[str, ...], name: str) -> None:
@@ -229,12 +260,19 @@ class StatisticsRecipe:
 class WeightRecipe:
     """How the example weight is chosen."""
 
-    example_weight: str | float = option("auto", "auto, keep, match, or a number from 0 to 1.")
+    example_weight: str | float = option(
+        "auto",
+        "auto, keep, or a number from 0 to 1; without labels, with --train-batch-size B: match "
+        "(1/B), fit-moments (per layer, to the moments of random batches of B), fit-predictions "
+        "(per layer, to the predictions in such batches).",
+    )
     granularity: str = option("channel", "Finest freedom allowed: global, layer or channel.")
     pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
     epochs: int = option(2, "Passes over the fit examples when weights are learned per channel.")
     thin: float = option(
-        0.005, "Part of the gain that may be given up to set whole layers back to 0 (0 for none)."
+        0.03,
+        "Part of the gain that may be given up, a standard error included, to set whole layers "
+        "back to 0 (0 for none).",
     )
     batch_size: int | None = option(
         None, "Batch size when weights are learned (default 64, less for large inputs)."
@@ -250,7 +288,7 @@ class WeightRecipe:
         """
         a = self.example_weight
         if isinstance(a, str):
-            _one_of(a, ("auto", "keep", "match"), "--example-weight")
+            _one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
         else:
             _require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
         _one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
@@ -261,7 +299,7 @@ class WeightRecipe:
 class FinetuneRecipe:
     """A short training run on top of a trained checkpoint."""
 
-    train: str = option("norms", "What is trained: norms, head, norms+head or all.")
+    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
     statistics: str = option(
         "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
     )
@@ -269,7 +307,10 @@ class FinetuneRecipe:
     epochs: int = option(2, "Passes over the fit examples.")
     steps: int | None = option(None, "Number of steps, instead of epochs.")
     optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
-    lr: float = option(0.003, "Peak learning rate, falling to 0 by cosine.")
+    lr: float | None = option(
+        None,
+        "Peak learning rate, falling to 0 by cosine (default 0.006; 0.0005 with --train all).",
+    )
     weight_lr: float = option(0.02, "Peak rate for learned example weights.")
     warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
     batch_size: int | None = option(
@@ -305,7 +346,7 @@ class FinetuneRecipe:
         Raises:
             ConfigError: if a value is out of range.
         """
-        _one_of(self.train, ("norms", "head", "norms+head", "all"), "--train")
+        _one_of(self.train, TRAINED, "--train")
         _one_of(self.statistics, ("frozen", "train"), "--statistics")
         _one_of(self.example_weight, ("keep", "learn"), "--example-weight")
         _one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
@@ -319,12 +360,19 @@ class FinetuneRecipe:
         for name in ("lr", "weight_lr", "weight_decay", "norm_decay"):
             v = getattr(self, name)
             flag = "--" + name.replace("_", "-")
-            _require(0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
+            _require(v is None or 0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
         _require(0 <= self.warmup < 1, f"--warmup: {self.warmup}, expected 0 to 1.", "warmup")
         _require(0 <= self.label_smoothing < 1, "--label-smoothing: expected 0 to 1.", "smoothing")
         clip, ema = self.clip, self.ema
         _require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
         _require(ema is None or 0 <= ema < 1, f"--ema: {ema}, expected 0 to 1 (1 excluded).", "ema")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: the one stated, or that for what is trained."""
+        if self.lr is not None:
+            return self.lr
+        return 0.0005 if self.train == "all" else 0.006
 
 
 @dataclass(frozen=True)
@@ -378,12 +426,38 @@ class ModelRecipe:
 
     model: str | None = option(
         None,
-        "torchvision:NAME, timm:NAME, package.module:callable or path/to/file.py:callable; needed "
-        "until a checkpoint carries one.",
+        "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
+        "path/to/file.py:callable; needed until a checkpoint carries one.",
     )
     arguments: tuple[tuple[str, Any], ...] = option((), "Arguments of the builder.")
     key: str | None = option(None, "Dotted nesting of the state dict in the file.")
     prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
+    prefer_ema: bool = option(
+        False, "Take the running mean of the weights that lies beside them in the file."
+    )
+    forward: str | None = option(
+        None,
+        "package.module:callable or path/to/file.py:callable, called with the model and a batch, "
+        "for models that are not called on images alone.",
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What else is measured beside the usual metrics."""
+
+    corruptions: bool = option(
+        False,
+        "Also measure under common corruptions: " + ", ".join(CORRUPTIONS) + "; 3 severities each.",
+    )
+    compare_batch_sizes: bool = option(
+        False, "Also compare each image's logits alone, in its batch and in another batch."
+    )
+    metric: tuple[str, ...] = option(
+        (),
+        "Metric of your own, package.module:callable or path/to/file.py:callable, called with all "
+        "outputs and labels as numpy arrays; returns a number or a dict of numbers; repeatable.",
+    )
 
 
 @dataclass(frozen=True)
@@ -408,6 +482,11 @@ class DataRecipe:
     max_bad: float | None = option(
         None, "Bad images that a pass may meet (default: 1%, and at least 5)."
     )
+    corrupt: str | None = option(
+        None,
+        "Corrupt every image that is read, after resize and crop: KIND:SEVERITY, such as blur:2; "
+        "kinds " + ", ".join(CORRUPTIONS) + "; severities 1 to 3.",
+    )
 
     def __post_init__(self) -> None:
         """Check choices.
@@ -416,3 +495,5 @@ class DataRecipe:
             ConfigError: if a value is not known.
         """
         _one_of(self.labels, ("auto", "none"), "--labels")
+        if self.corrupt is not None:
+            check_corruption(self.corrupt)

@@ -12,8 +12,9 @@ in float64 and pooled by the law of total variance; cov = (var(z + y) - var(z) -
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,12 +61,19 @@ class Refitting:
         n_examples: examples used.
         not_fitted: layers without scale and shift, or that the data never came to.
         seconds: wall-clock time.
+        distance: of the net's outputs from the original's on the same examples, before and after:
+            the mean divergence KL(original || converted) of the predictions, nats; for outputs that
+            are no logits the squared difference by the original's variance.
+        kept: whether the fit was taken; it is not where it brought the outputs no nearer, and
+            scale and shift are then as they were.
     """
 
     layers: tuple[RefittedLayer, ...]
     n_examples: int
     not_fitted: tuple[str, ...]
     seconds: float
+    distance: tuple[float, float] = (math.nan, math.nan)
+    kept: bool = True
 
     def describe(self) -> str:
         """Say it in one sentence.
@@ -76,10 +84,19 @@ class Refitting:
         worst = max(self.layers, key=lambda layer: layer.residual)
         mean = sum(layer.residual for layer in self.layers) / len(self.layers)
         left = f"; not fitted: {some(self.not_fitted)}" if self.not_fitted else ""
+        before, after = self.distance
+        if not self.kept:
+            return (
+                f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
+                f"outputs on {self.n_examples} examples, which took the whole net's outputs "
+                f"further away from the original's (distance {before:.3g}, then {after:.3g}); so "
+                "they are as they were."
+            )
         return (
             f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
             f"outputs on {self.n_examples} examples; of their variance {mean:.1%} is left on "
-            f"average, {worst.residual:.1%} at most ({worst.name}){left}."
+            f"average, {worst.residual:.1%} at most ({worst.name}){left}. The distance of the "
+            f"whole net's outputs from the original's went from {before:.3g} to {after:.3g}."
         )
 
 
@@ -139,18 +156,26 @@ def refit_(
     snapshot = guards.Snapshot(model)
     records = []
     try:
+        first = fit.distance(batches)
         for name, n_calls in fit.order(batches, {name: found[name] for name in fitted}).items():
             pair = (found[name], before[name])
             records.append(_set_best(name, found[name], fit.moments(batches, name, *pair, n_calls)))
+        last = fit.distance(batches)
     except BaseException:
         snapshot.restore_()
         raise
+    # Each layer is nearest to its original by itself; the net as a whole need not be.
+    kept = not last > first
+    if not kept:
+        snapshot.restore_()
     done = {record.name for record in records}
     return Refitting(
         tuple(records),
         fit.n_examples,
         tuple(name for name in wanted if name not in done),
         time.perf_counter() - started,
+        (first, last),
+        kept,
     )
 
 
@@ -170,6 +195,27 @@ class _Fit:
     ) -> None:
         self.model, self.original, self.forward, self.samples = model, original, forward, samples
         self.n_examples = 0
+
+    def distance(self, batches: Iterable[Any]) -> float:
+        """How far the outputs are from the original's; infinite where they are not finite."""
+        total, n = 0.0, 0
+        for batch in up_to(batches, self.samples):
+            device = runtime.device_of(self.model)
+            with guards.inference(self.model), guards.inference(self.original):
+                own = _tensor_of(runtime.run(self.model, batch, device, self.forward))
+                wanted = _tensor_of(runtime.run(self.original, batch, device, self.forward))
+            if own is None or wanted is None or own.shape != wanted.shape:
+                return 0.0
+            own, wanted = own.double(), wanted.double()
+            if own.ndim == 2 and own.shape[1] > 1:
+                away = F.kl_div(
+                    own.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="none"
+                ).sum(1)
+            else:
+                away = (own - wanted).square().flatten(1).mean(1) / wanted.var().clamp_min(1e-12)
+            total, n = total + float(away.sum()), n + len(away)
+        found = total / max(n, 1)
+        return found if math.isfinite(found) else math.inf
 
     def order(
         self, batches: Iterable[Any], layers: dict[str, GeneralizedBatchNorm]
@@ -252,6 +298,20 @@ class _Fit:
             except _StopHereError:
                 pass
         return [x for x in met if x.numel()]
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    """The first tensor of an output that has one row an example."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, Mapping):
+            output = next(iter(output.values()), None)
+        elif isinstance(output, list | tuple):
+            output = next(iter(output), None)
+        else:
+            output = getattr(output, "logits", None)
+        if output is None:
+            return None
+    return output if output.ndim > 1 and output.is_floating_point() else None
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from bnfix.callables import is_callable
 from bnfix.checkpoint import read_checkpoint
-from bnfix.errors import CheckpointError, ConfigError
+from bnfix.errors import CheckpointError, ConfigError, plain
 from bnfix.models import from_file_allowed
 from bnfix.pipeline import Plan
-from bnfix.reading import plain
 from bnfix.recipe import (
     DataRecipe,
     FinetuneRecipe,
@@ -28,7 +28,9 @@ from bnfix.recipe import (
 _Recipe = TypeVar("_Recipe")
 
 
-def replayed_plan(path: str | Path, *, run: RunOptions, command_line: str = "") -> Plan:
+def replayed_plan(
+    path: str | Path, *, run: RunOptions, command_line: str = "", test: str | None = None
+) -> Plan:
     """Read the plan of the last `fix` or `calibrate` in a file's history.
 
     A model that the file names is taken over only where it may be built from what a file says.
@@ -38,6 +40,7 @@ def replayed_plan(path: str | Path, *, run: RunOptions, command_line: str = "") 
         run: device and batch size, which a history does not hold; the precision, which it does, is
             the history's.
         command_line: as typed, for the report.
+        test: DATA of the test split, in place of the file's.
 
     Returns:
         The plan, as a `fix`.
@@ -65,12 +68,14 @@ def replayed_plan(path: str | Path, *, run: RunOptions, command_line: str = "") 
         model = _recipe(ModelRecipe, options, "model")
         if model.model is not None and not from_file_allowed(model.model):
             model = dataclasses.replace(model, model=None, arguments=())
+        # Code that a file names is never run.
+        model = dataclasses.replace(model, forward=None)
         none = options.get("finetune") is None
         return Plan(
             "fix",
             command_line,
             model,
-            _recipe(DataRecipe, options, "data"),
+            _source(options, test),
             _recipe(SwapRecipe, options, "swap"),
             _recipe(StatisticsRecipe, options, "statistics"),
             _recipe(WeightRecipe, options, "example_weight"),
@@ -82,6 +87,17 @@ def replayed_plan(path: str | Path, *, run: RunOptions, command_line: str = "") 
         raise CheckpointError(
             f"{plain(where)}: the options in its history cannot be used: {plain(error)}", path=where
         ) from error
+
+
+def _source(options: Mapping[str, Any], test: str | None) -> DataRecipe:
+    """Where the images come from; a callable that the file names for them is not imported."""
+    source = _recipe(DataRecipe, options, "data")
+    if test is None and source.test is not None and is_callable(source.test):
+        raise ConfigError(
+            f"its test data are code, {plain(source.test)}, which is not run because a file says "
+            "so. Name it by --test."
+        )
+    return source if test is None else dataclasses.replace(source, test=test)
 
 
 def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Recipe:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from bnfix import processes
 from bnfix.checkpoint import check_output, write_text
 from bnfix.errors import CheckpointError
 from bnfix.recipe import Preprocessing
@@ -16,7 +17,7 @@ from bnfix.report import Report, report_paths
 from bnfix.saving import save
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A finished command: the model, the report, and what the output's history will say.
 
@@ -31,6 +32,15 @@ class Result:
     report: Report
     entry: Mapping[str, Any]
     preprocessing: Preprocessing | None = None
+
+    def __repr__(self) -> str:
+        report = self.report
+        n_live = report.models[-1].n_live if report.models else 0
+        verdict = "no verdict" if report.verdict is None else report.verdict
+        return (
+            f"Result({report.command}: {verdict}, {len(report.models)} models measured, "
+            f"{len(report.layers)} norm layers, {n_live} of them live)"
+        )
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the checkpoint and its three reports beside it.
@@ -47,6 +57,20 @@ class Result:
         save(self.model, path, force=force, entry=self.entry, preprocessing=self.preprocessing)
         for place, text in zip(report_paths(Path(path)), texts, strict=True):
             write_text(place, text)
+
+    def save_by_first(self, path: str | Path, *, force: bool = False) -> None:
+        """Write as `save` does, by the first of several processes.
+
+        Args:
+            path: ends in ``.safetensors``.
+            force: replace existing files.
+        """
+
+        def write() -> None:
+            if processes.here().is_first:
+                self.save(path, force=force)
+
+        processes.together(write)
 
 
 def check_outputs(path: str | Path, *, force: bool) -> None:

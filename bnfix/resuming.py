@@ -1,4 +1,4 @@
-"""The state of an interrupted fine-tuning run, in a folder, to go on from bit for bit."""
+"""The state of an interrupted run, in a folder, to go on from bit for bit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoint import replace_whole
-from bnfix.errors import CheckpointError
-from bnfix.reading import plain, read_file
+from bnfix.errors import CheckpointError, plain
+from bnfix.reading import read_file
 
 _FORMAT = 1
 _FILE = "finetuning.pt"
@@ -29,10 +29,11 @@ class StateFolder:
     Args:
         folder: made when a state is first written.
         identity: of the run, from `identity_of`; the state of any other is refused.
+        file: its name in the folder.
     """
 
-    def __init__(self, folder: str | Path, identity: str) -> None:
-        self.path, self.identity = Path(folder) / _FILE, identity
+    def __init__(self, folder: str | Path, identity: str, file: str = _FILE) -> None:
+        self.path, self.identity = Path(folder) / file, identity
 
     def read(self) -> dict[str, Any] | None:
         """Read the state, by the restricted loader only.
@@ -48,7 +49,7 @@ class StateFolder:
         content = read_file(self.path)[0]
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise CheckpointError(
-                f"{plain(self.path)}: is not the state of a fine-tuning run that this version "
+                f"{plain(self.path)}: is not the state of a run that this version "
                 "wrote. Give another --state DIR.",
                 path=self.path,
             )

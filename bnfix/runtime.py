@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bnfix import processes
 from bnfix.errors import BnfixError, ConfigError, DataError, ModelError
 
 #: How a model is run on one batch of the user's own form.
@@ -19,6 +21,7 @@ Forward = Callable[[nn.Module, Any], Any]
 #: Batches, or what gives the batches of the k-th pass (so that each pass can be shuffled anew).
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
+_FORWARD = "_bnfix_forward"
 #: From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
@@ -32,7 +35,8 @@ def resolve_device(text: str) -> torch.device:
     """The device that an option means.
 
     Args:
-        text: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        text: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``. Of several
+            processes each has its own ``cuda``.
 
     Returns:
         The device.
@@ -41,7 +45,9 @@ def resolve_device(text: str) -> torch.device:
         ConfigError: if it is not known or not there.
     """
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cuda" and processes.here().shared and torch.cuda.is_available():
+        text = f"cuda:{processes.here().on_machine % torch.cuda.device_count()}"
     try:
         device = torch.device(text)
     except RuntimeError as error:
@@ -171,6 +177,31 @@ def move(value: Any, device: torch.device) -> Any:
     return value
 
 
+def set_forward_(model: nn.Module, forward: Forward) -> None:
+    """State once how a model is called on a batch, for whatever runs it.
+
+    Args:
+        model: the model.
+        forward: called as ``forward(model, batch)``; a ``forward=`` given to a function goes first.
+
+    Changes:
+        An attribute of the model, which travels with it and with its copies.
+    """
+    model.__dict__[_FORWARD] = forward
+
+
+def has_forward(model: nn.Module) -> bool:
+    """Say whether it was stated how a model is called.
+
+    Args:
+        model: any module.
+
+    Returns:
+        True after `set_forward_`.
+    """
+    return _FORWARD in model.__dict__
+
+
 def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
     """Run a model on one batch.
 
@@ -188,6 +219,7 @@ def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | N
         failure: if bnfix states it, or the memory does not suffice.
         ModelError: if the model, called without ``forward``, fails on the input.
     """
+    forward = forward or model.__dict__.get(_FORWARD)
     if forward is not None:
         return forward(model, move(batch, device))
     x = move(unpack(batch)[0], device)
@@ -204,6 +236,25 @@ def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | N
         f"model: cannot be run on an input of {what} ({reason}). Check --resize, --crop and "
         "--model."
     ) from failure
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors in a model's output, in order.
+
+    Args:
+        output: a tensor, or tuples, lists, mappings and dataclasses of them, nested.
+
+    Returns:
+        The tensors; whatever else is in it is passed over.
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    if dataclasses.is_dataclass(output) and not isinstance(output, type | Mapping):
+        output = vars(output)
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    parts = output if isinstance(output, list | tuple) else []
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 def logits_of(output: Any) -> Tensor:
@@ -233,10 +284,30 @@ def logits_of(output: Any) -> Tensor:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ModelError(
             f"model: its output is {type(found).__name__}{shape}, expected logits (N, classes). "
-            "For other networks there are convert and --labels none --statistics population; from "
-            "Python, forward=, which is called with the model and the batch and returns logits."
+            "For other networks there are convert and --labels none --statistics population; or "
+            "--forward (from Python forward=), which is called with the model and the batch and "
+            "returns logits."
         )
     return found
+
+
+def n_examples_of(batch: Any) -> int:
+    """Examples in a batch: the length of the first tensor, or array, found in its inputs.
+
+    Args:
+        batch: any form.
+
+    Returns:
+        The number; 1 where nothing has a length.
+    """
+    try:
+        found = unpack(batch)[0]
+    except DataError:
+        found = batch  # a form that only the user's forward knows
+    while isinstance(found, Mapping | list | tuple) and found:
+        found = next(iter(found.values() if isinstance(found, Mapping) else found))
+    shape = tuple(getattr(found, "shape", ()))
+    return int(shape[0]) if shape else 1
 
 
 def pass_of(batches: Batches, k: int) -> Iterable[Any]:

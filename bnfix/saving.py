@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import platform
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.checkpoint import FORMAT, Checkpoint, key_problems, read_checkpoint, write_checkpoint
-from bnfix.errors import BnfixError, CheckpointError, ModelError, some
-from bnfix.models import build_model, from_file_allowed
+from bnfix.checkpoint import Checkpoint, key_problems, read_checkpoint, write_checkpoint
+from bnfix.errors import BnfixError, CheckpointError, plain, some
+from bnfix.header import FORMAT
+from bnfix.models import build_model, build_skeleton
 from bnfix.norms import generalized_norms, set_example_weight_
+from bnfix.origin import Origin, origin_of, require_buildable, stated_origin
+from bnfix.presets import published_arguments, published_weights, wants_transformed_input
 from bnfix.recipe import Preprocessing, SwapRecipe
 from bnfix.sites import find_norms
 from bnfix.surgery import Change, plan_swap, swap_planned_
@@ -22,25 +28,6 @@ from bnfix.version import __version__
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HALF_LOSS = 1e-3
-
-
-@dataclass
-class Origin:
-    """Where a model came from; travels with it as an attribute, so that saving knows.
-
-    Args:
-        spec: the model specification, if it was built from one.
-        arguments: of the builder.
-        preprocessing: what its inputs go through, if known.
-        history: one entry a command.
-        dtypes: the file's type of each tensor.
-    """
-
-    spec: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
-    preprocessing: Preprocessing | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,6 +71,8 @@ def load_ready(
     model: nn.Module | None = None,
     key: str | None = None,
     prefix: str | None = None,
+    prefer_ema: bool = False,
+    mapped: bool = False,
 ) -> Loaded:
     """Read a checkpoint, build its model, load it strictly, and set its norm layers.
 
@@ -94,6 +83,9 @@ def load_ready(
         model: used instead of building one; changed in place.
         key: nesting inside the file, if it is not to be found by itself.
         prefix: prefix of the names, if it is not to be found by itself.
+        prefer_ema: take the running mean of the weights, which must then be there.
+        mapped: let the model use the file's own tensors where that can be, instead of copies: it
+            then takes memory as they are used, and the file must stay as it is meanwhile.
 
     Returns:
         The model and where it came from.
@@ -101,19 +93,26 @@ def load_ready(
     Raises:
         CheckpointError: if the file does not fit the model; all problems at once.
     """
-    checkpoint = read_checkpoint(path, key=key, prefix=prefix)
-    origin = _origin(checkpoint)
+    checkpoint = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
+    origin = stated_origin(checkpoint)
     if spec is not None:
         origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
     elif model is None:
-        _require_buildable(checkpoint, origin)
+        require_buildable(checkpoint, origin)
+    if model is None and origin.spec is not None:
+        checkpoint = _with_published_arguments_(origin, checkpoint)
+        model = (
+            build_skeleton(origin.spec, origin.arguments, checkpoint.tensors) if mapped else None
+        )
     if model is None:
         model = build_model(origin.spec or "", origin.arguments, checkpoint.tensors)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     stock = {name: s for name, s in shapes.items() if not _is_weight_buffer(name, model)}
     problems = key_problems(stock, checkpoint.tensors)
     if problems and key is None and prefix is None:
-        checkpoint = read_checkpoint(path, expected=set(stock))
+        notes = checkpoint.notes
+        checkpoint = read_checkpoint(path, expected=set(stock), prefer_ema=prefer_ema)
+        checkpoint = replace(checkpoint, notes=tuple(dict.fromkeys((*checkpoint.notes, *notes))))
         problems = key_problems(stock, checkpoint.tensors)
     if problems:
         where = origin.spec or type(model).__name__
@@ -122,15 +121,12 @@ def load_ready(
             f"{_listed(problems)}. Give the --model that it was trained as.",
             path=path,
         )
-    state = dict(checkpoint.tensors)
-    for name, tensor in model.state_dict().items():
-        state.setdefault(name, tensor)  # num_batches_tracked, which old files lack
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{Path(path).name}: cannot be loaded into {type(model).__name__}: {error}", path=path
-        ) from error
+    _fill_(model, checkpoint)
+    published = published_weights(origin.spec or "", checkpoint.sha256)
+    if published is not None and published.name == "COCO_V1":
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d):
+                module.eps = 0.0  # as torchvision sets it beside these weights
     origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
     if checkpoint.metadata is not None:
         _apply_norms(model, checkpoint)
@@ -139,17 +135,48 @@ def load_ready(
     return Loaded(model, checkpoint, origin)
 
 
-def origin_of(model: nn.Module) -> Origin:
-    """Where a model came from.
+def _with_published_arguments_(origin: Origin, checkpoint: Checkpoint) -> Checkpoint:
+    """Complete a builder's arguments by what belongs to weights known by their digest."""
+    spec = origin.spec or ""
+    if not wants_transformed_input(spec) or "transform_input" in origin.arguments:
+        return checkpoint
+    found = published_arguments(spec, checkpoint.sha256)
+    origin.arguments = {**found, **origin.arguments}
+    if checkpoint.metadata is not None:
+        return checkpoint
+    note = (
+        "transform_input=true, as torchvision builds it with these weights of its own"
+        if found
+        else "built without transform_input; weights that come from torchvision's need "
+        "--model-arg transform_input=true"
+    )
+    return replace(checkpoint, notes=(*checkpoint.notes, note))
 
-    Args:
-        model: from `load`, or any other.
 
-    Returns:
-        Its origin; an empty one for a model that was not loaded by bnfix.
-    """
-    found = model.__dict__.get("_bnfix_origin")
-    return found if isinstance(found, Origin) else Origin()
+def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a fitting state dict; a model without memory takes the file's own tensors."""
+    own = model.state_dict()
+    empty = {name for name, tensor in own.items() if tensor.is_meta}
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in own.items():
+        if name in checkpoint.tensors:
+            found = checkpoint.tensors[name]
+            state[name] = found.to(tensor.dtype) if empty else found
+        else:  # num_batches_tracked, which old files lack
+            state[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+    # Some modules refuse a state dict that does not say which version of theirs it is.
+    versions: Any = copy.copy(getattr(own, "_metadata", {}))
+    for name, version in checkpoint.versions.items():
+        if name in versions:
+            versions[name] = {**versions[name], "version": version}
+    state._metadata = versions  # type: ignore[attr-defined]
+    try:
+        model.load_state_dict(state, strict=True, assign=bool(empty))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path.name}: cannot be loaded into {type(model).__name__}: {plain(error)}",
+            path=checkpoint.path,
+        ) from error
 
 
 def save(
@@ -175,6 +202,26 @@ def save(
     Raises:
         CheckpointError: if the file may not be written; nothing is then left behind.
     """
+    metadata = metadata_of(model, entry=entry, preprocessing=preprocessing)
+    write_checkpoint(path, stock_tensors(model), metadata, force=force)
+
+
+def metadata_of(
+    model: nn.Module,
+    *,
+    entry: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> dict[str, Any]:
+    """What the header of a model's file says: settings of the norm layers, where it came from.
+
+    Args:
+        model: with or without generalized layers.
+        entry: added to the history.
+        preprocessing: by default what the model came with.
+
+    Returns:
+        JSON values.
+    """
     origin = origin_of(model)
     preprocessing = preprocessing or origin.preprocessing
     norms = {}
@@ -187,7 +234,7 @@ def save(
             "example_weight": float(weight.flatten()[0]) if equal else weight.tolist(),
             "eps": layer.eps,
         }
-    metadata = {
+    return {
         "format": FORMAT,
         "bnfix": __version__,
         "model": {"spec": origin.spec, "arguments": origin.arguments},
@@ -195,7 +242,6 @@ def save(
         "norms": norms,
         "history": [*origin.history, *([dict(entry)] if entry is not None else [])],
     }
-    write_checkpoint(path, stock_tensors(model), metadata, force=force)
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -324,67 +370,6 @@ def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> 
     return float((error / scale).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
 
 
-def _origin(checkpoint: Checkpoint) -> Origin:
-    """What a header says, its types checked: files are hostile until proven otherwise."""
-    metadata = checkpoint.metadata
-    if metadata is None:
-        return Origin()
-    model: Any = metadata.get("model") or {}
-    spec: Any = model.get("spec") if isinstance(model, dict) else model
-    arguments: Any = (model.get("arguments") or {}) if isinstance(model, dict) else model
-    preprocessing, history = metadata.get("preprocessing"), metadata.get("history") or []
-    wrong = [
-        name
-        for name, fits in (
-            ("model", all(isinstance(v, t) for v, t in ((spec, str | None), (arguments, dict)))),
-            ("preprocessing", isinstance(preprocessing, dict | None)),
-            ("norms", isinstance(metadata.get("norms"), dict | None)),
-            ("history", isinstance(history, list) and all(isinstance(e, dict) for e in history)),
-        )
-        if not fits
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: its bnfix header holds values of the wrong type under "
-            f"{some(wrong)}. It was not written by bnfix; fetch the file again.",
-            path=checkpoint.path,
-        )
-    return Origin(
-        spec,
-        arguments,
-        None if preprocessing is None else _preprocessing(preprocessing, checkpoint),
-        history,
-    )
-
-
-def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessing:
-    known = {name: found[name] for name in Preprocessing.__dataclass_fields__ if name in found}
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-    try:
-        return Preprocessing(**values)
-    except (BnfixError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: the preprocessing in its header cannot be used: {error}",
-            path=checkpoint.path,
-        ) from error
-
-
-def _require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
-    name = checkpoint.path.name
-    if origin.spec is None:
-        raise ModelError(
-            f"{name}: does not say what model it is. Give --model, for example "
-            "torchvision:resnet50, package.module:callable or path/to/file.py:callable.",
-            path=checkpoint.path,
-        )
-    if not from_file_allowed(origin.spec):
-        raise ModelError(
-            f"{name}: names the model {origin.spec!r}, and code that a file names is not run. If "
-            f"you trust it, give --model {origin.spec}",
-            path=checkpoint.path,
-        )
-
-
 def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Swap the layers that the header lists and give them its settings."""
     norms = (checkpoint.metadata or {}).get("norms")
@@ -395,7 +380,7 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
     if unknown:
         raise CheckpointError(
             f"{checkpoint.path.name}: its header sets norm layers that the model lacks: "
-            f"{some(unknown)}.",
+            f"{some([plain(name) for name in unknown])}.",
             path=checkpoint.path,
         )
     try:
@@ -409,7 +394,8 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
             set_example_weight_(layer, setting.example_weight)
     except (BnfixError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
-            f"{checkpoint.path.name}: the norm settings in its header cannot be used: {error}",
+            f"{checkpoint.path.name}: the norm settings in its header cannot be used: "
+            f"{plain(error)}",
             path=checkpoint.path,
         ) from error
 

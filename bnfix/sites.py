@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -121,10 +122,16 @@ def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
     names = [name for site in sites for name in (site.name, *site.aliases)]
     known = some(names) or "none"
     return [
-        f"{pattern}: matches no norm layer (there are: {known})"
+        f"{pattern}: matches no norm layer{_near(pattern, names)} (there are: {known})"
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """Names that are spelled nearly like a pattern, as a question."""
+    close = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def is_timm_act(module: nn.Module) -> bool:

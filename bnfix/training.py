@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix import runtime
+from bnfix import processes, runtime
 from bnfix.errors import DataError, ModelError, NormError, NumericError, some
 from bnfix.evaluation import labels_of
 from bnfix.norms import GeneralizedBatchNorm
@@ -69,13 +70,18 @@ class Run:
         if leaves:
             groups = [*groups, {"params": self.leaves, "lr": recipe.weight_lr, "weight_decay": 0.0}]
         self.parameters = [p for group in groups for p in group["params"]]
+        trained = {id(p) for p in self.parameters}
+        self._decaying = [
+            layer for layer in self.norms
+            if any(id(p) in trained for p in layer.parameters(recurse=False))
+        ]  # fmt: skip
         self._peaks = [group["lr"] for group in groups]
         if recipe.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, lr=recipe.lr, momentum=0.9, nesterov=True
+                groups, lr=recipe.peak_lr, momentum=0.9, nesterov=True
             )
         else:
-            self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+            self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr)
         if recipe.statistics == "train":
             buffers = [b for layer in self.norms for b in layer.buffers(recurse=False)]
             self._moments = [(buffer, buffer.clone()) for buffer in buffers]
@@ -112,7 +118,7 @@ class Run:
                 here["random"] = random_state()
                 after_step()
             gathered = list(islice(iterator, self.recipe.accumulate))
-            if not gathered:
+            if not any(processes.gather(len(gathered))):
                 break
             self.busy = True
             for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
@@ -121,9 +127,10 @@ class Run:
             loss = self._one_step(self._usable(gathered))
             if loss is not None:
                 here["losses"].append(loss)
-            here["n_batches"] += len(gathered)
+            here["n_batches"] += max(processes.gather(len(gathered)))
             self.busy = False
         self.epoch = None
+        self._share_moments()
         if not here["n_batches"]:
             raise DataError(
                 "fine-tuning: a pass over the batches gave none. Give batches that can be gone "
@@ -131,6 +138,19 @@ class Run:
             )
         losses = here["losses"]
         return sum(losses) / len(losses) if losses else None
+
+    def _share_moments(self) -> None:
+        """Running moments of several ranks become their mean: each has followed its own batches."""
+        size = processes.here().size
+        if size == 1:
+            return
+        for buffer, saved in self._moments:
+            if buffer.is_floating_point():
+                processes.sum_([buffer])
+                buffer.div_(size)
+            else:
+                buffer.fill_(max(processes.gather(int(buffer))))
+            saved.copy_(buffer)
 
     def _begin(self, batches: Callable[[], Iterable[Any]]) -> tuple[dict[str, Any], Iterator[Any]]:
         """The epoch's record and its batches, those that were gone through left behind."""
@@ -164,17 +184,10 @@ class Run:
 
     def _one_step(self, gathered: list[Any]) -> float | None:
         """One step; its loss, or ``None`` if it was left out."""
-        if not gathered:
+        if not any(processes.gather(len(gathered))):
             return None
         self.optimizer.zero_grad()
-        counts = [1 if len(gathered) == 1 else _n_labels(batch) or 0 for batch in gathered]
-        value = 0.0
-        for batch, count in zip(gathered, counts, strict=True):
-            part = count / max(1, sum(counts))
-            loss = self._loss(batch)
-            # A factor of 1 would still round: a single batch is left as it is.
-            (loss if len(gathered) == 1 else loss * part).backward()  # type: ignore[no-untyped-call]
-            value += float(loss.detach()) * part
+        value = self._gradients(gathered)
         limit = self.recipe.clip if self.recipe.clip is not None else math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         finite = math.isfinite(value) and math.isfinite(norm)
@@ -190,8 +203,26 @@ class Run:
         for group in self.optimizer.param_groups:
             if group.get("name") == "norms":
                 target = self.recipe.norm_decay_target
-                decay_norms_(self.norms, group["lr"], group["norm_decay"], target)
+                decay_norms_(self._decaying, group["lr"], group["norm_decay"], target)
         self._after_update()
+        return value
+
+    def _gradients(self, gathered: list[Any]) -> float:
+        """Gradients of the mean loss over these batches' examples, of all ranks; that loss."""
+        counts = [_n_labels(batch) or 0 for batch in gathered]
+        if processes.here().shared:
+            return processes.backward_(
+                [partial(self._loss, batch) for batch in gathered], counts, self.parameters
+            )
+        if len(gathered) == 1:
+            counts = [1]
+        value = 0.0
+        for batch, count in zip(gathered, counts, strict=True):
+            part = count / max(1, sum(counts))
+            loss = self._loss(batch)
+            # A factor of 1 would still round: a single batch is left as it is.
+            (loss if len(gathered) == 1 else loss * part).backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach()) * part
         return value
 
     def _loss(self, batch: Any) -> Tensor:
@@ -346,6 +377,7 @@ def n_steps_of(recipe: FinetuneRecipe, batches: runtime.Batches) -> int:
             pass
     if n_batches is None:
         n_batches = sum(1 for _ in first)
+    n_batches = max(processes.gather(n_batches))
     return recipe.epochs * -(-n_batches // recipe.accumulate)
 
 

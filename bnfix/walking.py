@@ -12,7 +12,7 @@ import contextvars
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,8 +22,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bnfix import guards, runtime
-from bnfix.collecting import Collector, StopHereError, as_stored, n_examples_of, up_to
+from bnfix import guards, processes, runtime
+from bnfix.collecting import (
+    Accumulator,
+    Collector,
+    StopHereError,
+    as_stored,
+    device_of_site,
+    up_to,
+)
 
 #: Batches that may walk together; each has a thread.
 _MOST_BATCHES = 256
@@ -31,6 +38,8 @@ _MOST_BATCHES = 256
 
 def default_memory(device: torch.device) -> int:
     """Bytes of activations that may be held: a quarter of the memory that is free.
+
+    Processes of one machine share that quarter.
 
     Args:
         device: where the model runs.
@@ -41,7 +50,8 @@ def default_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free // (4 * processes.here().per_machine)
     except (AttributeError, OSError, ValueError):
         return 1 << 30
 
@@ -109,7 +119,11 @@ class Walk:
                         module.register_forward_hook(self._collector.after, always_call=True)
                     )
                 try:
-                    self._start(up_to(runtime.pass_of(batches, 0), samples), pool, enter)
+                    processes.together(
+                        lambda: self._start(
+                            up_to(runtime.pass_of(batches, 0), samples), pool, enter
+                        )
+                    )
                     self._step_by_step()
                 finally:
                     self._end()
@@ -132,28 +146,59 @@ class Walk:
             self._resume(walker)
             if self._impossible:
                 return
-            n = n_examples_of(batch)
+            n = runtime.n_examples_of(batch)
             self.n_examples, self.n_batches = self.n_examples + n, self.n_batches + (n > 0)
 
     def _step_by_step(self) -> None:
-        """Make the layer final at which all wait, and bring all to their next."""
+        """Make the layer final at which all wait, on every rank, and bring all to their next."""
         collector = self._collector
-        while not self._impossible:
-            collector.check_finite()
-            waiting = [walker for walker in self._walkers if walker.at is not None]
-            places = {walker.at.name for walker in waiting if walker.at is not None}
-            if len(places) != 1:
-                self._impossible = len(places) > 1
-                return
+        while True:
+            found = processes.together(self._look)
+            places = {name for name, _, _ in found if name is not None}
+            self._impossible = len(places) > 1 or any(impossible for *_, impossible in found)
+            if self._impossible or not places:
+                break
             name = places.pop()
+            if processes.here().shared:
+                collector.measured[name] = self._everyones(name, [sums for _, sums, _ in found])
             moments = collector.measured[name].statistics(self._train_batch_size)
-            site = next(walker.at for walker in waiting if walker.at is not None)
+            site = next(site for site in collector.sites.values() if site.name == name)
             collector.use[name] = as_stored(site, *moments)
             self.n_steps += 1
-            for walker in waiting:
-                self._resume(walker)
-                if self._impossible:
-                    return
+            processes.together(self._go_on)
+        n_examples = processes.gather((self.n_examples, self.n_batches))
+        self.n_examples, self.n_batches = map(sum, zip(*n_examples, strict=True))
+        if processes.here().shared and not self._impossible:
+            # All have the same sums already; what is still to be agreed on is order and calls.
+            measured = collector.measured
+            collector.set_states_(processes.gather({**collector.state(), "measured": {}}))
+            collector.measured = measured
+
+    def _look(self) -> tuple[str | None, Any, bool]:
+        """The layer at which this rank's batches wait, what they measured, whether it fails."""
+        collector = self._collector
+        if self._impossible:
+            return None, None, True
+        collector.check_finite()
+        places = {walker.at.name for walker in self._walkers if walker.at is not None}
+        if len(places) != 1:
+            return None, None, len(places) > 1
+        name = places.pop()
+        shared = processes.here().shared
+        return name, collector.measured[name].state() if shared else None, False
+
+    def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
+        """What all ranks have measured at a layer."""
+        site = next(site for site in self._collector.sites.values() if site.name == name)
+        device = device_of_site(site)
+        first, *rest = (Accumulator.of_state(part, device) for part in sums if part is not None)
+        return first.merged(rest)
+
+    def _go_on(self) -> None:
+        for walker in [walker for walker in self._walkers if walker.at is not None]:
+            self._resume(walker)
+            if self._impossible:
+                return
 
     def _fits(self) -> bool:
         """Whether the activations of all batches so far would, by what the first one holds."""

@@ -13,13 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfix import guards, runtime
+from bnfix import guards, processes, runtime
 from bnfix.augmentation import augmented
+from bnfix.corruptions import Corruption, corruption_of
 from bnfix.data import Batch, Batches, Split, cut, fingerprint
 from bnfix.errors import DataError, some
+from bnfix.first_look import N_EXAMPLES, look_at_inputs, look_at_size
 from bnfix.images import Images
-from bnfix.models import default_preprocessing, input_channels, preset_preprocessing
-from bnfix.opening import open_images
+from bnfix.importing import import_forward
+from bnfix.models import input_channels
+from bnfix.opening import for_outputs, open_images
+from bnfix.presets import default_preprocessing, preset_preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.saving import Loaded, load_ready
 
@@ -46,7 +50,7 @@ def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
 
 
 class Tracked:
-    """Batches whose every pass shows its progress.
+    """Batches whose every pass shows its progress; of several processes each has its share.
 
     Args:
         batches: to iterate over.
@@ -71,8 +75,27 @@ class Tracked:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def starting_at(self, n: int) -> Tracked:
+        """The same without the first batches.
+
+        Args:
+            n: batches to leave out; they are not read either.
+
+        Returns:
+            The rest.
+        """
+        return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
+
+    def whole(self) -> Tracked:
+        """All batches, on every rank.
+
+        Returns:
+            The batches that the ranks share otherwise.
+        """
+        return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
+
     def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
-        """The same batches in another order every pass.
+        """The same batches in another order every pass; each rank has a part of every batch.
 
         Args:
             seed: of pass 0; pass k has seed + k.
@@ -81,10 +104,11 @@ class Tracked:
         Returns:
             What gives the batches of the k-th pass.
         """
+        place = processes.here()
 
         def of_pass(k: int) -> Tracked:
             vary = partial(augmented, kind=augment, seed=seed, epoch=k)
-            batches = self.batches.with_seed(seed + k)
+            batches = self.batches.with_seed(seed + k).sliced(place.rank, place.size)
             return Tracked(batches, self.stage, self._track, None if augment == "none" else vary)
 
         return of_pass
@@ -108,6 +132,7 @@ class Workbench:
         input_size: numbers in one input.
         original: the model before layers were swapped that now weigh the example; their scale and
             shift are still to be re-fitted to its outputs.
+        corruption: what every image goes through, those of the test split too.
     """
 
     loaded: Loaded
@@ -122,6 +147,7 @@ class Workbench:
     track: Track
     input_size: int
     original: nn.Module | None = None
+    corruption: Corruption | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -165,8 +191,10 @@ class Workbench:
             batch_size=size or evaluation_batch_size(self.run, self.model, self.input_size),
             workers=self.run.workers,
             max_bad=self.max_bad,
+            corruption=self.corruption,
         )
-        return Tracked(batches, stage, self.track)
+        place = processes.here()
+        return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
 
     def training_batch_size(self, stated: int | None) -> int:
         """The batch size of a stage with gradients.
@@ -240,6 +268,13 @@ def open_workbench(
             "no image is in two splits."
         )
     assumptions += [f"{data}: {note}." for note in images.notes]
+    assumptions += _first_look(loaded, images, preprocessing, run, gate.seed)
+    corruption = corruption_of(source.corrupt, gate.seed)
+    if corruption is not None:
+        assumptions.append(
+            f"every image was corrupted, those of the test too: {corruption.text} "
+            f"({corruption.words}), after resize and crop."
+        )
     for name, wanted in (("fit", fractions[0]), ("select", fractions[1])):
         if wanted and len(getattr(split, name)) < 2:
             raise DataError(
@@ -258,16 +293,41 @@ def open_workbench(
         source.max_bad,
         track,
         input_size,
+        corruption=corruption,
     )
 
 
-def load_one(checkpoint: str | Path, recipe: ModelRecipe, run: RunOptions) -> Loaded:
+def _first_look(
+    loaded: Loaded, images: Images, preprocessing: Preprocessing, run: RunOptions, seed: int
+) -> list[str]:
+    """What strikes the eye in a few images, before anything is done with them."""
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:N_EXAMPLES])
+    batches = Batches(
+        images, drawn, preprocessing, batch_size=N_EXAMPLES, workers=0, max_bad=len(drawn)
+    )
+    try:
+        batch = next(iter(batches))
+    except DataError:
+        return []  # stated where the images are needed
+    spec = loaded.origin.spec
+    known = None if spec is None else default_preprocessing(spec)
+    found = (
+        look_at_size(tuple(batch.x.shape), None if known is None else known[0].crop),
+        look_at_inputs(loaded.model, batch),
+    )
+    return [sentence for sentence in found if sentence is not None]
+
+
+def load_one(
+    checkpoint: str | Path, recipe: ModelRecipe, run: RunOptions, *, mapped: bool = False
+) -> Loaded:
     """Load a checkpoint onto the device.
 
     Args:
         checkpoint: the file.
         recipe: which model it is.
         run: the device.
+        mapped: as for `load_ready`.
 
     Returns:
         The loaded model.
@@ -279,7 +339,11 @@ def load_one(checkpoint: str | Path, recipe: ModelRecipe, run: RunOptions) -> Lo
         arguments=dict(recipe.arguments),
         key=recipe.key,
         prefix=recipe.prefix,
+        prefer_ema=recipe.prefer_ema,
+        mapped=mapped,
     )
+    if recipe.forward is not None:
+        runtime.set_forward_(loaded.model, import_forward(recipe.forward))
     if any(t.dtype in (torch.float16, torch.bfloat16) for t in loaded.model.state_dict().values()):
         # Half-precision models are worked on in float32; saving gives each tensor its type back.
         loaded.model.float()
@@ -301,7 +365,11 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
     channels = input_channels(loaded.model)
     channels = channels if channels in (1, 3) else 3
     stored = loaded.origin.preprocessing
-    default = None if loaded.origin.spec is None else default_preprocessing(loaded.origin.spec)
+    default = (
+        None
+        if loaded.origin.spec is None
+        else default_preprocessing(loaded.origin.spec, loaded.checkpoint.sha256)
+    )
     photometric = source.mean is not None or source.std is not None
     if source.preset is not None:
         base = preset_preprocessing(source.preset)
@@ -341,7 +409,12 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
 
 
 def open_checked(
-    data: str, model: nn.Module, source: DataRecipe, preprocessing: Preprocessing
+    data: str,
+    model: nn.Module,
+    source: DataRecipe,
+    preprocessing: Preprocessing,
+    known: Images | None = None,
+    any_task: bool = False,
 ) -> tuple[Images, int]:
     """Open DATA and check that its labels fit the model's outputs.
 
@@ -350,14 +423,18 @@ def open_checked(
         model: run once, on the first usable image, to see how many outputs it has.
         source: class map and labels.
         preprocessing: of that image.
+        known: the same DATA opened for another model, to read nothing twice.
+        any_task: let pass outputs that are no logits, and labels that are no classes of them.
 
     Returns:
         The images, and how many numbers one input has.
     """
-    class_map = None if source.class_map is None else Path(source.class_map)
-    images = open_images(
-        data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
-    )
+    images = known
+    if images is None or images.channels != preprocessing.channels:
+        class_map = None if source.class_map is None else Path(source.class_map)
+        images = open_images(
+            data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
+        )
     everything = Batches(
         images,
         np.arange(len(images)),
@@ -372,15 +449,12 @@ def open_checked(
     input_size = first.x[0].numel()
     if images.labels is None:
         return images, input_size
+    if any_task and isinstance(output, torch.Tensor):
+        is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
+        if not is_logits:
+            return images, input_size
     n_classes = runtime.logits_of(output).shape[1]
-    images = open_images(
-        data,
-        class_map=class_map,
-        labels=source.labels,
-        n_classes=n_classes,
-        channels=preprocessing.channels,
-    )
-    return images, input_size
+    return for_outputs(images, n_classes), input_size
 
 
 def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:
@@ -402,16 +476,29 @@ def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) ->
 
 
 def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
-    """Bad images that passes have met, each once, in words.
+    """Bad images that passes have met, on any rank, each once, in words.
 
     Args:
         benches: batches that were gone through.
 
     Returns:
         Name and reason of each.
+
+    Raises:
+        DataError: if the ranks together have met more in a pass than it may have.
     """
-    every = [skipped for bench in benches for skipped in bench.batches.skipped]
-    found = {s.name: f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}" for s in every}
+    found: dict[str, str] = {}
+    for bench in benches:
+        shares = processes.gather(bench.batches.skipped)
+        names = {skipped.name for share in shares for skipped in share}
+        if processes.here().shared and len(names) > bench.batches.max_bad:
+            raise DataError(
+                f"{bench.batches.images.spec}: {len(names)} bad images, "
+                f"{bench.batches.max_bad:g} allowed: {some(sorted(names))}. Remove them, or allow "
+                "more with --max-bad."
+            )
+        for s in (skipped for share in shares for skipped in share):
+            found.setdefault(s.name, f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}")
     return tuple(found.values())
 
 

@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from bnfix.recipe import KINDS
 from tests.conftest import Files, command_of, environment, images_of
 
-COMMANDS = ("demo", "inspect", "convert", "calibrate", "finetune", "eval", "fix")
-WRITING = ("convert", "calibrate", "finetune", "fix")
+COMMANDS = (
+    "demo", "inspect", "convert", "calibrate", "finetune", "average", "eval", "fix", "export",
+)  # fmt: skip
+WRITING = ("convert", "calibrate", "finetune", "fix", "average")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -33,6 +35,8 @@ def arguments(command: str, files: Files, out: Path) -> list[object]:
     """A small run of any command that writes a checkpoint."""
     if command == "convert":
         return [command, files.net, "--model", files.spec, "-o", out]
+    if command == "average":
+        return [command, files.stale, files.net, "--data", files.data, *files.common, "-o", out]
     short = {"finetune": ["--epochs", "1"], "fix": ["--epochs", "1"]}.get(command, [])
     return [command, files.stale, "--data", files.data, *files.common, *short, "-o", out]
 

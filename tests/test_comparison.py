@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import bnfix
 from bnfix.comparison import evaluate_files
 from bnfix.conversion import convert
 from bnfix.errors import CheckpointError, ConfigError, DataError
-from bnfix.recipe import DataRecipe, SwapRecipe
+from bnfix.images import FileImages
+from bnfix.recipe import DataRecipe, EvaluationRecipe, RunOptions, SwapRecipe
 from bnfix.version import __version__
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
@@ -335,3 +339,159 @@ def test_a_published_checkpoint_gives_the_published_numbers(cli, tmp_path):
     )
     nll = F.cross_entropy(logits.double(), torch.from_numpy(labels))
     assert found["models"][0]["nll"] == pytest.approx(float(nll), rel=1e-4)
+
+
+# --- several at once ---
+
+
+class Reads:
+    """Counts how often files of a folder are opened, while it is watched."""
+
+    def __init__(self) -> None:
+        self.folder = ""
+        self.counts: dict[str, int] = {}
+        sys.addaudithook(self._heard)  # for ever: Python has no way to take a hook away
+
+    def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and self.folder:
+            path = str(arguments[0])
+            if path.startswith(self.folder) and path.endswith((".png", ".npz", ".csv")):
+                self.counts[path] = self.counts.get(path, 0) + 1
+
+    def of(self, folder: Path, work: Callable[[], Any]) -> dict[str, int]:
+        """Openings by file while the work is done."""
+        self.counts, self.folder = {}, str(folder)
+        try:
+            work()
+        finally:
+            self.folder = ""
+        return self.counts
+
+
+@pytest.fixture(scope="module")
+def reads() -> Reads:
+    return Reads()
+
+
+@pytest.fixture(scope="module")
+def four(files, tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("four")
+    state = torch.load(files.net, weights_only=True)
+    paths = [files.stale, files.net]
+    for k in (1, 2):
+        changed = {n: t * (1 + 0.02 * k) if n == "fc.weight" else t for n, t in state.items()}
+        paths.append(folder / f"net{k}.pth")
+        torch.save(changed, paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["folders", "table", "flat", "test"])
+def test_four_checkpoints_read_the_data_as_often_as_one_does(files, four, reads, kind):
+    data = getattr(files, kind)
+    options = {
+        "data": str(data), "model": files.spec, "source": DataRecipe(mean=(0.5,), std=(0.25,)),
+        "run": RunOptions(workers=0, batch_size=16),
+    }  # fmt: skip
+    one = reads.of(data, lambda: evaluate_files(four[:1], **options))
+    all_four = reads.of(data, lambda: evaluate_files(four, **options))
+    assert one == all_four
+    n_files = {"folders": 60, "table": 61, "flat": 60, "test": 1}[kind]
+    assert len(one) == n_files
+    # Once to decode, once to hash its bytes; an archive once for its zip, once for its arrays.
+    assert max(one.values()) <= 2
+
+
+def test_every_image_is_decoded_once_for_four_checkpoints_and_all_else(files, four, monkeypatch):
+    decoded: list[int] = []
+    read = FileImages.read
+
+    def counted(self: FileImages, i: int) -> np.ndarray:
+        decoded.append(i)
+        return read(self, i)
+
+    monkeypatch.setattr(FileImages, "read", counted)
+    evaluate_files(
+        four,
+        data=str(files.folders),
+        model=files.spec,
+        run=RunOptions(workers=0),
+        also=EvaluationRecipe(corruptions=True, compare_batch_sizes=True),
+    )
+    assert sorted(decoded) == list(range(60))
+
+
+def test_together_each_gets_the_numbers_that_it_gets_alone(files, four):
+    options = {"data": str(files.test), "model": files.spec, "run": RunOptions(workers=0)}
+    together = evaluate_files(four, **options)
+    for path, found in zip(four, together.models, strict=True):
+        (alone,) = evaluate_files([path], **options).models
+        assert found.metrics.nll == alone.metrics.nll
+        assert found.metrics.interval == alone.metrics.interval
+        assert found.sha256 == alone.sha256
+
+
+def test_checkpoints_of_several_preprocessings_are_each_given_their_own(cli, files, tmp_path):
+    out = tmp_path / "stored.safetensors"
+    words = ["--data", files.data, "--model", files.spec, "--workers", "0"]
+    stated = ["--statistics", "population", "--example-weight", "keep", "--quiet"]
+    own = ["--mean", "0.3", "--std", "0.5"]
+    assert cli("calibrate", files.net, *words, *stated, *own, "-o", out).code == 0
+    run = RunOptions(workers=0)
+    options = {"data": str(files.test), "model": files.spec, "run": run}
+    other = DataRecipe(mean=(0.3,), std=(0.5,))
+    together = evaluate_files([files.net, out, files.stale], **options)
+    (alone,) = evaluate_files([out], **options, source=other).models
+    assert together.models[1].metrics.nll == alone.metrics.nll
+    (plain,) = evaluate_files([files.stale], **options).models
+    assert together.models[2].metrics.nll == plain.metrics.nll
+
+
+def test_several_checkpoints_are_ranked_by_nll_then_top1(cli, files, four, tmp_path):
+    words = ["--data", files.test, *files.common]
+    found = cli("eval", *four, *words, "--json", "--report", tmp_path).json
+    ranks = found["ranking"]
+    assert [row["rank"] for row in ranks] == [1, 2, 3, 4]
+    by_name = {model["name"]: model for model in found["models"]}
+    assert [row["nll"] for row in ranks] == sorted(model["nll"] for model in found["models"])
+    pairs = {pair["name"]: pair for pair in found["paired"]}
+    for row in ranks:
+        assert row["nll"] == by_name[row["name"]]["nll"]
+        assert row["top1"] == by_name[row["name"]]["top1"]
+        if row["name"] == "stale.pth":
+            assert row["paired"] is None
+        else:
+            assert row["paired"]["nll"] == pairs[row["name"]]["nll"]
+            assert row["paired"]["verdict"] == pairs[row["name"]]["verdict"]
+    assert ranks[-1]["name"] == "stale.pth"
+    page, text = ((tmp_path / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert ">Ranking<" in page
+    assert "## Ranking" in text
+    rows = [line for line in text.splitlines() if re.match(r"\| [1-4] \|", line)]
+    assert [line.split(" | ")[1].replace("\\", "") for line in rows] == [r["name"] for r in ranks]
+    shown = cli("eval", *four, *words).out
+    assert [shown.index(f"{r['rank']}. {r['name']}") for r in ranks] == sorted(
+        shown.index(f"{r['rank']}. {r['name']}") for r in ranks
+    )
+
+
+def test_equal_models_share_a_rank_and_one_model_has_none(cli, files):
+    words = ["--data", files.test, *files.common, "--json"]
+    found = cli("eval", files.stale, files.net, files.net, *words).json
+    assert [row["rank"] for row in found["ranking"]] == [1, 1, 3]
+    assert cli("eval", files.net, *words).json["ranking"] == []
+    words = ["--data", files.flat, *files.common, "--json"]
+    assert cli("eval", files.stale, files.net, *words).json["ranking"] == []
+
+
+def test_the_classes_are_listed_for_one_model_and_for_several(cli, files, tmp_path):
+    words = ["--data", files.folders, *files.common, "--quiet"]
+    for n, checkpoints in enumerate(([files.net], [files.stale, files.net, files.net]), 1):
+        folder = tmp_path / str(n)
+        assert cli("eval", *checkpoints, *words, "--report", folder).code == 0
+        page, text = ((folder / f"report.{kind}").read_text() for kind in ("html", "md"))
+        per_class = json.loads((folder / "report.json").read_text())["per_class"]
+        assert "Class by class" in page
+        for row in per_class:
+            assert len(row["top1"]) == len(checkpoints)
+            shown = " | ".join(f"{100 * value:.1f}%" for value in row["top1"])
+            assert f"| {row['name']} | 20 | {shown} |" in text

@@ -58,11 +58,51 @@ def test_a_healthy_layer_has_no_finding():
         ({"running_var": torch.tensor([1, 1e-7, 1, 1])}, "dead-channels", "note"),
         ({"weight": torch.tensor([1, torch.nan, 1, 1])}, "gamma-not-finite", "error"),
         ({"weight": torch.tensor([1.0, 0, 1, 1])}, "gamma-zero", "note"),
-        ({"running_var": torch.ones(4).half() * 2}, "half-statistics", "note"),
+        ({"running_var": (torch.ones(4) * 2).half()}, "half-statistics", "note"),
+        ({"running_mean": torch.tensor([0, 1, 0, 1e5])}, "beyond-half", "note"),
+        ({"bias": torch.tensor([1, torch.inf, 1, 1])}, "beta-not-finite", "error"),
+        ({"weight": torch.zeros(4)}, "gamma-all-zero", "warning"),
+        ({"weight": torch.ones(3)}, "length-mismatch", "error"),
+        ({"bias": torch.ones(5)}, "length-mismatch", "error"),
+        ({"running_var": torch.ones(3)}, "length-mismatch", "error"),
+        ({"running_var": None}, "moment-missing", "error"),
+        ({"running_mean": None}, "moment-missing", "error"),
+        ({"running_mean": torch.ones(4, dtype=torch.int8)}, "odd-statistics", "error"),
+        ({"num_batches_tracked": torch.tensor(20)}, "few-batches", "warning"),
+        ({"num_batches_tracked": torch.tensor(-1)}, "counter-negative", "warning"),
+        (
+            {"running_mean": torch.full((4,), 0.5), "running_var": torch.full((4,), 2.0)},
+            "uniform-statistics",
+            "warning",
+        ),
     ],
 )
 def test_what_is_wrong_is_found_by_itself(changed, fault, severity):
     assert faults(layer(**changed)) == {fault: severity}
+
+
+@pytest.mark.parametrize(
+    ("count", "fault"),
+    [(300, "counted-again"), (40, "few-batches"), (49, "counter-behind"), (None, "frozen")],
+)
+def test_a_count_is_compared_with_those_of_the_other_layers(count, fault):
+    odd = None if count is None else torch.tensor(count)
+    tensors = layer("a") | layer("b") | layer("c", num_batches_tracked=odd)
+    (finding,) = diagnose(tensors, read_norms(tensors))
+    assert (finding.layer, finding.fault) == ("c", fault)
+    same = layer("a", num_batches_tracked=odd) | layer("b", num_batches_tracked=odd)
+    assert fault == "few-batches" or diagnose(same, read_norms(same)) == []
+
+
+def test_what_our_own_header_explains_is_no_finding():
+    tensors = layer(
+        running_mean=torch.zeros(4), running_var=torch.full((4,), 2.0),
+        num_batches_tracked=torch.tensor(3),
+    )  # fmt: skip
+    found = {finding.fault for finding in diagnose(tensors, read_norms(tensors))}
+    assert found == {"few-batches", "uniform-statistics"}
+    header = {"bn": {"channel_groups": 1, "example_weight": 0.0}}
+    assert diagnose(tensors, read_norms(tensors, header)) == []
 
 
 def test_a_finding_names_layer_and_count_and_says_what_to_do():

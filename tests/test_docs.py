@@ -104,8 +104,13 @@ def check_foreign(words: list[str]) -> None:
     """A line that no test runs still has to name what there is."""
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:.*##", MAKEFILE, re.MULTILINE), words
+    elif words[0] == "torchrun":
+        command = words[words.index("bnfix") + 1 :]
+        used = {word for word in command if re.match(r"--?[a-z]", word)}
+        assert used <= flags_of(command[0]), words
     else:
-        assert words[:3] == ["pip", "install", "."], words
+        assert words[:2] == ["pip", "install"], words
+        assert words[2] == "." or words[2].startswith(".["), words
 
 
 @needs_data
@@ -171,7 +176,9 @@ def test_every_option_that_a_document_shows_exists() -> None:
     every = set().union(*(flags_of(name) for name in COMMANDS))
     for path in DOCUMENTS:
         text = re.sub(r"^chromium .*$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        text = re.sub(r"`python benchmarks/[^`]*`", "", text)  # scripts have options of their own
+        # Scripts and launchers have options of their own.
+        text = re.sub(r"`python benchmarks/[^`]*`", "", text)
+        text = re.sub(r"torchrun --nproc-per-node \d+", "", text)
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
             assert flag in every, f"{path.name}: {flag}"
     for _, block in blocks(README):
@@ -205,6 +212,14 @@ def test_examples_run_and_are_short(path: Path, capsys: pytest.CaptureFixture[st
     else:
         assert path.stem == "compare_checkpoints"
         assert names["paired"].verdict == "better"
+
+
+def test_the_pages_of_the_commands_are_those_of_the_code() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    for name, text in made["pages"]().items():
+        written = (made["FOLDER"] / name).read_text(encoding="utf-8")
+        assert written == text, f"{name}: run python docs/generate.py"
+    assert {path.stem for path in made["FOLDER"].glob("*.md")} == {"README", *COMMANDS}
 
 
 def test_there_are_five_examples() -> None:

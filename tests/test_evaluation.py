@@ -11,15 +11,9 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from bnfix.errors import BnfixError, DataError, ModelError, NumericError
-from bnfix.evaluation import (
-    ROUNDING,
-    compare,
-    evaluate,
-    labels_of,
-    measure,
-    paired_examples,
-    score,
-)
+from bnfix.evaluation import Outputs, collect, evaluate, labels_of, score
+from bnfix.metrics import measure
+from bnfix.pairing import ROUNDING, compare, paired_examples
 from tests import nets
 
 METRICS = ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece")
@@ -681,3 +675,68 @@ def test_the_representation_is_short():
     assert repr(measure(np.zeros((2, 2)), np.zeros(2, int))) == (
         "Metrics(n_examples=2, top1=1, nll=0.6931, nll_temperature_scaled=0.6931, ece=0.5)"
     )
+
+
+# --- several models, other tasks ---
+
+
+def test_models_that_share_a_pass_get_what_each_gets_alone():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Flatten(), nn.Linear(12, k)).train() for k in (3, 5)]
+    batches = [(torch.randn(n, 3, 2, 2), torch.arange(n) % 3) for n in (4, 1, 7)]
+    passes = []
+
+    def once():
+        passes.append(1)
+        yield from batches
+
+    together = collect(models, once())
+    assert passes == [1]
+    for model, found in zip(models, together, strict=True):
+        (alone,) = collect([model], batches)
+        np.testing.assert_array_equal(found.outputs, alone.outputs)
+        np.testing.assert_array_equal(found.labels, alone.labels)
+        assert found.images_per_second > 0
+        assert model.training
+    assert [found.outputs.shape for found in together] == [(12, 3), (12, 5)]
+    # The same model twice is put into evaluation, and back, once.
+    again = collect([models[0], models[0]], batches)
+    np.testing.assert_array_equal(again[0].outputs, again[1].outputs)
+    assert models[0].training
+
+
+def test_outputs_of_any_shape_are_taken_where_that_is_asked_for():
+    model = nn.Conv2d(3, 2, 1)
+    batches = [(torch.randn(n, 3, 4, 4), torch.rand(n, 4, 4)) for n in (3, 2)]
+    (found,) = collect([model], batches, any_task=True)
+    assert found.outputs.shape == (5, 2, 4, 4)
+    assert found.labels.shape == (5, 4, 4)
+    assert found.labels.dtype == np.float32
+    assert not found.classified
+    with pytest.raises(ModelError, match=r"expected logits \(N, classes\)"):
+        collect([model], batches)
+    uneven = [(torch.randn(2, 3, 4, 4),), (torch.randn(2, 3, 5, 5),)]
+    with pytest.raises(ModelError, match=r"shape \(2, 5, 5\) an example in batch 1, but"):
+        collect([model], uneven, any_task=True)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "labels", "classified"),
+    [
+        (np.zeros((4, 3)), np.array([0, 1, 2, 2]), True),
+        (np.zeros((4, 3)), None, True),
+        (np.zeros((4, 3)), np.array([0, 1, 2, 3]), False),
+        (np.zeros((4, 3)), np.array([0.0, 1, 2, 2]), False),
+        (np.zeros((4, 3)), np.array([-1, 1, 2, 2]), False),
+        (np.zeros((4, 3)), np.zeros((4, 3), int), False),
+        (np.zeros((4, 3, 1)), np.array([0, 1, 2, 2]), False),
+        (np.zeros(4), np.array([0, 1, 2, 2]), False),
+    ],
+)
+def test_what_is_a_classification(outputs, labels, classified):
+    assert Outputs(outputs, labels, 1.0).classified is classified
+
+
+def test_no_model_is_no_evaluation():
+    with pytest.raises(DataError, match="no examples"):
+        collect([], [(torch.zeros(1, 2),)])

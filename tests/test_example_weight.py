@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from bnfix.errors import DataError, ModelError, NormError
-from bnfix.evaluation import compare, evaluate
+from bnfix.evaluation import evaluate
 from bnfix.example_weight import choose_example_weight_, weighable_layers, weights_of
 from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.pairing import compare
 from bnfix.recipe import WeightRecipe
 
 N_CLASSES = 4
@@ -339,18 +340,36 @@ def test_a_callable_gives_the_batches_of_each_pass(net, batches, select):
     assert asked == [0] + [0] * len(choice.curve) + [0] + [0, 1, 2]
 
 
-def test_the_cost_is_counted_in_passes(net, batches, select):
-    choice = choose_example_weight_(
-        net, batches, select=select, recipe=WeightRecipe(granularity="global")
-    )
-    # the search runs on a part of the batches
-    per_point = choice.passes / len(choice.curve)
-    assert 0 < per_point <= 1
-    choice = choose_example_weight_(
-        net, batches, select=select, monitor=batches[:5], recipe=WeightRecipe(epochs=2, thin=0)
-    )
-    searched = len(choice.curve) * per_point
-    assert choice.passes == pytest.approx(searched + (1 + 2) * (3 + 0.5), rel=0.1)
+def test_the_cost_is_counted_in_passes_over_all_examples_given(net, batches, select):
+    monitor = batches[:5]
+    given = {"select": select, "monitor": monitor}
+    recipe = WeightRecipe(granularity="global")
+    choice = choose_example_weight_(net, batches, recipe=recipe, **given)
+    n_all = 10 + 5 + 5  # batches to learn from, to watch and to choose by
+    searched = len(choice.curve) * 8 / n_all  # the search runs on a part of the batches
+    assert choice.passes == pytest.approx(searched + 5 / n_all, rel=1e-9)
+    set_example_weight_(net, 0.0)
+    recipe = WeightRecipe(epochs=2, thin=0)
+    choice = choose_example_weight_(net, batches, recipe=recipe, **given)
+    # 8 of the 10 batches for a number a layer, all for one a channel; 5 watch after each epoch
+    learned = (8 + 2 * 10) * 3 + 3 * 5
+    assert choice.passes == pytest.approx(searched + (learned + 3 * 5) / n_all, rel=1e-9)
+
+
+def test_the_clock_is_told_in_passes_of_this_very_run(net, batches, select):
+    asked = []
+
+    def forward(model, batch):
+        asked.append(batch[0].shape[0])
+        return model(batch[0])
+
+    recipe = WeightRecipe(granularity="global")
+    given = {"select": select, "monitor": batches[:5], "forward": forward}
+    choice = choose_example_weight_(net, batches, recipe=recipe, **given)
+    # Live weights cost more than weight 0, and the rest of the work is not free.
+    assert choice.clock_passes > 0
+    assert choice.clock_passes < 60 * choice.passes
+    assert choice.passes < sum(asked) / (32 * 20)  # the incumbent's pass is not the search's
 
 
 def test_what_stands_need_not_be_measured_again(net, batches, select):
@@ -483,7 +502,7 @@ def test_with_no_layer_to_weigh_nothing_is_tried():
     data = [(torch.randn(4, 5), torch.tensor([0, 1, 2, 0])) for _ in range(4)]
     choice = choose_example_weight_(model, data)
     assert (choice.chosen, choice.decisions, choice.curve) == ("keep", (), ())
-    assert (choice.excluded, choice.passes) == (("1",), 0.0)
+    assert (choice.excluded, choice.passes, choice.clock_passes) == (("1",), 0.0, None)
     found.assert_still()
 
 

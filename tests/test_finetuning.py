@@ -700,11 +700,31 @@ def test_after_epoch_comes_before_each_evaluation_and_may_recalibrate():
         with torch.no_grad():
             model.bn1.running_mean.fill_(len(calls))
 
-    recipe = FinetuneRecipe(train="all", statistics="train", epochs=2)
+    recipe = FinetuneRecipe(train="all", statistics="train", epochs=2, lr=0.003)
     tuned = finetune_(model, BATCHES, monitor=MONITOR, recipe=recipe, after_epoch=refresh)
     assert calls == [0, 1]
     assert tuned.best_epoch > 0
     assert model.bn1.running_mean.tolist() == [float(tuned.best_epoch)] * 6
+
+
+def test_the_last_norm_and_the_head_alone():
+    model = tiny()
+    groups = parameter_groups(model, lr=0.1, train="last-norm+head")
+    last = list(dict(model.named_modules()).values())
+    norms = [m for m in last if hasattr(m, "running_mean")]
+    assert [id(p) for p in groups[0]["params"]] == [id(p) for p in norms[-1].parameters()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe = FinetuneRecipe(train="last-norm+head", norm_decay=0.5, norm_decay_target="zero")
+    assert finetune_(model, BATCHES, monitor=MONITOR, recipe=recipe).best_epoch > 0
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    first = next(name for name, module in model.named_modules() if module is norms[0])
+    assert changed and not any(name.startswith(first + ".") for name in changed)
+
+
+@pytest.mark.parametrize(("train", "lr"), [("norms", 0.006), ("head", 0.006), ("all", 0.0005)])
+def test_the_rate_is_that_for_what_is_trained_unless_stated(train, lr):
+    assert FinetuneRecipe(train=train).peak_lr == lr
+    assert FinetuneRecipe(train=train, lr=0.0).peak_lr == 0
 
 
 def test_a_step_left_out_does_not_undo_a_recalibration():
@@ -1319,7 +1339,7 @@ def test_the_state_of_another_run_or_no_state_at_all_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="is damaged"):
             finetune_(tiny(), BATCHES, **options)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="is not the state of a fine-tuning run"):
+    with pytest.raises(CheckpointError, match="is not the state of a run"):
         finetune_(tiny(), BATCHES, **options)
     path.write_bytes(pickle.dumps(Runs()))
     with pytest.raises(CheckpointError, match=r"pickle|not a"):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bnfix.errors import ConfigError, DataError
-from bnfix.evaluation import ROUNDING, measure
 from bnfix.gate import judge
+from bnfix.metrics import measure
+from bnfix.pairing import ROUNDING
 
 
 def metrics_of(losses):

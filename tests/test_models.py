@@ -12,11 +12,10 @@ from torch import nn
 from bnfix.errors import ConfigError, ModelError
 from bnfix.models import (
     build_model,
-    default_preprocessing,
     from_file_allowed,
     input_channels,
-    preset_preprocessing,
 )
+from bnfix.presets import default_preprocessing, preset_preprocessing
 from bnfix.recipe import Preprocessing
 from tests.real import DATA, needs_data
 
@@ -296,7 +295,7 @@ def test_a_model_far_larger_than_its_checkpoint_is_not_built():
         ("", "is not a model, expected"),
         ("torchvision:", "is not a model, expected"),
         (":", "is not a model, expected"),
-        ("transformers:folder", "not built by this version"),
+        ("transformers:folder", r"there is no config\.json in folder"),
         ("no_such_module_here:net", "there is no module no_such_module_here"),
         ("torch.no_such:net", r"there is no module torch\.no_such"),
         ("..up:net", "importing ..up failed"),

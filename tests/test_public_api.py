@@ -12,9 +12,11 @@ import typer
 
 import bnfix
 from bnfix.cli import app
+from bnfix.exporting import ExportRecipe
 from bnfix.pipeline import TRIED
 from bnfix.recipe import (
     DataRecipe,
+    EvaluationRecipe,
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
@@ -40,8 +42,9 @@ RECIPES: dict[str, list[Any]] = {
         FinetuneRecipe(), GateRecipe(), SwapRecipe(), DataRecipe(), ModelRecipe(),
     ],
     "convert": [SwapRecipe(), GateRecipe(), DataRecipe(), ModelRecipe()],
-    "eval": [GateRecipe(), DataRecipe(), ModelRecipe()],
-    "inspect": [ModelRecipe()],
+    "eval": [EvaluationRecipe(), GateRecipe(), DataRecipe(), ModelRecipe()],
+    "export": [ExportRecipe(), GateRecipe(), DataRecipe(), ModelRecipe()],
+    "inspect": [GateRecipe(), DataRecipe(), ModelRecipe()],
     "demo": [GateRecipe()],
 }  # fmt: skip
 #: Where another recipe than the first counts.
@@ -129,7 +132,7 @@ def test_an_option_has_help_and_the_default_of_its_recipe(command, option):
 
 
 #: Options that are no field of a recipe and belong to one command.
-EXTRA = {"state"}
+EXTRA = {"predictions", "state"}
 
 
 @pytest.mark.parametrize("command", ["fix", "calibrate", "finetune", "convert", "eval"])

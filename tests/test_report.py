@@ -15,13 +15,22 @@ import pytest
 
 from bnfix import pages
 from bnfix.calibration import Calibration
+from bnfix.corruptions import every_corruption
+from bnfix.custom_metrics import Custom
 from bnfix.errors import CheckpointError
-from bnfix.evaluation import Difference, Metrics, compare, measure
-from bnfix.example_weight import CurvePoint, WeightChoice
+from bnfix.evaluation import Outputs
+from bnfix.example_weight import WeightChoice
+from bnfix.figures import SHADE
 from bnfix.finetuning import Finetuning, TrainingPoint
 from bnfix.gate import judge
-from bnfix.report import DataUsed, Evaluated, LayerRow, Report, report_paths
+from bnfix.metrics import Metrics, measure
+from bnfix.pairing import Difference, compare
+from bnfix.records import DataUsed, Evaluated, LayerRow
+from bnfix.report import Report, report_paths
+from bnfix.robustness import BatchInvariance, Company, Shifted
+from bnfix.robustness import shifted as shifted_rows
 from bnfix.surgery import Change, SwapPlan
+from bnfix.weight_search import CurvePoint
 
 HOSTILE = '<script>alert(1)</script>](javascript:x) | `a`\n\r"onload="x" $\\frac$ _\x00\u202e漢'
 TEMPLATES = Path(pages.__file__).parent / "templates"
@@ -69,8 +78,8 @@ def full_report(name: str = "net", n_layers: int = 4, n_channels: int = 6, k: in
         "fix",
         DataUsed(name, 600, name, (name,) * k, {"fit": 900, "test": 600}, (name,), 3),
         (
-            Evaluated(name, name, name, old),
-            Evaluated(name, name, name, new, n_layers),
+            Evaluated(name, name, name, old, custom=(Custom(name, 0.5, (0.4, 0.6)),)),
+            Evaluated(name, name, name, new, n_layers, (Custom(name, 0.7, None, 0.2, (0, 0.3)),)),
         ),
         layers,
         (decision, dataclasses.replace(decision, admitted=False, reason=name)),
@@ -87,7 +96,25 @@ def full_report(name: str = "net", n_layers: int = 4, n_channels: int = 6, k: in
         7,
         f"bnfix fix {name}",
         {"bnfix": "0.1.0"},
+        corruption_rows((name, f"{name} 2")),
+        (
+            BatchInvariance(name, 256, 64, Company(2e-6, 1.0), Company(0, 1.0), 9.0, True),
+            BatchInvariance(name, 256, 64, Company(0.4, 0.9), Company(0.1, 0.95), 9.0, False),
+        ),
     )  # fmt: skip
+
+
+def corruption_rows(names: tuple[str, ...]) -> tuple[Shifted, ...]:
+    """Every corruption; the more severe, the worse; the later model is the better one."""
+    rows: list[Shifted] = []
+    for corruption in every_corruption():
+        found = []
+        for k in range(len(names)):
+            logits, labels = logits_of(200)
+            logits = shifted(logits, labels, 0.4 * k - 0.3 * corruption.severity)
+            found.append(Outputs(logits, labels, 1.0))
+        rows += shifted_rows(names, found, corruption)
+    return tuple(rows)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +170,7 @@ KEYS = {
 MORE = {
     "verdict_sentence", "n_seen", "decisions", "calibration", "choice", "curve", "training_curve",
     "swap", "per_class", "reliability", "assumptions", "options", "seed", "command_line",
-    "versions",
+    "versions", "ranking", "corruptions", "batch_invariance",
 }  # fmt: skip
 
 
@@ -344,7 +371,7 @@ def test_hostile_names_are_text_in_markdown(hostile: tuple[str, str]) -> None:
 
 def test_markdown_tables_are_well_formed(hostile: tuple[str, str]) -> None:
     blocks = re.findall(r"(?:^\|.*\n)+", hostile[1], flags=re.MULTILINE)
-    assert len(blocks) == 5
+    assert len(blocks) == 8
     for block in blocks:
         header, rule, *rows = block.splitlines()
         assert re.fullmatch(r"\|(-+:?\|)+", rule)
@@ -380,7 +407,7 @@ def test_page_is_structured_for_readers_that_do_not_see_it(full_html: str) -> No
     assert {"header", "main", "footer"} <= set(page.tags)
     assert page.values("lang") == ["en"]
     assert page.tags.count("table") == page.tags.count("caption")
-    assert page.tags.count("svg") == page.values("role").count("img") == 8
+    assert page.tags.count("svg") == page.values("role").count("img") == 9
     assert not re.search(r"<th(?! scope)[ >]", full_html)
 
 
@@ -394,6 +421,11 @@ def luminance(color: str) -> float:
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def blended(above: str, below: str, alpha: float) -> str:
+    pairs = [(int(above[i : i + 2], 16), int(below[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(alpha * a + (1 - alpha) * b):02x}" for a, b in pairs)
 
 
 @pytest.mark.parametrize("theme", [0, 1])
@@ -411,6 +443,8 @@ def test_contrast_is_enough(theme: int) -> None:
         assert min(contrast(color[ink], color[ground]) for ink in ("ink", "muted")) >= 4.5
     for mark in ("first", "last", "loss"):
         assert contrast(color[mark], color["card"]) >= 3
+    for cell in ("muted", "last", "loss"):
+        assert contrast(color["ink"], blended(color[cell], color["card"], SHADE)) >= 4.5
     badges = re.findall(r"--accent: (#[0-9a-f]{6})", css)
     assert min(contrast(badge, "#ffffff") for badge in badges) >= 4.5
 
@@ -422,6 +456,7 @@ TITLES = (
     "NLL over the example weight",
     "Population statistics: drift by layer",
     "Fine-tuning",
+    "Under corruptions",
     "Per-class change",
     "Speed",
 )
@@ -429,15 +464,23 @@ TITLES = (
 
 def test_all_pictures_and_sections_are_there(full_html: str) -> None:
     assert all(f"<h3>{title}</h3>" in full_html for title in TITLES)
-    for heading in ("What was done and why", "Models compared", "What was assumed or skipped"):
+    for heading in (
+        "What was done and why", "Models compared", "Metrics of your own",
+        "Under common corruptions", "Batch invariance", "Class by class", "Norm layers",
+        "What was assumed or skipped", "How to reproduce",
+    ):  # fmt: skip
         assert f">{heading}</h2>" in full_html
+    assert ">Ranking</h2>" not in full_html  # of candidates for one output there is none
 
 
 def test_pictures_and_sections_appear_only_when_there_is_something() -> None:
     html = report_of(measure(*logits_of()), command="eval").to_html()
     shown = [title for title in TITLES if f"<h3>{title}</h3>" in html]
     assert shown == ["Confidence calibration: reliability"]
-    for heading in ("What was done", "Models compared", "Norm layers", "What was assumed"):
+    for heading in (
+        "What was done", "Models compared", "Norm layers", "What was assumed", "Ranking",
+        "Metrics of your own", "corruptions", "Batch invariance",
+    ):  # fmt: skip
         assert heading not in html
     assert "The model" in html
 
@@ -506,3 +549,88 @@ def test_a_report_that_cannot_be_written_leaves_what_was_there(tmp_path: Path) -
     missing = report_paths(tmp_path / "nowhere" / "out.safetensors")
     with pytest.raises(CheckpointError, match="nowhere"):
         Report("eval", None, ()).save(*missing)
+
+
+# --- corruptions, ranks, own metrics ---
+
+
+def test_the_heat_map_says_how_many_corruptions_gain_and_lose() -> None:
+    rows = corruption_rows(("old", "new"))
+    metrics = [measure(*logits_of())] * 2
+    html = report_of(*metrics, command="eval", corruptions=rows).to_html()
+    svg = re.search(r'<svg[^>]*aria-labelledby="corruptions-title".*?</svg>', html, re.DOTALL)
+    assert svg is not None
+    shown = [text for text in Page(svg[0]).text if text]
+    last = [row for row in rows if row.model == "new"]
+    for row in rows[:6]:
+        assert f"{100 * row.top1:.0f}%" in shown or row.model == "new"
+    for row in last:
+        assert row.paired is not None
+        low, high = row.paired.top1.interval
+        star = "*" if low > 0 or high < 0 else ""
+        assert f"{100 * row.paired.top1.difference:+.1f}{star}" in shown
+    n_up = sum(row.paired.top1.interval[0] > 0 for row in last if row.paired)
+    assert n_up > 0
+    assert f"{n_up} of 18 are gains, 0 are losses" in html
+    alone = corruption_rows(("one",))
+    html = report_of(metrics[0], names=("one",), command="eval", corruptions=alone).to_html()
+    mean = np.mean([row.top1 for row in alone])
+    assert f"Darker is worse; {100 * mean:.1f}% over all of them." in html
+    assert "are gains" not in html
+    assert "against one" not in html
+
+
+def test_corruptions_in_json_have_one_row_a_model_and_are_paired_to_the_first(full: Report) -> None:
+    rows = full.to_json()["corruptions"]
+    assert len(rows) == 36
+    assert set(rows[1]) == {
+        "model", "kind", "severity", "n_examples", "top1", "nll", "nll_temperature_scaled",
+        "interval", "paired",
+    }  # fmt: skip
+    assert rows[0]["paired"] is None
+    assert set(rows[1]["paired"]) == {
+        "name", "against", "top1", "nll", "nll_temperature_scaled", "verdict", "temperature_only",
+    }  # fmt: skip
+
+
+def test_a_number_of_the_users_is_shown_with_what_interval_there_is(full: Report) -> None:
+    first, last = (model["custom"]["net"] for model in full.to_json()["models"])
+    assert first == {"value": 0.5, "interval": [0.4, 0.6], "difference": None}
+    assert last == {
+        "value": 0.7, "interval": None, "difference": {"difference": 0.2, "interval": [0, 0.3]},
+    }  # fmt: skip
+    assert "| net | net | 0.7000 | - | 0.2000 | 0.0000 to 0.3000 |" in full.to_markdown()
+    assert "<td>0.5000<small>0.4000 to 0.6000</small></td>" in full.to_html()
+
+
+def test_a_model_that_looks_at_its_neighbours_is_said_to(full: Report) -> None:
+    assert "| net | 2e-06 | 100.0% | 0 | 100.0% | 9 | yes, to rounding |" in full.to_markdown()
+    assert "| net | 0.4 | 90.0% | 0.1 | 95.0% | 9 | no |" in full.to_markdown()
+
+
+def test_outputs_that_are_no_logits_claim_nothing() -> None:
+    none = (None,) * 7
+    counted = Metrics(40, *none, {}, 10.0, (), np.zeros((0, 2)), None)  # type: ignore[arg-type]
+    old, new = (
+        Evaluated(name, None, None, counted, custom=(Custom("dice", value),), classified=False)
+        for name, value in (("old", 0.5), ("new", 0.75))
+    )
+    report = Report("eval", DataUsed("x", 40, "f"), (old, new))
+    assert report.verdict_sentence() == (
+        "On 40 images: dice 0.750 (0.500 with old); the outputs are not the logits of classes."
+    )
+    assert report.to_json()["ranking"] == []
+    assert ">Measured<" in report.to_html()
+
+
+def test_ranks_put_nll_first_and_top1_second() -> None:
+    labels = np.array([0, 0, 1, 1])
+    sure = np.array([[2.0, 0], [2, 0], [0, 2], [0.5, 0]])
+    unsure = np.array([[0.1, 0], [0.1, 0], [0, 0.1], [0, 0.1]])
+    metrics = [measure(x.astype(np.float32), labels) for x in (unsure, sure, sure)]
+    report = report_of(*metrics, names=("unsure", "sure", "again"), command="eval")
+    assert [(row.rank, row.name) for row in report.ranking] == [
+        (1, "sure"), (1, "again"), (3, "unsure"),
+    ]  # fmt: skip
+    assert report.ranking[2].paired is None
+    assert report_of(*metrics[:2]).ranking == []  # of a fix, whose second is what was made

@@ -17,8 +17,9 @@ import bnfix
 from bnfix.conversion import convert
 from bnfix.errors import CheckpointError, ModelError
 from bnfix.norms import generalized_norms
+from bnfix.origin import origin_of
 from bnfix.recipe import Preprocessing, SwapRecipe
-from bnfix.saving import load_ready, origin_of, stock_tensors
+from bnfix.saving import load_ready, stock_tensors
 from bnfix.version import __version__
 from tests.conftest import Files, images_of, inputs_of
 from tests.nets import lived_in, plain, shared_norm

@@ -9,8 +9,9 @@ from torch import nn
 
 from bnfix.errors import ConfigError, DataError, ModelError
 from bnfix.opening import open_images
+from bnfix.origin import Origin
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.saving import Loaded, Origin, load_ready
+from bnfix.saving import Loaded, load_ready
 from bnfix.workbench import (
     Workbench,
     data_record,

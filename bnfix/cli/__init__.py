@@ -12,14 +12,17 @@ import typer
 from bnfix.cli.convert import convert
 from bnfix.cli.demo import demo
 from bnfix.cli.eval import evaluate
+from bnfix.cli.export import export
 from bnfix.cli.grouping import grouped
 from bnfix.cli.inspect import inspect
 from bnfix.cli.planned import average, calibrate, finetune, fix
+from bnfix.cli.usage import OneLineGroup
 from bnfix.runtime import exact_float32, keep_freed_memory
 from bnfix.version import __version__
 
 app = typer.Typer(
     name="bnfix",
+    cls=OneLineGroup,
     help="Repair trained networks at their Batch Normalization layers: convert, recalibrate, "
     "choose, prove.",
     no_args_is_help=True,
@@ -28,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (fix, calibrate, finetune, average, convert, evaluate, inspect, demo):
+for command in (fix, calibrate, finetune, average, convert, export, evaluate, inspect, demo):
     app.command("eval" if command is evaluate else command.__name__)(grouped(command))
 
 

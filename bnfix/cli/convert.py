@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -27,6 +28,7 @@ from bnfix.cli.planned import command_line
 from bnfix.cli.terminal import show_conversion, stated
 from bnfix.conversion import convert as convert_file
 from bnfix.errors import ConfigError
+from bnfix.estimating import estimated_again
 from bnfix.recipe import RunOptions, SwapRecipe, check_seed
 from bnfix.refitting import REFIT_SAMPLES
 from bnfix.result import check_outputs
@@ -76,6 +78,7 @@ def convert(
     Example: bnfix convert net.pth --model torchvision:resnet50 --to batch-group -o out.safetensors
     """
     terminal = out.terminal()
+    started = time.perf_counter()
     with stated():
         recipe = layers.recipe(
             to=kind.to,
@@ -106,4 +109,9 @@ def convert(
             )
             if not out.show_plan:
                 result.save(output, force=out.force)
-        show_conversion(terminal, result, None if out.show_plan else output)
+        seconds = time.perf_counter() - started
+        # A re-fit takes a pass for each layer.
+        swap = result.report.swap
+        passes = 0 if data is None or swap is None else len(swap.changes)
+        cost = estimated_again(result.model, seconds, passes)
+        show_conversion(terminal, result, None if out.show_plan else output, cost.to_json())

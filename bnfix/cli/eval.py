@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from bnfix import processes
 from bnfix.checkpoint import check_folder, make_folder
 from bnfix.cli.options import (
     OUT,
+    AlsoFlags,
     Data,
     InputFlags,
     LabelFlags,
@@ -19,9 +21,10 @@ from bnfix.cli.options import (
     Seed,
 )
 from bnfix.cli.planned import command_line
-from bnfix.cli.terminal import stated
+from bnfix.cli.terminal import estimate_line, stated
 from bnfix.comparison import evaluate_files, plan_evaluation
 from bnfix.errors import CheckpointError
+from bnfix.predictions import check_predictions
 from bnfix.result import check_reports
 
 
@@ -33,6 +36,7 @@ def evaluate(
     model: ModelFlags,
     labels: LabelFlags,
     inputs: InputFlags,
+    also: AlsoFlags,
     run: RunFlags,
     out: OutFlags,
     report: Annotated[
@@ -46,17 +50,22 @@ def evaluate(
     Example: bnfix eval net.pth fixed.safetensors --model net.py:build --data test/ --report out/
     """
     terminal = out.terminal()
-    with stated():
+    with stated(many=True):
         source = inputs.recipe(class_map=labels.class_map, labels=labels.labels)
         recipe, options = model.recipe(), run.options()
         paths = None if report is None else _report_files(report, force=out.force)
+        if also.predictions is not None:
+            check_predictions(also.predictions, force=out.force)
         if out.show_plan:
-            plan = plan_evaluation(checkpoints, data)
+            with terminal.working():
+                plan = plan_evaluation(
+                    checkpoints, data, also.recipe(), model=recipe, source=source, run=options
+                )
             if out.as_json:
                 terminal.print_json({**plan, "report": None if report is None else str(report)})
             else:
-                what = f"{plan['passes']} passes over the {plan['data']['n_examples']:,} images"
-                terminal.say(f"eval: {what} of {data}; nothing was done")
+                terminal.say(f"eval: {plan['data']['n_examples']:,} images of {data}")
+                terminal.say(f"{estimate_line(plan)}; nothing was done")
             return
         with terminal.working() as track:
             found = evaluate_files(
@@ -65,11 +74,14 @@ def evaluate(
                 model=recipe,
                 source=source,
                 run=options,
+                also=also.recipe(),
+                predictions=also.predictions,
+                force=out.force,
                 seed=seed,
                 track=track,
                 command_line=command_line(),
             )
-            if paths is not None and report is not None:
+            if paths is not None and report is not None and processes.here().is_first:
                 make_folder(report)
                 found.save(*paths)
         terminal.show(found)

@@ -13,6 +13,7 @@ from bnfix.cli.terminal import Terminal
 from bnfix.errors import ConfigError
 from bnfix.recipe import (
     DataRecipe,
+    EvaluationRecipe,
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
@@ -24,7 +25,7 @@ from bnfix.recipe import (
 )
 
 MODEL, DATA, RUN = "Model and file", "Data and preprocessing", "How to run"
-NORM, TRAIN, OUT = "Normalization", "Training", "Output"
+NORM, TRAIN, ALSO, OUT = "Normalization", "Training", "What else is measured", "Output"
 
 
 def default_of(recipe: type, name: str) -> Any:
@@ -83,7 +84,8 @@ Data = Annotated[
     str,
     typer.Option(
         metavar="DATA",
-        help="Class folders, a folder with labels.csv, a flat folder, or an .npz file.",
+        help="Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, "
+        "parquet or a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable.",
         rich_help_panel=DATA,
     ),
 ]
@@ -104,7 +106,7 @@ State = Annotated[
 ]
 Train = Annotated[str, _tune("train")]
 Epochs = Annotated[int, _tune("epochs")]
-LearningRate = Annotated[float, _tune("lr")]
+LearningRate = Annotated[float | None, _tune("lr")]
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ class ModelFlags:
     ] = None
     key: Annotated[str | None, _model("key")] = None
     prefix: Annotated[str | None, _model("prefix")] = None
+    prefer_ema: Annotated[bool, _model("prefer_ema")] = False
+    forward: Annotated[str | None, _model("forward")] = None
 
     def recipe(self) -> ModelRecipe:
         """The options as a recipe.
@@ -142,7 +146,9 @@ class ModelFlags:
                 arguments.append((name, json.loads(value)))
             except ValueError:
                 arguments.append((name, value))  # a bare word is a string
-        return ModelRecipe(self.model, tuple(arguments), self.key, self.prefix)
+        return ModelRecipe(
+            self.model, tuple(arguments), self.key, self.prefix, self.prefer_ema, self.forward
+        )
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,9 @@ class InputFlags:
     std: Annotated[str | None, _shape("std")] = None
     scale: Annotated[str | None, _shape("scale")] = None
     max_bad: Annotated[float | None, _data("max_bad")] = None
+    corrupt: Annotated[
+        str | None, option(DataRecipe, "corrupt", panel=DATA, metavar="KIND:SEVERITY")
+    ] = None
 
     def recipe(
         self,
@@ -193,6 +202,40 @@ class InputFlags:
             std=numbers(self.std, "std"),
             scale=None if scales is None else scales[0],
             max_bad=self.max_bad,
+            corrupt=self.corrupt,
+        )
+
+
+@dataclass(frozen=True)
+class AlsoFlags:
+    """What else is measured."""
+
+    corruptions: Annotated[
+        bool, option(EvaluationRecipe, "corruptions", "--corruptions", panel=ALSO)
+    ] = False
+    compare_batch_sizes: Annotated[
+        bool, option(EvaluationRecipe, "compare_batch_sizes", "--compare-batch-sizes", panel=ALSO)
+    ] = False
+    metric: Annotated[
+        list[str] | None, option(EvaluationRecipe, "metric", panel=ALSO, metavar="SPEC")
+    ] = None
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File for what each model says of each image: .csv or .parquet.",
+            rich_help_panel=OUT,
+        ),
+    ] = None
+
+    def recipe(self) -> EvaluationRecipe:
+        """The options as a recipe.
+
+        Returns:
+            The recipe.
+        """
+        return EvaluationRecipe(
+            self.corruptions, self.compare_batch_sizes, tuple(self.metric or ())
         )
 
 
@@ -314,7 +357,7 @@ class TuneFlags:
     epochs: Epochs = default_of(FinetuneRecipe, "epochs")
     steps: Annotated[int | None, _tune("steps")] = None
     optimizer: Annotated[str, _tune("optimizer")] = default_of(FinetuneRecipe, "optimizer")
-    lr: LearningRate = default_of(FinetuneRecipe, "lr")
+    lr: LearningRate = None
     weight_decay: Annotated[float, _tune("weight_decay")] = 0.0
     norm_decay: Annotated[float, _tune("norm_decay")] = 0.0
     norm_decay_target: Annotated[str, _tune("norm_decay_target")] = default_of(

@@ -36,10 +36,11 @@ from bnfix.cli.options import (
     numbers,
     option,
 )
-from bnfix.cli.terminal import show_planned, stated
+from bnfix.cli.terminal import show_planned, stage_head, stated
 from bnfix.errors import ConfigError, some
 from bnfix.pipeline import TRIED, Plan, execute, open_plan
 from bnfix.recipe import (
+    TRAINED,
     AverageRecipe,
     DataRecipe,
     GateRecipe,
@@ -55,7 +56,8 @@ Test = Annotated[str | None, option(DataRecipe, "test", panel="Data and preproce
 
 #: What `--recipe` leaves to the command line.
 _BESIDE_A_RECIPE = {
-    "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix", "test",
+    "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix",
+    "prefer_ema", "forward", "test",
     "device", "workers", "force", "show_plan", "as_json", "quiet",
 }  # fmt: skip
 
@@ -74,19 +76,20 @@ def _carry_out(
 ) -> None:
     """Check the output, open, do, save, show; or say what would be done."""
     terminal = out.terminal()
-    with stated():
+    with stated(many=True):
         plan = make()
         if not out.show_plan:
             check_outputs(output, force=out.force)
         with terminal.working() as track:
             plan, bench = open_plan(plan, checkpoint, data, None, track)
-            described = plan.describe(bench, str(output))
+            terminal.stages = frozenset(stage_head(one.stage) for one in plan.workload(bench))
+            described = plan.describe(bench, str(output)) if out.show_plan else None
             result = None if out.show_plan else execute(plan, bench)
             if result is not None:
-                result.save(output, force=out.force)
-        if result is None:
+                result.save_by_first(output, force=out.force)
+        if described is not None:
             show_planned(terminal, described)
-        else:
+        elif result is not None:
             terminal.show(result.report, output)
 
 
@@ -108,6 +111,9 @@ def _only_replayed(
         )
     if given.model is not None:
         plan = dataclasses.replace(plan, model=given)
+    elif given.forward is not None:
+        asked = dataclasses.replace(plan.model, forward=given.forward)
+        plan = dataclasses.replace(plan, model=asked)
     if test is not None:
         plan = dataclasses.replace(plan, source=dataclasses.replace(plan.source, test=test))
     return plan
@@ -130,12 +136,12 @@ def fix(
     train: Annotated[
         str,
         typer.Option(
-            help="What fine-tuning may train: none, norms, head, norms+head or all.",
+            help=f"What fine-tuning may train: none, {', '.join(TRAINED)}.",
             rich_help_panel=TRAIN,
         ),
     ] = TRIED.train,
     epochs: Epochs = TRIED.epochs,
-    lr: LearningRate = TRIED.lr,
+    lr: LearningRate = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -153,7 +159,9 @@ def fix(
 
     def make() -> Plan:
         if recipe is not None:
-            plan = replayed_plan(recipe, run=run.options(), command_line=command_line())
+            plan = replayed_plan(
+                recipe, run=run.options(), command_line=command_line(), test=test
+            )
             return _only_replayed(context, plan, model.recipe(), test)
         tune = None if train == "none" else dataclasses.replace(
             TRIED, train=train, epochs=epochs, lr=lr

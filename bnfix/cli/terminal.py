@@ -4,35 +4,55 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
-from bnfix.diagnosis import Finding, NormTensors
+from bnfix import processes
+from bnfix.cli.tables import fitted, shown_text, tables_of
+from bnfix.diagnosis import Finding
 from bnfix.errors import BnfixError, ConfigError, some
-from bnfix.pages import clean
+from bnfix.examination import Behaviour
+from bnfix.inspection import Inspection
 from bnfix.report import Report
 from bnfix.result import Result
 from bnfix.workbench import Track, silent
 
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
 _UNBOUNDED = 1000
+#: Columns below which a progress line leaves out all but the stage and the time left.
+_NARROW = 50
 
 
 def _console(*, stderr: bool = False) -> Console:
+    if not processes.speaks():
+        return Console(file=io.StringIO())
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=_UNBOUNDED)
+
+
+#: Findings of one kind that are spelled out.
+_SHOWN = 5
 
 
 @dataclasses.dataclass
@@ -43,6 +63,7 @@ class Terminal:
     quiet: bool
     out: Console = dataclasses.field(default_factory=_console)
     err: Console = dataclasses.field(default_factory=lambda: _console(stderr=True))
+    stages: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Track]:
@@ -51,23 +72,17 @@ class Terminal:
         Yields:
             What wraps the batches of a pass.
         """
-        shown = self.err.is_terminal and not self.quiet
+        shown = self.err.is_terminal and not self.err.is_dumb_terminal and not self.quiet
         if not shown:
             with _stdout_to_stderr():
                 yield silent
             return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("batches"),
-            TimeRemainingColumn(),
-        )
-        bars = Progress(*columns, console=self.err, transient=True)
+        bars = Progress(*_columns(self.err.width), console=self.err, transient=True)
+        seen: list[str] = []
         with _stdout_to_stderr(), bars as progress:
 
             def track(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
-                task = progress.add_task(shown_text(stage), total=n)
+                task = progress.add_task(self._numbered(stage, seen), total=n)
                 try:
                     for batch in batches:
                         yield batch
@@ -76,6 +91,15 @@ class Terminal:
                     progress.remove_task(task)
 
             yield track
+
+    def _numbered(self, stage: str, seen: list[str]) -> str:
+        """A stage with its number among those of the plan, where it is one of them."""
+        head = stage_head(stage)
+        if head not in self.stages:
+            return shown_text(stage)
+        if head not in seen:
+            seen.append(head)
+        return f"{seen.index(head) + 1}/{len(self.stages)} {shown_text(stage)}"
 
     def show(self, report: Report, written: Path | None = None) -> None:
         """The result, in the form that was asked for.
@@ -90,9 +114,8 @@ class Terminal:
             self.print_json(content)
             return
         if not self.quiet:
-            for table in (_decision_table(report), _model_table(report)):
-                if table is not None:
-                    self.out.print(table)
+            for table in tables_of(report):
+                self.out.print(fitted(table, self.out.width))
         self.say(report.verdict_sentence())
         if not self.quiet:
             self.notes(_noteworthy(report))
@@ -133,8 +156,48 @@ class Terminal:
         Args:
             content: JSON values.
         """
-        sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        sys.stdout.flush()
+        if processes.speaks():
+            sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+            sys.stdout.flush()
+
+
+class _RateColumn(ProgressColumn):
+    """Batches a second, or seconds a batch."""
+
+    def render(self, task: Task) -> Text:
+        if not task.speed:
+            return Text("")
+        slow = task.speed < 1
+        return Text(f"{1 / task.speed:.1f} s each" if slow else f"{task.speed:.1f}/s")
+
+
+def _columns(width: int) -> tuple[ProgressColumn, ...]:
+    """What fits: stage and time left always, then count and rate, then the bar."""
+    # What stands beside the words has a width of its own; a long stage gives way, not the time.
+    bar = BarColumn(max(10, width // 4)) if width >= 2 * _NARROW else None
+    room = width - 14 if width < _NARROW else width - 40 - (bar.bar_width or 0 if bar else 0)
+    words = TextColumn(
+        "{task.description}",
+        table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(12, room)),
+    )
+    left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5))
+    if width < _NARROW:
+        part = TextColumn("{task.percentage:>3.0f}%", table_column=Column(min_width=4))
+        return words, part, left
+    rest = MofNCompleteColumn(), TextColumn("batches"), _RateColumn(), left
+    return (words, *rest) if bar is None else (words, bar, *rest)
+
+
+def stage_head(stage: str) -> str:
+    """What a stage of work is called, without what differs between its passes.
+
+    Args:
+        stage: for example ``select: what stands``.
+
+    Returns:
+        For example ``select``.
+    """
+    return stage.replace(":", " ").split(" ", 1)[0]
 
 
 @contextlib.contextmanager
@@ -157,25 +220,31 @@ def _stdout_to_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def shown_text(text: object) -> str:
-    """A text of any origin on one line, without control characters and without markup.
+@contextlib.contextmanager
+def stated(*, many: bool = False) -> Iterator[None]:
+    """Turn stated errors into one line and an exit code: 1, 2 for wrong usage, 130 interrupted.
 
     Args:
-        text: for example a layer's name.
-
-    Returns:
-        What rich prints as it is.
-    """
-    return escape(clean(text, limit=10_000))
-
-
-@contextlib.contextmanager
-def stated() -> Iterator[None]:
-    """Turn stated errors into one line and an exit code: 1, 2 for wrong usage, 130 interrupted.
+        many: whether the command can work in several processes, started by torchrun.
 
     Yields:
         Nothing.
+
+    Raises:
+        ConfigError: never; it is stated.
     """
+    with _translated(), contextlib.ExitStack() as stack:
+        if many:
+            stack.enter_context(processes.joined())
+        elif processes.launched().shared:
+            raise ConfigError("this command works in one process. Start it without torchrun.")
+        # Inside: which of several processes speaks is still to be settled with the others.
+        stack.enter_context(_translated())
+        yield
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
@@ -190,8 +259,9 @@ def stated() -> Iterator[None]:
 
 
 def _fail(error: Exception | str, code: int) -> None:
-    text = shown_text(f"bnfix: {error}")
-    _console(stderr=True).print(text, soft_wrap=True, highlight=False)
+    if processes.first_to_fail():
+        text = shown_text(f"bnfix: {error}")
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     raise typer.Exit(code)
 
 
@@ -211,6 +281,7 @@ def show_planned(terminal: Terminal, described: dict[str, Any]) -> None:
         f"data: {described['data']['spec']} ({described['data']['kind']}), "
         + ", ".join(f"{name} {n:,}" for name, n in split.items()),
         *(f"{i}. {stage}" for i, stage in enumerate(described["stages"], 1)),
+        estimate_line(described),
         f"would write {described['output']} and its report; nothing was done",
         *(f"note: {note}" for note in described["assumptions"]),
     ]
@@ -218,18 +289,60 @@ def show_planned(terminal: Terminal, described: dict[str, Any]) -> None:
         terminal.say(line)
 
 
-def show_conversion(terminal: Terminal, result: Result, output: Path | None) -> None:
+def estimate_line(described: dict[str, Any]) -> str:
+    """What a plan costs, in one line.
+
+    Args:
+        described: with the keys of `Estimate.to_json`.
+
+    Returns:
+        Passes, time and memory, as far as they are known.
+    """
+    passes = f"{described['passes']:.3g} passes in all"
+    seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
+    if seconds is None:
+        return f"{passes}; the time is not known, since no batch could be run"
+    room = "" if memory is None else f", up to {memory / 1e9:.2g} GB of memory"
+    return f"{passes}: about {duration_words(*seconds)} on this machine{room}"
+
+
+def duration_words(low: float, high: float) -> str:
+    """A range of time, in the unit that suits its end.
+
+    Args:
+        low: least seconds.
+        high: most.
+
+    Returns:
+        For example ``2 to 4 minutes``.
+    """
+    if high < 1:
+        return "a second or less"
+    name, unit = next(
+        (name, unit)
+        for name, unit in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+        if high >= 2 * unit or unit == 1
+    )
+    digits = 1 if high < 5 * unit else 0
+    ends = [f"{value / unit:.{digits}f}".removesuffix(".0") for value in (low, high)]
+    return f"{ends[1]} {name}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {name}"
+
+
+def show_conversion(
+    terminal: Terminal, result: Result, output: Path | None, cost: dict[str, Any]
+) -> None:
     """The layers of a conversion.
 
     Args:
         terminal: where to.
         result: of the command.
         output: what was written; ``None`` for a plan.
+        cost: what a plan says of time and memory.
     """
     swap = result.report.swap
     if terminal.as_json:
         content = result.report.to_json()
-        content |= {"plan": True} if output is None else {}
+        content |= {"plan": True, **cost} if output is None else {}
         terminal.print_json({**content, "output": None if output is None else str(output)})
         return
     if swap is None:
@@ -251,46 +364,74 @@ def show_conversion(terminal: Terminal, result: Result, output: Path | None) -> 
         terminal.out.print(table)
         terminal.notes([*result.report.assumptions, *swap.skipped])
     wrote = "nothing was written" if output is None else f"wrote {output} and its report"
+    if output is None:
+        terminal.say(estimate_line(cost))
     terminal.say(f"{len(swap.changes)} layers; {wrote}")
 
 
-def show_inspection(
-    terminal: Terminal,
-    layers: Sequence[NormTensors],
-    kinds: dict[str, str],
-    findings: Sequence[Finding],
-    notes: Sequence[str],
-) -> None:
-    """Layers and findings.
+def show_inspection(terminal: Terminal, found: Inspection) -> None:
+    """Layers, findings with what to do, and the commands of the file's history.
 
     Args:
         terminal: where to.
-        layers: of the file.
-        kinds: class names by layer, where a model was given.
-        findings: what is wrong.
-        notes: how the file was read.
+        found: by the inspection.
     """
-    table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    drifts = {} if found.behaviour is None else found.behaviour.drifts
+    more = ("shift", "factor") if drifts else ()
+    table = Table(
+        "layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight", *more
+    )
     table.columns[0].overflow = "fold"
-    for layer in layers:
+    for layer in found.layers:
+        shift, ratio = drifts.get(layer.name, (math.nan, math.nan))
         table.add_row(
             shown_text(layer.name),
-            shown_text(kinds.get(layer.name, "?")),
+            shown_text(found.kinds.get(layer.name, "?")),
             str(layer.channels),
             "-" if layer.batches_tracked is None else str(layer.batches_tracked),
             "{:.2g} to {:.2g}".format(*layer.mean_range),
             "{:.2g} to {:.2g}".format(*layer.var_range),
             str(layer.n_dead),
             _short_weight(layer.example_weight),
+            *((f"{shift:.2g}", f"{math.exp(min(ratio, 700)):.3g}") if drifts else ()),
         )
-    if layers and not terminal.quiet:
+    if drifts:
+        table.caption = (
+            "shift: how far stored means are from those of the data, in deviations; factor: the "
+            "same of variances"
+        )
+    if found.layers and not terminal.quiet:
         terminal.out.print(table)
-    for note in notes:
+    for note in [*found.notes, *found.problems]:
         terminal.say(f"note: {note}")
-    for finding in findings:
-        terminal.say(f"{finding.severity}: {finding.layer}: {finding.detail} -> {finding.advice}")
-    summary = f"{len(layers)} norm layers, {len(findings)} findings"
-    terminal.say(summary if layers else "no norm layer with running statistics in this file")
+    if found.behaviour is not None:
+        terminal.say(_behaviour_line(found.behaviour))
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in found.findings:
+        key = finding.severity, finding.fault, finding.advice
+        groups.setdefault(key, []).append(finding)
+    for (severity, _, advice), findings in groups.items():
+        for finding in findings[:_SHOWN]:
+            terminal.say(f"{severity}: {finding.layer or 'model'}: {finding.detail}")
+        rest = [finding.layer for finding in findings[_SHOWN:]]
+        also = f"(the same of {some(rest)}) " if rest else ""
+        terminal.say(f"  {also}-> {advice}")
+    for number, told in enumerate(found.told, 1):
+        terminal.say(f"history {number}: {told.command}")
+        terminal.say(f"  {told.did}")
+    summary = f"{len(found.layers)} norm layers, {len(found.findings)} findings"
+    terminal.say(summary if found.layers else "no norm layer with running statistics in this file")
+
+
+def _behaviour_line(seen: Behaviour) -> str:
+    """What the model does with its stored statistics, and with those of each batch."""
+    ranges = [
+        "{:.3g} to {:.3g}".format(*r) for r in (seen.output_range, seen.output_range_training)
+    ]
+    parts = [f"outputs {ranges[0]} (with the statistics of each batch {ranges[1]})"]
+    if seen.top1 is not None and seen.top1_training is not None:
+        parts.append(f"top-1 {100 * seen.top1:.1f}% (so {100 * seen.top1_training:.1f}%)")
+    return f"on {seen.n_examples} examples: {'; '.join(parts)}"
 
 
 def _short_weight(weight: Any) -> str:
@@ -306,53 +447,6 @@ def _noteworthy(report: Report) -> list[str]:
     n = report.data.n_skipped if report.data else 0
     left_out = f"unreadable images left out, {n}: {some(skipped, 3)}"
     return [*report.assumptions, *([left_out] if n else [])]
-
-
-def _decision_table(report: Report) -> Table | None:
-    if not report.decisions:
-        return None
-    table = _narrow("candidate", "NLL", "was", "top-1", "was", "admitted")
-    for d in report.decisions:
-        table.add_row(
-            shown_text(d.candidate),
-            f"{d.nll:.3f}",
-            f"{d.incumbent_nll:.3f}",
-            f"{100 * d.top1:.1f}%",
-            f"{100 * d.incumbent_top1:.1f}%",
-            "yes" if d.admitted else "no",
-        )
-    n = report.decisions[0].n_examples
-    table.caption = f"judged on {n:,} images held out for it; the report says why"
-    return table
-
-
-def _model_table(report: Report) -> Table | None:
-    if not report.models or report.models[0].metrics.top1 is None:
-        return None
-    table = _narrow("model", "top-1 (95%)", "NLL (95%)", "scaled", "live")
-    for model in report.models:
-        m = model.metrics
-        low, high = m.interval["top1"]
-        nll_low, nll_high = m.interval["nll"]
-        table.add_row(
-            shown_text(model.name),
-            f"{100 * (m.top1 or 0):.1f}% ({100 * low:.1f} to {100 * high:.1f})",
-            f"{m.nll:.3f} ({nll_low:.3f} to {nll_high:.3f})",
-            f"{m.nll_temperature_scaled:.3f}",
-            str(model.n_live),
-        )
-    table.caption = "scaled: NLL after temperature scaling; live: layers with an example weight"
-    return table
-
-
-def _narrow(name: str, *numbers: str) -> Table:
-    """A table of names and numbers that fits a terminal of 80 columns; only names may wrap."""
-    table = Table(
-        name, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left"
-    )
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
 
 
 def jsonable(value: Any) -> Any:

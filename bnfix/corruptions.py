@@ -1,0 +1,160 @@
+"""Common corruptions of images: noise, blur, JPEG, brightness, contrast, pixelate; 3 severities.
+
+They are applied to the pixels that the network would see: after resize and crop, as 8-bit integers,
+and before scale, mean and deviation. What happens to an image depends on the kind, the severity,
+the seed and its position in the data alone; not on its batch, the order or the processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter
+
+from bnfix.recipe import CORRUPTIONS, SEVERITIES, check_corruption
+
+#: How strong each severity is; in the words of `strength_in_words`.
+STRENGTHS: Final[dict[str, tuple[float, float, float]]] = {
+    "noise": (0.02, 0.04, 0.08),
+    "blur": (0.08, 0.12, 0.16),
+    "jpeg": (40, 20, 10),
+    "brightness": (1.3, 1.6, 2.0),
+    "contrast": (0.7, 0.5, 0.3),
+    "pixelate": (0.85, 0.65, 0.45),
+}
+_WORDS: Final[dict[str, str]] = {
+    "noise": "Gaussian noise of deviation {} of the range",
+    "blur": "Gaussian blur, deviation {} times the root of the shorter side, in pixels",
+    "jpeg": "JPEG of quality {:g}",
+    "brightness": "brightness times {}",
+    "contrast": "contrast times {}",
+    "pixelate": "pixelated to {} of the size",
+}
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """One way to spoil images.
+
+    Args:
+        kind: ``noise``, ``blur``, ``jpeg``, ``brightness``, ``contrast`` or ``pixelate``.
+        severity: 1, 2 or 3.
+        seed: of the noise.
+    """
+
+    kind: str
+    severity: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check kind and severity."""
+        check_corruption(self.text, "corruption")
+
+    @property
+    def text(self) -> str:
+        """As ``--corrupt`` takes it: ``blur:2``."""
+        return f"{self.kind}:{self.severity}"
+
+    @property
+    def words(self) -> str:
+        """What is done to the pixels."""
+        return _WORDS[self.kind].format(self._strength)
+
+    @property
+    def _strength(self) -> float:
+        return STRENGTHS[self.kind][self.severity - 1]
+
+    def apply(self, pixels: np.ndarray, position: int) -> np.ndarray:
+        """Spoil one image.
+
+        Args:
+            pixels: uint8 (H, W, C), C 1 or 3.
+            position: of the image in its data; decides which noise it gets.
+
+        Returns:
+            A new array of the same form.
+        """
+        if self.kind == "noise":
+            return self._noisy(pixels, position)
+        grey = pixels.shape[2] == 1
+        image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if grey else pixels))
+        found = np.array(_BY_KIND[self.kind](image, self._strength))
+        return found[..., None] if grey else found
+
+    def _noisy(self, pixels: np.ndarray, position: int) -> np.ndarray:
+        key = f"{self.seed}:{self.text}:{position}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+        noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(
+            pixels.shape, dtype=np.float32
+        )
+        noise *= 255 * self._strength
+        noise += pixels
+        return np.rint(noise).clip(0, 255).astype(np.uint8)
+
+
+def corruption_of(text: str | None, seed: int = 0) -> Corruption | None:
+    """Read what ``--corrupt`` says.
+
+    Args:
+        text: ``kind:severity``, or ``None``.
+        seed: of the noise.
+
+    Returns:
+        The corruption, ``None`` for none.
+    """
+    if text is None:
+        return None
+    kind, severity = check_corruption(text)
+    return Corruption(kind, severity, seed)
+
+
+def every_corruption(seed: int = 0) -> list[Corruption]:
+    """List all kinds and severities.
+
+    Args:
+        seed: of the noise.
+
+    Returns:
+        Kind by kind, mild to strong.
+    """
+    return [Corruption(kind, severity, seed) for kind in CORRUPTIONS for severity in SEVERITIES]
+
+
+def _blurred(image: Image.Image, strength: float) -> Image.Image:
+    # The root of the side: about as hard to see through at 32 pixels as at 224.
+    return image.filter(ImageFilter.GaussianBlur(strength * min(image.size) ** 0.5))
+
+
+def _recompressed(image: Image.Image, quality: float) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=int(quality))
+    with Image.open(file, formats=("JPEG",)) as again:
+        return again.convert(image.mode)
+
+
+def _brighter(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def _flatter(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def _pixelated(image: Image.Image, part: float) -> Image.Image:
+    small = (max(1, round(part * image.width)), max(1, round(part * image.height)))
+    coarse = image.resize(small, Image.Resampling.BOX)
+    return coarse.resize(image.size, Image.Resampling.NEAREST)
+
+
+_BY_KIND: Final[dict[str, Callable[[Image.Image, float], Image.Image]]] = {
+    "blur": _blurred,
+    "jpeg": _recompressed,
+    "brightness": _brighter,
+    "contrast": _flatter,
+    "pixelate": _pixelated,
+}

@@ -1,0 +1,238 @@
+"""Checkpoints loaded side by side, and the passes over the data that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bnfix import processes, runtime
+from bnfix.corruptions import Corruption, every_corruption
+from bnfix.data import Batches
+from bnfix.errors import DataError
+from bnfix.evaluation import Outputs, collect
+from bnfix.images import Images
+from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.robustness import BatchInvariance, Shifted, batch_invariance, shifted
+from bnfix.saving import Loaded
+from bnfix.workbench import (
+    Track,
+    Tracked,
+    evaluation_batch_size,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+)
+
+#: Images that batch invariance is looked for on.
+N_COMPARED = 256
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A checkpoint, loaded, and the data as it sees them.
+
+    Args:
+        name: short, and no other's.
+        path: of the file.
+        loaded: its model, on the device.
+        preprocessing: from image to input.
+        images: with labels that fit its outputs.
+        input_size: numbers in one input.
+    """
+
+    name: str
+    path: str
+    loaded: Loaded
+    preprocessing: Preprocessing
+    images: Images
+    input_size: int
+
+
+def enter(
+    checkpoints: Sequence[str | Path],
+    data: str,
+    recipe: ModelRecipe,
+    source: DataRecipe,
+    run: RunOptions,
+    own_metrics: bool,
+    notes: list[str],
+) -> list[Entrant]:
+    """Load every checkpoint, and open the data once, as each needs them.
+
+    Args:
+        checkpoints: the files.
+        data: DATA.
+        recipe: which models they are.
+        source: labels and preprocessing.
+        run: the device.
+        own_metrics: whether outputs need not be logits, where the user says how models are called.
+        notes: what is assumed is added here.
+
+    Returns:
+        One entrant a file, in order.
+    """
+    entrants: list[Entrant] = []
+    opened: dict[int, Images] = {}
+    for path, name in zip(checkpoints, _names(checkpoints), strict=True):
+        loaded = load_one(path, recipe, run)
+        preprocessing, remarks = resolve_preprocessing(loaded, source)
+        notes += [f"{name}: {remark}" for remark in (*loaded.checkpoint.notes, *remarks)]
+        images, input_size = open_checked(
+            data,
+            loaded.model,
+            source,
+            preprocessing,
+            known=opened.get(preprocessing.channels),
+            any_task=own_metrics and runtime.has_forward(loaded.model),
+        )
+        opened.setdefault(preprocessing.channels, images)
+        entrants.append(Entrant(name, str(path), loaded, preprocessing, images, input_size))
+    return entrants
+
+
+class Arena:
+    """Where entrants meet the same examples; those of one preprocessing go through together.
+
+    Args:
+        entrants: at least one.
+        source: how many bad images a pass may meet.
+        run: batch size, workers, precision.
+        seed: of intervals, noise, and of which images are compared in other batches.
+        track: how progress is shown.
+    """
+
+    def __init__(
+        self,
+        entrants: Sequence[Entrant],
+        source: DataRecipe,
+        run: RunOptions,
+        seed: int,
+        track: Track,
+    ) -> None:
+        self._entrants, self._source, self._run, self._seed = entrants, source, run, seed
+        self._track = track
+        self._groups: dict[Any, list[int]] = {}
+        for i, one in enumerate(entrants):
+            labels = one.images.labels
+            alike = one.preprocessing, None if labels is None else labels.tobytes()
+            self._groups.setdefault(alike, []).append(i)
+        self._good = np.arange(len(entrants[0].images))
+        self.passes: list[Tracked] = []
+
+    @property
+    def _names(self) -> list[str]:
+        return [one.name for one in self._entrants]
+
+    def outputs(
+        self, stage: str, corruption: Corruption | None = None, any_task: bool = False
+    ) -> list[Outputs]:
+        """What every entrant gives for all examples.
+
+        Args:
+            stage: what the pass is for, in words.
+            corruption: what every image goes through.
+            any_task: take outputs that are no logits from models whose calling the user states.
+
+        Returns:
+            In the order of the entrants.
+
+        Raises:
+            DataError: if entrants of several preprocessings meet other bad images.
+        """
+
+        def run(members: list[Entrant]) -> list[Outputs]:
+            what = members[0].name if len(members) == 1 else f"{len(members)} models"
+            batches = self._batches(members[0], self._good, None, f"{stage} {what}", corruption)
+            self.passes.append(batches)
+            models = [one.loaded.model for one in members]
+            loose = any_task and all(runtime.has_forward(model) for model in models)
+            return collect(models, batches, precision=self._run.precision, any_task=loose)
+
+        found = self._by_group(run)
+        seen = [one.positions for one in found if one.positions is not None]
+        if any(not np.array_equal(positions, seen[0]) for positions in seen):
+            raise DataError(
+                f"{self._entrants[0].images.spec}: some images are unreadable for one model and "
+                "not for another. Remove them, or give all models one --resize and --crop."
+            )
+        if seen:
+            self._good = np.sort(seen[0])
+        return found
+
+    def shifted(self) -> Iterator[Shifted]:
+        """Measure every entrant under every corruption.
+
+        Yields:
+            One row an entrant, corruption by corruption.
+        """
+        for corruption in every_corruption(self._seed):
+            found = self.outputs(f"under {corruption.text},", corruption)
+            yield from shifted(self._names, found, corruption, seed=self._seed)
+
+    def invariance(self) -> list[BatchInvariance]:
+        """Look at some examples in several batches.
+
+        Returns:
+            One record an entrant.
+        """
+        rng = np.random.default_rng(self._seed)
+        index = rng.permutation(self._good)[:N_COMPARED]
+
+        def run(members: list[Entrant]) -> list[BatchInvariance]:
+            def batches_of(positions: np.ndarray, size: int) -> Tracked:
+                return self._batches(members[0], positions, size, f"batches of {size}", None)
+
+            size = evaluation_batch_size(self._run, members[0].loaded.model, members[0].input_size)
+            return batch_invariance(
+                [one.name for one in members],
+                [one.loaded.model for one in members],
+                batches_of,
+                index,
+                min(size, max(1, len(index) // 2)),
+                precision=self._run.precision,
+                seed=self._seed,
+            )
+
+        return self._by_group(run)
+
+    def _by_group(self, run: Callable[[list[Entrant]], list[_T]]) -> list[_T]:
+        """What each entrant gets, in the order in which they were given."""
+        found: dict[int, _T] = {}
+        for group in self._groups.values():
+            found.update(zip(group, run([self._entrants[i] for i in group]), strict=True))
+        return [found[i] for i in range(len(self._entrants))]
+
+    def _batches(
+        self,
+        one: Entrant,
+        index: np.ndarray,
+        size: int | None,
+        stage: str,
+        corruption: Corruption | None,
+    ) -> Tracked:
+        size = size or evaluation_batch_size(self._run, one.loaded.model, one.input_size)
+        batches = Batches(
+            one.images,
+            index,
+            one.preprocessing,
+            batch_size=size,
+            workers=self._run.workers,
+            max_bad=self._source.max_bad,
+            corruption=corruption,
+        )
+        place = processes.here()
+        return Tracked(batches.dealt(place.rank, place.size), stage, self._track)
+
+
+def _names(paths: Sequence[str | Path]) -> list[str]:
+    """Short names, made unique by as much of the path as it takes."""
+    names = [Path(path).name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{Path(path).parent.name}/{name} ({i + 1})"
+        for i, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]

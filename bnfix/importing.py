@@ -1,0 +1,198 @@
+"""A callable that the user names, imported; and the usual reasons why that fails."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from bnfix.errors import ModelError
+
+
+def reason_of(error: BaseException) -> str:
+    """Word somebody else's error in one line.
+
+    Args:
+        error: as raised.
+
+    Returns:
+        Its type and, cut to 300 characters, its text.
+    """
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Give what runs inside torch's generator at seed 0, and put its state back.
+
+    Yields:
+        Nothing.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Only this generator: torch.manual_seed would touch those of other devices, too.
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+@contextmanager
+def importable(folder: str | None) -> Iterator[None]:
+    """Let what runs inside import from a folder first.
+
+    Args:
+        folder: its path; None for no folder.
+
+    Yields:
+        Nothing.
+    """
+    # First, as `python -m` and `python file.py` have it; the code may import on when it is called.
+    if folder is None:
+        yield
+        return
+    importlib.invalidate_caches()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
+def _import_file(spec: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelError(f"{spec}: no such file. Give the path to a Python file.", name=spec)
+    # By content: the same file gives the same classes, a changed one does not meet the old ones.
+    try:
+        identity = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{spec}: cannot be read ({error.strerror}).", name=spec) from error
+    name = f"_bnfix_{re.sub(r'[^0-9A-Za-z]', '_', path.stem)}_{identity.hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    described = importlib.util.spec_from_file_location(name, path)
+    if described is None or described.loader is None:
+        raise ModelError(f"{spec}: is not a Python file. Give a name ending in .py.", name=spec)
+    module = importlib.util.module_from_spec(described)
+    sys.modules[name] = module
+    try:
+        described.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception | SystemExit):
+            raise
+        raise ModelError(
+            f"{spec}: importing {path} failed ({reason_of(error)}).", name=spec
+        ) from error
+    return module
+
+
+def _import_module(spec: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name is not None
+        if absent and (name == error.name or name.startswith(f"{error.name}.")):  # type: ignore[union-attr]
+            raise ModelError(
+                f"{spec}: there is no module {name}, neither installed nor in the current folder. "
+                "Expected package.module:callable or path/to/file.py:callable.",
+                name=spec,
+            ) from error
+        raise ModelError(
+            f"{spec}: importing {name} failed ({reason_of(error)}).", name=spec
+        ) from error
+
+
+def import_callable(spec: str) -> tuple[Callable[..., Any], str]:
+    """Import what a spec of the user's names; this runs the user's code.
+
+    Args:
+        spec: ``package.module:callable`` (also from the current folder), or
+            ``path/to/file.py:callable``.
+
+    Returns:
+        What the name stands for, and the folder from which its code may import on.
+
+    Raises:
+        ModelError: if there is no such module or name, or importing fails.
+    """
+    where, _, attribute = spec.rpartition(":")
+    is_file = where.endswith(".py") or "/" in where
+    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
+    with seeded(), importable(folder):
+        module = _import_file(spec, Path(where)) if is_file else _import_module(spec, where)
+    return _attribute(spec, module, attribute), folder
+
+
+def _attribute(spec: str, module: ModuleType, dotted: str) -> Any:
+    found: Any = module
+    for part in dotted.split("."):
+        if not hasattr(found, part):
+            names = [name for name, value in vars(found).items() if callable(value)]
+            close = difflib.get_close_matches(part, names, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ModelError(f"{spec}: there is no {part} in it.{hint}", name=spec)
+        found = getattr(found, part)
+    return found
+
+
+def import_forward(spec: str) -> Callable[..., Any]:
+    """Import what is called with a model and a batch; this runs the user's code.
+
+    Args:
+        spec: ``package.module:callable`` or ``path/to/file.py:callable``, from the command line.
+
+    Returns:
+        The callable.
+
+    Raises:
+        ModelError: if it cannot be had, or is none.
+    """
+    where, _, attribute = spec.rpartition(":")
+    if not where or not attribute:
+        raise ModelError(
+            f"--forward {spec}: expected package.module:callable or path/to/file.py:callable.",
+            name="forward",
+        )
+    found, _ = import_callable(spec)
+    if not callable(found) or isinstance(found, type):
+        raise ModelError(
+            f"--forward {spec}: is of type {type(found).__name__}, expected a function that is "
+            "called with the model and a batch.",
+            name="forward",
+        )
+    return found
+
+
+def import_library(name: str, spec: str) -> ModuleType:
+    """Import a library that is an extra of this package.
+
+    Args:
+        name: of the library and of the extra.
+        spec: what needs it, for the message.
+
+    Returns:
+        The module.
+
+    Raises:
+        ModelError: if it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(
+            f"{spec}: needs {name}, which is not installed ({error}). pip install 'bnfix[{name}]'.",
+            name=spec,
+        ) from error

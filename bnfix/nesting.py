@@ -1,0 +1,363 @@
+"""The state dict inside what a file holds: nesting, and the prefixes of wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from bnfix.errors import CheckpointError, plain, some
+
+#: Where training programs put the running mean of the weights.
+EMA_NESTS: Final = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model")
+#: Where training programs put the state dict, the trained weights before their running means.
+NESTS: Final = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "net",
+    "network",
+    "params",
+    *EMA_NESTS,
+    "params_ema",
+    "module",
+)
+_EMA_KEYS: Final = {*EMA_NESTS, "params_ema"}
+#: How names begin where a module keeps its running mean as a part of itself.
+_EMA_PREFIXES: Final = ("model_ema.", "ema_model.", "ema.")
+#: What wrappers put before every name: DataParallel, torch.compile, Lightning and the like.
+PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
+#: Parts of names that wrappers put anywhere: no module is called so by its author.
+_WRAPPERS: Final = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+_DEPTH: Final = 3
+#: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
+_REPEATED_LIMIT: Final = 64 * 2**20
+#: Unusual prefixes that are tried on a model's own names.
+_PREFIX_LIMIT: Final = 32
+
+
+# Entries of a dict from a file, whose own methods the file may have overwritten.
+def _items(mapping: Any) -> list[tuple[Any, Any]]:
+    return list(dict.items(mapping)) if isinstance(mapping, dict) else []
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(type(k) is str and isinstance(v, torch.Tensor) for k, v in _items(value))
+
+
+# All paths to state dicts under the usual names, the most likely first.
+def _paths(content: Any, depth: int = _DEPTH) -> Iterator[list[str]]:
+    entries = dict(_items(content))
+    for nest in NESTS if depth else ():
+        for below in _paths(entries.get(nest), depth - 1):
+            yield [nest, *below]
+    if _has_tensors(content):
+        yield []
+
+
+# Every dotted key under which there are tensors, for a message.
+def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
+    found = []
+    for name, value in _items(content):
+        if type(name) is str and isinstance(value, dict):
+            found += [at + name] if _has_tensors(value) else []
+            found += _nests(value, depth - 1, f"{at}{name}.") if depth > 1 else []
+    return found
+
+
+# The value at a dotted key, where a part may have dots of its own; None if not there.
+def _follow(content: Any, key: str) -> Any:
+    if not key:
+        return content
+    for name, value in _items(content):
+        if name == key:
+            return value
+    for name, value in _items(content):
+        if type(name) is str and key.startswith(name + "."):
+            below = _follow(value, key[len(name) + 1 :])
+            if below is not None:
+                return below
+    return None
+
+
+def find_state_dict(
+    content: Any, key: str | None, path: Path, *, prefer_ema: bool = False
+) -> tuple[Any, str, list[str]]:
+    """Find the state dict in what a file holds.
+
+    Args:
+        content: of the file.
+        key: its dotted nesting, if stated.
+        path: of the file, for messages.
+        prefer_ema: take the running mean of the weights where there is one beside them.
+
+    Returns:
+        The dict, the nesting followed, and notes in words.
+
+    Raises:
+        CheckpointError: if there is none, or none under ``key``.
+    """
+    nests = [plain(name) for name in _nests(content)]
+    listed = f"found under {some(nests)}" if nests else "found none"
+    base = _follow(content, key or "")
+    if base is None and key:
+        raise CheckpointError(
+            f"{plain(path)}: has no {plain(key)!r}; state dicts {listed}. Give one as --key.",
+            path=path,
+        )
+    steps: list[str] | None = []
+    if key is None or not _has_tensors(base):
+        paths = _paths(base)
+        steps = next(paths, None)
+        if prefer_ema and steps is not None and not _EMA_KEYS & set(steps):
+            steps = next((found for found in paths if _EMA_KEYS & set(found)), steps)
+    if steps is None:
+        what = f" under {plain(key)!r}" if key else ""
+        hint = " Give it as --key." if nests else " Save model.state_dict() with torch.save."
+        raise CheckpointError(
+            f"{plain(path)}: holds no state dict (names to tensors){what}; {listed}.{hint}",
+            path=path,
+        )
+    found = ".".join([*([key] if key else []), *steps])
+    for step in steps:
+        base = dict.__getitem__(base, step)
+    notes = [f"state dict found under {plain(found)!r}"] if found and key is None else []
+    others = [name for name in nests if name != found and name.rpartition(".")[2] in NESTS]
+    if others and key is None:
+        notes.append(f"not used: {some(others)} (--key chooses)")
+    return base, found, notes
+
+
+def only_tensors(found: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Take the tensors out of a state dict.
+
+    Args:
+        found: the dict.
+        path: of the file, for messages.
+
+    Returns:
+        Tensors by name, without gradients; and notes on what was left out.
+
+    Raises:
+        CheckpointError: if some are no plain dense tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    ignored: list[str] = []
+    bad: list[str] = []
+    for name, value in _items(found):
+        if type(name) is not str or not isinstance(value, torch.Tensor):
+            ignored.append(plain(name))
+        elif storable(name, value) and value.device.type == "cpu":
+            tensor = value.detach()
+            size = tensor.numel() * tensor.element_size()
+            repeats = size > max(_REPEATED_LIMIT, 16 * tensor.untyped_storage().nbytes())
+            (bad.append(plain(name)) if repeats else tensors.__setitem__(name, tensor))
+        else:
+            bad.append(plain(name))
+    if bad:
+        raise CheckpointError(
+            f"{plain(path)}: {some(bad)}: expected dense tensors that fill their memory, found "
+            "sparse, quantized, wrapped, unallocated or endlessly repeated ones. Save plain ones.",
+            path=path,
+        )
+    flat = [plain(name) for name in tensors if name.rpartition(".")[2].startswith("_flat_param")]
+    if flat:
+        raise CheckpointError(
+            f"{plain(path)}: {some(flat)}: flattened parameters of FSDP, whose names and shapes "
+            "are lost. Where it was made, save it with StateDictType.FULL_STATE_DICT.",
+            path=path,
+        )
+    notes = [f"{len(ignored)} entries that are not tensors ignored: {some(ignored)}"]
+    return tensors, notes if ignored else []
+
+
+def storable(name: object, tensor: object) -> bool:
+    """Say whether an entry is a dense tensor under a name, as a file can hold it.
+
+    Args:
+        name: of the entry.
+        tensor: the entry.
+
+    Returns:
+        True if it is.
+    """
+    return (
+        type(name) is str
+        and isinstance(tensor, torch.Tensor)
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_meta
+    )
+
+
+def versions_in(found: Any) -> dict[str, int]:
+    """Read the versions of modules' state that torch keeps beside a state dict.
+
+    Args:
+        found: a state dict from a file.
+
+    Returns:
+        Version by dotted module name; empty where the file states none that are such.
+    """
+    stated = getattr(found, "__dict__", {}).get("_metadata")
+    return {
+        name: version
+        for name, value in _items(stated)
+        for key, version in _items(value)
+        if type(name) is str and key == "version" and type(version) is int
+    }
+
+
+# --- prefixes ---
+
+
+def strip_given(
+    tensors: dict[str, torch.Tensor], prefix: str, path: Path
+) -> tuple[dict[str, torch.Tensor], str, list[str]]:
+    """Strip a stated prefix, and leave out names that do not have it.
+
+    Args:
+        tensors: by name.
+        prefix: with or without its last dot; empty for none.
+        path: of the file, for messages.
+
+    Returns:
+        Tensors by their shorter names, the prefix with its dot, and notes in words.
+
+    Raises:
+        CheckpointError: if no name has it.
+    """
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not kept:
+        heads = list(dict.fromkeys(plain(name.partition(".")[0]) for name in tensors))
+        raise CheckpointError(
+            f"{plain(path)}: no name begins with {plain(prefix)!r}; they begin with {some(heads)}. "
+            "Change --prefix, or leave it out.",
+            path=path,
+        )
+    lost = [plain(name) for name in tensors if not name.startswith(prefix)]
+    notes = [f"prefix {plain(prefix)!r} stripped"] if prefix else []
+    notes += [f"{len(lost)} names without that prefix left out: {some(lost)}"] if lost else []
+    return kept, prefix, notes
+
+
+def strip_found(
+    tensors: dict[str, torch.Tensor], expected: Collection[str] | None
+) -> tuple[dict[str, torch.Tensor], str, list[str]]:
+    """Strip what wrappers put into names: what all share, or what fits a model's names best.
+
+    Args:
+        tensors: by name.
+        expected: the model's own names, if known.
+
+    Returns:
+        Tensors by their shorter names, the prefix stripped, and notes in words.
+    """
+    notes = []
+    counter = tensors.get("n_averaged")
+    if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+        notes.append("n_averaged (torch's count of averaged models) left out")
+    inner = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    wrapped = sum(name not in tensors for name in inner)
+    if wrapped and len(inner) == len(tensors):
+        tensors = inner
+        notes.append(f"parts that wrappers put into {wrapped} names stripped")
+    chosen = _shared_prefix(tensors)
+    if expected:
+        wanted = frozenset(expected)
+        candidates = [chosen, *_possible_prefixes(tensors), *_unusual_prefixes(tensors, wanted)]
+        matches = {c: sum(n.removeprefix(c) in wanted for n in tensors) for c in candidates}
+        # At a tie the shared prefix, which comes first, stands.
+        chosen = max(matches, key=lambda candidate: matches[candidate])
+    stripped = {name.removeprefix(chosen): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors):  # two names became one: rather none than one lost
+        return tensors, "", notes
+    if chosen:
+        notes.append(f"prefix {plain(chosen)!r} stripped")
+    return stripped, chosen, notes
+
+
+def split_averages(
+    tensors: dict[str, torch.Tensor], expected: Collection[str] | None, *, prefer_ema: bool
+) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
+    """Part a model's tensors from a running mean of them that it keeps as a part of itself.
+
+    Args:
+        tensors: by name.
+        expected: the model's own names, if known.
+        prefer_ema: take the running mean.
+
+    Returns:
+        One of both by name, whether it is the running mean, and notes in words.
+    """
+    for prefix in _EMA_PREFIXES:
+        averages = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+        asked_for = any(name.startswith(prefix) for name in expected or ())
+        if not averages or not own or asked_for:
+            continue
+        if prefer_ema:
+            return averages, True, [f"running mean of the weights taken from {prefix!r}"]
+        return own, False, [f"running mean of the weights under {prefix!r} left out (--prefer-ema)"]
+    return tensors, False, []
+
+
+def is_average(key: str) -> bool:
+    """Say whether a nesting leads to a running mean of the weights.
+
+    Args:
+        key: dotted.
+
+    Returns:
+        True if a part of it is a usual name of one.
+    """
+    return bool(_EMA_KEYS & set(key.split(".")))
+
+
+def _unwrapped(name: str) -> str:
+    """A name without wrappers' parts, but with the usual prefixes before it."""
+    head = _prefix_run(name)
+    parts = name[len(head) :].split(".")
+    return head + ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+def _prefix_run(name: str) -> str:
+    run = ""
+    while head := next((p for p in PREFIXES if name.startswith(p, len(run))), ""):
+        run += head
+    return run
+
+
+def _shared_prefix(tensors: Mapping[str, torch.Tensor]) -> str:
+    shared = ""
+    while True:
+        longer = [p for p in PREFIXES if all(name.startswith(shared + p) for name in tensors)]
+        if not longer or not tensors:
+            return shared
+        shared += longer[0]
+
+
+# All runs of the usual prefixes that some name begins with, the empty one first.
+def _possible_prefixes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    found = {"": None}
+    for name in tensors:
+        run = ""
+        while head := next((p for p in PREFIXES if name.startswith(p, len(run))), ""):
+            run += head
+            found[run] = None
+    return list(found)
+
+
+# What stands before one of the model's own names, such as the attribute that a trainer gave it.
+def _unusual_prefixes(tensors: Mapping[str, torch.Tensor], wanted: frozenset[str]) -> list[str]:
+    longest = max(sorted(wanted), key=lambda name: name.count("."))
+    found = [name.removesuffix(longest) for name in tensors if name.endswith(f".{longest}")]
+    return found[:_PREFIX_LIMIT]

@@ -1,0 +1,329 @@
+"""Files of torch.save to plain objects, with nothing executed because a file says so.
+
+A pickle is first walked with every name in it replaced by an inert stand-in: that shows which names
+it would need and how large it claims its storages to be, before torch's restricted loader sees it.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import pickle
+import pickletools
+import struct
+import tarfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Final, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+
+from bnfix.errors import CheckpointError, plain, some
+
+#: torch stores its archives uncompressed: what inflates further than this is a bomb.
+_INFLATION_LIMIT: Final = 100
+_INFLATED_FLOOR: Final = 16 * 2**20
+
+_TORCH_MAGIC_NUMBER: Final = 0x1950A86A20F9469CFC6C  # first pickle of files before torch 1.6
+
+#: What a damaged or hostile file has been seen, or may be expected, to raise in a reader.
+READ_ERRORS: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    BufferError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+    pickle.PickleError,
+    struct.error,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+_NUMPY_CORES: Final = ("numpy.core.multiarray", "numpy._core.multiarray")
+#: Objects that checkpoints often carry beside their tensors. They are never built: a stand-in is.
+INERT_NAMES: Final = (
+    "argparse.Namespace",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"{core}.{function}" for core in _NUMPY_CORES for function in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
+)
+#: Names that torch's restricted loader knows by itself; only used to word a refusal.
+_TORCH_NAMES: Final = (
+    "torch._utils._rebuild",
+    "torch._tensor._rebuild_from_type_v2",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    "torch.storage.",
+    "torch.cuda.",
+    "collections.OrderedDict",
+    "collections.Counter",
+    "_codecs.encode",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.set",
+    "__builtin__.bytearray",
+    "__builtin__.complex",
+    "__builtin__.set",
+)
+_ITEM_SIZES: Final = {
+    "ComplexDoubleStorage": 16,
+    "ComplexFloatStorage": 8,
+    "DoubleStorage": 8,
+    "LongStorage": 8,
+    "FloatStorage": 4,
+    "IntStorage": 4,
+    "QInt32Storage": 4,
+    "BFloat16Storage": 2,
+    "HalfStorage": 2,
+    "ShortStorage": 2,
+}
+
+
+class Inert:
+    """Stands for an object of a file that is not a tensor: takes anything, does nothing."""
+
+    itemsize = 0
+
+    def __new__(cls, *_arguments: Any, **_options: Any) -> Inert:
+        """Accept whatever arguments the file gives.
+
+        Returns:
+            A stand-in that remembers nothing.
+        """
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        return
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        return
+
+    def __call__(self, *_arguments: Any) -> Inert:
+        """Be called with anything.
+
+        Returns:
+            Itself.
+        """
+        return self
+
+    def append(self, item: Any) -> None:
+        """Take an item, as a list or set would, and drop it.
+
+        Args:
+            item: dropped.
+        """
+
+    extend = add = append
+
+
+class _Survey(pickle.Unpickler):
+    """Walks one pickle with stand-ins only: which names it has, how large its storages claim."""
+
+    def __init__(self, data: bytes) -> None:
+        # The C unpickler allocates its memo up to the largest index: picklers number from 0.
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if isinstance(argument, int) and opcode.name.endswith("PUT") and argument > count:
+                raise pickle.UnpicklingError(f"memo index {argument} is out of order")
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.names: set[str] = set()
+        self.storages: dict[str, int] = {}
+        self.result: Any = None
+        try:
+            self.result = self.load()
+        except pickle.UnpicklingError:
+            # Stand-ins cannot play every part; the loader, too, stops at a blocked name before.
+            if not self.blocked():
+                raise
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name.endswith("Storage") and module_name.split(".")[0] == "torch":
+            kind = Inert()
+            kind.itemsize = _ITEM_SIZES.get(global_name, 1)
+            return kind
+        self.names.add(f"{module_name}.{global_name}")
+        return Inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] in ("storage", b"storage"):
+            kind, key, _, numel = pid[1:5]
+            ok = isinstance(kind, Inert) and type(key) is str and type(numel) is int and numel >= 0
+            if not ok:
+                raise pickle.UnpicklingError("a storage is not described by plain values")
+            self.storages[key] = max(self.storages.get(key, 0), numel * kind.itemsize)
+        is_class = isinstance(pid, tuple) and len(pid) >= 2 and pid[0] in ("module", b"module")
+        return Inert if is_class else Inert()
+
+    # Names that the restricted loader does not build.
+    def blocked(self) -> list[str]:
+        return sorted(
+            plain(name)
+            for name in self.names
+            if name not in INERT_NAMES
+            and not name.startswith(_TORCH_NAMES)
+            and not (name.startswith("torch.") and name.count(".") == 1)
+        )
+
+
+# Call torch's restricted loader; word its refusal by the names a survey has found.
+def _load(path: Path, blocked: list[str], mapped: bool) -> Any:
+    try:
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([(Inert, name) for name in INERT_NAMES]),
+        ):
+            # torch's remarks (protocols, typed storages, alignment) are not the user's business.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except READ_ERRORS as error:
+        if not blocked:
+            raise
+        raise CheckpointError(
+            f"{plain(path)}: not loaded, it holds pickled objects ({some(blocked)}) that would run "
+            "code. Where it was made, save model.state_dict() alone, or give a .safetensors file.",
+            path=path,
+        ) from error
+
+
+def read_zip(path: Path) -> Any:
+    """Read an archive of torch.save, as it has been written since torch 1.6.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        What it holds, of tensors and plain containers only.
+
+    Raises:
+        CheckpointError: if it is damaged, no archive of torch.save, or needs unpickling.
+    """
+    shown = plain(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        compressed = _check_entries(path, archive.infolist())
+        roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+        roots = [root for root in roots if root.count("/") == 1]
+        if len(roots) != 1:
+            raise CheckpointError(
+                f"{shown}: is a zip archive, but not one that torch.save writes.", path=path
+            )
+        root = roots[0]
+        if root + "constants.pkl" in entries:
+            raise CheckpointError(
+                f"{shown}: is a TorchScript archive, which holds code. "
+                "Load it with torch.jit.load where you trust it and save its state_dict().",
+                path=path,
+            )
+        survey = _Survey(_entry_bytes(path, archive, entries[root + "data.pkl"]))
+    for key, claimed in survey.storages.items():
+        entry = entries.get(f"{root}data/{key}")
+        held = 0 if entry is None else entry.file_size
+        if held < claimed:
+            raise CheckpointError(
+                f"{shown}: damaged, storage {plain(key)} claims {claimed} bytes and holds {held}. "
+                "Fetch it again or save it anew.",
+                path=path,
+            )
+    return _load(path, survey.blocked(), mapped=not compressed)
+
+
+# Refuse sizes that cannot be, before anything is inflated; say if anything is compressed.
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
+    size = path.stat().st_size
+    squeezed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    stored = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
+    inflated = sum(entry.file_size for entry in squeezed)
+    packed = sum(entry.compress_size for entry in squeezed)
+    odd = (
+        len({entry.filename for entry in entries}) != len(entries)
+        or any(entry.file_size != entry.compress_size for entry in stored)
+        or sum(entry.file_size for entry in stored) + packed > size
+        or any(entry.flag_bits & 1 for entry in entries)
+    )
+    if odd or inflated > max(_INFLATED_FLOOR, _INFLATION_LIMIT * packed):
+        what = "sizes or names that contradict the file" if odd else f"{inflated} bytes compressed"
+        raise CheckpointError(
+            f"{plain(path)}: not loaded, its zip directory claims {what}. "
+            "Fetch it again, or save it anew with torch.save.",
+            path=path,
+        )
+    return bool(squeezed)
+
+
+def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return archive.read(entry)
+    # Not by zipfile: it insists on checksums, which torch can be told not to write.
+    with path.open("rb") as file:
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+        file.seek(name_length + extra_length, io.SEEK_CUR)
+        return file.read(entry.file_size)
+
+
+def read_legacy(path: Path) -> Any:
+    """Read a file of torch.save, as it was written before torch 1.6.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        What it holds, of tensors and plain containers only.
+
+    Raises:
+        CheckpointError: if it is damaged, no file of torch.save, or needs unpickling.
+    """
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        parts = _pickles(content)
+        first = _Survey(next(parts))
+        if first.result != _TORCH_MAGIC_NUMBER:
+            raise CheckpointError(
+                f"{plain(path)}: is a pickle, but not one that torch.save writes"
+                f"{_naming(first.blocked())}. Where it was made, save it by torch.save, or give a "
+                ".safetensors file.",
+                path=path,
+            )
+        next(parts), next(parts)  # protocol version and the writer's byte order
+        survey = _Survey(next(parts))
+        claimed = sum(survey.storages.values())
+        size = len(content)
+    if claimed > size:
+        raise CheckpointError(
+            f"{plain(path)}: damaged, it claims {claimed} bytes of tensors in {size}. "
+            "Fetch it again or save it anew.",
+            path=path,
+        )
+    return _load(path, survey.blocked(), mapped=False)
+
+
+def _naming(blocked: list[str]) -> str:
+    return f" (it holds {some(blocked)})" if blocked else ""
+
+
+# Cut the pickles at the head of a file one by one, without building anything.
+def _pickles(content: mmap.mmap) -> Iterator[bytes]:
+    while True:
+        start = content.tell()
+        # An mmap reads like a file, but clamps a claimed length to what there is.
+        for _ in pickletools.genops(cast(IO[bytes], content)):
+            pass
+        end = content.tell()
+        yield content[start:end]

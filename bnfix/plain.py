@@ -1,0 +1,195 @@
+"""Example-aware normalization in plain PyTorch: the layer, and a loader for its weights.
+
+Needs torch and nothing else. `load(model)` puts the weights file beside this one into a stock model
+and returns it ready for inference; statistics are constants here, so it is not for training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: The weights, a file beside this one.
+WEIGHTS = ""
+#: The library and the name of the stock model with the arguments of its builder, where known.
+MODEL: tuple[str, str, dict[str, Any]] | None = None
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class ExampleNorm(nn.Module):
+    """Batch Norm at inference with each example's own moments mixed into the population's.
+
+    mu = (1-a) mean + a mean_i; var' = (1-a) var + a var_i + a (1-a) (mean_i - mean)^2; then
+    y = gamma (x - mu) / sqrt(var' + eps) + beta, per example i and channel group.
+
+    Args:
+        norm: the layer it replaces, whose parameters, buffers and submodules it takes over.
+        example_weight: a, one number or one a channel.
+        channel_groups: groups of channels that share their moments.
+        eps: added to the variance.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    example_weight: Tensor
+
+    def __init__(
+        self, norm: nn.Module, example_weight: Any, channel_groups: int, eps: float
+    ) -> None:
+        super().__init__()
+        for name, parameter in norm._parameters.items():
+            self.register_parameter(name, parameter)
+        for name, buffer in norm._buffers.items():
+            self.register_buffer(name, buffer)
+        for name, child in norm._modules.items():
+            self.add_module(name, child)
+        self.groups, self.eps = channel_groups, eps
+        a = torch.as_tensor(example_weight, dtype=torch.float32)
+        self.register_buffer("example_weight", a, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            x: ``(N, C)`` or ``(N, C, *spatial)``.
+
+        Returns:
+            The same shape and dtype.
+        """
+        values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        axes = tuple(range(2, x.dim()))
+        one = (1, -1, *(1 for _ in axes))
+        mean = values.mean(axes, keepdim=True) if axes else values
+        centred = values - mean
+        var = (centred * centred).mean(axes, keepdim=True) if axes else torch.zeros_like(mean)
+        mu, var = self._pooled(mean, var)
+        if self.running_mean is not None and self.running_var is not None:
+            population_mean, population_var = self._pooled(
+                self.running_mean.to(values.dtype).view(one),
+                self.running_var.to(values.dtype).view(one),
+            )
+            a = self.example_weight.to(values.dtype).view(one)
+            gap = mu - population_mean
+            mu = population_mean + a * gap
+            var = (1 - a) * population_var + a * var + a * (1 - a) * gap * gap
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight.to(values.dtype).view(one)
+        y = (centred + (mean - mu)) * scale
+        if self.bias is not None:
+            y = y + self.bias.to(values.dtype).view(one)
+        y = y.to(x.dtype)
+        for child in self.children():  # of a layer that also drops and activates
+            y = child(y)
+        return y
+
+    def _pooled(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix the moments within each channel group; every channel gets its group's."""
+        if self.groups == mean.shape[1]:
+            return mean, var
+        shape = (mean.shape[0], self.groups, -1, *mean.shape[2:])
+        means, variances = mean.reshape(shape), var.reshape(shape)
+        group = means.mean(2, keepdim=True)
+        spread = (variances + (means - group) * (means - group)).mean(2, keepdim=True)
+        return group.expand_as(means).flatten(1, 2), spread.expand_as(means).flatten(1, 2)
+
+
+def build() -> nn.Module:
+    """Build the stock model, where it is torchvision's or timm's.
+
+    Returns:
+        The model with fresh weights.
+
+    Raises:
+        ValueError: if it is neither's.
+    """
+    if MODEL is None:
+        raise ValueError("The model is your own code: build it, and call load(model).")
+    library, name, arguments = MODEL
+    if library == "torchvision":
+        import torchvision
+
+        return torchvision.models.get_model(name, **arguments)  # type: ignore[no-any-return]
+    import timm
+
+    return timm.create_model(name, **arguments)
+
+
+def load(model: nn.Module | None = None, weights: str | Path | None = None) -> nn.Module:
+    """Put the weights into a stock model, its norm layers as they were exported.
+
+    Args:
+        model: the stock model; by default `build` makes it.
+        weights: the file; by default the one beside this file.
+
+    Returns:
+        The model, ready for inference.
+    """
+    path = Path(__file__).with_name(WEIGHTS) if weights is None else Path(weights)
+    tensors, metadata = read(path)
+    model = build() if model is None else model
+    for name, norm in json.loads(metadata.get("bnfix", "{}")).get("norms", {}).items():
+        old, a = model.get_submodule(name), norm["example_weight"]
+        old.__dict__["eps"] = norm["eps"]
+        if any(a if isinstance(a, list) else [a]):
+            _replace(model, old, ExampleNorm(old, a, norm["channel_groups"], norm["eps"]))
+    folded = json.loads(metadata.get("bnfix_folded", "{}"))
+    for name in folded.get("norms", []):
+        old = model.get_submodule(name)
+        rest = nn.Sequential()
+        for part, child in old.named_children():
+            rest.add_module(part, child)
+        _replace(model, old, rest)
+    for name in folded.get("layers", []):
+        model.get_submodule(name).bias = nn.Parameter(tensors[f"{name}.bias"].clone())
+    model.load_state_dict(tensors, strict=True)
+    return model.eval()
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Read a ``.safetensors`` file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its tensors by name, and its metadata.
+
+    Raises:
+        ValueError: if it is not such a file.
+    """
+    with Path(path).open("rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        if n > 100_000_000:
+            raise ValueError(f"{path}: not a .safetensors file, or its header is too large.")
+        header = json.loads(file.read(n))
+        data = bytearray(file.read())
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        if not 0 <= start <= end <= len(data):
+            raise ValueError(f"{path}: {name} lies outside of the file.")
+        kind, shape = _TYPES[entry["dtype"]], entry["shape"]
+        flat = torch.frombuffer(data[start:end], dtype=kind) if end > start else torch.empty(0)
+        tensors[name] = flat.to(kind).reshape(shape)
+    return tensors, metadata
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module where another is, under all of its names."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new

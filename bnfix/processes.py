@@ -1,0 +1,309 @@
+"""Several processes that work as one: the only door to torch.distributed.
+
+Everything else is written for one process. What a function measures on its own batches it gathers
+from all ranks here, in the order of the ranks, so that every rank goes on with the same numbers and
+comes to the same decisions. Nothing is gathered before `joined` is entered: a program that uses
+torch.distributed for itself, and calls bnfix on one rank, is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bnfix.errors import BnfixError, ConfigError, ProcessError
+
+T = TypeVar("T")
+
+#: Ranks wait for each other at most this long; one that died is noticed at once.
+_PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among those that work together.
+
+    Args:
+        rank: from 0.
+        size: how many there are.
+        on_machine: this process among those of its machine.
+        per_machine: how many share this machine, and its memory.
+    """
+
+    rank: int = 0
+    size: int = 1
+    on_machine: int = 0
+    per_machine: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether there are others."""
+        return self.size > 1
+
+
+_ALONE = Place()
+_here = _ALONE
+
+
+def here() -> Place:
+    """This process among those that work together.
+
+    Returns:
+        Rank 0 of 1 outside `joined`.
+    """
+    return _here
+
+
+def launched() -> Place:
+    """What the launcher (torchrun) says about this process, before it has joined the others.
+
+    Returns:
+        From ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.
+
+    Raises:
+        ConfigError: if one of them is not a number, or out of range.
+    """
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    try:
+        place = Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
+    except ValueError as error:
+        raise ConfigError(f"environment: {', '.join(names)}: {error}.") from error
+    if not 0 <= place.rank < place.size:
+        raise ConfigError(
+            f"environment: RANK {place.rank} of WORLD_SIZE {place.size}. Start with torchrun."
+        )
+    return place
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its launch that speaks to the terminal.
+
+    Returns:
+        True for the first, and for one alone.
+    """
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def joined() -> Iterator[Place]:
+    """Work together with the other processes of this launch; alone where there are none.
+
+    Inside, `recalibrate_`, `evaluate`, `choose_example_weight_` and `finetune_` take the batches of
+    all ranks together: each rank gives its own, and all get the same answer.
+
+    Yields:
+        This process's place.
+
+    Raises:
+        ProcessError: if the others cannot be reached.
+
+    Restores:
+        The process group, if it was made here.
+    """
+    global _here
+    place = launched()
+    if not place.shared or _here.shared:
+        yield _here
+        return
+    owns = not dist.is_initialized()
+    if owns:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.set_device(place.on_machine % torch.cuda.device_count())
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise ProcessError(
+                f"processes: rank {place.rank} cannot reach the others ({_reason(error)}). Start "
+                "with torchrun."
+            ) from error
+    _here = place
+    try:
+        yield place
+        # Only now: others may wait for one that has failed, and would never be left.
+        if owns:
+            dist.destroy_process_group()
+    finally:
+        _here = _ALONE
+
+
+def gather(value: T) -> list[T]:
+    """One value of each rank, on all of them.
+
+    Args:
+        value: anything that can be pickled; tensors on the CPU.
+
+    Returns:
+        By rank.
+    """
+    if not _here.shared:
+        return [value]
+    found: list[Any] = [None] * _here.size
+    _with_others(lambda: dist.all_gather_object(found, value))
+    return found
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Do something on every rank; an error of one is an error of all.
+
+    Args:
+        work: this rank's part.
+
+    Returns:
+        What each rank's work gave.
+
+    Raises:
+        BnfixError: the first rank's that has one, on every rank.
+    """
+    if not _here.shared:
+        return [work()]
+    error: BnfixError | None = None
+    value: Any = None
+    try:
+        value = work()
+    except BnfixError as own:
+        error = own
+    found = gather((value, error))
+    for rank, (_, theirs) in enumerate(found):
+        if theirs is not None:
+            raise theirs from (error if rank == _here.rank else None)
+    return [value for value, _ in found]
+
+
+def in_step(batches: Iterable[T]) -> Iterator[T | None]:
+    """Go through this rank's batches side by side with the others'.
+
+    Args:
+        batches: of this rank; the numbers may differ.
+
+    Yields:
+        A batch, or ``None`` while only others have one.
+    """
+    if not _here.shared:
+        yield from batches
+        return
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        more = torch.tensor([float(batch is not None)])
+        sum_([more])
+        if not float(more):
+            return
+        yield batch
+
+
+@torch.no_grad()
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over the ranks.
+
+    Args:
+        tensors: of the same shapes on every rank, and of one type and device.
+
+    Changes:
+        The tensors.
+    """
+    if not _here.shared or not tensors:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    _with_others(lambda: dist.all_reduce(flat))
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def backward_(
+    losses: Sequence[Callable[[], Tensor]], counts: Sequence[int], tensors: Iterable[Tensor]
+) -> float:
+    """Gradients of the mean loss over the examples of all ranks.
+
+    Args:
+        losses: each gives the mean over some of this rank's examples; not called for none.
+        counts: how many examples.
+        tensors: what the gradients are wanted of; the same on every rank.
+
+    Returns:
+        The mean loss over all examples.
+
+    Changes:
+        ``grad`` of the tensors.
+    """
+    wanted = list(tensors)
+    for tensor in wanted:
+        tensor.grad = None
+
+    def own() -> float:
+        value = 0.0
+        for loss, n in zip(losses, counts, strict=True):
+            if n:
+                summed = loss() * n
+                summed.backward()  # type: ignore[no-untyped-call]
+                value += float(summed.detach())
+        return value
+
+    parts = together(lambda: (own(), sum(counts)))
+    n_examples = max(1, sum(n for _, n in parts))
+    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in wanted]
+    kinds: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+    for kind in kinds.values():
+        sum_(kind)
+    for tensor, gradient in zip(wanted, gradients, strict=True):
+        tensor.grad = gradient.div_(n_examples)
+    return sum(value for value, _ in parts) / n_examples
+
+
+def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
+    """What was dealt one by one, put together again.
+
+    Args:
+        parts: of each rank, in order.
+
+    Returns:
+        The first of every rank, the second of every rank, and so on.
+    """
+    longest = max(map(len, parts), default=0)
+    return [part[k] for k in range(longest) for part in parts if k < len(part)]
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first to end with an error, so that it should say so.
+
+    Returns:
+        True for one of the ranks; also where the others cannot be asked.
+    """
+    if not _here.shared:
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        mine = str(_here.rank)
+        return str(store.compare_set("bnfix/failed", "", mine), "ascii") == mine
+    except (RuntimeError, ValueError):
+        return _here.is_first
+
+
+def _with_others(exchange: Callable[[], Any]) -> None:
+    try:
+        exchange()
+    except RuntimeError as error:
+        raise ProcessError(
+            f"processes: rank {_here.rank} lost the others ({_reason(error)}). One of them has "
+            "ended; nothing was written."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:120]

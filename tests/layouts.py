@@ -1,0 +1,210 @@
+"""Small copies of data sets, laid out on disk as the real ones are."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image
+
+from tests.conftest import images_of
+
+#: The split of a data set, and how many images the small copy has in it.
+SIZES = {"train": 30, "test": 24, "val": 24}
+
+
+def colours(n: int, seed: int, classes: int = 3, size: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Images whose class can be seen, larger than `images_of` makes them."""
+    images, labels = images_of(n, seed, classes)
+    return images.repeat(size // 8, axis=1).repeat(size // 8, axis=2), labels
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+# --- CIFAR ---
+
+
+def _python2(value: object) -> bytes:
+    """As Python 2 pickled it: protocol 2, texts as byte strings, numpy by its old name."""
+    content = pickle.dumps(value, protocol=2)
+    return content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+
+
+def cifar_batch(pixels: np.ndarray, **labels: list[int]) -> bytes:
+    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    named = {key.encode(): value for key, value in labels.items()}
+    return _python2({b"batch_label": b"one", b"data": np.ascontiguousarray(rows), **named})
+
+
+def cifar10(root: Path, classes: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    made = {}
+    for k, split in enumerate(("train", "test")):
+        pixels, labels = colours(SIZES[split], k, classes, 32)
+        made[split] = pixels, labels
+        folder = root / "cifar-10-batches-py"
+        if split == "test":
+            write(folder / "test_batch", cifar_batch(pixels, labels=labels.tolist()))
+            continue
+        for b in range(5):
+            part = slice(6 * b, 6 * b + 6)
+            batch = cifar_batch(pixels[part], labels=labels[part].tolist())
+            write(folder / f"data_batch_{b + 1}", batch)
+    names = [f"class{k}".encode() for k in range(10)]
+    write(folder / "batches.meta", _python2({b"label_names": names}))
+    return made
+
+
+def cifar100(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    made = {}
+    folder = root / "cifar-100-python"
+    for k, split in enumerate(("train", "test")):
+        pixels, labels = colours(SIZES[split], k, 3, 32)
+        made[split] = pixels, labels
+        fine, coarse = labels.tolist(), (labels + 7).tolist()
+        write(folder / split, cifar_batch(pixels, fine_labels=fine, coarse_labels=coarse))
+    names = [f"fine{k}".encode() for k in range(100)]
+    write(folder / "meta", _python2({b"fine_label_names": names}))
+    return made
+
+
+def binary(pixels: np.ndarray, labels: np.ndarray, coarse: bool) -> bytes:
+    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+    head = [labels[:, None].astype(np.uint8)]
+    head = [head[0] + 7, *head] if coarse else head
+    return np.concatenate([*head, rows], axis=1).tobytes()
+
+
+def packed(folder: Path, archive: Path) -> Path:
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, folder.name)
+    return archive
+
+
+# --- SVHN, Flowers-102, CUB, Caltech-256 ---
+
+
+def svhn(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    made = {}
+    root.mkdir(parents=True, exist_ok=True)
+    for k, split in enumerate(("train", "test")):
+        pixels, labels = colours(SIZES[split], k, 3, 32)
+        made[split] = pixels, labels
+        digits = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+        held = {"X": pixels.transpose(1, 2, 3, 0), "y": digits}
+        scipy.io.savemat(root / f"{split}_32x32.mat", held, do_compression=True)
+    return made
+
+
+def flowers102(root: Path) -> dict[str, np.ndarray]:
+    pixels, labels = colours(78, 0, 3, 16)
+    for k, image in enumerate(pixels):
+        write(root / "jpg" / f"image_{k + 1:05d}.jpg", jpeg(image))
+    order = np.random.default_rng(0).permutation(78) + 1
+    parts = {"trnid": order[:30], "valid": order[30:54], "tstid": order[54:]}
+    scipy.io.savemat(root / "imagelabels.mat", {"labels": (labels + 1).astype(np.uint8)[None]})
+    scipy.io.savemat(root / "setid.mat", {key: ids[None] for key, ids in parts.items()})
+    names = {"train": "trnid", "val": "valid", "test": "tstid"}
+    return {split: labels[parts[key] - 1] for split, key in names.items()}
+
+
+def cub2011(root: Path) -> dict[str, list[int]]:
+    folder = root / "CUB_200_2011"
+    classes = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
+    pixels, labels = colours(54, 0, 3, 16)
+    rows: dict[str, list[str]] = {"images": [], "train_test_split": [], "image_class_labels": []}
+    made: dict[str, list[int]] = {"train": [], "test": []}
+    for k, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True), 1):
+        name = f"{classes[label]}/bird_{k:04d}.jpg"
+        write(folder / "images" / name, jpeg(image))
+        split = "train" if k <= 30 else "test"
+        rows["images"].append(f"{k} {name}")
+        rows["train_test_split"].append(f"{k} {int(split == 'train')}")
+        rows["image_class_labels"].append(f"{k} {label + 1}")
+        made[split].append(label)
+    for name, lines in rows.items():
+        write(folder / f"{name}.txt", "\n".join(lines) + "\n")
+    write(folder / "classes.txt", "".join(f"{k} {n}\n" for k, n in enumerate(classes, 1)))
+    return made
+
+
+def caltech256(root: Path) -> list[str]:
+    classes = ["001.ak47", "002.american-flag", "003.backpack"]
+    pixels, labels = colours(60, 0, 3, 16)
+    for k, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        name = f"{label + 1:03d}_{k:04d}.jpg"
+        write(root / "256_ObjectCategories" / classes[label] / name, jpeg(image))
+    return classes
+
+
+# --- ImageNet ---
+
+WNIDS = ("n01440764", "n01443537", "n01484850")
+
+
+def imagenet(root: Path, flat: bool = False) -> np.ndarray:
+    """Class folders; with ``flat``, validation images loose, and the devkit beside them."""
+    pixels, labels = colours(30, 0, 3, 16)
+    for k, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True)):
+        wnid = WNIDS[label]
+        write(root / "train" / wnid / f"{wnid}_{k}.JPEG", jpeg(image))
+    pixels, labels = colours(24, 1, 3, 16)
+    for k, (image, label) in enumerate(zip(pixels, labels.tolist(), strict=True), 1):
+        name = f"ILSVRC2012_val_{k:08d}.JPEG"
+        write(root / "val" / ("" if flat else WNIDS[label]) / name, jpeg(image))
+    if flat:
+        devkit(root, labels)
+    return labels
+
+
+def devkit(root: Path, labels: np.ndarray) -> Path:
+    """The devkit numbers its classes in an order of its own, with inner nodes behind the leaves."""
+    folder = root / "ILSVRC2012_devkit_t12" / "data"
+    numbers = {label: 3 - label for label in range(3)}
+    lines = [str(numbers[label]) for label in labels.tolist()]
+    write(folder / "ILSVRC2012_validation_ground_truth.txt", "\n".join(lines) + "\n")
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    synsets = np.zeros((4, 1), dtype=kinds)
+    for label, number in numbers.items():
+        synsets[number - 1, 0] = (float(number), WNIDS[label], "a fish", 0.0)
+    synsets[3, 0] = (1001.0, "n00001740", "entity", 2.0)
+    scipy.io.savemat(folder / "meta.mat", {"synsets": synsets}, do_compression=True)
+    return folder
+
+
+# --- tar shards ---
+
+
+def shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def shards(root: Path, n: int = 2) -> np.ndarray:
+    root.mkdir(parents=True, exist_ok=True)
+    pixels, labels = colours(30, 0, 3, 16)
+    for s in range(n):
+        members = {}
+        for k in range(s, 30, n):
+            members[f"{k:05d}.jpg"] = jpeg(pixels[k])
+            members[f"{k:05d}.cls"] = str(labels[k]).encode()
+            members[f"{k:05d}.json"] = json.dumps({"label": 2}).encode()
+        shard(root / f"shard-{s:03d}.tar", members)
+    return np.concatenate([labels[s::n] for s in range(n)])

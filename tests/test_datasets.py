@@ -1,0 +1,377 @@
+"""Data sets by name: every layout, every split, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bnfix.errors import DataError
+from bnfix.images import Images
+from bnfix.opening import for_outputs, open_images
+from tests import layouts
+from tests.conftest import Files, Outcome
+
+
+def opened(name: str, root: Path, split: str = "", **options: object) -> Images:
+    return open_images(f"{name}:{root}{'#' if split else ''}{split}", **options)  # type: ignore[arg-type]
+
+
+def labels_of(images: Images) -> list[int]:
+    assert images.labels is not None
+    return images.labels.tolist()
+
+
+def same(images: Images, pixels: np.ndarray, labels: np.ndarray) -> None:
+    assert labels_of(images) == labels.tolist()
+    for i in range(len(pixels)):
+        np.testing.assert_array_equal(images.read(i), pixels[i])
+
+
+# --- CIFAR ---
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_cifar_as_unpacked_and_as_the_archive(tmp_path: Path, name: str, split: str) -> None:
+    made = getattr(layouts, name)(tmp_path)[split]
+    images = opened(name, tmp_path, split)
+    same(images, *made)
+    assert images.kind == name
+    assert images.class_names is not None
+    assert len(images.class_names) == int(name.removeprefix("cifar"))
+    assert any(", the full split has" in note for note in images.notes)
+    (folder,) = tmp_path.iterdir()
+    same(opened(name, folder, split), *made)
+    stem = name.replace("cifar", "cifar-")
+    archive = layouts.packed(folder, tmp_path / f"{stem}-python.tar.gz")
+    shutil.rmtree(folder)
+    same(opened(name, tmp_path, split), *made)
+    same(opened(name, archive, split), *made)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifars_binary_version(tmp_path: Path, name: str) -> None:
+    pixels, labels = layouts.colours(12, 0, 3, 32)
+    content = layouts.binary(pixels, labels, coarse=name == "cifar100")
+    if name == "cifar10":
+        folder = tmp_path / "cifar-10-batches-bin"
+        layouts.write(folder / "test_batch.bin", content)
+        layouts.write(folder / "batches.meta.txt", "\n".join(f"c{k}" for k in range(10)))
+    else:
+        folder = tmp_path / "cifar-100-binary"
+        layouts.write(folder / "test.bin", content)
+        layouts.write(folder / "fine_label_names.txt", "\n".join(f"c{k}" for k in range(100)))
+    images = opened(name, tmp_path, "test")
+    same(images, pixels, labels)
+    assert images.class_names is not None
+    assert images.class_names[:2] == ("c0", "c1")
+    stem = name.replace("cifar", "cifar-")
+    layouts.packed(folder, tmp_path / f"{stem}-binary.tar.gz")
+    shutil.rmtree(folder)
+    same(opened(name, tmp_path, "test"), pixels, labels)
+
+
+def test_cifar_says_what_is_missing_or_damaged(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"looked in .* for cifar-10-batches-py/, .*python\.tar\.gz"
+    ):
+        opened("cifar10", tmp_path, "train")
+    layouts.cifar10(tmp_path)
+    folder = tmp_path / "cifar-10-batches-py"
+    archive = layouts.packed(folder, tmp_path / "cifar-10-python.tar.gz")
+    whole = (folder / "data_batch_4").read_bytes()
+    (folder / "data_batch_4").unlink()
+    (folder / "data_batch_2").unlink()
+    with pytest.raises(DataError, match=r"data_batch_2, data_batch_4 is not there"):
+        opened("cifar10", tmp_path, "train")
+    for content, said in (
+        (whole[:-400], "it ends without|not a whole|expected"),
+        (layouts.cifar_batch(np.zeros((2, 32, 32, 3), np.uint8), labels=[1]), "not 2 whole numbe"),
+        (layouts.cifar_batch(np.zeros((1, 32, 32, 3), np.uint8), labels=[10]), "labels from 10 to"),
+        (layouts.cifar_batch(np.zeros((1, 32, 32, 1), np.uint8), labels=[1]), r"uint8 \(1, 1024\)"),
+        (layouts.cifar_batch(np.zeros((1, 32, 32, 3), np.uint8), fine=[1]), "expected data and la"),
+    ):
+        (folder / "test_batch").write_bytes(content)
+        with pytest.raises(DataError, match=rf"test_batch: not a batch of CIFAR-10 \(.*{said}"):
+            opened("cifar10", tmp_path, "test")
+    shutil.rmtree(folder)
+    archive.write_bytes(archive.read_bytes()[:-300])
+    with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz: truncated or damaged archive"):
+        opened("cifar10", tmp_path, "train")
+    layouts.write(folder / "only", b"")
+    layouts.packed(folder, archive)
+    shutil.rmtree(folder)
+    with pytest.raises(
+        DataError, match=r"looked for test_batch in .*tar\.gz; test_batch is not th"
+    ):
+        opened("cifar10", tmp_path, "test")
+    layouts.write(tmp_path / "cifar-10-batches-bin" / "test_batch.bin", b"\0" * 3000)
+    with pytest.raises(DataError, match=r"3,000 bytes, expected a multiple of 3,073"):
+        opened("cifar10", tmp_path, "test")
+
+
+def test_a_batch_that_is_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    code = b"cbuiltins\nopen\n(V" + str(mark).encode() + b"\nVw\ntR."
+    layouts.write(tmp_path / "cifar-100-python" / "test", code)
+    with pytest.raises(DataError, match=r"it needs 'builtins\.open', which is no plain value"):
+        opened("cifar100", tmp_path, "test")
+    assert not mark.exists()
+
+
+# --- SVHN ---
+
+
+def test_svhn(tmp_path: Path) -> None:
+    made = layouts.svhn(tmp_path)
+    for split in ("train", "test"):
+        images = opened("svhn", tmp_path, split)
+        same(images, *made[split])
+        assert images.class_names == tuple("0123456789")
+    path = tmp_path / "test_32x32.mat"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"test_32x32\.mat: not SVHN's cropped digits \(.*Fetch it"):
+        opened("svhn", tmp_path, "test")
+    path.unlink()
+    with pytest.raises(DataError, match=r"looked for test_32x32\.mat in .*; it is not there"):
+        opened("svhn", tmp_path, "test")
+
+
+def test_svhn_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    digits = np.full((2, 1), 11, np.uint8)
+    for held, said in (
+        ({"X": np.zeros((32, 32, 2), np.uint8), "y": digits}, r"X is uint8 \(32, 32, 2\)"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8), "y": digits}, "y is not 2 numbers from 1 to 10"),
+        ({"X": np.zeros((32, 32, 3, 2), np.uint8)}, "it does not hold X and y"),
+    ):
+        layouts.scipy.io.savemat(tmp_path / "train_32x32.mat", held)
+        with pytest.raises(DataError, match=said):
+            opened("svhn", tmp_path, "train")
+
+
+# --- Flowers-102, CUB, Caltech-256 ---
+
+
+def test_flowers102(tmp_path: Path) -> None:
+    made = layouts.flowers102(tmp_path / "flowers-102")
+    for split in ("train", "val", "test"):
+        for root in (tmp_path, tmp_path / "flowers-102"):
+            assert labels_of(opened("flowers102", root, split)) == made[split].tolist()
+    number = layouts.scipy.io.loadmat(tmp_path / "flowers-102" / "setid.mat")["valid"][0, 3]
+    (tmp_path / "flowers-102" / "jpg" / f"image_{number:05d}.jpg").unlink()
+    with pytest.raises(DataError, match=rf"1 of 24 images are missing \(jpg/image_{number:05d}\.j"):
+        opened("flowers102", tmp_path, "val")
+    (tmp_path / "flowers-102" / "setid.mat").write_bytes(b"MATLAB" + b" " * 200)
+    with pytest.raises(DataError, match=r"setid\.mat: cannot be read \(no MATLAB version 5 file"):
+        opened("flowers102", tmp_path, "val")
+    (tmp_path / "flowers-102" / "setid.mat").unlink()
+    with pytest.raises(DataError, match=r"looked for .*setid\.mat; not there"):
+        opened("flowers102", tmp_path, "val")
+    layouts.scipy.io.savemat(tmp_path / "flowers-102" / "setid.mat", {"valid": [[1, 99]]})
+    with pytest.raises(DataError, match=r"images 1 to 99 in setid\.mat, 78 labels from 1 to 3"):
+        opened("flowers102", tmp_path, "val")
+
+
+def test_an_archive_that_was_not_unpacked_is_pointed_out(tmp_path: Path) -> None:
+    (tmp_path / "102flowers.tgz").write_bytes(b"x")
+    for root in (tmp_path, tmp_path / "102flowers.tgz"):
+        with pytest.raises(
+            DataError, match=r"looked for .*; not there, but 102flowers\.tgz is\. Unp"
+        ):
+            opened("flowers102", root, "test")
+
+
+def test_cub2011(tmp_path: Path) -> None:
+    made = layouts.cub2011(tmp_path)
+    for split in ("train", "test"):
+        images = opened("cub2011", tmp_path, split)
+        assert labels_of(images) == made[split]
+        assert images.class_names is not None
+        assert images.class_names[0] == "Black_footed_Albatross"
+    folder = tmp_path / "CUB_200_2011"
+    for name in ("train_test_split.txt", "classes.txt"):
+        kept = (folder / name).read_text()
+        (folder / name).unlink()
+        with pytest.raises(DataError, match=rf"looked for images\.txt, .*; {name} is not there"):
+            opened("cub2011", tmp_path, "train")
+        (folder / name).write_text(kept)
+    kept = (folder / "images.txt").read_text()
+    (folder / "images.txt").write_text("1 ../../secret.jpg\n2 gone.jpg\n")
+    with pytest.raises(DataError, match=r"lead out of .*\(images/\.\./\.\./secret\.jpg\); 1 of 2"):
+        opened("cub2011", tmp_path, "train")
+    (folder / "images.txt").write_text("1\n")
+    with pytest.raises(
+        DataError, match=r"images\.txt: 1 lines, 0 of them a number of its own.*: 1"
+    ):
+        opened("cub2011", tmp_path, "train")
+    (folder / "images.txt").write_text(kept + "99 a.jpg\n")
+    with pytest.raises(DataError, match=r"do not agree: 99 of images\.txt"):
+        opened("cub2011", tmp_path, "train")
+    (tmp_path / "wrong").mkdir()
+    with pytest.raises(
+        DataError, match=r"looked for .*wrong/images, .*; not there\. Give the folde"
+    ):
+        opened("cub2011", tmp_path / "wrong", "train")
+
+
+def test_caltech256_has_a_split_by_name_that_is_stated(tmp_path: Path) -> None:
+    layouts.caltech256(tmp_path)
+    parts = {split: opened("caltech256", tmp_path, split) for split in ("train", "test")}
+    names = {split: {part.name(i) for i in range(len(part))} for split, part in parts.items()}
+    assert [len(names[split]) for split in ("train", "test")] == [48, 12]
+    assert not names["train"] & names["test"]
+    assert np.bincount(parts["test"].labels).tolist() == [4, 4, 4]
+    assert parts["test"].class_names == ("ak47", "american-flag", "backpack")
+    assert any("80% of each class for training" in note for note in parts["test"].notes)
+    inner = tmp_path / "256_ObjectCategories"
+    again = opened("caltech256", inner, "test")
+    assert {again.name(i) for i in range(len(again))} == names["test"]
+    (inner / "002.american-flag").rename(inner / "005.american-flag")
+    with pytest.raises(DataError, match=r"are not numbered 001 to 003, each once"):
+        opened("caltech256", tmp_path, "test")
+
+
+# --- ImageNet ---
+
+
+def test_imagenet_in_class_folders_and_flat_with_the_devkit(tmp_path: Path) -> None:
+    labels = layouts.imagenet(tmp_path / "a")
+    layouts.imagenet(tmp_path / "b", flat=True)
+    folders = opened("imagenet", tmp_path / "a", "val", n_classes=3)
+    flat = opened("imagenet", tmp_path / "b", "val", n_classes=3)
+    assert labels_of(flat) == labels.tolist()
+    assert sorted(labels_of(folders)) == sorted(labels.tolist())
+    assert flat.class_names == layouts.WNIDS
+    by_digest = {folders.digest(i): labels_of(folders)[i] for i in range(24)}
+    assert [by_digest[flat.digest(i)] for i in range(24)] == labels.tolist()
+    assert (
+        labels_of(opened("imagenet", tmp_path / "a", "train", n_classes=3))
+        == [0] * 10 + [1] * 10 + [2] * 10
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("LOC_val_solution.csv", "{stem},{wnid} 1 2 3 4 "),
+        ("val/labels.csv", "{stem}.JPEG,{wnid}"),
+    ],
+)
+def test_imagenet_flat_with_a_table(tmp_path: Path, name: str, row: str) -> None:
+    labels = layouts.imagenet(tmp_path, flat=True)
+    shutil.rmtree(tmp_path / "ILSVRC2012_devkit_t12")
+    rows = [
+        row.format(stem=f"ILSVRC2012_val_{k:08d}", wnid=layouts.WNIDS[label])
+        for k, label in enumerate(labels, 1)
+    ]
+    layouts.write(tmp_path / name, "\n".join(["ImageId,PredictionString", *rows]))
+    assert labels_of(opened("imagenet", tmp_path, "val", n_classes=3)) == labels.tolist()
+    layouts.write(tmp_path / name, "\n".join(["ImageId,PredictionString", *rows[:-1]]))
+    with pytest.raises(DataError, match=r"1 of 24 images are not in it: ILSVRC2012_val_00000024"):
+        opened("imagenet", tmp_path, "val")
+
+
+def test_imagenet_says_what_is_missing(tmp_path: Path) -> None:
+    labels = layouts.imagenet(tmp_path, flat=True)
+    folder = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+    meta = (folder / "meta.mat").read_bytes()
+    (folder / "meta.mat").write_bytes(meta[:-40])
+    with pytest.raises(DataError, match=r"meta\.mat: not the devkit's meta\.mat \("):
+        opened("imagenet", tmp_path, "val")
+    (folder / "meta.mat").unlink()
+    with pytest.raises(
+        DataError, match=r"looked for .*meta\.mat, which tells the devkit's numbers"
+    ):
+        opened("imagenet", tmp_path, "val")
+    layouts.devkit(tmp_path, labels[:-1])
+    with pytest.raises(DataError, match=r"1 of 24 images in val have no answer .*_00000024\.JPEG"):
+        opened("imagenet", tmp_path, "val")
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match=r"is flat, and its answers were not found: looked in"):
+        opened("imagenet", tmp_path, "val")
+    with pytest.raises(DataError, match=r"looked for .*/test, .*; not there"):
+        opened("imagenet", tmp_path, "test")
+    layouts.write(tmp_path / "train" / "loose.JPEG", layouts.jpeg(np.zeros((8, 8, 3), np.uint8)))
+    with pytest.raises(DataError, match=r"1 images beside class folders in .*train, expected"):
+        opened("imagenet", tmp_path, "train")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "train" / "loose.JPEG").rename(tmp_path / "test" / "1.JPEG")
+    assert opened("imagenet", tmp_path, "test").labels is None
+
+
+# --- names and splits ---
+
+
+def test_without_a_split_the_held_out_one_is_used_and_said(tmp_path: Path) -> None:
+    made = layouts.svhn(tmp_path)
+    images = opened("svhn", tmp_path)
+    assert labels_of(images) == made["test"][1].tolist()
+    assert "no split named, so test is used (#train to change)" in images.notes
+    assert not any("no split" in note for note in opened("svhn", tmp_path, "test").notes)
+
+
+def test_splits_and_roots_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no split 'val'; cifar10 comes with #train and #test"):
+        opened("cifar10", tmp_path, "val")
+    with pytest.raises(
+        DataError, match=r"DATA svhn:.*nowhere#test: there is no .*nowhere\. Give the"
+    ):
+        opened("svhn", tmp_path / "nowhere", "test")
+    with pytest.raises(DataError, match=r"no folder\. Give imagenet:ROOT#val"):
+        open_images("imagenet:")
+
+
+def test_labels_must_fit_the_outputs_and_names_may_be_mapped(tmp_path: Path) -> None:
+    layouts.cifar10(tmp_path, classes=3)
+    images = opened("cifar10", tmp_path, "test")
+    assert for_outputs(images, 12).class_names is not None
+    assert for_outputs(images, 12).class_names[-2:] == ("10", "11")
+    with pytest.raises(DataError, match=r"labels from 0 to 2, 8 of 24 outside 0 to 1"):
+        for_outputs(images, 2)
+    mapping = tmp_path / "map.json"
+    mapping.write_text('{"class0": 4, "class1": 0, "class2": 1}')
+    mapped = opened("cifar10", tmp_path, "test", class_map=mapping)
+    assert labels_of(mapped) == [[4, 0, 1][k] for k in labels_of(images)]
+    assert opened("cifar10", tmp_path, "test", labels="none").labels is None
+
+
+def test_a_folder_called_like_a_data_set_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Path("svhn:here").mkdir()
+    Path("a.png").rename("svhn:here/a.png")
+    assert open_images("svhn:here").kind == "flat folder"
+
+
+# --- whole commands ---
+
+
+@pytest.mark.parametrize("name", ["cifar10", "flowers102", "imagenet"])
+def test_calibrate_and_eval_on_a_small_copy(
+    tmp_path: Path, files: Files, cli: Callable[..., Outcome], name: str
+) -> None:
+    make = getattr(layouts, name)
+    make(tmp_path / "data")
+    held_out = "val" if name == "imagenet" else "test"
+    spec = f"{name}:{tmp_path / 'data'}"
+    size = ("--resize", "8") if name != "cifar10" else ()
+    out = tmp_path / "out.safetensors"
+    done = cli(
+        "calibrate", files.stale, *files.common, *size, "--data", f"{spec}#train",
+        "--statistics", "population", "--example-weight", "0", "-o", out, "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert out.exists()
+    data = f"{spec}#{held_out}"
+    found = cli("eval", files.stale, out, *files.common, *size, "--data", data, "--json").json
+    assert found["data"]["n_examples"] == 24
+    assert found["models"][1]["top1"] > found["models"][0]["top1"]
+    refused = cli("eval", files.net, *files.common, "--data", f"{name}:{tmp_path}/none#train")
+    assert "there is no" in refused.message

@@ -1,0 +1,125 @@
+"""Plans that say what they would cost: passes as they are taken, and nothing changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from bnfix.cli.terminal import duration_words, stage_head
+from bnfix.estimating import Work, estimated
+from bnfix.pipeline import Plan, execute, open_plan
+from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, RunOptions, StatisticsRecipe
+from bnfix.runtime import n_examples_of
+from bnfix.workbench import silent
+
+TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)
+
+
+def opened(files, track=silent, **settings):
+    plan = Plan(
+        model=ModelRecipe(files.spec),
+        source=DataRecipe(mean=(0.5,) * 3, std=(0.25,) * 3),
+        run=RunOptions("cpu", workers=0),
+        **settings,
+    )
+    return open_plan(plan, files.stale, str(files.data), None, track)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"finetune": None},
+        {"finetune": TUNED},
+        {"command": "finetune", "finetune": FinetuneRecipe(epochs=2)},
+        {
+            "command": "calibrate",
+            "finetune": None,
+            "statistics": StatisticsRecipe(statistics="population"),
+        },
+    ],
+    ids=["statistics and weights", "fix", "finetune", "stated"],
+)
+def test_passes_are_counted_about_as_they_are_taken(files, settings):
+    seen: Counter[str] = Counter()
+
+    def track(stage, batches, n):
+        for batch in batches:
+            seen[stage_head(stage)] += n_examples_of(batch)
+            yield batch
+
+    plan, bench = opened(files, track, **settings)
+    work = plan.workload(bench)
+    execute(plan, bench)
+    planned: Counter[str] = Counter()
+    for one in work:
+        planned[stage_head(one.stage)] += round(one.examples * one.passes)
+    taken, counted = sum(seen.values()), sum(planned.values())
+    assert 0.5 < counted / taken < 1.6, (seen, planned)
+    for head in ("fine-tuning", "test"):
+        assert planned[head] == pytest.approx(seen[head], rel=0.35), (seen, planned)
+
+
+def test_an_estimate_changes_nothing(files):
+    plan, bench = opened(files, finetune=TUNED)
+    model = bench.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    grads = [(p.requires_grad, p.grad) for p in model.parameters()]
+    state = torch.get_rng_state()
+    notes = list(bench.assumptions)
+    found = estimated(bench, plan.workload(bench))
+    assert found.seconds is not None
+    assert 0 < found.seconds[0] < found.seconds[1] < 600
+    assert found.memory_bytes > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert [(p.requires_grad, p.grad) for p in model.parameters()] == grads
+    assert bench.assumptions == notes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_twice_the_work_takes_about_twice_as_long(files):
+    _, bench = opened(files)
+    once, often = (
+        estimated(bench, [Work("x", 180, passes, "training")]).seconds[1] for passes in (50, 5000)
+    )
+    assert once < often / 5
+
+
+def test_the_plans_of_all_commands_state_what_they_cost(cli, files, tmp_path):
+    out = tmp_path / "out.safetensors"
+    data = ["--data", files.data, *files.common]
+    for words in (
+        ["fix", files.stale, *data, "-o", out],
+        ["calibrate", files.stale, *data, "-o", out],
+        ["eval", files.net, files.stale, *data],
+        ["convert", files.net, "--model", files.spec, "-o", out],
+    ):
+        plan = cli(*words, "--plan", "--json").json
+        low, high = plan["seconds_estimated"]
+        assert 0 <= low <= high
+        assert plan["memory_estimated_bytes"] > 1 << 20
+        assert plan["passes"] >= (0 if words[0] == "convert" else 2)
+        assert "on this machine" in cli(*words, "--plan").out
+    exported = ["export", files.net, "--model", files.spec, "--to", "pt2", "-o", tmp_path / "x.pt2"]
+    assert cli(*exported, "--plan", "--json").json["seconds_estimated"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ((0.2, 0.7), "a second or less"),
+        ((1.5, 4.5), "1.5 to 4.5 seconds"),
+        ((20, 60), "20 to 60 seconds"),
+        ((130, 250), "2.2 to 4.2 minutes"),
+        ((120, 1200), "2 to 20 minutes"),
+        ((7200, 36000), "2 to 10 hours"),
+        ((3.0, 3.0), "3 seconds"),
+    ],
+)
+def test_a_range_of_time_in_words(seconds, words):
+    assert duration_words(*seconds) == words

@@ -1,0 +1,90 @@
+"""The look at the first images: silent on what fits, plain about what cannot."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnfix.data import Batch, Batches
+from bnfix.first_look import look_at_inputs, look_at_size
+from bnfix.opening import open_images
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.saving import load_ready
+from bnfix.workbench import open_workbench
+from tests.conftest import Files
+from tests.real import DATA, needs_data
+
+
+def batch_of(x: torch.Tensor) -> Batch:
+    return Batch(x, None, np.arange(len(x)))
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, momentum=None))
+    for _ in range(4):
+        model(torch.randn(64, 3, 8, 8))
+    return model.eval()
+
+
+def test_only_what_cannot_fit_is_reported(net: nn.Module) -> None:
+    x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    for same in (x, 1.5 * x, 0.6 * x, x + 0.1):
+        assert look_at_inputs(net, batch_of(same)) is None
+    for other in (x / 4, 255 * x, x + 5):
+        found = look_at_inputs(net, batch_of(other))
+        assert found is not None
+        assert "do not look like what 1 has stored" in found
+        assert "--preset" in found
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not net.training
+    assert not net[1]._forward_pre_hooks
+
+
+def test_little_or_nothing_to_go_by(net: nn.Module) -> None:
+    x = 255 * torch.randn(7, 3, 8, 8)
+    assert look_at_inputs(net, batch_of(x)) is None
+    fresh = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+    assert look_at_inputs(fresh, batch_of(x.repeat(4, 1, 1, 1))) is None
+    assert look_at_inputs(nn.Sequential(nn.Conv2d(3, 8, 3)), batch_of(x.repeat(4, 1, 1, 1))) is None
+
+
+def test_sizes() -> None:
+    assert look_at_size((8, 3, 224, 224), None) is None
+    assert look_at_size((8, 3, 288, 288), (224, 224)) is None
+    found = look_at_size((8, 3, 32, 32), (224, 224))
+    assert found is not None
+    assert found.startswith("inputs are 32x32, the model's published weights are for 224x224")
+
+
+def assumptions(checkpoint: object, model: str, data: object, **source: object) -> str:
+    bench = open_workbench(
+        str(checkpoint), str(data), model=ModelRecipe(model),
+        source=DataRecipe(**source),  # type: ignore[arg-type]
+        gate=GateRecipe(), run=RunOptions("cpu", workers=0), fractions=(0.6, 0.2, 0.2),
+    )  # fmt: skip
+    return " / ".join(bench.assumptions)
+
+
+def test_it_is_among_the_assumptions(files: Files) -> None:
+    right = {"mean": (0.5,), "std": (0.25,)}
+    assert "do not look like" not in assumptions(files.net, files.spec, files.data, **right)
+    wrong = {"mean": (0.0,), "std": (1.0,), "scale": 1.0}
+    assert "conv" not in (found := assumptions(files.net, files.spec, files.data, **wrong))
+    assert "do not look like what bn1 has stored" in found
+
+
+@needs_data
+@pytest.mark.data
+def test_real_images() -> None:
+    model = load_ready(DATA / "mobilenet_v2-b0353104.pth", spec="torchvision:mobilenet_v2").model
+    images = open_images(str(DATA / "imagenet-val"))
+    right = Preprocessing(crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    for preprocessing, fires in ((right, False), (Preprocessing(crop=(224, 224)), True)):
+        chosen = np.arange(0, 650, 50)
+        batch = next(iter(Batches(images, chosen, preprocessing, batch_size=13, workers=0)))
+        assert (look_at_inputs(model.eval(), batch) is not None) == fires

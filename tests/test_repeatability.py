@@ -1,0 +1,80 @@
+"""The same seed, the same answer: whatever the processes that read, or the batch of evaluation."""
+
+import pytest
+import torch
+
+import bnfix
+from bnfix.demo import SPEC, write_files
+from bnfix.pipeline import Plan
+from bnfix.recipe import DataRecipe, GateRecipe, RunOptions, WeightRecipe
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="module")
+def calibrate(files):
+    def run(workers=0, batch_size=None, seed=2):
+        plan = Plan(
+            source=DataRecipe(mean=(0.3061,), std=(0.376,)),
+            weight=WeightRecipe(),
+            gate=GateRecipe(fit=0.75, select=0.25, seed=seed),
+            run=RunOptions(device="cpu", workers=workers, batch_size=batch_size),
+        )
+        data = str(files.calibration)
+        return bnfix.calibrate(files.checkpoint, data=data, model=SPEC, plan=plan)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(calibrate):
+    return calibrate()
+
+
+def numbers(result):
+    return [(d.candidate, d.nll, d.top1, d.admitted) for d in result.report.decisions]
+
+
+def test_the_processes_that_read_change_no_bit(first, calibrate):
+    again = calibrate(workers=2)
+    old, new = first.model.state_dict(), again.model.state_dict()
+    assert old.keys() == new.keys()
+    for name in old:
+        assert torch.equal(old[name], new[name]), name
+    assert numbers(first) == numbers(again)
+    assert first.report.choice.weights == again.report.choice.weights
+    # And it is not the trivial answer that is repeated.
+    assert first.report.choice.chosen != "keep"
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_another_batch_of_evaluation_finds_the_same(first, calibrate, batch_size):
+    again = calibrate(batch_size=batch_size)
+    assert [n[::3] for n in numbers(first)] == [n[::3] for n in numbers(again)]
+    assert first.report.choice.chosen == again.report.choice.chosen
+    for (name, old), new in zip(
+        first.model.state_dict().items(), again.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(old, new, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_another_seed_is_another_cut(first, calibrate):
+    assert numbers(calibrate(seed=3)) != numbers(first)
+
+
+def test_the_cost_is_in_the_record(first):
+    choice = first.report.choice
+    assert 0 < choice.passes <= 15
+    assert choice.clock_passes > 0
+    assert choice.seconds > 0

@@ -1,0 +1,104 @@
+"""Batch invariance: networks that look at their neighbours are found, others are not accused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnfix.errors import DataError
+from bnfix.robustness import batch_invariance
+
+X = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 3, 6, 6))).float()
+
+
+def batches_of(positions, size):
+    return [(X[positions[i : i + size]],) for i in range(0, len(positions), size)]
+
+
+def net(**norm):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, **norm), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def test_a_network_in_evaluation_is_invariant_and_one_of_batch_statistics_is_not():
+    plain, batch = net(), net(track_running_stats=False)
+    index = np.arange(40)
+    first, second = batch_invariance(["a", "b"], [plain, batch], batches_of, index, 8)
+    assert first.invariant
+    assert first.alone.top1_agreement == first.permuted.top1_agreement == 1
+    assert first.alone.largest_difference < 1e-5 * first.largest_logit
+    assert not second.invariant
+    assert second.permuted.largest_difference > 0.01 * second.largest_logit
+    assert (second.model, second.n_examples, second.batch_size) == ("b", 40, 8)
+
+
+def test_the_differences_are_those_by_hand():
+    model = net(track_running_stats=False).eval()
+    with torch.no_grad():
+        together = torch.cat([model(X[i : i + 8]) for i in range(0, 40, 8)])
+        alone = torch.cat([model(X[i : i + 1]) for i in range(40)])
+    (row,) = batch_invariance(["a"], [model], batches_of, np.arange(40), 8)
+    assert row.alone.largest_difference == pytest.approx(
+        float((together - alone).abs().max()), rel=1e-4
+    )
+    same = (together.argmax(1) == alone.argmax(1)).double().mean()
+    assert row.alone.top1_agreement == float(same)
+    assert row.largest_logit == pytest.approx(float(together.abs().max()), rel=1e-5)
+
+
+def test_modes_are_left_as_found():
+    model = net().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    batch_invariance(["a"], [model], batches_of, np.arange(8), 4)
+    assert model.training
+    assert model[1].training
+    for name, tensor in model.state_dict().items():
+        assert (tensor == before[name]).all()
+
+
+def test_batches_that_lose_examples_are_refused():
+    def short(positions, size):
+        return [(X[positions[:-1]],)]
+
+    with pytest.raises(DataError, match="39, 39 and 39 outputs for 40 examples"):
+        batch_invariance(["a"], [net()], short, np.arange(40), 8)
+
+
+def test_the_command_has_a_row_a_model(cli, files, tmp_path):
+    words = ["--data", files.test, *files.common, "--compare-batch-sizes", "--json"]
+    found = cli("eval", files.stale, files.net, *words, "--report", tmp_path).json
+    rows = found["batch_invariance"]
+    assert [row["model"] for row in rows] == ["stale.pth", "net.pth"]
+    for row in rows:
+        assert row["invariant"] is True
+        assert row["n_examples"] == 120
+        assert row["batch_size"] == 60
+        for key in ("alone", "permuted"):
+            assert row[key]["top1_agreement"] == 1
+            assert 0 <= row[key]["largest_difference"] < 1e-4
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "Batch invariance" in text
+        assert "120 images in batches of 60" in text
+
+
+def test_the_command_finds_a_network_that_looks_at_its_neighbours(cli, files, tmp_path):
+    (tmp_path / "near.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, "
+        "track_running_stats=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+        "nn.Linear(6, 3))\n"
+    )
+    names = {}
+    exec((tmp_path / "near.py").read_text(), names)
+    torch.manual_seed(0)
+    torch.save(names["build"]().state_dict(), tmp_path / "near.pth")
+    words = ["--model", f"{tmp_path / 'near.py'}:build", "--data", files.test, "--workers", "0"]
+    found = cli("eval", tmp_path / "near.pth", *words, "--compare-batch-sizes", "--json").json
+    assert found["batch_invariance"][0]["invariant"] is False
