@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks import small_batch
-from bnfix.checkpoint import read_checkpoint
-from bnfix.corruptions import Corruption
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.data.corruptions import Corruption
 from bnfix.demo import PREPROCESSING as DIGITS
 from bnfix.demo import SPEC as DIGITS_SPEC
 from bnfix.demo import checkpoint_path, digits

@@ -31,8 +31,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from bnfix import kernels, set_example_weight_, swap_norms_
-from bnfix.norms import GeneralizedBatchNorm
+from bnfix import set_example_weight_, swap_norms_
+from bnfix.layers import kernels
+from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.runtime import keep_freed_memory
 
 FORMATS = ("contiguous", "channels_last")

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import recalibrate_
-from bnfix.checkpoint import read_checkpoint
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.layers.sites import find_norms
 from bnfix.runtime import keep_freed_memory
-from bnfix.sites import find_norms
 from tests import nets
 from tests.real import DATA
 

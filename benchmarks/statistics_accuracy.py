@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import bnfix
 from benchmarks.statistics import checkpoint, cifar, ways
-from bnfix.pairing import compare
+from bnfix.measuring.pairing import compare
 from bnfix.pipeline import Plan
 from bnfix.recipe import (
     DataRecipe,
@@ -107,8 +107,8 @@ def averaged(net: nn.Module, x: Tensor, labels: Tensor) -> nn.Module:
 
 def photos(data: Path, size: int) -> tuple[Tensor, Tensor]:
     """ImageNet images as torchvision's networks take them, the central part of each."""
-    from bnfix.data import Batches
-    from bnfix.opening import open_images
+    from bnfix.data.batches import Batches
+    from bnfix.data.opening import open_images
     from bnfix.recipe import Preprocessing
 
     images = open_images(str(data / "imagenet-val"))
@@ -279,7 +279,7 @@ def with_test(plan: Plan, spec: str, folder: Path) -> Plan:
     """Half of the images to measure on, the other half to calibrate on, as two files."""
     import dataclasses
 
-    from bnfix.opening import open_images
+    from bnfix.data.opening import open_images
 
     images = open_images(spec)
     order = np.random.default_rng(0).permutation(len(images))

@@ -1,7 +1,7 @@
 """bnfix: repair trained networks at their normalization layers."""
 
 import bnfix.starting as _starting  # noqa: F401  # first, since it is about the imports below
-from bnfix.calibration import recalibrate_, residuals
+from bnfix.checkpoints.saving import load, save
 from bnfix.comparison import evaluate_files
 from bnfix.conversion import convert
 from bnfix.errors import (
@@ -13,20 +13,20 @@ from bnfix.errors import (
     NormError,
     NumericError,
 )
-from bnfix.evaluation import evaluate
-from bnfix.example_weight import choose_example_weight_
-from bnfix.exporting import export
-from bnfix.finetuning import finetune_
-from bnfix.metrics import Metrics
-from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
-from bnfix.pairing import compare
-from bnfix.parameters import decay_norms_, parameter_groups
+from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.layers.sites import find_norms
+from bnfix.layers.surgery import swap_norms_
+from bnfix.measuring.evaluation import evaluate
+from bnfix.measuring.metrics import Metrics
+from bnfix.measuring.pairing import compare
 from bnfix.pipeline import calibrate, finetune, fix
-from bnfix.result import Result
-from bnfix.saving import load, save
-from bnfix.sites import find_norms
-from bnfix.surgery import swap_norms_
+from bnfix.production.exporting import export
+from bnfix.reporting.result import Result
+from bnfix.statistics.calibration import recalibrate_, residuals
+from bnfix.tuning.finetuning import finetune_
+from bnfix.tuning.parameters import decay_norms_, parameter_groups
 from bnfix.version import __version__
+from bnfix.weighing.example_weight import choose_example_weight_
 
 __all__ = [
     "BnfixError",

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from bnfix import processes
-from bnfix.corruptions import corruption_of
-from bnfix.custom_metrics import custom_metrics, import_metric
-from bnfix.data import Batches
+from bnfix.checkpoints.reading import require_file
+from bnfix.checkpoints.saving import versions
+from bnfix.data.batches import Batches
+from bnfix.data.corruptions import corruption_of
 from bnfix.entrants import Arena, Entrant, enter
 from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_evaluation
-from bnfix.evaluation import Outputs
-from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
-from bnfix.metrics import Metrics, measure
-from bnfix.predictions import check_predictions, table_of, write_predictions
-from bnfix.reading import require_file
+from bnfix.measuring.custom_metrics import custom_metrics, import_metric
+from bnfix.measuring.evaluation import Outputs
+from bnfix.measuring.metrics import Metrics, measure
+from bnfix.measuring.predictions import check_predictions, table_of, write_predictions
 from bnfix.recipe import (
     CORRUPTIONS,
     SEVERITIES,
@@ -30,9 +30,9 @@ from bnfix.recipe import (
     RunOptions,
     check_seed,
 )
-from bnfix.records import DataUsed, Evaluated
-from bnfix.report import Report
-from bnfix.saving import versions
+from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
+from bnfix.reporting.records import DataUsed, Evaluated
+from bnfix.reporting.report import Report
 from bnfix.workbench import (
     Track,
     data_record,

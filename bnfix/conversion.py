@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 from bnfix import guards
-from bnfix.corruptions import corruption_of
-from bnfix.data import Batch, Batches
+from bnfix.building.models import input_channels
+from bnfix.checkpoints.saving import Loaded, history_entry, round_as_stored_, versions
+from bnfix.data.batches import Batch, Batches
+from bnfix.data.corruptions import corruption_of
 from bnfix.errors import ModelError
-from bnfix.example_weight import weighable_layers
-from bnfix.layer_rows import layer_rows
-from bnfix.models import input_channels
-from bnfix.norms import generalized_norms, set_example_weight_
+from bnfix.layers.norms import generalized_norms, set_example_weight_
+from bnfix.layers.refitting import REFIT_SAMPLES, Refitting, refit_
+from bnfix.layers.surgery import plan_swap, swap_planned_
 from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
-from bnfix.refitting import REFIT_SAMPLES, Refitting, refit_
-from bnfix.report import Report
-from bnfix.result import Result
+from bnfix.reporting.layer_rows import layer_rows
+from bnfix.reporting.report import Report
+from bnfix.reporting.result import Result
 from bnfix.runtime import has_forward, tensors_in
 from bnfix.runtime import run as run_model
-from bnfix.saving import Loaded, history_entry, round_as_stored_, versions
-from bnfix.surgery import plan_swap, swap_planned_
+from bnfix.weighing.example_weight import weighable_layers
 from bnfix.workbench import (
     Track,
     Tracked,

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bnfix import processes, runtime
-from bnfix.corruptions import Corruption, every_corruption
-from bnfix.data import Batches
+from bnfix.checkpoints.saving import Loaded
+from bnfix.data.batches import Batches
+from bnfix.data.corruptions import Corruption, every_corruption
+from bnfix.data.images import Images
 from bnfix.errors import DataError
-from bnfix.evaluation import Outputs, collect
-from bnfix.images import Images
+from bnfix.measuring.evaluation import Outputs, collect
+from bnfix.measuring.robustness import BatchInvariance, Shifted, batch_invariance, shifted
 from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.robustness import BatchInvariance, Shifted, batch_invariance, shifted
-from bnfix.saving import Loaded
 from bnfix.workbench import (
     Track,
     Tracked,

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import guards, processes, runtime
-from bnfix.data import Batch, Batches
+from bnfix.data.batches import Batch, Batches
 from bnfix.errors import DataError, ModelError
-from bnfix.evaluation import labels_of
-from bnfix.norms import generalized_norms, set_example_weight_
-from bnfix.parameters import parameter_groups
-from bnfix.sites import find_norms
+from bnfix.layers.norms import generalized_norms, set_example_weight_
+from bnfix.layers.sites import find_norms
+from bnfix.measuring.evaluation import labels_of
+from bnfix.tuning.parameters import parameter_groups
 from bnfix.workbench import Workbench
 
 #: What an example of a pass may cost: as stored, with weighed examples, and with gradients.

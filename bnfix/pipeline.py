@@ -19,20 +19,19 @@ import torch
 from torch import nn
 
 from bnfix import guards, processes
-from bnfix.averaging import average_into_
-from bnfix.calibration import Calibration, describe_missing, recalibrate_, residuals
-from bnfix.data import fingerprint
+from bnfix.checkpoints.averaging import average_into_
+from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
+from bnfix.data.batches import fingerprint
 from bnfix.errors import ConfigError, DataError, NumericError
 from bnfix.estimating import Work, estimated
-from bnfix.evaluation import evaluate
-from bnfix.example_weight import WeightChoice, choose_example_weight_, weighable_layers
-from bnfix.finetuning import Finetuning, finetune_
-from bnfix.gate import Decision, judge
-from bnfix.label_free import fit_moments_, fit_predictions_
-from bnfix.layer_rows import drifts_between, layer_rows, n_live, statistics_of
-from bnfix.metrics import Metrics
-from bnfix.norms import generalized_norms, set_example_weight_
-from bnfix.pairing import compare
+from bnfix.layers.norms import generalized_norms, set_example_weight_
+from bnfix.layers.refitting import REFIT_SAMPLES, refit_
+from bnfix.layers.sites import find_norms
+from bnfix.layers.surgery import Change, plan_swap, swap_planned_
+from bnfix.measuring.evaluation import evaluate
+from bnfix.measuring.gate import Decision, judge
+from bnfix.measuring.metrics import Metrics
+from bnfix.measuring.pairing import compare
 from bnfix.recipe import (
     LABEL_FREE,
     AverageRecipe,
@@ -45,13 +44,14 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.records import DataUsed, Evaluated
-from bnfix.refitting import REFIT_SAMPLES, refit_
-from bnfix.report import Report
-from bnfix.result import Result
-from bnfix.saving import history_entry, round_as_stored_, versions
-from bnfix.sites import find_norms
-from bnfix.surgery import Change, plan_swap, swap_planned_
+from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
+from bnfix.reporting.records import DataUsed, Evaluated
+from bnfix.reporting.report import Report
+from bnfix.reporting.result import Result
+from bnfix.statistics.calibration import Calibration, describe_missing, recalibrate_, residuals
+from bnfix.tuning.finetuning import Finetuning, finetune_
+from bnfix.weighing.example_weight import WeightChoice, choose_example_weight_, weighable_layers
+from bnfix.weighing.label_free import fit_moments_, fit_predictions_
 from bnfix.workbench import (
     Track,
     Tracked,

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bnfix.callables import is_callable
-from bnfix.checkpoint import read_checkpoint
+from bnfix.building.models import from_file_allowed
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.data.callables import is_callable
 from bnfix.errors import CheckpointError, ConfigError, plain
-from bnfix.models import from_file_allowed
 from bnfix.pipeline import Plan
 from bnfix.recipe import (
     DataRecipe,

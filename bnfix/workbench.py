@@ -14,18 +14,18 @@ import torch
 from torch import nn
 
 from bnfix import guards, processes, runtime
-from bnfix.augmentation import augmented
-from bnfix.corruptions import Corruption, corruption_of
-from bnfix.data import Batch, Batches, Split, cut, fingerprint
+from bnfix.building.importing import import_forward
+from bnfix.building.models import input_channels
+from bnfix.building.presets import default_preprocessing, preset_preprocessing
+from bnfix.checkpoints.saving import Loaded, load_ready
+from bnfix.data.augmentation import augmented
+from bnfix.data.batches import Batch, Batches, Split, cut, fingerprint
+from bnfix.data.corruptions import Corruption, corruption_of
+from bnfix.data.first_look import N_EXAMPLES, look_at_inputs, look_at_size
+from bnfix.data.images import Images
+from bnfix.data.opening import for_outputs, open_images
 from bnfix.errors import DataError, some
-from bnfix.first_look import N_EXAMPLES, look_at_inputs, look_at_size
-from bnfix.images import Images
-from bnfix.importing import import_forward
-from bnfix.models import input_channels
-from bnfix.opening import for_outputs, open_images
-from bnfix.presets import default_preprocessing, preset_preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.saving import Loaded, load_ready
 
 #: Wraps the batches of a pass, to show its progress: stage, batches, their number.
 Track = Callable[[str, Iterable[Any], int], Iterable[Any]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from bnfix.estimating import Work
+from bnfix.layers.refitting import REFIT_SAMPLES
+from bnfix.layers.sites import find_norms
 from bnfix.recipe import LABEL_FREE, FinetuneRecipe, StatisticsRecipe, WeightRecipe
-from bnfix.refitting import REFIT_SAMPLES
-from bnfix.sites import find_norms
 from bnfix.workbench import Workbench
 
 #: The search of one global weight: tried weights, each on a third of the examples.

@@ -17,8 +17,8 @@ from bnfix import (
     set_example_weight_,
     swap_norms_,
 )
+from bnfix.layers.sites import find_norms
 from bnfix.recipe import FinetuneRecipe, WeightRecipe
-from bnfix.sites import find_norms
 from tests.nets import lived_in, residual
 
 N = 101

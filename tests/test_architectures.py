@@ -17,9 +17,9 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import bnfix
+from bnfix.building.models import build_model
 from bnfix.conversion import convert
 from bnfix.errors import NormError
-from bnfix.models import build_model
 from bnfix.recipe import ModelRecipe, SwapRecipe
 from bnfix.runtime import tensors_in
 

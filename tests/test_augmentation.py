@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from bnfix.augmentation import augmented
-from bnfix.data import Batch
+from bnfix.data.augmentation import augmented
+from bnfix.data.batches import Batch
 from bnfix.errors import ConfigError
 
 

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bnfix
-from bnfix.averaging import average_into_, mean_of
+from bnfix.checkpoints.averaging import average_into_, mean_of
+from bnfix.checkpoints.saving import load_ready
 from bnfix.errors import CheckpointError, ConfigError, NumericError
 from bnfix.recipe import AverageRecipe, ModelRecipe
-from bnfix.saving import load_ready
 from tests import nets
 from tests.conftest import images_of, inputs_of
 

@@ -15,13 +15,13 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix import walking
-from bnfix.calibration import describe_missing, recalibrate_, residuals
-from bnfix.collecting import precise_moments
 from bnfix.errors import ConfigError, DataError, NormError, NumericError
-from bnfix.norms import GeneralizedBatchNorm
-from bnfix.sites import find_norms
-from bnfix.surgery import swap_norms_
+from bnfix.layers.norms import GeneralizedBatchNorm
+from bnfix.layers.sites import find_norms
+from bnfix.layers.surgery import swap_norms_
+from bnfix.statistics import walking
+from bnfix.statistics.calibration import describe_missing, recalibrate_, residuals
+from bnfix.statistics.collecting import precise_moments
 from tests import nets, reference
 
 FEEDS = ["batch", "sequential"]

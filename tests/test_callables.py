@@ -11,9 +11,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bnfix.callables import is_callable
+from bnfix.data.callables import is_callable
+from bnfix.data.opening import open_images
 from bnfix.errors import CheckpointError, DataError
-from bnfix.opening import open_images
 from bnfix.recipe import RunOptions
 from bnfix.replay import replayed_plan
 from tests.conftest import Files, Outcome

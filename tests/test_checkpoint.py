@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bnfix.checkpoint import (
+from bnfix.checkpoints.checkpoint import (
     check_output,
     key_problems,
     read_checkpoint,
@@ -329,7 +329,7 @@ def test_bad_headers_are_refused(tmp_path, text, match):
 
 
 def test_an_overlong_header_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnfix.header.TEXT_LIMIT", 100)
+    monkeypatch.setattr("bnfix.checkpoints.header.TEXT_LIMIT", 100)
     text = json.dumps(HEADER | {"x": "y" * 100})
     with pytest.raises(CheckpointError, match="characters, more than 100"):
         read_checkpoint(headed(tmp_path / "a.safetensors", text))
@@ -447,7 +447,7 @@ def test_a_recompressed_archive_is_read(tmp_path):
 
 
 def test_a_compressed_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnfix.pickles._INFLATED_FLOOR", 1000)
+    monkeypatch.setattr("bnfix.checkpoints.pickles._INFLATED_FLOOR", 1000)
     path = rezipped(tmp_path / "net.pth", zipfile.ZIP_DEFLATED, **{"0": bytes(10**6)})
     with pytest.raises(CheckpointError, match=r"directory claims 1000\d\d\d bytes compressed"):
         read_checkpoint(path)

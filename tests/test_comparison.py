@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import bnfix
 from bnfix.comparison import evaluate_files
 from bnfix.conversion import convert
+from bnfix.data.images import FileImages
 from bnfix.errors import CheckpointError, ConfigError, DataError
-from bnfix.images import FileImages
 from bnfix.recipe import DataRecipe, EvaluationRecipe, RunOptions, SwapRecipe
 from bnfix.version import __version__
 from tests.conftest import images_of, inputs_of

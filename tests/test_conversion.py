@@ -16,7 +16,7 @@ from torch import nn
 import bnfix
 from bnfix.conversion import convert, example_input
 from bnfix.errors import CheckpointError, ConfigError, ModelError, NormError
-from bnfix.norms import generalized_norms
+from bnfix.layers.norms import generalized_norms
 from bnfix.recipe import KINDS, SwapRecipe
 from tests.conftest import images_of, inputs_of
 from tests.nets import bn1d, lived_in

@@ -9,10 +9,10 @@ import pytest
 from safetensors import safe_open
 from scipy.ndimage import gaussian_filter
 
-from bnfix.corruptions import STRENGTHS, Corruption, corruption_of, every_corruption
-from bnfix.data import Batches
+from bnfix.data.batches import Batches
+from bnfix.data.corruptions import STRENGTHS, Corruption, corruption_of, every_corruption
+from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError
-from bnfix.opening import open_images
 from bnfix.recipe import CORRUPTIONS, SEVERITIES, DataRecipe, Preprocessing
 from tests.conftest import images_of
 

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from bnfix.classes import map_classes
-from bnfix.data import Batches, Skipped, cut, fingerprint
+from bnfix.data.batches import Batches, Skipped, cut, fingerprint
+from bnfix.data.classes import map_classes
+from bnfix.data.images import Images
+from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError, DataError
-from bnfix.images import Images
-from bnfix.opening import open_images
 from bnfix.recipe import Preprocessing
 from tests.real import DATA, needs_data
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bnfix.conversion import convert
-from bnfix.diagnosis import diagnose, read_norms
+from bnfix.diagnosing.diagnosis import diagnose, read_norms
 from bnfix.recipe import SwapRecipe
 from tests.nets import lived_in, plain
 from tests.real import DATA, needs_data

@@ -11,9 +11,9 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from bnfix.errors import BnfixError, DataError, ModelError, NumericError
-from bnfix.evaluation import Outputs, collect, evaluate, labels_of, score
-from bnfix.metrics import measure
-from bnfix.pairing import ROUNDING, compare, paired_examples
+from bnfix.measuring.evaluation import Outputs, collect, evaluate, labels_of, score
+from bnfix.measuring.metrics import measure
+from bnfix.measuring.pairing import ROUNDING, compare, paired_examples
 from tests import nets
 
 METRICS = ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece")

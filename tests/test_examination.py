@@ -13,9 +13,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.cli import app
 from bnfix.conversion import convert
-from bnfix.diagnosis import Finding
-from bnfix.examination import examine_behaviour, examine_call, examine_model
-from bnfix.inspection import inspect_checkpoint
+from bnfix.diagnosing.diagnosis import Finding
+from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
+from bnfix.diagnosing.inspection import inspect_checkpoint
+from bnfix.diagnosing.retelling import _RECIPES, retell
 from bnfix.pipeline import Plan, calibrate
 from bnfix.recipe import (
     DataRecipe,
@@ -24,7 +25,6 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.retelling import _RECIPES, retell
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 

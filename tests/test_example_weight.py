@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from bnfix.errors import DataError, ModelError, NormError
-from bnfix.evaluation import evaluate
-from bnfix.example_weight import choose_example_weight_, weighable_layers, weights_of
-from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
-from bnfix.pairing import compare
+from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.measuring.evaluation import evaluate
+from bnfix.measuring.pairing import compare
 from bnfix.recipe import WeightRecipe
+from bnfix.weighing.example_weight import choose_example_weight_, weighable_layers, weights_of
 
 N_CLASSES = 4
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import bnfix
 from bnfix import ConfigError, ModelError
-from bnfix.artifacts import outputs_of
-from bnfix.checkpoint import read_checkpoint
-from bnfix.exporting import ExportRecipe, export
-from bnfix.plain import ExampleNorm, build, read
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.production.artifacts import outputs_of
+from bnfix.production.exporting import ExportRecipe, export
+from bnfix.production.plain import ExampleNorm, build, read
 from bnfix.recipe import ModelRecipe
 from tests import nets
 from tests.conftest import Files, Outcome, environment

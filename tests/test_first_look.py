@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.data import Batch, Batches
-from bnfix.first_look import look_at_inputs, look_at_size
-from bnfix.opening import open_images
+from bnfix.checkpoints.saving import load_ready
+from bnfix.data.batches import Batch, Batches
+from bnfix.data.first_look import look_at_inputs, look_at_size
+from bnfix.data.opening import open_images
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.saving import load_ready
 from bnfix.workbench import open_workbench
 from tests.conftest import Files
 from tests.real import DATA, needs_data

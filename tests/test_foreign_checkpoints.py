@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bnfix.checkpoint import read_checkpoint
+from bnfix.building.models import build_model, build_skeleton
+from bnfix.building.presets import default_preprocessing, published_arguments, published_weights
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.checkpoints.packing import write_tensors
+from bnfix.checkpoints.saving import load_ready, save
 from bnfix.errors import CheckpointError, ModelError
-from bnfix.models import build_model, build_skeleton
-from bnfix.packing import write_tensors
-from bnfix.presets import default_preprocessing, published_arguments, published_weights
-from bnfix.saving import load_ready, save
 
 NETS = """
 import torch

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bnfix.errors import ConfigError, DataError
-from bnfix.gate import judge
-from bnfix.metrics import measure
-from bnfix.pairing import ROUNDING
+from bnfix.measuring.gate import judge
+from bnfix.measuring.metrics import measure
+from bnfix.measuring.pairing import ROUNDING
 
 
 def metrics_of(losses):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfix import kernels
-from bnfix.norms import GeneralizedBatchNorm
+from bnfix.layers import kernels
+from bnfix.layers.norms import GeneralizedBatchNorm
 
 LAYOUTS = ("contiguous", "channels last", "strided", "transposed", "sliced channels")
 
@@ -251,8 +251,8 @@ def test_autocast_leaves_the_statistics_in_float32():
 
 INTERPRETED = """
 import torch
-from bnfix import kernels
-from bnfix.triton_kernels import normalize
+from bnfix.layers import kernels
+from bnfix.layers.triton_kernels import normalize
 from tests.test_kernels import close, laid_out, oracle, terms_for
 
 for shape in [(2, 3, 7, 7), (1, 2, 130, 131), (2, 20, 2, 3, 5)]:
@@ -277,7 +277,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from bnfix import triton_kernels as kernels
+from bnfix.layers import triton_kernels as kernels
 
 plain = dict.fromkeys(("weight_stride", "channels", "positions", "step_channel"), "i32")
 plain |= {"step_position": "i32", "eps": "fp32", "x": "*bf16", "y": "*bf16"}

@@ -11,11 +11,11 @@ from torch import nn
 import bnfix
 from bnfix.demo import SPEC, write_files
 from bnfix.errors import ConfigError, DataError, NormError
-from bnfix.example_weight import weighable_layers
-from bnfix.label_free import MOST_EXAMPLES, fit_moments_, fit_predictions_
-from bnfix.norms import GeneralizedBatchNorm
+from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.pipeline import Plan
 from bnfix.recipe import DataRecipe, RunOptions, StatisticsRecipe, WeightRecipe
+from bnfix.weighing.example_weight import weighable_layers
+from bnfix.weighing.label_free import MOST_EXAMPLES, fit_moments_, fit_predictions_
 from tests import nets
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.io
 
-from bnfix.mat import read_mat
+from bnfix.data.mat import read_mat
 
 LIMIT = 1 << 20
 

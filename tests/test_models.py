@@ -9,13 +9,13 @@ import torch
 import torchvision
 from torch import nn
 
-from bnfix.errors import ConfigError, ModelError
-from bnfix.models import (
+from bnfix.building.models import (
     build_model,
     from_file_allowed,
     input_channels,
 )
-from bnfix.presets import default_preprocessing, preset_preprocessing
+from bnfix.building.presets import default_preprocessing, preset_preprocessing
+from bnfix.errors import ConfigError, ModelError
 from bnfix.recipe import Preprocessing
 from tests.real import DATA, needs_data
 
@@ -454,7 +454,7 @@ def test_unknown_presets_are_refused(preset, match):
 @needs_data
 @pytest.mark.data
 def test_a_real_checkpoint_fits_the_model_built_for_it():
-    from bnfix.checkpoint import read_checkpoint
+    from bnfix.checkpoints.checkpoint import read_checkpoint
 
     tensors = read_checkpoint(DATA / "mobilenet_v2-b0353104.pth").tensors
     build_model("torchvision:mobilenet_v2", None, tensors).load_state_dict(tensors)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bnfix.errors import ConfigError, NormError, NumericError
-from bnfix.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
 from tests import reference
 from tests.real import GOLDEN
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bnfix.data import Batches
+from bnfix.data.batches import Batches
+from bnfix.data.images import Images
+from bnfix.data.opening import open_images
 from bnfix.errors import DataError
-from bnfix.images import Images
-from bnfix.opening import open_images
 from bnfix.recipe import Preprocessing
 from tests import layouts
 

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 
-from bnfix.plain_pickle import read_plain_pickle
+from bnfix.data.plain_pickle import read_plain_pickle
 
 VALUES = {
     b"data": np.arange(12, dtype=np.uint8).reshape(4, 3),

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 import bnfix
+from bnfix.building.models import build_model
+from bnfix.building.presets import default_preprocessing
 from bnfix.errors import ModelError
-from bnfix.models import build_model
-from bnfix.presets import default_preprocessing
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,8 +12,8 @@ import typer
 
 import bnfix
 from bnfix.cli import app
-from bnfix.exporting import ExportRecipe
 from bnfix.pipeline import TRIED
+from bnfix.production.exporting import ExportRecipe
 from bnfix.recipe import (
     DataRecipe,
     EvaluationRecipe,

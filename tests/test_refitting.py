@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bnfix.checkpoint import read_checkpoint
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.checkpoints.saving import load
 from bnfix.errors import DataError, NormError, NumericError
-from bnfix.evaluation import evaluate
-from bnfix.norms import GeneralizedBatchNorm
-from bnfix.refitting import refit_
-from bnfix.saving import load
-from bnfix.surgery import swap_norms_
+from bnfix.layers.norms import GeneralizedBatchNorm
+from bnfix.layers.refitting import refit_
+from bnfix.layers.surgery import swap_norms_
+from bnfix.measuring.evaluation import evaluate
 from tests import conftest, nets
 from tests.real import DATA, needs_data
 

@@ -13,24 +13,24 @@ import matplotlib
 import numpy as np
 import pytest
 
-from bnfix import pages
-from bnfix.calibration import Calibration
-from bnfix.corruptions import every_corruption
-from bnfix.custom_metrics import Custom
+from bnfix.data.corruptions import every_corruption
 from bnfix.errors import CheckpointError
-from bnfix.evaluation import Outputs
-from bnfix.example_weight import WeightChoice
-from bnfix.figures import SHADE
-from bnfix.finetuning import Finetuning, TrainingPoint
-from bnfix.gate import judge
-from bnfix.metrics import Metrics, measure
-from bnfix.pairing import Difference, compare
-from bnfix.records import DataUsed, Evaluated, LayerRow
-from bnfix.report import Report, report_paths
-from bnfix.robustness import BatchInvariance, Company, Shifted
-from bnfix.robustness import shifted as shifted_rows
-from bnfix.surgery import Change, SwapPlan
-from bnfix.weight_search import CurvePoint
+from bnfix.layers.surgery import Change, SwapPlan
+from bnfix.measuring.custom_metrics import Custom
+from bnfix.measuring.evaluation import Outputs
+from bnfix.measuring.gate import judge
+from bnfix.measuring.metrics import Metrics, measure
+from bnfix.measuring.pairing import Difference, compare
+from bnfix.measuring.robustness import BatchInvariance, Company, Shifted
+from bnfix.measuring.robustness import shifted as shifted_rows
+from bnfix.reporting import pages
+from bnfix.reporting.figures import SHADE
+from bnfix.reporting.records import DataUsed, Evaluated, LayerRow
+from bnfix.reporting.report import Report, report_paths
+from bnfix.statistics.calibration import Calibration
+from bnfix.tuning.finetuning import Finetuning, TrainingPoint
+from bnfix.weighing.example_weight import WeightChoice
+from bnfix.weighing.weight_search import CurvePoint
 
 HOSTILE = '<script>alert(1)</script>](javascript:x) | `a`\n\r"onload="x" $\\frac$ _\x00\u202e漢'
 TEMPLATES = Path(pages.__file__).parent / "templates"

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnfix
+from bnfix.checkpoints.origin import origin_of
+from bnfix.checkpoints.saving import load_ready, stock_tensors
 from bnfix.conversion import convert
 from bnfix.errors import CheckpointError, ModelError
-from bnfix.norms import generalized_norms
-from bnfix.origin import origin_of
+from bnfix.layers.norms import generalized_norms
 from bnfix.recipe import Preprocessing, SwapRecipe
-from bnfix.saving import load_ready, stock_tensors
 from bnfix.version import __version__
 from tests.conftest import Files, images_of, inputs_of
 from tests.nets import lived_in, plain, shared_norm

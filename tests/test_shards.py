@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bnfix.data import Batches
+from bnfix.data.batches import Batches
+from bnfix.data.opening import open_images
+from bnfix.data.shards import expand_braces
 from bnfix.errors import DataError
-from bnfix.opening import open_images
 from bnfix.recipe import Preprocessing
-from bnfix.shards import expand_braces
 from tests import layouts
 
 GREY = layouts.jpeg(np.full((8, 8, 3), 128, np.uint8))

@@ -13,10 +13,10 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.errors import ConfigError, NormError
-from bnfix.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
+from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
+from bnfix.layers.sites import find_norms, selected, sites_with_statistics, unmatched
+from bnfix.layers.surgery import plan_swap, swap_norms_, swap_planned_
 from bnfix.recipe import SwapRecipe
-from bnfix.sites import find_norms, selected, sites_with_statistics, unmatched
-from bnfix.surgery import plan_swap, swap_norms_, swap_planned_
 from tests import nets
 
 

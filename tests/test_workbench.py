@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from bnfix.checkpoints.origin import Origin
+from bnfix.checkpoints.saving import Loaded, load_ready
+from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError, DataError, ModelError
-from bnfix.opening import open_images
-from bnfix.origin import Origin
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.saving import Loaded, load_ready
 from bnfix.workbench import (
     Workbench,
     data_record,

@@ -29,9 +29,9 @@ from bnfix.cli.terminal import show_conversion, stated
 from bnfix.conversion import convert as convert_file
 from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_again
+from bnfix.layers.refitting import REFIT_SAMPLES
 from bnfix.recipe import RunOptions, SwapRecipe, check_seed
-from bnfix.refitting import REFIT_SAMPLES
-from bnfix.result import check_outputs
+from bnfix.reporting.result import check_outputs
 
 
 def convert(

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from bnfix import demo as demo_files
-from bnfix.checkpoint import check_output, make_folder
+from bnfix.checkpoints.checkpoint import check_output, make_folder
 from bnfix.cli.options import OUT, RUN, OutFlags, Seed, option
 from bnfix.cli.terminal import stage_head, stated
 from bnfix.errors import CheckpointError

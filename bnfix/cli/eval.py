@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bnfix import processes
-from bnfix.checkpoint import check_folder, make_folder
+from bnfix.checkpoints.checkpoint import check_folder, make_folder
 from bnfix.cli.options import (
     OUT,
     AlsoFlags,
@@ -24,8 +24,8 @@ from bnfix.cli.planned import command_line
 from bnfix.cli.terminal import estimate_line, stated
 from bnfix.comparison import evaluate_files, plan_evaluation
 from bnfix.errors import CheckpointError
-from bnfix.predictions import check_predictions
-from bnfix.result import check_reports
+from bnfix.measuring.predictions import check_predictions
+from bnfix.reporting.result import check_reports
 
 
 def evaluate(

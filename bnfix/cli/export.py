@@ -25,9 +25,9 @@ from bnfix.cli.options import (
 from bnfix.cli.planned import command_line
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.errors import ConfigError
-from bnfix.export_report import Export, check_exports
-from bnfix.exporting import ExportRecipe, plan_export
-from bnfix.exporting import export as export_file
+from bnfix.production.export_report import Export, check_exports
+from bnfix.production.exporting import ExportRecipe, plan_export
+from bnfix.production.exporting import export as export_file
 
 
 def export(

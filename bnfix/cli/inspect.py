@@ -17,8 +17,8 @@ from bnfix.cli.options import (
     TalkFlags,
 )
 from bnfix.cli.terminal import jsonable, show_inspection, stated
+from bnfix.diagnosing.inspection import SAMPLES, inspect_checkpoint
 from bnfix.errors import ConfigError
-from bnfix.inspection import SAMPLES, inspect_checkpoint
 from bnfix.recipe import check_seed
 
 

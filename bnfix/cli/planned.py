@@ -50,7 +50,7 @@ from bnfix.recipe import (
     WeightRecipe,
 )
 from bnfix.replay import replayed_plan
-from bnfix.result import check_outputs
+from bnfix.reporting.result import check_outputs
 
 Test = Annotated[str | None, option(DataRecipe, "test", panel="Data and preprocessing")]
 
@@ -159,9 +159,7 @@ def fix(
 
     def make() -> Plan:
         if recipe is not None:
-            plan = replayed_plan(
-                recipe, run=run.options(), command_line=command_line(), test=test
-            )
+            plan = replayed_plan(recipe, run=run.options(), command_line=command_line(), test=test)
             return _only_replayed(context, plan, model.recipe(), test)
         tune = None if train == "none" else dataclasses.replace(
             TRIED, train=train, epochs=epochs, lr=lr

@@ -8,8 +8,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bnfix.pages import clean, ends
-from bnfix.report import Report
+from bnfix.reporting.pages import clean, ends
+from bnfix.reporting.report import Report
 
 #: Columns of a terminal on which tables have their usual form.
 _LEAST_WIDTH = 60

@@ -30,12 +30,12 @@ from rich.text import Text
 
 from bnfix import processes
 from bnfix.cli.tables import fitted, shown_text, tables_of
-from bnfix.diagnosis import Finding
+from bnfix.diagnosing.diagnosis import Finding
+from bnfix.diagnosing.examination import Behaviour
+from bnfix.diagnosing.inspection import Inspection
 from bnfix.errors import BnfixError, ConfigError, some
-from bnfix.examination import Behaviour
-from bnfix.inspection import Inspection
-from bnfix.report import Report
-from bnfix.result import Result
+from bnfix.reporting.report import Report
+from bnfix.reporting.result import Result
 from bnfix.workbench import Track, silent
 
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.

@@ -27,8 +27,8 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 import bnfix
+from bnfix.diagnosing.inspection import inspect_checkpoint
 from bnfix.errors import BnfixError
-from bnfix.inspection import inspect_checkpoint
 from bnfix.recipe import (
     DataRecipe,
     FinetuneRecipe,

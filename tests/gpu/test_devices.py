@@ -7,7 +7,7 @@ import torch
 
 import bnfix
 from bnfix import runtime
-from bnfix.norms import generalized_norms
+from bnfix.layers.norms import generalized_norms
 from bnfix.recipe import WeightRecipe
 from tests.nets import lived_in, residual
 

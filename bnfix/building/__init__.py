@@ -1,0 +1,1 @@
+"""A model from a spec, and what is known about published ones."""

@@ -1,0 +1,441 @@
+"""A model from a spec.
+
+The number of classes is read off the checkpoint: the model is built twice without memory, with two
+numbers of classes, and the shapes that move with that number are solved for what the file has.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Final
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from bnfix.building.importing import import_callable, import_library, importable, reason_of, seeded
+from bnfix.building.pretrained import build_pretrained
+from bnfix.errors import ModelError, some
+
+#: What builders call the number of classes.
+CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
+#: Two numbers of classes to probe with: small, and unlike the usual counts.
+_PROBES: Final = (11, 13)
+#: Arguments of torchvision's and timm's builders that fetch or read weights, or speak of it.
+_WEIGHT_ARGUMENTS: Final = (
+    "weights",
+    "weights_backbone",
+    "pretrained",
+    "pretrained_backbone",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "progress",
+)
+#: Parts that a torchvision model has or has not: the argument, and how the part's tensors begin.
+_AUXILIARY: Final = {
+    "googlenet": ("aux_logits", "aux"),
+    "inception": ("aux_logits", "AuxLogits."),
+    "fcn": ("aux_loss", "aux_classifier."),
+    "deeplabv3": ("aux_loss", "aux_classifier."),
+}
+#: A model this much larger than its checkpoint is not built: it could not be filled.
+_SIZE_LIMIT: Final = 4
+_SIZE_FLOOR: Final = 10**7
+_FORMS: Final = (
+    "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
+    "path/to/file.py:callable"
+)
+#: torchvision's detectors, which are trained with Batch Norms that are constants.
+_DETECTORS: Final = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """A callable that returns a model, with what it is known to take."""
+
+    spec: str
+    call: Callable[..., Any]
+    class_argument: str | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+    quiet: bool = False
+    finish: Callable[[nn.Module], None] | None = None
+
+
+def build_model(
+    spec: str,
+    arguments: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Build the model that a spec names, with fresh weights, on the CPU, in evaluation mode.
+
+    Args:
+        spec: ``torchvision:NAME``, ``timm:NAME``, ``transformers:DIR``,
+            ``package.module:callable`` (also from the current folder) or
+            ``path/to/file.py:callable``. The latter two run the user's code.
+        arguments: keyword arguments of the builder.
+        tensors: a checkpoint's tensors; given, the number of classes is read off them where the
+            builder takes one and ``arguments`` do not say it.
+
+    Returns:
+        The model. The random state of torch is left as found.
+
+    Raises:
+        ModelError: if the spec is not known, its code fails, an argument is unknown or missing, or
+            no model comes out.
+    """
+    builder, given = _resolved(spec, arguments, tensors)
+    return _build(builder, given, torch.device("cpu"))
+
+
+def builder_arguments(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """All arguments that `build_model` would call the builder with.
+
+    Args:
+        spec: as for `build_model`.
+        arguments: keyword arguments of the builder.
+        tensors: a checkpoint's, off which the number of classes is read.
+
+    Returns:
+        Keyword arguments, those that bnfix sets itself included.
+    """
+    return _resolved(spec, arguments, tensors)[1]
+
+
+def build_skeleton(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
+) -> nn.Module | None:
+    """Build a model without memory for its tensors, to be filled with a checkpoint's own.
+
+    Args:
+        spec: as for `build_model`.
+        arguments: keyword arguments of the builder.
+        tensors: the checkpoint's, under the model's own names.
+
+    Returns:
+        The model on the meta device; ``None`` where it cannot be had so, or would not be whole
+        with those tensors.
+    """
+    builder, given = _resolved(spec, arguments, tensors)
+    try:
+        model = _build(builder, given, torch.device("meta"))
+        state = model.state_dict(keep_vars=True)
+        known = {id(tensor) for tensor in state.values()}
+    except (ModelError, NotImplementedError):
+        return None
+    if len(known) < len(state):
+        return None  # tensors under two names would no longer be one
+    # What is no part of the state dict would stay empty: buffers that are not saved, plain fields.
+    for module in nn.Module.modules(model):
+        own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        held = (i for v in own for i in (v if isinstance(v, list | tuple) else [v]))
+        if any(isinstance(t, torch.Tensor) and t.is_meta and id(t) not in known for t in held):
+            return None
+    return model
+
+
+def _resolved(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor] | None
+) -> tuple[_Builder, dict[str, Any]]:
+    given = dict(arguments or {})
+    builder = _resolve(spec, given, tensors)
+    _check_arguments(builder, given, readable=tensors is not None)
+    given = builder.fixed | given
+    if tensors is not None:
+        given = _with_classes(builder, given, tensors)
+        _check_size(builder, given, tensors)
+    return builder, given
+
+
+def from_file_allowed(spec: str) -> bool:
+    """Say whether a spec may be built because a file says so: no code but the two libraries' runs.
+
+    Args:
+        spec: a model spec.
+
+    Returns:
+        True for ``torchvision:NAME`` and ``timm:NAME``.
+    """
+    return re.fullmatch(r"(torchvision|timm):[A-Za-z0-9_.\-]+", spec) is not None
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Find how many channels a model's input has.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The input channels of its first convolution; None if there is none.
+    """
+    # By the class: some networks have an attribute that shadows `modules`.
+    for module in nn.Module.modules(model):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels > 0:
+            return int(module.in_channels)
+    return None
+
+
+# --- building ---
+
+
+def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -> nn.Module:
+    try:
+        with (
+            seeded(),
+            importable(builder.folder),
+            warnings.catch_warnings(),
+            device,
+        ):
+            if builder.quiet or device.type == "meta":
+                warnings.simplefilter("ignore")
+            model = builder.call(**copy.deepcopy(arguments))
+            if isinstance(model, nn.Module) and builder.finish is not None:
+                builder.finish(model)
+            if isinstance(model, nn.Module):
+                return model.eval() if device.type == "meta" else model.to(device).eval()
+    except (Exception, SystemExit) as error:
+        hint = " Check --model-arg key=value." if isinstance(error, TypeError) else ""
+        raise ModelError(
+            f"{builder.spec}: building the model failed ({reason_of(error)}).{hint}",
+            name=builder.spec,
+        ) from error
+    raise ModelError(
+        f"{builder.spec}: returned {type(model).__name__}, expected a torch.nn.Module.",
+        name=builder.spec,
+    )
+
+
+def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
+    # Shapes of the model's state dict, without memory where that works; None if it does not build.
+    for device in ("meta", "cpu"):
+        try:
+            model = _build(builder, arguments, torch.device(device))
+            state = model.state_dict()
+        except (ModelError, NotImplementedError):
+            continue
+        return {n: t.shape for n, t in state.items() if isinstance(t, torch.Tensor)}
+    return None
+
+
+def _with_classes(
+    builder: _Builder, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    name = builder.class_argument
+    if name is None or any(other in arguments for other in CLASS_ARGUMENTS):
+        return arguments
+    needed = name in _required(builder)
+    if not needed:
+        usual = _shapes(builder, arguments)
+        if usual is None or all(tensors[n].shape == s for n, s in usual.items() if n in tensors):
+            return arguments
+    first, second = (_shapes(builder, arguments | {name: probe}) for probe in _PROBES)
+    found = _solve(first, second, tensors) if first and second else set()
+    if len(found) == 1:
+        return arguments | {name: found.pop()}
+    if needed:
+        raise ModelError(
+            f"{builder.spec}: needs {name}, and the checkpoint does not show it. "
+            f"Give --model-arg {name}=N.",
+            name=builder.spec,
+        )
+    return arguments
+
+
+def _solve(
+    first: dict[str, torch.Size],
+    second: dict[str, torch.Size],
+    tensors: Mapping[str, torch.Tensor],
+) -> set[int]:
+    # Every number of classes that some tensor's size stands for, given the sizes at two probes.
+    low, high = _PROBES
+    found: set[int] = set()
+    for name, a in first.items():
+        b = second.get(name, a)
+        if a == b or len(a) != len(b) or name not in tensors or tensors[name].dim() != len(a):
+            continue
+        for size_a, size_b, size in zip(a, b, tensors[name].shape, strict=True):
+            if size_a != size_b:
+                slope = (size_b - size_a) / (high - low)
+                classes = low + (size - size_a) / slope
+                found.add(int(classes) if classes == int(classes) and classes >= 1 else 0)
+    return found if 0 not in found else set()
+
+
+def _check_size(
+    builder: _Builder, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    try:
+        skeleton = _build(builder, arguments, torch.device("meta"))
+        state = skeleton.state_dict()
+    except (ModelError, NotImplementedError):
+        return  # it cannot be had without memory: then it is the user's own code, or fails below
+    size = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.is_meta)
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if size > max(_SIZE_LIMIT * held, _SIZE_FLOOR):
+        missing = [name for name in state if name not in tensors]
+        unexpected = [name for name in tensors if name not in state]
+        raise ModelError(
+            f"{builder.spec}: has {size} values, the checkpoint only {held}; "
+            f"missing from the file: {some(missing) or 'none'}; "
+            f"not in the model: {some(unexpected) or 'none'}. Check --model and its arguments.",
+            name=builder.spec,
+        )
+
+
+# --- arguments ---
+
+
+def _signature(builder: _Builder) -> inspect.Signature | None:
+    try:
+        return inspect.signature(builder.call)
+    except (TypeError, ValueError):
+        return None  # written in C, or hides it
+
+
+def _required(builder: _Builder) -> list[str]:
+    signature = _signature(builder)
+    return [
+        name
+        for name, parameter in (signature.parameters.items() if signature else ())
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+
+
+def _check_arguments(builder: _Builder, given: dict[str, Any], readable: bool) -> None:
+    # All that is unknown or missing; the number of classes may be readable off a checkpoint.
+    signature = _signature(builder)
+    if signature is None:
+        return
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    named = [
+        name
+        for name, kind in kinds.items()
+        if kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    ]
+    problems = []
+    if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+        unknown = [name for name in given if name not in named]
+        takes = f"takes {some(named, 12)}" if named else "takes no arguments"
+        problems += [f"unknown argument {some(unknown)} ({takes})"] if unknown else []
+    known = {*given, *builder.fixed, *([builder.class_argument] if readable else [])}
+    missing = [name for name in _required(builder) if name not in known]
+    problems += [f"argument {some(missing)} is missing"] if missing else []
+    if problems:
+        raise ModelError(
+            f"{builder.spec}: {'; '.join(problems)}. Change --model-arg key=value.",
+            name=builder.spec,
+        )
+
+
+# --- resolving ---
+
+
+def _resolve(
+    spec: str, given: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None
+) -> _Builder:
+    kind, _, name = spec.partition(":")
+    where, _, attribute = spec.rpartition(":")
+    if kind in ("torchvision", "timm") and name:
+        forbidden = [argument for argument in given if argument in _WEIGHT_ARGUMENTS]
+        if forbidden:
+            raise ModelError(
+                f"{spec}: argument {some(forbidden)} is not taken, weights come from the "
+                "checkpoint. Leave it out.",
+                name=spec,
+            )
+        return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
+    if kind == "transformers" and name:
+
+        def pretrained(**arguments: Any) -> nn.Module:
+            return build_pretrained(spec, name, arguments)
+
+        return _Builder(spec, pretrained, "num_labels", quiet=True)
+    if not where or not attribute:
+        close = difflib.get_close_matches(spec, torchvision.models.list_models(), 1)
+        hint = f" Did you mean torchvision:{close[0]}?" if close else ""
+        raise ModelError(f"{spec}: is not a model, expected {_FORMS}.{hint}", name=spec)
+    near = difflib.get_close_matches(kind, ("torchvision", "timm", "transformers"), 1, 0.7)
+    if near and name and kind.isidentifier() and find_spec(kind) is None:
+        raise ModelError(f"{spec}: no such kind. Did you mean {near[0]}:{name}?", name=spec)
+    call, folder = import_callable(spec)
+    if isinstance(call, nn.Module):
+        raise ModelError(
+            f"{spec}: is a model, expected a class or function that returns one. Name that.",
+            name=spec,
+        )
+    if not callable(call):
+        raise ModelError(
+            f"{spec}: is of type {type(call).__name__}, expected a class or function that "
+            "returns a model.",
+            name=spec,
+        )
+    builder = _Builder(spec, call, folder=folder)
+    signature = _signature(builder)
+    takes = [name for name in CLASS_ARGUMENTS if signature and name in signature.parameters]
+    return _Builder(spec, call, class_argument=takes[0] if takes else None, folder=folder)
+
+
+def _unknown_name(spec: str, name: str, names: Sequence[str], library: str) -> ModelError:
+    close = difflib.get_close_matches(name, names, 3)
+    hint = f"Did you mean {', '.join(close)}?" if close else f"See {library}'s list of models."
+    return ModelError(f"{spec}: {library} has no model of that name. {hint}", name=spec)
+
+
+def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | None) -> _Builder:
+    names = torchvision.models.list_models()
+    if name not in names:
+        raise _unknown_name(spec, name, names, "torchvision")
+    call = torchvision.models.get_model_builder(name)
+    fixed: dict[str, Any] = {"weights": None}
+    parameters = inspect.signature(call).parameters
+    if "weights_backbone" in parameters:
+        fixed["weights_backbone"] = None
+    stem = name.removeprefix("quantized_")
+    if stem.startswith(("googlenet", "inception")):
+        fixed["init_weights"] = False  # else it warns, and takes a minute
+    argument, start = next((a for key, a in _AUXILIARY.items() if stem.startswith(key)), (None, ""))
+    if argument and tensors is not None:
+        fixed[argument] = any(key.startswith(start) for key in tensors)
+    finish = None
+    if tensors is not None and stem.startswith(_DETECTORS):
+        finish = partial(_freeze_as_stored_, tensors=tensors)
+    return _Builder(spec, call, "num_classes", fixed, quiet=True, finish=finish)
+
+
+def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a detector constant Batch Norms where its file has no counters, as theirs have none.
+
+    The builder decides that by whether it is told to fetch weights, which it is not here.
+    """
+    norms = {n: m for n, m in model.named_modules() if type(m) is nn.BatchNorm2d}
+    stored = [name for name in norms if f"{name}.running_var" in tensors]
+    if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
+        return
+    for name in stored:
+        parent, _, last = name.rpartition(".")
+        frozen = FrozenBatchNorm2d(norms[name].num_features, norms[name].eps)
+        setattr(model.get_submodule(parent), last, frozen)
+
+
+def _timm(spec: str, name: str) -> _Builder:
+    timm = import_library("timm", spec)
+    # Names such as hf-hub:... or local-dir:... would fetch files.
+    if not timm.is_model(name) or not from_file_allowed(spec):
+        raise _unknown_name(spec, name, timm.list_models(), "timm")
+    return _Builder(
+        spec, partial(timm.create_model, name), "num_classes", {"pretrained": False}, quiet=True
+    )

@@ -1,0 +1,130 @@
+"""The mean of the weights of several checkpoints; its statistics have to be computed anew after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
+from bnfix.checkpoints.saving import Loaded
+from bnfix.errors import CheckpointError, NumericError, some
+from bnfix.recipe import AverageRecipe, ModelRecipe
+
+
+def mean_of(
+    states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] = ()
+) -> dict[str, Tensor]:
+    """The weighted mean of state dicts.
+
+    Args:
+        states: at least one; every name and shape of the first is in all, but for tensors that are
+            not floating, which are the first's.
+        weights: one each, positive; none for equal ones.
+
+    Returns:
+        Floating tensors, summed in float64 and stored in the first's types; all else as in the
+        first.
+
+    Raises:
+        NumericError: if the mean of a tensor is not finite.
+
+    Example:
+        >>> mean_of([{"w": torch.zeros(1)}, {"w": torch.ones(1)}], (1, 3))["w"].item()
+        0.75
+    """
+    parts = [w / sum(weights) for w in weights] or [1 / len(states)] * len(states)
+    mean: dict[str, Tensor] = {}
+    for name, first in states[0].items():
+        mean[name] = first
+        if first.is_floating_point():
+            total = torch.zeros_like(first, dtype=torch.float64)
+            for part, state in zip(parts, states, strict=True):
+                total += part * state[name].double()
+            mean[name] = total.to(first.dtype)
+            if not bool(mean[name].isfinite().all()):
+                raise NumericError(
+                    f"{name}: the mean of the checkpoints is not finite. Leave out the one that "
+                    "is broken.",
+                    name=name,
+                )
+    return mean
+
+
+@torch.no_grad()
+def average_into_(
+    loaded: Loaded, recipe: AverageRecipe, model: ModelRecipe
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Put the mean of a loaded checkpoint and others into its model.
+
+    Args:
+        loaded: the first checkpoint; its norm layers may have been swapped since.
+        recipe: the other files, and the weights of all.
+        model: how the files' names are nested and prefixed.
+
+    Returns:
+        File, hash and weight of each, and notes for the user.
+
+    Raises:
+        CheckpointError: if any of the others cannot be read, or does not fit the first; all
+            problems of all files at once.
+
+    Changes:
+        Every floating tensor of the model; population moments too, which then hold the mean of
+        the files' moments and not those of the mean.
+    """
+    first = loaded.checkpoint
+    shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
+    found, problems = [first], []
+    for file in recipe.files:
+        try:
+            other = read_checkpoint(
+                file,
+                key=model.key,
+                prefix=model.prefix,
+                expected=frozenset(shapes),
+                prefer_ema=model.prefer_ema,
+            )
+        except CheckpointError as error:
+            problems.append(str(error).rstrip("."))
+            continue
+        found.append(other)
+        misfits = key_problems(shapes, other.tensors)
+        if misfits:
+            problems.append(f"{other.path.name}: {len(misfits)} misfits ({some(misfits)})")
+    if problems:
+        raise CheckpointError(
+            f"{first.path.name}: {len(problems)} of the other files cannot be averaged with it: "
+            f"{'; '.join(problems)}. Give checkpoints of one network.",
+            path=first.path,
+        )
+    state = loaded.model.state_dict()
+    for name, tensor in mean_of([c.tensors for c in found], recipe.weights).items():
+        if name in state:
+            state[name].copy_(tensor)
+    weights = recipe.weights or (1.0,) * len(found)
+    records = [
+        {"file": c.path.name, "sha256": c.sha256, "weight": w}
+        for c, w in zip(found, weights, strict=True)
+    ]
+    return records, _notes(found)
+
+
+def _notes(found: Sequence[Checkpoint]) -> list[str]:
+    notes = []
+    settings = [(c.metadata or {}).get("norms") for c in found]
+    if any(other != settings[0] for other in settings):
+        notes.append(
+            f"the settings of the norm layers are those of {found[0].path.name}; not all of the "
+            "files have the same."
+        )
+    names = {c.sha256: Path(c.path).name for c in found}
+    if len(names) < len(found):
+        notes.append(
+            f"{len(found)} files were averaged, but only {len(names)} of them differ: "
+            f"{some(list(names.values()))}."
+        )
+    return notes

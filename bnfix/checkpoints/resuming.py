@@ -1,0 +1,204 @@
+"""The state of an interrupted run, in a folder, to go on from bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.checkpoints.checkpoint import replace_whole
+from bnfix.checkpoints.reading import read_file
+from bnfix.errors import CheckpointError, plain
+
+_FORMAT = 1
+_FILE = "finetuning.pt"
+
+
+class StateFolder:
+    """A folder with the state of one run.
+
+    Args:
+        folder: made when a state is first written.
+        identity: of the run, from `identity_of`; the state of any other is refused.
+        file: its name in the folder.
+    """
+
+    def __init__(self, folder: str | Path, identity: str, file: str = _FILE) -> None:
+        self.path, self.identity = Path(folder) / file, identity
+
+    def read(self) -> dict[str, Any] | None:
+        """Read the state, by the restricted loader only.
+
+        Returns:
+            What `write` was given; ``None`` if there is no state yet.
+
+        Raises:
+            CheckpointError: if the file is not a state, or that of another run.
+        """
+        if not self.path.exists():
+            return None
+        content = read_file(self.path)[0]
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{plain(self.path)}: is not the state of a run that this version "
+                "wrote. Give another --state DIR.",
+                path=self.path,
+            )
+        if content.get("identity") != self.identity:
+            raise CheckpointError(
+                f"{plain(self.path)}: is the state of another run (other options, data or input). "
+                "Give the same ones, or another --state DIR.",
+                path=self.path,
+            )
+        return content
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Replace the state, whole or not at all.
+
+        Args:
+            content: plain containers, numbers, texts and tensors.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        whole = {"format": _FORMAT, "identity": self.identity, **content}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
+        except OSError as error:
+            raise CheckpointError(
+                f"{plain(self.path)}: cannot be written ({error}). Give another --state DIR.",
+                path=self.path,
+            ) from error
+
+    def damaged(self, error: Exception) -> CheckpointError:
+        """Say that a state does not fit the run although it claims to.
+
+        Args:
+            error: what went wrong.
+
+        Returns:
+            The error to raise.
+        """
+        return CheckpointError(
+            f"{plain(self.path)}: is damaged ({plain(error)}). Remove it to start anew.",
+            path=self.path,
+        )
+
+
+def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """Tell a run from every other: by its settings and every number of the model at its start.
+
+    Args:
+        model: before the first step.
+        settings: JSON values.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in values_of(model).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy every parameter and buffer, those that a state dict leaves out included.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Copies by name, tied ones once.
+    """
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+@torch.no_grad()
+def set_values_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put back what `values_of` has copied.
+
+    Args:
+        model: the same.
+        values: one for every name.
+
+    Raises:
+        ValueError: if names or shapes are not the model's.
+
+    Changes:
+        Every parameter and buffer, in place.
+    """
+    named = dict((*model.named_parameters(), *model.named_buffers()))
+    if named.keys() != values.keys() or any(named[k].shape != values[k].shape for k in named):
+        raise ValueError("its tensors are not those of the model")
+    for name, tensor in named.items():
+        tensor.copy_(values[name])
+
+
+def random_state() -> list[Tensor]:
+    """Copy the state of torch's generators.
+
+    Returns:
+        That of the CPU, then those of the CUDA devices.
+    """
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_random_state_(state: list[Tensor]) -> None:
+    """Put back what `random_state` has copied.
+
+    Args:
+        state: of as many devices.
+
+    Changes:
+        torch's generators.
+    """
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Let a first interrupt (Ctrl-C) wait for a convenient moment; a second one acts at once.
+
+    Elsewhere than in the main thread, or where the program handles interrupts itself, nothing is
+    held.
+
+    Yields:
+        What raises KeyboardInterrupt if one is waiting; to be called at convenient moments.
+
+    Restores:
+        The handler of the signal.
+    """
+    previous = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or previous is not signal.default_int_handler:
+        yield lambda: None
+        return
+    waiting: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+        signal.signal(signal.SIGINT, previous)
+
+    def check() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)

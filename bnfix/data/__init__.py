@@ -1,0 +1,1 @@
+"""DATA to batches: every form on disk, splits, preprocessing, corruptions."""

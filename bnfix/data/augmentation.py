@@ -1,0 +1,69 @@
+"""Random variants of training images, the same again for one seed, epoch and image.
+
+``light``: mirrored left to right by chance, and shifted by up to an eighth of the size; what comes
+in at the edge is mirrored too. ``standard``: mirrored by chance, and a random part, a half to all
+of the area and its sides at 3:4 to 4:3, resized to the whole. Mirroring makes digits, text and
+whatever tells left from right into something else, so nothing is the default.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torchvision.transforms import v2
+
+from bnfix.data.batches import Batch
+from bnfix.errors import ConfigError
+
+
+def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:
+    """Go through batches with their images varied.
+
+    Args:
+        batches: with the positions of their images.
+        kind: ``none``, ``light`` or ``standard``.
+        seed: of the run.
+        epoch: counted from 0; every epoch has other variants.
+
+    Yields:
+        Batches of the same shape, labels and positions.
+
+    Raises:
+        ConfigError: if the kind is not known.
+    """
+    if kind not in ("none", "light", "standard"):
+        raise ConfigError(
+            f"--augment: {kind!r} is not known. Use one of: none, light, standard.", name="augment"
+        )
+    transform: v2.Compose | None = None
+    for batch in batches:
+        if kind == "none":
+            yield batch
+            continue
+        if transform is None:
+            transform = _transform(kind, *batch.x.shape[-2:])
+        varied = []
+        # torchvision draws from torch's own generator, which the run must find as it left it.
+        with torch.random.fork_rng(devices=()):
+            for image, position in zip(batch.x, batch.index, strict=True):
+                torch.manual_seed(_draw(seed, epoch, int(position)))
+                varied.append(transform(image))
+        yield batch._replace(x=torch.stack(varied))
+
+
+def _draw(seed: int, epoch: int, position: int) -> int:
+    text = b"%d:%d:%d" % (seed, epoch, position)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+def _transform(kind: str, height: int, width: int) -> v2.Compose:
+    if kind == "light":
+        padding = (width // 8, height // 8)
+        place: v2.Transform = v2.RandomCrop((height, width), padding, padding_mode="reflect")
+    else:
+        place = v2.RandomResizedCrop(
+            (height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), antialias=True
+        )
+    return v2.Compose([v2.RandomHorizontalFlip(), place])

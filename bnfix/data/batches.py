@@ -1,0 +1,457 @@
+"""Opened DATA to batches: seeded splits, preprocessing, bad images."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import floor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from bnfix.data.corruptions import Corruption
+from bnfix.data.images import (
+    MAX_PIXELS,
+    ArrayImages,
+    EncodedImages,
+    Images,
+)
+from bnfix.errors import ConfigError, DataError, some
+from bnfix.recipe import Preprocessing
+
+
+class Batch(NamedTuple):
+    """Preprocessed images, their labels, and where in the data they stand."""
+
+    x: torch.Tensor  # (N, C, H, W) float32
+    y: torch.Tensor | None  # (N,) int64
+    index: np.ndarray  # type: ignore[assignment]  # (N,) int64; hides tuple.index
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A bad image that was left out, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint positions, each sorted; exact duplicates of earlier images are in none of them."""
+
+    fit: np.ndarray
+    select: np.ndarray
+    test: np.ndarray
+    duplicates: int
+
+
+def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
+    """Hash a set of images and their labels; order, names and places do not matter.
+
+    Args:
+        images: the opened data.
+        index: positions, default all.
+
+    Returns:
+        SHA-256 as 64 hexadecimal digits.
+    """
+    rows = []
+    for i in range(len(images)) if index is None else index:
+        label = b"" if images.labels is None else int(images.labels[i]).to_bytes(8, "little")
+        rows.append(images.digest(i) + label)
+    return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
+
+
+def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Split:
+    """Cut the data in three by a seed, each class by itself, exact duplicates apart.
+
+    Every part gets its fraction of every class to within 1; a class of 3 or more is in every part
+    that has a fraction, wherever that bound allows it; over all classes the parts are balanced.
+    Who goes where depends on the seed and on the images' own bytes, not on the machine.
+
+    Args:
+        images: the opened data.
+        fractions: of fit, select and test; from 0, together 1.
+        seed: any whole number.
+
+    Returns:
+        The positions of each part, and how many later duplicates were left out.
+
+    Raises:
+        ConfigError: if the fractions are negative or do not add up to 1.
+    """
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(f"fractions: {fractions}, expected 0 or more, together 1.")
+    seen: set[bytes] = set()
+    classes: dict[int, list[tuple[bytes, int]]] = {}
+    for i in range(len(images)):
+        digest = images.digest(i)
+        if digest in seen:
+            continue
+        seen.add(digest)
+        label = 0 if images.labels is None else int(images.labels[i])
+        classes.setdefault(label, []).append((_draw(seed, digest), i))
+    parts: list[list[int]] = [[], [], []]
+    owed = [0.0, 0.0, 0.0]
+    for label in sorted(classes, key=lambda k: _draw(seed, b"class %d" % k)):
+        members = [i for _, i in sorted(classes[label])]
+        sizes = _share(len(members), fractions, owed)
+        ends = np.cumsum(sizes)
+        for k in range(3):
+            owed[k] += len(members) * fractions[k] / sum(fractions) - sizes[k]
+            parts[k] += members[ends[k] - sizes[k] : ends[k]]
+    fit, select, test = (np.asarray(sorted(part), dtype=np.int64) for part in parts)
+    return Split(fit, select, test, duplicates=len(images) - len(seen))
+
+
+def _draw(seed: int, what: bytes) -> bytes:
+    return hashlib.blake2b(b"%d:" % seed + what, digest_size=8).digest()
+
+
+# Whole sizes of the parts of one class; what is left over goes where most is owed.
+def _share(n: int, fractions: Sequence[float], owed: Sequence[float]) -> list[int]:
+    quotas = [n * f / sum(fractions) for f in fractions]
+    sizes = [floor(q + 1e-9) for q in quotas]
+    # Each quota is rounded down or up, never further; so a part can take one of the rest at most.
+    takers = [k for k in range(3) if quotas[k] - sizes[k] > 1e-9]
+    takers.sort(key=lambda k: owed[k] + quotas[k] - sizes[k])
+    for k in takers[len(takers) - (n - sum(sizes)) :]:
+        sizes[k] += 1
+    for k in range(3):
+        donors = [j for j in range(3) if sizes[j] >= 2 and sizes[j] - quotas[j] > -1e-9]
+        if sizes[k] == 0 and quotas[k] > 0 and n >= 3 and donors:
+            sizes[max(donors, key=lambda j: sizes[j] - quotas[j])] -= 1
+            sizes[k] = 1
+    return sizes
+
+
+@dataclass
+class _Shaped:
+    """Images after resize and crop, by position, and the reasons of those that are bad."""
+
+    pixels: dict[int, np.ndarray] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    n_bytes: int = 0
+
+    def keep(self, i: int, found: np.ndarray | str, cache_bytes: int) -> None:
+        """Remember one image, unless the memory allowed is used up."""
+        if isinstance(found, str):
+            self.bad[i] = found
+        elif i not in self.pixels and self.n_bytes + found.nbytes <= cache_bytes:
+            self.pixels[i] = found
+            self.n_bytes += found.nbytes
+
+
+class _Shaper(Dataset[list["np.ndarray | str"]]):
+    """Lists of positions to their resized and cropped pixels, or why there are none."""
+
+    def __init__(self, images: Images, preprocessing: Preprocessing) -> None:
+        self.images = images
+        self.preprocessing = preprocessing
+
+    def __getitem__(self, positions: Sequence[int]) -> list[np.ndarray | str]:
+        return [self._shape(i) for i in positions]
+
+    def _shape(self, i: int) -> np.ndarray | str:
+        try:
+            pixels = self.images.read(i)
+        except DataError as error:
+            return str(error)
+        resize, crop = self.preprocessing.resize, self.preprocessing.crop
+        if resize is None and crop is None:
+            return pixels
+        image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        if resize is not None:
+            # By its shorter side, a thread of an image becomes enormous.
+            if len(resize) == 1 and resize[0] ** 2 * max(image.size) > MAX_PIXELS * min(image.size):
+                name = self.images.name(i)
+                return f"{name}: bad image, {image.size} resized is above {MAX_PIXELS:,} pixels."
+            mode = InterpolationMode(self.preprocessing.interpolation)
+            image = transforms.resize(image, list(resize), interpolation=mode, antialias=True)
+        if crop is not None:
+            image = transforms.center_crop(image, list(crop))
+        return np.array(image).reshape(image.height, image.width, -1)
+
+
+class Batches:
+    """Preprocessed batches of chosen images, over and over: iterate it as often as needed.
+
+    Every pass has the same order. Bad images are left out of their batch and noted in ``skipped``,
+    each once. Images after resize and crop are kept in memory, shared by all Batches over the same
+    Images, so that later passes decode nothing.
+
+    Args:
+        images: the opened data.
+        index: positions to use, in this order unless shuffled.
+        preprocessing: resize and crop, then scale, mean and std.
+        batch_size: images a batch; the last one may be smaller.
+        workers: processes that decode; -1: up to 4 for many image files, else none.
+        shuffle_seed: order by a seeded permutation.
+        max_bad: how many bad images a pass may meet; default: 1 %, and at least 5.
+        cache_bytes: memory for resized images of one kind.
+        corruption: what is done to every image after resize and crop, as 8-bit pixels, before
+            scale, mean and std; what is kept in memory is the image without it.
+
+    Raises:
+        ConfigError: if an option is out of range or the channels are not those of the images.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        index: np.ndarray,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        workers: int = -1,
+        shuffle_seed: int | None = None,
+        max_bad: float | None = None,
+        cache_bytes: int = 2 << 30,
+        corruption: Corruption | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"--batch-size: {batch_size}, expected 1 or more.", name="batch_size")
+        if workers < -1:
+            raise ConfigError(f"--workers: {workers}, expected 0 or more.", name="workers")
+        if preprocessing.channels != images.channels:
+            raise ConfigError(
+                f"channels: {preprocessing.channels} in the preprocessing, {images.channels} in "
+                f"the images opened from {images.spec}. Open them with the same number.",
+                name="channels",
+            )
+        index = np.asarray(index, dtype=np.int64)
+        if index.size and not (0 <= index.min() and index.max() < len(images)):
+            raise ConfigError(f"index: positions outside 0 to {len(images) - 1}.", name="index")
+        self.images = images
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        self.workers = workers
+        self.max_bad = max(5.0, 0.01 * len(index)) if max_bad is None else max_bad
+        self.cache_bytes = cache_bytes
+        self.corruption = corruption
+        self.skipped: list[Skipped] = []
+        self._seen_bad: set[int] = set()
+        self._index = index
+        self._order = _shuffled(index, shuffle_seed)
+        self._part: Callable[[list[np.ndarray]], list[np.ndarray]] = _all_of
+        geometry = (preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
+        self._shaped: _Shaped = images.shaped.setdefault(geometry, _Shaped())
+
+    def __len__(self) -> int:
+        return len(self._groups())
+
+    @property
+    def n_examples(self) -> int:
+        """How many images there are, less the bad ones met so far."""
+        return len(self._order) - len(self._seen_bad)
+
+    def with_seed(self, seed: int | None) -> Batches:
+        """The same batches in another order, at no cost: memory and ``skipped`` are shared.
+
+        Args:
+            seed: of the permutation; None for the order as given.
+
+        Returns:
+            The copy.
+        """
+        other = copy.copy(self)
+        other._order = _shuffled(self._index, seed)
+        return other
+
+    def dealt(self, rank: int, size: int) -> Batches:
+        """Every ``size``-th batch, whole, so that all ranks together have the same batches as one.
+
+        Args:
+            rank: whose share.
+            size: how many ranks there are.
+
+        Returns:
+            The copy; memory and ``skipped`` are shared.
+        """
+        other = copy.copy(self)
+        other._part = partial(_dealt, rank=rank, size=size)
+        return other
+
+    def sliced(self, rank: int, size: int) -> Batches:
+        """A part of every batch, so that all ranks together take the same steps as one.
+
+        Args:
+            rank: whose share.
+            size: how many ranks there are.
+
+        Returns:
+            The copy; a last batch of fewer images than ranks is nothing to some.
+        """
+        other = copy.copy(self)
+        other._part = partial(_sliced, rank=rank, size=size)
+        return other
+
+    def starting_at(self, n: int) -> Batches:
+        """The same without the first batches, which are not read either.
+
+        Args:
+            n: batches to leave out.
+
+        Returns:
+            The copy.
+        """
+        other, part = copy.copy(self), self._part
+        other._part = lambda groups: part(groups)[n:]
+        return other
+
+    def _groups(self) -> list[np.ndarray]:
+        order, size = self._order, self.batch_size
+        return self._part([order[start : start + size] for start in range(0, len(order), size)])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of one pass.
+
+        Raises:
+            DataError: if there are no images, none or too few are good, or sizes differ.
+        """
+        groups = self._groups()
+        n_good = 0
+        for index, pixels in self._pixels(groups):
+            n_good += len(index)
+            labels = self.images.labels
+            y = None if labels is None else torch.from_numpy(labels[index])
+            yield Batch(self._scaled(self._corrupted(pixels, index)), y, index)
+        if n_good == 0 and (groups or not len(self._order)):
+            why = f": {self.skipped[0].reason}" if self.skipped else "."
+            n = sum(map(len, groups))
+            raise DataError(f"{self.images.spec}: no usable image among {n}{why}")
+
+    # Positions and pixels, uint8 (n, C, H, W), of each group's good images.
+    def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        crop = self.preprocessing.crop
+        if isinstance(self.images, ArrayImages) and self.preprocessing.resize is None:
+            for group in groups:
+                whole = torch.from_numpy(self.images.take(group)).permute(0, 3, 1, 2)
+                yield group, whole if crop is None else transforms.center_crop(whole, list(crop))
+            return
+        n_bad = 0
+        for group, loaded in zip(groups, self._loaded(groups), strict=True):
+            good: list[tuple[int, np.ndarray]] = []
+            for i in group.tolist():
+                found = loaded[i]
+                if isinstance(found, str):
+                    n_bad += 1
+                    self._skip(i, found, n_bad)
+                else:
+                    good.append((i, found))
+            if good:
+                self._check_sizes(good)
+                stacked = np.stack([pixels for _, pixels in good])
+                index = np.asarray([i for i, _ in good], dtype=np.int64)
+                yield index, torch.from_numpy(stacked).permute(0, 3, 1, 2)
+
+    # Each group's images, from memory or from disk.
+    def _loaded(self, groups: list[np.ndarray]) -> Iterator[dict[int, np.ndarray | str]]:
+        shaped, shaper = self._shaped, _Shaper(self.images, self.preprocessing)
+        known = shaped.pixels.keys() | shaped.bad.keys()
+        wanted = [[i for i in dict.fromkeys(group.tolist()) if i not in known] for group in groups]
+        n_workers = self._n_workers(sum(map(len, wanted)))
+        fresh: Iterator[list[np.ndarray | str]]
+        if n_workers == 0:
+            fresh = (shaper[positions] for positions in wanted if positions)
+        else:
+            loader = DataLoader(
+                shaper,
+                sampler=[positions for positions in wanted if positions],
+                batch_size=None,
+                num_workers=n_workers,
+                collate_fn=_as_is,
+                generator=torch.Generator(),  # or the global one would move with the workers
+            )
+            with warnings.catch_warnings():
+                # Newer Pythons warn of any fork beside threads; these children only decode.
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                fresh = iter(loader)
+        for group, positions in zip(groups, wanted, strict=True):
+            loaded = dict(zip(positions, next(fresh), strict=True)) if positions else {}
+            for i, found in loaded.items():
+                shaped.keep(i, found, self.cache_bytes)
+            for i in group.tolist():
+                if i not in loaded:
+                    loaded[i] = shaped.bad[i] if i in shaped.bad else shaped.pixels[i]
+            yield loaded
+
+    def _n_workers(self, n_wanted: int) -> int:
+        n_cpus = os.cpu_count() or 1
+        if hasattr(os, "sched_getaffinity"):
+            n_cpus = len(os.sched_getaffinity(0))
+        if self.workers >= 0:
+            return min(self.workers, n_cpus) if n_wanted else 0
+        many = n_wanted > 256 and isinstance(self.images, EncodedImages)
+        return min(4, n_cpus) if many and n_cpus > 1 else 0
+
+    def _skip(self, i: int, reason: str, n_bad: int) -> None:
+        if i not in self._seen_bad:
+            self._seen_bad.add(i)
+            self.skipped.append(Skipped(self.images.name(i), reason))
+        if n_bad > self.max_bad:
+            raise DataError(
+                f"{self.images.spec}: {n_bad} bad images or more among {len(self._order)}, "
+                f"{self.max_bad:g} allowed: {some([skip.name for skip in self.skipped])}. "
+                f"{self.skipped[0].reason} Remove them, or allow more with --max-bad."
+            )
+
+    def _check_sizes(self, good: list[tuple[int, np.ndarray]]) -> None:
+        by_size: dict[tuple[int, ...], int] = {}
+        for i, pixels in good:
+            by_size.setdefault(pixels.shape[:2], i)
+        if len(by_size) > 1:
+            (a, i), (b, j) = list(by_size.items())[:2]
+            raise DataError(
+                f"{self.images.spec}: images of different sizes in one batch, "
+                f"{self.images.name(i)} is {a[0]}x{a[1]}, {self.images.name(j)} is {b[0]}x{b[1]} "
+                "(height x width). Give --resize and --crop, or --preset."
+            )
+
+    def _corrupted(self, pixels: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        if self.corruption is None:
+            return pixels
+        images = pixels.permute(0, 2, 3, 1).numpy()
+        spoilt = [self.corruption.apply(x, int(i)) for x, i in zip(images, index, strict=True)]
+        return torch.from_numpy(np.stack(spoilt)).permute(0, 3, 1, 2)
+
+    def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
+        p = self.preprocessing
+        x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (p.mean, p.std))
+        return x.mul_(p.scale).sub_(mean).div_(std)
+
+
+def _all_of(groups: list[np.ndarray]) -> list[np.ndarray]:
+    return groups
+
+
+def _dealt(groups: list[np.ndarray], rank: int, size: int) -> list[np.ndarray]:
+    return groups[rank::size]
+
+
+def _sliced(groups: list[np.ndarray], rank: int, size: int) -> list[np.ndarray]:
+    return [group[rank::size] for group in groups if len(group) > rank]
+
+
+def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:
+    if seed is None:
+        return index
+    if seed < 0:
+        raise ConfigError(f"--seed: {seed}, expected 0 or more.", name="seed")
+    return np.random.Generator(np.random.PCG64(seed)).permutation(index)
+
+
+def _as_is(loaded: list[np.ndarray | str]) -> list[np.ndarray | str]:
+    return loaded

@@ -1,0 +1,112 @@
+"""A cheap look at the first images: are they what the model's first norm layer expects?"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from math import exp, log
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnfix import guards, runtime
+from bnfix.layers.sites import sites_with_statistics
+
+#: Images looked at, and how few say nothing.
+N_EXAMPLES = 32
+_FEWEST = 8
+# Sound data has been seen to be up to 0.3 deviations and a factor of 2 in the variance away, other
+# preprocessing (no mean and deviation, pixels not divided by 255) a factor of 4 and far more.
+_MAX_SHIFT = 1.0
+_MAX_LOG_VAR = log(4.0)
+_MAX_SIZE = 1.5
+_DEAD = 1e-3  # of the median variance: such channels say nothing
+
+
+class _Seen(BaseException):
+    """Ends a pass once the layer has been reached; not to be taken for an error of the model's."""
+
+
+def look_at_inputs(model: nn.Module, batch: Any) -> str | None:
+    """Hold the first images against the moments that the model's first norm layer has stored.
+
+    Per channel: z = (batch_mean - mean) / sqrt(var + eps), r = (batch_var + eps) / (var + eps), all
+    biased, over N, H and W, in float64. A mismatch is rms(z) > 1 or median(|log r|) > log 4.
+
+    Args:
+        model: on its device; left as it was found.
+        batch: the first images, preprocessed.
+
+    Returns:
+        A sentence where the inputs look like other ones, else None; None also where there are fewer
+        than 8 images, or no statistics that were ever updated.
+    """
+    site = next(sites_with_statistics(model), None)
+    if site is None or len(batch.x) < _FEWEST:
+        return None
+    mean, var = (getattr(site.module, name) for name in ("running_mean", "running_var"))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or _is_fresh(mean, var):
+        return None
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments and isinstance(arguments[0], Tensor):
+            inputs.append(arguments[0].detach())
+        raise _Seen
+
+    handle = site.module.register_forward_pre_hook(keep)
+    try:
+        with guards.inference(model), suppress(_Seen):
+            runtime.run(model, batch, runtime.device_of(model))
+    finally:
+        handle.remove()
+    if not inputs or inputs[0].ndim < 2 or inputs[0].shape[1] != len(mean):
+        return None
+    eps = float(getattr(site.module, "eps", 1e-5))
+    shift, log_var = _distance(inputs[0], mean, var, eps)
+    if shift <= _MAX_SHIFT and abs(log_var) <= _MAX_LOG_VAR:
+        return None
+    low, high = float(batch.x.min()), float(batch.x.max())
+    return (
+        f"{len(batch.x)} images, {low:.3g} to {high:.3g} after preprocessing, do not look like "
+        f"what {site.name} has stored: means {shift:.2g} deviations away, deviations "
+        f"{exp(log_var / 2):.2g} times as large. Either the preprocessing is not "
+        "the one of the training (--preset, or --mean, --std, --scale), or the data or the stored "
+        "statistics are of another kind."
+    )
+
+
+def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> str | None:
+    """Hold the size of the inputs against the size that the model is known to be made for.
+
+    Args:
+        shape: of a batch, ending in height and width.
+        expected: height and width; None where they are not known.
+
+    Returns:
+        A sentence where they are more than 1.5 times apart, else None.
+    """
+    if expected is None or len(shape) < 4 or min(*shape[-2:], *expected) < 1:
+        return None
+    ratio = max(shape[-2] / expected[0], expected[0] / shape[-2])
+    if ratio <= _MAX_SIZE:
+        return None
+    return (
+        f"inputs are {shape[-2]}x{shape[-1]}, the model's published weights are for "
+        f"{expected[0]}x{expected[1]} (--resize and --crop, or --preset, to change)."
+    )
+
+
+def _is_fresh(mean: Tensor, var: Tensor) -> bool:
+    return not bool(mean.any()) and bool((var == 1).all())
+
+
+def _distance(inputs: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[float, float]:
+    """Root mean square of z and median of log r over the channels that are alive."""
+    values = inputs.double().cpu().transpose(0, 1).flatten(1)
+    mean, var = mean.detach().double().cpu(), var.detach().double().cpu()
+    alive = var > _DEAD * var.median()
+    z = (values.mean(1) - mean) / (var + eps).sqrt()
+    log_r = ((values.var(1, correction=0) + eps) / (var + eps)).log()
+    if not bool(alive.any()):
+        return 0.0, 0.0
+    return float(z[alive].square().mean().sqrt()), float(log_r[alive].median())

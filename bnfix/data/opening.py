@@ -1,0 +1,387 @@
+"""DATA opened: what kind it is, its images listed, each with its class.
+
+Kinds: a folder of class folders, a folder with ``labels.csv``, a flat folder, an ``.npz`` file;
+named data sets, tables, tar shards and callables have rooms of their own. All of it may come from
+strangers: sizes are checked before memory is taken, nothing is unpickled, and no path leads out of
+the folder by its name. Only a callable named in the spec itself is imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import tokenize
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from bnfix.data.callables import is_callable, open_callable
+from bnfix.data.classes import check_range, map_classes, read_class_map
+from bnfix.data.datasets import is_dataset, near_dataset, open_dataset
+from bnfix.data.images import (
+    SUFFIXES,
+    ArrayImages,
+    FileImages,
+    Images,
+    list_images,
+    open_regular,
+)
+from bnfix.data.parquet import choose_split, find_tables, open_tables
+from bnfix.data.shards import expand_braces, open_shards
+from bnfix.errors import ConfigError, DataError, some
+
+#: The class of each image by name or by number; None where there are none.
+Classes = list[str] | np.ndarray | None
+MAX_CSV_BYTES = 500_000_000
+_KINDS = (
+    "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
+    "an .npz file with images and labels, .tar shards, a Hugging Face folder or .parquet files, "
+    "a data set as cifar10:ROOT#test, or package.module:callable"
+)
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
+_GIB = 1 << 30
+# What zipfile and numpy's header parser raise on archives that are broken on purpose.
+_ARCHIVE_ERRORS = (
+    OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, SyntaxError, zlib.error,
+    tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def open_images(
+    spec: str,
+    *,
+    class_map: Path | None = None,
+    labels: str = "auto",
+    n_classes: int | None = None,
+    channels: int = 3,
+) -> Images:
+    """Open DATA: find out its kind, list its images, and give each its class.
+
+    Args:
+        spec: a folder of class folders, with ``labels.csv``, or flat; an ``.npz`` file; ``.tar``
+            shards; parquet files or a Hugging Face folder; a named data set; or a callable.
+        class_map: JSON file, class name to index.
+        labels: ``auto``, or ``none`` where the data's labels must not be used.
+        n_classes: outputs of the model, where known; labels must fit them.
+        channels: what images are converted to, 3 (colour) or 1 (grey).
+
+    Returns:
+        The opened data.
+
+    Raises:
+        ConfigError: if ``labels`` or ``channels`` is not known.
+        DataError: if nothing of a known kind is there, or labels are missing, wrong or too many.
+    """
+    if labels not in ("auto", "none"):
+        raise ConfigError(f"--labels: {labels!r}, expected auto or none.", name="labels")
+    if channels not in (1, 3):
+        raise ConfigError(f"channels: {channels}, expected 1 or 3.", name="channels")
+    mapping = None if class_map is None else read_class_map(Path(class_map))
+    path, wanted = Path(spec), labels == "auto"
+    images: Images
+    classes: Classes
+    try:
+        if is_dataset(spec) and not path.exists():
+            images, classes = open_dataset(spec, channels)
+        elif "#" in spec and not path.exists():
+            folder, _, split = spec.rpartition("#")
+            images, classes = _open_split(Path(folder), split, wanted, channels, spec)
+        elif path.is_dir():
+            images, classes = _open_split(path, "", wanted, channels, spec)
+        elif path.suffix.lower() == ".npz" and path.is_file():
+            images, classes = _open_npz(path, wanted, channels)
+        elif path.suffix.lower() in (".tar", ".parquet"):
+            images, classes = _open_files(spec, wanted, channels)
+        elif not path.exists() and (hint := near_dataset(spec)):
+            raise DataError(f"DATA {spec}: no such kind. {hint}", path=spec)
+        elif not path.exists() and is_callable(spec):
+            images, classes = open_callable(spec, wanted, channels)
+        elif path.exists() or ":" in spec:
+            raise DataError(f"DATA {spec}: not of a kind that is known. Give {_KINDS}.", path=spec)
+        else:
+            raise DataError(f"DATA {spec}: no such file or folder. Give {_KINDS}.", path=spec)
+    except (OSError, ValueError) as error:
+        raise DataError(f"DATA {spec}: cannot be read ({error}).", path=spec) from error
+    images.spec = spec
+    if classes is not None and wanted:
+        images.classes_given = classes, mapping, tuple(images.notes)
+        _set_labels(images, classes, mapping, n_classes)
+    else:
+        images.notes.append("no labels" if wanted else "labels are not used (--labels none)")
+        if mapping is not None:
+            images.notes.append("the class map is not used: there are no labels to map")
+    return images
+
+
+def for_outputs(images: Images, n_classes: int) -> Images:
+    """Number the classes of opened data anew, for a model with so many outputs.
+
+    Args:
+        images: labelled or not.
+        n_classes: outputs of the model; labels must fit them.
+
+    Returns:
+        The same images with the labels checked; nothing is read again, and what has been decoded
+        is shared.
+    """
+    again = object.__new__(type(images))
+    again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
+    if images.classes_given is not None:
+        classes, mapping, notes = images.classes_given
+        again.notes = list(notes)
+        _set_labels(again, classes, mapping, n_classes)
+    return again
+
+
+# Turn each image's class, a name or a number, into its index.
+def _set_labels(
+    images: Images, classes: list[str] | np.ndarray, mapping: dict[str, int] | None, n: int | None
+) -> None:
+    where = images.spec + ("/labels.csv" if images.kind == "labels.csv" else "")
+    if mapping is None and images.kind == "labels.csv":
+        numbers = [name for name in classes if _INTEGER.fullmatch(name)]
+        odd = [name for name in dict.fromkeys(classes) if not _INTEGER.fullmatch(name)]
+        if odd and (numbers or any(_NUMBER.fullmatch(name) for name in odd)):
+            raise DataError(
+                f"{where}: some labels are numbers, but not whole ones or not all: {some(odd)}. "
+                "Give whole numbers only, class names only, or --class-map FILE.json."
+            )
+        if numbers:
+            classes = np.asarray([int(name) for name in numbers], dtype=np.int64)
+    known = images.class_names
+    if isinstance(classes, np.ndarray) and mapping is not None and known is not None:
+        classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
+    if mapping is None and isinstance(classes, np.ndarray):
+        images.labels = check_range(classes, n, where)
+        if known is not None and n is not None:
+            images.class_names = (*known[:n], *map(str, range(len(known), n)))
+        return
+    names = [str(name) for name in classes]
+    folders = images.classes if isinstance(images, FileImages) else ()
+    indices, how = map_classes(sorted({*names, *folders}), mapping, n, where)
+    images.notes.append(how)
+    images.labels = np.asarray([indices[name] for name in names], dtype=np.int64)
+    held: dict[int, list[str]] = {}
+    for name, k in indices.items():
+        held.setdefault(k, []).append(name)
+    count = max(held) + 1 if n is None else n
+    images.class_names = tuple(" + ".join(held.get(k, [str(k)])) for k in range(count))
+
+
+# A folder of any kind, or one split in it.
+def _open_split(
+    path: Path, split: str, wanted: bool, channels: int, spec: str
+) -> tuple[Images, Classes]:
+    if (path / "labels.csv").exists() and not split:
+        return _open_csv(path, wanted, channels)
+    tables = find_tables(path) if path.is_dir() else []
+    if tables:
+        chosen, note = choose_split(path, tables, split, f"DATA {spec}")
+        images, classes = open_tables(chosen, wanted, channels, f"DATA {spec}")
+        images.notes += [] if note is None else [note]
+        return images, classes
+    inside = path / split
+    if split and not inside.is_dir():
+        raise DataError(
+            f"DATA {spec}: looked for a folder {split} or parquet files of that split in {path}; "
+            "neither is there.",
+            path=path,
+        )
+    by_file = (inside / "labels.csv").exists()
+    return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
+
+
+# Tar shards or parquet files, one or a range of them.
+def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
+    paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"DATA {spec}: {len(missing)} of {len(paths)} files are missing: {some(missing)}. "
+            "Fetch them, or give the range that is there.",
+            path=missing[0],
+        )
+    by_row = paths[0].suffix.lower() == ".parquet"
+    return (open_tables if by_row else open_shards)(paths, wanted, channels, f"DATA {spec}")
+
+
+# A folder of class folders, or a flat folder; class names where they are wanted.
+def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
+    loose, folders, n_others = list_images(path)
+    files, classes, empty = [], [], []
+    for folder in folders:
+        inside, deeper, n = list_images(path / folder)
+        n_others += n
+        found = [f"{folder}/{name}" for name in inside]
+        for sub in deeper:
+            nested, _, n = list_images(path / folder / sub)
+            n_others += n
+            found += [f"{folder}/{sub}/{name}" for name in nested]
+        files += found
+        classes += [folder] * len(found)
+        empty += [] if found else [folder]
+    if not loose and not files:
+        raise DataError(
+            f"DATA {path}: no images; looked for {' '.join(SUFFIXES)} in it and its folders.",
+            path=path,
+        )
+    if loose and files:
+        raise DataError(
+            f"DATA {path}: {len(loose)} images beside folders with images ({some(folders)}), so "
+            "neither flat nor class folders. Move one of them away.",
+            path=path,
+        )
+    if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
+        raise DataError(
+            f"DATA {path}: its folders are splits, not classes ({some(folders)}). "
+            f"Give one of them, for example {path / folders[0]}.",
+            path=path,
+        )
+    kind = "class folders" if files else "flat folder"
+    images = FileImages(str(path), kind, files or loose, channels, classes=folders if files else ())
+    if n_others:
+        images.notes.append(f"{n_others} files without an image's suffix passed over")
+    if empty:
+        images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
+    return images, classes if files and wanted else None
+
+
+# A folder with ``labels.csv``; its rows' labels as text, where they are wanted.
+def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
+    where = path / "labels.csv"
+    if where.stat().st_size > MAX_CSV_BYTES:
+        raise DataError(f"{where}: larger than {MAX_CSV_BYTES // 10**6} MB.", path=where)
+    with open_regular(where) as raw:
+        content = raw.read(MAX_CSV_BYTES)
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{where}: not a readable CSV file ({error}).", path=where) from error
+    rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    header = rows[0] if rows else []
+    if "file" not in header or (wanted and "label" not in header):
+        raise DataError(
+            f"{where}: its first line is {','.join(header)[:100]!r}, expected file,label.",
+            path=where,
+        )
+    column = header.index("file"), header.index("label") if "label" in header else 0
+    rows = rows[1:]
+    if not rows:
+        raise DataError(f"{where}: no images; there is no line after the header.", path=where)
+    short = [f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]]
+    files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
+    outside = {
+        name
+        for name in files
+        if ".." in PurePosixPath(name).parts
+        or PurePosixPath(name).is_absolute()
+        or PureWindowsPath(name).drive
+    }
+    problems = {
+        "without a file or label": short,
+        "listed more than once": [name for name, n in Counter(files).items() if n > 1],
+        "leading out of the folder": sorted(outside),
+        "missing": [n for n in dict.fromkeys(files) if n not in outside and not _is_file(path / n)],
+    }
+    found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
+    if found:
+        raise DataError(f"{where}: {found}. Correct the file.", path=where)
+    images = FileImages(str(path), "labels.csv", files, channels)
+    unlisted = set(list_images(path)[0]).difference(files)
+    if unlisted:
+        images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
+    return images, [row[column[1]] for row in rows] if wanted else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False  # a name that no file can have
+
+
+# An ``.npz`` file: headers first, then memory, then the arrays.
+def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarray | None]:
+    try:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")  # of headers that another numpy has written
+            shape, dtype = _npy_header(archive, path, "images")
+            image_shape = (*shape, 1) if len(shape) == 3 else shape
+            if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
+                raise DataError(
+                    f"{path}: images are {dtype} {shape}, expected uint8 (N, H, W) or "
+                    "(N, H, W, C) with 1, 3 or 4 channels last.",
+                    path=path,
+                )
+            if min(shape) == 0:
+                raise DataError(f"{path}: no images; their shape is {shape}.", path=path)
+            labels = None
+            if wanted and "labels.npy" in archive.namelist():
+                found = _npy_header(archive, path, "labels")
+                if found[1].kind not in "iu" or found[0] != shape[:1]:
+                    raise DataError(
+                        f"{path}: labels are {found[1]} {found[0]}, "
+                        f"expected whole numbers ({shape[0]},), one an image.",
+                        path=path,
+                    )
+                labels = _npy(archive, "labels")
+            pixels = _npy(archive, "images").reshape(image_shape)
+            others = [n for n in archive.namelist() if n not in ("images.npy", "labels.npy")]
+    except _ARCHIVE_ERRORS as error:
+        raise DataError(f"{path}: not a readable .npz file ({error}).", path=path) from error
+    images = ArrayImages(str(path), pixels, channels)
+    if others:
+        images.notes.append(f"arrays passed over: {some(others)}")
+    if image_shape[3] == 4:
+        images.notes.append("the fourth channel (alpha) is dropped")
+    if image_shape[3] == 1 and channels == 3:
+        images.notes.append("grey images, repeated to 3 channels")
+    if image_shape[3] > 1 and channels == 1:
+        images.notes.append("colour images, turned to grey by ITU-R 601 luma")
+    return images, labels
+
+
+# Shape and dtype of an array in the archive, once its declared size has been believed.
+def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, np.dtype[Any]]:
+    members = archive.namelist()
+    if members.count(f"{name}.npy") != 1:
+        raise DataError(
+            f"{path}: arrays {some(members) or 'none'}, expected one named {name}.", path=path
+        )
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > max(_GIB, 100 * info.compress_size):
+        raise DataError(
+            f"{path}: {name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
+            "more than 100 times and 1 GiB. Save it again with numpy.savez.",
+            path=path,
+        )
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} has .npy version {version}")
+        read = np.lib.format.read_array_header_1_0
+        if version == (2, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        n_bytes = file.tell() + prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
+        raise DataError(
+            f"{path}: {name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
+            f"{info.file_size:,} are stored.",
+            path=path,
+        )
+    return shape, dtype
+
+
+def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

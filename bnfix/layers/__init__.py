@@ -1,0 +1,1 @@
+"""The layer, where models have it, and how it gets there."""

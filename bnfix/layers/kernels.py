@@ -1,0 +1,394 @@
+"""Fast evaluation of the example-aware layer, each way with the plain form as fallback and oracle.
+
+A stock layer reads its input once and writes its output once. Here the input is read before that,
+for its own moments, and what is won is won by reading it no more often than that. Per example and
+channel, p and v the population's moments, m and s the example's, a the example weight:
+
+    mu  = p + a (m - p)
+    var = (1-a) v + a (s + (1-a) (m - p)^2)
+    y   = gamma (x - mu) / sqrt(var + eps) + beta
+
+Three ways beside the plain form:
+
+    CPU, eager     s from the sum of squares (contiguous) or about the mean (channels last), then
+                   one pass. Squares lose digits where m is far from 0 beside the mixture's spread:
+                   each channel is checked, and those that fail are done over by the plain form.
+    compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
+                   cancel unless a is near 1, where the plain form is taken. No graph breaks.
+    CUDA, eager    `triton_kernels`, where Triton is installed.
+
+The fast ways of eager mode are taken where no gradient is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import subprocess
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.moments import example_moments, mix, over_channel_groups
+
+_log = logging.getLogger("bnfix")
+
+#: Above this weight the compiled form could lose more than a digit, and centres by the example.
+SHIFTABLE = 0.9
+#: Channels with a m^2 beyond this many times (var + eps) are done over: about 6 bits are lost.
+_LOST = 64.0
+#: Least a in that rule: rounding of the output itself, m / sqrt(var), grows whatever a is.
+_LEAST = 1 / 16
+#: Values of an example from which one call an example beats whole-batch sums, channels last.
+_LARGE_EXAMPLE = 1 << 17
+#: Positions whose sum torch forms in one running float32, channels last.
+_RUN = 1 << 11
+#: Channels up to which positions are folded into them there.
+_WIDE = 1 << 10
+#: Values that are read twice in one go, so that the second reading finds them in the last cache.
+_SLAB = 1 << 21
+
+
+class Terms(NamedTuple):
+    """What the layer mixes with the example's moments, and what it applies.
+
+    Args:
+        mean: the population's, ``(C,)``, pooled over channel groups; ``None`` with none kept.
+        var: biased, likewise.
+        example_weight: a, ``()`` or ``(C,)``.
+        gamma: scale ``(C,)`` or ``None``.
+        beta: shift ``(C,)`` or ``None``.
+        eps: added to the variance.
+        channel_groups: number of groups that share moments.
+        shiftable: no weight is above `SHIFTABLE`.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    example_weight: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    channel_groups: int
+    shiftable: bool = False
+
+    def cast(self, dtype: torch.dtype) -> Terms:
+        """Convert every tensor.
+
+        Args:
+            dtype: of the statistics.
+
+        Returns:
+            The same terms in that type.
+        """
+        if all(t is None or t.dtype == dtype for t in self[:5]):
+            return self
+        return self._replace(
+            mean=None if self.mean is None else self.mean.to(dtype),
+            var=None if self.var is None else self.var.to(dtype),
+            example_weight=self.example_weight.to(dtype),
+            gamma=None if self.gamma is None else self.gamma.to(dtype),
+            beta=None if self.beta is None else self.beta.to(dtype),
+        )
+
+    def channels(self, index: Tensor, of: int) -> Terms:
+        """Select channels, whole groups of them.
+
+        Args:
+            index: channels to keep.
+            of: channels that there are.
+
+        Returns:
+            The terms of those channels.
+        """
+        kept = [None if t is None or t.ndim == 0 else t[index] for t in self[:5]]
+        mean, var, weight, gamma, beta = kept
+        return Terms(
+            mean, var, self.example_weight if weight is None else weight, gamma, beta, self.eps,
+            self.channel_groups * len(index) // of, self.shiftable,
+        )  # fmt: skip
+
+
+def values_of(input: Tensor) -> Tensor:
+    """View an input for its statistics.
+
+    Args:
+        input: ``(N, C)`` or ``(N, C, *spatial)``.
+
+    Returns:
+        ``(N, C, L)``, L positions; in float32 where the input is of half precision.
+    """
+    values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
+    return values.float() if input.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def affine(
+    centred: Tensor,
+    offset: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Scale and shift centred values.
+
+    Args:
+        centred: ``(N, C, L)``, values less some mean.
+        offset: ``(N, C)``, that mean less mu.
+        var: ``(N, C)``, to divide by.
+        gamma: scale ``(C,)`` or ``None``.
+        beta: shift ``(C,)`` or ``None``.
+        eps: added to the variance.
+
+    Returns:
+        ``gamma (centred + offset) / sqrt(var + eps) + beta``, ``(N, C, L)``.
+    """
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(scale.dtype)
+    shift = offset * scale
+    if beta is not None:
+        shift = shift + beta.to(shift.dtype)
+    return torch.addcmul(shift.unsqueeze(-1), centred, scale.unsqueeze(-1))
+
+
+def plain(input: Tensor, terms: Terms) -> Tensor:
+    """Evaluate by the formula, centring each (example, channel) by its own mean.
+
+    Args:
+        input: ``(N, C)`` or ``(N, C, *spatial)``.
+        terms: see `Terms`.
+
+    Returns:
+        The same shape, dtype and memory format; differentiable in everything.
+    """
+    values = values_of(input)
+    mean, var, centred = example_moments(values)
+    cast = terms.cast(values.dtype)
+    mu, var = _mixed(mean, var, cast, cast.example_weight)
+    output = affine(centred, mean - mu, var, terms.gamma, terms.beta, terms.eps)
+    return output.view(input.shape).to(input.dtype)
+
+
+def evaluate(input: Tensor, terms: Terms) -> Tensor:
+    """Evaluate by the fastest way that holds for this input.
+
+    Args:
+        input: ``(N, C)`` or ``(N, C, *spatial)``.
+        terms: see `Terms`.
+
+    Returns:
+        As `plain`, to rounding.
+    """
+    if torch.compiler.is_compiling():
+        return _shifted(input, terms) if _fits_shift(input, terms) else plain(input, terms)
+    if not _is_ordinary(input, terms):
+        return plain(input, terms)
+    if input.device.type == "cuda":
+        return _on_cuda(input, terms)
+    if input.is_contiguous():
+        return _in_slabs(input, terms, rows=True)
+    if input.movedim(1, -1).is_contiguous():
+        return _in_slabs(input, terms, rows=False)
+    return plain(input, terms)
+
+
+def _fits_shift(input: Tensor, terms: Terms) -> bool:
+    return terms.shiftable and terms.mean is not None and input.dim() > 2
+
+
+def _is_ordinary(input: Tensor, terms: Terms) -> bool:
+    """Whether eager kernels may take it: positions, real numbers behind it, no gradients."""
+    if input.device.type not in ("cpu", "cuda") or input.dim() < 3:
+        return False
+    if type(input) not in (Tensor, nn.Parameter) or torch._C._get_tracing_state():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(input):
+        return False
+    if torch.is_grad_enabled():
+        given = (input, terms.example_weight, terms.gamma, terms.beta)
+        if any(t is not None and t.requires_grad for t in given):
+            return False
+    return input.numel() > input.shape[0] * input.shape[1] > 0
+
+
+def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Moments to normalize by ``(N, C)``: the example's, mixed into the population's."""
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    if terms.mean is None or terms.var is None:
+        return mean, var
+    distance = mean - terms.mean
+    rest = 1 - a
+    var = torch.addcmul(var, distance, distance * rest)
+    return terms.mean + a * distance, rest * terms.var + a * var
+
+
+def _shifted(input: Tensor, terms: Terms) -> Tensor:
+    """By moments about the population's mean, which one reading gives; for compilers to fuse."""
+    wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    terms = terms.cast(wide)
+    if terms.mean is None or terms.var is None:  # narrows the type; `_fits_shift` has seen to it
+        return plain(input, terms)
+    axes = tuple(range(2, input.dim()))
+    shape = (-1, *(1 for _ in axes))
+    centred = input.to(wide) - terms.mean.view(shape)
+    distance, square = centred.mean(axes), (centred * centred).mean(axes)
+    size = distance.shape[1] // terms.channel_groups
+    if size > 1:
+        grouped = (len(distance), terms.channel_groups, size)
+        distance, square = (
+            t.view(grouped).mean(-1).repeat_interleave(size, -1) for t in (distance, square)
+        )
+    a = terms.example_weight
+    var = (1 - a) * terms.var + a * (square - a * distance * distance)
+    scale = torch.rsqrt(var + terms.eps)
+    if terms.gamma is not None:
+        scale = scale * terms.gamma
+    shift = -a * distance * scale
+    if terms.beta is not None:
+        shift = shift + terms.beta
+    shape = (*scale.shape, *(1 for _ in axes))
+    return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+def _on_cuda(input: Tensor, terms: Terms) -> Tensor:
+    """Triton's kernels, for the layouts, types and groups that they know, where they run."""
+    laid_out = input.is_contiguous() or input.movedim(1, -1).is_contiguous()
+    single = terms.channel_groups == input.shape[1]
+    if not laid_out or not single or input.dtype == torch.float64 or not _triton_runs(input.device):
+        return plain(input, terms)
+    return _by_triton(input, terms)
+
+
+def _by_triton(input: Tensor, terms: Terms) -> Tensor:
+    from bnfix.layers import triton_kernels  # only where there is something to run it on
+
+    population = None if terms.mean is None or terms.var is None else (terms.mean, terms.var)
+    return triton_kernels.normalize(
+        input, population, terms.example_weight, terms.gamma, terms.beta, terms.eps
+    )
+
+
+@functools.cache
+def _triton_runs(device: torch.device) -> bool:
+    """Once a device: whether Triton is there, finds its compiler, and gives what is right."""
+    x = torch.linspace(-1, 1, 96, device=device).view(2, 3, 4, 4) + 7
+    one = torch.ones(3, device=device)
+    terms = Terms(7 * one, one, 0.5 * one, one, one, 1e-5, 3)
+    try:
+        return torch.allclose(_by_triton(x, terms), plain(x, terms), atol=1e-4)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        _log.warning("Triton does not run on %s, so the plain form is used: %s", device, error)
+        return False
+
+
+def _in_slabs(input: Tensor, terms: Terms, *, rows: bool) -> Tensor:
+    """By so many examples at once that the second reading finds them in the cache."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    wide = terms.cast(torch.float32 if half else input.dtype)
+    output = torch.empty_like(input)
+    step = max(1, _SLAB * len(input) // input.numel())
+    if step >= len(input):
+        _slab(input, output, wide, rows=rows)
+        return output
+    for part, into in zip(torch.split(input, step), torch.split(output, step), strict=True):
+        _slab(part, into, wide, rows=rows)
+    return output
+
+
+def _slab(input: Tensor, output: Tensor, terms: Terms, *, rows: bool) -> None:
+    weight = terms.example_weight
+    a = weight if weight.ndim else weight.item()  # arithmetic with a number is the cheaper
+    x, y = (input, output) if rows else (input.movedim(1, -1), output.movedim(1, -1))
+    n, channels = input.shape[:2]
+    shape = (n, channels, -1) if rows else (n, -1, channels)
+    values, into = x.view(shape).to(weight.dtype), y.view(shape)
+    mean, var = _row_moments(values) if rows else _column_moments(values)
+    mu, var = _mixed(mean, var, terms, a)
+    var += terms.eps
+    least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
+    room = torch.sub(var, mean * mean * (least / _LOST))
+    (_scale_rows if rows else _scale_columns)(values, mu, var, terms, into)
+    # NaN anywhere makes the least NaN, and that is not above 0.
+    if not room.min().item() > 0:
+        _do_over(input, output, ~(room > 0).all(0), terms)
+
+
+def _row_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``(N, C, L)`` from sums and sums of squares, the two reductions torch is fast at."""
+    mean = values.mean(-1)
+    norm = torch.linalg.vector_norm(values, dim=-1)
+    norm *= values.shape[-1] ** -0.5
+    return mean, norm.square_().addcmul_(mean, mean, value=-1)
+
+
+def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``(N, L, C)``: from the reduction of stock training, or from whole-batch sums."""
+    n, positions, channels = values.shape
+    if positions * channels < _LARGE_EXAMPLE:
+        mean = values.mean(1)
+        return mean, (values * values).mean(1).addcmul_(mean, mean, value=-1)
+    # A running float32 sum would lose about sqrt(positions) roundings of its own size, so some
+    # positions are taken as channels of their own, and what is left goes by runs.
+    folds = math.gcd(positions, 1 << (max(1, _WIDE // channels).bit_length() - 1))
+    folded = values.view(n, positions // folds, folds * channels)
+    parts = [
+        torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))
+        for example in folded
+        for part in torch.split(example, _RUN)
+    ]
+    runs = len(parts) // n
+    mean, var = torch.stack(parts).view(n, runs, 2, folds, channels).unbind(2)
+    if runs * folds == 1:
+        return mean.view(n, channels), var.view(n, channels)
+    weight = None
+    if runs > 1:
+        lengths = [len(part) for part in torch.split(folded[0], _RUN)]
+        weight = (values.new_tensor(lengths) / positions).view(-1, 1, 1)
+    return mix(mean, var, weight, dim=(1, 2))
+
+
+def _scale_rows(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:
+    """Every (example, channel) as a channel of one example, which stock evaluation scales."""
+    n, channels, positions = values.shape
+    one = (1, n * channels, positions)
+    gamma, beta = (
+        None if term is None else term.expand(n, -1).reshape(-1)
+        for term in (terms.gamma, terms.beta)
+    )
+    moments = mu.view(-1), var.view(-1)
+    if into.dtype == values.dtype:
+        unused = values.new_empty(0), values.new_empty(0)
+        torch.native_batch_norm(
+            values.view(one), gamma, beta, *moments, False, 0.0, 0.0, out=(into.view(one), *unused)
+        )
+    else:
+        scaled = torch.batch_norm(
+            values.view(one), gamma, beta, *moments, False, 0.0, 0.0, False
+        )  # fmt: skip
+        into.copy_(scaled.view(values.shape))
+
+
+def _scale_columns(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:
+    scale = torch.rsqrt(var)
+    if terms.gamma is not None:
+        scale *= terms.gamma
+    mu *= scale
+    shift = -mu if terms.beta is None else terms.beta - mu
+    scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
+    if into.dtype == values.dtype:
+        torch.addcmul(shift, values, scale, out=into)
+    else:
+        into.copy_(torch.addcmul(shift, values, scale))
+
+
+def _do_over(input: Tensor, output: Tensor, bad: Tensor, terms: Terms) -> None:
+    """Replace the channels that lost digits, with all of their groups, by the plain form's."""
+    groups = bad.view(terms.channel_groups, -1)
+    index = groups.any(1, keepdim=True).expand_as(groups).reshape(-1).nonzero().view(-1)
+    if len(index) == len(bad):
+        output.copy_(plain(input, terms))
+    else:
+        output.index_copy_(1, index, plain(input[:, index], terms.channels(index, len(bad))))

@@ -1,0 +1,407 @@
+"""`GeneralizedBatchNorm`: one layer for Batch, Ghost, Group, Batch/Group and example-aware Norm.
+
+Training: examples are split, in order, into ceil(N / ghost_size) runs whose sizes differ by at most
+one; each (run, channel group) is normalized by its own biased moments. The running moments follow
+the whole batch per channel exactly as torch's layer updates them.
+
+Evaluation, per example i and channel group, a = example_weight:
+
+    mu  = (1-a) mean_p + a mean_i
+    var = (1-a) var_p  + a var_i + a (1-a) (mean_i - mean_p)^2
+    y   = gamma (x - mu) / sqrt(var + eps) + beta
+
+Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR
+2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and mixing
+is done on central moments, never on E[x^2] - E[x]^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnfix.errors import ConfigError, NormError, NumericError
+from bnfix.layers import kernels
+from bnfix.moments import example_moments, mix
+from bnfix.moments import over_channel_groups as over_channel_groups
+
+Weight = float | Sequence[float] | Tensor
+
+
+class GeneralizedBatchNorm(_BatchNorm):
+    """Batch Normalization with channel groups, ghost batches and an example weight.
+
+    With the defaults it equals torch's BatchNorm bit for bit, in training and in evaluation, and
+    it has the same parameters and buffers, plus the buffer ``example_weight``. A state dict without
+    that buffer loads strictly and leaves it as it is.
+
+    Args:
+        num_features: channels C of the input ``(N, C)`` or ``(N, C, *spatial)``.
+        eps: added to the variance.
+        momentum: weight of the batch in the running moments; ``None`` averages all batches.
+        affine: learn scale (gamma, ``weight``) and shift (beta, ``bias``).
+        track_running_stats: keep population moments; without them evaluation uses the batch's own.
+        channel_groups: number G of channel groups that share moments; default one channel each.
+        ghost_size: examples a ghost batch in training; default the whole batch.
+        example_weight: weight a of the example in its own statistics at evaluation, a number or
+            one a channel, 0 to 1.
+        device: where parameters and buffers lie.
+        dtype: their type.
+
+    Raises:
+        ConfigError: if a size or weight is out of range.
+        NormError: if the groups do not divide the channels, or a weight between 0 and 1 is asked
+            for without running statistics to mix with.
+
+    Example:
+        >>> layer = GeneralizedBatchNorm(6, channel_groups=3, example_weight=0.1).eval()
+        >>> layer(torch.zeros(2, 6, 4, 4)).shape
+        torch.Size([2, 6, 4, 4])
+    """
+
+    channel_groups: int
+    ghost_size: int | None
+    example_weight: Tensor
+    frozen: bool = False
+    _shiftable: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        channel_groups: int | None = None,
+        ghost_size: int | None = None,
+        example_weight: Weight = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._configure(channel_groups, ghost_size, example_weight, device)
+
+    def _configure(
+        self,
+        channel_groups: int | None,
+        ghost_size: int | None,
+        example_weight: Weight,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Check and set the three settings; also how surgery turns a stock layer into this one."""
+        groups = self.num_features if channel_groups is None else channel_groups
+        if groups < 1 or self.num_features % groups:
+            raise NormError(
+                f"channel_groups: {self.num_features} channels do not divide into {groups} groups. "
+                f"Use a divisor of {self.num_features}.",
+                name="channel_groups",
+            )
+        if ghost_size is not None and ghost_size < 1:
+            raise ConfigError(
+                f"ghost_size: {ghost_size}, expected at least 1 example.", name="ghost_size"
+            )
+        self.channel_groups, self.ghost_size = groups, ghost_size
+        self.register_buffer("example_weight", torch.zeros((), device=device))
+        self._assign_weight(example_weight)
+
+    def _assign_weight(self, weight: Weight) -> None:
+        """Check a weight, store it and refresh the plain flag that forward branches on."""
+        value = torch.as_tensor(weight, dtype=torch.float32, device=self.example_weight.device)
+        value = value.detach().clone()
+        if value.shape not in ((), (self.num_features,)):
+            raise ConfigError(
+                f"example_weight: shape {tuple(value.shape)}, expected one number or "
+                f"{self.num_features} (one a channel).",
+                name="example_weight",
+            )
+        if value.device.type != "meta":
+            if not bool(((value >= 0) & (value <= 1)).all()):
+                raise ConfigError(
+                    "example_weight: a value outside 0 to 1. Give weights from 0 to 1.",
+                    name="example_weight",
+                )
+            mixed = bool(((value > 0) & (value < 1)).any())
+            partly = bool((value > 0).any()) and not bool((value == 1).all())
+            if self.running_mean is None and (mixed or partly):
+                raise NormError(
+                    "example_weight: the layer keeps no running statistics to mix the example's "
+                    "with. Use 0 or 1, or track_running_stats=True.",
+                    name="example_weight",
+                )
+        self.example_weight = value
+        self._refresh_flag()
+
+    def _refresh_flag(self) -> None:
+        weight = self.example_weight
+        known = weight.device.type != "meta"
+        self._live = known and bool((weight != 0).any())
+        self._shiftable = known and bool((weight <= kernels.SHIFTABLE).all())
+
+    @property
+    def live(self) -> bool:
+        """Whether evaluation looks at the example: some channel's weight is above 0."""
+        return self._live
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected 2D or higher input (got {input.dim()}D input)")
+
+    def train(self, mode: bool = True) -> GeneralizedBatchNorm:
+        """Set training mode; a layer that was frozen stays in evaluation.
+
+        Args:
+            mode: training (True) or evaluation (False).
+
+        Returns:
+            The layer.
+        """
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize.
+
+        Args:
+            input: ``(N, C)`` or ``(N, C, *spatial)``.
+
+        Returns:
+            The same shape, dtype and memory format.
+
+        Raises:
+            NumericError: if, in training, a ghost batch holds a single value per channel group.
+        """
+        self._check_input_dim(input)
+        if input.numel() == 0:
+            return super().forward(input)
+        own_moments = self.training or self.running_mean is None
+        if own_moments and not (self._live and not self.training):
+            compiled_average = self.momentum is None and torch.compiler.is_compiling()
+            if self._is_stock(input.shape[0]) and not compiled_average:
+                return super().forward(input)
+            return self._by_runs(input)
+        if self._live:
+            return kernels.evaluate(input, self._terms())
+        if self.channel_groups == self.num_features:
+            return super().forward(input)
+        mean, var = self._population()
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _is_stock(self, n_examples: int) -> bool:
+        whole = self.ghost_size is None or self.ghost_size >= n_examples
+        return whole and self.channel_groups == self.num_features
+
+    def _population(self) -> tuple[Tensor, Tensor]:
+        """Population moments ``(C,)``, pooled over each channel group."""
+        mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        return over_channel_groups(mean, var, self.channel_groups)
+
+    def _terms(self) -> kernels.Terms:
+        """What evaluation mixes with the example's moments, and applies."""
+        mean, var = (None, None) if self.running_mean is None else self._population()
+        return kernels.Terms(
+            mean, var, self.example_weight, self.weight, self.bias, self.eps, self.channel_groups,
+            self._shiftable,
+        )  # fmt: skip
+
+    def _by_runs(self, input: Tensor) -> Tensor:
+        """Normalize each (ghost batch, channel group) by itself; update the running moments."""
+        values = kernels.values_of(input)
+        n = values.shape[0]
+        n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
+        base, longer = divmod(n, n_runs)
+        if base * values.shape[2] * (self.num_features // self.channel_groups) < 2:
+            raise NumericError(
+                "expected more than 1 value per ghost batch and channel group when training, got "
+                f"input size {tuple(input.shape)} with ghost_size {self.ghost_size}"
+            )
+        mean, var, centred = example_moments(values)
+        blocks = [
+            _over_runs(mean[start:stop], var[start:stop], length, self.channel_groups)
+            for start, stop, length in (
+                (0, longer * (base + 1), base + 1),
+                (longer * (base + 1), n, base),
+            )
+            if stop > start
+        ]
+        run_mean = torch.cat([block[0] for block in blocks])
+        run_var = torch.cat([block[1] for block in blocks])
+        if self.training and self.track_running_stats:
+            self._update_running(mean, var, n * values.shape[2])
+        output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
+        return output.view(input.shape).to(input.dtype)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
+        """Move the running moments toward the whole batch's, as torch's layer does."""
+        running_mean, running_var = self.running_mean, self.running_var
+        if running_mean is None or running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        batch_mean, batch_var = mix(mean, var, dim=0)
+        batch_var = batch_var * (n_values / max(n_values - 1, 1))
+        momentum: float | Tensor
+        if self.momentum is None:
+            momentum = self.num_batches_tracked.to(running_mean.dtype).reciprocal()
+        else:
+            momentum = self.momentum
+        running_mean.copy_(running_mean + momentum * (batch_mean - running_mean))
+        running_var.copy_(running_var + momentum * (batch_var - running_var))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        """Take a stock layer's state as it is; a missing example weight stays what it was."""
+        key = prefix + "example_weight"
+        given = state_dict.get(key)
+        if given is None:
+            state_dict[key] = self.example_weight
+        elif given.shape in ((), (self.num_features,)) and given.shape != self.example_weight.shape:
+            self.example_weight = self.example_weight.new_empty(given.shape)
+        if self.frozen:
+            state_dict.pop(prefix + "num_batches_tracked", None)
+            nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        if given is None:
+            del state_dict[key]
+        self._refresh_flag()
+
+    def extra_repr(self) -> str:
+        """The settings, as ``print(model)`` shows them.
+
+        Returns:
+            torch's own line, then what differs from the stock layer.
+        """
+        parts = [cast(str, super().extra_repr())]  # type: ignore[no-untyped-call]
+        if self.channel_groups != self.num_features:
+            parts.append(f"channel_groups={self.channel_groups}")
+        if self.ghost_size is not None:
+            parts.append(f"ghost_size={self.ghost_size}")
+        weight = self.example_weight
+        if weight.device.type != "meta" and weight.ndim == 0:
+            parts.append(f"example_weight={weight.item():.4g}")
+        elif weight.device.type != "meta":
+            parts.append(f"example_weight={weight.min().item():.3g}..{weight.max().item():.3g}")
+        if self.frozen:
+            parts.append("frozen=True")
+        return ", ".join(parts)
+
+
+class GeneralizedBatchNormAct(GeneralizedBatchNorm):
+    """The layer followed by the drop and activation modules of timm's BatchNormAct2d.
+
+    Made by surgery only; the two modules keep their names, so the state dict keeps its keys.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, drop, activate.
+
+        Args:
+            input: ``(N, C, *spatial)``.
+
+        Returns:
+            The same shape.
+        """
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
+def _over_runs(mean: Tensor, var: Tensor, length: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Mix ``(N, C)`` within runs of ``length`` examples and channel groups; at each example."""
+    shape = (-1, length, mean.shape[1])
+    mean, var = mix(mean.view(shape), var.view(shape), dim=1)
+    mean, var = over_channel_groups(mean, var, groups)
+    return mean.repeat_interleave(length, 0), var.repeat_interleave(length, 0)
+
+
+def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchNorm]]:
+    """Every GeneralizedBatchNorm of a model under its first dotted name, in order.
+
+    Args:
+        model: any module; a layer by itself has the name "".
+
+    Yields:
+        Name and layer.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, GeneralizedBatchNorm):
+            yield name, module
+
+
+def set_example_weight_(model: nn.Module, weight: Weight | Mapping[str, Weight]) -> None:
+    """Set the example weight of a layer, or of all generalized layers of a model.
+
+    Args:
+        model: a ``GeneralizedBatchNorm``, or a model that holds some.
+        weight: one number in [0, 1], one a channel, or a mapping from dotted layer name to either;
+            layers that a mapping does not name stay as they are.
+
+    Raises:
+        NormError: if there is no such layer, or one lacks running statistics to mix with.
+        ConfigError: if a weight is out of range or misshapen.
+
+    Changes:
+        The buffer ``example_weight`` of the layers, and the flag that forward branches on.
+    """
+    layers = dict(generalized_norms(model))
+    if not layers:
+        raise NormError("model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first.")
+    wanted = weight if isinstance(weight, Mapping) else dict.fromkeys(layers, weight)
+    unknown = [name for name in wanted if name not in layers]
+    if unknown:
+        raise NormError(f"{unknown[0]}: not a GeneralizedBatchNorm of this model.", name=unknown[0])
+    before = {name: layers[name].example_weight for name in wanted}
+    try:
+        for name, value in wanted.items():
+            layers[name]._assign_weight(value)
+    except (NormError, ConfigError) as error:
+        for name, value in before.items():
+            layers[name]._assign_weight(value)
+        raise type(error)(f"{name}: {error}", name=name) from error
+
+
+@contextmanager
+def trainable_weights(
+    layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float
+) -> Iterator[dict[str, Tensor]]:
+    """Let the example weights of some layers take gradients for a while.
+
+    Args:
+        layers: by name.
+        granularity: ``layer`` (one weight each) or ``channel``.
+        start: weights below this start here, since learning from exactly 0 is slow to begin.
+
+    Yields:
+        The leaf tensors by layer name; the caller keeps them in [0, 1].
+
+    Restores:
+        The buffers and flags as they were; what was learned is the caller's to set.
+    """
+    before = {
+        name: (layer.example_weight, layer._live, layer._shiftable)
+        for name, layer in layers.items()
+    }
+    leaves: dict[str, Tensor] = {}
+    try:
+        for name, layer in layers.items():
+            weight = layer.example_weight.detach()
+            per_channel = weight.expand(layer.num_features).clone()
+            value = per_channel if granularity == "channel" else weight.mean()
+            leaves[name] = value.clamp_min(start).requires_grad_()
+            layer._buffers["example_weight"], layer._live = leaves[name], True
+            layer._shiftable = False  # a leaf may come near 1
+        yield leaves
+    finally:
+        for name, (weight, live, shiftable) in before.items():
+            layers[name]._buffers["example_weight"] = weight
+            layers[name]._live, layers[name]._shiftable = live, shiftable

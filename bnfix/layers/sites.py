@@ -1,0 +1,186 @@
+"""Where a model has normalization layers, of what kind, and what speaks against a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from bnfix.errors import some
+from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
+
+_STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+_OURS = (GeneralizedBatchNorm, GeneralizedBatchNormAct)
+
+
+#: timm's layers are known by where they come from, so that timm need not be installed.
+_TIMM_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A place in a model with a normalization layer that has, or could have, population moments.
+
+    Args:
+        name: its first dotted name.
+        aliases: further names of the same module.
+        module: the layer.
+        kind: its class name.
+        problem: why it cannot be swapped; "" if it can.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    module: nn.Module
+    kind: str
+    problem: str
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its statistics are constants by construction."""
+        return "Frozen" in self.kind or bool(getattr(self.module, "frozen", False))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it keeps population moments."""
+        return isinstance(getattr(self.module, "running_mean", None), Tensor)
+
+
+def find_norms(model: nn.Module) -> list[NormSite]:
+    """Every normalization layer with population moments, known or not, in order.
+
+    Torch's Batch Norms, SyncBatchNorm, torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d, and
+    anything else that derives from Batch Norm or holds ``running_mean`` and ``running_var``.
+    Instance Norm is not among them.
+
+    Args:
+        model: any module.
+
+    Returns:
+        One site a module, whatever number of names it has.
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # Not module._buffers: a scripted module has none that can be iterated over.
+        buffers = {key for key, _ in module.named_buffers(recurse=False)}
+        holds_moments = {"running_mean", "running_var"} <= buffers
+        if isinstance(module, _BatchNorm) or (
+            holds_moments and not isinstance(module, _InstanceNorm)
+        ):
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    return [
+        NormSite(
+            names[key][0],
+            tuple(names[key][1:]),
+            module,
+            type(module).__name__,
+            _problem(module, is_root=names[key][0] == ""),
+        )
+        for key, module in modules.items()
+    ]
+
+
+def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``.
+
+    Args:
+        site: the place, by any of its names.
+        layers: globs; none means all.
+        skip: globs.
+
+    Returns:
+        True if it is to be worked on.
+    """
+
+    def matches(patterns: Sequence[str]) -> bool:
+        names = (site.name, *site.aliases)
+        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+    return (not layers or matches(layers)) and not matches(skip)
+
+
+def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
+    """Which patterns match no norm layer: each is most likely a slip of the pen.
+
+    Args:
+        sites: from `find_norms`.
+        patterns: globs on dotted names.
+
+    Returns:
+        One problem for each such pattern.
+    """
+    names = [name for site in sites for name in (site.name, *site.aliases)]
+    known = some(names) or "none"
+    return [
+        f"{pattern}: matches no norm layer{_near(pattern, names)} (there are: {known})"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """Names that are spelled nearly like a pattern, as a question."""
+    close = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def is_timm_act(module: nn.Module) -> bool:
+    """Whether a module is one of timm's Batch Norms with an activation.
+
+    Args:
+        module: any module.
+
+    Returns:
+        True by where its class comes from; timm need not be installed.
+    """
+    kind = type(module)
+    return kind.__module__.startswith("timm.") and kind.__name__ in _TIMM_ACT
+
+
+def _problem(module: nn.Module, *, is_root: bool) -> str:
+    kind = type(module)
+    if is_root:
+        return "the model is itself a norm layer; put it inside a module, such as nn.Sequential"
+    if isinstance(module, _LazyNormBase):
+        return f"{kind.__name__} has no size yet; run the model once before"
+    known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm, FrozenBatchNorm2d) or is_timm_act(module)
+    if not known:
+        return (
+            f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and it may do "
+            "more than normalize; leave it with --skip"
+        )
+    if "forward" in vars(module):
+        return "its forward was replaced on the object itself; undo that, or leave it with --skip"
+    return ""
+
+
+def sites_with_statistics(
+    model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
+) -> Iterator[NormSite]:
+    """The sites whose population moments may be computed anew.
+
+    A layer of a kind not known is one of them if it derives from Batch Norm; whatever else holds
+    ``running_mean`` and ``running_var`` may mean something else by them.
+
+    Args:
+        model: any module.
+        layers: only names that match one of these globs.
+        skip: not names that match one of these globs.
+
+    Yields:
+        Sites that keep moments, are not frozen, and are selected.
+    """
+    for site in find_norms(model):
+        known = not site.problem or isinstance(site.module, _BatchNorm)
+        if site.has_statistics and known and not site.frozen and selected(site, layers, skip):
+            yield site

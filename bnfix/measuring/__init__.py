@@ -1,0 +1,1 @@
+"""Outputs to metrics, intervals, paired differences, and the gate that decides by them."""

@@ -1,0 +1,136 @@
+"""Two models on the same examples: paired differences and the verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import t as student_t
+
+from bnfix.errors import DataError
+from bnfix.measuring.intervals import LEVEL, Array, Interval, middle, resampled_means
+from bnfix.measuring.metrics import Metrics, PerExample
+
+#: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, repr=False)
+class Difference:
+    """A paired difference, after less before.
+
+    Args:
+        difference: mean over the examples.
+        interval: 95%, by bootstrap over the examples.
+        p: two-sided; McNemar's exact test for top-1, the paired t-test for losses.
+    """
+
+    difference: float
+    interval: Interval
+    p: float
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"{self.difference:+.4g} ({low:+.4g} to {high:+.4g}, p={self.p:.2g})"
+
+
+@dataclass(frozen=True, repr=False)
+class Paired:
+    """Two models on the same examples.
+
+    Args:
+        top1: difference in the fraction right; above 0 is better.
+        nll: difference in NLL; below 0 is better.
+        nll_temperature_scaled: the same after temperature scaling of both.
+        verdict: ``better``: NLL or top-1 significantly better and neither significantly worse;
+            ``worse``: either significantly worse; otherwise ``same``. Significant: the interval
+            leaves out 0 (and rounding), and p < 0.05; either alone is too bold on few examples.
+        temperature_only: better, but nothing of it is left after temperature scaling.
+    """
+
+    top1: Difference
+    nll: Difference
+    nll_temperature_scaled: Difference
+    verdict: str
+    temperature_only: bool
+
+    def __repr__(self) -> str:
+        only = ", temperature_only" if self.temperature_only else ""
+        return f"Paired({self.verdict}, top1 {self.top1!r}, nll {self.nll!r}{only})"
+
+
+def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
+    """Compare two models on the same examples, pairwise.
+
+    Args:
+        before: what is compared against.
+        after: what is judged.
+        seed: of the bootstrap.
+
+    Returns:
+        Differences (after less before) with 95% intervals and the verdict.
+
+    Raises:
+        DataError: if the examples differ or have no labels.
+    """
+    old, new = paired_examples(before, after)
+    columns = np.column_stack(
+        [
+            new.right.astype(np.float64) - old.right,
+            new.losses - old.losses,
+            new.scaled_losses - old.scaled_losses,
+        ]
+    )
+    means = columns.mean(0)
+    intervals = map(middle, resampled_means(columns, seed).T, means)
+    p_values = (_mcnemar(columns[:, 0]), _paired_p(columns[:, 1]), _paired_p(columns[:, 2]))
+    top1, nll, scaled = (
+        Difference(float(mean), interval, p)
+        for mean, interval, p in zip(means, intervals, p_values, strict=True)
+    )
+    signs = {_sign(top1), -_sign(nll)}
+    verdict = "worse" if -1 in signs else "better" if 1 in signs else "same"
+    left = _sign(top1) == 1 or _sign(scaled) == -1
+    return Paired(top1, nll, scaled, verdict, verdict == "better" and not left)
+
+
+def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
+    """The examples of two metrics, checked to be the same ones.
+
+    Args:
+        before: one model's metrics.
+        after: another's.
+
+    Returns:
+        Both, row by row of the same examples.
+
+    Raises:
+        DataError: if the examples differ or have no labels.
+    """
+    if before.examples is None or after.examples is None:
+        raise DataError("comparison: the examples have no labels, so nothing can be compared.")
+    if not np.array_equal(before.examples.labels, after.examples.labels):
+        raise DataError("comparison: the two were not measured on the same examples.")
+    return before.examples, after.examples
+
+
+def _sign(difference: Difference) -> int:
+    """1 or -1 where the difference is significantly above or below 0, else 0."""
+    low, high = difference.interval
+    if difference.p >= 1 - LEVEL:
+        return 0
+    return 1 if low > ROUNDING else -1 if high < -ROUNDING else 0
+
+
+def _mcnemar(difference: Array) -> float:
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def _paired_p(difference: Array) -> float:
+    n = len(difference)
+    if n < 2 or not difference.any():
+        return 1.0
+    se = float(difference.std(ddof=1)) / n**0.5
+    return float(2 * student_t.sf(abs(float(difference.mean())) / se, n - 1)) if se > 0 else 0.0

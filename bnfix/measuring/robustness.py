@@ -1,0 +1,178 @@
+"""Models on corrupted images, and the same examples in other company: what stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnfix import runtime
+from bnfix.data.corruptions import Corruption
+from bnfix.errors import DataError
+from bnfix.measuring.evaluation import Outputs, collect
+from bnfix.measuring.intervals import Interval
+from bnfix.measuring.metrics import measure
+from bnfix.measuring.pairing import Paired, compare
+
+#: Differences of logits up to this part of their largest size are rounding, by precision.
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """One model on images of one corruption.
+
+    Args:
+        model: its name.
+        kind: of the corruption.
+        severity: 1, 2 or 3.
+        n_examples: how many.
+        top1: fraction right.
+        nll: mean negative log-likelihood, nats.
+        nll_temperature_scaled: the same after temperature scaling on these images.
+        interval: 95%, of each of the three.
+        paired: against the first model on the same corrupted images; ``None`` for the first.
+    """
+
+    model: str
+    kind: str
+    severity: int
+    n_examples: int
+    top1: float
+    nll: float
+    nll_temperature_scaled: float
+    interval: dict[str, Interval]
+    paired: Paired | None
+
+
+def shifted(
+    names: Sequence[str], found: Sequence[Outputs], corruption: Corruption, *, seed: int = 0
+) -> list[Shifted]:
+    """Judge several models by their logits for the same corrupted images.
+
+    Args:
+        names: of the models.
+        found: what each gives, with labels.
+        corruption: what was done to the images.
+        seed: of intervals and temperature.
+
+    Returns:
+        One row a model.
+
+    Raises:
+        DataError: if there are no labels.
+    """
+    measured = [measure(one.outputs, one.labels, seed=seed) for one in found]
+    rows = []
+    for i, (name, m) in enumerate(zip(names, measured, strict=True)):
+        if m.top1 is None or m.nll is None or m.nll_temperature_scaled is None:
+            raise DataError("--corruptions: the examples have no labels. Give labels.")
+        kept = {key: m.interval[key] for key in ("top1", "nll", "nll_temperature_scaled")}
+        paired = compare(measured[0], m, seed=seed) if i else None
+        rows.append(
+            Shifted(
+                name, corruption.kind, corruption.severity, m.n_examples, m.top1, m.nll,
+                m.nll_temperature_scaled, kept, paired,
+            )
+        )  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True)
+class Company:
+    """Logits of examples in one company against the same examples in another.
+
+    Args:
+        largest_difference: of any logit.
+        top1_agreement: fraction of the examples with the same largest logit.
+    """
+
+    largest_difference: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class BatchInvariance:
+    """Whether an example's logits depend on which examples are computed beside it.
+
+    Args:
+        model: its name.
+        n_examples: drawn by the seed.
+        batch_size: of the batches.
+        alone: each example alone, against in its batch.
+        permuted: in batches of other examples in another order, against in its batch.
+        largest_logit: absolute value, to compare the differences with.
+        invariant: whether both differences are rounding.
+    """
+
+    model: str
+    n_examples: int
+    batch_size: int
+    alone: Company
+    permuted: Company
+    largest_logit: float
+    invariant: bool
+
+
+def batch_invariance(
+    names: Sequence[str],
+    models: Sequence[nn.Module],
+    batches_of: Callable[[np.ndarray, int], Iterable[Any]],
+    index: np.ndarray,
+    batch_size: int,
+    *,
+    forward: runtime.Forward | None = None,
+    precision: str = "fp32",
+    seed: int = 0,
+) -> list[BatchInvariance]:
+    """Compare each example's logits in its batch, alone, and in a permuted batch.
+
+    Args:
+        names: of the models.
+        models: on the device to run on; modes are left as found.
+        batches_of: gives the batches of positions in their order, at a batch size; of at least one
+            example, each of one row an example.
+        index: positions to compare, at least 1.
+        batch_size: of the batches.
+        forward: for unusual batches.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        seed: of the permutation.
+
+    Returns:
+        One record a model.
+
+    Raises:
+        DataError: if the three passes do not give the same number of examples.
+    """
+    order = np.random.default_rng(seed).permutation(len(index))
+
+    def run(positions: np.ndarray, size: int) -> list[torch.Tensor]:
+        batches = batches_of(positions, size)
+        found = collect(models, batches, forward=forward, precision=precision, any_task=True)
+        return [torch.from_numpy(one.outputs).flatten(1) for one in found]
+
+    together, alone = run(index, batch_size), run(index, 1)
+    mixed = run(index[order], batch_size)
+    back = torch.from_numpy(np.argsort(order))
+    rows = []
+    for name, a, b, c in zip(names, together, alone, mixed, strict=True):
+        if not len(a) == len(b) == len(c) == len(index):
+            raise DataError(
+                f"--compare-batch-sizes: {len(a)}, {len(b)} and {len(c)} outputs for {len(index)} "
+                "examples. Expected one row an example in every batch."
+            )
+        companies = _company(a, b), _company(a, c[back])
+        largest = float(a.abs().max())
+        worst = max(company.largest_difference for company in companies)
+        invariant = worst <= TOLERANCES[precision] * max(largest, 1e-6)
+        rows.append(BatchInvariance(name, len(index), batch_size, *companies, largest, invariant))
+    return rows
+
+
+def _company(a: torch.Tensor, b: torch.Tensor) -> Company:
+    same = (a.argmax(1) == b.argmax(1)).double().mean()
+    return Company(float((a - b).abs().max()), float(same))

@@ -1,0 +1,1 @@
+"""Models that run elsewhere, each checked against the one that it came from."""

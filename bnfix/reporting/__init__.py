@@ -1,0 +1,1 @@
+"""The records of all stages as JSON, Markdown and a page."""

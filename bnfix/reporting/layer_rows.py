@@ -1,0 +1,106 @@
+"""A model's norm layers as rows of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from bnfix.layers.norms import generalized_norms
+from bnfix.layers.sites import find_norms
+from bnfix.reporting.records import LayerRow
+from bnfix.statistics.calibration import Calibration
+from bnfix.weighing.example_weight import weights_of
+
+
+def statistics_of(model: nn.Module) -> dict[str, Any]:
+    """Copies of every layer's stored moments, with its eps.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Mean, variance (float64, on the CPU) and eps by layer name.
+    """
+    return {
+        site.name: (
+            site.module.running_mean.double().cpu().clone(),  # type: ignore[operator]
+            site.module.running_var.double().cpu().clone(),  # type: ignore[operator]
+            float(getattr(site.module, "eps", 1e-5)),
+        )
+        for site in find_norms(model)
+        if site.has_statistics
+    }
+
+
+def drifts_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Mean shift and log variance ratio of every layer that both have.
+
+    Args:
+        before: from `statistics_of`.
+        after: from `statistics_of`.
+
+    Returns:
+        For each layer: mean over channels of |mean' - mean| / sqrt(var' + eps), and of
+        |log((var' + eps) / (var + eps))|.
+    """
+    drifts = {}
+    for name, (mean, var, eps) in after.items():
+        if name in before and before[name][0].shape == mean.shape:
+            old_mean, old_var, _ = before[name]
+            shift = ((mean - old_mean).abs() / (var.clamp_min(0) + eps).sqrt()).mean()
+            ratio = ((var.clamp_min(0) + eps) / (old_var.clamp_min(0) + eps)).log().abs().mean()
+            drifts[name] = (float(shift), float(ratio))
+    return drifts
+
+
+def layer_rows(
+    model: nn.Module,
+    drifts: Mapping[str, tuple[float, float]],
+    fresh: Mapping[str, tuple[float, float]],
+    calibration: Calibration | None = None,
+) -> tuple[LayerRow, ...]:
+    """One row a norm layer, in order.
+
+    Args:
+        model: as it will be used.
+        drifts: mean shift and log variance ratio by layer, where known.
+        fresh: residual by layer, where measured, as `residuals` gives it.
+        calibration: the recalibration that stands, for its errors.
+
+    Returns:
+        The rows.
+    """
+    weights = weights_of(model)
+    errors = {} if calibration is None else {r.name: r for r in calibration.layers}
+    rows = []
+    for site in find_norms(model):
+        shift, ratio = drifts.get(site.name, (None, None))
+        record = errors.get(site.name)
+        rows.append(
+            LayerRow(
+                site.name,
+                site.kind,
+                int(getattr(site.module, "num_features", 0)),
+                weights.get(site.name, 0.0),
+                shift,
+                ratio,
+                fresh[site.name][0] if site.name in fresh else None,
+                None if record is None else record.mean_se,
+                None if record is None else record.var_se,
+            )
+        )
+    return tuple(rows)
+
+
+def n_live(model: nn.Module) -> int:
+    """How many layers look at the example.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The count of generalized layers with a weight above 0.
+    """
+    return sum(layer.live for _, layer in generalized_norms(model))

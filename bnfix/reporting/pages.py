@@ -1,0 +1,287 @@
+"""Names, numbers and pictures made fit for a page: escaping, rounding, templates, clean SVG.
+
+Every text that a template prints passes through here, so that a name from a file cannot break out
+of its place, in HTML or in Markdown.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from bnfix.measuring.pairing import Difference
+
+_NONE = "-"
+_SVG = "{http://www.w3.org/2000/svg}"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+class _Code(str):
+    """Text for an indented Markdown code block: one line, no escapes needed."""
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template; every printed text is cleaned and escaped for the template's language.
+
+    Args:
+        template: file name under ``templates``; ``*.html.j2`` or ``*.md.j2``.
+        **values: what it may print.
+
+    Returns:
+        The page.
+    """
+    html = ".html" in template
+
+    def finalize(value: Any) -> Any:
+        if isinstance(value, (Markup, _Code)):
+            return value
+        return clean(value) if html else _markdown(value)
+
+    environment = Environment(
+        loader=PackageLoader("bnfix.reporting", "templates"),
+        autoescape=html,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(_FILTERS)
+    return environment.get_template(template).render(**values)
+
+
+def clean(text: object, limit: int = 500) -> str:
+    """Put a text of unknown origin on one line, without control characters.
+
+    Args:
+        text: a name from a file, for example.
+        limit: longest text that is not cut.
+
+    Returns:
+        The line.
+    """
+    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(text).split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def count(n: float) -> str:
+    """Write a count.
+
+    Args:
+        n: for example 5000.
+
+    Returns:
+        For example ``5,000``.
+    """
+    return f"{n:,.0f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Write a fraction in percent.
+
+    Args:
+        value: for example 0.762.
+        digits: after the point.
+
+    Returns:
+        For example ``76.2%``; a dash for what is not there.
+    """
+    return _NONE if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number with fixed digits.
+
+    Args:
+        value: for example a loss.
+        digits: after the point.
+
+    Returns:
+        For example ``0.481``; a dash for what is not there.
+    """
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def ends(d: Difference, points: bool) -> tuple[str, str, str]:
+    """Write a difference and its interval, with the digits it takes to keep the ends off 0.
+
+    Args:
+        d: a paired difference.
+        points: in percentage points, not in its own unit.
+
+    Returns:
+        The difference, the lower end, the upper end.
+    """
+    scale, digits = (100, 1) if points else (1, 3)
+    nonzero = [abs(scale * end) for end in d.interval if end]
+    while nonzero and digits < 6 and min(nonzero) < 0.5 * 10**-digits:
+        digits += 1
+    value, low, high = (f"{scale * x:.{digits}f}" for x in (d.difference, *d.interval))
+    zero = f"{0:.{digits}f}"
+    return (zero, low, high) if value == f"-{zero}" else (value, low, high)
+
+
+def difference(d: Difference, *, points: bool = False) -> str:
+    """Write a difference in words.
+
+    Args:
+        d: a paired difference.
+        points: in percentage points, not in its own unit.
+
+    Returns:
+        For example ``4.8 points, 95% interval 3.9 to 5.7``.
+    """
+    value, low, high = ends(d, points)
+    return f"{value}{' points' if points else ''}, 95% interval {low} to {high}"
+
+
+def direction(d: Difference) -> str:
+    """Say which way a paired difference goes, if that is sure.
+
+    Args:
+        d: a paired difference.
+
+    Returns:
+        A verb with its complement.
+    """
+    low, high = d.interval
+    return "is higher" if low > 0 else "is lower" if high < 0 else "does not differ measurably"
+
+
+def plain_json(value: Any) -> Any:
+    """Turn a value into what strict JSON can hold.
+
+    Args:
+        value: nested containers, numbers, texts, numpy's too.
+
+    Returns:
+        The same in plain containers; a number that is not finite becomes ``None``, what JSON does
+        not know its text.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, np.floating)):
+        return float(f"{float(value):.9g}") if math.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return plain_json(value.item())
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain_json(item) for item in value]
+    return str(value)
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Name nested options by dotted names; those that were left open are left out.
+
+    Args:
+        options: nested mappings.
+        prefix: before every name.
+
+    Yields:
+        Name and value, as text.
+    """
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            if value:
+                yield f"{prefix}{name}", ",".join(str(item) for item in value)
+        elif value is not None:
+            yield f"{prefix}{name}", str(value)
+
+
+def svg_for_page(text: str, key: str, label: str, colors: Mapping[str, str]) -> str:
+    """Make Matplotlib's SVG fit for standing inside HTML beside others.
+
+    Args:
+        text: the file's content.
+        key: put before every id, so that they are unique on the page.
+        label: what the picture shows, for those who do not see it.
+        colors: what stands on the page for a colour of the drawing.
+
+    Returns:
+        An ``<svg>`` element: unique ids, short numbers, a title; no style sheet, no metadata.
+    """
+    root = ElementTree.fromstring(text[text.index("<svg") :])
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if not child.tag.startswith(_SVG) or child.tag in (f"{_SVG}style", f"{_SVG}metadata"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        _clean_attributes(element.attrib, element.tag, key, colors)
+        if element.tag not in ("text", "tspan"):
+            element.text = None
+        element.tail = None
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-labelledby": f"{key}-title",
+        "fill": "currentColor",
+    }
+    title = ElementTree.Element("title", {"id": f"{key}-title"})
+    title.text = label
+    root.insert(0, title)
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _clean_attributes(given: dict[str, str], tag: str, key: str, colors: Mapping[str, str]) -> None:
+    if tag in ("g", "text"):
+        given.pop("id", None)
+    if _LINK in given:
+        given["href"] = given.pop(_LINK).replace("#", f"#{key}-", 1)
+    if "id" in given:
+        given["id"] = f"{key}-{given['id']}"
+    if "clip-path" in given:
+        given["clip-path"] = given["clip-path"].replace("#", f"#{key}-", 1)
+    if "style" in given:
+        parts = [part.strip() for part in given["style"].split(";")]
+        style = ";".join(part for part in parts if not part.startswith("font-family"))
+        given["style"] = re.sub("#[0-9a-f]{6}", lambda found: colors.get(found[0], found[0]), style)
+    for name in ("d", "x", "y", "transform", "width", "height"):
+        if name in given:
+            shorter = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}", given[name])
+            given[name] = " ".join(shorter.split())
+
+
+def _markdown(text: object) -> str:
+    line = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", line)
+
+
+def _brief(value: float | None) -> str:
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _weight(value: float | list[float]) -> tuple[str, str]:
+    """A layer's example weight: the number, or the median and the range over channels."""
+    if not isinstance(value, list):
+        return _brief(value), ""
+    low, middle, high = np.quantile(value, [0, 0.5, 1]) if value else (0.0, 0.0, 0.0)
+    return _brief(middle), f"{low:.3g} to {high:.3g}" if high > low else ""
+
+
+_FILTERS: Mapping[str, Callable[..., Any]] = {
+    "count": count,
+    "percent": percent,
+    "number": number,
+    "ends": ends,
+    "brief": _brief,
+    "tiny": lambda value: f"{value:.1e}",
+    "p": _p,
+    "weight": _weight,
+    "code": lambda text: _Code(clean(text, 4000)),
+    "drawing": lambda picture: Markup(picture.svg),
+}

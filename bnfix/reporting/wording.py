@@ -1,0 +1,260 @@
+"""What a report says in sentences: the verdict, what was done, what was assumed or skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bnfix.errors import some
+from bnfix.layers.surgery import SwapPlan
+from bnfix.measuring.custom_metrics import Custom
+from bnfix.measuring.gate import Decision
+from bnfix.measuring.pairing import Paired
+from bnfix.reporting.pages import clean, count, difference, direction, number, percent
+from bnfix.reporting.records import DataUsed, Evaluated
+from bnfix.statistics.calibration import Calibration
+from bnfix.tuning.finetuning import Finetuning
+from bnfix.weighing.example_weight import WeightChoice
+
+#: Commands whose first model is the same network before the work.
+_BEFORE = ("fix", "convert", "calibrate", "finetune", "demo")
+_BADGES = {"better": "Better", "same": "Same", "worse": "Worse"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the verdict is about.
+
+    Args:
+        command: ``fix``, ``eval``, ...
+        data: what was evaluated on.
+        models: the first is what the others are compared against.
+        paired: each further model against the first.
+        n_seen: evaluated examples that were used for fitting or choosing.
+        n_swapped: norm layers that were swapped.
+    """
+
+    command: str
+    data: DataUsed | None
+    models: tuple[Evaluated, ...]
+    paired: tuple[Paired | None, ...]
+    n_seen: int = 0
+    n_swapped: int = 0
+
+    def headline(self) -> str:
+        """The first sentence, without the verdict's word.
+
+        Returns:
+            The sentence, its first letter small where words may stand before it.
+        """
+        if not self.models:
+            n = self.n_swapped
+            done = f"{count(n)} norm {'layer' if n == 1 else 'layers'} swapped; " if n else ""
+            return f"{done}no model was evaluated, so nothing is claimed."
+        last, images = self.models[-1].metrics, self._images()
+        if not self.models[-1].classified:
+            return self._own_metrics(images)
+        if last.top1 is None:
+            return f"the {images} have no labels, so nothing can be proven."
+        if len(self.models) == 1:
+            low, high = (100 * end for end in last.interval["top1"])
+            return f"{percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
+        first, paired = self.models[0].metrics, self.paired[-1]
+        if paired is None or first.top1 is None:
+            return f"{percent(last.top1)} of {images} right; the first model was not measured."
+        if self._judged_by_nll():
+            return (
+                f"NLL {number(last.nll)} on {images}, {number(first.nll)} {self._reference()}; "
+                f"the difference is {difference(paired.nll)}."
+            )
+        no = "no measurable difference: " if paired.verdict == "same" else ""
+        return (
+            f"{no}{percent(last.top1)} of {images} right, {percent(first.top1)} "
+            f"{self._reference()}; the difference is {difference(paired.top1, points=True)}."
+        )
+
+    def remarks(self) -> list[str]:
+        """What else must be known to judge the headline.
+
+        Returns:
+            One sentence each.
+        """
+        told: list[str] = []
+        paired = self.paired[-1] if self.paired else None
+        if paired is not None:
+            first, last = self.models[0].metrics, self.models[-1].metrics
+            if self._judged_by_nll():
+                one, other, of = percent(last.top1), percent(first.top1), paired.top1
+                told.append(
+                    f"Top-1 {direction(of)}: {one}, {other} {self._reference()} "
+                    f"(difference {difference(of, points=True)})."
+                )
+            else:
+                told.append(
+                    f"NLL {direction(paired.nll)}: {number(last.nll)}, {number(first.nll)} "
+                    f"{self._reference()} (difference {difference(paired.nll)})."
+                )
+        if self._temperature_only():
+            told.append("Temperature scaling alone would do: nothing of the gain is left after it.")
+        if self.n_seen:
+            told.append(
+                f"{count(self.n_seen)} of these images were used for fitting or choosing, so this "
+                "is no proof."
+            )
+        return told
+
+    def _judged_by_nll(self) -> bool:
+        """Whether NLL, not top-1, carries the verdict."""
+        paired = self.paired[-1] if self.paired else None
+        if paired is None or paired.verdict == "same":
+            return False
+        low, high = paired.top1.interval
+        return not (low > 0 if paired.verdict == "better" else high < 0)
+
+    def _reference(self) -> str:
+        if self.command in _BEFORE and len(self.models) == 2:
+            return "before"
+        if self.command == "average":
+            return "with the first checkpoint"
+        return f"with {clean(self.models[0].name)}"
+
+    def _images(self) -> str:
+        is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
+        spoilt = self.data.corruption if self.data is not None else None
+        return (
+            f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}images"
+            f"{f' under {spoilt}' if spoilt else ''}"
+        )
+
+    def _own_metrics(self, images: str) -> str:
+        """The headline where the outputs are no logits of classes."""
+        last = self.models[-1]
+        values = [f"{clean(c.name)} {number(c.value)}{self._before(c)}" for c in last.custom[:3]]
+        told = ", ".join(values) or "no metric was asked for"
+        return f"on {images}: {told}; the outputs are not the logits of classes."
+
+    def _before(self, last: Custom) -> str:
+        first = next((c for c in self.models[0].custom if c.name == last.name), None)
+        if first is None or len(self.models) == 1:
+            return ""
+        return f" ({number(first.value)} {self._reference()})"
+
+    def badge(self) -> str:
+        """One or two words for the head of the page.
+
+        Returns:
+            ``Better``, ``Same``, ``Worse``, ``Measured``, ``Not proven`` or ``Done``.
+        """
+        last = self.paired[-1] if self.paired else None
+        if last is not None:
+            return _BADGES[last.verdict] + (", no proof" if self.n_seen else "")
+        if not self.models:
+            return "Done"
+        measured = self.models[-1].metrics.top1 is not None or self.models[-1].custom
+        return "Measured" if measured else "Not proven"
+
+    def _temperature_only(self) -> bool:
+        last = self.paired[-1] if self.paired else None
+        return last is not None and last.temperature_only
+
+
+def done(
+    swap: SwapPlan | None,
+    calibration: Calibration | None,
+    choice: WeightChoice | None,
+    finetunings: Sequence[Finetuning],
+    decisions: Sequence[Decision],
+) -> list[str]:
+    """Say what was done, one sentence each.
+
+    Args:
+        swap: of layers.
+        calibration: of the population statistics.
+        choice: of the example weight.
+        finetunings: every run tried.
+        decisions: of the gate.
+
+    Returns:
+        The sentences.
+    """
+    told = []
+    if swap and swap.changes:
+        found = [c.difference for c in swap.changes if c.difference is not None]
+        exact = f"; no output changes by more than {max(found):.1g} of its range" if found else ""
+        told.append(f"{count(len(swap.changes))} norm layers were swapped{exact}.")
+    if c := calibration:
+        told.append(
+            f"Population statistics ({c.target}, {c.feed} feed) were measured on "
+            f"{count(c.n_examples)} images in {count(c.n_batches)} batches: "
+            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s."
+        )
+    if w := choice:
+        chosen = {"keep": "kept as it was", "global": "one for the model"}.get(w.chosen)
+        clock = "" if w.clock_passes is None else f" ({w.clock_passes:.3g} by the clock)"
+        told.append(
+            f"Example weight: {chosen or 'one per ' + w.chosen}; {w.n_live} layers use it. "
+            f"The search took {_passes(w.passes)}{clock}, {w.seconds:.1f} s."
+        )
+    for run in finetunings:
+        kept = f"epoch {run.best_epoch} was kept" if run.best_epoch else "nothing was kept"
+        told.append(
+            f"Fine-tuning of {run.trained}: {count(run.n_parameters)} numbers, "
+            f"{count(run.n_steps)} steps, {run.seconds:.1f} s; {kept}."
+        )
+    if decisions:
+        n = sum(d.admitted for d in decisions)
+        told.append(
+            f"{n} of {len(decisions)} candidates passed the gate, on "
+            f"{count(decisions[0].n_examples)} images of the select split."
+        )
+    return told
+
+
+def left_out(
+    assumptions: Sequence[str],
+    data: DataUsed | None,
+    swap: SwapPlan | None,
+    calibration: Calibration | None,
+    choice: WeightChoice | None,
+    finetunings: Sequence[Finetuning],
+) -> list[str]:
+    """Say what was assumed or skipped, one sentence each.
+
+    Args:
+        assumptions: of the command.
+        data: with the examples that could not be read.
+        swap: of layers.
+        calibration: of the population statistics.
+        choice: of the example weight.
+        finetunings: every run tried.
+
+    Returns:
+        The sentences, each once.
+    """
+    told = list(assumptions)
+    if swap:
+        told += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
+    if c := calibration:
+        told += _grouped("Statistics left as they were, never reached", c.never_reached)
+        told += _grouped("Statistics left as they were, frozen or excluded", c.left_alone)
+        told += _grouped("Called more than once a pass, calls pooled", c.called_again)
+    if choice:
+        told += _grouped("Example weight left as it was", choice.excluded)
+    told += [
+        f"Fine-tuning of {run.trained}: {run.n_skipped_steps} steps left out, not finite."
+        for run in finetunings
+        if run.n_skipped_steps
+    ]
+    if data and data.n_skipped:
+        n = data.n_skipped
+        shown = f": {some(data.skipped, 20)}" if data.skipped else ""
+        told.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} left out{shown}.")
+    return list(dict.fromkeys(told))
+
+
+def _passes(n: float) -> str:
+    return f"{n:.3g} {'pass' if n == 1 else 'passes'}"
+
+
+def _grouped(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what}: {some(names, 8)}."] if names else []

@@ -1,0 +1,349 @@
+"""Batches that walk through a model together and wait for each other at each norm layer.
+
+One forward pass gives every layer the statistics of the whole set, met as inference will meet them:
+when the last batch has come to a layer, its statistics are known, and all go on. Each batch has a
+thread of its own, but only one runs at a time, and always in the same order; threads serve as
+coroutines that can stop in the middle of any model's forward pass.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bnfix import guards, processes, runtime
+from bnfix.statistics.collecting import (
+    Accumulator,
+    Collector,
+    StopHereError,
+    as_stored,
+    device_of_site,
+    up_to,
+)
+
+#: Batches that may walk together; each has a thread.
+_MOST_BATCHES = 256
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes of activations that may be held: a quarter of the memory that is free.
+
+    Processes of one machine share that quarter.
+
+    Args:
+        device: where the model runs.
+
+    Returns:
+        The number of bytes; 1 GiB where the system does not tell.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free // (4 * processes.here().per_machine)
+    except (AttributeError, OSError, ValueError):
+        return 1 << 30
+
+
+class Walk:
+    """One walk of all batches.
+
+    Args:
+        model: on its device.
+        collector: over the layers to measure; holds what was measured afterwards.
+        forward: called as ``forward(model, batch)`` for unusual batches.
+        train_batch_size: of the train-batch target.
+        memory_bytes: activations that may be held, by the first batch's; ``None`` for the default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collector: Collector,
+        forward: runtime.Forward | None,
+        train_batch_size: int | None,
+        memory_bytes: int | None,
+    ) -> None:
+        self._model, self._collector, self._forward = model, collector, forward
+        self._train_batch_size = train_batch_size
+        self._device = runtime.device_of(model)
+        self._limit = default_memory(self._device) if memory_bytes is None else memory_bytes
+        self._walkers: list[_Walker] = []
+        self._running: _Walker | None = None
+        self._back = threading.Semaphore(0)
+        self._ending = False
+        self._impossible = False
+        self._sizes = 0
+        self.n_examples = self.n_batches = self.n_steps = 0
+
+    def go(self, batches: runtime.Batches, samples: int | None) -> bool:
+        """Walk the batches; whether all got to the end.
+
+        They do not where their activations do not fit, where they meet layers in different orders,
+        or where a layer's output comes back to its input.
+
+        Args:
+            batches: gone through once.
+            samples: stop after the batch with which this number of examples is reached.
+
+        Returns:
+            False if another way is needed; then the collector is of no use.
+        """
+        if self._limit <= 0 or _has_modes():
+            return False
+        sites = [site.module for site in self._collector.sites.values()]
+        own = [(m._buffers, m._buffers["running_mean"], m._buffers["running_var"]) for m in sites]
+        enter = _thread_state(self._device)
+        try:
+            with (
+                guards.inference(self._model),
+                guards.hooks() as handles,
+                torch.compiler.set_stance("force_eager"),
+                # Threads are made as they are needed: no walker ends before all have begun.
+                ThreadPoolExecutor(_MOST_BATCHES) as pool,
+            ):
+                for module in sites:
+                    handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                    handles.append(
+                        module.register_forward_hook(self._collector.after, always_call=True)
+                    )
+                try:
+                    processes.together(
+                        lambda: self._start(
+                            up_to(runtime.pass_of(batches, 0), samples), pool, enter
+                        )
+                    )
+                    self._step_by_step()
+                finally:
+                    self._end()
+        finally:
+            for buffers, mean, var in own:
+                buffers["running_mean"], buffers["running_var"] = mean, var
+        return not self._impossible
+
+    def _start(self, batches: Iterator[Any], pool: ThreadPoolExecutor, enter: _State) -> None:
+        """Bring every batch to its first norm layer."""
+        for index, batch in enumerate(batches):
+            walker = _Walker(index, batch)
+            self._sizes += walker.size
+            if index >= _MOST_BATCHES or not self._fits():
+                self._impossible = True
+                return
+            context = contextvars.copy_context()
+            walker.done = pool.submit(context.run, self._walk, walker, enter)
+            self._walkers.append(walker)
+            self._resume(walker)
+            if self._impossible:
+                return
+            n = runtime.n_examples_of(batch)
+            self.n_examples, self.n_batches = self.n_examples + n, self.n_batches + (n > 0)
+
+    def _step_by_step(self) -> None:
+        """Make the layer final at which all wait, on every rank, and bring all to their next."""
+        collector = self._collector
+        while True:
+            found = processes.together(self._look)
+            places = {name for name, _, _ in found if name is not None}
+            self._impossible = len(places) > 1 or any(impossible for *_, impossible in found)
+            if self._impossible or not places:
+                break
+            name = places.pop()
+            if processes.here().shared:
+                collector.measured[name] = self._everyones(name, [sums for _, sums, _ in found])
+            moments = collector.measured[name].statistics(self._train_batch_size)
+            site = next(site for site in collector.sites.values() if site.name == name)
+            collector.use[name] = as_stored(site, *moments)
+            self.n_steps += 1
+            processes.together(self._go_on)
+        n_examples = processes.gather((self.n_examples, self.n_batches))
+        self.n_examples, self.n_batches = map(sum, zip(*n_examples, strict=True))
+        if processes.here().shared and not self._impossible:
+            # All have the same sums already; what is still to be agreed on is order and calls.
+            measured = collector.measured
+            collector.set_states_(processes.gather({**collector.state(), "measured": {}}))
+            collector.measured = measured
+
+    def _look(self) -> tuple[str | None, Any, bool]:
+        """The layer at which this rank's batches wait, what they measured, whether it fails."""
+        collector = self._collector
+        if self._impossible:
+            return None, None, True
+        collector.check_finite()
+        places = {walker.at.name for walker in self._walkers if walker.at is not None}
+        if len(places) != 1:
+            return None, None, len(places) > 1
+        name = places.pop()
+        shared = processes.here().shared
+        return name, collector.measured[name].state() if shared else None, False
+
+    def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
+        """What all ranks have measured at a layer."""
+        site = next(site for site in self._collector.sites.values() if site.name == name)
+        device = device_of_site(site)
+        first, *rest = (Accumulator.of_state(part, device) for part in sums if part is not None)
+        return first.merged(rest)
+
+    def _go_on(self) -> None:
+        for walker in [walker for walker in self._walkers if walker.at is not None]:
+            self._resume(walker)
+            if self._impossible:
+                return
+
+    def _fits(self) -> bool:
+        """Whether the activations of all batches so far would, by what the first one holds."""
+        if not self._walkers:
+            return True
+        first = self._walkers[0]
+        return first.live.bytes * (self._sizes / max(1, first.size)) <= self._limit
+
+    def _resume(self, walker: _Walker) -> None:
+        """Let one batch run until it waits again, or ends."""
+        self._collector.new_batch(walker.index)
+        self._running, walker.at = walker, None
+        walker.go.release()
+        self._back.acquire()
+        self._running = None
+        if walker.at is not None:
+            # Here, not in the batch's thread: the many small sums want threads that are awake.
+            self._collector.measure(walker.at, walker.x)
+            walker.x = None
+        if walker.is_over:
+            walker.done.result()
+        if walker.index == 0 and not self._fits():
+            self._impossible = True
+
+    def _end(self) -> None:
+        """End all threads, one after the other, the one that may still be running first."""
+        self._ending = True
+        for walker in sorted(self._walkers, key=lambda walker: walker is not self._running):
+            walker.go.release()
+            wait([walker.done])
+
+    def _walk(self, walker: _Walker, enter: _State) -> None:
+        """What the thread of a batch does."""
+        walker.go.acquire()
+        try:
+            if not self._ending:
+                with enter(), walker.live if walker.index == 0 else ExitStack():
+                    runtime.run(self._model, walker.batch, self._device, self._forward)
+        except StopHereError:
+            pass
+        finally:
+            walker.is_over, walker.batch = True, None
+            self._back.release()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Wait to be measured, and for the others; lend the layer its final moments; a pre-hook."""
+        collector, walker = self._collector, self._running
+        site = collector.sites[id(module)]
+        x = args[0] if args else next(iter(kwargs.values()))
+        if walker is None or self._ending:
+            raise StopHereError
+        if x.numel():
+            if site.name in collector.use:
+                self._impossible = True
+                raise StopHereError
+            walker.at, walker.x = site, x
+            del x
+            self._back.release()
+            walker.go.acquire()
+            if self._ending:
+                raise StopHereError
+        if site.name in collector.use:
+            collector.lend(module, collector.use[site.name])
+
+
+class _Walker:
+    """A batch on its way, and the layer at which it waits."""
+
+    def __init__(self, index: int, batch: Any) -> None:
+        self.index, self.batch = index, batch
+        tensors = [leaf for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor)]
+        self.size = sum(tensor.numel() for tensor in tensors) or 1
+        self.at: Any = None
+        self.x: Any = None
+        self.is_over = False
+        self.go = threading.Semaphore(0)
+        self.done: Future[None]
+        self.live = _LiveBytes(sum(tensor.numel() * tensor.itemsize for tensor in tensors))
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors made inside it that are still held."""
+
+    def __init__(self, already: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = already
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What was there before is not held by the walk, even if a view of it is.
+        for storage in _storages((args, kwargs)):
+            self._hold(storage, 0)
+        made = func(*args, **(kwargs or {}))
+        for storage in _storages(made):
+            self._hold(storage, storage.nbytes())
+        return made
+
+    def _hold(self, storage: Any, n: int) -> None:
+        key = storage._cdata
+        if key in self._known and self._known[key]() is not None:
+            return
+        self.bytes += n
+
+        def drop(_: Any) -> None:
+            self.bytes -= n
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, drop)
+
+
+def _storages(nest: Any) -> list[Any]:
+    leaves = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
+    return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
+
+
+_State = Any
+
+
+def _thread_state(device: torch.device) -> _State:
+    """What torch keeps for each thread, to be entered in another one."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    cached, inference = torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with ExitStack() as stack:
+            if inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(
+                torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached)
+            )
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
+    return enter
+
+
+def _has_modes() -> bool:
+    """Whether a mode is on that torch keeps for this thread alone, such as a default device."""
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch

@@ -1,0 +1,1 @@
+"""Brief fine-tuning."""

@@ -1,0 +1,388 @@
+"""The steps of fine-tuning: optimizer, rates, gathered gradients, averaged parameters, counters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix import processes, runtime
+from bnfix.checkpoints.resuming import random_state, set_random_state_
+from bnfix.errors import DataError, ModelError, NormError, NumericError, some
+from bnfix.layers.norms import GeneralizedBatchNorm
+from bnfix.layers.sites import find_norms
+from bnfix.measuring.evaluation import labels_of
+from bnfix.recipe import FinetuneRecipe
+from bnfix.tuning.parameters import decay_norms_, norm_layers
+
+_MOST_BAD_STEPS = 10
+
+
+class Run:
+    """Optimizer, rates and counters; the loop over one epoch.
+
+    Args:
+        model: on its device.
+        recipe: how it is trained.
+        groups: parameter groups.
+        n_steps: steps in all.
+        forward: for unusual batches.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: FinetuneRecipe,
+        groups: list[dict[str, Any]],
+        n_steps: int,
+        forward: runtime.Forward | None,
+    ) -> None:
+        self.model, self.recipe, self.forward, self.n_steps = model, recipe, forward, n_steps
+        self.groups, self.sites, self.norms = groups, find_norms(model), norm_layers(model)
+        self.step = self.n_taken = self.n_skipped = self._bad_in_a_row = 0
+        self.parameters: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+        self.device = runtime.device_of(model)
+        self.busy = False
+        #: What the epoch has come to: batches gone through, losses, random states.
+        self.epoch: dict[str, Any] | None = None
+        self._moments: list[tuple[Tensor, Tensor]] = []
+        self._average: list[Tensor] = []
+
+    def start(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
+        """Set the optimizer up.
+
+        Args:
+            leaves: example weights to learn.
+
+        Returns:
+            All that is trained.
+        """
+        recipe, self.leaves = self.recipe, list(leaves.values())
+        groups = self.groups
+        if leaves:
+            groups = [*groups, {"params": self.leaves, "lr": recipe.weight_lr, "weight_decay": 0.0}]
+        self.parameters = [p for group in groups for p in group["params"]]
+        trained = {id(p) for p in self.parameters}
+        self._decaying = [
+            layer for layer in self.norms
+            if any(id(p) in trained for p in layer.parameters(recurse=False))
+        ]  # fmt: skip
+        self._peaks = [group["lr"] for group in groups]
+        if recipe.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, lr=recipe.peak_lr, momentum=0.9, nesterov=True
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=recipe.peak_lr)
+        if recipe.statistics == "train":
+            buffers = [b for layer in self.norms for b in layer.buffers(recurse=False)]
+            self._moments = [(buffer, buffer.clone()) for buffer in buffers]
+        if recipe.ema is not None:
+            self._average = [p.detach().clone() for p in self.parameters]
+        return self.parameters
+
+    def one_epoch(
+        self, batches: Callable[[], Iterable[Any]], after_step: Callable[[], None] | None = None
+    ) -> float | None:
+        """Train on the batches until they or the steps end.
+
+        Args:
+            batches: gives those of the epoch.
+            after_step: called between steps, where all that counts is consistent.
+
+        Returns:
+            The mean loss; ``None`` if no step was taken.
+
+        Raises:
+            DataError: if there are no batches, or they have no labels.
+            ModelError: if the output has no gradient in what is trained.
+            NumericError: if too many steps in a row are not finite.
+        """
+        self.model.train()
+        for site in self.sites:
+            if self.recipe.statistics == "frozen" or site.frozen:
+                site.module.training = False
+        for buffer, saved in self._moments:
+            saved.copy_(buffer)
+        here, iterator = self._begin(batches)
+        while self.step < self.n_steps:
+            if after_step is not None:
+                here["random"] = random_state()
+                after_step()
+            gathered = list(islice(iterator, self.recipe.accumulate))
+            if not any(processes.gather(len(gathered))):
+                break
+            self.busy = True
+            for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * self._rate()
+            self.step += 1
+            loss = self._one_step(self._usable(gathered))
+            if loss is not None:
+                here["losses"].append(loss)
+            here["n_batches"] += max(processes.gather(len(gathered)))
+            self.busy = False
+        self.epoch = None
+        self._share_moments()
+        if not here["n_batches"]:
+            raise DataError(
+                "fine-tuning: a pass over the batches gave none. Give batches that can be gone "
+                "through again, or a callable that gives those of the k-th epoch."
+            )
+        losses = here["losses"]
+        return sum(losses) / len(losses) if losses else None
+
+    def _share_moments(self) -> None:
+        """Running moments of several ranks become their mean: each has followed its own batches."""
+        size = processes.here().size
+        if size == 1:
+            return
+        for buffer, saved in self._moments:
+            if buffer.is_floating_point():
+                processes.sum_([buffer])
+                buffer.div_(size)
+            else:
+                buffer.fill_(max(processes.gather(int(buffer))))
+            saved.copy_(buffer)
+
+    def _begin(self, batches: Callable[[], Iterable[Any]]) -> tuple[dict[str, Any], Iterator[Any]]:
+        """The epoch's record and its batches, those that were gone through left behind."""
+        if self.epoch is None:
+            start = random_state()
+            self.epoch = {"n_batches": 0, "losses": [], "start": start, "random": start}
+            return self.epoch, iter(batches())
+        # The order may be drawn when the iterator is made: it has to meet the same random state.
+        set_random_state_(self.epoch["start"])
+        iterator = iter(batches())
+        for _ in islice(iterator, self.epoch["n_batches"]):
+            pass
+        set_random_state_(self.epoch["random"])
+        return self.epoch, iterator
+
+    def _rate(self) -> float:
+        """Linear warm-up, then cosine to 0; a factor of the peak rate."""
+        warmup = round(self.recipe.warmup * self.n_steps)
+        if self.step < warmup:
+            return (self.step + 1) / (warmup + 1)
+        done = (self.step - warmup) / max(1, self.n_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def _usable(self, gathered: list[Any]) -> list[Any]:
+        """Without batches of one example where statistics are trained: those have no statistics."""
+        if self.recipe.statistics == "frozen":
+            return gathered
+        usable = [batch for batch in gathered if _n_labels(batch) != 1]
+        self.n_skipped += len(gathered) - len(usable)
+        return usable
+
+    def _one_step(self, gathered: list[Any]) -> float | None:
+        """One step; its loss, or ``None`` if it was left out."""
+        if not any(processes.gather(len(gathered))):
+            return None
+        self.optimizer.zero_grad()
+        value = self._gradients(gathered)
+        limit = self.recipe.clip if self.recipe.clip is not None else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        finite = math.isfinite(value) and math.isfinite(norm)
+        for buffer, saved in self._moments:
+            # The forward pass has moved the running moments already, by values that may be NaN.
+            saved.copy_(buffer) if finite else buffer.copy_(saved)
+        if not finite:
+            self._leave_out()
+            return None
+        self._bad_in_a_row = 0
+        self.n_taken += 1
+        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            if group.get("name") == "norms":
+                target = self.recipe.norm_decay_target
+                decay_norms_(self._decaying, group["lr"], group["norm_decay"], target)
+        self._after_update()
+        return value
+
+    def _gradients(self, gathered: list[Any]) -> float:
+        """Gradients of the mean loss over these batches' examples, of all ranks; that loss."""
+        counts = [_n_labels(batch) or 0 for batch in gathered]
+        if processes.here().shared:
+            return processes.backward_(
+                [partial(self._loss, batch) for batch in gathered], counts, self.parameters
+            )
+        if len(gathered) == 1:
+            counts = [1]
+        value = 0.0
+        for batch, count in zip(gathered, counts, strict=True):
+            part = count / max(1, sum(counts))
+            loss = self._loss(batch)
+            # A factor of 1 would still round: a single batch is left as it is.
+            (loss if len(gathered) == 1 else loss * part).backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach()) * part
+        return value
+
+    def _loss(self, batch: Any) -> Tensor:
+        logits = runtime.logits_of(runtime.run(self.model, batch, self.device, self.forward))
+        labels = labels_of(batch, *logits.shape)
+        if labels is None:
+            raise DataError("fine-tuning: a batch has no labels to learn from. Give (x, y).")
+        loss = F.cross_entropy(
+            logits.float(),
+            torch.from_numpy(labels).to(self.device),
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        if not loss.requires_grad:
+            raise ModelError(
+                f"--train {self.recipe.train}: the model's output has no gradient in what is "
+                "trained. Look for no_grad or detach in the model, or use --train all."
+            )
+        return loss
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        for leaf in self.leaves:
+            leaf.clamp_(0, 1)
+        if self.recipe.ema is not None:
+            decay = min(self.recipe.ema, (1 + self.n_taken) / (10 + self.n_taken))
+            for mean, p in zip(self._average, self.parameters, strict=True):
+                mean.lerp_(p, 1 - decay)
+
+    def _leave_out(self) -> None:
+        self.n_skipped += 1
+        self._bad_in_a_row += 1
+        if self._bad_in_a_row >= _MOST_BAD_STEPS:
+            raise NumericError(
+                f"fine-tuning: loss or gradient was not finite in {_MOST_BAD_STEPS} steps in a "
+                "row. Lower --lr, or look at the data."
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged parameters in the model for a while, where the recipe averages.
+
+        Restores:
+            The trained parameters, and the running moments that follow them.
+        """
+        if not self._average:
+            yield
+            return
+        pairs = list(zip(self.parameters, self._average, strict=True))
+        own = [(p, p.detach().clone()) for p in self.parameters]
+        own += [(buffer, buffer.clone()) for buffer, _ in self._moments]
+        with torch.no_grad():
+            for p, mean in pairs:
+                p.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in own:
+                    tensor.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """All that the coming steps depend on besides the model and the random state.
+
+        Returns:
+            Plain containers, numbers and tensors.
+        """
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "average": list(self._average),
+            "counters": [self.step, self.n_taken, self.n_skipped, self._bad_in_a_row],
+            "epoch": self.epoch,
+        }
+
+    def set_state_(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` was taken.
+
+        Args:
+            state: from a run of the same model and recipe.
+
+        Changes:
+            The optimizer, averages and counters.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mean, value in zip(self._average, state["average"], strict=True):
+            mean.copy_(value)
+        self.step, self.n_taken, self.n_skipped, self._bad_in_a_row = map(int, state["counters"])
+        self.epoch = state["epoch"]
+
+
+@contextmanager
+def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
+    """The recipe's ghost size and the momentum of gathered batches, where statistics are trained.
+
+    K batches move the running moments as far as one does otherwise: by 1 - (1 - momentum)^(1/K)
+    each.
+
+    Args:
+        model: whose norm layers are set, the frozen ones left alone.
+        recipe: its ghost size and number of batches a step.
+
+    Raises:
+        NormError: if a layer has no ghost size to set.
+
+    Restores:
+        Ghost size and momentum of each layer.
+    """
+    trains = recipe.statistics == "train"
+    size = recipe.ghost_size if trains else None
+    sites = [site for site in find_norms(model) if trains and not site.frozen]
+    stock = [site.name for site in sites if not isinstance(site.module, GeneralizedBatchNorm)]
+    if stock and size is not None:
+        raise NormError(
+            f"--ghost-size: {some(stock)}: no GeneralizedBatchNorm. Call swap_norms_(model) first.",
+            name=stock[0],
+        )
+    changed: list[tuple[Any, str, Any]] = []
+    for site in sites:
+        layer: Any = site.module
+        if size is not None:
+            changed.append((layer, "ghost_size", size))
+        momentum = getattr(layer, "momentum", None)
+        if recipe.accumulate > 1 and momentum is not None:
+            changed.append((layer, "momentum", 1 - (1 - momentum) ** (1 / recipe.accumulate)))
+    before = [(layer, name, getattr(layer, name)) for layer, name, _ in changed]
+    try:
+        for layer, name, value in changed:
+            setattr(layer, name, value)
+        yield
+    finally:
+        for layer, name, value in before:
+            setattr(layer, name, value)
+
+
+def n_steps_of(recipe: FinetuneRecipe, batches: runtime.Batches) -> int:
+    """Count the steps of a run.
+
+    Args:
+        recipe: its steps, or its epochs.
+        batches: as for `finetune_`; gone through where their number is not known.
+
+    Returns:
+        The number.
+    """
+    if recipe.steps is not None:
+        return recipe.steps
+    first = runtime.pass_of(batches, 0)
+    n_batches = None
+    if isinstance(first, Sized):
+        try:
+            n_batches = len(first)
+        except TypeError:  # a DataLoader has a length only if its data set has one
+            pass
+    if n_batches is None:
+        n_batches = sum(1 for _ in first)
+    n_batches = max(processes.gather(n_batches))
+    return recipe.epochs * -(-n_batches // recipe.accumulate)
+
+
+def _n_labels(batch: Any) -> int | None:
+    labels = runtime.unpack({"x": None, **batch} if isinstance(batch, Mapping) else batch)[1]
+    if isinstance(labels, Tensor):
+        return labels.numel()
+    return len(labels) if isinstance(labels, Sized) else None

@@ -1,0 +1,1 @@
+"""The example weight, chosen with labels or without."""
