@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import bnfix
 from benchmarks.quality_cases import Batches, Case
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, GateRecipe, RunOptions, WeightRecipe
 from bnfix.weighing.example_weight import weighable_layers
 from bnfix.weighing.label_free import fit_moments_, fit_predictions_

@@ -28,13 +28,8 @@ from torch.nn import functional as F
 import bnfix
 from benchmarks.statistics import checkpoint, cifar, ways
 from bnfix.measuring.pairing import compare
-from bnfix.pipeline import Plan
-from bnfix.recipe import (
-    DataRecipe,
-    GateRecipe,
-    StatisticsRecipe,
-    WeightRecipe,
-)
+from bnfix.plan import Plan
+from bnfix.recipe import DataRecipe, GateRecipe, StatisticsRecipe, WeightRecipe
 from bnfix.runtime import keep_freed_memory
 from tests import nets
 from tests.real import DATA
@@ -109,7 +104,7 @@ def photos(data: Path, size: int) -> tuple[Tensor, Tensor]:
     """ImageNet images as torchvision's networks take them, the central part of each."""
     from bnfix.data.batches import Batches
     from bnfix.data.opening import open_images
-    from bnfix.recipe import Preprocessing
+    from bnfix.preprocessing import Preprocessing
 
     images = open_images(str(data / "imagenet-val"))
     shape = Preprocessing(resize=(round(size * 227 / 224),), crop=(size, size), **CIFAR)

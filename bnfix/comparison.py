@@ -30,17 +30,12 @@ from bnfix.recipe import (
     RunOptions,
     check_seed,
 )
+from bnfix.recognition import data_record, seen_before
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
-from bnfix.workbench import (
-    Track,
-    data_record,
-    describe_skipped,
-    evaluation_batch_size,
-    seen_before,
-    silent,
-)
+from bnfix.tracking import Track, describe_skipped, silent
+from bnfix.workbench import evaluation_batch_size
 
 
 def evaluate_files(

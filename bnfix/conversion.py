@@ -21,25 +21,17 @@ from bnfix.errors import ModelError
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, Refitting, refit_
 from bnfix.layers.surgery import plan_swap, swap_planned_
-from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
+from bnfix.recognition import data_record, history_digests
 from bnfix.reporting.layer_rows import layer_rows
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
 from bnfix.runtime import has_forward, tensors_in
 from bnfix.runtime import run as run_model
+from bnfix.tracking import Track, Tracked, describe_skipped, silent
 from bnfix.weighing.example_weight import weighable_layers
-from bnfix.workbench import (
-    Track,
-    Tracked,
-    data_record,
-    describe_skipped,
-    evaluation_batch_size,
-    history_digests,
-    load_one,
-    open_checked,
-    resolve_preprocessing,
-    silent,
-)
+from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
 
 #: What a network, or the user's call of it, is known to raise on an input of another shape.
 _FAILURES = (

@@ -17,15 +17,10 @@ from bnfix.data.images import Images
 from bnfix.errors import DataError
 from bnfix.measuring.evaluation import Outputs, collect
 from bnfix.measuring.robustness import BatchInvariance, Shifted, batch_invariance, shifted
-from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.workbench import (
-    Track,
-    Tracked,
-    evaluation_batch_size,
-    load_one,
-    open_checked,
-    resolve_preprocessing,
-)
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
+from bnfix.tracking import Track, Tracked
+from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
 
 #: Images that batch invariance is looked for on.
 N_COMPARED = 256

@@ -30,7 +30,6 @@ CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "pixelate")
 SEVERITIES = (1, 2, 3)
 #: What fine-tuning may train.
 TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def option(default: Any, help: str) -> Any:
@@ -46,7 +45,8 @@ def option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-def _require(condition: bool, message: str, name: str) -> None:
+def require(condition: bool, message: str, name: str) -> None:
+    """Refuse a setting unless a condition holds."""
     if not condition:
         raise ConfigError(message, name=name)
 
@@ -61,7 +61,7 @@ def check_seed(seed: int) -> None:
         ConfigError: if it is out of range.
     """
     ok = 0 <= seed < 2**63
-    _require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
+    require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
 
 
 def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
@@ -79,7 +79,7 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
     """
     kind, _, severity = text.partition(":")
     known = kind in CORRUPTIONS and severity in map(str, SEVERITIES)
-    _require(
+    require(
         known,
         f"{where}: {text!r} is not known. Give KIND:SEVERITY, such as blur:2; kinds: "
         f"{', '.join(CORRUPTIONS)}; severities: {', '.join(map(str, SEVERITIES))}.",
@@ -88,63 +88,10 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
     return kind, int(severity)
 
 
-def _one_of(value: Any, choices: tuple[str, ...], name: str) -> None:
+def one_of(value: Any, choices: tuple[str, ...], name: str) -> None:
+    """Refuse a setting that is none of the choices."""
     listed = ", ".join(choices)
-    _require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From a decoded image to the network's input: resize, centre crop, scale, normalize.
-
-    input = (pixel · scale - mean) / std, pixel in 0..255, per channel.
-    """
-
-    resize: tuple[int, ...] | None = option(
-        None, "Resize before the crop: one number for the shorter side, or HEIGHTxWIDTH."
-    )
-    crop: tuple[int, int] | None = option(
-        None, "Centre crop after the resize: one number or HEIGHTxWIDTH."
-    )
-    interpolation: str = option("bilinear", "How to resize: " + ", ".join(INTERPOLATIONS) + ".")
-    mean: tuple[float, ...] = option(
-        (0.0,), "Mean to subtract after scaling, one number or one a channel, comma-separated."
-    )
-    std: tuple[float, ...] = option(
-        (1.0,), "Deviation to divide by, one number or one a channel, comma-separated."
-    )
-    scale: float = option(1 / 255, "Factor for pixel values 0..255 (a number or 1/255).")
-    channels: int = option(3, "Channels of the input: 3 (colour) or 1 (grey).")
-
-    def __post_init__(self) -> None:
-        """Check ranges, and that mean and std fit the channels.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
-        _one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
-        _require(
-            self.channels in (1, 3), f"channels: {self.channels}, expected 1 or 3.", "channels"
-        )
-        for name in ("resize", "crop"):
-            size = getattr(self, name)
-            ok = size is None or (
-                len(size) in (1, 2) and all(type(s) is int and 0 < s <= 16384 for s in size)
-            )
-            _require(ok, f"--{name}: {size}, expected one or two sizes from 1 to 16384.", name)
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            ok = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-            _require(ok, f"--{name}: {values}, expected finite numbers.", name)
-            _require(
-                len(values) in (1, self.channels),
-                f"--{name}: {len(values)} numbers for {self.channels} channels. "
-                f"Give 1 or {self.channels}.",
-                name,
-            )
-        _require(all(s > 0 for s in self.std), f"--std: {self.std}, expected above 0.", "std")
-        ok = self.scale > 0 and math.isfinite(self.scale)
-        _require(ok, f"--scale: {self.scale}, expected a number above 0.", "scale")
+    require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
 
 
 @dataclass(frozen=True)
@@ -166,15 +113,15 @@ class SwapRecipe:
         Raises:
             ConfigError: if a value is out of range.
         """
-        _one_of(self.to, tuple(KINDS), "--to")
+        one_of(self.to, tuple(KINDS), "--to")
         a = self.example_weight
-        _require(
+        require(
             a is None or 0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight"
         )
         for name in ("ghost_size", "channel_groups"):
             n = getattr(self, name)
             flag = "--" + name.replace("_", "-")
-            _require(n is None or n >= 1, f"{flag}: {n}, expected at least 1.", name)
+            require(n is None or n >= 1, f"{flag}: {n}, expected at least 1.", name)
 
 
 @dataclass(frozen=True)
@@ -193,13 +140,13 @@ class AverageRecipe:
             ConfigError: if there is nothing to average, or the weights do not fit the files.
         """
         n = len(self.files) + 1
-        _require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
-        _require(
+        require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
+        require(
             len(self.weights) in (0, n),
             f"--weights: {len(self.weights)} numbers for {n} checkpoints. Give one each.",
             "weights",
         )
-        _require(
+        require(
             all(0 < w < 1e6 for w in self.weights),
             f"--weights: {', '.join(map(str, self.weights))}, expected numbers above 0.",
             "weights",
@@ -235,25 +182,25 @@ class StatisticsRecipe:
         Raises:
             ConfigError: if a value is out of range, or train-batch has no batch size.
         """
-        _one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
-        _one_of(self.feed, ("batch", "sequential"), "--feed")
+        one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
+        one_of(self.feed, ("batch", "sequential"), "--feed")
         b = self.train_batch_size
-        _require(
+        require(
             b is None or b >= 1,
             f"--train-batch-size: {b}, expected at least 1.",
             "train_batch_size",
         )
-        _require(
+        require(
             self.statistics != "train-batch" or b is not None,
             "--statistics train-batch: the batch size is missing. Give --train-batch-size B.",
             "train_batch_size",
         )
         n = self.samples
         ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
-        _require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
+        require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
         t = self.tolerance
-        _require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
-        _require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
+        require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
+        require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
 
 
 @dataclass(frozen=True)
@@ -288,11 +235,11 @@ class WeightRecipe:
         """
         a = self.example_weight
         if isinstance(a, str):
-            _one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
+            one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
         else:
-            _require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
-        _one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
-        _require(0 <= self.thin < 1, f"--thin: {self.thin}, expected 0 to 1.", "thin")
+            require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
+        one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
+        require(0 <= self.thin < 1, f"--thin: {self.thin}, expected 0 to 1.", "thin")
 
 
 @dataclass(frozen=True)
@@ -346,26 +293,26 @@ class FinetuneRecipe:
         Raises:
             ConfigError: if a value is out of range.
         """
-        _one_of(self.train, TRAINED, "--train")
-        _one_of(self.statistics, ("frozen", "train"), "--statistics")
-        _one_of(self.example_weight, ("keep", "learn"), "--example-weight")
-        _one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
-        _one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
-        _one_of(self.augment, ("none", "light", "standard"), "--augment")
+        one_of(self.train, TRAINED, "--train")
+        one_of(self.statistics, ("frozen", "train"), "--statistics")
+        one_of(self.example_weight, ("keep", "learn"), "--example-weight")
+        one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
+        one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
+        one_of(self.augment, ("none", "light", "standard"), "--augment")
         lows = {"epochs": 0, "steps": 0, "batch_size": 1, "ghost_size": 1, "accumulate": 1}
         for name, low in lows.items():
             n = getattr(self, name)
             flag = "--" + name.replace("_", "-")
-            _require(n is None or n >= low, f"{flag}: {n}, expected at least {low}.", name)
+            require(n is None or n >= low, f"{flag}: {n}, expected at least {low}.", name)
         for name in ("lr", "weight_lr", "weight_decay", "norm_decay"):
             v = getattr(self, name)
             flag = "--" + name.replace("_", "-")
-            _require(v is None or 0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
-        _require(0 <= self.warmup < 1, f"--warmup: {self.warmup}, expected 0 to 1.", "warmup")
-        _require(0 <= self.label_smoothing < 1, "--label-smoothing: expected 0 to 1.", "smoothing")
+            require(v is None or 0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
+        require(0 <= self.warmup < 1, f"--warmup: {self.warmup}, expected 0 to 1.", "warmup")
+        require(0 <= self.label_smoothing < 1, "--label-smoothing: expected 0 to 1.", "smoothing")
         clip, ema = self.clip, self.ema
-        _require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
-        _require(ema is None or 0 <= ema < 1, f"--ema: {ema}, expected 0 to 1 (1 excluded).", "ema")
+        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
+        require(ema is None or 0 <= ema < 1, f"--ema: {ema}, expected 0 to 1 (1 excluded).", "ema")
 
     @property
     def peak_lr(self) -> float:
@@ -391,10 +338,10 @@ class GateRecipe:
             ConfigError: if a value is out of range.
         """
         ok = self.z >= 0 and math.isfinite(self.z)
-        _require(ok, f"--z: {self.z}, expected 0 or more standard errors.", "z")
+        require(ok, f"--z: {self.z}, expected 0 or more standard errors.", "z")
         check_seed(self.seed)
         ok = min(self.fit, self.select, 1 - self.fit - self.select) >= 0
-        _require(ok, f"fit {self.fit}, select {self.select}: expected parts of 1.", "fit")
+        require(ok, f"fit {self.fit}, select {self.select}: expected parts of 1.", "fit")
 
 
 @dataclass(frozen=True)
@@ -414,10 +361,10 @@ class RunOptions:
         Raises:
             ConfigError: if a value is out of range.
         """
-        _one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
+        one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
         b = self.batch_size
-        _require(b is None or b >= 1, f"--batch-size: {b}, expected 1 or more.", "batch_size")
-        _require(self.workers >= -1, f"--workers: {self.workers}, expected 0 or more.", "workers")
+        require(b is None or b >= 1, f"--batch-size: {b}, expected 1 or more.", "batch_size")
+        require(self.workers >= -1, f"--workers: {self.workers}, expected 0 or more.", "workers")
 
 
 @dataclass(frozen=True)
@@ -494,6 +441,6 @@ class DataRecipe:
         Raises:
             ConfigError: if a value is not known.
         """
-        _one_of(self.labels, ("auto", "none"), "--labels")
+        one_of(self.labels, ("auto", "none"), "--labels")
         if self.corrupt is not None:
             check_corruption(self.corrupt)

@@ -13,7 +13,7 @@ from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.data.callables import is_callable
 from bnfix.errors import CheckpointError, ConfigError, plain
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import (
     DataRecipe,
     FinetuneRecipe,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,100 +16,21 @@ from bnfix.building.importing import import_forward
 from bnfix.building.models import input_channels
 from bnfix.building.presets import default_preprocessing, preset_preprocessing
 from bnfix.checkpoints.saving import Loaded, load_ready
-from bnfix.data.augmentation import augmented
-from bnfix.data.batches import Batch, Batches, Split, cut, fingerprint
+from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.first_look import N_EXAMPLES, look_at_inputs, look_at_size
 from bnfix.data.images import Images
 from bnfix.data.opening import for_outputs, open_images
-from bnfix.errors import DataError, some
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
-
-#: Wraps the batches of a pass, to show its progress: stage, batches, their number.
-Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
+from bnfix.data.splitting import Split, cut
+from bnfix.errors import DataError
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.recognition import unseen
+from bnfix.tracking import Track, Tracked, silent
 
 _VALUES_A_BATCH = 1 << 22
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
-    """Show no progress.
-
-    Args:
-        stage: what is being done.
-        batches: what is gone through.
-        n: how many there are.
-
-    Returns:
-        The batches.
-    """
-    return batches
-
-
-class Tracked:
-    """Batches whose every pass shows its progress; of several processes each has its share.
-
-    Args:
-        batches: to iterate over.
-        stage: what the pass is for, in words.
-        track: how progress is shown.
-        vary: what images go through besides, if anything.
-    """
-
-    def __init__(
-        self,
-        batches: Batches,
-        stage: str,
-        track: Track,
-        vary: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
-    ) -> None:
-        self.batches, self.stage, self._track, self._vary = batches, stage, track, vary
-
-    def __iter__(self) -> Iterator[Any]:
-        source = self.batches if self._vary is None else self._vary(self.batches)
-        return iter(self._track(self.stage, source, len(self.batches)))
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def starting_at(self, n: int) -> Tracked:
-        """The same without the first batches.
-
-        Args:
-            n: batches to leave out; they are not read either.
-
-        Returns:
-            The rest.
-        """
-        return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
-
-    def whole(self) -> Tracked:
-        """All batches, on every rank.
-
-        Returns:
-            The batches that the ranks share otherwise.
-        """
-        return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
-
-    def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
-        """The same batches in another order every pass; each rank has a part of every batch.
-
-        Args:
-            seed: of pass 0; pass k has seed + k.
-            augment: random variants of the images, others in every pass.
-
-        Returns:
-            What gives the batches of the k-th pass.
-        """
-        place = processes.here()
-
-        def of_pass(k: int) -> Tracked:
-            vary = partial(augmented, kind=augment, seed=seed, epoch=k)
-            batches = self.batches.with_seed(seed + k).sliced(place.rank, place.size)
-            return Tracked(batches, self.stage, self._track, None if augment == "none" else vary)
-
-        return of_pass
 
 
 @dataclass
@@ -256,7 +175,7 @@ def open_workbench(
     test_images = images
     if source.test is not None:
         test_images, _ = open_checked(source.test, loaded.model, source, preprocessing)
-        test, n_dropped = _unseen(test_images, images)
+        test, n_dropped = unseen(test_images, images)
         split = dataclasses.replace(split, test=test)
         if n_dropped:
             assumptions.append(
@@ -473,94 +392,3 @@ def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) ->
     if runtime.device_of(model).type != "cpu":
         return 128
     return min(128, max(8, _VALUES_A_BATCH // input_size))
-
-
-def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
-    """Bad images that passes have met, on any rank, each once, in words.
-
-    Args:
-        benches: batches that were gone through.
-
-    Returns:
-        Name and reason of each.
-
-    Raises:
-        DataError: if the ranks together have met more in a pass than it may have.
-    """
-    found: dict[str, str] = {}
-    for bench in benches:
-        shares = processes.gather(bench.batches.skipped)
-        names = {skipped.name for share in shares for skipped in share}
-        if processes.here().shared and len(names) > bench.batches.max_bad:
-            raise DataError(
-                f"{bench.batches.images.spec}: {len(names)} bad images, "
-                f"{bench.batches.max_bad:g} allowed: {some(sorted(names))}. Remove them, or allow "
-                "more with --max-bad."
-            )
-        for s in (skipped for share in shares for skipped in share):
-            found.setdefault(s.name, f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}")
-    return tuple(found.values())
-
-
-def history_digests(images: Images, index: np.ndarray) -> str:
-    """Digests of images, to be recognized later.
-
-    Args:
-        images: the data.
-        index: positions.
-
-    Returns:
-        12 hexadecimal digits an image, sorted, joined.
-    """
-    return "".join(sorted(_digest(images, int(i)) for i in index))
-
-
-def seen_before(images: Images, index: np.ndarray, history: Iterable[dict[str, Any]]) -> int:
-    """How many images a checkpoint's history has used for fitting or choosing.
-
-    Args:
-        images: the data.
-        index: positions.
-        history: entries of a header; parts of the wrong type are passed over.
-
-    Returns:
-        The count.
-    """
-    used: set[str] = set()
-    for entry in history:
-        data = entry.get("data")
-        for part in ("fit", "select"):
-            text = data.get(part) if isinstance(data, dict) else None
-            if isinstance(text, str):
-                used.update(text[i : i + 12] for i in range(0, len(text), 12))
-    return sum(_digest(images, int(i)) in used for i in index) if used else 0
-
-
-def data_record(images: Images, index: np.ndarray | None = None) -> dict[str, Any]:
-    """Spec, size and fingerprint, as the history stores them.
-
-    Args:
-        images: the data.
-        index: positions; by default all.
-
-    Returns:
-        JSON values.
-    """
-    n = len(images) if index is None else len(index)
-    return {"spec": images.spec, "n_examples": n, "fingerprint": fingerprint(images, index)}
-
-
-def _unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
-    """Positions of test images that are not in the data, and how many are."""
-    known = {_digest(images, i) for i in range(len(images))}
-    kept = [i for i in range(len(test)) if _digest(test, i) not in known]
-    if not kept:
-        raise DataError(
-            f"{test.spec}: every test image is in {some([images.spec])} too, so nothing can be "
-            "claimed on it. Give other images."
-        )
-    return np.asarray(kept, dtype=np.int64), len(test) - len(kept)
-
-
-def _digest(images: Images, i: int) -> str:
-    return images.digest(i).hex()

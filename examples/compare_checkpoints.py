@@ -5,7 +5,7 @@ from pathlib import Path
 
 import bnfix
 from bnfix import demo
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, StatisticsRecipe, WeightRecipe
 
 with tempfile.TemporaryDirectory() as folder:

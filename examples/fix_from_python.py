@@ -6,7 +6,7 @@ from pathlib import Path
 import bnfix
 from bnfix import demo
 from bnfix.demo.network import digits_net
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe
 
 with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,7 @@ import bnfix
 PACKAGE = Path(bnfix.__file__).parent
 
 #: Every room may stand on these.
-GROUND = {"errors", "recipe", "version"}
+GROUND = {"errors", "preprocessing", "recipe", "version"}
 
 #: The floors from the ground up: each room, and the rooms below that it may stand on.
 FLOORS: list[dict[str, set[str]]] = [
@@ -49,17 +49,18 @@ FLOORS: list[dict[str, set[str]]] = [
         "building.importing": set(),
         "checkpoints.nesting": set(),
         "checkpoints.pickles": set(),
+        "cli.parsing": set(),
         "data.columns": set(),
         "data.images": set(),
-        "layers.kernels": {"moments"},
+        "layers.kernels": {"layers", "layers.triton_kernels", "moments"},
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
         "production.artifacts": set(),
         "production.dataflow": set(),
         "recipe": set(),
+        "statistics.accumulating": {"moments"},
     },
     {
-        "building.pretrained": {"building.importing"},
         "checkpoints.reading": {"checkpoints.pickles"},
         "data.callables": {"building.importing", "data.images"},
         "data.classes": {"data.images"},
@@ -67,30 +68,33 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.mat": {"data.images"},
         "data.parquet": {"data.columns", "data.images"},
         "data.shards": {"data.images"},
-        "demo": set(),
+        "data.splitting": {"data.images"},
         "diagnosing.retelling": set(),
         "layers.norms": {"layers", "layers.kernels", "moments"},
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
+        "preprocessing": set(),
         "production.verification": {"guards", "production.artifacts"},
         "runtime": {"processes"},
     },
     {
-        "building.models": {"building.importing", "building.pretrained"},
-        "building.presets": {"building.importing", "building.pretrained"},
+        "building.pretrained": {"building.importing"},
         "checkpoints.header": {"checkpoints.reading"},
         "data.batches": {"data.corruptions", "data.images"},
         "data.image_sets": {"data.images", "data.mat"},
         "data.pixel_sets": {"data.images", "data.mat", "data.plain_pickle"},
-        "demo.train": {"demo", "demo.network"},
+        "demo": set(),
         "layers.sites": {"layers.norms"},
         "measuring.evaluation": {
             "guards", "measuring.intervals", "measuring.metrics", "measuring.temperature",
             "processes", "runtime",
         },
         "measuring.pairing": {"measuring.intervals", "measuring.metrics"},
+        "recognition": {"data.images", "data.splitting"},
         "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
     },
     {
+        "building.models": {"building.importing", "building.pretrained"},
+        "building.presets": {"building.importing", "building.pretrained"},
         "checkpoints.checkpoint": {
             "checkpoints.header", "checkpoints.nesting", "checkpoints.packing",
             "checkpoints.reading",
@@ -98,6 +102,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.augmentation": {"data.batches"},
         "data.first_look": {"guards", "layers.sites", "runtime"},
         "data.imagenet": {"data.image_sets", "data.images", "data.mat"},
+        "demo.train": {"demo", "demo.network"},
         "layers.surgery": {"layers.norms", "layers.sites"},
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
@@ -114,6 +119,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting.pages": {"measuring.pairing"},
         "statistics.collecting": {
             "guards", "layers.norms", "layers.sites", "moments", "processes", "runtime",
+            "statistics.accumulating",
         },
         "tuning.parameters": {"layers.sites"},
         "weighing.weight_search": {
@@ -133,7 +139,10 @@ FLOORS: list[dict[str, set[str]]] = [
             "measuring.custom_metrics", "measuring.metrics", "measuring.pairing",
             "measuring.robustness",
         },
-        "statistics.walking": {"guards", "processes", "runtime", "statistics.collecting"},
+        "statistics.walking": {
+            "guards", "processes", "runtime", "statistics.accumulating", "statistics.collecting",
+        },
+        "tracking": {"data.augmentation", "data.batches", "processes"},
         "weighing.example_weight": {
             "guards", "layers.norms", "measuring.evaluation", "measuring.gate", "measuring.metrics",
             "processes", "runtime", "weighing.weight_search",
@@ -154,7 +163,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
-            "layers.sites", "runtime", "statistics.collecting", "statistics.walking",
+            "layers.sites", "runtime", "statistics.accumulating", "statistics.collecting",
+            "statistics.walking",
         },
         "statistics.keeping": {"checkpoints.resuming", "processes", "statistics.collecting"},
         "tuning.training": {
@@ -169,8 +179,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "production.folding", "production.plain",
         },
         "statistics.calibration": {
-            "checkpoints.resuming", "layers.sites", "processes", "runtime", "statistics.collecting",
-            "statistics.feeding", "statistics.keeping",
+            "checkpoints.resuming", "layers.sites", "processes", "runtime",
+            "statistics.accumulating", "statistics.collecting", "statistics.feeding",
+            "statistics.keeping",
         },
         "tuning.finetuning": {
             "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",
@@ -178,8 +189,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.saving",
-            "data.augmentation", "data.batches", "data.corruptions", "data.first_look",
-            "data.images", "data.opening", "guards", "processes", "runtime",
+            "data.batches", "data.corruptions", "data.first_look", "data.images", "data.opening",
+            "data.splitting", "guards", "processes", "recognition", "runtime", "tracking",
         },
     },
     {
@@ -189,7 +200,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "entrants": {
             "checkpoints.saving", "data.batches", "data.corruptions", "data.images",
-            "measuring.evaluation", "measuring.robustness", "processes", "runtime", "workbench",
+            "measuring.evaluation", "measuring.robustness", "processes", "runtime", "tracking",
+            "workbench",
         },
         "estimating": {
             "data.batches", "guards", "layers.norms", "layers.sites", "measuring.evaluation",
@@ -226,54 +238,73 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "cli.tables": {"reporting.pages", "reporting.report"},
+        "plan": {
+            "estimating", "layers.norms", "layers.sites", "layers.surgery", "recognition",
+            "tracking", "workbench", "workload",
+        },
         "reporting.result": {
             "checkpoints.checkpoint", "checkpoints.saving", "processes", "reporting.report",
         },
     },
     {
+        "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
             "building.models", "checkpoints.saving", "data.batches", "data.corruptions", "guards",
-            "layers.norms", "layers.refitting", "layers.surgery", "reporting.layer_rows",
-            "reporting.report", "reporting.result", "runtime", "weighing.example_weight",
-            "workbench",
+            "layers.norms", "layers.refitting", "layers.surgery", "recognition",
+            "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
+            "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
             "checkpoints.checkpoint", "measuring.evaluation", "measuring.intervals",
             "measuring.temperature", "reporting.result",
         },
-        "pipeline": {
-            "checkpoints.averaging", "checkpoints.saving", "data.batches", "estimating", "guards",
-            "layers.norms", "layers.refitting", "layers.sites", "layers.surgery",
-            "measuring.evaluation", "measuring.gate", "measuring.metrics", "measuring.pairing",
-            "processes", "reporting.layer_rows", "reporting.records", "reporting.report",
-            "reporting.result", "statistics.calibration", "tuning.finetuning",
-            "weighing.example_weight", "weighing.label_free", "workbench", "workload",
-        },
         "production.export_report": {
             "checkpoints.checkpoint", "production", "production.folding", "production.plain_files",
             "production.verification", "reporting.pages", "reporting.report", "reporting.result",
         },
+        "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
+        "stages": {
+            "checkpoints.averaging", "data.splitting", "guards", "layers.norms", "layers.refitting",
+            "measuring.evaluation", "measuring.gate", "measuring.metrics", "plan",
+            "reporting.layer_rows", "statistics.calibration", "tracking", "tuning.finetuning",
+            "weighing.example_weight", "weighing.label_free", "workbench",
+        },
     },
     {
+        "claims": {
+            "checkpoints.saving", "guards", "measuring.pairing", "recognition",
+            "reporting.layer_rows", "reporting.records", "reporting.report", "reporting.result",
+            "stages", "statistics.calibration", "tracking",
+        },
+        "cli.options": {"cli.parsing", "cli.terminal"},
         "comparison": {
             "checkpoints.reading", "checkpoints.saving", "data.batches", "data.corruptions",
             "entrants", "estimating", "measuring.custom_metrics", "measuring.evaluation",
-            "measuring.metrics", "measuring.predictions", "processes", "reporting.layer_rows",
-            "reporting.records", "reporting.report", "workbench",
+            "measuring.metrics", "measuring.predictions", "processes", "recognition",
+            "reporting.layer_rows", "reporting.records", "reporting.report", "tracking",
+            "workbench",
         },
         "diagnosing.inspection": {
             "checkpoints.checkpoint", "conversion", "data.batches", "data.corruptions",
             "diagnosing.diagnosis", "diagnosing.examination", "diagnosing.retelling",
-            "layers.sites", "runtime", "workbench",
+            "layers.sites", "recognition", "runtime", "tracking", "workbench",
         },
         "production.exporting": {
             "checkpoints.saving", "conversion", "data.batches", "data.corruptions", "data.images",
             "data.opening", "estimating", "layers.norms", "measuring.evaluation", "production",
             "production.artifacts", "production.export_report", "production.making",
-            "production.verification", "reporting.layer_rows", "reporting.records",
-            "reporting.report", "runtime", "workbench",
+            "production.verification", "recognition", "reporting.layer_rows", "reporting.records",
+            "reporting.report", "runtime", "tracking", "workbench",
         },
-        "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "pipeline"},
+    },
+    {
+        "cli.showing": {
+            "cli.tables", "cli.terminal", "diagnosing.diagnosis", "diagnosing.examination",
+            "diagnosing.inspection", "reporting.result",
+        },
+        "pipeline": {
+            "claims", "plan", "processes", "reporting.result", "stages", "tracking", "workbench",
+        },
     },
     {
         "__init__": {
@@ -283,30 +314,26 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.calibration", "tuning.finetuning", "tuning.parameters",
             "weighing.example_weight",
         },
-        "cli.terminal": {
-            "cli.tables", "diagnosing.diagnosis", "diagnosing.examination", "diagnosing.inspection",
-            "processes", "reporting.report", "reporting.result", "workbench",
+        "cli.demo": {
+            "checkpoints.checkpoint", "cli.options", "cli.terminal", "demo", "pipeline", "plan",
         },
-    },
-    {
-        "cli.options": {"cli.terminal"},
-    },
-    {
-        "cli.demo": {"checkpoints.checkpoint", "cli.options", "cli.terminal", "demo", "pipeline"},
-        "cli.inspect": {"cli.options", "cli.terminal", "diagnosing.inspection"},
-        "cli.planned": {"cli.options", "cli.terminal", "pipeline", "replay", "reporting.result"},
+        "cli.inspect": {"cli.options", "cli.showing", "cli.terminal", "diagnosing.inspection"},
+        "cli.planned": {
+            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "pipeline", "plan",
+            "replay", "reporting.result",
+        },
     },
     {
         "cli.convert": {
-            "cli.options", "cli.planned", "cli.terminal", "conversion", "estimating",
-            "layers.refitting", "reporting.result",
+            "cli.options", "cli.parsing", "cli.planned", "cli.showing", "cli.terminal",
+            "conversion", "estimating", "layers.refitting", "reporting.result",
         },
         "cli.eval": {
-            "checkpoints.checkpoint", "cli.options", "cli.planned", "cli.terminal", "comparison",
-            "measuring.predictions", "processes", "reporting.result",
+            "checkpoints.checkpoint", "cli.options", "cli.planned", "cli.showing", "cli.terminal",
+            "comparison", "measuring.predictions", "processes", "reporting.result",
         },
         "cli.export": {
-            "cli.options", "cli.planned", "cli.terminal", "production.export_report",
+            "cli.options", "cli.parsing", "cli.planned", "cli.terminal", "production.export_report",
             "production.exporting",
         },
     },

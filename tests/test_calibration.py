@@ -20,8 +20,8 @@ from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import swap_norms_
 from bnfix.statistics import walking
+from bnfix.statistics.accumulating import precise_moments
 from bnfix.statistics.calibration import describe_missing, recalibrate_, residuals
-from bnfix.statistics.collecting import precise_moments
 from tests import nets, reference
 
 FEEDS = ["batch", "sequential"]

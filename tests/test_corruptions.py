@@ -13,7 +13,8 @@ from bnfix.data.batches import Batches
 from bnfix.data.corruptions import STRENGTHS, Corruption, corruption_of, every_corruption
 from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError
-from bnfix.recipe import CORRUPTIONS, SEVERITIES, DataRecipe, Preprocessing
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import CORRUPTIONS, SEVERITIES, DataRecipe
 from tests.conftest import images_of
 
 EVERY = every_corruption(seed=3)

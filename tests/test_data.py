@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from bnfix.data.batches import Batches, Skipped, cut, fingerprint
+from bnfix.data.batches import Batches, Skipped
 from bnfix.data.classes import map_classes
 from bnfix.data.images import Images
 from bnfix.data.opening import open_images
+from bnfix.data.splitting import cut, fingerprint
 from bnfix.errors import ConfigError, DataError
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 from tests.real import DATA, needs_data
 
 RAW = Preprocessing(scale=1.0)

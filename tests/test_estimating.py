@@ -7,12 +7,14 @@ from collections import Counter
 import pytest
 import torch
 
-from bnfix.cli.terminal import duration_words, stage_head
+from bnfix.cli.showing import duration_words
+from bnfix.cli.terminal import stage_head
 from bnfix.estimating import Work, estimated
-from bnfix.pipeline import Plan, execute, open_plan
+from bnfix.pipeline import execute, open_plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, RunOptions, StatisticsRecipe
 from bnfix.runtime import n_examples_of
-from bnfix.workbench import silent
+from bnfix.tracking import silent
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)
 

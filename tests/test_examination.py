@@ -17,14 +17,9 @@ from bnfix.diagnosing.diagnosis import Finding
 from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
 from bnfix.diagnosing.inspection import inspect_checkpoint
 from bnfix.diagnosing.retelling import _RECIPES, retell
-from bnfix.pipeline import Plan, calibrate
-from bnfix.recipe import (
-    DataRecipe,
-    ModelRecipe,
-    StatisticsRecipe,
-    SwapRecipe,
-    WeightRecipe,
-)
+from bnfix.pipeline import calibrate
+from bnfix.plan import Plan
+from bnfix.recipe import DataRecipe, ModelRecipe, StatisticsRecipe, SwapRecipe, WeightRecipe
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 

@@ -11,7 +11,8 @@ from bnfix.checkpoints.saving import load_ready
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.first_look import look_at_inputs, look_at_size
 from bnfix.data.opening import open_images
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 from bnfix.workbench import open_workbench
 from tests.conftest import Files
 from tests.real import DATA, needs_data

@@ -12,7 +12,7 @@ import bnfix
 from bnfix.demo import SPEC, write_files
 from bnfix.errors import ConfigError, DataError, NormError
 from bnfix.layers.norms import GeneralizedBatchNorm
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, RunOptions, StatisticsRecipe, WeightRecipe
 from bnfix.weighing.example_weight import weighable_layers
 from bnfix.weighing.label_free import MOST_EXAMPLES, fit_moments_, fit_predictions_

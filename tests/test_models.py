@@ -16,7 +16,7 @@ from bnfix.building.models import (
 )
 from bnfix.building.presets import default_preprocessing, preset_preprocessing
 from bnfix.errors import ConfigError, ModelError
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 from tests.real import DATA, needs_data
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -16,7 +16,7 @@ from bnfix.data.batches import Batches
 from bnfix.data.images import Images
 from bnfix.data.opening import open_images
 from bnfix.errors import DataError
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 from tests import layouts
 
 arrow = pytest.importorskip("pyarrow")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import bnfix
 from bnfix.errors import ConfigError, DataError
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import (
     DataRecipe,
     FinetuneRecipe,
@@ -25,7 +25,7 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.workbench import silent
+from bnfix.tracking import silent
 from tests.conftest import Files, Outcome, images_of, inputs_of
 
 Run = Callable[..., tuple[dict[str, Any], Path]]

@@ -12,7 +12,8 @@ import typer
 
 import bnfix
 from bnfix.cli import app
-from bnfix.pipeline import TRIED
+from bnfix.plan import TRIED
+from bnfix.preprocessing import Preprocessing
 from bnfix.production.exporting import ExportRecipe
 from bnfix.recipe import (
     DataRecipe,
@@ -20,7 +21,6 @@ from bnfix.recipe import (
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
-    Preprocessing,
     RunOptions,
     StatisticsRecipe,
     SwapRecipe,

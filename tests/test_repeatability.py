@@ -5,7 +5,7 @@ import torch
 
 import bnfix
 from bnfix.demo import SPEC, write_files
-from bnfix.pipeline import Plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, GateRecipe, RunOptions, WeightRecipe
 
 

@@ -19,7 +19,8 @@ from bnfix.checkpoints.saving import load_ready, stock_tensors
 from bnfix.conversion import convert
 from bnfix.errors import CheckpointError, ModelError
 from bnfix.layers.norms import generalized_norms
-from bnfix.recipe import Preprocessing, SwapRecipe
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import SwapRecipe
 from bnfix.version import __version__
 from tests.conftest import Files, images_of, inputs_of
 from tests.nets import lived_in, plain, shared_norm

@@ -14,7 +14,7 @@ from bnfix.data.batches import Batches
 from bnfix.data.opening import open_images
 from bnfix.data.shards import expand_braces
 from bnfix.errors import DataError
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 from tests import layouts
 
 GREY = layouts.jpeg(np.full((8, 8, 3), 128, np.uint8))

@@ -11,18 +11,17 @@ from bnfix.checkpoints.origin import Origin
 from bnfix.checkpoints.saving import Loaded, load_ready
 from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError, DataError, ModelError
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.recognition import data_record, history_digests, seen_before
+from bnfix.tracking import describe_skipped
 from bnfix.workbench import (
     Workbench,
-    data_record,
-    describe_skipped,
     evaluation_batch_size,
-    history_digests,
     load_one,
     open_checked,
     open_workbench,
     resolve_preprocessing,
-    seen_before,
 )
 from tests.conftest import Files, images_of
 

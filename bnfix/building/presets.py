@@ -11,7 +11,7 @@ import torchvision
 from bnfix.building.importing import import_library
 from bnfix.building.pretrained import folder_preprocessing
 from bnfix.errors import ConfigError
-from bnfix.recipe import INTERPOLATIONS, Preprocessing
+from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 
 def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, str] | None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from bnfix.building.importing import import_library, reason_of
 from bnfix.errors import ConfigError, ModelError, plain
-from bnfix.recipe import INTERPOLATIONS, Preprocessing
+from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 #: A longer description is none.

@@ -11,7 +11,7 @@ from torch import nn
 from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint
 from bnfix.errors import BnfixError, CheckpointError, ModelError, plain, some
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 
 
 @dataclass

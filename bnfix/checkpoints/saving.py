@@ -23,7 +23,8 @@ from bnfix.errors import BnfixError, CheckpointError, plain, some
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import Change, plan_swap, swap_planned_
-from bnfix.recipe import Preprocessing, SwapRecipe
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import SwapRecipe
 from bnfix.version import __version__
 
 _HALF = (torch.float16, torch.bfloat16)

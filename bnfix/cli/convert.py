@@ -22,10 +22,11 @@ from bnfix.cli.options import (
     PlaceFlags,
     Seed,
     option,
-    sizes,
 )
+from bnfix.cli.parsing import sizes
 from bnfix.cli.planned import command_line
-from bnfix.cli.terminal import show_conversion, stated
+from bnfix.cli.showing import show_conversion
+from bnfix.cli.terminal import stated
 from bnfix.conversion import convert as convert_file
 from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_again

@@ -14,7 +14,8 @@ from bnfix.checkpoints.checkpoint import check_output, make_folder
 from bnfix.cli.options import OUT, RUN, OutFlags, Seed, option
 from bnfix.cli.terminal import stage_head, stated
 from bnfix.errors import CheckpointError
-from bnfix.pipeline import Plan, execute, open_plan
+from bnfix.pipeline import execute, open_plan
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 
 

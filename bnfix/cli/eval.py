@@ -21,7 +21,8 @@ from bnfix.cli.options import (
     Seed,
 )
 from bnfix.cli.planned import command_line
-from bnfix.cli.terminal import estimate_line, stated
+from bnfix.cli.showing import estimate_line
+from bnfix.cli.terminal import stated
 from bnfix.comparison import evaluate_files, plan_evaluation
 from bnfix.errors import CheckpointError
 from bnfix.measuring.predictions import check_predictions

@@ -20,8 +20,8 @@ from bnfix.cli.options import (
     Seed,
     default_of,
     option,
-    sizes,
 )
+from bnfix.cli.parsing import sizes
 from bnfix.cli.planned import command_line
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.errors import ConfigError

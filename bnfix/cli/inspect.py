@@ -16,7 +16,8 @@ from bnfix.cli.options import (
     Seed,
     TalkFlags,
 )
-from bnfix.cli.terminal import jsonable, show_inspection, stated
+from bnfix.cli.showing import jsonable, show_inspection
+from bnfix.cli.terminal import stated
 from bnfix.diagnosing.inspection import SAMPLES, inspect_checkpoint
 from bnfix.errors import ConfigError
 from bnfix.recipe import check_seed

@@ -9,15 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
+from bnfix.cli.parsing import numbers, samples_of, sizes, weight_of
 from bnfix.cli.terminal import Terminal
 from bnfix.errors import ConfigError
+from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import (
     DataRecipe,
     EvaluationRecipe,
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
-    Preprocessing,
     RunOptions,
     StatisticsRecipe,
     SwapRecipe,
@@ -306,7 +307,7 @@ class FeedFlags:
             statistics,
             train_batch_size,
             self.feed,
-            _samples(self.samples),
+            samples_of(self.samples),
             batch_size or default_of(StatisticsRecipe, "batch_size"),
             self.tolerance,
         )
@@ -341,7 +342,7 @@ class ChoiceFlags:
             The recipe.
         """
         return WeightRecipe(
-            _weight(self.example_weight), self.granularity, self.pointwise, thin=self.thin
+            weight_of(self.example_weight), self.granularity, self.pointwise, thin=self.thin
         )
 
 
@@ -441,71 +442,3 @@ class OutFlags(TalkFlags):
         bool,
         typer.Option("--plan", help="Say what would be done, do nothing.", rich_help_panel=OUT),
     ] = False
-
-
-def numbers(text: str | None, name: str) -> tuple[float, ...] | None:
-    """Comma-separated numbers; a fraction such as 1/255 is one.
-
-    Args:
-        text: as typed.
-        name: of the option.
-
-    Returns:
-        The numbers; ``None`` where nothing was typed.
-
-    Raises:
-        ConfigError: if it is anything else.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(_fraction(part) for part in text.replace(" ", ",").split(",") if part)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"--{name}: {text!r}, expected a number, or several with commas between.", name=name
-        ) from error
-
-
-def _fraction(text: str) -> float:
-    above, slash, below = text.partition("/")
-    return float(above) / float(below) if slash else float(above)
-
-
-def sizes(text: str | None, name: str) -> tuple[int, ...] | None:
-    """Sizes from a text such as 224 or 224x320.
-
-    Args:
-        text: as typed.
-        name: of the option.
-
-    Returns:
-        One or more integers; ``None`` where nothing was typed.
-
-    Raises:
-        ConfigError: if it is anything else.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
-    except ValueError as error:
-        raise ConfigError(
-            f"--{name}: {text!r}, expected one size or HEIGHTxWIDTH, such as 224 or 224x320.",
-            name=name,
-        ) from error
-
-
-def _samples(text: str | None) -> int | str | None:
-    """A number of examples, or a word that the recipe knows."""
-    try:
-        return None if text is None else int(text)
-    except ValueError:
-        return text
-
-
-def _weight(text: str) -> str | float:
-    """An example weight: a number, or a word that the recipe knows."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

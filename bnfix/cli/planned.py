@@ -33,12 +33,14 @@ from bnfix.cli.options import (
     Seed,
     State,
     TuneFlags,
-    numbers,
     option,
 )
-from bnfix.cli.terminal import show_planned, stage_head, stated
+from bnfix.cli.parsing import numbers
+from bnfix.cli.showing import show_planned
+from bnfix.cli.terminal import stage_head, stated
 from bnfix.errors import ConfigError, some
-from bnfix.pipeline import TRIED, Plan, execute, open_plan
+from bnfix.pipeline import execute, open_plan
+from bnfix.plan import TRIED, Plan
 from bnfix.recipe import (
     TRAINED,
     AverageRecipe,

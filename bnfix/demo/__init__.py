@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfix.errors import ConfigError
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 
 #: The network's model spec, as ``--model`` takes it.
 SPEC = "bnfix.demo.network:digits_net"

@@ -21,18 +21,11 @@ from bnfix.diagnosing.examination import Behaviour, examine_behaviour, examine_c
 from bnfix.diagnosing.retelling import Told, retell
 from bnfix.layers.sites import find_norms
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
+from bnfix.recognition import data_record
 from bnfix.runtime import autocast, device_of
+from bnfix.tracking import Track, Tracked, silent
 from bnfix.version import __version__
-from bnfix.workbench import (
-    Track,
-    Tracked,
-    data_record,
-    evaluation_batch_size,
-    load_one,
-    open_checked,
-    resolve_preprocessing,
-    silent,
-)
+from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
 
 #: Examples that are run, where nothing else is asked for.
 SAMPLES = 512

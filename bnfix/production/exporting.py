@@ -24,23 +24,18 @@ from bnfix.errors import ConfigError, ModelError, some
 from bnfix.estimating import Estimate, peak_memory
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.measuring.evaluation import evaluate
+from bnfix.preprocessing import Preprocessing
 from bnfix.production import artifacts
 from bnfix.production.export_report import SUFFIXES, Export
 from bnfix.production.making import Making
 from bnfix.production.verification import Agreement, agreement, names_of
-from bnfix.recipe import DataRecipe, ModelRecipe, Preprocessing, RunOptions, check_seed, option
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, check_seed, option
+from bnfix.recognition import data_record
 from bnfix.reporting.layer_rows import layer_rows, n_live
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
-from bnfix.workbench import (
-    Track,
-    Tracked,
-    data_record,
-    describe_skipped,
-    load_one,
-    resolve_preprocessing,
-    silent,
-)
+from bnfix.tracking import Track, Tracked, describe_skipped, silent
+from bnfix.workbench import load_one, resolve_preprocessing
 
 #: Labelled examples that the cost of `--force-zero` is measured on, at most.
 _COST_EXAMPLES: Final = 1000

@@ -13,7 +13,7 @@ from bnfix import processes
 from bnfix.checkpoints.checkpoint import check_output, write_text
 from bnfix.checkpoints.saving import save
 from bnfix.errors import CheckpointError
-from bnfix.recipe import Preprocessing
+from bnfix.preprocessing import Preprocessing
 from bnfix.reporting.report import Report, report_paths
 
 

@@ -19,7 +19,8 @@ from bnfix import processes, runtime
 from bnfix.checkpoints.resuming import identity_of
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unmatched
-from bnfix.statistics.collecting import Accumulator, Collector, as_stored, over_groups
+from bnfix.statistics.accumulating import Accumulator
+from bnfix.statistics.collecting import Collector, as_stored, over_groups
 from bnfix.statistics.feeding import Enough, collect, drift, eps_of
 from bnfix.statistics.keeping import Kept
 

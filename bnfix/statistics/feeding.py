@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from bnfix import runtime
 from bnfix.errors import DataError, NormError, some
 from bnfix.layers.sites import NormSite
-from bnfix.statistics.collecting import Accumulator, Collector, Keeper, as_stored, up_to
+from bnfix.statistics.accumulating import Accumulator
+from bnfix.statistics.collecting import Collector, Keeper, as_stored, up_to
 from bnfix.statistics.walking import Walk
 
 #: Passes at most for a layer that is called more than once, whose output comes back to its input.

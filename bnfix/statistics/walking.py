@@ -23,14 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnfix import guards, processes, runtime
-from bnfix.statistics.collecting import (
-    Accumulator,
-    Collector,
-    StopHereError,
-    as_stored,
-    device_of_site,
-    up_to,
-)
+from bnfix.statistics.accumulating import Accumulator
+from bnfix.statistics.collecting import Collector, StopHereError, as_stored, device_of_site, up_to
 
 #: Batches that may walk together; each has a thread.
 _MOST_BATCHES = 256

@@ -12,7 +12,8 @@ import pytest
 
 from bnfix.comparison import evaluate_files
 from bnfix.demo import SPEC, write_files
-from bnfix.pipeline import Plan, fix
+from bnfix.pipeline import fix
+from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe
 from tests.browser import driving
 from tests.real import DATA, needs_data

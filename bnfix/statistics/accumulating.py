@@ -1,0 +1,182 @@
+"""Moments of a layer's inputs, streamed: of all values, and of the examples for the errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnfix.moments import Moments, mix, pool
+
+#: Examples that wait to be added to a layer's sums in one go.
+_WAITING = 1024
+
+
+#: Numbers that are centred at once on the CPU, so that they stay in its caches.
+_CHUNK = 1 << 18
+
+
+class Accumulator:
+    """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
+
+    def __init__(self, shift: Tensor) -> None:
+        # Per-example means are taken from the first batch's, so that none of them is large.
+        self._shift = shift
+        none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
+        self._values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
+        self._examples = Moments(none, rows, rows)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._positions = self._n_waiting = 0
+
+    def add(self, mean: Tensor, var: Tensor, positions: int) -> None:
+        """Add one call's per-example moments ``(N, C)``, float64, each of so many positions."""
+        # Many small sums cost more than one large one, so examples wait for each other.
+        if positions != self._positions or self._n_waiting >= _WAITING:
+            self._flush()
+        self._positions = positions
+        self._waiting.append((mean, var))
+        self._n_waiting += mean.shape[0]
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        mean, var = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._n_waiting = [], 0
+        n = mean.new_tensor(float(mean.shape[0]))
+        self._values = pool([self._values, Moments(n * self._positions, *mix(mean, var))])
+        d = mean - self._shift
+        r = var + d.square()
+        # Variances of d, r and d + r give their covariance, by the one mixing rule.
+        rows = torch.stack((d, r, d + r), 1)
+        self._examples = pool([self._examples, Moments(n, *mix(rows, torch.zeros_like(rows)))])
+
+    def merged(self, others: Sequence[Accumulator]) -> Accumulator:
+        """These sums and those of others together, as if one had seen all.
+
+        Args:
+            others: of the same layer, from other examples.
+
+        Returns:
+            A new accumulator; these stay as they are.
+        """
+        whole = Accumulator(self._shift)
+        everyone = [self, *others]
+        for accumulator in everyone:
+            accumulator._flush()
+        whole._values = pool([accumulator._values for accumulator in everyone])
+        whole._examples = pool([a._examples_from(self._shift) for a in everyone])
+        return whole
+
+    def _examples_from(self, shift: Tensor) -> Moments:
+        """The moments of the examples as if their means had been taken from another shift."""
+        # With d' = d - s: r' = var_i + d'^2 = r - 2 s d + s^2.
+        s = shift - self._shift
+        mean_d, mean_r, _ = self._examples.mean
+        var_d, var_r, var_sum = self._examples.var
+        covariance = (var_sum - var_d - var_r) / 2
+        mean_d, mean_r = mean_d - s, mean_r - 2 * s * mean_d + s.square()
+        moved_var_r = (var_r + 4 * s.square() * var_d - 4 * s * covariance).clamp_min(0)
+        moved_covariance = covariance - 2 * s * var_d
+        moved_sum = (var_d + moved_var_r + 2 * moved_covariance).clamp_min(0)
+        return Moments(
+            self._examples.count,
+            torch.stack((mean_d, mean_r, mean_d + mean_r)),
+            torch.stack((var_d, moved_var_r, moved_sum)),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that the sums hold, to go on from bit for bit.
+
+        Returns:
+            Tensors on the CPU, and numbers.
+        """
+        sums = [self._shift]
+        for moments in (self._values, self._examples):
+            sums += [moments.count, moments.mean, moments.var]
+        return {
+            "sums": [tensor.cpu() for tensor in sums],
+            "waiting": [[mean.cpu(), var.cpu()] for mean, var in self._waiting],
+            "positions": self._positions,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> Accumulator:
+        """Sums that go on from a state.
+
+        Args:
+            state: from `state`.
+            device: where the layer's inputs are.
+
+        Returns:
+            The accumulator.
+        """
+        shift, *rest = (tensor.to(device) for tensor in state["sums"])
+        self = cls(shift)
+        self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])
+        self._waiting = [(mean.to(device), var.to(device)) for mean, var in state["waiting"]]
+        self._n_waiting = sum(mean.shape[0] for mean, _ in self._waiting)
+        self._positions = int(state["positions"])
+        return self
+
+    @property
+    def values(self) -> Moments:
+        """Of all values of a channel together."""
+        self._flush()
+        return self._values
+
+    def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
+        mean, var = self.values.mean, self.values.var
+        if train_batch_size is None:
+            return mean, var
+        return mean, (var - self._examples.var[0] / train_batch_size).clamp_min(0)
+
+    def errors(self) -> tuple[Tensor, Tensor]:
+        """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
+        m = self.values.mean - self._shift
+        var_d, var_r, var_sum = self._examples.var
+        n = float(self._examples.count)
+        if n < 2:
+            unknown = torch.full_like(var_d, math.inf)
+            return unknown, unknown
+        covariance = (var_sum - var_d - var_r) / 2
+        # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
+        var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
+        return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
+
+
+@torch.no_grad()
+def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-example moments whose rounding does not grow with the offset of the values.
+
+    The mean is refined by the mean of what is left after subtracting it, so at mean/std = 1e4 in
+    float32 it keeps about seven digits of the deviation instead of three.
+
+    Args:
+        values: ``(N, C, L)``.
+
+    Returns:
+        Mean and biased variance ``(N, C)``, float64.
+    """
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    n, channels, positions = values.shape
+    pieces = [values]
+    if values.device.type == "cpu":
+        # What does not fit the caches, and new memory for it, would cost more than the arithmetic.
+        pieces = list(torch.split(values, max(1, _CHUNK // max(1, channels * positions))))
+    memory = torch.empty_like(pieces[0])
+    rough, left, squares = values.new_empty(3, n, channels)
+    start = 0
+    for piece in pieces:
+        rows = slice(start, start := start + len(piece))
+        centred = memory[: len(piece)]
+        torch.mean(piece, -1, out=rough[rows])
+        torch.sub(piece, rough[rows].unsqueeze(-1), out=centred)
+        torch.sum(centred, -1, out=left[rows])
+        torch.sum(centred.mul_(centred), -1, out=squares[rows])
+    refined = left.double() / positions
+    var = squares.double() / positions - refined.square()
+    return rough.double() + refined, var.clamp_min_(0)

@@ -1,0 +1,121 @@
+"""Batches whose every pass shows its progress, and the bad images that passes have met."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+from bnfix import processes
+from bnfix.data.augmentation import augmented
+from bnfix.data.batches import Batch, Batches
+from bnfix.errors import DataError, some
+
+#: Wraps the batches of a pass, to show its progress: stage, batches, their number.
+Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
+
+
+def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
+    """Show no progress.
+
+    Args:
+        stage: what is being done.
+        batches: what is gone through.
+        n: how many there are.
+
+    Returns:
+        The batches.
+    """
+    return batches
+
+
+class Tracked:
+    """Batches whose every pass shows its progress; of several processes each has its share.
+
+    Args:
+        batches: to iterate over.
+        stage: what the pass is for, in words.
+        track: how progress is shown.
+        vary: what images go through besides, if anything.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        stage: str,
+        track: Track,
+        vary: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
+    ) -> None:
+        self.batches, self.stage, self._track, self._vary = batches, stage, track, vary
+
+    def __iter__(self) -> Iterator[Any]:
+        source = self.batches if self._vary is None else self._vary(self.batches)
+        return iter(self._track(self.stage, source, len(self.batches)))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def starting_at(self, n: int) -> Tracked:
+        """The same without the first batches.
+
+        Args:
+            n: batches to leave out; they are not read either.
+
+        Returns:
+            The rest.
+        """
+        return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
+
+    def whole(self) -> Tracked:
+        """All batches, on every rank.
+
+        Returns:
+            The batches that the ranks share otherwise.
+        """
+        return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
+
+    def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
+        """The same batches in another order every pass; each rank has a part of every batch.
+
+        Args:
+            seed: of pass 0; pass k has seed + k.
+            augment: random variants of the images, others in every pass.
+
+        Returns:
+            What gives the batches of the k-th pass.
+        """
+        place = processes.here()
+
+        def of_pass(k: int) -> Tracked:
+            vary = partial(augmented, kind=augment, seed=seed, epoch=k)
+            batches = self.batches.with_seed(seed + k).sliced(place.rank, place.size)
+            return Tracked(batches, self.stage, self._track, None if augment == "none" else vary)
+
+        return of_pass
+
+
+def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
+    """Bad images that passes have met, on any rank, each once, in words.
+
+    Args:
+        benches: batches that were gone through.
+
+    Returns:
+        Name and reason of each.
+
+    Raises:
+        DataError: if the ranks together have met more in a pass than it may have.
+    """
+    found: dict[str, str] = {}
+    for bench in benches:
+        shares = processes.gather(bench.batches.skipped)
+        names = {skipped.name for share in shares for skipped in share}
+        if processes.here().shared and len(names) > bench.batches.max_bad:
+            raise DataError(
+                f"{bench.batches.images.spec}: {len(names)} bad images, "
+                f"{bench.batches.max_bad:g} allowed: {some(sorted(names))}. Remove them, or allow "
+                "more with --max-bad."
+            )
+        for s in (skipped for share in shares for skipped in share):
+            found.setdefault(s.name, f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}")
+    return tuple(found.values())
