@@ -1,7 +1,8 @@
-"""An interrupt while the command line is still being imported: one line, as at any other time.
+"""What the command line settles before torch is imported; a program that imports it is left alone.
 
-Importing torch takes seconds, before a line of the command line has run. A program that imports
-bnfix is left alone.
+An interrupt is one line, as at any other time: importing torch takes seconds, before a line of the
+command line has run. And threads that wait do not spin: on a machine that does other work too,
+spinning took twice the time.
 """
 
 from __future__ import annotations
@@ -13,16 +14,18 @@ from pathlib import Path
 from types import TracebackType
 
 
-def say_interrupted() -> None:
-    """State an interrupt in one line and end with 130, where this process is the command line.
+def begin() -> None:
+    """State an interrupt in one line and end with 130; let waiting threads sleep.
 
     Changes:
-        ``sys.excepthook``, where the process was started as ``bnfix`` or ``python -m bnfix``.
+        ``sys.excepthook``, and ``OMP_WAIT_POLICY`` if it is not set, where the process was started
+        as ``bnfix`` or ``python -m bnfix``.
     """
     words = sys.orig_argv
     as_module = ("-m", "bnfix") in itertools.pairwise(words)
     if not as_module and Path(sys.argv[0] or ".").stem != "bnfix":
         return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -38,4 +41,4 @@ def say_interrupted() -> None:
     sys.excepthook = hook
 
 
-say_interrupted()
+begin()

@@ -215,6 +215,7 @@ def test_an_existing_output_is_refused_before_any_work(cli, files, tmp_path, com
         existing.write_text("mine")
         # Nothing else is right: had any work been started, it would have failed first.
         words = ["--data", "nowhere"] if command != "convert" else []
+        words += ["also.pth"] if command == "average" else []
         outcome = cli(command, "missing.pth", "--model", "no:model", *words, "-o", out)
         assert outcome.code == 1
         assert f"{existing.name}: already exists" in outcome.message

@@ -475,7 +475,9 @@ def test_nothing_in_an_npz_is_unpickled(tmp_path: Path) -> None:
 def test_specs_that_are_not_known(tmp_path: Path) -> None:
     other = tmp_path / "images.rar"
     other.write_bytes(b"x")
-    for spec in (str(other), "cifar:/data", "http://a.b/c.npz"):
+    with pytest.raises(DataError, match=r"no such kind. Did you mean cifar10:/data\?"):
+        open_images("cifar:/data")
+    for spec in (str(other), "http://a.b/c.npz"):
         with pytest.raises(DataError, match=r"not of a kind that is known. Give a folder of class"):
             open_images(spec)
     for spec in (str(tmp_path / "none"), str(tmp_path / "none.npz"), "a\0b"):

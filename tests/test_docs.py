@@ -25,8 +25,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGE = "bnfix-demo/digits_net.fixed.safetensors.report.html"
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 Cli = Callable[..., Outcome]
 
@@ -150,15 +150,12 @@ def test_the_demonstration_has_the_numbers_of_the_readme(
     assert 100 * paired == pytest.approx(difference, abs=1.01)
 
 
-def test_the_picture_is_there_and_its_command_names_the_page() -> None:
-    command = next(w for _, b in blocks(README) for w in shell_lines(b) if w[0] == "chromium")
-    assert command[-1] == PAGE
+def test_the_picture_is_there_and_the_command_that_makes_it() -> None:
+    assert ["make", "screenshots"] in [w for _, b in blocks(README) for w in shell_lines(b)]
     shown = re.search(r"!\[.+\]\((.+\.png)\)", README)
     assert shown is not None
-    assert f"--screenshot={shown[1]}" in command
-    size = next(word for word in command if word.startswith("--window-size="))
     with Image.open(ROOT / shown[1]) as picture:
-        assert f"--window-size={picture.width},{picture.height}" == size
+        assert picture.width == 1280
     assert (ROOT / shown[1]).stat().st_size < 500_000
 
 

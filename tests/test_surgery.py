@@ -395,7 +395,7 @@ def test_every_field_is_kept():
     for name, value in old.items():
         if name not in ("_buffers", "_non_persistent_buffers_set"):
             assert new[name] == value, name
-    assert set(new) - set(old) == {"channel_groups", "ghost_size", "_live"}
+    assert set(new) - set(old) == {"channel_groups", "ghost_size", "_live", "_shiftable"}
     assert list(stock_state(net)) == keys
     assert net[0].eps == 3e-3
     assert net[0].momentum is None
@@ -488,7 +488,8 @@ def test_compile_before_and_after(settings_):
     done = swap_norms_(compiled, **settings_)
     assert done.changes[0].name == "_orig_mod.bn1"
     expected = net(images())
-    assert torch.equal(compiled(images()), expected)
+    # What is compiled shifts by the population mean: the same but for rounding.
+    torch.testing.assert_close(compiled(images()), expected)
     full = torch.compile(net, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(full(images()), expected)
 
