@@ -323,8 +323,14 @@ class Stages:
                 after_epoch=refresh if recipe.statistics == "train" else None,
                 state=state,
                 identity="" if state is None else self._identity(learn, monitor, training),
+                precision=self._training_precision(),
             )
         )
+
+    def _training_precision(self) -> str:
+        """That of the run; candidates of `fix` are trained in fp32 where it evaluates in fp16."""
+        precision = self.bench.run.precision
+        return "fp32" if precision == "fp16" and self.plan.command == "fix" else precision
 
     def _identity(self, learn: Any, monitor: Any, training: Tracked) -> str:
         """What numbers of a run depend on besides model, recipe and seed."""

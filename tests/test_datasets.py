@@ -353,7 +353,9 @@ def test_a_folder_called_like_a_data_set_is_a_folder(
 # --- whole commands ---
 
 
-@pytest.mark.parametrize("name", ["cifar10", "flowers102", "imagenet"])
+@pytest.mark.parametrize(
+    "name", ["cifar10", "cifar100", "svhn", "flowers102", "cub2011", "caltech256", "imagenet"]
+)
 def test_calibrate_and_eval_on_a_small_copy(
     tmp_path: Path, files: Files, cli: Callable[..., Outcome], name: str
 ) -> None:
@@ -361,7 +363,7 @@ def test_calibrate_and_eval_on_a_small_copy(
     make(tmp_path / "data")
     held_out = "val" if name == "imagenet" else "test"
     spec = f"{name}:{tmp_path / 'data'}"
-    size = ("--resize", "8") if name != "cifar10" else ()
+    size = ("--resize", "8") if name not in ("cifar10", "cifar100", "svhn") else ()
     out = tmp_path / "out.safetensors"
     done = cli(
         "calibrate", files.stale, *files.common, *size, "--data", f"{spec}#train",
@@ -371,7 +373,7 @@ def test_calibrate_and_eval_on_a_small_copy(
     assert out.exists()
     data = f"{spec}#{held_out}"
     found = cli("eval", files.stale, out, *files.common, *size, "--data", data, "--json").json
-    assert found["data"]["n_examples"] == 24
+    assert found["data"]["n_examples"] == (12 if name == "caltech256" else 24)
     assert found["models"][1]["top1"] > found["models"][0]["top1"]
     refused = cli("eval", files.net, *files.common, "--data", f"{name}:{tmp_path}/none#train")
     assert "there is no" in refused.message

@@ -100,6 +100,30 @@ def test_readme_blocks_run_in_their_order(workplace: Path, cli: Cli) -> None:
     assert Path("mine.safetensors").is_file()
 
 
+def test_the_example_of_every_command_runs(workplace: Path, cli: Cli) -> None:
+    """As `--help` and the commands' pages show them; later ones use what earlier ones wrote."""
+    for name in ("fix", *(name for name in COMMANDS if name != "fix")):
+        example = shlex.split((COMMANDS[name].help or "").partition("Example: ")[2])
+        assert example[:2] == ["bnfix", name]
+        outcome = cli(*example[1:])
+        assert outcome.code == 0, (shlex.join(example), outcome.err)
+        if "-o" in example:
+            assert Path(example[example.index("-o") + 1]).is_file()
+
+
+def test_blocks_of_the_other_documents_run(workplace: Path, cli: Cli) -> None:
+    ran = 0
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        for kind, block in blocks(path.read_text(encoding="utf-8")):
+            ran += 1
+            if kind == "python":
+                exec(compile(block, path.name, "exec"), {})
+                continue
+            for words in shell_lines(block):
+                check_foreign(words)
+    assert ran >= 2
+
+
 def check_foreign(words: list[str]) -> None:
     """A line that no test runs still has to name what there is."""
     if words[0] == "make":

@@ -707,6 +707,21 @@ def test_after_epoch_comes_before_each_evaluation_and_may_recalibrate():
     assert model.bn1.running_mean.tolist() == [float(tuned.best_epoch)] * 6
 
 
+def test_mixed_precision_trains_float32_parameters_through_bfloat16():
+    plain, mixed = tiny(), tiny()
+    kinds = set()
+    mixed.conv1.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+    recipe = FinetuneRecipe(train="all", lr=0.003)
+    expected = finetune_(plain, BATCHES, monitor=MONITOR, recipe=recipe)
+    found = finetune_(mixed, BATCHES, monitor=MONITOR, recipe=recipe, precision="bf16")
+    assert torch.bfloat16 in kinds
+    assert {p.dtype for p in mixed.parameters()} == {torch.float32}
+    assert found.curve[-1].nll == pytest.approx(expected.curve[-1].nll, rel=0.05)
+    assert found.curve[-1].nll != expected.curve[-1].nll
+    with pytest.raises(ConfigError, match="fp16: gradients underflow"):
+        finetune_(mixed, BATCHES, monitor=MONITOR, recipe=recipe, precision="fp16")
+
+
 def test_the_last_norm_and_the_head_alone():
     model = tiny()
     groups = parameter_groups(model, lr=0.1, train="last-norm+head")

@@ -76,7 +76,7 @@ def convert(
 ) -> None:
     """Swap the norm layers; with example weight 0 the outputs stay the same, and that is checked.
 
-    Example: bnfix convert net.pth --model torchvision:resnet50 --to batch-group -o out.safetensors
+    Example: bnfix convert net.pth --model net.py:build --to batch-group -o out.safetensors
     """
     terminal = out.terminal()
     started = time.perf_counter()

@@ -75,7 +75,7 @@ def export(
 ) -> None:
     """ONNX, torch.export, folded weights or one plain Python file, verified against the model.
 
-    Example: bnfix export fixed.safetensors --to onnx --data photos/ -o net.onnx
+    Example: bnfix export fixed.safetensors --model net.py:build --to onnx -o net.onnx
     """
     terminal = out.terminal()
     with stated():

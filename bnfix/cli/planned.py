@@ -156,7 +156,7 @@ def fix(
 ) -> None:
     """All of it in one go: statistics, example weights, brief fine-tuning, each before the gate.
 
-    Example: bnfix fix net.pth --model torchvision:resnet50 --data photos/ -o fixed.safetensors
+    Example: bnfix fix net.pth --model net.py:build --data photos/ -o fixed.safetensors
     """
 
     def make() -> Plan:
@@ -287,7 +287,7 @@ def average(
 
     That is on --test, or on a fifth of labelled data.
 
-    Example: bnfix average a.pth b.pth --model net.py:build --data photos/ -o mean.safetensors
+    Example: bnfix average net.pth net2.pth --model net.py:build --data photos/ -o mean.safetensors
     """
 
     def make() -> Plan:

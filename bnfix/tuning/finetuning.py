@@ -93,6 +93,7 @@ def finetune_(
     after_epoch: Callable[[nn.Module], None] | None = None,
     state: str | Path | None = None,
     identity: str = "",
+    precision: str = "fp32",
 ) -> Finetuning:
     """Train a part of the model for a few epochs; keep the epoch with the least monitor NLL.
 
@@ -118,12 +119,15 @@ def finetune_(
             numbers, bit for bit on a CPU with as many threads.
         identity: what else tells this run from others, such as a fingerprint of the data; model,
             recipe and seed always do.
+        precision: of the forward and backward passes, ``fp32`` or ``bf16`` (autocast); evaluation
+            is in fp32.
 
     Returns:
         The curve and what was kept.
 
     Raises:
-        ConfigError: if weights are to be learned while statistics are trained.
+        ConfigError: if weights are to be learned while statistics are trained, or the precision is
+            fp16, in which gradients underflow.
         NormError: if there is no layer to learn weights of, or to set the ghost size of.
         ModelError: if there is nothing to train.
         NumericError: if the loss stays not finite; the model is then as it was.
@@ -145,12 +149,18 @@ def finetune_(
             "--example-weight learn: weights act in evaluation only, so they cannot be learned "
             "with --statistics train. Use --statistics frozen."
         )
+    if precision == "fp16":
+        raise ConfigError(
+            "--precision fp16: gradients underflow in it. Use bf16, or fp32.", name="precision"
+        )
     started = time.perf_counter()
     with guards.seeded(seed):
         batches, monitor = runtime.hold_out(batches, monitor, every=5)
         groups, layers = _what(model, recipe, weighable, monitor, forward)
-        run = Run(model, recipe, groups, n_steps_of(recipe, batches), forward)
+        run = Run(model, recipe, groups, n_steps_of(recipe, batches), forward, precision)
         settings = {"recipe": asdict(recipe), "seed": seed, "n_steps": run.n_steps, "of": identity}
+        if precision != "fp32":
+            settings["precision"] = precision
         folder = None if state is None else StateFolder(state, identity_of(model, settings))
         found = None
         if folder is not None:

@@ -34,6 +34,7 @@ class Run:
         groups: parameter groups.
         n_steps: steps in all.
         forward: for unusual batches.
+        precision: of the forward and backward passes; parameters and their steps are in float32.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class Run:
         groups: list[dict[str, Any]],
         n_steps: int,
         forward: runtime.Forward | None,
+        precision: str = "fp32",
     ) -> None:
+        self.precision = precision
         self.model, self.recipe, self.forward, self.n_steps = model, recipe, forward, n_steps
         self.groups, self.sites, self.norms = groups, find_norms(model), norm_layers(model)
         self.step = self.n_taken = self.n_skipped = self._bad_in_a_row = 0
@@ -226,7 +229,9 @@ class Run:
         return value
 
     def _loss(self, batch: Any) -> Tensor:
-        logits = runtime.logits_of(runtime.run(self.model, batch, self.device, self.forward))
+        with runtime.autocast(self.device, self.precision):
+            output = runtime.run(self.model, batch, self.device, self.forward)
+        logits = runtime.logits_of(output)
         labels = labels_of(batch, *logits.shape)
         if labels is None:
             raise DataError("fine-tuning: a batch has no labels to learn from. Give (x, y).")
