@@ -1,7 +1,8 @@
 """bnfix: repair trained networks at their normalization layers."""
 
 import bnfix.starting as _starting  # noqa: F401  # first, since it is about the imports below
-from bnfix.checkpoints.saving import load, save
+from bnfix.checkpoints.loading import load
+from bnfix.checkpoints.saving import save
 from bnfix.comparison import evaluate_files
 from bnfix.conversion import convert
 from bnfix.errors import (

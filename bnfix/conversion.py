@@ -14,7 +14,8 @@ from torch import nn
 
 from bnfix import guards
 from bnfix.building.models import input_channels
-from bnfix.checkpoints.saving import Loaded, history_entry, round_as_stored_, versions
+from bnfix.checkpoints.loading import Loaded
+from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.errors import ModelError

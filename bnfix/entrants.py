@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from bnfix import processes, runtime
-from bnfix.checkpoints.saving import Loaded
+from bnfix.checkpoints.loading import Loaded
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, every_corruption
 from bnfix.data.images import Images

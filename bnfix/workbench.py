@@ -15,7 +15,7 @@ from bnfix import guards, processes, runtime
 from bnfix.building.importing import import_forward
 from bnfix.building.models import input_channels
 from bnfix.building.presets import default_preprocessing, preset_preprocessing
-from bnfix.checkpoints.saving import Loaded, load_ready
+from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.first_look import N_EXAMPLES, look_at_inputs, look_at_size

@@ -149,9 +149,9 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "checkpoints.saving": {
-            "building.models", "building.presets", "checkpoints.checkpoint", "checkpoints.header",
-            "checkpoints.origin", "layers.norms", "layers.sites", "layers.surgery",
+        "checkpoints.loading": {
+            "building.models", "building.presets", "checkpoints.checkpoint", "checkpoints.origin",
+            "layers.norms", "layers.sites", "layers.surgery",
         },
         "data.opening": {
             "data.callables", "data.classes", "data.datasets", "data.images", "data.parquet",
@@ -173,10 +173,10 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "checkpoints.averaging": {"checkpoints.checkpoint", "checkpoints.saving"},
-        "production.plain_files": {
-            "building.models", "checkpoints.header", "checkpoints.saving", "production",
-            "production.folding", "production.plain",
+        "checkpoints.averaging": {"checkpoints.checkpoint", "checkpoints.loading"},
+        "checkpoints.saving": {
+            "checkpoints.checkpoint", "checkpoints.header", "checkpoints.loading",
+            "checkpoints.origin", "layers.norms",
         },
         "statistics.calibration": {
             "checkpoints.resuming", "layers.sites", "processes", "runtime",
@@ -188,7 +188,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "runtime", "tuning.parameters", "tuning.training",
         },
         "workbench": {
-            "building.importing", "building.models", "building.presets", "checkpoints.saving",
+            "building.importing", "building.models", "building.presets", "checkpoints.loading",
             "data.batches", "data.corruptions", "data.first_look", "data.images", "data.opening",
             "data.splitting", "guards", "processes", "recognition", "runtime", "tracking",
         },
@@ -199,7 +199,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.calibration",
         },
         "entrants": {
-            "checkpoints.saving", "data.batches", "data.corruptions", "data.images",
+            "checkpoints.loading", "data.batches", "data.corruptions", "data.images",
             "measuring.evaluation", "measuring.robustness", "processes", "runtime", "tracking",
             "workbench",
         },
@@ -207,10 +207,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "data.batches", "guards", "layers.norms", "layers.sites", "measuring.evaluation",
             "processes", "runtime", "tuning.parameters", "workbench",
         },
-        "production.making": {
-            "building.models", "checkpoints.saving", "layers.norms", "production",
-            "production.artifacts", "production.dataflow", "production.folding", "production.plain",
-            "production.plain_files", "production.verification",
+        "production.plain_files": {
+            "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
+            "production", "production.folding", "production.plain",
         },
         "reporting.course": {
             "measuring.gate", "measuring.intervals", "reporting", "reporting.drawing",
@@ -227,6 +226,11 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
+        "production.making": {
+            "building.models", "checkpoints.loading", "layers.norms", "production",
+            "production.artifacts", "production.dataflow", "production.folding", "production.plain",
+            "production.plain_files", "production.verification",
+        },
         "reporting.report": {
             "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.pairing",
             "measuring.robustness", "reporting", "reporting.course", "reporting.drawing",
@@ -249,10 +253,10 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
-            "building.models", "checkpoints.saving", "data.batches", "data.corruptions", "guards",
-            "layers.norms", "layers.refitting", "layers.surgery", "recognition",
-            "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
-            "weighing.example_weight", "workbench",
+            "building.models", "checkpoints.loading", "checkpoints.saving", "data.batches",
+            "data.corruptions", "guards", "layers.norms", "layers.refitting", "layers.surgery",
+            "recognition", "reporting.layer_rows", "reporting.report", "reporting.result",
+            "runtime", "tracking", "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
             "checkpoints.checkpoint", "measuring.evaluation", "measuring.intervals",
@@ -290,11 +294,12 @@ FLOORS: list[dict[str, set[str]]] = [
             "layers.sites", "recognition", "runtime", "tracking", "workbench",
         },
         "production.exporting": {
-            "checkpoints.saving", "conversion", "data.batches", "data.corruptions", "data.images",
-            "data.opening", "estimating", "layers.norms", "measuring.evaluation", "production",
-            "production.artifacts", "production.export_report", "production.making",
-            "production.verification", "recognition", "reporting.layer_rows", "reporting.records",
-            "reporting.report", "runtime", "tracking", "workbench",
+            "checkpoints.loading", "checkpoints.saving", "conversion", "data.batches",
+            "data.corruptions", "data.images", "data.opening", "estimating", "layers.norms",
+            "measuring.evaluation", "production", "production.artifacts",
+            "production.export_report", "production.making", "production.verification",
+            "recognition", "reporting.layer_rows", "reporting.records", "reporting.report",
+            "runtime", "tracking", "workbench",
         },
     },
     {
@@ -308,9 +313,9 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "__init__": {
-            "checkpoints.saving", "comparison", "conversion", "layers.norms", "layers.sites",
-            "layers.surgery", "measuring.evaluation", "measuring.metrics", "measuring.pairing",
-            "pipeline", "production.exporting", "reporting.result", "starting",
+            "checkpoints.loading", "checkpoints.saving", "comparison", "conversion", "layers.norms",
+            "layers.sites", "layers.surgery", "measuring.evaluation", "measuring.metrics",
+            "measuring.pairing", "pipeline", "production.exporting", "reporting.result", "starting",
             "statistics.calibration", "tuning.finetuning", "tuning.parameters",
             "weighing.example_weight",
         },

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import bnfix
 from bnfix.checkpoints.averaging import average_into_, mean_of
-from bnfix.checkpoints.saving import load_ready
+from bnfix.checkpoints.loading import load_ready
 from bnfix.errors import CheckpointError, ConfigError, NumericError
 from bnfix.recipe import AverageRecipe, ModelRecipe
 from tests import nets

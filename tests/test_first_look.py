@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.checkpoints.saving import load_ready
+from bnfix.checkpoints.loading import load_ready
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.first_look import look_at_inputs, look_at_size
 from bnfix.data.opening import open_images

@@ -17,8 +17,9 @@ from torch import nn
 from bnfix.building.models import build_model, build_skeleton
 from bnfix.building.presets import default_preprocessing, published_arguments, published_weights
 from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.checkpoints.loading import load_ready
 from bnfix.checkpoints.packing import write_tensors
-from bnfix.checkpoints.saving import load_ready, save
+from bnfix.checkpoints.saving import save
 from bnfix.errors import CheckpointError, ModelError
 
 NETS = """

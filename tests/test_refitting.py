@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.checkpoints.saving import load
+from bnfix.checkpoints.loading import load
 from bnfix.errors import DataError, NormError, NumericError
 from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.refitting import refit_

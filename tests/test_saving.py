@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnfix
+from bnfix.checkpoints.loading import load_ready
 from bnfix.checkpoints.origin import origin_of
-from bnfix.checkpoints.saving import load_ready, stock_tensors
+from bnfix.checkpoints.saving import stock_tensors
 from bnfix.conversion import convert
 from bnfix.errors import CheckpointError, ModelError
 from bnfix.layers.norms import generalized_norms

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.checkpoints.origin import Origin
-from bnfix.checkpoints.saving import Loaded, load_ready
 from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError, DataError, ModelError
 from bnfix.preprocessing import Preprocessing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
-from bnfix.checkpoints.saving import Loaded
+from bnfix.checkpoints.loading import Loaded
 from bnfix.errors import CheckpointError, NumericError, some
 from bnfix.recipe import AverageRecipe, ModelRecipe
 

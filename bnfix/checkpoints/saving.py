@@ -1,183 +1,26 @@
-"""A ready model from a file and back: spec, tensors, swap, weights."""
+"""A ready model to a file: stock tensors, and in the header its settings and its history."""
 
 from __future__ import annotations
 
-import copy
 import platform
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.building.models import build_model, build_skeleton
-from bnfix.building.presets import published_arguments, published_weights, wants_transformed_input
-from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint, write_checkpoint
+from bnfix.checkpoints.checkpoint import Checkpoint, write_checkpoint
 from bnfix.checkpoints.header import FORMAT
-from bnfix.checkpoints.origin import Origin, origin_of, require_buildable, stated_origin
-from bnfix.errors import BnfixError, CheckpointError, plain, some
-from bnfix.layers.norms import generalized_norms, set_example_weight_
-from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import Change, plan_swap, swap_planned_
+from bnfix.checkpoints.loading import is_weight_buffer
+from bnfix.checkpoints.origin import origin_of
+from bnfix.layers.norms import generalized_norms
 from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import SwapRecipe
 from bnfix.version import __version__
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HALF_LOSS = 1e-3
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model ready to run, and the file it came from.
-
-    Args:
-        model: in evaluation mode, on the CPU.
-        checkpoint: the file's tensors and how they were found.
-        origin: spec, preprocessing, history.
-    """
-
-    model: nn.Module
-    checkpoint: Checkpoint
-    origin: Origin
-
-
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """Load a checkpoint into a ready model in evaluation mode.
-
-    Args:
-        path: a bnfix output, or any checkpoint if ``model`` is given.
-        model: the stock model to put it into; by default the one that the file names, if that is
-            torchvision's or timm's.
-
-    Returns:
-        The model with its norm layers swapped and their weights set as the file says.
-
-    Raises:
-        CheckpointError: if the file cannot be read or does not fit.
-        ModelError: if the file names no model that may be built from what a file says.
-    """
-    return load_ready(path, model=model).model
-
-
-def load_ready(
-    path: str | Path,
-    *,
-    spec: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    model: nn.Module | None = None,
-    key: str | None = None,
-    prefix: str | None = None,
-    prefer_ema: bool = False,
-    mapped: bool = False,
-) -> Loaded:
-    """Read a checkpoint, build its model, load it strictly, and set its norm layers.
-
-    Args:
-        path: the file.
-        spec: the model to build; by default the one that the file names.
-        arguments: of the builder.
-        model: used instead of building one; changed in place.
-        key: nesting inside the file, if it is not to be found by itself.
-        prefix: prefix of the names, if it is not to be found by itself.
-        prefer_ema: take the running mean of the weights, which must then be there.
-        mapped: let the model use the file's own tensors where that can be, instead of copies: it
-            then takes memory as they are used, and the file must stay as it is meanwhile.
-
-    Returns:
-        The model and where it came from.
-
-    Raises:
-        CheckpointError: if the file does not fit the model; all problems at once.
-    """
-    checkpoint = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
-    origin = stated_origin(checkpoint)
-    if spec is not None:
-        origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
-    elif model is None:
-        require_buildable(checkpoint, origin)
-    if model is None and origin.spec is not None:
-        checkpoint = _with_published_arguments_(origin, checkpoint)
-        model = (
-            build_skeleton(origin.spec, origin.arguments, checkpoint.tensors) if mapped else None
-        )
-    if model is None:
-        model = build_model(origin.spec or "", origin.arguments, checkpoint.tensors)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    stock = {name: s for name, s in shapes.items() if not _is_weight_buffer(name, model)}
-    problems = key_problems(stock, checkpoint.tensors)
-    if problems and key is None and prefix is None:
-        notes = checkpoint.notes
-        checkpoint = read_checkpoint(path, expected=set(stock), prefer_ema=prefer_ema)
-        checkpoint = replace(checkpoint, notes=tuple(dict.fromkeys((*checkpoint.notes, *notes))))
-        problems = key_problems(stock, checkpoint.tensors)
-    if problems:
-        where = origin.spec or type(model).__name__
-        raise CheckpointError(
-            f"{Path(path).name}: does not fit {where}, {len(problems)} problems: "
-            f"{_listed(problems)}. Give the --model that it was trained as.",
-            path=path,
-        )
-    _fill_(model, checkpoint)
-    published = published_weights(origin.spec or "", checkpoint.sha256)
-    if published is not None and published.name == "COCO_V1":
-        for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.eps = 0.0  # as torchvision sets it beside these weights
-    origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
-    if checkpoint.metadata is not None:
-        _apply_norms(model, checkpoint)
-    model.eval()
-    model.__dict__["_bnfix_origin"] = origin
-    return Loaded(model, checkpoint, origin)
-
-
-def _with_published_arguments_(origin: Origin, checkpoint: Checkpoint) -> Checkpoint:
-    """Complete a builder's arguments by what belongs to weights known by their digest."""
-    spec = origin.spec or ""
-    if not wants_transformed_input(spec) or "transform_input" in origin.arguments:
-        return checkpoint
-    found = published_arguments(spec, checkpoint.sha256)
-    origin.arguments = {**found, **origin.arguments}
-    if checkpoint.metadata is not None:
-        return checkpoint
-    note = (
-        "transform_input=true, as torchvision builds it with these weights of its own"
-        if found
-        else "built without transform_input; weights that come from torchvision's need "
-        "--model-arg transform_input=true"
-    )
-    return replace(checkpoint, notes=(*checkpoint.notes, note))
-
-
-def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a fitting state dict; a model without memory takes the file's own tensors."""
-    own = model.state_dict()
-    empty = {name for name, tensor in own.items() if tensor.is_meta}
-    state: OrderedDict[str, Tensor] = OrderedDict()
-    for name, tensor in own.items():
-        if name in checkpoint.tensors:
-            found = checkpoint.tensors[name]
-            state[name] = found.to(tensor.dtype) if empty else found
-        else:  # num_batches_tracked, which old files lack
-            state[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
-    # Some modules refuse a state dict that does not say which version of theirs it is.
-    versions: Any = copy.copy(getattr(own, "_metadata", {}))
-    for name, version in checkpoint.versions.items():
-        if name in versions:
-            versions[name] = {**versions[name], "version": version}
-    state._metadata = versions  # type: ignore[attr-defined]
-    try:
-        model.load_state_dict(state, strict=True, assign=bool(empty))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: cannot be loaded into {type(model).__name__}: {plain(error)}",
-            path=checkpoint.path,
-        ) from error
 
 
 def save(
@@ -261,7 +104,7 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     tensors = {}
     for name, tensor in state.items():
-        if _is_weight_buffer(name, model):
+        if is_weight_buffer(name, model):
             continue
         dtype = dtypes.get(name, tensor.dtype)
         if dtype in _HALF and name.endswith(("running_mean", "running_var")):
@@ -339,102 +182,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _listed(problems: Sequence[str]) -> str:
-    """Some of every kind of problem: many of one kind must not hide another."""
-    endings = ("missing from the file", "in the model", "not in the model")
-    missing, shapes, unexpected = ([p for p in problems if p.endswith(end)] for end in endings)
-    shapes = [p for p in shapes if p not in unexpected]
-    return "; ".join(some(kind, 8) for kind in (missing, shapes, unexpected) if kind)
-
-
-def _is_weight_buffer(name: str, model: nn.Module) -> bool:
-    """Whether a key is the example weight of one of bnfix's layers."""
-    if name != "example_weight" and not name.endswith(".example_weight"):
-        return False
-    owner = name.rpartition(".")[0]
-    return any(owner == layer for layer, _ in _all_names(model))
-
-
-def _all_names(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, site.module)
-        for site in find_norms(model)
-        for name in (site.name, *site.aliases)
-        if hasattr(site.module, "channel_groups")
-    ]
-
-
 def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> float:
     stored = tensor.to(dtype).double()
     error = torch.where(stored.isnan() & tensor.isnan(), 0.0, (stored - tensor.double()).abs())
     scale = (var.double().clamp_min(0) + 1e-5).sqrt() if is_mean else var.double() + 1e-5
     return float((error / scale).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
-
-
-def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Swap the layers that the header lists and give them its settings."""
-    norms = (checkpoint.metadata or {}).get("norms")
-    if not isinstance(norms, dict) or not norms:
-        return
-    sites = {n: site.name for site in find_norms(model) for n in (site.name, *site.aliases)}
-    unknown = [name for name in norms if name not in sites]
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: its header sets norm layers that the model lacks: "
-            f"{some([plain(name) for name in unknown])}.",
-            path=checkpoint.path,
-        )
-    try:
-        settings = {sites[name]: _Settings(**_known(value)) for name, value in norms.items()}
-        plan = plan_swap(model, SwapRecipe(layers=tuple(_literal(name) for name in settings)))
-        changes = tuple(_with(change, settings[change.name]) for change in plan.changes)
-        swap_planned_(model, replace(plan, changes=changes))
-        for name, setting in settings.items():
-            layer = model.get_submodule(name)
-            layer.__dict__["eps"] = float(setting.eps)
-            set_example_weight_(layer, setting.example_weight)
-    except (BnfixError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: the norm settings in its header cannot be used: "
-            f"{plain(error)}",
-            path=checkpoint.path,
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Settings:
-    channel_groups: int
-    ghost_size: int | None
-    example_weight: Any
-    eps: float
-
-    def __post_init__(self) -> None:
-        integers = (self.channel_groups, 1 if self.ghost_size is None else self.ghost_size)
-        if not all(type(n) is int and n >= 1 for n in integers):
-            raise ValueError("channel_groups and ghost_size are counts of at least 1")
-        weight = self.example_weight
-        for found in weight if isinstance(weight, list) else [weight]:
-            if type(found) not in (int, float) or not 0 <= found <= 1:
-                raise ValueError("example_weight is a number from 0 to 1, or a list of such")
-        if type(self.eps) not in (int, float) or not 0 <= self.eps < 1e6:
-            raise ValueError("eps is a number of at least 0")
-
-
-def _known(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError("an entry is not an object")
-    return {name: value.get(name) for name in _Settings.__dataclass_fields__}
-
-
-def _with(change: Change, setting: _Settings) -> Change:
-    return replace(
-        change,
-        channel_groups=setting.channel_groups,
-        ghost_size=setting.ghost_size,
-        example_weight=0.0,
-    )
-
-
-def _literal(name: str) -> str:
-    """A glob that matches this name only."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

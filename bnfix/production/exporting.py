@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bnfix import runtime
-from bnfix.checkpoints.saving import Loaded, versions
+from bnfix.checkpoints.loading import Loaded
+from bnfix.checkpoints.saving import versions
 from bnfix.conversion import example_input
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of

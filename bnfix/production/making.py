@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.building.models import build_model
-from bnfix.checkpoints.saving import Loaded
+from bnfix.checkpoints.loading import Loaded
 from bnfix.errors import ModelError, some
 from bnfix.layers.norms import generalized_norms
 from bnfix.production import artifacts, plain_files

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bnfix.building.models import builder_arguments, from_file_allowed
 from bnfix.checkpoints.header import finite
-from bnfix.checkpoints.saving import Loaded, metadata_of, stock_tensors
+from bnfix.checkpoints.loading import Loaded
+from bnfix.checkpoints.saving import metadata_of, stock_tensors
 from bnfix.production import plain as plain_module
 from bnfix.production.folding import Folding
 from bnfix.version import __version__
