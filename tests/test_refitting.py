@@ -291,3 +291,43 @@ def test_finetune_refits_before_it_tunes_and_compares_with_the_original(cli, fil
     # What was asked for is what comes out, whatever it costs against the original.
     assert all(layer["example_weight"] == 1 for layer in tuned["layers"])
     assert tuned["models"][-1]["nll"] < found["models"][-1]["nll"]
+
+
+class Rectified(nn.Module):
+    """Batch Norm, ReLU, the mean over the map, one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(1)
+
+    def forward(self, x):
+        return F.relu(self.bn(x)).mean((2, 3))
+
+
+def test_a_fit_that_takes_the_net_as_a_whole_further_away_is_dropped():
+    """Its own statistics tell an example's values nothing of its mean, which is all there is here.
+
+    The nearest map is a constant, whose ReLU is 0 everywhere; noise of the old scale is nearer.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 1, 1, 1, generator=generator).expand(64, 1, 6, 6)
+    x = x + 0.1 * torch.randn(64, 1, 6, 6, generator=generator)
+    original = Rectified().eval()
+    model = copy.deepcopy(original)
+    swap_norms_(model, example_weight=1.0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = refit_(model, original, [x])
+    assert not found.kept
+    assert found.distance[1] > found.distance[0] > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "so they are as they were" in found.describe()
+
+
+def test_a_fit_that_brings_the_net_nearer_is_kept_and_says_by_how_much():
+    model, original = pair()
+    before = model.bn1.weight.clone()
+    found = refit_(model, original, [images(32)])
+    assert found.kept
+    assert 0 <= found.distance[1] < found.distance[0]
+    assert not torch.equal(model.bn1.weight, before)
+    assert "went from" in found.describe()
