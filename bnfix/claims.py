@@ -31,8 +31,11 @@ def result_of(stages: Stages) -> Result:
         models = _measure_test(stages)
     fresh: dict[str, tuple[float, float]] = {}
     if stages.calibration is not None and bench.split.fit.size:
-        check = bench.batches(bench.split.fit, "residual of the statistics")
-        fresh = residuals(stages.model, check)
+        fresh = bench.evaluation.run(
+            lambda _: residuals(
+                stages.model, bench.batches(bench.split.fit, "residual of the statistics")
+            )
+        )
     drifts = drifts_between(stages.original_statistics, statistics_of(stages.model))
     rows = layer_rows(stages.model, drifts, fresh, stages.calibration)
     data = {
@@ -89,10 +92,10 @@ def _measure_test(stages: Stages) -> list[Evaluated]:
     stages.original.restore_()
     file, sha256 = str(bench.loaded.checkpoint.path), bench.loaded.checkpoint.sha256
     own = stages.model if bench.original is None else bench.original
-    before = stages.evaluate_on(bench.test_batches(f"test: {ORIGINAL}"), own)
+    before = stages.evaluate_on(lambda: bench.test_batches(f"test: {ORIGINAL}"), own)
     first = Evaluated(ORIGINAL, file, sha256, before, n_live(own))
     final.restore_()
-    after = stages.evaluate_on(bench.test_batches(f"test: {stages.name}"))
+    after = stages.evaluate_on(lambda: bench.test_batches(f"test: {stages.name}"))
     # Another kind of normalization was asked for, whatever it costs.
     converted = bench.original is not None
     stated = not stages.gated and (converted or stages.plan.command != "finetune")
@@ -107,7 +110,7 @@ def _measure_test(stages: Stages) -> list[Evaluated]:
             kept.restore_()
             stages.name, after = name, before
             if stages.stated:
-                after = stages.evaluate_on(bench.test_batches(f"test: {name}"))
+                after = stages.evaluate_on(lambda: bench.test_batches(f"test: {name}"))
     return [first, Evaluated(f"output: {stages.name}", None, None, after, n_live(stages.model))]
 
 

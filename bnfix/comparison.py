@@ -129,7 +129,9 @@ def evaluate_files(
             for one, m, custom, outputs in zip(entrants, metrics, own, found, strict=True)
         ),
         layers=layer_rows(last.loaded.model, drifts_between(first_statistics, last_statistics), {}),
-        assumptions=tuple(dict.fromkeys([*notes, *(f"{n}." for n in last.images.notes)])),
+        assumptions=tuple(
+            dict.fromkeys([*notes, *arena.notes, *(f"{n}." for n in last.images.notes)])
+        ),
         n_seen=seen_before(last.images, np.arange(len(last.images)), history),
         options={
             "preprocessing": dataclasses.asdict(last.preprocessing),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,10 +14,12 @@ from bnfix import processes, runtime
 from bnfix.checkpoints.loading import Loaded
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, every_corruption
+from bnfix.data.first_look import first_batch
 from bnfix.data.images import Images
 from bnfix.errors import DataError
 from bnfix.measuring.evaluation import Outputs, collect
 from bnfix.measuring.robustness import BatchInvariance, Shifted, batch_invariance, shifted
+from bnfix.memory import BatchSize, footprint
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.tracking import Track, Tracked
@@ -99,6 +102,7 @@ class Arena:
         run: batch size, workers, precision.
         seed: of intervals, noise, and of which images are compared in other batches.
         track: how progress is shown.
+        memory_bytes: what is free for forward passes; by default as the system says.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class Arena:
         run: RunOptions,
         seed: int,
         track: Track,
+        memory_bytes: int | None = None,
     ) -> None:
         self._entrants, self._source, self._run, self._seed = entrants, source, run, seed
         self._track = track
@@ -118,6 +123,27 @@ class Arena:
             self._groups.setdefault(alike, []).append(i)
         self._good = np.arange(len(entrants[0].images))
         self.passes: list[Tracked] = []
+        #: Batch sizes that had to be made smaller, one sentence each.
+        self.notes: list[str] = []
+        self._sizes = [
+            self._fitting([entrants[i] for i in group], memory_bytes)
+            for group in self._groups.values()
+        ]
+
+    def _fitting(self, members: list[Entrant], memory_bytes: int | None) -> BatchSize:
+        """The batch size of a group's passes, as far as the memory allows."""
+        run, first = self._run, members[0]
+        size = evaluation_batch_size(run, first.loaded.model, first.input_size)
+        what = "--batch-size" if len(self._groups) == 1 else f"{first.name}: --batch-size"
+        found = BatchSize(size, what, self.notes, gives_way=run.batch_size is None)
+        if run.batch_size is None:
+            few = first_batch(first.images, first.preprocessing, self._seed)
+            for one in members:
+                held = None
+                if few is not None:
+                    held = footprint(one.loaded.model, few, run.precision, memory_bytes)
+                found.foresee(held)
+        return found
 
     @property
     def _names(self) -> list[str]:
@@ -140,9 +166,9 @@ class Arena:
             DataError: if entrants of several preprocessings meet other bad images.
         """
 
-        def run(members: list[Entrant]) -> list[Outputs]:
+        def run(members: list[Entrant], size: int) -> list[Outputs]:
             what = members[0].name if len(members) == 1 else f"{len(members)} models"
-            batches = self._batches(members[0], self._good, None, f"{stage} {what}", corruption)
+            batches = self._batches(members[0], self._good, size, f"{stage} {what}", corruption)
             self.passes.append(batches)
             models = [one.loaded.model for one in members]
             loose = any_task and all(runtime.has_forward(model) for model in models)
@@ -178,11 +204,10 @@ class Arena:
         rng = np.random.default_rng(self._seed)
         index = rng.permutation(self._good)[:N_COMPARED]
 
-        def run(members: list[Entrant]) -> list[BatchInvariance]:
+        def run(members: list[Entrant], size: int) -> list[BatchInvariance]:
             def batches_of(positions: np.ndarray, size: int) -> Tracked:
                 return self._batches(members[0], positions, size, f"batches of {size}", None)
 
-            size = evaluation_batch_size(self._run, members[0].loaded.model, members[0].input_size)
             return batch_invariance(
                 [one.name for one in members],
                 [one.loaded.model for one in members],
@@ -195,22 +220,22 @@ class Arena:
 
         return self._by_group(run)
 
-    def _by_group(self, run: Callable[[list[Entrant]], list[_T]]) -> list[_T]:
+    def _by_group(self, run: Callable[[list[Entrant], int], list[_T]]) -> list[_T]:
         """What each entrant gets, in the order in which they were given."""
         found: dict[int, _T] = {}
-        for group in self._groups.values():
-            found.update(zip(group, run([self._entrants[i] for i in group]), strict=True))
+        for group, size in zip(self._groups.values(), self._sizes, strict=True):
+            members = [self._entrants[i] for i in group]
+            found.update(zip(group, size.run(partial(run, members)), strict=True))
         return [found[i] for i in range(len(self._entrants))]
 
     def _batches(
         self,
         one: Entrant,
         index: np.ndarray,
-        size: int | None,
+        size: int,
         stage: str,
         corruption: Corruption | None,
     ) -> Tracked:
-        size = size or evaluation_batch_size(self._run, one.loaded.model, one.input_size)
         batches = Batches(
             one.images,
             index,

@@ -7,6 +7,7 @@ weights tuned with frozen statistics have those as part of the answer.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from bnfix.layers.refitting import REFIT_SAMPLES, refit_
 from bnfix.measuring.evaluation import evaluate
 from bnfix.measuring.gate import Decision, judge
 from bnfix.measuring.metrics import Metrics
+from bnfix.memory import BatchSize
 from bnfix.plan import Plan
 from bnfix.recipe import LABEL_FREE, AverageRecipe, FinetuneRecipe
 from bnfix.reporting.layer_rows import statistics_of
@@ -48,6 +50,13 @@ class Stages:
         self.averaged: list[dict[str, Any]] = []
         self.passes: list[Tracked] = []
         self.gated = bench.labelled and plan.chooses
+        # Stated or not, it is left unless it cannot fit.
+        self._statistics_size = BatchSize(
+            plan.statistics.batch_size,
+            "population statistics",
+            bench.assumptions,
+            remark="; with the batch feed the statistics depend a little on this",
+        )
         self.name = ORIGINAL
         self.stated: tuple[str, guards.Snapshot] | None = None
         self._standing: Metrics | None = None
@@ -65,13 +74,21 @@ class Stages:
         return self._standing
 
     def _on_select(self, what: str) -> Metrics:
-        return self.evaluate_on(self.bench.batches(self.bench.split.select, f"select: {what}"))
+        bench = self.bench
+        return self.evaluate_on(lambda: bench.batches(bench.split.select, f"select: {what}"))
 
-    def evaluate_on(self, batches: Tracked, model: nn.Module | None = None) -> Metrics:
-        """Metrics of a model, by default as it is now."""
-        self.passes.append(batches)
+    def evaluate_on(
+        self, batches_of: Callable[[], Tracked], model: nn.Module | None = None
+    ) -> Metrics:
+        """Metrics of a model, by default as it is now, in batches that fit the memory."""
         gate, run = self.bench.gate, self.bench.run
-        return evaluate(model or self.model, batches, precision=run.precision, seed=gate.seed)
+
+        def attempt(_: int) -> Metrics:
+            batches = batches_of()
+            self.passes.append(batches)
+            return evaluate(model or self.model, batches, precision=run.precision, seed=gate.seed)
+
+        return self.bench.evaluation.run(attempt)
 
     def _offer(self, stage: str, name: str, fallback: guards.Snapshot) -> bool:
         """Judge the model as it is now; put what stood back if it is not admitted."""
@@ -160,21 +177,26 @@ class Stages:
         order = np.random.default_rng(gate.seed).permutation(self.bench.split.fit)
         if isinstance(recipe.samples, int):
             order = order[: recipe.samples]
-        batches = self.bench.batches(order, f"statistics ({target})", recipe.batch_size)
-        self.passes.append(batches)
-        calibration = recalibrate_(
-            self.model,
-            batches,
-            target=target,
-            train_batch_size=recipe.train_batch_size,
-            feed=recipe.feed,
-            samples="auto" if recipe.samples == "auto" else None,
-            tolerance=recipe.tolerance,
-            layers=self.plan.swap.layers,
-            skip=self.plan.swap.skip,
-            state=None if self.plan.command == "finetune" else self.plan.state,
-            identity=self._identity_of(order, batches),
-        )
+        self._statistics_size.foresee(self.bench.footprint)
+
+        def attempt(size: int) -> Calibration:
+            batches = self.bench.batches(order, f"statistics ({target})", size)
+            self.passes.append(batches)
+            return recalibrate_(
+                self.model,
+                batches,
+                target=target,
+                train_batch_size=recipe.train_batch_size,
+                feed=recipe.feed,
+                samples="auto" if recipe.samples == "auto" else None,
+                tolerance=recipe.tolerance,
+                layers=self.plan.swap.layers,
+                skip=self.plan.swap.skip,
+                state=None if self.plan.command == "finetune" else self.plan.state,
+                identity=self._identity_of(order, batches),
+            )
+
+        calibration = self._statistics_size.run(attempt)
         self.bench.assumptions += describe_missing(calibration)
         return calibration
 

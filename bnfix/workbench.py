@@ -16,13 +16,14 @@ from bnfix.building.importing import import_forward
 from bnfix.building.models import input_channels
 from bnfix.building.presets import default_preprocessing, preset_preprocessing
 from bnfix.checkpoints.loading import Loaded, load_ready
-from bnfix.data.batches import Batches
+from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import Corruption, corruption_of
-from bnfix.data.first_look import N_EXAMPLES, look_at_inputs, look_at_size
+from bnfix.data.first_look import first_batch, look_at_inputs, look_at_size
 from bnfix.data.images import Images
 from bnfix.data.opening import for_outputs, open_images
 from bnfix.data.splitting import Split, cut
 from bnfix.errors import DataError
+from bnfix.memory import BatchSize, Footprint, footprint
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 from bnfix.recognition import unseen
@@ -49,9 +50,12 @@ class Workbench:
         max_bad: bad images that a pass may meet.
         track: how progress is shown.
         input_size: numbers in one input.
+        evaluation: the batch size of passes without gradients; once it had to give way, it is
+            smaller for those that follow.
         original: the model before layers were swapped that now weigh the example; their scale and
             shift are still to be re-fitted to its outputs.
         corruption: what every image goes through, those of the test split too.
+        footprint: what forward passes hold; ``None`` where it is not known.
     """
 
     loaded: Loaded
@@ -65,8 +69,10 @@ class Workbench:
     max_bad: float | None
     track: Track
     input_size: int
+    evaluation: BatchSize
     original: nn.Module | None = None
     corruption: Corruption | None = None
+    footprint: Footprint | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -107,7 +113,7 @@ class Workbench:
             images,
             index,
             self.preprocessing,
-            batch_size=size or evaluation_batch_size(self.run, self.model, self.input_size),
+            batch_size=size or self.evaluation.size,
             workers=self.run.workers,
             max_bad=self.max_bad,
             corruption=self.corruption,
@@ -148,6 +154,7 @@ def open_workbench(
     run: RunOptions,
     fractions: tuple[float, float, float],
     track: Track = silent,
+    memory_bytes: int | None = None,
 ) -> Workbench:
     """Open a checkpoint and its data, and cut the data.
 
@@ -160,6 +167,7 @@ def open_workbench(
         run: device and batch size.
         fractions: of fit, select and test; a third part of 0 means no test, or ``--test``.
         track: how progress is shown.
+        memory_bytes: what is free for forward passes; by default as the system says.
 
     Returns:
         The opened workbench.
@@ -187,13 +195,18 @@ def open_workbench(
             "no image is in two splits."
         )
     assumptions += [f"{data}: {note}." for note in images.notes]
-    assumptions += _first_look(loaded, images, preprocessing, run, gate.seed)
+    few = first_batch(images, preprocessing, gate.seed)
+    assumptions += _first_look(loaded, few)
     corruption = corruption_of(source.corrupt, gate.seed)
     if corruption is not None:
         assumptions.append(
             f"every image was corrupted, those of the test too: {corruption.text} "
             f"({corruption.words}), after resize and crop."
         )
+    held = None if few is None else footprint(loaded.model, few, run.precision, memory_bytes)
+    size = evaluation_batch_size(run, loaded.model, input_size)
+    evaluation = BatchSize(size, "--batch-size", assumptions, gives_way=run.batch_size is None)
+    evaluation.foresee(held)
     for name, wanted in (("fit", fractions[0]), ("select", fractions[1])):
         if wanted and len(getattr(split, name)) < 2:
             raise DataError(
@@ -212,22 +225,16 @@ def open_workbench(
         source.max_bad,
         track,
         input_size,
+        evaluation,
         corruption=corruption,
+        footprint=held,
     )
 
 
-def _first_look(
-    loaded: Loaded, images: Images, preprocessing: Preprocessing, run: RunOptions, seed: int
-) -> list[str]:
+def _first_look(loaded: Loaded, batch: Batch | None) -> list[str]:
     """What strikes the eye in a few images, before anything is done with them."""
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:N_EXAMPLES])
-    batches = Batches(
-        images, drawn, preprocessing, batch_size=N_EXAMPLES, workers=0, max_bad=len(drawn)
-    )
-    try:
-        batch = next(iter(batches))
-    except DataError:
-        return []  # stated where the images are needed
+    if batch is None:
+        return []
     spec = loaded.origin.spec
     known = None if spec is None else default_preprocessing(spec)
     found = (

@@ -41,6 +41,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting": set(),
         "starting": set(),
         "statistics": set(),
+        "statistics.costs": set(),
         "tuning": set(),
         "version": set(),
         "weighing": set(),
@@ -89,6 +90,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "processes", "runtime",
         },
         "measuring.pairing": {"measuring.intervals", "measuring.metrics"},
+        "memory": {"guards", "processes", "runtime"},
         "recognition": {"data.images", "data.splitting"},
         "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
     },
@@ -100,7 +102,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.reading",
         },
         "data.augmentation": {"data.batches"},
-        "data.first_look": {"guards", "layers.sites", "runtime"},
+        "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
         "data.imagenet": {"data.image_sets", "data.images", "data.mat"},
         "demo.train": {"demo", "demo.network"},
         "layers.surgery": {"layers.norms", "layers.sites"},
@@ -119,7 +121,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting.pages": {"measuring.pairing"},
         "statistics.collecting": {
             "guards", "layers.norms", "layers.sites", "moments", "processes", "runtime",
-            "statistics.accumulating",
+            "statistics.accumulating", "statistics.costs",
         },
         "tuning.parameters": {"layers.sites"},
         "weighing.weight_search": {
@@ -140,7 +142,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "measuring.robustness",
         },
         "statistics.walking": {
-            "guards", "processes", "runtime", "statistics.accumulating", "statistics.collecting",
+            "guards", "memory", "processes", "runtime", "statistics.accumulating",
+            "statistics.collecting",
         },
         "tracking": {"data.augmentation", "data.batches", "processes"},
         "weighing.example_weight": {
@@ -164,7 +167,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
             "layers.sites", "runtime", "statistics.accumulating", "statistics.collecting",
-            "statistics.walking",
+            "statistics.costs", "statistics.walking",
         },
         "statistics.keeping": {"checkpoints.resuming", "processes", "statistics.collecting"},
         "tuning.training": {
@@ -180,8 +183,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "statistics.calibration": {
             "checkpoints.resuming", "layers.sites", "processes", "runtime",
-            "statistics.accumulating", "statistics.collecting", "statistics.feeding",
-            "statistics.keeping",
+            "statistics.accumulating", "statistics.collecting", "statistics.costs",
+            "statistics.feeding", "statistics.keeping",
         },
         "tuning.finetuning": {
             "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",
@@ -190,7 +193,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.loading",
             "data.batches", "data.corruptions", "data.first_look", "data.images", "data.opening",
-            "data.splitting", "guards", "processes", "recognition", "runtime", "tracking",
+            "data.splitting", "guards", "memory", "processes", "recognition", "runtime", "tracking",
         },
     },
     {
@@ -199,9 +202,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.calibration",
         },
         "entrants": {
-            "checkpoints.loading", "data.batches", "data.corruptions", "data.images",
-            "measuring.evaluation", "measuring.robustness", "processes", "runtime", "tracking",
-            "workbench",
+            "checkpoints.loading", "data.batches", "data.corruptions", "data.first_look",
+            "data.images", "measuring.evaluation", "measuring.robustness", "memory", "processes",
+            "runtime", "tracking", "workbench",
         },
         "estimating": {
             "data.batches", "guards", "layers.norms", "layers.sites", "measuring.evaluation",
@@ -269,7 +272,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
         "stages": {
             "checkpoints.averaging", "data.splitting", "guards", "layers.norms", "layers.refitting",
-            "measuring.evaluation", "measuring.gate", "measuring.metrics", "plan",
+            "measuring.evaluation", "measuring.gate", "measuring.metrics", "memory", "plan",
             "reporting.layer_rows", "statistics.calibration", "tracking", "tuning.finetuning",
             "weighing.example_weight", "weighing.label_free", "workbench",
         },

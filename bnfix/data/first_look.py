@@ -6,10 +6,15 @@ from contextlib import suppress
 from math import exp, log
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from bnfix import guards, runtime
+from bnfix.data.batches import Batch, Batches
+from bnfix.data.images import Images
+from bnfix.errors import DataError
 from bnfix.layers.sites import sites_with_statistics
+from bnfix.preprocessing import Preprocessing
 
 #: Images looked at, and how few say nothing.
 N_EXAMPLES = 32
@@ -24,6 +29,28 @@ _DEAD = 1e-3  # of the median variance: such channels say nothing
 
 class _Seen(BaseException):
     """Ends a pass once the layer has been reached; not to be taken for an error of the model's."""
+
+
+def first_batch(images: Images, preprocessing: Preprocessing, seed: int) -> Batch | None:
+    """A few images, drawn at random.
+
+    Args:
+        images: the data.
+        preprocessing: what they go through.
+        seed: of the draw.
+
+    Returns:
+        At most 32 of them; ``None`` where all of these are bad, which is stated where images are
+        needed.
+    """
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:N_EXAMPLES])
+    batches = Batches(
+        images, drawn, preprocessing, batch_size=N_EXAMPLES, workers=0, max_bad=len(drawn)
+    )
+    try:
+        return next(iter(batches))
+    except DataError:
+        return None
 
 
 def look_at_inputs(model: nn.Module, batch: Any) -> str | None:

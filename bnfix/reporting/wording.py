@@ -186,7 +186,7 @@ def done(
         told.append(
             f"Population statistics ({c.target}, {c.feed} feed) were measured on "
             f"{count(c.n_examples)} images in {count(c.n_batches)} batches: "
-            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s."
+            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s.{_spent(c)}"
         )
     if w := choice:
         chosen = {"keep": "kept as it was", "global": "one for the model"}.get(w.chosen)
@@ -254,6 +254,19 @@ def left_out(
 
 def _passes(n: float) -> str:
     return f"{n:.3g} {'pass' if n == 1 else 'passes'}"
+
+
+def _spent(calibration: Calibration) -> str:
+    """Where the time went, where it was measured."""
+    cost, rate = calibration.cost, calibration.examples_per_second
+    if not cost.data + cost.forward + cost.statistics > 0:
+        return ""
+    whose = " of the first process's time" if calibration.n_processes > 1 else ""
+    speed = "" if rate is None else f"; {rate:,.{0 if rate >= 100 else 2}f} images a second"
+    return (
+        f" Reading data took {cost.data:.2f} s{whose}, forward passes {cost.forward:.2f} s, "
+        f"statistics {cost.statistics:.2f} s{speed}."
+    )
 
 
 def _grouped(what: str, names: Sequence[str]) -> list[str]:

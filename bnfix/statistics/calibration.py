@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unmatched
 from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import Collector, as_stored, over_groups
+from bnfix.statistics.costs import Cost
 from bnfix.statistics.feeding import Enough, collect, drift, eps_of
 from bnfix.statistics.keeping import Kept
 
@@ -76,6 +77,9 @@ class Calibration:
         is_enough: whether it became so before the data ended; true without ``auto``.
         n_processes: how many shared the batches.
         n_resumed: examples whose moments an earlier run had measured and kept.
+        cost: what this process spent its part of the seconds on.
+        examples_per_second: examples times passes by the seconds, all processes together; ``None``
+            where an earlier run had measured a part.
     """
 
     target: str
@@ -93,6 +97,8 @@ class Calibration:
     is_enough: bool = True
     n_processes: int = 1
     n_resumed: int = 0
+    cost: Cost = field(default_factory=Cost)
+    examples_per_second: float | None = None
 
     def __repr__(self) -> str:
         missed = f", {len(self.never_reached)} never reached" if self.never_reached else ""
@@ -206,7 +212,8 @@ def recalibrate_(
     found = collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes, keeper)
     measured, collector = found.measured, found.collector
     by_name = {site.name: site for site in sites}
-    new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
+    with collector.clock.measuring():
+        new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
     stored = {name: as_stored(by_name[name], *moments) for name, moments in new.items()}
     _check_stored(stored)
     records = tuple(
@@ -215,6 +222,9 @@ def recalibrate_(
     )
     for name, moments in stored.items():
         _write(by_name[name].module, *moments, found.n_batches)
+    seconds = time.perf_counter() - started
+    n_resumed = 0 if keeper is None else keeper.n_resumed
+    rate = found.n_examples * found.passes / max(seconds, 1e-9)
     return Calibration(
         target if size is None else f"train-batch {size}",
         feed,
@@ -225,12 +235,14 @@ def recalibrate_(
         tuple(record.name for record in records if record.n_calls > 1),
         tuple(name for name in by_name if name not in measured),
         tuple(site.name for site in every if site.name not in by_name),
-        time.perf_counter() - started,
+        seconds,
         found.how,
         "" if auto is None else auto.slowest,
         auto is None or auto.is_enough,
         processes.here().size,
-        0 if keeper is None else keeper.n_resumed,
+        n_resumed,
+        collector.clock.cost(),
+        None if n_resumed else rate,
     )
 
 

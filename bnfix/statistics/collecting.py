@@ -18,6 +18,7 @@ from bnfix.layers.norms import GeneralizedBatchNorm, over_channel_groups
 from bnfix.layers.sites import NormSite
 from bnfix.moments import mix
 from bnfix.statistics.accumulating import Accumulator, precise_moments
+from bnfix.statistics.costs import Clock
 
 
 class StopHereError(BaseException):
@@ -27,7 +28,10 @@ class StopHereError(BaseException):
 class Collector:
     """Hooks on the sites: measure inputs; decide what each layer normalizes by."""
 
-    def __init__(self, sites: Sequence[NormSite], *, by_batch: bool) -> None:
+    def __init__(
+        self, sites: Sequence[NormSite], *, by_batch: bool, clock: Clock | None = None
+    ) -> None:
+        self.clock = clock or Clock()
         self.sites = {id(site.module): site for site in sites}
         self.by_batch = by_batch
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
@@ -152,6 +156,10 @@ class Collector:
 
     def measure(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
         """Count a call and add its input to the layer's sums; return the input's own moments."""
+        with self.clock.measuring():
+            return self._measured(site, x)
+
+    def _measured(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
         self._count(site.name)
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         own = site.module._buffers["running_mean"]
@@ -250,7 +258,8 @@ class Collector:
         device = runtime.device_of(model)
         n_examples, n_batches, n_gone = (0, 0, 0) if keeper is None else keeper.resume_(self)
         left = None if samples is None else samples - n_examples
-        rest = up_to(after(batches, n_gone), left) if left is None or left > 0 else iter(())
+        rest = self.clock.reading(after(batches, n_gone))
+        rest = up_to(rest, left) if left is None or left > 0 else iter(())
         looks = enough is not None and processes.here().shared
         with (
             guards.inference(model),
@@ -285,14 +294,15 @@ class Collector:
         if batch is None:
             return 0
         self.new_batch(index)
-        try:
-            runtime.run(model, batch, device, forward)
-        except StopHereError:
-            pass
-        finally:
-            for site in self.sites.values():
-                self.after(site.module, None, None)
-        self.check_finite()
+        with self.clock.running():
+            try:
+                runtime.run(model, batch, device, forward)
+            except StopHereError:
+                pass
+            finally:
+                for site in self.sites.values():
+                    self.after(site.module, None, None)
+            self.check_finite()
         return runtime.n_examples_of(batch)
 
 

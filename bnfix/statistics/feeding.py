@@ -14,6 +14,7 @@ from bnfix.errors import DataError, NormError, some
 from bnfix.layers.sites import NormSite
 from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import Collector, Keeper, as_stored, up_to
+from bnfix.statistics.costs import Clock
 from bnfix.statistics.walking import Walk
 
 #: Passes at most for a layer that is called more than once, whose output comes back to its input.
@@ -113,7 +114,8 @@ def collect(
     wanted = samples if isinstance(samples, int) else None
     if feed == "sequential" and isinstance(batches, Iterator):
         batches = list(up_to(batches, wanted))
-    scout = Collector(sites, by_batch=True)
+    clock = Clock()
+    scout = Collector(sites, by_batch=True, clock=clock)
     passes = n_examples = n_batches = 0
     wasted = 0.0
     if feed == "batch" or auto is not None:
@@ -121,7 +123,7 @@ def collect(
         passes, wanted = 1, scout.n_own
     if feed == "batch":
         return Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
-    walking = Collector(sites, by_batch=False)
+    walking = Collector(sites, by_batch=False, clock=clock)
     walk = Walk(model, walking, forward, size, memory_bytes)
     if walk.go(batches, wanted):
         _check_reached(sites, walk.n_examples, walking)
@@ -173,7 +175,7 @@ def _sequential(
     """Layer after layer in call order, each measured while all before it are final."""
     order = scout.order()
     sites = {site.name: site for site in scout.sites.values()}
-    collector = Collector(list(sites.values()), by_batch=False)
+    collector = Collector(list(sites.values()), by_batch=False, clock=scout.clock)
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     for name in order:
         collector.use[name] = as_stored(sites[name], *scout.measured[name].statistics(size))

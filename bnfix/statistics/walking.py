@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextvars
 import os
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bnfix import guards, processes, runtime
+from bnfix.memory import LiveBytes
 from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import Collector, StopHereError, as_stored, device_of_site, up_to
 
@@ -98,7 +97,7 @@ class Walk:
             return False
         sites = [site.module for site in self._collector.sites.values()]
         own = [(m._buffers, m._buffers["running_mean"], m._buffers["running_var"]) for m in sites]
-        enter = _thread_state(self._device)
+        enter, clock = _thread_state(self._device), self._collector.clock
         try:
             with (
                 guards.inference(self._model),
@@ -115,7 +114,7 @@ class Walk:
                 try:
                     processes.together(
                         lambda: self._start(
-                            up_to(runtime.pass_of(batches, 0), samples), pool, enter
+                            up_to(clock.reading(runtime.pass_of(batches, 0)), samples), pool, enter
                         )
                     )
                     self._step_by_step()
@@ -205,8 +204,9 @@ class Walk:
         """Let one batch run until it waits again, or ends."""
         self._collector.new_batch(walker.index)
         self._running, walker.at = walker, None
-        walker.go.release()
-        self._back.acquire()
+        with self._collector.clock.running():
+            walker.go.release()
+            self._back.acquire()
         self._running = None
         if walker.at is not None:
             # Here, not in the batch's thread: the many small sums want threads that are awake.
@@ -270,42 +270,7 @@ class _Walker:
         self.is_over = False
         self.go = threading.Semaphore(0)
         self.done: Future[None]
-        self.live = _LiveBytes(sum(tensor.numel() * tensor.itemsize for tensor in tensors))
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made inside it that are still held."""
-
-    def __init__(self, already: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = already
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What was there before is not held by the walk, even if a view of it is.
-        for storage in _storages((args, kwargs)):
-            self._hold(storage, 0)
-        made = func(*args, **(kwargs or {}))
-        for storage in _storages(made):
-            self._hold(storage, storage.nbytes())
-        return made
-
-    def _hold(self, storage: Any, n: int) -> None:
-        key = storage._cdata
-        if key in self._known and self._known[key]() is not None:
-            return
-        self.bytes += n
-
-        def drop(_: Any) -> None:
-            self.bytes -= n
-            self._known.pop(key, None)
-
-        self._known[key] = weakref.ref(storage, drop)
-
-
-def _storages(nest: Any) -> list[Any]:
-    leaves = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
-    return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
+        self.live = LiveBytes(sum(tensor.numel() * tensor.itemsize for tensor in tensors))
 
 
 _State = Any
