@@ -14,7 +14,7 @@ from bnfix.checkpoints.reading import require_file
 from bnfix.checkpoints.saving import versions
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
-from bnfix.entrants import Arena, Entrant, enter
+from bnfix.entrants import Arena, Entrant, enter, hasten
 from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_evaluation
 from bnfix.measuring.custom_metrics import custom_metrics, import_metric
@@ -90,6 +90,8 @@ def evaluate_files(
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
     if also.corruptions and entrants[0].images.labels is None:
         raise ConfigError("--corruptions: the examples have no labels. Give labels.")
+    if also.fast:
+        entrants = hasten(entrants, run.precision, seed, notes)
     arena = Arena(entrants, source, run, seed, track)
     found = arena.outputs("evaluating", corruption_of(source.corrupt, seed), bool(functions))
     metrics = [_measured(one, seed) for one in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,24 +10,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
 
 from bnfix import processes, runtime
 from bnfix.checkpoints.loading import Loaded
-from bnfix.data.batches import Batches
+from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import Corruption, every_corruption
 from bnfix.data.first_look import first_batch
 from bnfix.data.images import Images
-from bnfix.errors import DataError
+from bnfix.errors import DataError, ModelError
 from bnfix.measuring.evaluation import Outputs, collect
 from bnfix.measuring.robustness import BatchInvariance, Shifted, batch_invariance, shifted
 from bnfix.memory import BatchSize, footprint
 from bnfix.preprocessing import Preprocessing
+from bnfix.production.fusing import fused
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.tracking import Track, Tracked
 from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
 
 #: Images that batch invariance is looked for on.
 N_COMPARED = 256
+#: Images that a faster copy is checked on.
+N_CHECKED = 8
 _T = TypeVar("_T")
 
 
@@ -41,6 +46,7 @@ class Entrant:
         preprocessing: from image to input.
         images: with labels that fit its outputs.
         input_size: numbers in one input.
+        fast: what goes through the data in place of the model, if it is not the model itself.
     """
 
     name: str
@@ -49,6 +55,12 @@ class Entrant:
     preprocessing: Preprocessing
     images: Images
     input_size: int
+    fast: nn.Module | None = None
+
+    @property
+    def net(self) -> nn.Module:
+        """What goes through the data."""
+        return self.loaded.model if self.fast is None else self.fast
 
 
 def enter(
@@ -91,6 +103,39 @@ def enter(
         opened.setdefault(preprocessing.channels, images)
         entrants.append(Entrant(name, str(path), loaded, preprocessing, images, input_size))
     return entrants
+
+
+def hasten(
+    entrants: Sequence[Entrant], precision: str, seed: int, notes: list[str]
+) -> list[Entrant]:
+    """Let copies of the models that evaluate faster go through the data.
+
+    Args:
+        entrants: as entered; their models stay as they are.
+        precision: of the passes.
+        seed: of the images that the copies are checked on.
+        notes: what was done is added here, and what failed.
+
+    Returns:
+        The entrants, those with a copy that gives the same outputs with it.
+    """
+    found = []
+    for one in entrants:
+        few = first_batch(one.images, one.preprocessing, seed)
+        if few is None:
+            found.append(one)
+            continue
+        few = Batch(few.x[:N_CHECKED], *few[1:])
+        try:
+            # Under autocast the operators for prepacked weights would go on in float32.
+            net, done = fused(one.loaded.model, few, prepack=None if precision == "fp32" else False)
+        except ModelError as error:
+            notes.append(f"{one.name}: evaluated as it is, for all --fast: {error}")
+            found.append(one)
+            continue
+        notes.append(f"{one.name}: {done.text}, on {len(few.x)} images.")
+        found.append(dataclasses.replace(one, fast=net))
+    return found
 
 
 class Arena:
@@ -141,7 +186,7 @@ class Arena:
             for one in members:
                 held = None
                 if few is not None:
-                    held = footprint(one.loaded.model, few, run.precision, memory_bytes)
+                    held = footprint(one.net, few, run.precision, memory_bytes)
                 found.foresee(held)
         return found
 
@@ -170,7 +215,7 @@ class Arena:
             what = members[0].name if len(members) == 1 else f"{len(members)} models"
             batches = self._batches(members[0], self._good, size, f"{stage} {what}", corruption)
             self.passes.append(batches)
-            models = [one.loaded.model for one in members]
+            models = [one.net for one in members]
             loose = any_task and all(runtime.has_forward(model) for model in models)
             return collect(models, batches, precision=self._run.precision, any_task=loose)
 
@@ -210,7 +255,7 @@ class Arena:
 
             return batch_invariance(
                 [one.name for one in members],
-                [one.loaded.model for one in members],
+                [one.net for one in members],
                 batches_of,
                 index,
                 min(size, max(1, len(index) // 2)),

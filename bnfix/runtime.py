@@ -21,7 +21,8 @@ Forward = Callable[[nn.Module, Any], Any]
 #: Batches, or what gives the batches of the k-th pass (so that each pass can be shuffled anew).
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
-_FORWARD = "_bnfix_forward"
+#: The attribute of a model that says how it is called.
+FORWARD = "_bnfix_forward"
 #: From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
@@ -187,7 +188,7 @@ def set_forward_(model: nn.Module, forward: Forward) -> None:
     Changes:
         An attribute of the model, which travels with it and with its copies.
     """
-    model.__dict__[_FORWARD] = forward
+    model.__dict__[FORWARD] = forward
 
 
 def has_forward(model: nn.Module) -> bool:
@@ -199,7 +200,7 @@ def has_forward(model: nn.Module) -> bool:
     Returns:
         True after `set_forward_`.
     """
-    return _FORWARD in model.__dict__
+    return FORWARD in model.__dict__
 
 
 def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
@@ -219,7 +220,7 @@ def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | N
         failure: if bnfix states it, or the memory does not suffice.
         ModelError: if the model, called without ``forward``, fails on the input.
     """
-    forward = forward or model.__dict__.get(_FORWARD)
+    forward = forward or model.__dict__.get(FORWARD)
     if forward is not None:
         return forward(model, move(batch, device))
     x = move(unpack(batch)[0], device)

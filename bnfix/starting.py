@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-
 #: Turns of a waiting thread before it sleeps, some microseconds, in the OpenMP that torch brings
 #: along on Linux; others know the policy only.
 _SPINS = "2000"

@@ -38,6 +38,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "moments": set(),
         "production": set(),
         "production.plain": set(),
+        "production.prepacked": set(),
         "reporting": set(),
         "starting": set(),
         "statistics": set(),
@@ -136,6 +137,10 @@ FLOORS: list[dict[str, set[str]]] = [
         "layers.refitting": {
             "guards", "layers.norms", "layers.sites", "moments", "runtime", "statistics.collecting",
         },
+        "production.fusing": {
+            "guards", "layers.kernels", "layers.norms", "production.artifacts",
+            "production.dataflow", "production.folding", "production.prepacked", "runtime",
+        },
         "reporting.drawing": {"reporting", "reporting.pages"},
         "reporting.records": {
             "measuring.custom_metrics", "measuring.metrics", "measuring.pairing",
@@ -204,7 +209,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "entrants": {
             "checkpoints.loading", "data.batches", "data.corruptions", "data.first_look",
             "data.images", "measuring.evaluation", "measuring.robustness", "memory", "processes",
-            "runtime", "tracking", "workbench",
+            "production.fusing", "runtime", "tracking", "workbench",
         },
         "estimating": {
             "data.batches", "guards", "layers.norms", "layers.sites", "measuring.evaluation",

@@ -495,3 +495,59 @@ def test_the_classes_are_listed_for_one_model_and_for_several(cli, files, tmp_pa
             assert len(row["top1"]) == len(checkpoints)
             shown = " | ".join(f"{100 * value:.1f}%" for value in row["top1"])
             assert f"| {row['name']} | 20 | {shown} |" in text
+
+
+# --- faster copies ---
+
+
+def test_fast_copies_give_the_same_numbers_and_say_what_they_are(cli, files, compared):
+    words = ["--data", files.test, *files.common, "--json", "--fast"]
+    found = cli("eval", files.stale, files.net, *words).json
+    for mine, theirs in zip(found["models"], compared["models"], strict=True):
+        assert mine["top1"] == theirs["top1"]
+        assert mine["nll"] == pytest.approx(theirs["nll"], abs=1e-5)
+        assert mine["n_live"] == theirs["n_live"]
+    notes = [note for note in found["assumptions"] if "evaluated on a faster copy" in note]
+    assert len(notes) == 2
+    assert all("folded into the layers before them" in note for note in notes)
+    assert all("outputs differ by at most" in note for note in notes)
+    assert found["options"]["fast"] is True
+    assert "fast" not in compared["options"]
+
+
+def test_a_model_that_gets_no_faster_copy_is_evaluated_as_it_is(files, tmp_path):
+    source = tmp_path / "odd.py"
+    source.write_text(
+        "import torch\n"
+        "class Odd(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.norm, self.head = torch.nn.BatchNorm2d(3), torch.nn.LazyLinear(10)\n"
+        "        self.calls = 0\n"
+        "    def forward(self, x):\n"
+        "        self.calls += 1\n"
+        "        return self.head(self.norm(x).flatten(1)) + self.calls\n"
+        "def build():\n"
+        "    net = Odd()\n"
+        "    net(torch.zeros(2, 3, 8, 8))\n"
+        "    return net\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        torch.manual_seed(0)
+        net = __import__("odd").build()
+    finally:
+        sys.path.remove(str(tmp_path))
+    save_file(net.state_dict(), tmp_path / "odd.safetensors")
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 255, (40, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "odd.npz", images=pixels, labels=np.arange(40) % 10)
+    report = evaluate_files(
+        [tmp_path / "odd.safetensors"],
+        data=str(tmp_path / "odd.npz"),
+        model=f"{source}:build",
+        also=EvaluationRecipe(fast=True),
+    )
+    assert any("as it is, for all --fast: fused network: its outputs differ" in n
+               for n in report.assumptions)  # fmt: skip
+    assert report.models[0].metrics.n_examples == 40

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnfix.moments import Moments, example_moments, mix, pool
+from bnfix.statistics.accumulating import precise_moments
 
 
 def moments(x):
@@ -77,3 +78,45 @@ def test_example_moments_match_var_mean(positions):
     torch.testing.assert_close(mean, x.mean(2))
     torch.testing.assert_close(var, x.var(2, correction=0))
     torch.testing.assert_close(centred, x - x.mean(2, keepdim=True))
+
+
+@st.composite
+def measured_values(draw):
+    n, c = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    length = draw(st.sampled_from([1, 2, 7, 49, 400]))
+    x = torch.randn(n, c, length, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    # Some channels far from 0, so that rows of both kinds stand side by side.
+    far = torch.tensor([draw(st.sampled_from([0.0, 3.0, -5.0, 300.0, 1e4])) for _ in range(c)])
+    x = x * draw(st.sampled_from([1e-3, 1.0, 50.0])) + far[:, None] * draw(st.sampled_from([0, 1]))
+    layout = draw(st.sampled_from(["rows", "columns", "neither"]))
+    if layout == "columns":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "neither":
+        x = torch.stack((x, x), -1)[..., 0]
+    return x.to(draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])))
+
+
+@given(values=measured_values())
+@settings(max_examples=200, deadline=None)
+def test_moments_of_examples_keep_their_digits_whatever_the_offset_and_layout(values):
+    mean, var = precise_moments(values)
+    wide = values.double()
+    expected = wide.var(-1, correction=0)
+    size = wide.abs().amax(-1)
+    assert mean.dtype == var.dtype == torch.float64
+    # Absolute errors by what float32 can hold of the values, as in any summation of them.
+    assert ((mean - wide.mean(-1)).abs() <= 3e-7 * size + 1e-30).all()
+    assert ((var - expected).abs() <= 1e-5 * expected + (2e-7 * size) ** 2 * 10).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e30])
+def test_what_is_not_finite_stays_in_its_own_row(value):
+    for transposed in (False, True):
+        x = torch.randn(3, 4, 20)
+        x[1, 2, 5] = value
+        if transposed:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        mean, var = precise_moments(x)
+        finite = (mean + var).isfinite()
+        assert not finite[1, 2]
+        assert int(finite.sum()) == 11

@@ -217,6 +217,7 @@ class AlsoFlags:
     compare_batch_sizes: Annotated[
         bool, option(EvaluationRecipe, "compare_batch_sizes", "--compare-batch-sizes", panel=ALSO)
     ] = False
+    fast: Annotated[bool, option(EvaluationRecipe, "fast", "--fast", panel=RUN)] = False
     metric: Annotated[
         list[str] | None, option(EvaluationRecipe, "metric", panel=ALSO, metavar="SPEC")
     ] = None
@@ -236,7 +237,7 @@ class AlsoFlags:
             The recipe.
         """
         return EvaluationRecipe(
-            self.corruptions, self.compare_batch_sizes, tuple(self.metric or ())
+            self.corruptions, self.compare_batch_sizes, self.fast, tuple(self.metric or ())
         )
 
 

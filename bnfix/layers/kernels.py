@@ -26,6 +26,7 @@ import functools
 import logging
 import math
 import subprocess
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,44 @@ _RUN = 1 << 11
 _WIDE = 1 << 10
 #: Values that are read twice in one go, so that the second reading finds them in the last cache.
 _SLAB = 1 << 21
+
+
+class Finish(NamedTuple):
+    """What follows the layer, done while its output is still in the cache.
+
+    Args:
+        residual: added to the output, of its shape; ``None`` for nothing.
+        activation: changes a tensor in place, value by value; ``None`` for none.
+    """
+
+    residual: Tensor | None = None
+    activation: Callable[[Tensor], object] | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Do it, in place.
+
+        Args:
+            output: of the layer.
+
+        Returns:
+            The same tensor.
+        """
+        if self.residual is not None:
+            output += self.residual
+        if self.activation is not None:
+            self.activation(output)
+        return output
+
+    def of(self, part: slice) -> Finish:
+        """The same for some examples.
+
+        Args:
+            part: which.
+
+        Returns:
+            With their part of the residual.
+        """
+        return self if self.residual is None else self._replace(residual=self.residual[part])
 
 
 class Terms(NamedTuple):
@@ -109,6 +148,9 @@ class Terms(NamedTuple):
             mean, var, self.example_weight if weight is None else weight, gamma, beta, self.eps,
             self.channel_groups * len(index) // of, self.shiftable,
         )  # fmt: skip
+
+
+_NOTHING = Finish()
 
 
 def values_of(input: Tensor) -> Tensor:
@@ -172,27 +214,29 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
     return output.view(input.shape).to(input.dtype)
 
 
-def evaluate(input: Tensor, terms: Terms) -> Tensor:
+def evaluate(input: Tensor, terms: Terms, finish: Finish = _NOTHING) -> Tensor:
     """Evaluate by the fastest way that holds for this input.
 
     Args:
         input: ``(N, C)`` or ``(N, C, *spatial)``.
         terms: see `Terms`.
+        finish: what follows; only for callers that ask for no gradients.
 
     Returns:
-        As `plain`, to rounding.
+        As ``finish(plain(input, terms))``, to rounding.
     """
     if torch.compiler.is_compiling():
-        return _shifted(input, terms) if _fits_shift(input, terms) else plain(input, terms)
+        fits = _fits_shift(input, terms)
+        return finish(_shifted(input, terms) if fits else plain(input, terms))
     if not _is_ordinary(input, terms):
-        return plain(input, terms)
+        return finish(plain(input, terms))
     if input.device.type == "cuda":
-        return _on_cuda(input, terms)
+        return finish(_on_cuda(input, terms))
     if input.is_contiguous():
-        return _in_slabs(input, terms, rows=True)
+        return _in_slabs(input, terms, finish, rows=True)
     if input.movedim(1, -1).is_contiguous():
-        return _in_slabs(input, terms, rows=False)
-    return plain(input, terms)
+        return _in_slabs(input, terms, finish, rows=False)
+    return finish(plain(input, terms))
 
 
 def _fits_shift(input: Tensor, terms: Terms) -> bool:
@@ -284,7 +328,7 @@ def _triton_runs(device: torch.device) -> bool:
         return False
 
 
-def _in_slabs(input: Tensor, terms: Terms, *, rows: bool) -> Tensor:
+def _in_slabs(input: Tensor, terms: Terms, finish: Finish, *, rows: bool) -> Tensor:
     """By so many examples at once that the second reading finds them in the cache."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     wide = terms.cast(torch.float32 if half else input.dtype)
@@ -292,9 +336,11 @@ def _in_slabs(input: Tensor, terms: Terms, *, rows: bool) -> Tensor:
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input):
         _slab(input, output, wide, rows=rows)
-        return output
-    for part, into in zip(torch.split(input, step), torch.split(output, step), strict=True):
-        _slab(part, into, wide, rows=rows)
+        return finish(output)
+    for start in range(0, len(input), step):
+        part = slice(start, start + step)
+        _slab(input[part], output[part], wide, rows=rows)
+        finish.of(part)(output[part])
     return output
 
 
@@ -306,14 +352,29 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, *, rows: bool) -> None:
     shape = (n, channels, -1) if rows else (n, -1, channels)
     values, into = x.view(shape).to(weight.dtype), y.view(shape)
     mean, var = _row_moments(values) if rows else _column_moments(values)
-    mu, var = _mixed(mean, var, terms, a)
-    var += terms.eps
-    least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
-    room = torch.sub(var, mean * mean * (least / _LOST))
+    mu, var, room = _mixed_with_room(mean, var, terms, a)
     (_scale_rows if rows else _scale_columns)(values, mu, var, terms, into)
     # NaN anywhere makes the least NaN, and that is not above 0.
     if not room.min().item() > 0:
         _do_over(input, output, ~(room > 0).all(0), terms)
+
+
+def _mixed_with_room(
+    mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_mixed`, with eps in the variance; and by how much a channel keeps its digits."""
+    single = terms.channel_groups == mean.shape[1]
+    if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
+        mu, mixed = _mixed(mean, var, terms, a)
+        mixed = mixed + terms.eps
+        least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
+        return mu, mixed, torch.sub(mixed, mean * mean * (least / _LOST))
+    # The usual case in few operations: for small layers each costs as much as the arithmetic.
+    distance = mean - terms.mean
+    rest = (terms.var * (1 - a)).add_(terms.eps)
+    mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
+    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / _LOST)
+    return torch.add(terms.mean, distance, alpha=a), mixed, room
 
 
 def _row_moments(values: Tensor) -> tuple[Tensor, Tensor]:

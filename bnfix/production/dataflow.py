@@ -56,27 +56,52 @@ def sources_of(
     Raises:
         ModelError: if the model cannot be traced.
     """
-    reasons = []
-    for coarse in (False, True):
-        try:
-            graph = _Tracer(model, norms, coarse).trace(model, _defaults(model))
-        except _TRACE_ERRORS as error:
-            reasons.append(_line(error))
-        else:
-            return _sources(graph, model, norms), "torch.fx"
+    graph = _graph(model, norms)
+    if isinstance(graph, fx.Graph):
+        return _sources(graph, model, norms), "torch.fx"
     if example is None:
         raise ModelError(
-            f"folding: the model cannot be traced by torch.fx ({reasons[0]}). Give an example of "
-            "its inputs, or leave its norm layers as they are."
+            f"folding: the model cannot be traced by torch.fx ({graph}). Give an example of its "
+            "inputs, or leave its norm layers as they are."
         )
     try:
         program = export_program(model, example)
     except ModelError as error:
         raise ModelError(
-            f"folding: the model can be traced neither by torch.fx ({reasons[0]}) nor by "
-            f"torch.export ({error})."
+            f"folding: the model can be traced neither by torch.fx ({graph}) nor by torch.export "
+            f"({error})."
         ) from error
     return _exported_sources(program, model, norms), "torch.export"
+
+
+def graph_of(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph:
+    """Trace a model for all inputs at once, its norm layers and torch's own layers as they are.
+
+    Args:
+        model: in evaluation mode.
+        norms: its norm layers.
+
+    Returns:
+        The graph of its operations.
+
+    Raises:
+        ModelError: if torch.fx cannot trace it.
+    """
+    graph = _graph(model, norms)
+    if isinstance(graph, str):
+        raise ModelError(f"model: cannot be traced by torch.fx ({graph}).")
+    return graph
+
+
+def _graph(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
+    """The graph, or why there is none."""
+    reasons = []
+    for coarse in (False, True):
+        try:
+            return _Tracer(model, norms, coarse).trace(model, _defaults(model))
+        except _TRACE_ERRORS as error:
+            reasons.append(_line(error))
+    return reasons[0]
 
 
 def export_program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:

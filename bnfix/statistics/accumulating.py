@@ -202,10 +202,8 @@ def _over_columns(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refined(values: Tensor) -> tuple[Tensor, Tensor]:
-    """By deviations from the mean, which is refined by the mean of what it leaves.
-
-    At mean/std = 1e4 in float32 the mean keeps about seven digits of the deviation, not three.
-    """
+    """By deviations from the mean, which is refined by the mean of what it leaves."""
+    # At mean/std = 1e4 in float32 it so keeps about seven digits of the deviation, not three.
     n, channels, positions = values.shape
     pieces = [values]
     if values.device.type == "cpu":
