@@ -1,41 +1,53 @@
-"""What an example-aware layer costs: alone, and in whole networks, beside the stock layer.
+"""What example-aware layers, statistics and their choice cost, beside the stock layer and others.
 
-    python benchmarks/speed.py                  # both parts: some 20 minutes on 2 cores
-    python benchmarks/speed.py --quick          # a few sizes and ResNet-18: about 2 minutes
+    python benchmarks/speed.py                  # all parts: about 40 minutes on 2 cores
+    python benchmarks/speed.py --quick          # a few sizes and ResNet-18: about 3 minutes
     python benchmarks/speed.py --parts layer --threads 2
+    python benchmarks/speed.py --draw           # the table and the picture, of what was measured
 
 Part `layer`: one layer at sizes of ResNet-50, EfficientNet-B0 and a 3D ResNet, contiguous and
 channels last: a copy of the same bytes (the limit), the stock layer, the plain form, and the layer
 as it is. Part `nets`: whole networks with random weights and every norm layer live (a = 0.1):
-stock and ours, eager and compiled. Ways alternate within a round; a figure is the median over
-rounds of the ratio to stock in the same round, and in brackets the quartiles of those ratios.
+stock and ours, eager, fused (`eval --fast`) and compiled. Part `calibration`: new statistics from
+tensors in memory, beside a bare forward pass, torch and fvcore; and from JPEG files, beside the
+loader alone. Part `choice`: the choice of weights, in evaluation passes. Part `scaling`: one and
+two processes. Ways alternate within a round; a figure is the median over rounds of the ratio to a
+base in the same round, and in brackets the quartiles of those ratios. Rows go to
+results/speed-DEVICE.json, which keeps the parts that were not measured again.
 """
 
 # This file's own folder holds names of the standard library, which must not be found there.
+import os
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+# As the command line does: threads that wait spin for microseconds.
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="2000")
 
 import argparse
 import copy
 import json
 import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks import speed_calibration
+from benchmarks.timing import Row, Ways, alternate, line, summary
 from bnfix import set_example_weight_, swap_norms_
 from bnfix.layers import kernels
 from bnfix.layers.norms import GeneralizedBatchNorm
-from bnfix.runtime import keep_freed_memory
+from bnfix.production.fusing import fused
+from bnfix.runtime import exact_float32, keep_freed_memory
 
+PARTS = ("layer", "nets", "calibration", "choice", "scaling")
+RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("contiguous", "channels_last")
 #: Network, and the (channels, size...) at which its layers stand.
 SIZES = {
@@ -51,40 +63,8 @@ NETS = {
     "RegNetY-400MF": torchvision.models.regnet_y_400mf,
 }
 
-Row = dict[str, Any]
-
-
-#: Seconds on the wall; with --cpu-time those of this process alone.
-clock = time.perf_counter
-
-
-def alternate(
-    ways: dict[str, Callable[[], object]], rounds: int, *, warm: bool = False
-) -> dict[str, list[float]]:
-    """Seconds of each way in each round; one round goes first, uncounted."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, way in ways.items():
-            if warm:
-                way()  # so that each finds the caches as it leaves them, not as its neighbour did
-            start = clock()
-            way()
-            if turn:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def summary(seconds: dict[str, list[float]], base: str) -> dict[str, Row]:
-    found = {}
-    for name, took in seconds.items():
-        ratios = sorted(mine / theirs for mine, theirs in zip(took, seconds[base], strict=True))
-        found[name] = {
-            "ms": 1e3 * statistics.median(took),
-            "ratio": statistics.median(ratios),
-            "low": ratios[len(ratios) // 4],
-            "high": ratios[-1 - len(ratios) // 4],
-        }
-    return found
+#: Which of `timing.CLOCKS` is read.
+clock = "wall"
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -127,30 +107,41 @@ def agree(mine: Tensor, oracle: Tensor) -> None:
     torch.testing.assert_close(mine, oracle, rtol=1e-4, atol=1e-4 * max(scale, 1e-3))
 
 
-def layers(batches: list[int], quick: bool, rounds: int) -> list[Row]:
+def layers(batches: list[int], rounds: int, device: str, *, quick: bool) -> list[Row]:
     rows: list[Row] = []
     for net, sizes in SIZES.items():
         for size in sizes[1:4:2] if quick else sizes:
             for n in batches:
                 for layout in FORMATS:
-                    x = laid_out(torch.randn(n, *size), layout)
-                    live, stock = a_layer(size[0], 0.1), a_layer(size[0], 0.0)
+                    x = laid_out(torch.randn(n, *size, device=device), layout)
+                    live, stock = (a_layer(size[0], a).to(device) for a in (0.1, 0.0))
                     into = torch.empty_like(x)
                     agree(live(x), plainly(live, x))
-                    ways = {
+                    ways: Ways = {
                         "copy": lambda into=into, x=x: into.copy_(x),
                         "stock": lambda stock=stock, x=x: stock(x),
                         "plain": lambda live=live, x=x: plainly(live, x),
                         "ours": lambda live=live, x=x: live(x),
                     }
-                    took = summary(alternate(ways, rounds, warm=True), "stock")
+                    took = summary(timed(ways, rounds, device, warm=True), "stock")
                     where = f"{net} {n}x{'x'.join(map(str, size))}"
                     rows.append({"part": "layer", "name": where, "layout": layout, "ways": took})
-                    show(rows[-1])
+                    print(line(rows[-1], "stock"), flush=True)
     return rows
 
 
-def nets(batches: list[int], names: list[str], rounds: int, compiled: bool) -> list[Row]:
+def timed(ways: Ways, rounds: int, device: str, *, warm: bool = False) -> dict[str, list[float]]:
+    """Alternating runs; each waits for the device, which works on while the host goes on."""
+    if device == "cuda":
+        ways = {
+            name: lambda way=way: (way(), torch.cuda.synchronize()) for name, way in ways.items()
+        }
+    return alternate(ways, rounds, warm=warm, clock=clock)
+
+
+def nets(
+    batches: list[int], names: list[str], rounds: int, device: str, *, compiled: bool
+) -> list[Row]:
     rows: list[Row] = []
     for name in names:
         stock = NETS[name]().eval()
@@ -161,11 +152,11 @@ def nets(batches: list[int], names: list[str], rounds: int, compiled: bool) -> l
         for layout in FORMATS:
             last = torch.channels_last if layout == "channels_last" else torch.contiguous_format
             for model in (stock, live):
-                model.to(memory_format=last)
+                model.to(device, memory_format=last)
             for n in batches:
-                x = laid_out(torch.randn(n, 3, 224, 224), layout)
+                x = laid_out(torch.randn(n, 3, 224, 224, device=device), layout)
                 ways = of_a_net(stock, live, x, compiled=compiled)
-                seconds = alternate(ways, rounds)
+                seconds = timed(ways, rounds, device)
                 took = summary(seconds, "stock")
                 if compiled:
                     kept = {k: v for k, v in seconds.items() if k.endswith("compiled")}
@@ -174,71 +165,166 @@ def nets(batches: list[int], names: list[str], rounds: int, compiled: bool) -> l
                     ]
                 where = f"{name}, batch {n}"
                 rows.append({"part": "nets", "name": where, "layout": layout, "ways": took})
-                show(rows[-1])
+                print(line(rows[-1], "stock"), flush=True)
     return rows
 
 
-def of_a_net(
-    stock: nn.Module, live: nn.Module, x: Tensor, *, compiled: bool
-) -> dict[str, Callable[[], object]]:
-    agree(live(x), plainly(live, x))
-    ways: dict[str, Callable[[], object]] = {
+def of_a_net(stock: nn.Module, live: nn.Module, x: Tensor, *, compiled: bool) -> Ways:
+    expected = plainly(live, x)
+    agree(live(x), expected)
+    quick, _ = fused(live, x[:2])
+    agree(quick(x), expected)
+    ways: Ways = {
         "stock": lambda: stock(x),
         "plain": lambda: plainly(live, x),
         "ours": lambda: live(x),
+        "ours fused": lambda: quick(x),
     }
     if compiled:
         torch._dynamo.reset()
         for way, model in (("stock", stock), ("ours", live)):
+            start = time.perf_counter()
             fast = torch.compile(model, fullgraph=True, dynamic=False)
             agree(fast(x), model(x))
+            print(f"  {way} compiled in {time.perf_counter() - start:.0f} s", flush=True)
             ways[f"{way} compiled"] = lambda fast=fast: fast(x)
     return ways
 
 
-def show(row: Row) -> None:
-    parts = [f"{row['name']:34s} {row['layout']:13s}"]
-    for name, took in row["ways"].items():
-        if name == "stock":
-            parts.append(f"stock {took['ms']:.2f} ms")
-        else:
-            spread = f"[{took['low']:.2f}, {took['high']:.2f}]"
-            parts.append(f"{name} {took['ratio']:.2f} {spread}")
-    print("  ".join(parts), flush=True)
+# --- what comes of it ---
+
+
+def keep(rows: list[Row], device: str, machine: str) -> list[Row]:
+    """Write rows; those of names that were not measured again stay."""
+    path = RESULTS / f"speed-{device}.json"
+    before = json.loads(path.read_text()) if path.is_file() else []
+    new = {(row["part"], row["name"], row.get("layout")) for row in rows}
+    old = [row for row in before if (row["part"], row["name"], row.get("layout")) not in new]
+    every = sorted(
+        [*old, *({**row, "machine": machine} for row in rows)], key=lambda r: PARTS.index(r["part"])
+        if r["part"] in PARTS else PARTS.index("calibration"),
+    )  # fmt: skip
+    path.write_text(json.dumps(every, indent=1) + "\n")
+    return every
+
+
+def table(rows: list[Row]) -> str:
+    """Rows with ways as Markdown, a table a part."""
+    found = []
+    for part in dict.fromkeys(row["part"] for row in rows if "ways" in row):
+        mine = [row for row in rows if row["part"] == part]
+        ways = list(dict.fromkeys(way for row in mine for way in row["ways"]))
+        found += [
+            f"\n{part}\n",
+            f"| | layout | {' | '.join(ways)} |",
+            "|---|---" + "|--:" * len(ways) + "|",
+        ]
+        for row in mine:
+            cells = []
+            for way in ways:
+                took = row["ways"].get(way)
+                if took is None:
+                    cells.append("")
+                elif took["ratio"] == took["low"] == took["high"] == 1.0:
+                    cells.append(f"{took['ms']:.3g} ms")
+                else:
+                    cells.append(f"{took['ratio']:.2f} [{took['low']:.2f}, {took['high']:.2f}]")
+            layout = row.get("layout", "").replace("_", " ")
+            found.append(f"| {row['name']} | {layout} | {' | '.join(cells)} |")
+    return "\n".join(found)
+
+
+def draw(rows: list[Row], device: str) -> None:
+    """Whole networks, by stock eager of the same layout, and calibration by a bare pass."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    panels = [
+        ("nets", ("plain", "ours", "ours fused"), "networks, all layers live; stock eager = 1"),
+        ("calibration", ("torch update_bn", "fvcore", "batch feed"),
+         "new statistics, in memory; bare pass in training mode = 1"),
+    ]  # fmt: skip
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 6))
+    colours = ("#c46a3d", "#3f6fb0", "#3d8f5f")
+    for axis, (part, ways, title) in zip(axes, panels, strict=True):
+        mine = [row for row in rows if row["part"] == part]
+        for i, row in enumerate(reversed(mine)):
+            for j, (way, colour) in enumerate(zip(ways, colours, strict=True)):
+                took = row["ways"].get(way)
+                if took is not None:
+                    y = i + 0.22 * (1 - j)
+                    axis.plot((took["low"], took["high"]), (y, y), color=colour, lw=2)
+                    axis.plot(took["ratio"], y, "o", color=colour, ms=4,
+                              label=way if i == 0 else None)  # fmt: skip
+        names = [f"{row['name']}, {row.get('layout', '').replace('_', ' ')}" for row in mine]
+        axis.set_yticks(range(len(mine)), names[::-1], fontsize=7)
+        axis.axvline(1, color="#999999", lw=1)
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"speed-{device}.svg", metadata={"Date": None})
 
 
 def main() -> None:
     global clock
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few sizes, one network, batch 8")
-    parser.add_argument("--parts", nargs="+", choices=("layer", "nets"), default=("layer", "nets"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="networks under autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-compile", action="store_true", help="leave the compiled networks out")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: a busy machine")
-    parser.add_argument("--json", type=Path, help="write every row there too")
+    parser.add_argument("--keep", action="store_true", help="write results/speed-DEVICE.json")
+    parser.add_argument("--draw", action="store_true", help="table and picture of what is there")
     asked = parser.parse_args()
+    if asked.draw:
+        rows = json.loads((RESULTS / f"speed-{asked.device}.json").read_text())
+        draw(rows, asked.device)
+        print(table(rows))
+        return
     if asked.quick:
         asked.batches, asked.nets, asked.rounds = [8], ["ResNet-18"], min(asked.rounds, 5)
+    if asked.batches is None:
+        asked.batches = [1, 8, 32] if asked.device == "cpu" else [1, 64, 256]
     if asked.cpu_time:
         if asked.threads > 1:
             parser.error("--cpu-time adds up what threads do side by side: give --threads 1")
-        clock = time.process_time
+        clock = "cpu"
     torch.manual_seed(0)
     torch.set_num_threads(asked.threads)
     torch.set_grad_enabled(False)
     keep_freed_memory()
-    print(f"{platform.processor() or platform.machine()}, {asked.threads} threads, "
-          f"torch {torch.__version__}, float32; ratios to stock eager [quartiles]\n")  # fmt: skip
+    exact_float32()
+    machine = platform.processor() or platform.machine()
+    if asked.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    machine = f"{machine}, {asked.threads} threads, torch {torch.__version__}"
+    print(f"{machine}, {'bf16' if asked.bf16 else 'float32'}; ratios to a base [quartiles]\n")
     rows: list[Row] = []
-    if "layer" in asked.parts:
-        rows += layers(asked.batches, asked.quick, asked.rounds)
-    if "nets" in asked.parts:
-        rows += nets(asked.batches, asked.nets, asked.rounds, not asked.no_compile)
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1))
+    with torch.autocast(asked.device, torch.bfloat16, enabled=asked.bf16):
+        if "layer" in asked.parts:
+            rows += layers(asked.batches, asked.rounds, asked.device, quick=asked.quick)
+        if "nets" in asked.parts:
+            rows += nets(
+                asked.batches, asked.nets, asked.rounds, asked.device,
+                compiled=not asked.no_compile,
+            )  # fmt: skip
+    with torch.enable_grad():
+        if "calibration" in asked.parts:
+            rows += speed_calibration.from_memory(asked.rounds, asked.quick)
+            rows += speed_calibration.from_files(asked.rounds, asked.quick)
+        if "choice" in asked.parts:
+            rows += speed_calibration.choices(asked.quick)
+        if "scaling" in asked.parts:
+            rows += speed_calibration.scaling(asked.quick)
+    if asked.keep:
+        draw(keep(rows, asked.device, machine), asked.device)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class Batches:
         index: positions to use, in this order unless shuffled.
         preprocessing: resize and crop, then scale, mean and std.
         batch_size: images a batch; the last one may be smaller.
-        workers: processes that decode; -1: up to 4 for many image files, else none.
+        workers: processes that decode; -1: up to 4 for many image files where two cores are left
+            for the rest, else none.
         shuffle_seed: order by a seeded permutation.
         max_bad: how many bad images a pass may meet; default: 1 %, and at least 5.
         cache_bytes: memory for resized images of one kind.
@@ -302,7 +303,8 @@ class Batches:
         if self.workers >= 0:
             return min(self.workers, n_cpus) if n_wanted else 0
         many = n_wanted > 256 and isinstance(self.images, EncodedImages)
-        return min(4, n_cpus) if many and n_cpus > 1 else 0
+        # On two cores decoding beside the network took longer than before it.
+        return min(4, max(0, n_cpus - 2)) if many else 0
 
     def _skip(self, i: int, reason: str, n_bad: int) -> None:
         if i not in self._seen_bad:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bnfix.moments import Moments, mix, pool
 
-#: Examples that wait to be added to a layer's sums in one go.
-_WAITING = 1024
+#: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
+_WAITING = 1 << 18
 
 
 #: Numbers that are centred at once on the CPU, so that they stay in its caches.
@@ -36,7 +36,7 @@ class Accumulator:
     def add(self, mean: Tensor, var: Tensor, positions: int) -> None:
         """Add one call's per-example moments ``(N, C)``, float64, each of so many positions."""
         # Many small sums cost more than one large one, so examples wait for each other.
-        if positions != self._positions or self._n_waiting >= _WAITING:
+        if positions != self._positions or self._n_waiting * mean.shape[1] >= _WAITING:
             self._flush()
         self._positions = positions
         self._waiting.append((mean, var))
@@ -89,12 +89,18 @@ class Accumulator:
             torch.stack((var_d, moved_var_r, moved_sum)),
         )
 
-    def state(self) -> dict[str, Any]:
-        """All that the sums hold, to go on from bit for bit.
+    def state(self, *, summed: bool = False) -> dict[str, Any]:
+        """All that the sums hold.
+
+        Args:
+            summed: with nothing waiting, some 100 bytes a channel, to be sent; otherwise as they
+                are, to go on from bit for bit.
 
         Returns:
             Tensors on the CPU, and numbers.
         """
+        if summed:
+            self._flush()
         sums = [self._shift]
         for moments in (self._values, self._examples):
             sums += [moments.count, moments.mean, moments.var]

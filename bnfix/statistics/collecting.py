@@ -88,14 +88,17 @@ class Collector:
         if own is not None:
             module._buffers["running_mean"], module._buffers["running_var"] = own
 
-    def state(self) -> dict[str, Any]:
+    def state(self, *, summed: bool = False) -> dict[str, Any]:
         """What was measured, to be sent to other ranks or written.
+
+        Args:
+            summed: as for `Accumulator.state`.
 
         Returns:
             Plain containers, numbers and tensors on the CPU.
         """
         return {
-            "measured": {name: found.state() for name, found in self.measured.items()},
+            "measured": {name: found.state(summed=summed) for name, found in self.measured.items()},
             "n_calls": dict(self.n_calls),
             "before": {name: sorted(names) for name, names in self._before.items()},
         }
@@ -135,7 +138,7 @@ class Collector:
         if not processes.here().shared:
             return self.measured
         together = Collector(list(self.sites.values()), by_batch=self.by_batch)
-        together.set_states_(processes.gather(self.state()))
+        together.set_states_(processes.gather(self.state(summed=True)))
         return together.measured
 
     def order(self) -> list[str]:
@@ -238,7 +241,7 @@ class Collector:
             lambda: self._run(model, batches, forward, samples, enough, keeper)
         )
         if processes.here().shared:
-            self.set_states_(processes.gather(self.state()))
+            self.set_states_(processes.gather(self.state(summed=True)))
         self.n_own = seen[processes.here().rank][0]
         n_examples, n_batches = (sum(counts) for counts in zip(*seen, strict=True))
         if keeper is not None:

@@ -178,7 +178,7 @@ class Walk:
             return None, None, len(places) > 1
         name = places.pop()
         shared = processes.here().shared
-        return name, collector.measured[name].state() if shared else None, False
+        return name, collector.measured[name].state(summed=True) if shared else None, False
 
     def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
         """What all ranks have measured at a layer."""
