@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from bnfix import ModelError, find_norms, set_example_weight_, swap_norms_
 from bnfix.layers import kernels
+from bnfix.layers.finishing import Finish
 from bnfix.production.fusing import FusedNorm, fused
 from bnfix.production.prepacked import PrepackedConv, prepacked
 from bnfix.runtime import set_forward_
@@ -246,7 +247,7 @@ def test_what_follows_the_kernel_equals_what_followed_the_plain_form(case, add, 
         x = x + 100  # channels that are done over must be finished once, too
     in_place, outside = ACTIVATIONS[name]
     before = residual.clone()
-    finish = kernels.Finish(residual if add else None, in_place)
+    finish = Finish(residual if add else None, in_place)
     y = kernels.evaluate(x, terms, finish)
     expected = oracle(x, terms)
     expected = outside(expected + residual.double() if add else expected)
@@ -260,7 +261,7 @@ def test_what_follows_the_kernel_equals_what_followed_the_plain_form(case, add, 
 def test_every_slab_gets_its_own_part_of_the_residual(layout):
     x, residual = (laid_out(torch.randn(9, 4, 260, 260), layout) for _ in range(2))
     terms = terms_for(4, weight=0.1)
-    y = kernels.evaluate(x, terms, kernels.Finish(residual, torch.relu_))
+    y = kernels.evaluate(x, terms, Finish(residual, torch.relu_))
     expected = torch.relu(oracle(x, terms) + residual.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 

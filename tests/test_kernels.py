@@ -252,6 +252,7 @@ def test_autocast_leaves_the_statistics_in_float32():
 INTERPRETED = """
 import torch
 from bnfix.layers import kernels
+from bnfix.layers.finishing import CODES, Finish
 from bnfix.layers.triton_kernels import normalize
 from tests.test_kernels import close, laid_out, oracle, terms_for
 
@@ -267,9 +268,19 @@ for shape in [(2, 3, 7, 7), (1, 2, 130, 131), (2, 20, 2, 3, 5)]:
             y = normalize(x, population, terms.example_weight, terms.gamma, terms.beta, 1e-5)
             assert y.dtype == dtype and y.stride() == x.stride()
             close(y, oracle(x, terms), ratio=max(1.0, offset))
+            residual = laid_out(torch.randn(shape), layout).to(dtype)
+            for in_place, code in [(None, 0), *CODES.items()]:
+                given = terms.example_weight, terms.gamma, terms.beta, 1e-5
+                for added in (residual, None):
+                    y = normalize(x, population, *given, added, code)
+                    expected = Finish(added, in_place)(oracle(x, terms))
+                    close(y, expected, ratio=max(1.0, offset))
             x[0, 1].fill_(float("nan"))
             y = normalize(x, population, terms.example_weight, terms.gamma, terms.beta, 1e-5)
             assert torch.equal(y.isnan(), kernels.plain(x, terms).isnan())
+            for code in CODES.values():
+                z = normalize(x, population, *given, residual, code)
+                assert torch.equal(z.isnan(), y.isnan())
 print("all equal")
 """
 
@@ -281,7 +292,9 @@ from bnfix.layers import triton_kernels as kernels
 
 plain = dict.fromkeys(("weight_stride", "channels", "positions", "step_channel"), "i32")
 plain |= {"step_position": "i32", "eps": "fp32", "x": "*bf16", "y": "*bf16"}
+plain |= {"residual": "*bf16"}
 sizes = {"has_population": True, "has_gamma": True, "has_beta": True, "block_c": 4, "block_l": 64}
+sizes |= {"has_residual": True, "activation": 3}
 for kernel in (kernels._whole, kernels._moments, kernels._apply):
     fixed = {name: value for name, value in sizes.items() if name in kernel.arg_names}
     types = {name: plain.get(name, "*fp32") for name in kernel.arg_names}

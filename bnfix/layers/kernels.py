@@ -26,12 +26,12 @@ import functools
 import logging
 import math
 import subprocess
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bnfix.layers.finishing import NOTHING, Finish
 from bnfix.moments import example_moments, mix, over_channel_groups
 
 _log = logging.getLogger("bnfix")
@@ -50,44 +50,6 @@ _RUN = 1 << 11
 _WIDE = 1 << 10
 #: Values that are read twice in one go, so that the second reading finds them in the last cache.
 _SLAB = 1 << 21
-
-
-class Finish(NamedTuple):
-    """What follows the layer, done while its output is still in the cache.
-
-    Args:
-        residual: added to the output, of its shape; ``None`` for nothing.
-        activation: changes a tensor in place, value by value; ``None`` for none.
-    """
-
-    residual: Tensor | None = None
-    activation: Callable[[Tensor], object] | None = None
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """Do it, in place.
-
-        Args:
-            output: of the layer.
-
-        Returns:
-            The same tensor.
-        """
-        if self.residual is not None:
-            output += self.residual
-        if self.activation is not None:
-            self.activation(output)
-        return output
-
-    def of(self, part: slice) -> Finish:
-        """The same for some examples.
-
-        Args:
-            part: which.
-
-        Returns:
-            With their part of the residual.
-        """
-        return self if self.residual is None else self._replace(residual=self.residual[part])
 
 
 class Terms(NamedTuple):
@@ -148,9 +110,6 @@ class Terms(NamedTuple):
             mean, var, self.example_weight if weight is None else weight, gamma, beta, self.eps,
             self.channel_groups * len(index) // of, self.shiftable,
         )  # fmt: skip
-
-
-_NOTHING = Finish()
 
 
 def values_of(input: Tensor) -> Tensor:
@@ -214,7 +173,7 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
     return output.view(input.shape).to(input.dtype)
 
 
-def evaluate(input: Tensor, terms: Terms, finish: Finish = _NOTHING) -> Tensor:
+def evaluate(input: Tensor, terms: Terms, finish: Finish = NOTHING) -> Tensor:
     """Evaluate by the fastest way that holds for this input.
 
     Args:
@@ -231,7 +190,7 @@ def evaluate(input: Tensor, terms: Terms, finish: Finish = _NOTHING) -> Tensor:
     if not _is_ordinary(input, terms):
         return finish(plain(input, terms))
     if input.device.type == "cuda":
-        return finish(_on_cuda(input, terms))
+        return _on_cuda(input, terms, finish)
     if input.is_contiguous():
         return _in_slabs(input, terms, finish, rows=True)
     if input.movedim(1, -1).is_contiguous():
@@ -297,22 +256,29 @@ def _shifted(input: Tensor, terms: Terms) -> Tensor:
     return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
 
-def _on_cuda(input: Tensor, terms: Terms) -> Tensor:
+def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
     """Triton's kernels, for the layouts, types and groups that they know, where they run."""
     laid_out = input.is_contiguous() or input.movedim(1, -1).is_contiguous()
     single = terms.channel_groups == input.shape[1]
     if not laid_out or not single or input.dtype == torch.float64 or not _triton_runs(input.device):
-        return plain(input, terms)
-    return _by_triton(input, terms)
+        return finish(plain(input, terms))
+    return _by_triton(input, terms, finish)
 
 
-def _by_triton(input: Tensor, terms: Terms) -> Tensor:
+def _by_triton(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
     from bnfix.layers import triton_kernels  # only where there is something to run it on
 
     population = None if terms.mean is None or terms.var is None else (terms.mean, terms.var)
-    return triton_kernels.normalize(
-        input, population, terms.example_weight, terms.gamma, terms.beta, terms.eps
-    )
+    given = population, terms.example_weight, terms.gamma, terms.beta, terms.eps
+    residual = finish.residual
+    if residual is not None:
+        alike = (residual.dtype, residual.stride()) == (input.dtype, input.stride())
+        if not alike or residual.shape != input.shape or residual.device != input.device:
+            return finish(triton_kernels.normalize(input, *given))
+    if finish.code is None:
+        added = triton_kernels.normalize(input, *given, residual)
+        return Finish(None, finish.activation)(added)
+    return triton_kernels.normalize(input, *given, residual, finish.code)
 
 
 @functools.cache
@@ -320,9 +286,9 @@ def _triton_runs(device: torch.device) -> bool:
     """Once a device: whether Triton is there, finds its compiler, and gives what is right."""
     x = torch.linspace(-1, 1, 96, device=device).view(2, 3, 4, 4) + 7
     one = torch.ones(3, device=device)
-    terms = Terms(7 * one, one, 0.5 * one, one, one, 1e-5, 3)
+    terms, finish = Terms(7 * one, one, 0.5 * one, one, one, 1e-5, 3), Finish(x, torch.relu_)
     try:
-        return torch.allclose(_by_triton(x, terms), plain(x, terms), atol=1e-4)
+        return torch.allclose(_by_triton(x, terms, finish), finish(plain(x, terms)), atol=1e-4)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         _log.warning("Triton does not run on %s, so the plain form is used: %s", device, error)
         return False

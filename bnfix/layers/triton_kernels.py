@@ -61,9 +61,27 @@ def _mix(
 
 
 @triton.jit
+def _finish(output, residual, at, there, has_residual: tl.constexpr, activation: tl.constexpr):
+    """What follows the layer; comparisons leave NaN what it is, where maxima would not."""
+    if has_residual:
+        output += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+    if activation == 1:
+        output = tl.where(output < 0, 0.0, output)
+    elif activation == 2:
+        output = tl.where(output < 0, 0.0, tl.where(output > 6, 6.0, output))
+    elif activation == 3:
+        output = output / (1 + tl.exp(-output))
+    elif activation == 4:
+        gate = output + 3
+        output = output * tl.where(gate < 0, 0.0, tl.where(gate > 6, 6.0, gate)) / 6
+    return output
+
+
+@triton.jit
 def _whole(
     x,
     y,
+    residual,
     population_mean,
     population_var,
     weight,
@@ -78,6 +96,8 @@ def _whole(
     has_population: tl.constexpr,
     has_gamma: tl.constexpr,
     has_beta: tl.constexpr,
+    has_residual: tl.constexpr,
+    activation: tl.constexpr,
     block_c: tl.constexpr,
     block_l: tl.constexpr,
 ):
@@ -103,6 +123,7 @@ def _whole(
     output = (centred + (mean - mu)[:, None]) * scale[:, None]
     if has_beta:
         output += tl.load(beta + channel, mask=inside, other=0.0).to(tl.float32)[:, None]
+    output = _finish(output, residual, at, there, has_residual, activation)
     tl.store(y + at, output.to(y.dtype.element_ty), mask=there)
 
 
@@ -159,6 +180,7 @@ def _moments(
 def _apply(
     x,
     y,
+    residual,
     mus,
     scales,
     population_mean,
@@ -169,6 +191,8 @@ def _apply(
     step_position,
     has_population: tl.constexpr,
     has_beta: tl.constexpr,
+    has_residual: tl.constexpr,
+    activation: tl.constexpr,
     block_c: tl.constexpr,
     block_l: tl.constexpr,
 ):
@@ -190,6 +214,7 @@ def _apply(
     output = (values - centre[:, None] - mu[:, None]) * scale[:, None]
     if has_beta:
         output += tl.load(beta + channel, mask=inside, other=0.0).to(tl.float32)[:, None]
+    output = _finish(output, residual, at, there, has_residual, activation)
     tl.store(y + at, output.to(y.dtype.element_ty), mask=there)
 
 
@@ -200,8 +225,10 @@ def normalize(
     gamma: Tensor | None,
     beta: Tensor | None,
     eps: float,
+    residual: Tensor | None = None,
+    activation: int = 0,
 ) -> Tensor:
-    """Evaluate the layer, one channel a group.
+    """Evaluate the layer, one channel a group, and what follows it.
 
     Args:
         input: ``(N, C, *spatial)``, contiguous or channels last, not empty, float32 or half.
@@ -210,6 +237,8 @@ def normalize(
         gamma: scale ``(C,)`` or ``None``.
         beta: shift ``(C,)`` or ``None``.
         eps: added to the variance.
+        residual: added to the output, laid out as the input; ``None`` for nothing.
+        activation: number in `finishing.CODES`; 0 for none.
 
     Returns:
         The same shape, dtype and memory format.
@@ -223,14 +252,16 @@ def normalize(
     example = (weight, int(weight.ndim > 0))
     scale, shift = (weight if term is None else term for term in (gamma, beta))
     given = {"has_population": population is not None, "has_gamma": gamma is not None}
+    after = {"has_residual": residual is not None, "activation": activation}
+    added = input if residual is None else residual
     block_c, block_l = _blocks(channels, positions, rows=rows)
     groups = n * triton.cdiv(channels, block_c)
     with torch.cuda.device_of(input):  # Triton launches on the current device
         if block_l >= positions:
             _whole[(groups,)](
-                input, output, mean, var, *example, scale, shift, eps, channels, positions, *steps,
-                **given, has_beta=beta is not None, block_c=block_c, block_l=block_l,
-                num_warps=_warps(block_c * block_l),
+                input, output, added, mean, var, *example, scale, shift, eps, channels, positions,
+                *steps, **given, **after, has_beta=beta is not None, block_c=block_c,
+                block_l=block_l, num_warps=_warps(block_c * block_l),
             )  # fmt: skip
             return output
         mus, scales = input.new_empty((2, n, channels), dtype=torch.float32)
@@ -240,7 +271,7 @@ def normalize(
         )  # fmt: skip
         block_l //= 4
         _apply[(groups * triton.cdiv(positions, block_l),)](
-            input, output, mus, scales, mean, shift, channels, positions, *steps,
+            input, output, added, mus, scales, mean, shift, channels, positions, *steps, **after,
             has_population=population is not None, has_beta=beta is not None,
             block_c=block_c, block_l=block_l, num_warps=4,
         )  # fmt: skip

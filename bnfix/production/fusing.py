@@ -11,9 +11,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,20 +21,25 @@ from torch.utils._pytree import tree_map
 
 from bnfix import guards, runtime
 from bnfix.errors import ModelError
-from bnfix.layers.kernels import Finish, evaluate
+from bnfix.layers.finishing import (
+    Activation,
+    Finish,
+    activation_of,
+    hardswish_,
+    relu6_,
+    silu_,
+)
+from bnfix.layers.kernels import evaluate
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, generalized_norms
 from bnfix.production.artifacts import outputs_of
 from bnfix.production.dataflow import graph_of
 from bnfix.production.folding import Folding, optimize_
 from bnfix.production.prepacked import PrepackedConv, prepacked
 
-Activation = Callable[[Tensor], object]
-
 #: Functions and methods of torch that change each value by itself, without further arguments.
 _FUNCTIONS: dict[Any, Activation] = {
-    F.relu: torch.relu_, torch.relu: torch.relu_, torch.relu_: torch.relu_,
-    F.relu6: partial(F.relu6, inplace=True), F.silu: partial(F.silu, inplace=True),
-    F.hardswish: partial(F.hardswish, inplace=True), "relu": torch.relu_, "relu_": torch.relu_,
+    F.relu: torch.relu_, torch.relu: torch.relu_, torch.relu_: torch.relu_, F.relu6: relu6_,
+    F.silu: silu_, F.hardswish: hardswish_, "relu": torch.relu_, "relu_": torch.relu_,
 }  # fmt: skip
 _ADDITIONS = (operator.add, torch.add, "add")
 #: Those that change their first operand, which others may look at too unless it is the norm's.
@@ -311,25 +314,6 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | No
     if node.op in ("call_function", "call_method") and len(node.args) == 1:
         return _FUNCTIONS.get(node.target) if set(node.kwargs) <= {"inplace"} else None
     return None
-
-
-def activation_of(module: nn.Module) -> Activation | None:
-    """How an activation is done in place.
-
-    Args:
-        module: of torch.nn; a subclass may do something else and is not known.
-
-    Returns:
-        A function that changes a tensor, value by value; ``None`` if the module is not known.
-    """
-    kind = type(module)
-    simple: dict[type, Activation] = {
-        nn.ReLU: torch.relu_, nn.ReLU6: _FUNCTIONS[F.relu6], nn.SiLU: _FUNCTIONS[F.silu],
-        nn.Hardswish: _FUNCTIONS[F.hardswish],
-    }  # fmt: skip
-    if isinstance(module, nn.LeakyReLU) and kind is nn.LeakyReLU:
-        return partial(F.leaky_relu, negative_slope=module.negative_slope, inplace=True)
-    return simple.get(kind)
 
 
 def _hooked(module: nn.Module) -> bool:
