@@ -190,6 +190,7 @@ class Stages:
                 feed=recipe.feed,
                 samples="auto" if recipe.samples == "auto" else None,
                 tolerance=recipe.tolerance,
+                precision=self.bench.run.precision,
                 layers=self.plan.swap.layers,
                 skip=self.plan.swap.skip,
                 state=None if self.plan.command == "finetune" else self.plan.state,

@@ -281,6 +281,35 @@ def test_precise_moments_at_an_offset(positions, offset):
 
 
 @pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_moves_statistics_by_its_rounding_alone(feed, precision):
+    whole = nets.lived_in(nets.residual()).eval()
+    half = copy.deepcopy(whole)
+    batches = split(images(24, 16, dtype=torch.float32), (9, 9, 6))
+    recalibrate_(whole, batches, feed=feed)
+    recalibrate_(half, batches, feed=feed, precision=precision)
+    moved = 0.0
+    for mine, theirs in zip(find_norms(half), find_norms(whole), strict=True):
+        new, old = mine.module, theirs.module
+        assert new.running_mean.dtype == torch.float32
+        spread = old.running_var + old.eps
+        shift = float(((new.running_mean - old.running_mean) / spread.sqrt()).abs().mean())
+        ratio = float(((new.running_var + new.eps) / spread).log().abs().mean())
+        assert max(shift, ratio) < 0.02
+        moved = max(moved, shift)
+    assert moved > 1e-6
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_an_unknown_precision_is_refused_before_anything_changes():
+    net = nets.lived_in(nets.residual()).eval()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigError, match=r"--precision: 'int8' is not known. Use one of: fp32"):
+        recalibrate_(net, [torch.randn(4, 3, 8, 8)], precision="int8")
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("feed", FEEDS)
 def test_an_offset_of_ten_thousand_deviations(feed):
     """The same float32 inputs in float64 are the truth: their deviations are kept to 1e-4, and the
     buffer holds the mean as well as float32 can, to one unit in its last place.

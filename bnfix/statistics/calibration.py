@@ -119,6 +119,7 @@ def recalibrate_(
     tolerance: float = 0.04,
     memory_bytes: int | None = None,
     forward: runtime.Forward | None = None,
+    precision: str = "fp32",
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
     state: str | Path | None = None,
@@ -153,6 +154,9 @@ def recalibrate_(
         memory_bytes: what the walking batches may hold, at most; by default a quarter of the
             memory that is free; 0 for passes.
         forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
+        precision: of the forward passes, ``fp32``, ``bf16`` or ``fp16`` (autocast). What layers
+            meet is measured in float32 and summed in float64 whatever it is, but is itself rounded:
+            with bf16 by 8 bits, once a convolution.
         layers: only names that match one of these globs.
         skip: not names that match one of these globs.
         state: folder for what passes have measured so far, one file a rank, written every half a
@@ -207,9 +211,13 @@ def recalibrate_(
         settings = {
             "target": target, "size": size, "feed": feed, "samples": samples, "of": identity,
             "tolerance": tolerance, "layers": [site.name for site in sites],
+            **({} if precision == "fp32" else {"precision": precision}),
         }  # fmt: skip
         keeper = Kept(state, identity_of(model, settings))
-    found = collect(model, sites, batches, forward, samples, auto, feed, size, memory_bytes, keeper)
+    with runtime.autocast(runtime.device_of(model), precision):
+        found = collect(
+            model, sites, batches, forward, samples, auto, feed, size, memory_bytes, keeper
+        )
     measured, collector = found.measured, found.collector
     by_name = {site.name: site for site in sites}
     with collector.clock.measuring():
