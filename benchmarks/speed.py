@@ -262,9 +262,19 @@ def draw(rows: list[Row], device: str) -> None:
         axis.set_yticks(range(len(mine)), names[::-1], fontsize=7)
         axis.axvline(1, color="#999999", lw=1)
         axis.set_title(title, fontsize=9)
-        axis.legend(fontsize=8)
+        if mine:
+            axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / f"speed-{device}.svg", metadata={"Date": None})
+    picture = RESULTS.parents[1] / "docs" / f"speed-{device}.svg"
+    figure.savefig(picture, metadata={"Date": None})
+
+
+def processor() -> str:
+    """What the CPU calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [text.partition(":")[2].strip() for text in lines if text.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -301,7 +311,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     keep_freed_memory()
     exact_float32()
-    machine = platform.processor() or platform.machine()
+    machine = processor()
     if asked.device == "cuda":
         machine = torch.cuda.get_device_name()
     machine = f"{machine}, {asked.threads} threads, torch {torch.__version__}"

@@ -90,7 +90,7 @@ def test_what_follows_is_fused_where_nobody_else_sees_it(way, channels_last):
     x = images(3, 8, 6)
     net, found = fused(model, x, channels_last=channels_last)
     assert (len(found.fused), found.live) == (WAYS[way], 1)
-    assert sum(isinstance(m, FusedNorm) for m in net.modules()) == WAYS[way]
+    assert sum(isinstance(m, FusedNorm) for m in net.modules()) == found.overwriting == 1
     for n in (1, 2, 5):
         # A clone each: the way "into the residual" changes its input.
         y = images(n, 9, 6)
@@ -255,6 +255,55 @@ def test_what_follows_the_kernel_equals_what_followed_the_plain_form(case, add, 
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
     assert torch.equal(residual, before)
     assert y.dtype == x.dtype
+
+
+@given(case=finishes(), add=st.booleans(), bad=st.sampled_from(["none", "far", "nan", "inf"]))
+@settings(max_examples=120, deadline=None)
+def test_written_over_the_input_it_is_the_same_to_the_bit(case, add, bad):
+    x, residual, terms, name = case
+    if bad == "far":
+        x[:, -1] += 3e4  # some channels, done over from an input that must still be there
+    elif bad != "none":
+        x[(-1,) * x.ndim] = float(bad)
+    finish = Finish(residual if add else None, ACTIVATIONS[name][0])
+    expected = kernels.evaluate(x, terms, finish)
+    where = x.data_ptr()
+    y = kernels.evaluate(x, terms, finish, overwrite=True)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    dense = x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    if dense and x.numel() > x.shape[0] * x.shape[1]:
+        assert y.data_ptr() == where
+
+
+def test_only_what_nobody_else_reads_is_written_over():
+    class Net(nn.Module):
+        """Norms after convolutions that are read twice, that are hooked, and after none."""
+
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(4))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(5))
+
+        def forward(self, x):
+            y = self.norms[0](x)
+            z = self.convs[0](y)
+            y = self.norms[1](z) + z.flatten(1)[:, :1, None, None]
+            y = self.norms[2](self.convs[1](y))  # alone: nothing follows that it could do
+            z = F.relu(self.norms[3](self.convs[2](y)))
+            return F.relu(self.norms[4](self.convs[3](z)) + y)
+
+    model = live(Net())
+    seen = []
+    model.convs[2].register_forward_hook(lambda module, args, output: seen.append(output))
+    x = images(3, 8, 6)
+    net, found = fused(model, x)
+    assert found.overwriting == 2
+    assert sorted(found.fused) == ["norms.1", "norms.3", "norms.4"]
+    before = x.clone()
+    torch.testing.assert_close(run(net, x), run(model, x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(seen[-2], seen[-1], rtol=1e-4, atol=1e-5)
+    assert "2 written over their input" in found.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])

@@ -173,13 +173,17 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
     return output.view(input.shape).to(input.dtype)
 
 
-def evaluate(input: Tensor, terms: Terms, finish: Finish = NOTHING) -> Tensor:
+def evaluate(
+    input: Tensor, terms: Terms, finish: Finish = NOTHING, *, overwrite: bool = False
+) -> Tensor:
     """Evaluate by the fastest way that holds for this input.
 
     Args:
         input: ``(N, C)`` or ``(N, C, *spatial)``.
         terms: see `Terms`.
         finish: what follows; only for callers that ask for no gradients.
+        overwrite: whether the output may take the input's memory, which is in the cache already;
+            for the same callers, where nobody else reads the input.
 
     Returns:
         As ``finish(plain(input, terms))``, to rounding.
@@ -191,11 +195,10 @@ def evaluate(input: Tensor, terms: Terms, finish: Finish = NOTHING) -> Tensor:
         return finish(plain(input, terms))
     if input.device.type == "cuda":
         return _on_cuda(input, terms, finish)
-    if input.is_contiguous():
-        return _in_slabs(input, terms, finish, rows=True)
-    if input.movedim(1, -1).is_contiguous():
-        return _in_slabs(input, terms, finish, rows=False)
-    return finish(plain(input, terms))
+    rows = input.is_contiguous()
+    if not rows and not input.movedim(1, -1).is_contiguous():
+        return finish(plain(input, terms))
+    return _in_slabs(input, input if overwrite else torch.empty_like(input), terms, finish, rows)
 
 
 def _fits_shift(input: Tensor, terms: Terms) -> bool:
@@ -294,23 +297,22 @@ def _triton_runs(device: torch.device) -> bool:
         return False
 
 
-def _in_slabs(input: Tensor, terms: Terms, finish: Finish, *, rows: bool) -> Tensor:
+def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, rows: bool) -> Tensor:
     """By so many examples at once that the second reading finds them in the cache."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     wide = terms.cast(torch.float32 if half else input.dtype)
-    output = torch.empty_like(input)
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input):
-        _slab(input, output, wide, rows=rows)
+        _slab(input, output, wide, rows)
         return finish(output)
     for start in range(0, len(input), step):
         part = slice(start, start + step)
-        _slab(input[part], output[part], wide, rows=rows)
+        _slab(input[part], output[part], wide, rows)
         finish.of(part)(output[part])
     return output
 
 
-def _slab(input: Tensor, output: Tensor, terms: Terms, *, rows: bool) -> None:
+def _slab(input: Tensor, output: Tensor, terms: Terms, rows: bool) -> None:
     weight = terms.example_weight
     a = weight if weight.ndim else weight.item()  # arithmetic with a number is the cheaper
     x, y = (input, output) if rows else (input.movedim(1, -1), output.movedim(1, -1))
@@ -319,10 +321,13 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, *, rows: bool) -> None:
     values, into = x.view(shape).to(weight.dtype), y.view(shape)
     mean, var = _row_moments(values) if rows else _column_moments(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
-    (_scale_rows if rows else _scale_columns)(values, mu, var, terms, into)
     # NaN anywhere makes the least NaN, and that is not above 0.
-    if not room.min().item() > 0:
-        _do_over(input, output, ~(room > 0).all(0), terms)
+    lost = None if room.min().item() > 0 else ~(room > 0).all(0)
+    # Before the output is written, which may be where the input is.
+    redone = None if lost is None else _redone(input, lost, terms)
+    (_scale_rows if rows else _scale_columns)(values, mu, var, terms, into)
+    if redone is not None:
+        output.index_copy_(1, *redone)
 
 
 def _mixed_with_room(
@@ -361,20 +366,20 @@ def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     # positions are taken as channels of their own, and what is left goes by runs.
     folds = math.gcd(positions, 1 << (max(1, _WIDE // channels).bit_length() - 1))
     folded = values.view(n, positions // folds, folds * channels)
-    parts = [
-        torch.stack(torch.batch_norm_update_stats(part, None, None, 0.0))
-        for example in folded
-        for part in torch.split(example, _RUN)
-    ]
-    runs = len(parts) // n
-    mean, var = torch.stack(parts).view(n, runs, 2, folds, channels).unbind(2)
-    if runs * folds == 1:
+    runs = [part for example in folded for part in torch.split(example, _RUN)]
+    parts = [torch.batch_norm_update_stats(run, None, None, 0.0) for run in runs]
+    shape = (n, len(runs) // n, folds, channels)
+    mean, var = (torch.stack(moment).view(shape) for moment in zip(*parts, strict=True))
+    if len(runs) * folds == n:
         return mean.view(n, channels), var.view(n, channels)
-    weight = None
-    if runs > 1:
-        lengths = [len(part) for part in torch.split(folded[0], _RUN)]
-        weight = (values.new_tensor(lengths) / positions).view(-1, 1, 1)
-    return mix(mean, var, weight, dim=(1, 2))
+    lengths = {len(run) for run in runs}
+    if len(lengths) > 1:
+        weight = mean.new_tensor([len(run) for run in runs[: shape[1]]]) / len(folded[0])
+        return mix(mean, var, (weight / folds).view(-1, 1, 1), dim=(1, 2))
+    # As `mix`, in few operations; what it guards against beyond this is done over anyway.
+    whole = mean.mean((1, 2))
+    distance = mean - whole.view(n, 1, 1, channels)
+    return whole, torch.addcmul(var, distance, distance).mean((1, 2))
 
 
 def _scale_rows(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:
@@ -411,11 +416,10 @@ def _scale_columns(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: 
         into.copy_(torch.addcmul(shift, values, scale))
 
 
-def _do_over(input: Tensor, output: Tensor, bad: Tensor, terms: Terms) -> None:
-    """Replace the channels that lost digits, with all of their groups, by the plain form's."""
-    groups = bad.view(terms.channel_groups, -1)
+def _redone(input: Tensor, lost: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """The channels that lost digits, with all of their groups, and the plain form of them."""
+    groups = lost.view(terms.channel_groups, -1)
     index = groups.any(1, keepdim=True).expand_as(groups).reshape(-1).nonzero().view(-1)
-    if len(index) == len(bad):
-        output.copy_(plain(input, terms))
-    else:
-        output.index_copy_(1, index, plain(input[:, index], terms.channels(index, len(bad))))
+    if len(index) == len(lost):
+        return index, plain(input, terms)
+    return index, plain(input[:, index], terms.channels(index, len(lost)))

@@ -2,7 +2,8 @@
 
 Layers of weight 0 go into the convolutions before them (`folding`). A live layer cannot, but what
 follows it, the addition of a residual and the activation, can be done by its own kernel, which wins
-back the reading that its look at the example costs. The result is for inference: it shares its
+back the reading that its look at the example costs; and where nobody else reads what a convolution
+gave it, it writes over that, while it is in the cache. The result is for inference: it shares its
 other tensors with the model that it was made of, and takes no part in training or surgery.
 """
 
@@ -44,6 +45,10 @@ _FUNCTIONS: dict[Any, Activation] = {
 _ADDITIONS = (operator.add, torch.add, "add")
 #: Those that change their first operand, which others may look at too unless it is the norm's.
 _IN_PLACE = (operator.iadd, "add_")
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
 #: Largest difference of outputs, by the largest output where that is above 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -56,6 +61,7 @@ class Fusion:
         folding: layers of weight 0 in the convolutions before them; ``None`` where the dataflow
             could not be followed.
         fused: dotted names of the live layers that do what follows them.
+        overwriting: number of live layers that write over their input.
         live: number of live layers.
         prepacked: convolutions whose weights wait in the layout that the CPU computes with.
         channels_last: whether the network runs on channels last.
@@ -66,6 +72,7 @@ class Fusion:
 
     folding: Folding | None
     fused: tuple[str, ...]
+    overwriting: int
     live: int
     prepacked: int
     channels_last: bool
@@ -78,7 +85,8 @@ class Fusion:
         n_folded = 0 if self.folding is None else len(self.folding.folded)
         parts = [
             f"{n_folded} norm layers folded into the layers before them",
-            f"{len(self.fused)} of {self.live} live ones fused with what follows them",
+            f"{len(self.fused)} of {self.live} live ones fused with what follows them, "
+            f"{self.overwriting} written over their input",
             f"{self.prepacked} convolutions prepacked",
         ]
         layout = "channels last" if self.channels_last else "memory format as it was"
@@ -95,11 +103,14 @@ class FusedNorm(nn.Module):
     Args:
         norm: the layer; its tensors stay its own.
         activation: changes a tensor in place; ``None`` for none.
+        overwrite: whether the output may take the input's memory.
     """
 
-    def __init__(self, norm: GeneralizedBatchNorm, activation: Activation | None) -> None:
+    def __init__(
+        self, norm: GeneralizedBatchNorm, activation: Activation | None, *, overwrite: bool = False
+    ) -> None:
         super().__init__()
-        self.norm, self._activation = norm, activation
+        self.norm, self._activation, self.overwrite = norm, activation, overwrite
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalize, add, activate.
@@ -118,8 +129,9 @@ class FusedNorm(nn.Module):
             raise ModelError("fused network: it is for inference. Train the model it was made of.")
         terms = self.norm._terms()
         if residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype):
-            return evaluate(input, terms, Finish(residual, self._activation))
-        output = evaluate(input, terms) + residual
+            finish = Finish(residual, self._activation)
+            return evaluate(input, terms, finish, overwrite=self.overwrite)
+        output = evaluate(input, terms, overwrite=self.overwrite) + residual
         if self._activation is not None:
             self._activation(output)
         return output
@@ -162,9 +174,11 @@ def fused(
         notes.append(str(error))
     live = [layer for _, layer in generalized_norms(net) if layer.live]
     names: tuple[str, ...] = ()
+    overwriting = 0
     if live:
         try:
             net, names = _fused(net)
+            overwriting = sum(isinstance(m, FusedNorm) and m.overwrite for m in net.modules())
         except ModelError as error:
             notes.append(f"what follows the live layers is not done by them: {error}")
     if channels_last is None:
@@ -184,8 +198,9 @@ def fused(
             "without --fast; look at the statistics with `bnfix inspect`."
         )
     return net, Fusion(
-        folding, names, len(live), n_prepacked, channels_last, difference, tuple(notes)
-    )
+        folding, names, overwriting, len(live), n_prepacked, channels_last, difference,
+        tuple(notes),
+    )  # fmt: skip
 
 
 class _ChannelsLast(nn.Module):
@@ -251,10 +266,16 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         if len(node.args) != 1 or node.kwargs or _hooked(layer):
             continue
         residual, activation, last = _what_follows(node, layer, modules)
+        overwrite = _gives_what_nobody_else_reads(node.args[0], modules)
         if last is None:
-            continue
+            # An activation of its own that is not known stays the layer's.
+            if not overwrite or isinstance(layer, GeneralizedBatchNormAct):
+                continue
+            last = node
+        else:
+            done.append(first[id(layer)])
         name = f"fused_{len(fusions)}"
-        fusions[name] = modules[name] = FusedNorm(layer, activation).eval()
+        fusions[name] = modules[name] = FusedNorm(layer, activation, overwrite=overwrite).eval()
         with graph.inserting_after(last):
             given = (node.args[0],) if residual is None else (node.args[0], residual)
             new = graph.call_module(name, given)
@@ -264,7 +285,6 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             gone, last = last, next(n for n in last.all_input_nodes if n is not residual)
             graph.erase_node(gone)
         graph.erase_node(node)
-        done.append(first[id(layer)])
     for name, fusion in fusions.items():
         net.add_module(name, fusion)
     graph.lint()
@@ -295,6 +315,14 @@ def _what_follows(
     if activation is not None:
         last = cast(fx.Node, activated)
     return (residual, activation, last) if last is not node else (None, None, None)
+
+
+def _gives_what_nobody_else_reads(node: object, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is a convolution, which answers in memory of its own, with one reader."""
+    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
+        return False
+    module = modules[str(node.target)]
+    return type(module) in _CONVOLUTIONS and not _hooked(module)
 
 
 def _adds(node: fx.Node, norm: fx.Node) -> bool:
