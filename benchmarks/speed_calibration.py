@@ -34,7 +34,10 @@ except ImportError:
     update_bn_stats = None
 
 #: Network, batch and input size.
-CASES = [("resnet18", 16, 112), ("resnet50", 8, 160), ("mobilenet_v2", 16, 160)]
+CASES = [
+    ("resnet18", 16, 112), ("resnet50", 8, 160),
+    ("mobilenet_v2", 16, 160), ("mobilenet_v2", 32, 224),
+]  # fmt: skip
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 #: The attribute of a model that says how it is called.
 FORWARD = "_bnfix_forward"
 #: From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 #: What a network is known to raise on an input of another shape than it was made for.
@@ -68,16 +68,19 @@ def keep_freed_memory() -> None:
     """Let the C library keep freed memory for reuse instead of giving it back to the system.
 
     Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
-    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic. For
-    a program's start; a library should not decide this. Where there is no glibc, nothing happens.
+    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic.
+    Threads share one arena, since those of their own hold up to 64 MiB and map what is larger
+    whatever the threshold. For a program's start; a library should not decide this. Where there
+    is no glibc, nothing happens.
 
     Changes:
-        glibc's thresholds for mapping and trimming, for this process.
+        glibc's thresholds for mapping and trimming, and its number of arenas, for this process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def exact_float32() -> None:
