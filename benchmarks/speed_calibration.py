@@ -135,15 +135,15 @@ def from_files(rounds: int, quick: bool) -> list[Row]:
 def choices(quick: bool) -> list[Row]:
     """The choice of example weights, in evaluation passes over the same images."""
     rows = []
-    n = 128 if quick else 256
+    n = 64 if quick else 128
     for name in ("resnet18",) if quick else ("resnet18", "mobilenet_v2"):
         net = getattr(torchvision.models, name)(num_classes=10).eval()
-        batches = [(torch.randn(32, 3, 64, 64), torch.randint(10, (32,))) for _ in range(n // 32)]
+        batches = [(torch.randn(32, 3, 160, 160), torch.randint(10, (32,))) for _ in range(n // 32)]
         recalibrate_(net, batches)
         swap_norms_(net)
         found = choose_example_weight_(net, batches)
         row = {
-            "part": "choice", "name": f"{name}, {n} images of 64x64", "passes": found.passes,
+            "part": "choice", "name": f"{name}, {n} images of 160x160", "passes": found.passes,
             "clock_passes": found.clock_passes,
         }  # fmt: skip
         rows.append(row)

@@ -17,7 +17,7 @@ Three ways beside the plain form:
                    cancel unless a is near 1, where the plain form is taken. No graph breaks.
     CUDA, eager    `triton_kernels`, where Triton is installed.
 
-The fast ways of eager mode are taken where no gradient is asked for.
+Where gradients are asked for, only the first of them is, contiguous on a CPU: see `rows`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from bnfix.layers import rows
 from bnfix.layers.finishing import NOTHING, Finish
 from bnfix.moments import example_moments, mix, over_channel_groups
 
@@ -38,9 +40,8 @@ _log = logging.getLogger("bnfix")
 
 #: Above this weight the compiled form could lose more than a digit, and centres by the example.
 SHIFTABLE = 0.9
-#: Channels with a m^2 beyond this many times (var + eps) are done over: about 6 bits are lost.
-_LOST = 64.0
-#: Least a in that rule: rounding of the output itself, m / sqrt(var), grows whatever a is.
+#: Channels are done over where a m^2 is beyond `rows.LOST` times what is divided by, with at least
+#: this a: rounding of the output itself, m / sqrt(var), grows whatever a is.
 _LEAST = 1 / 16
 #: Values of an example from which one call an example beats whole-batch sums, channels last.
 _LARGE_EXAMPLE = 1 << 17
@@ -191,33 +192,67 @@ def evaluate(
     if torch.compiler.is_compiling():
         fits = _fits_shift(input, terms)
         return finish(_shifted(input, terms) if fits else plain(input, terms))
-    if not _is_ordinary(input, terms):
+    if not _is_ordinary(input):
         return finish(plain(input, terms))
+    if _wants_gradients(input, terms):
+        return finish(_with_gradients(input, terms))
     if input.device.type == "cuda":
         return _on_cuda(input, terms, finish)
-    rows = input.is_contiguous()
-    if not rows and not input.movedim(1, -1).is_contiguous():
+    by_rows = input.is_contiguous()
+    if not by_rows and not input.movedim(1, -1).is_contiguous():
         return finish(plain(input, terms))
-    return _in_slabs(input, input if overwrite else torch.empty_like(input), terms, finish, rows)
+    output = input if overwrite else torch.empty_like(input)
+    return _in_slabs(input, output, terms, finish, by_rows)
 
 
 def _fits_shift(input: Tensor, terms: Terms) -> bool:
     return terms.shiftable and terms.mean is not None and input.dim() > 2
 
 
-def _is_ordinary(input: Tensor, terms: Terms) -> bool:
-    """Whether eager kernels may take it: positions, real numbers behind it, no gradients."""
+def has_rows(input: Tensor) -> bool:
+    """Say whether `rows` may take an input, gradients and all.
+
+    Args:
+        input: of a layer, any shape.
+
+    Returns:
+        Whether it is contiguous on a CPU, of single or double precision, with positions, and
+        nothing but reverse-mode autograd looks on.
+    """
+    if torch.compiler.is_compiling() or not _is_ordinary(input):
+        return False
+    if input.device.type != "cpu" or not input.is_contiguous():
+        return False
+    return input.dtype in (torch.float32, torch.float64) and forward_ad._current_level < 0
+
+
+def _is_ordinary(input: Tensor) -> bool:
+    """Whether eager kernels may take it: positions, real numbers behind it, nothing transformed."""
     if input.device.type not in ("cpu", "cuda") or input.dim() < 3:
         return False
     if type(input) not in (Tensor, nn.Parameter) or torch._C._get_tracing_state():
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(input):
+    if torch._C._are_functorch_transforms_active():
         return False
-    if torch.is_grad_enabled():
-        given = (input, terms.example_weight, terms.gamma, terms.beta)
-        if any(t is not None and t.requires_grad for t in given):
-            return False
     return input.numel() > input.shape[0] * input.shape[1] > 0
+
+
+def _wants_gradients(input: Tensor, terms: Terms) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (input, *terms[:5]))
+
+
+def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
+    """By rows, where they are in memory as such and lose no digits; otherwise by the plain form."""
+    if not has_rows(input):
+        return plain(input, terms)
+    wide = terms.cast(input.dtype)
+    mean, var = rows.differentiable_moments(input)
+    mu, var, room = _mixed_with_room(mean, var, wide, wide.example_weight)
+    if not room.min().item() > 0:
+        return plain(input, terms)
+    return rows.differentiable_scale(input, mu, var, wide.gamma, wide.beta)
 
 
 def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -297,35 +332,38 @@ def _triton_runs(device: torch.device) -> bool:
         return False
 
 
-def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, rows: bool) -> Tensor:
+def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_rows: bool) -> Tensor:
     """By so many examples at once that the second reading finds them in the cache."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     wide = terms.cast(torch.float32 if half else input.dtype)
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input):
-        _slab(input, output, wide, rows)
+        _slab(input, output, wide, by_rows)
         return finish(output)
     for start in range(0, len(input), step):
         part = slice(start, start + step)
-        _slab(input[part], output[part], wide, rows)
+        _slab(input[part], output[part], wide, by_rows)
         finish.of(part)(output[part])
     return output
 
 
-def _slab(input: Tensor, output: Tensor, terms: Terms, rows: bool) -> None:
+def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     weight = terms.example_weight
     a = weight if weight.ndim else weight.item()  # arithmetic with a number is the cheaper
-    x, y = (input, output) if rows else (input.movedim(1, -1), output.movedim(1, -1))
+    x, y = (input, output) if by_rows else (input.movedim(1, -1), output.movedim(1, -1))
     n, channels = input.shape[:2]
-    shape = (n, channels, -1) if rows else (n, -1, channels)
+    shape = (n, channels, -1) if by_rows else (n, -1, channels)
     values, into = x.view(shape).to(weight.dtype), y.view(shape)
-    mean, var = _row_moments(values) if rows else _column_moments(values)
+    mean, var = rows.moments(values) if by_rows else _column_moments(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
     # NaN anywhere makes the least NaN, and that is not above 0.
     lost = None if room.min().item() > 0 else ~(room > 0).all(0)
     # Before the output is written, which may be where the input is.
     redone = None if lost is None else _redone(input, lost, terms)
-    (_scale_rows if rows else _scale_columns)(values, mu, var, terms, into)
+    if by_rows:
+        rows.scale(values, mu, var, terms.gamma, terms.beta, into)
+    else:
+        _scale_columns(values, mu, var, terms, into)
     if redone is not None:
         output.index_copy_(1, *redone)
 
@@ -339,21 +377,13 @@ def _mixed_with_room(
         mu, mixed = _mixed(mean, var, terms, a)
         mixed = mixed + terms.eps
         least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
-        return mu, mixed, torch.sub(mixed, mean * mean * (least / _LOST))
+        return mu, mixed, torch.sub(mixed, mean * mean * (least / rows.LOST))
     # The usual case in few operations: for small layers each costs as much as the arithmetic.
     distance = mean - terms.mean
     rest = (terms.var * (1 - a)).add_(terms.eps)
     mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
-    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / _LOST)
+    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / rows.LOST)
     return torch.add(terms.mean, distance, alpha=a), mixed, room
-
-
-def _row_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``(N, C, L)`` from sums and sums of squares, the two reductions torch is fast at."""
-    mean = values.mean(-1)
-    norm = torch.linalg.vector_norm(values, dim=-1)
-    norm *= values.shape[-1] ** -0.5
-    return mean, norm.square_().addcmul_(mean, mean, value=-1)
 
 
 def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,27 +410,6 @@ def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     whole = mean.mean((1, 2))
     distance = mean - whole.view(n, 1, 1, channels)
     return whole, torch.addcmul(var, distance, distance).mean((1, 2))
-
-
-def _scale_rows(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:
-    """Every (example, channel) as a channel of one example, which stock evaluation scales."""
-    n, channels, positions = values.shape
-    one = (1, n * channels, positions)
-    gamma, beta = (
-        None if term is None else term.expand(n, -1).reshape(-1)
-        for term in (terms.gamma, terms.beta)
-    )
-    moments = mu.view(-1), var.view(-1)
-    if into.dtype == values.dtype:
-        unused = values.new_empty(0), values.new_empty(0)
-        torch.native_batch_norm(
-            values.view(one), gamma, beta, *moments, False, 0.0, 0.0, out=(into.view(one), *unused)
-        )
-    else:
-        scaled = torch.batch_norm(
-            values.view(one), gamma, beta, *moments, False, 0.0, 0.0, False
-        )  # fmt: skip
-        into.copy_(scaled.view(values.shape))
 
 
 def _scale_columns(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:

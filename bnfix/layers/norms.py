@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfix.errors import ConfigError, NormError, NumericError
-from bnfix.layers import kernels
+from bnfix.layers import kernels, rows
 from bnfix.moments import example_moments, mix
 from bnfix.moments import over_channel_groups as over_channel_groups
 
@@ -215,31 +215,33 @@ class GeneralizedBatchNorm(_BatchNorm):
         values = kernels.values_of(input)
         n = values.shape[0]
         n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
-        base, longer = divmod(n, n_runs)
-        if base * values.shape[2] * (self.num_features // self.channel_groups) < 2:
+        if n // n_runs * values.shape[2] * (self.num_features // self.channel_groups) < 2:
             raise NumericError(
                 "expected more than 1 value per ghost batch and channel group when training, got "
                 f"input size {tuple(input.shape)} with ghost_size {self.ghost_size}"
             )
+        n_values = n * values.shape[2]
+        if kernels.has_rows(input) and self._is_of(input.dtype):
+            mean, var = rows.differentiable_moments(input)
+            run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
+            run_var = run_var + self.eps
+            if rows.keep_their_digits(mean, run_var):
+                self._update_running(mean, var, n_values)
+                return rows.differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
         mean, var, centred = example_moments(values)
-        blocks = [
-            _over_runs(mean[start:stop], var[start:stop], length, self.channel_groups)
-            for start, stop, length in (
-                (0, longer * (base + 1), base + 1),
-                (longer * (base + 1), n, base),
-            )
-            if stop > start
-        ]
-        run_mean = torch.cat([block[0] for block in blocks])
-        run_var = torch.cat([block[1] for block in blocks])
-        if self.training and self.track_running_stats:
-            self._update_running(mean, var, n * values.shape[2])
+        run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
+        self._update_running(mean, var, n_values)
         output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
         return output.view(input.shape).to(input.dtype)
+
+    def _is_of(self, dtype: torch.dtype) -> bool:
+        return all(t is None or t.dtype == dtype for t in (self.weight, self.bias))
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
         """Move the running moments toward the whole batch's, as torch's layer does."""
+        if not (self.training and self.track_running_stats):
+            return
         running_mean, running_var = self.running_mean, self.running_var
         if running_mean is None or running_var is None or self.num_batches_tracked is None:
             return
@@ -316,12 +318,24 @@ class GeneralizedBatchNormAct(GeneralizedBatchNorm):
         return activated
 
 
-def _over_runs(mean: Tensor, var: Tensor, length: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Mix ``(N, C)`` within runs of ``length`` examples and channel groups; at each example."""
-    shape = (-1, length, mean.shape[1])
-    mean, var = mix(mean.view(shape), var.view(shape), dim=1)
-    mean, var = over_channel_groups(mean, var, groups)
-    return mean.repeat_interleave(length, 0), var.repeat_interleave(length, 0)
+def _over_runs(mean: Tensor, var: Tensor, n_runs: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Mix ``(N, C)`` within runs of examples and channel groups; at each example its run's."""
+    # Lengths of runs differ by at most 1, the longer ones first.
+    n, channels = mean.shape
+    base, longer = divmod(n, n_runs)
+    parts = []
+    for start, stop, length in (
+        (0, longer * (base + 1), base + 1),
+        (longer * (base + 1), n, base),
+    ):
+        if stop > start:
+            shape = (-1, length, channels)
+            mixed = mix(mean[start:stop].view(shape), var[start:stop].view(shape), dim=1)
+            parts.append(
+                [t.repeat_interleave(length, 0) for t in over_channel_groups(*mixed, groups)]
+            )
+    run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return run_mean, run_var
 
 
 def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchNorm]]:

@@ -1,0 +1,179 @@
+"""Rows: every (example, channel) of a contiguous input, by what torch is fast at on the CPU.
+
+Moments come from sums and sums of squares. For scaling, each row is taken for a channel of one
+example, which is what stock evaluation scales. With gradients, g those of the output y, each of the
+two is one node of autograd, and both keep the input, as the stock layer does:
+
+    mean, var:  dx = (g_mean + 2 g_var (x - mean)) / L
+    y = gamma (x - mu) r + beta, r = 1 / sqrt(var):  with G = sum g and H = r sum g (x - mu)
+                dx = gamma r g,  dmu = -gamma r G,  dvar = -gamma r^2 H / 2,  dgamma = H,  dbeta = G
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+#: Squared means beyond this many times what is divided by lose about 6 bits of moments.
+LOST = 64.0
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of rows, without gradients; digits are lost where a mean is far from 0.
+
+    Args:
+        values: contiguous ``(N, C, L)``.
+
+    Returns:
+        Mean and biased variance ``(N, C)``.
+    """
+    mean = values.mean(-1)
+    norm = torch.linalg.vector_norm(values, dim=-1)
+    norm *= values.shape[-1] ** -0.5
+    return mean, norm.square_().addcmul_(mean, mean, value=-1)
+
+
+def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
+    """Say whether moments from sums of squares are good enough.
+
+    Args:
+        mean: ``(N, C)``, from `moments`.
+        var: what will be divided by, likewise.
+
+    Returns:
+        Whether ``mean^2 <= LOST var`` everywhere; not where anything is not a number.
+    """
+    mean, var = mean.detach(), var.detach()
+    return bool((mean.square() <= LOST * var).all())
+
+
+def scale(
+    values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
+) -> None:
+    """Scale and shift rows, without gradients.
+
+    Args:
+        values: contiguous ``(N, C, L)``.
+        mu: to subtract ``(N, C)``.
+        var: to divide by the square root of ``(N, C)``.
+        gamma: scale ``(C,)`` or ``(N, C)``, or ``None``.
+        beta: shift, likewise.
+        into: contiguous ``(N, C, L)``; may be ``values``.
+
+    Changes:
+        ``into``.
+    """
+    n, channels, _ = values.shape
+    one = (1, n * channels, -1)
+    terms = (_each(gamma, n), _each(beta, n), mu.view(-1), var.view(-1), False, 0.0, 0.0)
+    if into.dtype == values.dtype:
+        unused = values.new_empty(0), values.new_empty(0)
+        torch.native_batch_norm(values.view(one), *terms, out=(into.view(one), *unused))
+    else:
+        into.copy_(torch.native_batch_norm(values.view(one), *terms)[0].view(values.shape))
+
+
+def differentiable_moments(input: Tensor) -> tuple[Tensor, Tensor]:
+    """`moments`, with gradients.
+
+    Args:
+        input: contiguous ``(N, C, *spatial)``.
+
+    Returns:
+        Mean and biased variance ``(N, C)``.
+    """
+    mean, var = _Moments.apply(input)
+    return mean, var
+
+
+def differentiable_scale(
+    input: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None
+) -> Tensor:
+    """`scale`, with gradients.
+
+    Args:
+        input: contiguous ``(N, C, *spatial)``.
+        mu: to subtract ``(N, C)``.
+        var: to divide by the square root of ``(N, C)``.
+        gamma: scale ``(C,)`` or ``None``.
+        beta: shift ``(C,)`` or ``None``.
+
+    Returns:
+        A new tensor of the input's shape.
+    """
+    n = input.shape[0]
+    gamma, beta = (None if t is None else t.expand(n, -1) for t in (gamma, beta))
+    output: Tensor = _Scaled.apply(input, mu, var, gamma, beta)
+    return output
+
+
+def _each(term: Tensor | None, n: int) -> Tensor | None:
+    """A number a row."""
+    return None if term is None else term.expand(n, -1).reshape(-1)
+
+
+class _Moments(Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> tuple[Tensor, Tensor]:
+        mean, var = moments(input.flatten(2))
+        ctx.save_for_backward(input, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, g_mean: Tensor, g_var: Tensor) -> Tensor:
+        input, mean = ctx.saved_tensors
+        values = input.flatten(2)
+        slope = g_var * (2 / values.shape[-1])
+        offset = g_mean / values.shape[-1]
+        if torch.is_grad_enabled():  # to be differentiated again
+            centred = values - mean.unsqueeze(-1)
+            again: Tensor = slope.unsqueeze(-1) * centred + offset.unsqueeze(-1)
+            return again.view(input.shape)
+        gradient = torch.empty_like(input)
+        scale(values, mean, torch.ones_like(mean), slope, offset, gradient.view(values.shape))
+        return gradient
+
+
+class _Scaled(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(input, mu, var, gamma)
+        ctx.shifted = beta is not None
+        output = torch.empty_like(input)
+        scale(input.flatten(2), mu, var, gamma, beta, output.flatten(2))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, mu, var, gamma = ctx.saved_tensors
+        values, given = input.flatten(2), gradient.contiguous().flatten(2)
+        root = torch.rsqrt(var)
+        slope = root if gamma is None else gamma * root
+        if torch.is_grad_enabled():  # to be differentiated again
+            total = given.sum(-1)
+            product = (given * (values - mu.unsqueeze(-1))).sum(-1) * root
+            dx: Tensor | None = (given * slope.unsqueeze(-1)).view(input.shape)
+        else:
+            dx, product, total = _reduced(given, values, mu, var, gamma, ctx.needs_input_grad[0])
+            dx = None if dx is None else dx.view(input.shape)
+        dgamma = None if gamma is None else product
+        dbeta = total if ctx.shifted else None
+        return dx, -slope * total, -0.5 * slope * root * product, dgamma, dbeta
+
+
+def _reduced(
+    given: Tensor, values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, wanted: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradient of the input, H and G: what stock evaluation's backward gives for rows."""
+    n, channels, _ = values.shape
+    one = (1, n * channels, -1)
+    dx, product, total = torch.ops.aten.native_batch_norm_backward(
+        given.view(one), values.view(one), _each(gamma, n), mu.view(-1), var.view(-1),
+        None, None, False, 0.0, [wanted, True, True],
+    )  # fmt: skip
+    return (dx if wanted else None), product.view(n, channels), total.view(n, channels)
