@@ -8,12 +8,13 @@
 Part `layer`: one layer at sizes of ResNet-50, EfficientNet-B0 and a 3D ResNet, contiguous and
 channels last: a copy of the same bytes (the limit), the stock layer, the plain form, and the layer
 as it is. Part `nets`: whole networks with random weights and every norm layer live (a = 0.1):
-stock and ours, eager, fused (`eval --fast`) and compiled. Part `calibration`: new statistics from
-tensors in memory, beside a bare forward pass, torch and fvcore; and from JPEG files, beside the
-loader alone. Part `choice`: the choice of weights, in evaluation passes. Part `scaling`: one and
-two processes. Ways alternate within a round; a figure is the median over rounds of the ratio to a
-base in the same round, and in brackets the quartiles of those ratios. Rows go to
-results/speed-DEVICE.json, which keeps the parts that were not measured again.
+stock and ours, eager, fused (`eval --fast`) and compiled. Part `gradients`: a forward and backward
+pass for example weights (stock: for its scales), and of training with ghost batches of 8. Part
+`calibration`: new statistics from tensors in memory, beside a bare forward pass, torch and fvcore;
+and from JPEG files, beside the loader alone. Part `choice`: the choice of weights, in evaluation
+passes. Part `scaling`: one and two processes. Ways alternate within a round; a figure is the median
+over rounds of the ratio to a base in the same round, and in brackets the quartiles of those ratios.
+Rows go to results/speed-DEVICE.json, which keeps the parts that were not measured again.
 """
 
 # This file's own folder holds names of the standard library, which must not be found there.
@@ -46,7 +47,7 @@ from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.production.fusing import fused
 from bnfix.runtime import exact_float32, keep_freed_memory
 
-PARTS = ("layer", "nets", "calibration", "choice", "scaling")
+PARTS = ("layer", "nets", "gradients", "calibration", "choice", "scaling")
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMATS = ("contiguous", "channels_last")
 #: Network, and the (channels, size...) at which its layers stand.
@@ -75,12 +76,12 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 @contextmanager
 def plain_form() -> Iterator[None]:
     """Let every layer evaluate by the plain form."""
-    fast = kernels.evaluate
-    kernels.evaluate = kernels.plain
+    fast, by_rows = kernels.evaluate, kernels.has_rows
+    kernels.evaluate, kernels.has_rows = kernels.plain, lambda input: False
     try:
         yield
     finally:
-        kernels.evaluate = fast
+        kernels.evaluate, kernels.has_rows = fast, by_rows
 
 
 def plainly(model: nn.Module, x: Tensor) -> Tensor:
@@ -189,6 +190,51 @@ def of_a_net(stock: nn.Module, live: nn.Module, x: Tensor, *, compiled: bool) ->
             print(f"  {way} compiled in {time.perf_counter() - start:.0f} s", flush=True)
             ways[f"{way} compiled"] = lambda fast=fast: fast(x)
     return ways
+
+
+def gradients(rounds: int, device: str, *, quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    for name, n, size in [("MobileNetV2", 32, 160), ("ResNet-50", 16, 160)][: 1 if quick else None]:
+        stock = NETS[name]().to(device).requires_grad_(False)
+        live = copy.deepcopy(stock)
+        randomize(live)
+        swap_norms_(live)
+        ghosts = copy.deepcopy(live).requires_grad_(True).train()
+        trained = copy.deepcopy(stock).requires_grad_(True).train()
+        set_example_weight_(live, 0.1)
+        for model in (stock, live):
+            model.eval()
+            for layer in model.modules():
+                if isinstance(layer, GeneralizedBatchNorm):
+                    layer.example_weight = layer.example_weight.clone().requires_grad_()
+                elif isinstance(layer, nn.BatchNorm2d):
+                    layer.weight.requires_grad_()
+        for layer in ghosts.modules():
+            if isinstance(layer, GeneralizedBatchNorm):
+                layer.ghost_size = 8
+        x = torch.randn(n, 3, size, size, device=device)
+        for what, base, mine in (
+            ("example weights", stock, live), ("ghost batches of 8", trained, ghosts),
+        ):  # fmt: skip
+            ways: Ways = {
+                "stock": lambda model=base, x=x: there_and_back(model, x),
+                "plain": lambda model=mine, x=x: plainly_there_and_back(model, x),
+                "ours": lambda model=mine, x=x: there_and_back(model, x),
+            }
+            took = summary(timed(ways, rounds, device), "stock")
+            where = f"{name} {n}x{size}, {what}"
+            rows.append({"part": "gradients", "name": where, "layout": "contiguous", "ways": took})
+            print(line(rows[-1], "stock"), flush=True)
+    return rows
+
+
+def there_and_back(model: nn.Module, x: Tensor) -> None:
+    model(x).square().mean().backward()
+
+
+def plainly_there_and_back(model: nn.Module, x: Tensor) -> None:
+    with plain_form():
+        there_and_back(model, x)
 
 
 # --- what comes of it ---
@@ -326,6 +372,8 @@ def main() -> None:
                 compiled=not asked.no_compile,
             )  # fmt: skip
     with torch.enable_grad():
+        if "gradients" in asked.parts:
+            rows += gradients(asked.rounds, asked.device, quick=asked.quick)
         if "calibration" in asked.parts:
             rows += speed_calibration.from_memory(asked.rounds, asked.quick)
             rows += speed_calibration.from_files(asked.rounds, asked.quick)

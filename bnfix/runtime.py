@@ -171,6 +171,8 @@ def move(value: Any, device: torch.device) -> Any:
     # A packed sequence is a named tuple too, but its lengths must stay on the CPU.
     if isinstance(value, Tensor | PackedSequence):
         movable: Any = value
+        if device.type == "cuda" and not movable.is_cuda:
+            movable = movable.pin_memory()  # or the copy would make the host wait
         return movable.to(device, non_blocking=True)
     if isinstance(value, Mapping):
         return {key: move(item, device) for key, item in value.items()}

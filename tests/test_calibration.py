@@ -19,7 +19,7 @@ from bnfix.errors import ConfigError, DataError, NormError, NumericError
 from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import swap_norms_
-from bnfix.statistics import walking
+from bnfix.statistics import collecting, walking
 from bnfix.statistics.accumulating import precise_moments
 from bnfix.statistics.calibration import describe_missing, recalibrate_, residuals
 from tests import nets, reference
@@ -488,6 +488,19 @@ def test_what_is_not_finite_is_named_and_changes_nothing(bad, feed):
     assert_as_it_was(net, before)
     with pytest.raises(NumericError, match=r"^bn1: .* not finite in batch 0, example 7 "):
         residuals(net, [x])
+    assert_as_it_was(net, before)
+
+
+@pytest.mark.parametrize("place", [(0, 1), (5, 2), (8, 0)])
+def test_a_device_that_is_not_waited_for_names_the_same(place, monkeypatch):
+    # As on CUDA, where batches are looked at together, and at the end.
+    monkeypatch.setitem(collecting.UNCHECKED, "cpu", 40)
+    net, batches = some_net(nets.plain), list(images(27).split(3))
+    batches[place[0]][place[1], 1, 2, 3] = math.nan
+    before = state_of(net)
+    where = rf"^bn1: .* not finite in batch {place[0]}, example {place[1]} "
+    with pytest.raises(NumericError, match=where):
+        recalibrate_(net, batches)
     assert_as_it_was(net, before)
 
 

@@ -47,7 +47,7 @@ class Accumulator:
             return
         mean, var = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._n_waiting = [], 0
-        n = mean.new_tensor(float(mean.shape[0]))
+        n = mean.new_full((), float(mean.shape[0]))
         self._values = pool([self._values, Moments(n * self._positions, *mix(mean, var))])
         d = mean - self._shift
         r = var + d.square()

@@ -20,6 +20,10 @@ from bnfix.moments import mix
 from bnfix.statistics.accumulating import Accumulator, precise_moments
 from bnfix.statistics.costs import Clock
 
+#: Numbers that may wait, by device, to be looked at for what is not finite: a look makes the host
+#: wait for the device, which on a CPU costs nothing.
+UNCHECKED = {"cpu": 0, "cuda": 1 << 22}
+
 
 class StopHereError(BaseException):
     """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
@@ -45,6 +49,7 @@ class Collector:
         self.n_own = 0
         self.batch_index = 0
         self._to_check: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
+        self._n_to_check = 0
         self._own: dict[int, tuple[Any, Any]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -176,6 +181,7 @@ class Collector:
         mean, var = over_groups(site, *precise_moments(values))
         mixed = mix(mean, var, dim=0)
         self._to_check.append((self.batch_index, site.name, mean, var, mixed[1]))
+        self._n_to_check += 2 * mean.numel()
         if site.name not in self.measured:
             self.measured[site.name] = Accumulator(mixed[0])
         self.measured[site.name].add(mean, var, values.shape[2])
@@ -190,7 +196,7 @@ class Collector:
 
     def check_finite(self) -> None:
         """One synchronization for all calls since the last check: raise if any was not finite."""
-        calls, self._to_check = self._to_check, []
+        calls, self._to_check, self._n_to_check = self._to_check, [], 0
         # What is not finite in any example is not finite in the mixture either.
         if not calls or bool(torch.cat([mixed for *_, mixed in calls]).isfinite().all()):
             return
@@ -264,6 +270,8 @@ class Collector:
         rest = self.clock.reading(after(batches, n_gone))
         rest = up_to(rest, left) if left is None or left > 0 else iter(())
         looks = enough is not None and processes.here().shared
+        # What is kept or decided by must be finite.
+        at_once = enough is not None or keeper is not None
         with (
             guards.inference(model),
             guards.hooks() as handles,
@@ -274,7 +282,7 @@ class Collector:
                 handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(site.module.register_forward_hook(self.after, always_call=True))
             for index, batch in enumerate(processes.in_step(rest) if looks else rest, n_gone):
-                measure = partial(self._one, model, batch, index, device, forward)
+                measure = partial(self._one, model, batch, index, device, forward, at_once)
                 n = processes.together(measure)[processes.here().rank] if looks else measure()
                 n_examples, n_batches = n_examples + n, n_batches + (n > 0)
                 if keeper is not None:
@@ -283,6 +291,7 @@ class Collector:
                     n_seen = sum(processes.gather(n_examples)) if looks else n_examples
                     if enough(n_seen):
                         break
+        self.check_finite()
         return n_examples, n_batches
 
     def _one(
@@ -292,6 +301,7 @@ class Collector:
         index: int,
         device: torch.device,
         forward: runtime.Forward | None,
+        at_once: bool,
     ) -> int:
         """Measure one batch; how many examples it has."""
         if batch is None:
@@ -305,7 +315,8 @@ class Collector:
             finally:
                 for site in self.sites.values():
                     self.after(site.module, None, None)
-            self.check_finite()
+            if at_once or self._n_to_check > UNCHECKED.get(device.type, 0):
+                self.check_finite()
         return runtime.n_examples_of(batch)
 
 
