@@ -10,9 +10,9 @@ channel, p and v the population's moments, m and s the example's, a the example 
 
 Three ways beside the plain form:
 
-    CPU, eager     s from the sum of squares (contiguous) or about the mean (channels last), then
-                   one pass. Squares lose digits where m is far from 0 beside the mixture's spread:
-                   each channel is checked, and those that fail are done over by the plain form.
+    CPU, eager     s from the sum of squares, then one pass. Squares lose digits where m is far from
+                   0 beside the mixture's spread: each channel is checked, and those that fail are
+                   done over by the plain form.
     compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
                    cancel unless a is near 1, where the plain form is taken. No graph breaks.
     CUDA, eager    `triton_kernels`, where Triton is installed.
@@ -34,7 +34,7 @@ from torch.autograd import forward_ad
 
 from bnfix.layers import rows
 from bnfix.layers.finishing import NOTHING, Finish
-from bnfix.moments import example_moments, mix, over_channel_groups
+from bnfix.moments import example_moments, over_channel_groups
 
 _log = logging.getLogger("bnfix")
 
@@ -387,7 +387,7 @@ def _mixed_with_room(
 
 
 def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``(N, L, C)``: from the reduction of stock training, or from whole-batch sums."""
+    """Of ``(N, L, C)`` from sums and sums of squares, of all examples at once or one by one."""
     n, positions, channels = values.shape
     if positions * channels < _LARGE_EXAMPLE:
         mean = values.mean(1)
@@ -396,20 +396,18 @@ def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     # positions are taken as channels of their own, and what is left goes by runs.
     folds = math.gcd(positions, 1 << (max(1, _WIDE // channels).bit_length() - 1))
     folded = values.view(n, positions // folds, folds * channels)
-    runs = [part for example in folded for part in torch.split(example, _RUN)]
-    parts = [torch.batch_norm_update_stats(run, None, None, 0.0) for run in runs]
-    shape = (n, len(runs) // n, folds, channels)
-    mean, var = (torch.stack(moment).view(shape) for moment in zip(*parts, strict=True))
-    if len(runs) * folds == n:
-        return mean.view(n, channels), var.view(n, channels)
-    lengths = {len(run) for run in runs}
-    if len(lengths) > 1:
-        weight = mean.new_tensor([len(run) for run in runs[: shape[1]]]) / len(folded[0])
-        return mix(mean, var, (weight / folds).view(-1, 1, 1), dim=(1, 2))
-    # As `mix`, in few operations; what it guards against beyond this is done over anyway.
-    whole = mean.mean((1, 2))
-    distance = mean - whole.view(n, 1, 1, channels)
-    return whole, torch.addcmul(var, distance, distance).mean((1, 2))
+    at, by = values.new_zeros(folds * channels), values.new_ones(folds * channels)
+    # Stock evaluation's backward sums g and g (x - at) / by in one reading, and g may be x.
+    sums = [
+        torch.ops.aten.native_batch_norm_backward(
+            run, run, None, at, by, None, None, False, 0.0, [False, True, True]
+        )[1:]
+        for example in folded
+        for run in torch.split(example, _RUN)
+    ]
+    squares, totals = (torch.stack(kind).view(n, -1, channels) for kind in zip(*sums, strict=True))
+    mean = totals.sum(1).mul_(1 / positions)
+    return mean, squares.sum(1).mul_(1 / positions).addcmul_(mean, mean, value=-1)
 
 
 def _scale_columns(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:
