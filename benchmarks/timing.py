@@ -19,11 +19,16 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def alternate(
     ways: Ways, rounds: int, *, warm: bool = False, clock: str = "wall"
 ) -> dict[str, list[float]]:
-    """Seconds of each way in each round; one round goes first, uncounted."""
+    """Seconds of each way in each round; one round goes first, uncounted.
+
+    Each round begins with another way, since one finds the caches as the one before left them.
+    """
     now = CLOCKS[clock]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    turns = list(ways.items())
     for turn in range(rounds + 1):
-        for name, way in ways.items():
+        turns = turns[1:] + turns[:1]
+        for name, way in turns:
             if warm:
                 way()  # so that each finds the caches as it leaves them, not as its neighbour did
             start = now()
