@@ -32,6 +32,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "errors": set(),
         "guards": set(),
         "layers": set(),
+        "layers.columns": set(),
         "layers.finishing": set(),
         "layers.rows": set(),
         "layers.triton_kernels": set(),
@@ -57,7 +58,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.columns": set(),
         "data.images": set(),
         "layers.kernels": {
-            "layers", "layers.finishing", "layers.rows", "layers.triton_kernels", "moments",
+            "layers", "layers.columns", "layers.finishing", "layers.rows",
+            "layers.triton_kernels", "moments",
         },
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),

@@ -144,11 +144,11 @@ def test_runs_and_groups_are_those_of_the_plain_form(ghost_size, groups, trainin
     direction = torch.randn(7, 6, 5, 4)
     found = []
     # Channels last is not taken by rows; so the same layer does both.
-    for layout, node in (("contiguous", "Scaled"), ("channels last", "")):
+    for layout, by_rows in (("contiguous", not offset), ("channels last", False)):
         one = copy.deepcopy(layer)
         given = laid_out(x.clone(), layout).detach().requires_grad_()
         y = one(given)
-        assert ("Scaled" in y.grad_fn.name()) == bool(node and not offset)
+        assert ("Scaled" in y.grad_fn.name()) == by_rows
         y.backward(direction)
         state = [t for t in one.state_dict().values() if t.is_floating_point()]
         found.append([y, given.grad, one.weight.grad, one.bias.grad, *state])

@@ -130,12 +130,11 @@ def build_skeleton(
         with those tensors.
     """
     builder, given = _resolved(spec, arguments, tensors)
-    try:
-        model = _build(builder, given, torch.device("meta"))
-        state = model.state_dict(keep_vars=True)
-        known = {id(tensor) for tensor in state.values()}
-    except (ModelError, NotImplementedError):
+    found = _with_state(builder, given, "meta")
+    if found is None:
         return None
+    model, state = found
+    known = {id(tensor) for tensor in state.values()}
     if len(known) < len(state):
         return None  # tensors under two names would no longer be one
     # What is no part of the state dict would stay empty: buffers that are not saved, plain fields.
@@ -221,13 +220,22 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
 def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
     # Shapes of the model's state dict, without memory where that works; None if it does not build.
     for device in ("meta", "cpu"):
-        try:
-            model = _build(builder, arguments, torch.device(device))
-            state = model.state_dict()
-        except (ModelError, NotImplementedError):
-            continue
-        return {n: t.shape for n, t in state.items() if isinstance(t, torch.Tensor)}
+        found = _with_state(builder, arguments, device)
+        if found is not None:
+            return {n: t.shape for n, t in found[1].items() if isinstance(t, torch.Tensor)}
     return None
+
+
+def _with_state(
+    builder: _Builder, arguments: dict[str, Any], device: str
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    # A model and its state dict; None if it does not build there: torch raises NotImplementedError
+    # where code asks tensors without memory for their values.
+    try:
+        model = _build(builder, arguments, torch.device(device))
+        return model, model.state_dict(keep_vars=True)
+    except (ModelError, NotImplementedError):
+        return None
 
 
 def _with_classes(
@@ -277,11 +285,10 @@ def _solve(
 def _check_size(
     builder: _Builder, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    try:
-        skeleton = _build(builder, arguments, torch.device("meta"))
-        state = skeleton.state_dict()
-    except (ModelError, NotImplementedError):
+    found = _with_state(builder, arguments, "meta")
+    if found is None:
         return  # it cannot be had without memory: then it is the user's own code, or fails below
+    _, state = found
     size = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.is_meta)
     held = sum(tensor.numel() for tensor in tensors.values())
     if size > max(_SIZE_LIMIT * held, _SIZE_FLOOR):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import subprocess
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from bnfix.layers import rows
+from bnfix.layers import columns, rows
 from bnfix.layers.finishing import NOTHING, Finish
 from bnfix.moments import example_moments, over_channel_groups
 
@@ -43,12 +42,6 @@ SHIFTABLE = 0.9
 #: Channels are done over where a m^2 is beyond `rows.LOST` times what is divided by, with at least
 #: this a: rounding of the output itself, m / sqrt(var), grows whatever a is.
 _LEAST = 1 / 16
-#: Values of an example from which one call an example beats whole-batch sums, channels last.
-_LARGE_EXAMPLE = 1 << 17
-#: Positions whose sum torch forms in one running float32, channels last.
-_RUN = 1 << 11
-#: Channels up to which positions are folded into them there.
-_WIDE = 1 << 10
 #: Values that are read twice in one go, so that the second reading finds them in the last cache.
 _SLAB = 1 << 21
 
@@ -354,16 +347,14 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     n, channels = input.shape[:2]
     shape = (n, channels, -1) if by_rows else (n, -1, channels)
     values, into = x.view(shape).to(weight.dtype), y.view(shape)
-    mean, var = rows.moments(values) if by_rows else _column_moments(values)
+    way = rows if by_rows else columns
+    mean, var = way.moments(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
     # NaN anywhere makes the least NaN, and that is not above 0.
     lost = None if room.min().item() > 0 else ~(room > 0).all(0)
     # Before the output is written, which may be where the input is.
     redone = None if lost is None else _redone(input, lost, terms)
-    if by_rows:
-        rows.scale(values, mu, var, terms.gamma, terms.beta, into)
-    else:
-        _scale_columns(values, mu, var, terms, into)
+    way.scale(values, mu, var, terms.gamma, terms.beta, into)
     if redone is not None:
         output.index_copy_(1, *redone)
 
@@ -384,43 +375,6 @@ def _mixed_with_room(
     mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
     room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / rows.LOST)
     return torch.add(terms.mean, distance, alpha=a), mixed, room
-
-
-def _column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of ``(N, L, C)`` from sums and sums of squares, of all examples at once or one by one."""
-    n, positions, channels = values.shape
-    if positions * channels < _LARGE_EXAMPLE:
-        mean = values.mean(1)
-        return mean, (values * values).mean(1).addcmul_(mean, mean, value=-1)
-    # A running float32 sum would lose about sqrt(positions) roundings of its own size, so some
-    # positions are taken as channels of their own, and what is left goes by runs.
-    folds = math.gcd(positions, 1 << (max(1, _WIDE // channels).bit_length() - 1))
-    folded = values.view(n, positions // folds, folds * channels)
-    at, by = values.new_zeros(folds * channels), values.new_ones(folds * channels)
-    # Stock evaluation's backward sums g and g (x - at) / by in one reading, and g may be x.
-    sums = [
-        torch.ops.aten.native_batch_norm_backward(
-            run, run, None, at, by, None, None, False, 0.0, [False, True, True]
-        )[1:]
-        for example in folded
-        for run in torch.split(example, _RUN)
-    ]
-    squares, totals = (torch.stack(kind).view(n, -1, channels) for kind in zip(*sums, strict=True))
-    mean = totals.sum(1).mul_(1 / positions)
-    return mean, squares.sum(1).mul_(1 / positions).addcmul_(mean, mean, value=-1)
-
-
-def _scale_columns(values: Tensor, mu: Tensor, var: Tensor, terms: Terms, into: Tensor) -> None:
-    scale = torch.rsqrt(var)
-    if terms.gamma is not None:
-        scale *= terms.gamma
-    mu *= scale
-    shift = -mu if terms.beta is None else terms.beta - mu
-    scale, shift = scale.unsqueeze(1), shift.unsqueeze(1)
-    if into.dtype == values.dtype:
-        torch.addcmul(shift, values, scale, out=into)
-    else:
-        into.copy_(torch.addcmul(shift, values, scale))
 
 
 def _redone(input: Tensor, lost: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
