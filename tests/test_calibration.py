@@ -492,9 +492,10 @@ def test_what_is_not_finite_is_named_and_changes_nothing(bad, feed):
 
 
 @pytest.mark.parametrize("place", [(0, 1), (5, 2), (8, 0)])
-def test_a_device_that_is_not_waited_for_names_the_same(place, monkeypatch):
-    # As on CUDA, where batches are looked at together, and at the end.
-    monkeypatch.setitem(collecting.UNCHECKED, "cpu", 40)
+@pytest.mark.parametrize("waiting", [300, 1 << 20])
+def test_a_device_that_is_not_waited_for_names_the_same(place, waiting, monkeypatch):
+    # As on CUDA, where some batches are looked at together, and all of them at the end.
+    monkeypatch.setitem(collecting.UNCHECKED, "cpu", waiting)
     net, batches = some_net(nets.plain), list(images(27).split(3))
     batches[place[0]][place[1], 1, 2, 3] = math.nan
     before = state_of(net)

@@ -175,6 +175,24 @@ def test_timm_layers_do_their_own_activation():
     torch.testing.assert_close(run(net, x), run(model, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_timm_layer_of_an_unknown_activation_keeps_it():
+    timm = pytest.importorskip("timm")
+
+    class Own(nn.ReLU):
+        """May do anything."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs() + 1
+
+    model = live(timm.create_model("efficientnet_lite0", num_classes=5))
+    own = next(m for m in model.modules() if type(getattr(m, "act", None)) is nn.ReLU6)
+    own.act = Own().eval()
+    net, _ = fused(model, images(2, 64))
+    assert sum(isinstance(m, Own) for m in net.modules()) == 1
+    x = images(3, 64)
+    torch.testing.assert_close(run(net, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_cannot_be_traced_still_runs_and_says_so():
     class Branching(nn.Module):
         def __init__(self):
