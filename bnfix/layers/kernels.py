@@ -17,7 +17,7 @@ Three ways beside the plain form:
                    cancel unless a is near 1, where the plain form is taken. No graph breaks.
     CUDA, eager    `triton_kernels`, where Triton is installed.
 
-Where gradients are asked for, only the first of them is, contiguous on a CPU: see `rows`.
+With gradients, contiguous inputs on a CPU go by `rows`, all others by the plain form.
 """
 
 from __future__ import annotations
