@@ -14,8 +14,16 @@ A message reads: where: what was found, what was expected. What to do.
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+#: Where code lies that is not the user's: this package, the standard library, what is installed.
+_NOT_OWN = (
+    str(Path(__file__).parent),
+    *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
 
 
 class BnfixError(Exception):
@@ -77,16 +85,32 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def plain(text: object) -> str:
-    """Put a text of unknown origin on one line, without control characters.
-
-    Args:
-        text: a name from a file, or somebody else's error (cut to 200 characters), or a path.
-
-    Returns:
-        A text that is fit for a message.
-    """
+def plain(text: object, limit: int = 200) -> str:
+    """A text of unknown origin on one line, cut (unless it is a path), without control signs."""
     reason = text.strerror if isinstance(text, OSError) else None  # without the path, again
     line = " ".join(str(reason or text).split())
     line = "".join(sign if sign.isprintable() else "?" for sign in line)
-    return line if isinstance(text, Path) or len(line) <= 200 else line[:197] + "..."
+    return line if isinstance(text, Path) or len(line) <= limit else line[: limit - 3] + "..."
+
+
+def one_line(error: BaseException) -> str:
+    """Somebody else's error on one line: type, text (cut to 300 characters), the user's own line.
+
+    For example ``ValueError: no such class, at nets/forward.py:12``. The user's own line is the
+    innermost one outside this package, the standard library and what is installed.
+    """
+    text = plain(str(error), 300)
+    words = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    place = _own_line(error)
+    return words if place is None else f"{words}, at {place}"
+
+
+def _own_line(error: BaseException) -> str | None:
+    if isinstance(error, SyntaxError) and error.filename:
+        return None  # its text says the file and the line
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        path = Path(frame.f_code.co_filename)
+        if path.suffix == ".py" and not any(path.is_relative_to(root) for root in _NOT_OWN):
+            here = Path.cwd()
+            return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{line}"
+    return None

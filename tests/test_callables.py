@@ -133,7 +133,7 @@ def test_a_module_of_the_current_folder(
         ("some", "item 1 has no label, others have"),
         ("scaled", r"item 0 is an array of float32 \(4, 4, 3\), expected a PIL image"),
         ("labelled", "item 0: its label is a float"),
-        ("broken", r"its code failed at item 1 \(RuntimeError: no more\)"),
+        ("broken", r"its code failed at item 1 \(RuntimeError: no more, at .*mine.py:61\)"),
         ("number", "gave a int, expected an iterable"),
         ("absent", "there is no absent in it"),
     ],

@@ -17,20 +17,7 @@ from typing import Any
 
 import torch
 
-from bnfix.errors import ModelError
-
-
-def reason_of(error: BaseException) -> str:
-    """Word somebody else's error in one line.
-
-    Args:
-        error: as raised.
-
-    Returns:
-        Its type and, cut to 300 characters, its text.
-    """
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:297] + '...'}"
+from bnfix.errors import ModelError, one_line
 
 
 @contextmanager
@@ -92,7 +79,7 @@ def _import_file(spec: str, path: Path) -> ModuleType:
         if not isinstance(error, Exception | SystemExit):
             raise
         raise ModelError(
-            f"{spec}: importing {path} failed ({reason_of(error)}).", name=spec
+            f"{spec}: importing {path} failed ({one_line(error)}).", name=spec
         ) from error
     return module
 
@@ -109,7 +96,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
                 name=spec,
             ) from error
         raise ModelError(
-            f"{spec}: importing {name} failed ({reason_of(error)}).", name=spec
+            f"{spec}: importing {name} failed ({one_line(error)}).", name=spec
         ) from error
 
 

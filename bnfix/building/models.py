@@ -22,9 +22,9 @@ import torchvision
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.building.importing import import_callable, import_library, importable, reason_of, seeded
+from bnfix.building.importing import import_callable, import_library, importable, seeded
 from bnfix.building.pretrained import build_pretrained
-from bnfix.errors import ModelError, some
+from bnfix.errors import ModelError, one_line, some
 
 #: What builders call the number of classes.
 CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
@@ -208,7 +208,7 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
     except (Exception, SystemExit) as error:
         hint = " Check --model-arg key=value." if isinstance(error, TypeError) else ""
         raise ModelError(
-            f"{builder.spec}: building the model failed ({reason_of(error)}).{hint}",
+            f"{builder.spec}: building the model failed ({one_line(error)}).{hint}",
             name=builder.spec,
         ) from error
     raise ModelError(

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from torch import nn
 
-from bnfix.building.importing import import_library, reason_of
-from bnfix.errors import ConfigError, ModelError, plain
+from bnfix.building.importing import import_library
+from bnfix.errors import ConfigError, ModelError, one_line, plain
 from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -76,7 +76,7 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
             f"{spec}: no image classifier of transformers comes out of its {_CONFIG} "
-            f"({reason_of(error)}). Check the folder and --model-arg.",
+            f"({one_line(error)}). Check the folder and --model-arg.",
             name=spec,
         ) from error
     if not isinstance(model, nn.Module):
@@ -105,7 +105,7 @@ def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:
         return _preprocessing(found)
     except (ConfigError, TypeError, ValueError, KeyError, LookupError, OverflowError) as error:
         raise ModelError(
-            f"{spec}: its {_PREPROCESSOR} cannot be used ({reason_of(error)}). "
+            f"{spec}: its {_PREPROCESSOR} cannot be used ({one_line(error)}). "
             "Give --resize, --crop, --mean and --std, or correct it.",
             name=spec,
         ) from error

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bnfix.building.importing import import_callable, importable, reason_of
+from bnfix.building.importing import import_callable, importable
 from bnfix.data.images import Images, digest_of, pixels_of
-from bnfix.errors import DataError, ModelError
+from bnfix.errors import DataError, ModelError, one_line
 
 _EXPECTED = "a PIL image, or whole numbers 0 to 255 as an array (H, W[, C]) or a tensor (C, H, W)"
 
@@ -94,7 +94,7 @@ def open_callable(
         raise
     except Exception as error:
         raise DataError(
-            f"{where}: its code failed at item {len(items)} ({reason_of(error)}).", name=spec
+            f"{where}: its code failed at item {len(items)} ({one_line(error)}).", name=spec
         ) from error
     if not items:
         raise DataError(f"{where}: gave no images, expected pairs of image and label.", name=spec)
