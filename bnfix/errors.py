@@ -94,17 +94,14 @@ def plain(text: object, limit: int = 200) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Somebody else's error on one line: type, text (cut to 300 characters), the user's own line.
-
-    For example ``ValueError: no such class, at nets/forward.py:12``. The user's own line is the
-    innermost one outside this package, the standard library and what is installed.
-    """
+    """Somebody else's error: type, text (cut to 300 characters), and the user's own file:line."""
     text = plain(str(error), 300)
     words = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = _own_line(error)
     return words if place is None else f"{words}, at {place}"
 
 
+# The innermost line that is the user's, for example `nets/forward.py:12`.
 def _own_line(error: BaseException) -> str | None:
     if isinstance(error, SyntaxError) and error.filename:
         return None  # its text says the file and the line
