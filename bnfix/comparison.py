@@ -15,11 +15,11 @@ from bnfix.checkpoints.saving import versions
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.entrants import Arena, Entrant, enter, hasten
-from bnfix.errors import ConfigError
+from bnfix.errors import ConfigError, NumericError
 from bnfix.estimating import estimated_evaluation
 from bnfix.measuring.custom_metrics import custom_metrics, import_metric
 from bnfix.measuring.evaluation import Outputs
-from bnfix.measuring.metrics import Metrics, measure
+from bnfix.measuring.metrics import Metrics, measure, refuse_not_finite, without_metrics
 from bnfix.measuring.predictions import check_predictions, table_of, write_predictions
 from bnfix.recipe import (
     CORRUPTIONS,
@@ -204,11 +204,13 @@ def plan_evaluation(
 
 def _measured(found: Outputs, seed: int) -> Metrics:
     """Metrics of logits; of other outputs only their number."""
-    rate = found.images_per_second
+    n, rate, problem = len(found.outputs), found.images_per_second, ""
     if found.classified:
-        return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
-    none = (None,) * 7
-    return Metrics(len(found.outputs), *none, {}, rate, (), found.outputs[:0], None)
+        try:
+            return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
+        except NumericError:
+            problem = "its logits are not finite"
+    return without_metrics(n, images_per_second=rate, problem=problem)
 
 
 def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[Outputs]) -> None:
@@ -216,6 +218,8 @@ def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[
         raise ConfigError(
             "--predictions: the outputs are no logits of classes. Leave it out.", name="predictions"
         )
+    for one in found:
+        refuse_not_finite(one.outputs)
     images, positions = entrants[0].images, found[0].positions
     examples = [] if positions is None else [images.name(int(i)) for i in positions]
     if processes.here().is_first:

@@ -174,6 +174,30 @@ def test_the_verdict_is_the_last_models_against_the_first(cli, files):
     assert [pair["against"] for pair in found["paired"]] == [found["models"][0]["name"]] * 2
 
 
+@pytest.mark.parametrize("value", [float("nan"), -3.0])
+def test_a_network_that_gives_no_numbers_loses_to_one_that_does(cli, files, tmp_path, value):
+    state = torch.load(files.net, weights_only=True)
+    state["bn1.running_var"][1] = value
+    torch.save(state, tmp_path / "broken.pth")
+    words = ["--data", files.test, *files.common, "--report", tmp_path / "report"]
+    outcome = cli("eval", tmp_path / "broken.pth", files.net, *words)
+    assert outcome.code == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["verdict"] == "better"
+    assert found["verdict_sentence"].endswith(
+        "broken.pth cannot be evaluated: its logits are not finite."
+    )
+    assert found["models"][0]["nll"] is None
+    assert found["paired"][0]["nll"] == {"difference": None, "interval": [None, None], "p": None}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL).lower()
+    back = cli(
+        "eval", files.net, tmp_path / "broken.pth", "--data", files.test, *files.common, "--json"
+    )
+    assert back.json["verdict"] == "worse"
+    assert "broken.pth cannot be evaluated" in back.json["verdict_sentence"]
+
+
 # --- the report ---
 
 

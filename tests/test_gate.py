@@ -8,8 +8,8 @@ import pytest
 
 from bnfix.errors import ConfigError, DataError
 from bnfix.measuring.gate import judge
-from bnfix.measuring.metrics import measure
-from bnfix.measuring.pairing import ROUNDING
+from bnfix.measuring.metrics import measure, without_metrics
+from bnfix.measuring.pairing import ROUNDING, compare
 
 
 def metrics_of(losses):
@@ -137,3 +137,20 @@ def test_other_examples_are_refused():
         judge("s", ("a", two), ("b", three))
     with pytest.raises(DataError, match=r"comparison: .* no labels"):
         judge("s", ("a", two), ("b", measure(two.logits, None)))
+
+
+def test_what_cannot_be_evaluated_loses_to_all_that_can():
+    """Whatever z is: no standard error is needed against a network that gives no numbers."""
+    fine, broken = metrics_of([0.5] * 30), without_metrics(30, problem="its logits are not finite")
+    won = judge("s", ("new", fine), ("as it was", broken), z=1e9)
+    assert won.admitted
+    assert won.reason == "'as it was' cannot be evaluated: its logits are not finite"
+    assert (won.n_examples, won.nll, won.top1) == (30, pytest.approx(0.5), 1.0)
+    assert (won.incumbent_nll, won.nll_difference, won.nll_se, won.top1_se) == (None,) * 4
+    for incumbent in (fine, broken):
+        lost = judge("s", ("new", broken), ("old", incumbent), z=0)
+        assert not lost.admitted
+        assert lost.reason == "it cannot be evaluated: its logits are not finite"
+    assert compare(broken, fine).verdict == "better"
+    assert compare(fine, broken).verdict == "worse"
+    assert compare(broken, broken).verdict == "same"

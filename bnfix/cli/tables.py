@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bnfix.reporting.pages import clean, ends
+from bnfix.reporting.pages import clean, ends, number, percent
 from bnfix.reporting.report import Report
 
 #: Columns of a terminal on which tables have their usual form.
@@ -38,7 +38,7 @@ def tables_of(report: Report) -> Iterator[Table]:
     """
     if report.decisions:
         yield _decisions(report)
-    if report.models and report.models[0].metrics.top1 is not None:
+    if any(model.metrics.top1 is not None for model in report.models):
         yield _models(report)
     if report.ranking:
         yield _ranks(report)
@@ -55,10 +55,10 @@ def _decisions(report: Report) -> Table:
     for d in report.decisions:
         table.add_row(
             shown_text(d.candidate),
-            f"{d.nll:.3f}",
-            f"{d.incumbent_nll:.3f}",
-            f"{100 * d.top1:.1f}%",
-            f"{100 * d.incumbent_top1:.1f}%",
+            number(d.nll),
+            number(d.incumbent_nll),
+            percent(d.top1),
+            percent(d.incumbent_top1),
             "yes" if d.admitted else "no",
         )
     n = report.decisions[0].n_examples
@@ -70,13 +70,16 @@ def _models(report: Report) -> Table:
     table = _narrow("model", "top-1 (95%)", "NLL (95%)", "scaled", "live")
     for model in report.models:
         m = model.metrics
+        if m.problem:
+            table.add_row(shown_text(model.name), "-", m.problem, "-", str(model.n_live))
+            continue
         low, high = m.interval["top1"]
         nll_low, nll_high = m.interval["nll"]
         table.add_row(
             shown_text(model.name),
-            f"{100 * (m.top1 or 0):.1f}% ({100 * low:.1f} to {100 * high:.1f})",
-            f"{m.nll:.3f} ({nll_low:.3f} to {nll_high:.3f})",
-            f"{m.nll_temperature_scaled:.3f}",
+            f"{percent(m.top1)} ({100 * low:.1f} to {100 * high:.1f})",
+            f"{number(m.nll)} ({nll_low:.3f} to {nll_high:.3f})",
+            number(m.nll_temperature_scaled),
             str(model.n_live),
         )
     table.caption = "scaled: NLL after temperature scaling; live: layers with an example weight"

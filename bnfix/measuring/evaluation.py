@@ -118,6 +118,7 @@ def score(
     logits, labels = found.outputs, found.labels
     if labels is None:
         raise DataError("batches: no labels in them. Give (x, y) with integer classes y.")
+    refuse_not_finite(logits)
     right = logits.argmax(1) == labels
     losses = nll_of(logits, labels)
     return Score(len(labels), float(losses.mean()), float(right.mean()), losses)
@@ -252,8 +253,6 @@ class _Gathered:
                 f"evaluation: outputs of shape {new} an example in batch {len(self.found)}, but "
                 f"{old} before it. Expected one shape."
             )
-        if found.ndim == 2:
-            refuse_not_finite(found, self.n_seen)
 
     def outputs(self) -> Outputs:
         given = [y for y in self.labels if y is not None]

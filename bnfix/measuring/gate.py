@@ -21,7 +21,8 @@ class Decision:
         candidate: in words.
         incumbent: what it would replace, in words.
         n_examples: of the select split.
-        nll: the candidate's mean loss there.
+        nll: the candidate's mean loss there; ``None``, as all that follows from it, if it cannot be
+            evaluated.
         incumbent_nll: the incumbent's.
         top1: the candidate's fraction right there.
         incumbent_top1: the incumbent's.
@@ -38,14 +39,14 @@ class Decision:
     candidate: str
     incumbent: str
     n_examples: int
-    nll: float
-    incumbent_nll: float
-    top1: float
-    incumbent_top1: float
-    nll_difference: float
-    nll_se: float
-    top1_difference: float
-    top1_se: float
+    nll: float | None
+    incumbent_nll: float | None
+    top1: float | None
+    incumbent_top1: float | None
+    nll_difference: float | None
+    nll_se: float | None
+    top1_difference: float | None
+    top1_se: float | None
     z: float
     admitted: bool
     reason: str
@@ -61,7 +62,8 @@ def judge(
 
     It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
     difference (and by more than rounding), and its top-1 is not lower by more than ``z`` of its
-    own. Ties go to the incumbent, and so does a single example, which has no standard error.
+    own. Ties go to the incumbent, and so does a single example, which has no standard error. What
+    cannot be evaluated (`Metrics.problem`) loses to all that can.
 
     Args:
         stage: what is being decided.
@@ -78,27 +80,49 @@ def judge(
     """
     if not z >= 0:
         raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
-    (name, new_metrics), (old_name, old_metrics) = candidate, incumbent
-    old, new = paired_examples(old_metrics, new_metrics)
-    n = len(new.losses)
-    loss, loss_se = _mean_and_se(new.losses - old.losses)
-    top1, top1_se = _mean_and_se(new.right.astype(np.float64) - old.right)
-    admitted = False
-    if n < 2:
-        reason = "a single example cannot judge"
-    elif not (loss < -z * loss_se and loss < -ROUNDING):
-        reason = f"its loss is not lower by more than {z:g} standard errors"
-    elif top1 < -z * top1_se:
-        reason = f"its top-1 is lower by more than {z:g} standard errors"
+    (name, new), (old_name, old) = candidate, incumbent
+    nll_difference = nll_se = top1_difference = top1_se = None
+    if new.problem:
+        admitted, reason = False, f"it cannot be evaluated: {new.problem}"
+    elif old.problem:
+        admitted, reason = True, f"{old_name!r} cannot be evaluated: {old.problem}"
     else:
-        admitted = True
-        by = f"{-loss / loss_se:.1f} standard errors" if loss_se else "the same for every example"
-        reason = f"its loss is lower by {-loss:.3g} nats, {by}"
+        before, after = paired_examples(old, new)
+        loss = nll_difference, nll_se = _mean_and_se(after.losses - before.losses)
+        top1 = top1_difference, top1_se = _mean_and_se(after.right * 1.0 - before.right)
+        admitted, reason = _admitted(len(after.losses), loss, top1, z)
     return Decision(
-        stage, name, old_name, n, float(new.losses.mean()), float(old.losses.mean()),
-        float(new.right.mean()), float(old.right.mean()), loss, loss_se, top1, top1_se, z,
-        admitted, reason,
-    )  # fmt: skip
+        stage=stage,
+        candidate=name,
+        incumbent=old_name,
+        n_examples=new.n_examples,
+        nll=new.nll,
+        incumbent_nll=old.nll,
+        top1=new.top1,
+        incumbent_top1=old.top1,
+        nll_difference=nll_difference,
+        nll_se=nll_se,
+        top1_difference=top1_difference,
+        top1_se=top1_se,
+        z=z,
+        admitted=admitted,
+        reason=reason,
+    )
+
+
+def _admitted(
+    n: int, loss: tuple[float, float], top1: tuple[float, float], z: float
+) -> tuple[bool, str]:
+    """Whether mean differences with these standard errors are enough, and why."""
+    difference, se = loss
+    if n < 2:
+        return False, "a single example cannot judge"
+    if not (difference < -z * se and difference < -ROUNDING):
+        return False, f"its loss is not lower by more than {z:g} standard errors"
+    if top1[0] < -z * top1[1]:
+        return False, f"its top-1 is lower by more than {z:g} standard errors"
+    by = f"{-difference / se:.1f} standard errors" if se else "the same for every example"
+    return True, f"its loss is lower by {-difference:.3g} nats, {by}"
 
 
 def _mean_and_se(difference: Array) -> tuple[float, float]:

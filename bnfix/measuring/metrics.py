@@ -74,6 +74,7 @@ class Metrics:
         reliability: the 15 bins.
         logits: ``(N, K)`` float32.
         examples: losses and hits one by one.
+        problem: why the model cannot be evaluated, and all above is ``None``; empty where it can.
     """
 
     n_examples: int
@@ -89,6 +90,7 @@ class Metrics:
     reliability: tuple[Bin, ...]
     logits: Array = field(compare=False)
     examples: PerExample | None = field(compare=False)
+    problem: str = ""
 
     def __repr__(self) -> str:
         shown = ("top1", "nll", "nll_temperature_scaled", "ece")
@@ -96,7 +98,33 @@ class Metrics:
         text = ", ".join(
             f"{k}={v:.4g}" for k, v in zip(shown, values, strict=True) if v is not None
         )
-        return f"Metrics(n_examples={self.n_examples}, {text})"
+        return f"Metrics(n_examples={self.n_examples}, {self.problem or text})"
+
+
+def without_metrics(
+    n_examples: int,
+    *,
+    logits: Array | None = None,
+    images_per_second: float = 0.0,
+    problem: str = "",
+) -> Metrics:
+    """Only counts: there are no labels, no logits of classes, or a ``problem``."""
+    return Metrics(
+        n_examples=n_examples,
+        top1=None,
+        top5=None,
+        nll=None,
+        nll_temperature_scaled=None,
+        temperature=None,
+        brier=None,
+        ece=None,
+        interval={},
+        images_per_second=images_per_second,
+        reliability=(),
+        logits=np.empty((0, 0), np.float32) if logits is None else logits,
+        examples=None,
+        problem=problem,
+    )
 
 
 def measure(
@@ -120,10 +148,9 @@ def measure(
         raise DataError(
             f"logits: shape {logits.shape}, expected (examples, classes), both above 0."
         )
-    refuse_not_finite(logits, 0)
+    refuse_not_finite(logits)
     if labels is None:
-        none = (None,) * 7
-        return Metrics(len(logits), *none, {}, images_per_second, (), logits, None)
+        return without_metrics(len(logits), logits=logits, images_per_second=images_per_second)
     n = len(logits)
     labels = checked_labels(labels, n, logits.shape[1])
     rank, losses, brier, confidence = _per_example(logits, labels)
@@ -140,25 +167,28 @@ def measure(
     shifted = resampled_ece - resampled_ece.mean() + ece
     interval["ece"] = middle(shifted.clip(0, 1), ece)
     return Metrics(
-        n, means[0], means[1], means[2], means[3], temperature, means[4], ece, interval,
-        images_per_second, bins, logits, PerExample(labels, losses, scaled, right),
-    )  # fmt: skip
+        n_examples=n,
+        top1=means[0],
+        top5=means[1],
+        nll=means[2],
+        nll_temperature_scaled=means[3],
+        temperature=temperature,
+        brier=means[4],
+        ece=ece,
+        interval=interval,
+        images_per_second=images_per_second,
+        reliability=bins,
+        logits=logits,
+        examples=PerExample(labels=labels, losses=losses, scaled_losses=scaled, right=right),
+    )
 
 
-def refuse_not_finite(logits: Array, n_before: int) -> None:
-    """Check that all logits are finite.
-
-    Args:
-        logits: ``(N, K)``.
-        n_before: examples before these, for the message.
-
-    Raises:
-        NumericError: if one is not.
-    """
+def refuse_not_finite(logits: Array) -> None:
+    """Raise a `NumericError` for the first example whose logits are not finite."""
     finite = np.isfinite(logits).all(1)
     if not finite.all():
         raise NumericError(
-            f"evaluation: the logits of example {n_before + int(finite.argmin())} (from 0) are not "
+            f"evaluation: the logits of example {int(finite.argmin())} (from 0) are not "
             "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,11 +70,14 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         seed: of the bootstrap.
 
     Returns:
-        Differences (after less before) with 95% intervals and the verdict.
+        Differences (after less before) with 95% intervals and the verdict. A model that cannot be
+        evaluated is worse than one that can; the differences are then NaN.
 
     Raises:
         DataError: if the examples differ or have no labels.
     """
+    if before.problem or after.problem:
+        return _without_differences(before.problem, after.problem)
     old, new = paired_examples(before, after)
     columns = np.column_stack(
         [
@@ -86,13 +90,19 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
     intervals = map(middle, resampled_means(columns, seed).T, means)
     p_values = (_mcnemar(columns[:, 0]), _paired_p(columns[:, 1]), _paired_p(columns[:, 2]))
     top1, nll, scaled = (
-        Difference(float(mean), interval, p)
+        Difference(difference=float(mean), interval=interval, p=p)
         for mean, interval, p in zip(means, intervals, p_values, strict=True)
     )
     signs = {_sign(top1), -_sign(nll)}
     verdict = "worse" if -1 in signs else "better" if 1 in signs else "same"
     left = _sign(top1) == 1 or _sign(scaled) == -1
-    return Paired(top1, nll, scaled, verdict, verdict == "better" and not left)
+    return Paired(
+        top1=top1,
+        nll=nll,
+        nll_temperature_scaled=scaled,
+        verdict=verdict,
+        temperature_only=verdict == "better" and not left,
+    )
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
@@ -113,6 +123,19 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
     if not np.array_equal(before.examples.labels, after.examples.labels):
         raise DataError("comparison: the two were not measured on the same examples.")
     return before.examples, after.examples
+
+
+def _without_differences(problem_before: str, problem_after: str) -> Paired:
+    """The verdict where a model cannot be evaluated: the other one wins, if it can."""
+    sign = bool(problem_before) - bool(problem_after)
+    none = Difference(difference=math.nan, interval=(math.nan, math.nan), p=math.nan)
+    return Paired(
+        top1=none,
+        nll=none,
+        nll_temperature_scaled=none,
+        verdict={1: "better", 0: "same", -1: "worse"}[sign],
+        temperature_only=False,
+    )
 
 
 def _sign(difference: Difference) -> int:

@@ -204,6 +204,8 @@ def gate(decisions: Sequence[Decision]) -> Picture:
         axis = figure.subplots()
         axis.axvline(0, color=INK, linewidth=1, linestyle="--")
         for row, d in enumerate(decisions):
+            if d.nll_difference is None or d.nll_se is None:
+                continue  # one of the two cannot be evaluated
             color = LAST if d.admitted else MUTED
             reach = d.z * d.nll_se
             ends = [d.nll_difference - reach, d.nll_difference + reach]

@@ -119,6 +119,8 @@ def ends(d: Difference, points: bool) -> tuple[str, str, str]:
     Returns:
         The difference, the lower end, the upper end.
     """
+    if not math.isfinite(d.difference):
+        return _NONE, _NONE, _NONE
     scale, digits = (100, 1) if points else (1, 3)
     nonzero = [abs(scale * end) for end in d.interval if end]
     while nonzero and digits < 6 and min(nonzero) < 0.5 * 10**-digits:
@@ -262,7 +264,7 @@ def _brief(value: float | None) -> str:
 
 
 def _p(value: float) -> str:
-    return "below 0.001" if value < 0.001 else f"{value:.3f}"
+    return "below 0.001" if value < 0.001 else number(value)
 
 
 def _weight(value: float | list[float]) -> tuple[str, str]:

@@ -88,7 +88,7 @@ class Report:
         metrics = [model.metrics for model in self.models]
         return tuple(
             compare(metrics[0], other, seed=self.seed)
-            if metrics[0].examples is not None and other.examples is not None
+            if all(m.examples is not None or m.problem for m in (metrics[0], other))
             else None
             for other in metrics[1:]
         )

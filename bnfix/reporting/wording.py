@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ class Findings:
         last, images = self.models[-1].metrics, self._images()
         if not self.models[-1].classified:
             return self._own_metrics(images)
+        if last.problem:
+            return f"{clean(self.models[-1].name)} cannot be evaluated on {images}: {last.problem}."
         if last.top1 is None:
             return f"the {images} have no labels, so nothing can be proven."
         if len(self.models) == 1:
@@ -61,7 +64,8 @@ class Findings:
             return f"{percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
         first, paired = self.models[0].metrics, self.paired[-1]
         if paired is None or first.top1 is None:
-            return f"{percent(last.top1)} of {images} right; the first model was not measured."
+            why = f"cannot be evaluated: {first.problem}" if first.problem else "was not measured"
+            return f"{percent(last.top1)} of {images} right; {clean(self.models[0].name)} {why}."
         if self._judged_by_nll():
             return (
                 f"NLL {number(last.nll)} on {images}, {number(first.nll)} {self._reference()}; "
@@ -81,7 +85,7 @@ class Findings:
         """
         told: list[str] = []
         paired = self.paired[-1] if self.paired else None
-        if paired is not None:
+        if paired is not None and math.isfinite(paired.nll.difference):
             first, last = self.models[0].metrics, self.models[-1].metrics
             if self._judged_by_nll():
                 one, other, of = percent(last.top1), percent(first.top1), paired.top1

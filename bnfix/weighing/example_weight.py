@@ -121,7 +121,7 @@ def choose_example_weight_(
     name, metrics = incumbent or ("as it was", None)
     if metrics is None:
         metrics = evaluate(model, chosen_on, forward=forward, precision=precision)
-    if metrics.examples is None:
+    if metrics.examples is None and not metrics.problem:
         raise DataError("example weight: the select batches have no labels to choose by.")
     search = WeightSearch(model, layers, watched, learn, forward, precision)
 
