@@ -73,6 +73,15 @@ def only_these_require_grad(model: nn.Module, wanted: list[Tensor]) -> Iterator[
             t.grad = grad
 
 
+def exchange_(module: nn.Module, other: nn.Module) -> None:
+    """Let two module objects trade class and contents, so that every holder of one follows."""
+    # Some networks also hold layers in plain lists, where putting a new object in the tree misses.
+    pair = (type(other), other.__dict__), (type(module), module.__dict__)
+    for one, (kind, fields) in zip((module, other), pair, strict=True):
+        object.__setattr__(one, "__class__", kind)
+        object.__setattr__(one, "__dict__", fields)
+
+
 @contextmanager
 def hooks() -> Iterator[list[RemovableHandle]]:
     """A list of hook handles, all removed on leaving.

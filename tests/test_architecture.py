@@ -112,7 +112,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
         "data.imagenet": {"data.image_sets", "data.images", "data.mat"},
         "demo.train": {"demo", "demo.network"},
-        "layers.surgery": {"layers.norms", "layers.sites"},
+        "layers.surgery": {"guards", "layers.norms", "layers.sites", "moments"},
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
         },
@@ -241,7 +241,7 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "production.making": {
-            "building.models", "checkpoints.loading", "layers.norms", "production",
+            "building.models", "checkpoints.loading", "guards", "layers.norms", "production",
             "production.artifacts", "production.dataflow", "production.folding", "production.plain",
             "production.plain_files", "production.verification",
         },

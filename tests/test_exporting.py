@@ -54,6 +54,17 @@ class Two(Net):
         return {"out": super().forward(x), "aux": (x.mean((2, 3)),)}
 
 
+class Outside(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.layers = [self.conv, self.bn, torch.relu]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.fc(x.mean((2, 3)))
+
+
 class Valued(Net):
     def forward(self, x):
         return super().forward(x if x.sum().item() > -1e9 else -x)
@@ -69,6 +80,10 @@ def liar(num_classes=3):
 
 def two(num_classes=3):
     return Two(num_classes)
+
+
+def outside(num_classes=3):
+    return Outside(num_classes)
 
 
 def valued(num_classes=3):
@@ -219,6 +234,26 @@ def test_plain_and_folded_files_load_where_bnfix_is_not(folder):
         torch.testing.assert_close(torch.tensor(y), wanted, rtol=1e-5, atol=1e-5)
         assert kind in kinds
         assert ("BatchNorm2d" in kinds) == (kind == "BatchNorm2d")
+
+
+@pytest.mark.parametrize(
+    ("to", "checkpoint"),
+    [("plain", "live"), ("folded", "zero"), ("onnx", "live"), ("onnx", "zero"), ("pt2", "live")],
+)
+def test_layers_that_are_also_held_in_a_plain_list_are_exported(folder, to, checkpoint):
+    export(  # which compares the outputs
+        folder / f"{checkpoint}.safetensors",
+        model=spec(folder, "outside"),
+        recipe=ExportRecipe(to, samples=4, input_shape=SHAPE),
+    )
+    names: dict[str, Any] = {}
+    exec(NETS, names)
+    loaded = bnfix.load(folder / f"{checkpoint}.safetensors", names["outside"]())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(inputs()), reference(folder, f"{checkpoint}.safetensors", inputs())
+        )
+    assert loaded.layers[1] is loaded.bn
 
 
 def test_the_weights_of_a_plain_file_are_a_checkpoint_of_bnfix_too(folder):

@@ -228,6 +228,16 @@ def test_a_model_whose_outputs_would_change_is_put_back():
     assert model.state_dict().keys() == state.keys()
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_layers_that_are_also_held_in_a_plain_list_follow(checked):
+    model = nets.lived_in(nets.held_outside()).eval()
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    before = outputs(model, x)
+    assert len(optimize_(model, x if checked else None).folded) == 2
+    torch.testing.assert_close(outputs(model, x), before)
+    assert norms_in(model) == 0
+
+
 def test_training_mode_is_refused():
     with pytest.raises(ModelError, match=r"folding: the model is in training mode"):
         optimize_(nets.plain())

@@ -119,6 +119,15 @@ def test_whole_networks_give_the_same_outputs(name):
         torch.testing.assert_close(run(net, x) / scale, expected / scale, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_are_also_held_in_a_plain_list_follow():
+    model = live(nets.held_outside(), 0.2)
+    set_example_weight_(model, {"bn1": 0.0})
+    x = images(2, 8)
+    net, found = fused(model, x)
+    assert (found.live, found.prepacked, len(found.folding.folded)) == (1, 2, 1)
+    torch.testing.assert_close(run(net, x), run(model, x), rtol=1e-4, atol=1e-5)
+
+
 def test_the_model_itself_stays_as_it_is():
     model = live(torchvision.models.resnet18(num_classes=3))
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -353,6 +353,40 @@ def test_aliases_stay_one_module():
     assert not any(type(m) is nn.BatchNorm2d for m in net.modules())
 
 
+def held_outside_and_not():
+    """Two networks of the same weights: one loops over a plain list, the other over its tree."""
+    net, twin = nets.lived_in(nets.held_outside()), nets.plain()
+    twin.load_state_dict(net.state_dict())
+    return net, twin
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"example_weight": 0.5}, {"to": "group"}, {"ghost_size": 1, "channel_groups": 2}],
+)
+def test_norms_that_are_held_outside_the_module_tree_follow(options):
+    net, twin = held_outside_and_not()
+    held = [net.bn1, net.bn2]
+    state = copy.deepcopy(net.state_dict())
+    swap_norms_(net, **options)
+    swap_norms_(twin, **options)
+    assert [net.bn1, net.bn2] == held == [net.layers[1], net.last]
+    assert {type(layer) for layer in held} == {GeneralizedBatchNorm}
+    for training in (False, True):
+        net.train(training), twin.train(training)
+        assert torch.equal(net(images()), twin(images()))
+    net.eval()
+    set_example_weight_(net, 0.25)
+    assert torch.equal(copy.deepcopy(net)(images()), net(images()))
+    assert torch.equal(pickle.loads(pickle.dumps(net))(images()), net(images()))
+    swap_norms_(net, to="batch")
+    assert [net.bn1, net.bn2] == held
+    again = nets.lived_in(nets.plain()).eval()
+    again.load_state_dict(stock_state(net))
+    torch.testing.assert_close(again(images()), net(images()))
+    assert list(state) == list(stock_state(net))
+
+
 def test_only_some_layers():
     net = nets.residual()
     done = swap_norms_(net, layers=["layer?.bn*"], skip=["layer2.*"])

@@ -28,8 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfix.errors import ConfigError, NormError, NumericError
 from bnfix.layers import kernels, rows
-from bnfix.moments import example_moments, mix
-from bnfix.moments import over_channel_groups as over_channel_groups
+from bnfix.moments import example_moments, mix, over_channel_groups
 
 Weight = float | Sequence[float] | Tensor
 
@@ -180,8 +179,7 @@ class GeneralizedBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if input.numel() == 0:
             return super().forward(input)
-        own_moments = self.training or self.running_mean is None
-        if own_moments and not (self._live and not self.training):
+        if self.training or (self.running_mean is None and not self._live):
             compiled_average = self.momentum is None and torch.compiler.is_compiling()
             if self._is_stock(input.shape[0]) and not compiled_average:
                 return super().forward(input)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _WrappedHook
 
 from bnfix.errors import NormError, some
-from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, over_channel_groups
+from bnfix.guards import exchange_
+from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
 from bnfix.layers.sites import NormSite, find_norms, is_timm_act, selected, unmatched
+from bnfix.moments import over_channel_groups
 from bnfix.recipe import KINDS, SwapRecipe
 
 
@@ -133,7 +133,8 @@ def swap_norms_(
         NormError: with all problems at once; the model is then untouched.
 
     Changes:
-        The modules of ``model``, in place; names, aliases, hooks, fields and parameters are kept.
+        The norm layers of ``model``: the very objects become the new class, so that whatever holds
+        one follows, in the module tree or not; hooks, fields and parameters are kept.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -168,7 +169,7 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
         if change.name not in sites
     ]
     _refuse(problems)
-    new: dict[int, GeneralizedBatchNorm] = {}
+    new: list[tuple[nn.Module, GeneralizedBatchNorm]] = []
     done: list[Change] = []
     for change in plan.changes:
         old = sites[change.name]
@@ -177,16 +178,11 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
         difference = None if weighed else _difference(old, layer)
         if difference is not None and not difference <= _tolerance(layer):
             problems.append(f"{change.name}: {_why_different(layer, difference)}")
-        new[id(old)] = layer
+        new.append((old, layer))
         done.append(replace(change, difference=difference))
     _refuse(problems)
-    for change in plan.changes:
-        old = sites[change.name]
-        _rebind_hooks(old, new[id(old)])
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in new:
-                parent._modules[name] = new[id(child)]
+    for old, layer in new:
+        exchange_(old, layer)
     return replace(plan, changes=tuple(done))
 
 
@@ -207,13 +203,6 @@ def _why_different(layer: GeneralizedBatchNorm, difference: float) -> str:
     else:
         why = "its moments differ too much for its type; convert in float32, use more groups"
     return f"its outputs would change by {difference:.2g}: {why}, or leave it with --skip"
-
-
-def _rebind_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Hooks on loading that were registered with their module hold it weakly: give them the new."""
-    for hook in old._load_state_dict_pre_hooks.values():
-        if isinstance(hook, _WrappedHook) and hook.with_module:
-            hook.module = weakref.ref(new)
 
 
 def _n_channels(module: nn.Module) -> int:

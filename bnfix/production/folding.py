@@ -334,7 +334,7 @@ def _apply_(model: nn.Module, accepted: list[_Candidate], example: Tensor | None
     own = [dict(one.layer._parameters) for one in accepted]
     for one in accepted:
         one.layer._parameters.update(one.new._parameters)
-    _exchange_(model, {id(one.site.module): one.after for one in accepted})
+        guards.exchange_(one.site.module, one.after)
     if example is None or before is None:
         return
     pairs = zip(before, _outputs(model, example), strict=True)
@@ -344,7 +344,7 @@ def _apply_(model: nn.Module, accepted: list[_Candidate], example: Tensor | None
         return
     for one, parameters in zip(accepted, own, strict=True):
         one.layer._parameters.update(parameters)
-    _exchange_(model, {id(one.after): one.site.module for one in accepted})
+        guards.exchange_(one.site.module, one.after)
     raise ModelError(
         "folding: each layer keeps its outputs, but the whole model's change, or are not finite. "
         "Nothing was folded; look at the statistics with `bnfix inspect`."
@@ -355,10 +355,3 @@ def _outputs(model: nn.Module, example: Tensor) -> list[Tensor]:
     with guards.inference(model):
         output = runtime.run(model, example, runtime.device_of(model))
     return [t.double() for t in outputs_of(output).values() if t.is_floating_point() and t.numel()]
-
-
-def _exchange_(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in new:
-                parent._modules[name] = new[id(child)]

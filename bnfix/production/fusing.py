@@ -220,22 +220,20 @@ class _ChannelsLast(nn.Module):
 
 def _prepack_(net: nn.Module, example: Any) -> int:
     """Prepack the convolutions that the example reaches; how many there were."""
-    found: dict[int, PrepackedConv] = {}
+    found: dict[int, tuple[nn.Module, PrepackedConv]] = {}
 
     def hook(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
         made = prepacked(conv, inputs[0].detach()) if len(inputs) == 1 else None
         if made is not None:
-            found[id(conv)] = made
+            found[id(conv)] = conv, made
 
     convs = [module for module in net.modules() if type(module) is nn.Conv2d]
     plain = [c for c in convs if not (c._forward_hooks or c._forward_pre_hooks)]
     with guards.hooks() as handles:
         handles += [conv.register_forward_pre_hook(hook) for conv in plain]
         _outputs(net, example)
-    for parent in list(net.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in found:
-                parent._modules[name] = found[id(child)]
+    for conv, made in found.values():
+        guards.exchange_(conv, made)
     return len(found)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bnfix.building.models import build_model
 from bnfix.checkpoints.loading import Loaded
 from bnfix.errors import ModelError, some
+from bnfix.guards import exchange_
 from bnfix.layers.norms import generalized_norms
 from bnfix.production import artifacts, plain_files
 from bnfix.production.artifacts import Runner
@@ -116,12 +117,6 @@ def standard_(model: nn.Module) -> None:
     Changes:
         The live layers of the model.
     """
-    new = {
-        id(layer): ExampleNorm(layer, layer.example_weight, layer.channel_groups, layer.eps).eval()
-        for _, layer in generalized_norms(model)
-        if layer.live
-    }
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in new:
-                parent._modules[name] = new[id(child)]
+    for layer in [layer for _, layer in generalized_norms(model) if layer.live]:
+        plain = ExampleNorm(layer, layer.example_weight, layer.channel_groups, layer.eps)
+        exchange_(layer, plain.eval())

@@ -143,14 +143,14 @@ def load(model: nn.Module | None = None, weights: str | Path | None = None) -> n
         old, a = model.get_submodule(name), norm["example_weight"]
         old.__dict__["eps"] = norm["eps"]
         if any(a if isinstance(a, list) else [a]):
-            _replace(model, old, ExampleNorm(old, a, norm["channel_groups"], norm["eps"]))
+            _replace(old, ExampleNorm(old, a, norm["channel_groups"], norm["eps"]))
     folded = json.loads(metadata.get("bnfix_folded", "{}"))
     for name in folded.get("norms", []):
         old = model.get_submodule(name)
         rest = nn.Sequential()
         for part, child in old.named_children():
             rest.add_module(part, child)
-        _replace(model, old, rest)
+        _replace(old, rest)
     for name in folded.get("layers", []):
         model.get_submodule(name).bias = nn.Parameter(tensors[f"{name}.bias"].clone())
     model.load_state_dict(tensors, strict=True)
@@ -187,9 +187,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     return tensors, metadata
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module where another is, under all of its names."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+def _replace(old: nn.Module, new: nn.Module) -> None:
+    """Turn a module into another one in place, so that whatever holds it follows."""
+    object.__setattr__(old, "__class__", type(new))
+    object.__setattr__(old, "__dict__", new.__dict__)

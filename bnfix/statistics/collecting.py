@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bnfix import guards, processes, runtime
 from bnfix.errors import NormError, NumericError
-from bnfix.layers.norms import GeneralizedBatchNorm, over_channel_groups
+from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.sites import NormSite
-from bnfix.moments import mix
+from bnfix.moments import mix, over_channel_groups
 from bnfix.statistics.accumulating import Accumulator, precise_moments
 from bnfix.statistics.costs import Clock
 
