@@ -8,7 +8,12 @@ from typing import Any
 from bnfix import guards
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.measuring.pairing import compare
-from bnfix.recognition import data_record, history_digests, seen_before
+from bnfix.recognition import (
+    data_record,
+    describe_unlisted,
+    history_digests,
+    seen_before,
+)
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
@@ -29,6 +34,7 @@ def result_of(stages: Stages) -> Result:
     labelled_test = bench.test_images.labels is not None and bench.split.test.size > 0
     if labelled_test:
         models = _measure_test(stages)
+        bench.assumptions += describe_unlisted(bench.loaded.origin.history)
     fresh: dict[str, tuple[float, float]] = {}
     if stages.calibration is not None and bench.split.fit.size:
         fresh = bench.evaluation.run(

@@ -30,7 +30,7 @@ from bnfix.recipe import (
     RunOptions,
     check_seed,
 )
-from bnfix.recognition import data_record, seen_before
+from bnfix.recognition import data_record, describe_unlisted, seen_before
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
@@ -104,6 +104,7 @@ def evaluate_files(
     first_statistics, last_statistics = (
         statistics_of(one.loaded.model) for one in (entrants[0], last)
     )
+    notes += describe_unlisted(history)
     if source.corrupt is not None:
         notes.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
     return Report(

@@ -14,6 +14,7 @@ from torch import nn
 
 from bnfix import guards
 from bnfix.building.models import input_channels
+from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.data.batches import Batch, Batches
@@ -82,6 +83,7 @@ def convert(
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     swap = swap or SwapRecipe()
     loaded = load_one(checkpoint, recipe, run or RunOptions(), mapped=True)
+    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
     example = example_input(loaded.model, input_shape)
     before = None if example is None else _outputs(loaded.model, example)
     was_live = any(layer.live for _, layer in generalized_norms(loaded.model))

@@ -15,8 +15,9 @@ from bnfix import guards, processes, runtime
 from bnfix.building.importing import import_forward
 from bnfix.building.models import input_channels
 from bnfix.building.presets import default_preprocessing, preset_preprocessing
+from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded, load_ready
-from bnfix.data.batches import Batch, Batches
+from bnfix.data.batches import Batch, Batches, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.first_look import first_batch, look_at_inputs, look_at_size
 from bnfix.data.images import Images
@@ -176,6 +177,7 @@ def open_workbench(
         DataError: if a part that is needed would be empty.
     """
     loaded = load_one(checkpoint, model, run)
+    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
     preprocessing, assumptions = resolve_preprocessing(loaded, source)
     assumptions = [*loaded.checkpoint.notes, *assumptions]
     images, input_size = open_checked(data, loaded.model, source, preprocessing)
@@ -361,15 +363,12 @@ def open_checked(
         images = open_images(
             data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
         )
-    everything = Batches(
-        images,
-        np.arange(len(images)),
-        preprocessing,
-        batch_size=1,
-        workers=0,
-        max_bad=source.max_bad,
+    max_bad = max_bad_of(len(images), source.max_bad)
+    # One good image is enough, and among so many there is one, or there are too many bad ones.
+    few = np.arange(1 + int(min(max_bad, len(images) - 1)))
+    first = next(
+        iter(Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad))
     )
-    first = next(iter(everything))
     with guards.inference(model):
         output = runtime.run(model, first, runtime.device_of(model))
     input_size = first.x[0].numel()

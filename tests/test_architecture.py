@@ -202,9 +202,10 @@ FLOORS: list[dict[str, set[str]]] = [
             "runtime", "tuning.parameters", "tuning.training",
         },
         "workbench": {
-            "building.importing", "building.models", "building.presets", "checkpoints.loading",
-            "data.batches", "data.corruptions", "data.first_look", "data.images", "data.opening",
-            "data.splitting", "guards", "memory", "processes", "recognition", "runtime", "tracking",
+            "building.importing", "building.models", "building.presets", "checkpoints.header",
+            "checkpoints.loading", "data.batches", "data.corruptions", "data.first_look",
+            "data.images", "data.opening", "data.splitting", "guards", "memory", "processes",
+            "recognition", "runtime", "tracking",
         },
     },
     {
@@ -267,10 +268,10 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
-            "building.models", "checkpoints.loading", "checkpoints.saving", "data.batches",
-            "data.corruptions", "guards", "layers.norms", "layers.refitting", "layers.surgery",
-            "recognition", "reporting.layer_rows", "reporting.report", "reporting.result",
-            "runtime", "tracking", "weighing.example_weight", "workbench",
+            "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
+            "data.batches", "data.corruptions", "guards", "layers.norms", "layers.refitting",
+            "layers.surgery", "recognition", "reporting.layer_rows", "reporting.report",
+            "reporting.result", "runtime", "tracking", "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
             "checkpoints.checkpoint", "measuring.evaluation", "measuring.intervals",

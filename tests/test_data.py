@@ -349,6 +349,17 @@ def test_npz_fortran_order_and_compression(tmp_path: Path) -> None:
     assert len({images.digest(i) for i in range(5)}) == 5
 
 
+def test_threads_hash_files_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(40):
+        Image.fromarray(np.full((2, 2, 3), i, np.uint8)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "99.png").touch()
+    one_by_one = open_images(str(tmp_path))
+    expected = [one_by_one.digest(i) for i in range(41)]
+    monkeypatch.setattr("bnfix.data.images._HASHED_AT_ONCE", 3)
+    assert open_images(str(tmp_path)).digests() == expected
+    assert len(set(expected)) == 41
+
+
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [

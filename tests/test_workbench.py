@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,19 @@ from torch import nn
 
 from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.checkpoints.origin import Origin
+from bnfix.checkpoints.reading import TEXT_LIMIT
+from bnfix.data.images import ArrayImages
 from bnfix.data.opening import open_images
+from bnfix.data.splitting import cut
 from bnfix.errors import ConfigError, DataError, ModelError
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
-from bnfix.recognition import data_record, history_digests, seen_before
+from bnfix.recognition import (
+    data_record,
+    describe_unlisted,
+    history_digests,
+    seen_before,
+)
 from bnfix.tracking import describe_skipped
 from bnfix.workbench import (
     Workbench,
@@ -189,22 +199,69 @@ def test_the_batch_of_evaluation_fits_the_input(files, stated, input_size, expec
     assert evaluation_batch_size(run, files.model(), input_size) == expected
 
 
+def test_opening_many_images_in_memory_costs_little():
+    rng = np.random.default_rng(0)
+    images = ArrayImages("many", rng.integers(0, 256, (100_000, 2, 2, 3), dtype=np.uint8), 3)
+    images.labels = rng.integers(0, 3, len(images))
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    started = time.process_time()
+    open_checked("many", net, SOURCE, Preprocessing(resize=(4,)), known=images)
+    split = cut(images, (0.6, 0.2, 0.2), 0)
+    data_record(images, split.fit)
+    assert time.process_time() - started < 1.2
+    assert len(split.fit) == 60_000
+
+
 # --- what was seen ---
 
 
 def test_images_are_recognized_by_their_content(files, tmp_path):
     images = open_images(str(files.data))
     digests = history_digests(images, np.arange(10))
-    assert len(digests) == 120
+    assert len(digests["digests"]) == 80
     everything = np.arange(len(images))
     entry = {"data": {"fit": digests, "select": history_digests(images, np.arange(5, 15))}}
     assert seen_before(images, everything, [entry]) == 15
     assert seen_before(images, np.arange(10, 20), [entry]) == 5
     assert seen_before(open_images(str(files.test)), np.arange(120), [entry]) == 0
     assert seen_before(images, everything, []) == 0
+    # The first files had 12 hexadecimal digits an image.
+    entry = {"data": {"fit": "".join(sorted(d.hex() for d in images.digests(range(10))))}}
+    assert seen_before(images, everything, [entry]) == 10
 
 
-@pytest.mark.parametrize("entry", [{}, {"data": 1}, {"data": {"fit": 3, "select": None}}])
+def test_a_history_lists_no_more_images_than_it_has_room_for(files, monkeypatch):
+    monkeypatch.setattr("bnfix.recognition.MAX_LISTED", 9)
+    images = open_images(str(files.data))
+    kept = history_digests(images, np.arange(10))
+    assert kept == {"n_examples": 10, "digests": None}
+    history = [{"data": {"fit": kept, "select": history_digests(images, np.arange(9))}}]
+    assert seen_before(images, np.arange(180), history) == 9
+    (said,) = describe_unlisted(history)
+    assert "on 10 images that its history does not list" in said
+
+
+def test_a_history_without_room_is_refused_before_the_work(files, cli, tmp_path, monkeypatch):
+    out = tmp_path / "first.safetensors"
+    assert cli("convert", files.stale, "--model", files.spec, "-o", out).code == 0
+    monkeypatch.setattr("bnfix.checkpoints.header._ROOM", TEXT_LIMIT)
+    words = ("--data", "nowhere", "-o", tmp_path / "x.safetensors", "--model", files.spec)
+    for command in (("calibrate", out, *words), ("convert", out, "--to", "group", *words)):
+        outcome = cli(*command)
+        assert outcome.code == 1
+        assert "its history has" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"data": 1},
+        {"data": {"fit": 3, "select": None}},
+        {"data": {"fit": "no digits", "select": {"n_examples": "2", "digests": 7}}},
+        {"data": {"fit": {"digests": "no base64!"}, "select": {"n_examples": -1}}},
+    ],
+)
 def test_a_history_of_another_form_is_passed_over(files, entry):
     assert seen_before(open_images(str(files.data)), np.arange(180), [entry]) == 0
 

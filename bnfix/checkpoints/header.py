@@ -14,6 +14,8 @@ from bnfix.errors import CheckpointError, plain
 #: The newest header this program reads, and the one it writes.
 FORMAT: Final = 1
 _HEADER_DEPTH: Final = 64
+#: Characters that one more entry of the history and the settings of the layers may take.
+_ROOM: Final = 8 * 2**20
 
 
 def _no_constant(name: str) -> None:
@@ -61,6 +63,19 @@ def parse_header(text: str, path: Path) -> dict[str, Any]:
             f"{shown}: its bnfix header is nested more than {_HEADER_DEPTH} deep.", path=path
         )
     return header
+
+
+def check_room(header: Mapping[str, Any] | None, path: Path) -> None:
+    """Refuse, before any work, a file whose history leaves no room for one more entry."""
+    history = (header or {}).get("history")
+    length = len(json.dumps(history)) if history else 0
+    if length > TEXT_LIMIT - _ROOM:
+        raise CheckpointError(
+            f"{plain(path)}: its history has {length:,} characters, expected at most "
+            f"{TEXT_LIMIT - _ROOM:,} so that one more entry has room. Write its tensors alone "
+            "(safetensors.torch.load_file and save_file), and give --model.",
+            path=path,
+        )
 
 
 # Level by level: whoever walks a header by recursion may then do so.

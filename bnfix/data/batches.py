@@ -146,7 +146,7 @@ class Batches:
         self.preprocessing = preprocessing
         self.batch_size = batch_size
         self.workers = workers
-        self.max_bad = max(5.0, 0.01 * len(index)) if max_bad is None else max_bad
+        self.max_bad = max_bad_of(len(index), max_bad)
         self.cache_bytes = cache_bytes
         self.corruption = corruption
         self.skipped: list[Skipped] = []
@@ -341,6 +341,11 @@ class Batches:
         x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (p.mean, p.std))
         return x.mul_(p.scale).sub_(mean).div_(std)
+
+
+def max_bad_of(n: int, stated: float | None) -> float:
+    """How many bad images a pass over n images may meet: as stated, else 1%, and at least 5."""
+    return max(5.0, 0.01 * n) if stated is None else stated
 
 
 def _all_of(groups: list[np.ndarray]) -> list[np.ndarray]:

@@ -13,7 +13,8 @@ import struct
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -27,6 +28,10 @@ from bnfix.errors import DataError
 # Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
 MAX_PIXELS = 50_000_000
 MAX_IMAGE_BYTES = 256 << 20
+#: Bytes of the hash by which an image is recognized.
+DIGEST_SIZE = 6
+# Files are hashed in threads, so many at a time: reading waits for the disk, hashing has no lock.
+_HASHED_AT_ONCE = 256
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Not every plugin: some of Pillow's formats start other programs (EPS) or are rarely tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -57,6 +62,7 @@ class Images(ABC):
     """
 
     kind: str
+    _hash_threads = 1
 
     def __init__(self, spec: str, channels: int) -> None:
         self.spec = spec
@@ -123,20 +129,26 @@ class Images(ABC):
         return self._size_of(i)
 
     def digest(self, i: int) -> bytes:
-        """Hash one image: its file's bytes, or its shape and raw pixels.
+        """Six bytes that tell an image: of its file, or of its shape and pixels."""
+        return self.digests([i])[0]
 
-        A file that cannot be read counts by its name.
+    def digests(self, index: Iterable[int] | None = None) -> list[bytes]:
+        """What `digest` gives for all images or some; a file that cannot be read has its name's."""
+        wanted = range(len(self)) if index is None else [int(i) for i in index]
+        known = self._digests
+        missing = [i for i in wanted if i not in known]
+        parts = [missing[k : k + _HASHED_AT_ONCE] for k in range(0, len(missing), _HASHED_AT_ONCE)]
+        n_threads = min(self._hash_threads, len(parts))
+        if n_threads > 1:
+            with ThreadPoolExecutor(n_threads) as pool:
+                for part, hashes in zip(parts, pool.map(self._hash_all, parts), strict=True):
+                    known.update(zip(part, hashes, strict=True))
+        else:
+            known.update(zip(missing, self._hash_all(missing), strict=True))
+        return [known[i] for i in wanted]
 
-        Args:
-            i: position.
-
-        Returns:
-            6 bytes (blake2b).
-        """
-        i = int(i)
-        if i not in self._digests:
-            self._digests[i] = self._hash(i)
-        return self._digests[i]
+    def _hash_all(self, index: Sequence[int]) -> list[bytes]:
+        return [self._hash(i) for i in index]
 
 
 class EncodedImages(Images):
@@ -158,9 +170,13 @@ class EncodedImages(Images):
     def _hash(self, i: int) -> bytes:
         try:
             with self._stream(i) as file:
-                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=6)).digest()
+                return hashlib.file_digest(
+                    file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)
+                ).digest()
         except (OSError, ValueError):
-            return hashlib.blake2b(self.name(i).encode(), digest_size=6, key=b"name").digest()
+            return hashlib.blake2b(
+                self.name(i).encode(), digest_size=DIGEST_SIZE, key=b"name"
+            ).digest()
 
     @contextmanager
     def _open(self, i: int) -> Iterator[Image.Image]:
@@ -196,6 +212,8 @@ class EncodedImages(Images):
 
 class FileImages(EncodedImages):
     """Images in a folder, one file each; ``classes`` are its class folders, if it has any."""
+
+    _hash_threads = 16
 
     def __init__(
         self,
@@ -273,6 +291,16 @@ class ArrayImages(Images):
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])
 
+    def _hash_all(self, index: Sequence[int]) -> list[bytes]:
+        # As `digest_of`, without its cost an image.
+        shape = hashlib.blake2b(repr(self.array.shape[1:]).encode(), digest_size=DIGEST_SIZE)
+        found = []
+        for i in index:
+            digest = shape.copy()
+            digest.update(np.ascontiguousarray(self.array[i]))
+            found.append(digest.digest())
+        return found
+
 
 def digest_of(pixels: np.ndarray) -> bytes:
     """Hash an image by its shape and raw pixels.
@@ -284,7 +312,7 @@ def digest_of(pixels: np.ndarray) -> bytes:
         6 bytes (blake2b).
     """
     pixels = np.ascontiguousarray(pixels)
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=6)
+    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_SIZE)
     digest.update(pixels.data)
     return digest.digest()
 

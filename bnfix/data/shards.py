@@ -68,6 +68,7 @@ class ShardImages(EncodedImages):
     """Images in tar shards, by shard, offset and size."""
 
     kind = "tar shards"
+    _hash_threads = 16
 
     def __init__(self, paths: Sequence[Path], places: np.ndarray, names: list[str], channels: int):
         super().__init__(str(paths[0]), channels)

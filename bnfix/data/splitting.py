@@ -35,11 +35,13 @@ def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
     Returns:
         SHA-256 as 64 hexadecimal digits.
     """
-    rows = []
-    for i in range(len(images)) if index is None else index:
-        label = b"" if images.labels is None else int(images.labels[i]).to_bytes(8, "little")
-        rows.append(images.digest(i) + label)
-    return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
+    rows = _bytes(images.digests(index))
+    if images.labels is not None:
+        labels = images.labels if index is None else images.labels[index]
+        label_bytes = labels.astype("<i8").reshape(-1, 1).view(np.uint8)
+        rows = np.concatenate([rows, label_bytes], axis=1)
+    rows = rows[np.lexsort(rows.T[::-1])] if rows.size else rows
+    return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Split:
@@ -62,26 +64,40 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ConfigError(f"fractions: {fractions}, expected 0 or more, together 1.")
-    seen: set[bytes] = set()
-    classes: dict[int, list[tuple[bytes, int]]] = {}
-    for i in range(len(images)):
-        digest = images.digest(i)
-        if digest in seen:
-            continue
-        seen.add(digest)
-        label = 0 if images.labels is None else int(images.labels[i])
-        classes.setdefault(label, []).append((_draw(seed, digest), i))
+    digests = images.digests()
+    _, first = np.unique(_numbers(digests), return_index=True)
+    n = len(first)
+    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    draws = _numbers([_draw(seed, digests[i]) for i in first])
+    order = first[np.lexsort((first, draws, labels[first]))]
+    classes, starts = np.unique(labels[order], return_index=True)
+    ends = [*starts[1:], n]
+    members_of = {k: order[a:b] for k, a, b in zip(classes.tolist(), starts, ends, strict=False)}
     parts: list[list[int]] = [[], [], []]
     owed = [0.0, 0.0, 0.0]
-    for label in sorted(classes, key=lambda k: _draw(seed, b"class %d" % k)):
-        members = [i for _, i in sorted(classes[label])]
+    for label in sorted(members_of, key=lambda k: _draw(seed, b"class %d" % k)):
+        members = members_of[label].tolist()
         sizes = _share(len(members), fractions, owed)
         ends = np.cumsum(sizes)
         for k in range(3):
             owed[k] += len(members) * fractions[k] / sum(fractions) - sizes[k]
             parts[k] += members[ends[k] - sizes[k] : ends[k]]
     fit, select, test = (np.asarray(sorted(part), dtype=np.int64) for part in parts)
-    return Split(fit, select, test, duplicates=len(images) - len(seen))
+    return Split(fit, select, test, duplicates=len(images) - n)
+
+
+# Byte strings of one length as rows of bytes.
+def _bytes(strings: Sequence[bytes]) -> np.ndarray:
+    size = len(strings[0]) if strings else 0
+    return np.frombuffer(b"".join(strings), dtype=np.uint8).reshape(len(strings), size)
+
+
+# Byte strings of one length, at most 8, as numbers of the same order.
+def _numbers(strings: Sequence[bytes]) -> np.ndarray:
+    rows = _bytes(strings)
+    whole = np.zeros((len(rows), 8), dtype=np.uint8)
+    whole[:, 8 - rows.shape[1] :] = rows
+    return whole.view(">u8")[:, 0].astype(np.uint64)
 
 
 def _draw(seed: int, what: bytes) -> bytes:
