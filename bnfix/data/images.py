@@ -297,7 +297,7 @@ class ArrayImages(Images):
         found = []
         for i in index:
             digest = shape.copy()
-            digest.update(np.ascontiguousarray(self.array[i]))
+            digest.update(np.ascontiguousarray(self.array[i]).data)
             found.append(digest.digest())
         return found
 

@@ -71,8 +71,8 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
     draws = _numbers([_draw(seed, digests[i]) for i in first])
     order = first[np.lexsort((first, draws, labels[first]))]
     classes, starts = np.unique(labels[order], return_index=True)
-    ends = [*starts[1:], n]
-    members_of = {k: order[a:b] for k, a, b in zip(classes.tolist(), starts, ends, strict=False)}
+    bounds = zip(classes.tolist(), starts, [*starts[1:], n], strict=False)
+    members_of = {label: order[start:end] for label, start, end in bounds}
     parts: list[list[int]] = [[], [], []]
     owed = [0.0, 0.0, 0.0]
     for label in sorted(members_of, key=lambda k: _draw(seed, b"class %d" % k)):
