@@ -12,10 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from bnfix import guards, processes, runtime
+from bnfix._torch_private import TorchDispatchMode, tree_leaves, tree_map
 from bnfix.errors import ModelError
 
 _T = TypeVar("_T")
@@ -281,7 +280,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made
 
     def _hold(self, storage: Any, n: int) -> None:
-        key = storage._cdata
+        key = id(storage)  # torch keeps one object for as long as the storage lives
         if key in self._known and self._known[key]() is not None:
             return
         self.bytes += n

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnfix._torch_private import default_store
 from bnfix.errors import BnfixError, ConfigError, ProcessError
 
 T = TypeVar("T")
@@ -287,7 +288,9 @@ def first_to_fail() -> bool:
     if not _here.shared:
         return True
     try:
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
+        if store is None:
+            return _here.is_first
         mine = str(_here.rank)
         return str(store.compare_set("bnfix/failed", "", mine), "ascii") == mine
     except (RuntimeError, ValueError):

@@ -14,11 +14,12 @@ import bnfix
 PACKAGE = Path(bnfix.__file__).parent
 
 #: Every room may stand on these.
-GROUND = {"errors", "preprocessing", "recipe", "version"}
+GROUND = {"_torch_private", "errors", "preprocessing", "recipe", "version"}
 
 #: The floors from the ground up: each room, and the rooms below that it may stand on.
 FLOORS: list[dict[str, set[str]]] = [
     {
+        "_torch_private": set(),
         "building": set(),
         "checkpoints": set(),
         "checkpoints.packing": set(),
@@ -375,7 +376,7 @@ CLI = {name for floor in FLOORS for name in floor if name.partition(".")[0] == "
 DOORS = {
     "typer": CLI,
     "rich": CLI,
-    "torch.distributed": {"processes"},
+    "torch.distributed": {"_torch_private", "processes"},
     "triton": {"layers.triton_kernels"},
     "matplotlib": {"reporting.drawing"},
     "jinja2": {"reporting.pages"},
@@ -466,6 +467,49 @@ def test_the_outside_comes_in_by_its_own_door(door):
         if any(module == door or module.startswith(f"{door}.") for module in imports(tree))
     }
     assert users <= DOORS[door]
+
+
+def private_names_of_torch(tree: ast.Module) -> set[str]:
+    """Names of torch with a leading underscore: imported, or reached from what was imported."""
+    found, bound = set(), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            bound |= {(a.asname or a.name.partition(".")[0]): a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            bound |= {(a.asname or a.name): f"{node.module}.{a.name}" for a in node.names}
+    of_torch = {name: path for name, path in bound.items() if path.partition(".")[0] == "torch"}
+    paths = list(of_torch.values())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in of_torch:
+                paths.append(f"{of_torch[first]}.{rest}")
+    for path in paths:
+        parts = path.split(".")
+        found |= {path for p in parts if p.startswith("_") and not p.startswith("__")}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(set(ROOMS) - {"_torch_private"}))
+def test_private_names_of_torch_are_in_one_file(name):
+    # To override the loading of a state, torch itself names this method in its documentation.
+    documented = {"torch.nn.Module._load_from_state_dict"}
+    assert private_names_of_torch(ROOMS[name]) <= documented
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo",
+        "from torch.utils._pytree import tree_map",
+        "from torch.nn.modules.conv import _ConvNd as Conv",
+        "import torch\nx = torch._C._len_torch_function_stack()",
+        "from torch import nn as n\nx = n.modules.conv._ConvNd",
+        "def f():\n    from torch.autograd import forward_ad\n    return forward_ad._current_level",
+    ],
+)
+def test_a_private_name_of_torch_is_found(line):
+    assert private_names_of_torch(ast.parse(line))
 
 
 def test_nothing_imports_the_command_line():

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnfix import guards, runtime
+from bnfix._torch_private import BatchNormBase
 from bnfix.diagnosing.diagnosis import RECALIBRATE, Finding, NormTensors
 from bnfix.errors import ModelError
 from bnfix.layers.sites import NormSite, find_norms
@@ -217,7 +217,7 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Seen:
     try:
         with guards.inference(model):
             for site in find_norms(model) if training else ():
-                if isinstance(site.module, _BatchNorm) and not site.frozen:
+                if isinstance(site.module, BatchNormBase) and not site.frozen:
                     site.module.train()
             for batch in batches:
                 x = runtime.unpack(batch)[0]

@@ -29,8 +29,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from bnfix._torch_private import is_forward_differentiated, is_transformed
 from bnfix.layers import columns, rows
 from bnfix.layers.finishing import NOTHING, Finish
 from bnfix.moments import example_moments, over_channel_groups
@@ -216,16 +216,14 @@ def has_rows(input: Tensor) -> bool:
         return False
     if input.device.type != "cpu" or not input.is_contiguous():
         return False
-    return input.dtype in (torch.float32, torch.float64) and forward_ad._current_level < 0
+    return input.dtype in (torch.float32, torch.float64) and not is_forward_differentiated()
 
 
 def _is_ordinary(input: Tensor) -> bool:
     """Whether eager kernels may take it: positions, real numbers behind it, nothing transformed."""
     if input.device.type not in ("cpu", "cuda") or input.dim() < 3:
         return False
-    if type(input) not in (Tensor, nn.Parameter) or torch._C._get_tracing_state():
-        return False
-    if torch._C._are_functorch_transforms_active():
+    if type(input) not in (Tensor, nn.Parameter) or is_transformed():
         return False
     return input.numel() > input.shape[0] * input.shape[1] > 0
 

@@ -24,8 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfix._torch_private import BatchNormBase
 from bnfix.errors import ConfigError, NormError, NumericError
 from bnfix.layers import kernels, rows
 from bnfix.moments import example_moments, mix, over_channel_groups
@@ -33,7 +33,7 @@ from bnfix.moments import example_moments, mix, over_channel_groups
 Weight = float | Sequence[float] | Tensor
 
 
-class GeneralizedBatchNorm(_BatchNorm):
+class GeneralizedBatchNorm(BatchNormBase):
     """Batch Normalization with channel groups, ghost batches and an example weight.
 
     With the defaults it equals torch's BatchNorm bit for bit, in training and in evaluation, and

@@ -8,10 +8,9 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from bnfix._torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
 from bnfix.errors import some
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
 
@@ -73,8 +72,8 @@ def find_norms(model: nn.Module) -> list[NormSite]:
         # Not module._buffers: a scripted module has none that can be iterated over.
         buffers = {key for key, _ in module.named_buffers(recurse=False)}
         holds_moments = {"running_mean", "running_var"} <= buffers
-        if isinstance(module, _BatchNorm) or (
-            holds_moments and not isinstance(module, _InstanceNorm)
+        if isinstance(module, BatchNormBase) or (
+            holds_moments and not isinstance(module, InstanceNormBase)
         ):
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
@@ -151,7 +150,7 @@ def _problem(module: nn.Module, *, is_root: bool) -> str:
     kind = type(module)
     if is_root:
         return "the model is itself a norm layer; put it inside a module, such as nn.Sequential"
-    if isinstance(module, _LazyNormBase):
+    if isinstance(module, LazyNormBase):
         return f"{kind.__name__} has no size yet; run the model once before"
     known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm, FrozenBatchNorm2d) or is_timm_act(module)
     if not known:
@@ -181,6 +180,6 @@ def sites_with_statistics(
         Sites that keep moments, are not frozen, and are selected.
     """
     for site in find_norms(model):
-        known = not site.problem or isinstance(site.module, _BatchNorm)
+        known = not site.problem or isinstance(site.module, BatchNormBase)
         if site.has_statistics and known and not site.frozen and selected(site, layers, skip):
             yield site

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnfix._torch_private import BatchNormBase
 from bnfix.errors import NormError, some
 from bnfix.guards import exchange_
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
@@ -261,7 +261,7 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
         # SyncBatchNormAct may lack either, and then does without it.
         for name in ("drop", "act"):
             layer._modules.setdefault(name, nn.Identity())
-    if not isinstance(old, _BatchNorm):
+    if not isinstance(old, BatchNormBase):
         _complete_frozen(layer, old)
     tensor = next((t for t in (*layer._parameters.values(), *layer._buffers.values())
                    if t is not None), None)  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from bnfix._torch_private import ConvBase
 from bnfix.errors import ModelError
 
 #: What running a stranger's forward on symbols is known to raise.
@@ -143,7 +144,7 @@ class _Tracer(fx.Tracer):
         self._coarse = coarse
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if id(m) in self._norms or isinstance(m, nn.modules.conv._ConvNd | nn.Linear):
+        if id(m) in self._norms or isinstance(m, ConvBase | nn.Linear):
             return True
         if self._coarse and not isinstance(m, nn.Sequential):
             return id(m) not in self._with_norms

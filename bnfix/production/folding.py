@@ -19,9 +19,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bnfix import guards, runtime
+from bnfix._torch_private import ConvBase, ConvTransposeBase
 from bnfix.errors import ModelError
 from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.sites import NormSite, find_norms, is_timm_act
@@ -227,7 +227,7 @@ def _layer_problem(layer: nn.Module, name: str, owners: Counter[int], shaped: bo
     kind = type(layer)
     is_same = kind.__name__ == _TIMM_SAME and kind.__module__.startswith("timm.")
     if kind not in _EXACT and not is_same:
-        if isinstance(layer, _ConvNd | nn.Linear):
+        if isinstance(layer, ConvBase | nn.Linear):
             return f"{name} is a {kind.__name__}, which may do more than {kind.__mro__[1].__name__}"
         return f"follows {name} ({kind.__name__}), not a convolution or linear layer"
     if _hooked(layer) or "forward" in vars(layer):
@@ -266,7 +266,7 @@ def _folded(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     """A copy of a layer that also does what the norm after it did."""
     weight = _weight(layer)
     wide = weight.double()
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeBase):
         # (in, out / groups, ...): the outputs of a group lie along axis 1 of its block of inputs.
         n = layer.groups
         blocks = wide.reshape(n, -1, *wide.shape[1:])
@@ -321,7 +321,7 @@ def _on_noise(candidates: list[_Candidate]) -> dict[str, float | str]:
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float | str] = {}
     for one in candidates:
-        layer = cast(_ConvNd, one.layer)
+        layer = cast(ConvBase, one.layer)
         sizes = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
         x = torch.randn((2, layer.in_channels, *sizes), generator=generator)
         found[one.site.name] = _difference(one, x.to(_weight(layer)))

@@ -18,9 +18,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from bnfix import guards, runtime
+from bnfix._torch_private import tree_map
 from bnfix.errors import ModelError
 from bnfix.layers.finishing import (
     Activation,

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bnfix._torch_private import packed_convolution, packed_weight
+
 #: What an operator raises that is not there, or does not know a convolution.
 _FAILURES = (RuntimeError, AttributeError, TypeError, ValueError)
 
@@ -30,9 +32,7 @@ class PrepackedConv(nn.Module):
                      list(conv.dilation), conv.groups]  # fmt: skip
         self.bias = None if conv.bias is None else conv.bias.detach()
         # Not a buffer: it has no strides, and neither copies nor saves.
-        self._weight = torch.ops.mkldnn._reorder_convolution_weight(
-            conv.weight.detach(), *self._how, list(size)
-        )
+        self._weight = packed_weight(conv.weight.detach(), *self._how, list(size))
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve.
@@ -43,10 +43,7 @@ class PrepackedConv(nn.Module):
         Returns:
             ``(N, K, H', W')``.
         """
-        made: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            input, self._weight, self.bias, *self._how, "none", [], ""
-        )
-        return made
+        return packed_convolution(input, self._weight, self.bias, *self._how)
 
 
 def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
@@ -60,7 +57,8 @@ def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
         The module; ``None`` where it is no plain convolution over two axes in float32 on the CPU,
         or where the operators are not there or give something else.
     """
-    if not _is_plain(conv, example) or not torch._C._has_mkldnn:
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or not _is_plain(conv, example):
         return None
     plain: Any = conv
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnfix import processes, runtime
+from bnfix._torch_private import BatchNormBase
 from bnfix.checkpoints.resuming import identity_of
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unmatched
@@ -318,7 +319,7 @@ def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
 
 
 def _is_comparable(site: NormSite) -> bool:
-    return not site.problem or isinstance(site.module, nn.modules.batchnorm._BatchNorm)
+    return not site.problem or isinstance(site.module, BatchNormBase)
 
 
 def _record(

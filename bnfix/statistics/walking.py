@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from bnfix import guards, processes, runtime
+from bnfix._torch_private import has_modes, tree_leaves
 from bnfix.memory import LiveBytes
 from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import Collector, StopHereError, as_stored, device_of_site, up_to
@@ -93,7 +93,7 @@ class Walk:
         Returns:
             False if another way is needed; then the collector is of no use.
         """
-        if self._limit <= 0 or _has_modes():
+        if self._limit <= 0 or has_modes():
             return False
         sites = [site.module for site in self._collector.sites.values()]
         own = [(m._buffers, m._buffers["running_mean"], m._buffers["running_var"]) for m in sites]
@@ -297,11 +297,6 @@ def _thread_state(device: torch.device) -> _State:
             yield
 
     return enter
-
-
-def _has_modes() -> bool:
-    """Whether a mode is on that torch keeps for this thread alone, such as a default device."""
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
 def _plain(batch: Any) -> Any:

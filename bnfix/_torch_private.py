@@ -1,0 +1,126 @@
+"""All that bnfix uses of torch without torch documenting it, each with a fall-back.
+
+Where a name is missing, a fall-back costs speed or a refinement, never a right number.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "BatchNormBase", "ConvBase", "ConvTransposeBase", "InstanceNormBase", "LazyNormBase",
+    "TorchDispatchMode", "default_store", "has_modes", "is_forward_differentiated",
+    "is_transformed", "packed_convolution", "packed_weight", "tree_leaves", "tree_map",
+]  # fmt: skip
+
+
+def _find(module: str, name: str) -> Any:
+    """The named object, or ``None`` where this torch has no such name."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+    from torch.nn.modules.batchnorm import _LazyNormBase as LazyNormBase
+    from torch.nn.modules.conv import _ConvNd as ConvBase
+    from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeBase
+    from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
+    from torch.utils._python_dispatch import TorchDispatchMode
+else:
+    # Each public class has the private one as its first base.
+    _NORMS = "torch.nn.modules.batchnorm"
+    BatchNormBase = _find(_NORMS, "_BatchNorm") or nn.BatchNorm2d.__base__
+    LazyNormBase = _find(_NORMS, "_LazyNormBase") or nn.LazyBatchNorm2d.__bases__[0]
+    InstanceNormBase = (
+        _find("torch.nn.modules.instancenorm", "_InstanceNorm") or nn.InstanceNorm2d.__base__
+    )
+    ConvBase = _find("torch.nn.modules.conv", "_ConvNd") or nn.Conv2d.__base__
+    ConvTransposeBase = (
+        _find("torch.nn.modules.conv", "_ConvTransposeNd") or nn.ConvTranspose2d.__base__
+    )
+
+    class _NoMode:
+        """In the place of a dispatch mode: sees no operator."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    TorchDispatchMode = _find("torch.utils._python_dispatch", "TorchDispatchMode") or _NoMode
+
+
+def _map(fn: Callable[[Any], Any], nest: Any) -> Any:
+    if isinstance(nest, Mapping):
+        return {key: _map(fn, value) for key, value in nest.items()}
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return type(nest)(*(_map(fn, value) for value in nest))
+    if isinstance(nest, list | tuple):
+        return type(nest)(_map(fn, value) for value in nest)
+    return fn(nest)
+
+
+def _leaves(nest: Any) -> list[Any]:
+    found: list[Any] = []
+    _map(found.append, nest)
+    return found
+
+
+#: ``tree_map(fn, nest)``: the nest with fn of every leaf.
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = (
+    _find("torch.utils._pytree", "tree_map") or _map
+)
+#: ``tree_leaves(nest)``: its leaves, in order.
+tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves") or _leaves
+
+_transformed = _find("torch._C", "_are_functorch_transforms_active")
+_function_modes = _find("torch._C", "_len_torch_function_stack")
+_dispatch_modes = _find("torch._C", "_len_torch_dispatch_stack")
+
+
+def is_transformed() -> bool:
+    """Whether the tracer or a transform such as vmap is active; True where torch does not say."""
+    tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
+    return tracing or _transformed is None or bool(_transformed())
+
+
+def is_forward_differentiated() -> bool:
+    """Whether a level of forward-mode autograd is open; True where torch does not say."""
+    level = _find("torch.autograd.forward_ad", "_current_level")
+    return level is None or level >= 0
+
+
+def has_modes() -> bool:
+    """Whether this thread has a mode, such as a default device; True where torch does not say."""
+    if _function_modes is None or _dispatch_modes is None:
+        return True
+    return bool(_function_modes() or _dispatch_modes())
+
+
+def default_store() -> Any:
+    """The store that the processes of the default group share, or ``None``."""
+    get = _find("torch.distributed.distributed_c10d", "_get_default_store")
+    return None if get is None else get()
+
+
+def packed_weight(weight: Tensor, *how: Any) -> Tensor:
+    """A convolution's weight in the layout of the CPU's library; AttributeError without it."""
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *how)
+    return packed
+
+
+def packed_convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
+    """A convolution by a `packed_weight`."""
+    made: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        input, weight, bias, *how, "none", [], ""
+    )
+    return made
