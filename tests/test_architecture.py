@@ -148,7 +148,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "layers.finishing", "layers.kernels", "layers.norms", "production.artifacts",
             "production.dataflow", "production.folding", "production.prepacked", "runtime",
         },
-        "reporting.drawing": {"reporting", "reporting.pages"},
+        "reporting.svg": set(),
         "reporting.records": {
             "measuring.custom_metrics", "measuring.metrics", "measuring.pairing",
             "measuring.robustness",
@@ -171,10 +171,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.opening": {
             "data.callables", "data.classes", "data.datasets", "data.images", "data.parquet",
             "data.shards",
-        },
-        "reporting.figures": {
-            "measuring.intervals", "measuring.metrics", "measuring.robustness", "reporting",
-            "reporting.drawing", "reporting.pages",
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
@@ -227,9 +223,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
             "production", "production.folding", "production.plain",
         },
-        "reporting.course": {
-            "measuring.gate", "measuring.intervals", "reporting", "reporting.drawing",
-            "reporting.pages", "tuning.finetuning", "weighing.weight_search",
+        "reporting.plots": {
+            "measuring.gate", "measuring.intervals", "measuring.metrics", "measuring.robustness",
+            "reporting.pages", "reporting.svg", "tuning.finetuning", "weighing.weight_search",
         },
         "reporting.layer_rows": {
             "layers.norms", "layers.sites", "reporting.records", "statistics.calibration",
@@ -249,9 +245,9 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "reporting.report": {
             "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.pairing",
-            "measuring.robustness", "reporting", "reporting.course", "reporting.drawing",
-            "reporting.figures", "reporting.pages", "reporting.records", "reporting.standings",
-            "reporting.wording", "statistics.calibration", "tuning.finetuning",
+            "measuring.robustness", "reporting", "reporting.pages", "reporting.plots",
+            "reporting.records", "reporting.standings", "reporting.svg", "reporting.wording",
+            "statistics.calibration", "tuning.finetuning",
             "weighing.example_weight",
         },
         "workload": {"estimating", "layers.refitting", "layers.sites", "workbench"},
@@ -378,7 +374,7 @@ DOORS = {
     "rich": CLI,
     "torch.distributed": {"_torch_private", "processes"},
     "triton": {"layers.triton_kernels"},
-    "matplotlib": {"reporting.drawing"},
+    "matplotlib": {"reporting.svg"},
     "jinja2": {"reporting.pages"},
     "onnxruntime": {"production.artifacts"},
     "safetensors": {

@@ -24,7 +24,7 @@ from bnfix.measuring.pairing import Difference, compare
 from bnfix.measuring.robustness import BatchInvariance, Company, Shifted
 from bnfix.measuring.robustness import shifted as shifted_rows
 from bnfix.reporting import pages
-from bnfix.reporting.figures import SHADE
+from bnfix.reporting.plots import SHADE
 from bnfix.reporting.records import DataUsed, Evaluated, LayerRow
 from bnfix.reporting.report import Report, report_paths
 from bnfix.statistics.calibration import Calibration

@@ -1,4 +1,4 @@
-"""Names, numbers and pictures made fit for a page: escaping, rounding, templates, clean SVG.
+"""Names and numbers made fit for a page: escaping, rounding, templates.
 
 Every text that a template prints passes through here, so that a name from a file cannot break out
 of its place, in HTML or in Markdown.
@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -19,8 +18,6 @@ from markupsafe import Markup
 from bnfix.measuring.pairing import Difference
 
 _NONE = "-"
-_SVG = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 class _Code(str):
@@ -198,60 +195,6 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
                 yield f"{prefix}{name}", ",".join(str(item) for item in value)
         elif value is not None:
             yield f"{prefix}{name}", str(value)
-
-
-def svg_for_page(text: str, key: str, label: str, colors: Mapping[str, str]) -> str:
-    """Make Matplotlib's SVG fit for standing inside HTML beside others.
-
-    Args:
-        text: the file's content.
-        key: put before every id, so that they are unique on the page.
-        label: what the picture shows, for those who do not see it.
-        colors: what stands on the page for a colour of the drawing.
-
-    Returns:
-        An ``<svg>`` element: unique ids, short numbers, a title; no style sheet, no metadata.
-    """
-    root = ElementTree.fromstring(text[text.index("<svg") :])
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if not child.tag.startswith(_SVG) or child.tag in (f"{_SVG}style", f"{_SVG}metadata"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        _clean_attributes(element.attrib, element.tag, key, colors)
-        if element.tag not in ("text", "tspan"):
-            element.text = None
-        element.tail = None
-    root.attrib = {
-        "viewBox": root.attrib["viewBox"],
-        "role": "img",
-        "aria-labelledby": f"{key}-title",
-        "fill": "currentColor",
-    }
-    title = ElementTree.Element("title", {"id": f"{key}-title"})
-    title.text = label
-    root.insert(0, title)
-    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
-
-
-def _clean_attributes(given: dict[str, str], tag: str, key: str, colors: Mapping[str, str]) -> None:
-    if tag in ("g", "text"):
-        given.pop("id", None)
-    if _LINK in given:
-        given["href"] = given.pop(_LINK).replace("#", f"#{key}-", 1)
-    if "id" in given:
-        given["id"] = f"{key}-{given['id']}"
-    if "clip-path" in given:
-        given["clip-path"] = given["clip-path"].replace("#", f"#{key}-", 1)
-    if "style" in given:
-        parts = [part.strip() for part in given["style"].split(";")]
-        style = ";".join(part for part in parts if not part.startswith("font-family"))
-        given["style"] = re.sub("#[0-9a-f]{6}", lambda found: colors.get(found[0], found[0]), style)
-    for name in ("d", "x", "y", "transform", "width", "height"):
-        if name in given:
-            shorter = re.sub(r"-?\d+\.\d+", lambda found: f"{float(found[0]):.2f}", given[name])
-            given[name] = " ".join(shorter.split())
 
 
 def _markdown(text: object) -> str:

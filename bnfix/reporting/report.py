@@ -18,8 +18,7 @@ from bnfix.layers.surgery import SwapPlan
 from bnfix.measuring.gate import Decision
 from bnfix.measuring.pairing import Paired, compare
 from bnfix.measuring.robustness import BatchInvariance, Shifted
-from bnfix.reporting import course, figures, wording
-from bnfix.reporting.drawing import Picture
+from bnfix.reporting import plots, wording
 from bnfix.reporting.pages import flat, plain_json, render
 from bnfix.reporting.records import (
     DataUsed,
@@ -32,6 +31,7 @@ from bnfix.reporting.records import (
     without,
 )
 from bnfix.reporting.standings import ClassRow, Rank, class_change_errors, class_rows, ranking
+from bnfix.reporting.svg import Picture
 from bnfix.statistics.calibration import Calibration
 from bnfix.tuning.finetuning import Finetuning
 from bnfix.version import __version__
@@ -229,19 +229,19 @@ class Report:
         points = [p for p in (self.choice.curve if self.choice else ()) if math.isfinite(p.nll)]
         runs = [run for run in self.finetunings if len(run.curve) > 1]
         made: list[Picture | None] = [
-            course.gate(decisions) if decisions else None,
-            figures.reliability([labelled[0], labelled[-1]][: len(labelled)]) if labelled else None,
-            course.weights_over_depth([layer.example_weight for layer in self.layers])
+            plots.gate(decisions) if decisions else None,
+            plots.reliability([labelled[0], labelled[-1]][: len(labelled)]) if labelled else None,
+            plots.weights_over_depth([layer.example_weight for layer in self.layers])
             if self._any_weight()
             else None,
-            course.weight_curve(points) if len(points) > 1 else None,
-            course.drift(*drifts)
+            plots.weight_curve(points) if len(points) > 1 else None,
+            plots.drift(*drifts)
             if any(v and math.isfinite(v) for values in drifts for v in values)
             else None,
-            course.training(runs) if runs else None,
-            figures.corruptions(self.corruptions) if self.corruptions else None,
+            plots.training(runs) if runs else None,
+            plots.corruptions(self.corruptions) if self.corruptions else None,
             self._class_picture(),
-            figures.speed([(m.name, rate) for m, rate in zip(self.models, rates, strict=True)])
+            plots.speed([(m.name, rate) for m, rate in zip(self.models, rates, strict=True)])
             if any(rate > 0 for rate in rates)
             else None,
         ]
@@ -258,7 +258,7 @@ class Report:
         n = np.array([row.n_examples for row in rows])
         first, last = (np.array([row.top1[k] for row in rows]) for k in (0, -1))
         names = [row.name for row in rows]
-        return None if errors is None else figures.per_class(names, n, first, last, errors)
+        return None if errors is None else plots.per_class(names, n, first, last, errors)
 
     def _render(self, template: str, pictures: Sequence[Picture]) -> str:
         findings = self._findings()
