@@ -56,6 +56,7 @@ def result_of(stages: Stages) -> Result:
         seed=bench.gate.seed,
         checkpoint=checkpoint,
         data=data,
+        command_line=plan.command_line,
         results={
             "output": stages.name,
             "top1": models[-1].metrics.top1 if models else None,

@@ -150,6 +150,7 @@ def convert(
         seed=seed,
         checkpoint=loaded.checkpoint,
         data=used,
+        command_line=command_line,
         results={
             "difference": difference,
             "n_layers": len(plan.changes),

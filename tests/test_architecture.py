@@ -78,7 +78,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.parquet": {"data.columns", "data.images"},
         "data.shards": {"data.images"},
         "data.splitting": {"data.images"},
-        "diagnosing.retelling": set(),
+        "diagnosing.advice": set(),
+        "diagnosing.history": set(),
         "layers.norms": {"layers", "layers.kernels", "layers.rows", "moments"},
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
         "preprocessing": set(),
@@ -302,7 +303,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "diagnosing.inspection": {
             "checkpoints.checkpoint", "conversion", "data.batches", "data.corruptions",
-            "diagnosing.diagnosis", "diagnosing.examination", "diagnosing.retelling",
+            "building.models", "checkpoints.loading", "diagnosing.advice", "diagnosing.diagnosis",
+            "diagnosing.examination", "diagnosing.history",
             "layers.sites", "recognition", "runtime", "tracking", "workbench",
         },
         "production.exporting": {
@@ -336,21 +338,21 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "cli.inspect": {"cli.options", "cli.showing", "cli.terminal", "diagnosing.inspection"},
         "cli.planned": {
-            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "pipeline", "plan",
-            "replay", "reporting.result",
+            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "cli.usage", "pipeline",
+            "plan", "replay", "reporting.result",
         },
     },
     {
         "cli.convert": {
-            "cli.options", "cli.parsing", "cli.planned", "cli.showing", "cli.terminal",
-            "conversion", "estimating", "layers.refitting", "reporting.result",
+            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "cli.usage", "conversion",
+            "estimating", "layers.refitting", "reporting.result",
         },
         "cli.eval": {
-            "checkpoints.checkpoint", "cli.options", "cli.planned", "cli.showing", "cli.terminal",
+            "checkpoints.checkpoint", "cli.options", "cli.showing", "cli.terminal", "cli.usage",
             "comparison", "measuring.predictions", "processes", "reporting.result",
         },
         "cli.export": {
-            "cli.options", "cli.parsing", "cli.planned", "cli.terminal", "production.export_report",
+            "cli.options", "cli.parsing", "cli.terminal", "cli.usage", "production.export_report",
             "production.exporting",
         },
     },

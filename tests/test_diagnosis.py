@@ -94,6 +94,68 @@ def test_a_count_is_compared_with_those_of_the_other_layers(count, fault):
     assert fault == "few-batches" or diagnose(same, read_norms(same)) == []
 
 
+def test_a_layer_that_was_never_updated_is_not_called_0_times():
+    new = {"running_mean": torch.zeros(4), "running_var": torch.ones(4)}
+    plain = {"weight": torch.ones(4), "bias": torch.zeros(4)}
+    tensors = layer("a") | layer("b", **new, **plain, num_batches_tracked=torch.tensor(0))
+    assert faults(tensors) == {"never-updated": "warning"}
+
+
+@pytest.mark.parametrize("trained", [{"weight": torch.full((4,), 0.9)}, {"bias": torch.ones(4)}])
+@pytest.mark.parametrize("count", [torch.tensor(0), None])
+def test_new_statistics_under_a_trained_scale_or_shift_may_belong_to_the_weights(trained, count):
+    new = {
+        "running_mean": torch.zeros(4), "running_var": torch.ones(4), "weight": torch.ones(4),
+        "bias": torch.zeros(4), "num_batches_tracked": count,
+    }  # fmt: skip
+    tensors = layer("a", **new) | layer("b", **(new | trained))
+    found = {f.layer: f for f in diagnose(tensors, read_norms(tensors))}
+    assert (found["a"].fault, found["b"].fault) == ("never-updated", "evaluation-mode")
+    assert "possibly trained in evaluation mode" in found["b"].detail
+    assert "measure it" in found["b"].advice
+    assert "labelled data decide" in found["b"].advice
+
+
+def test_nothing_is_advised_unmeasured_where_a_network_was_trained_in_evaluation_mode(
+    cli, files, tmp_path
+):
+    state = torch.load(files.net, weights_only=True)
+    for name, tensor in state.items():
+        if "bn" in name and "running" in name:
+            tensor.fill_(float(name.endswith("var")))
+        if name.endswith("tracked"):
+            tensor.zero_()
+    torch.save(state, tmp_path / "net.pth")
+    found = cli("inspect", tmp_path / "net.pth", *files.common, "--data", files.data, "--json").json
+    assert {"evaluation-mode", "stale"} <= {f["fault"] for f in found["findings"]}
+    assert not any("population" in f["advice"] for f in found["findings"])
+
+
+def test_an_instance_norm_is_left_alone_and_said_to_be(cli, files, tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\n\n\ndef build():\n"
+        "    return nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True), nn.Flatten(),"
+        " nn.Linear(192, 3))\n"
+    )
+    state = {
+        "0.running_mean": torch.zeros(3), "0.running_var": torch.zeros(3),
+        "0.num_batches_tracked": torch.tensor(0), "2.weight": torch.zeros(3, 192),
+        "2.bias": torch.zeros(3),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "net.pth")
+    spec = f"{tmp_path / 'nets.py'}:build"
+    for data in ((), ("--data", files.data)):
+        outcome = cli("inspect", tmp_path / "net.pth", "--model", spec, *data, "--json")
+        (finding,) = outcome.json["findings"]
+        assert (finding["fault"], finding["advice"]) == ("instance-norm", "left alone")
+        assert outcome.json["layers"][0]["kind"] == "InstanceNorm2d"
+    outcome = cli(
+        "calibrate", tmp_path / "net.pth", "--model", spec, "--data", files.data,
+        "-o", tmp_path / "o.safetensors",
+    )  # fmt: skip
+    assert "0: InstanceNorm2d" in outcome.message
+
+
 def test_what_our_own_header_explains_is_no_finding():
     tensors = layer(
         running_mean=torch.zeros(4), running_var=torch.full((4,), 2.0),

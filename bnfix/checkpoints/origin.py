@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,6 +123,6 @@ def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
     if not from_file_allowed(origin.spec):
         raise ModelError(
             f"{name}: names the model {plain(origin.spec)!r}, and code that a file names is "
-            f"not run. If you trust it, give --model {plain(origin.spec)}",
+            f"not run. If you trust it, give --model {shlex.quote(plain(origin.spec))}",
             path=checkpoint.path,
         )

@@ -142,22 +142,12 @@ def history_entry(
     checkpoint: Checkpoint | None,
     data: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
+    command_line: str = "",
 ) -> dict[str, Any]:
-    """One entry of an output's history.
-
-    Args:
-        command: the command's name.
-        options: what was asked for, JSON values.
-        seed: of the run.
-        checkpoint: the input.
-        data: spec, fingerprint, and digests of the examples by split.
-        results: numbers worth keeping.
-
-    Returns:
-        The entry, JSON values only.
-    """
+    """One entry of an output's history: JSON values; the command line as typed, if there was one."""
     return {
         "command": command,
+        "command_line": command_line,
         "options": dict(options),
         "seed": seed,
         "input": None

@@ -24,9 +24,9 @@ from bnfix.cli.options import (
     option,
 )
 from bnfix.cli.parsing import sizes
-from bnfix.cli.planned import command_line
 from bnfix.cli.showing import show_conversion
 from bnfix.cli.terminal import stated
+from bnfix.cli.usage import command_line
 from bnfix.conversion import convert as convert_file
 from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_again

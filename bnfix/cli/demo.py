@@ -54,7 +54,8 @@ def demo(
             command_line=shlex.join([
                 "bnfix", "fix", str(files.checkpoint), "--model", demo_files.SPEC,
                 "--data", str(files.calibration), "--test", str(files.test),
-                "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "-o", str(fixed),
+                "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "--device", device,
+                "--seed", str(seed), "-o", str(fixed), "--force",
             ]),
             model=ModelRecipe(demo_files.SPEC),
             source=DataRecipe(test=str(files.test), mean=prep.mean, std=prep.std),

@@ -20,9 +20,9 @@ from bnfix.cli.options import (
     RunFlags,
     Seed,
 )
-from bnfix.cli.planned import command_line
 from bnfix.cli.showing import estimate_line
 from bnfix.cli.terminal import stated
+from bnfix.cli.usage import command_line
 from bnfix.comparison import evaluate_files, plan_evaluation
 from bnfix.errors import CheckpointError
 from bnfix.measuring.predictions import check_predictions

@@ -22,8 +22,8 @@ from bnfix.cli.options import (
     option,
 )
 from bnfix.cli.parsing import sizes
-from bnfix.cli.planned import command_line
 from bnfix.cli.terminal import Terminal, stated
+from bnfix.cli.usage import command_line
 from bnfix.errors import ConfigError
 from bnfix.production.export_report import Export, check_exports
 from bnfix.production.exporting import ExportRecipe, plan_export

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -38,6 +36,7 @@ from bnfix.cli.options import (
 from bnfix.cli.parsing import numbers
 from bnfix.cli.showing import show_planned
 from bnfix.cli.terminal import stage_head, stated
+from bnfix.cli.usage import command_line
 from bnfix.errors import ConfigError, some
 from bnfix.pipeline import execute, open_plan
 from bnfix.plan import TRIED, Plan
@@ -62,15 +61,6 @@ _BESIDE_A_RECIPE = {
     "prefer_ema", "forward", "test",
     "device", "workers", "force", "show_plan", "as_json", "quiet",
 }  # fmt: skip
-
-
-def command_line() -> str:
-    """This command as it was typed.
-
-    Returns:
-        Quoted for a shell.
-    """
-    return shlex.join(["bnfix", *sys.argv[1:]])
 
 
 def _carry_out(

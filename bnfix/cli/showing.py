@@ -165,15 +165,26 @@ def show_inspection(terminal: Terminal, found: Inspection) -> None:
     for finding in found.findings:
         key = finding.severity, finding.fault, finding.advice
         groups.setdefault(key, []).append(finding)
+    idle = [found for (_, _, advice), found in groups.items() if advice == "nothing"]
     for (severity, _, advice), findings in groups.items():
+        if advice == "nothing":
+            continue
         for finding in findings[:_SHOWN]:
             terminal.say(f"{severity}: {finding.layer or 'model'}: {finding.detail}")
         rest = [finding.layer for finding in findings[_SHOWN:]]
         also = f"(the same of {some(rest)}) " if rest else ""
         terminal.say(f"  {also}-> {advice}")
-    for number, told in enumerate(found.told, 1):
-        terminal.say(f"history {number}: {told.command}")
-        terminal.say(f"  {told.did}")
+    if idle:
+        kinds = [
+            f"{len(f)} {f[0].fault.replace('-', ' ')} ({some([one.layer for one in f], 3)})"
+            for f in idle
+        ]
+        terminal.say(f"note: nothing to do about {'; '.join(kinds)}; --json has the details")
+    for number, entry in enumerate(found.told, 1):
+        lines = entry.options if entry.command is None else (entry.command,)
+        terminal.say(f"history {number}: {lines[0]}")
+        for line in (*lines[1:], entry.did):
+            terminal.say(f"  {line}")
     summary = f"{len(found.layers)} norm layers, {len(found.findings)} findings"
     terminal.say(summary if found.layers else "no norm layer with running statistics in this file")
 

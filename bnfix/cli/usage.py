@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
+
+_TYPED: Final[ContextVar[tuple[str, ...]]] = ContextVar("typed", default=())
+
+
+def command_line() -> str:
+    """This command as it was typed, quoted for a shell."""
+    return shlex.join(["bnfix", *_TYPED.get()])
 
 
 class OneLineGroup(TyperGroup):
@@ -36,6 +45,7 @@ class OneLineGroup(TyperGroup):
         Returns:
             What the command returns, unless the process ends.
         """
+        _TYPED.set(tuple(sys.argv[1:] if args is None else args))
         run = partial(
             super().main,
             args,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,15 @@ RECALIBRATE = (
     "-o OUT"
 )
 TUNE = "bnfix finetune CKPT --model SPEC --data DATA --train norms -o OUT"
-REPLACE = "find another checkpoint, and see what it holds: bnfix inspect OTHER"
+REPLACE = "take another checkpoint"
+#: Labelled data decide: what is not better is not written.
+GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
+_IN_BF16 = "bnfix eval CKPT --model SPEC --data DATA --precision bf16"
+INSPECT = "bnfix inspect CKPT --model SPEC --data DATA"
+_EVALUATION_MODE = (
+    "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
+    "keep them; else " + GATED
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ def diagnose(tensors: Mapping[str, Tensor], layers: list[NormTensors]) -> list[F
     for layer in layers:
         mean, var = (tensors[_under(layer.name, key)] for key in _MOMENTS)
         faults = [
-            *_statistics_faults(layer, mean, var),
+            *_statistics_faults(layer, mean, var, trained=_is_trained(layer, tensors)),
             *_counter_faults(layer, mean, var, usual, any_counted=bool(counts)),
             *_affine_faults(layer, tensors),
             *_half_faults(layer, mean, var),
@@ -141,6 +149,14 @@ def diagnose(tensors: Mapping[str, Tensor], layers: list[NormTensors]) -> list[F
     return findings + _broken_layers(tensors, known)
 
 
+def gated(finding: Finding) -> Finding:
+    """Advise new statistics only where labelled data show that they are better."""
+    words, found, _ = finding.advice.partition(RECALIBRATE)
+    if not found or finding.severity == "error":  # these cannot be right for any weights
+        return finding
+    return replace(finding, advice=words + GATED)
+
+
 _Fault = tuple[str, str, str, str]
 
 
@@ -148,7 +164,17 @@ def _under(layer: str, key: str) -> str:
     return f"{layer}.{key}" if layer else key
 
 
-def _statistics_faults(layer: NormTensors, mean: Tensor, var: Tensor) -> list[_Fault]:
+def _is_trained(layer: NormTensors, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether scale or shift have left where a new layer has them: 1 (or 0) and 0."""
+    gamma, beta = (tensors.get(_under(layer.name, key)) for key in ("weight", "bias"))
+    if beta is not None and bool((beta != 0).any()):
+        return True
+    return gamma is not None and bool((gamma != 1).any()) and bool((gamma != 0).any())
+
+
+def _statistics_faults(
+    layer: NormTensors, mean: Tensor, var: Tensor, *, trained: bool
+) -> list[_Fault]:
     mean, var = mean.double(), var.double()
     found: list[_Fault] = []
     n_bad = int((~(mean.isfinite() & var.isfinite())).sum())
@@ -161,15 +187,19 @@ def _statistics_faults(layer: NormTensors, mean: Tensor, var: Tensor) -> list[_F
         found.append(("negative-variance", detail, "error", RECALIBRATE))
     if not mean.any() and bool((var == 1).all()):
         detail = "the statistics are those of a new layer (mean 0, variance 1)"
-        found.append(("never-updated", detail, "warning", RECALIBRATE))
+        if trained and not layer.batches_tracked:
+            detail += ", scale and shift are not: possibly trained in evaluation mode"
+            found.append(("evaluation-mode", detail, "warning", _EVALUATION_MODE))
+        else:
+            found.append(("never-updated", detail, "warning", RECALIBRATE))
     elif bool((var == 0).all()):
         found.append(("zero-variance", "every variance is 0", "warning", RECALIBRATE))
     elif layer.n_dead and not n_negative:
         detail = (
             f"{layer.n_dead} of {layer.channels} channels have a variance below {_TINY_VAR:g} "
-            f"(least {layer.var_range[0]:.2g}): constant channels, normalized by eps"
+            f"(least {layer.var_range[0]:.2g}): constant, normalized by eps, without a signal"
         )
-        found.append(("dead-channels", detail, "note", "nothing; they carry no signal"))
+        found.append(("dead-channels", detail, "note", "nothing"))
     elif not layer.grouped and layer.channels > 1 and not n_bad and _all_same(mean, var):
         detail = "every channel has the same mean and the same variance"
         found.append(("uniform-statistics", detail, "warning", RECALIBRATE))
@@ -190,8 +220,11 @@ def _counter_faults(
             ("frozen", detail, "note", "nothing, if it is meant so; " + RECALIBRATE)
         ] * any_counted
     if n == 0 and (bool(mean.any()) or not bool((var == 1).all())):
-        detail = "num_batches_tracked is 0 although the statistics are not those of a new layer"
-        return [("counter-zero", detail, "note", "nothing, unless momentum is None")]
+        detail = (
+            "num_batches_tracked is 0 although the statistics are not those of a new layer; with "
+            "momentum None further training forgets them"
+        )
+        return [("counter-zero", detail, "note", "nothing")]
     if n < 0:
         detail = f"num_batches_tracked is {n}, which counts nothing"
         return [("counter-negative", detail, "warning", RECALIBRATE)]
@@ -201,12 +234,12 @@ def _counter_faults(
             "statistics is still that of a new layer"
         )
         return [("few-batches", detail, "warning", RECALIBRATE)]
-    if usual and n != usual and n % usual == 0:
+    if usual and n > usual and n % usual == 0:
         detail = (
             f"counted {n // usual} times as many batches as most layers: it is called "
             f"{n // usual} times a forward pass, and its statistics pool those calls"
         )
-        return [("counted-again", detail, "note", "nothing; inspect with --model tells for sure")]
+        return [("counted-again", detail, "note", "to be sure: " + INSPECT)]
     if usual and n and n < usual / 2:
         detail = (
             f"counted {n} batches where most layers counted {usual}: it is newer than they are, or "
@@ -226,15 +259,19 @@ def _affine_faults(layer: NormTensors, tensors: Mapping[str, Tensor]) -> list[_F
         if tensor is not None and tensor.shape != (layer.channels,):
             shape = tuple(tensor.shape)
             detail = f"{name} has shape {shape}, the statistics have {layer.channels} channels"
-            found.append(("length-mismatch", detail, "error", "fetch the file again; " + REPLACE))
+            found.append(
+                ("length-mismatch", detail, "error", "fetch the file again, or " + REPLACE)
+            )
     if gamma is not None and _is_real(gamma) and bool(gamma.isfinite().all()) and gamma.numel():
         n_zero = int((gamma.double().abs() < 1e-8).sum())
         if n_zero == gamma.numel():
             detail = "every scale (gamma) is 0: the layer puts out its shift and nothing else"
             found.append(("gamma-all-zero", detail, "warning", TUNE))
         elif n_zero:
-            detail = f"{n_zero} of {layer.channels} channels have a scale of 0"
-            found.append(("gamma-zero", detail, "note", "nothing; they could be pruned"))
+            detail = (
+                f"{n_zero} of {layer.channels} channels have a scale of 0: they could be pruned"
+            )
+            found.append(("gamma-zero", detail, "note", "nothing"))
     return found
 
 
@@ -248,7 +285,7 @@ def _half_faults(layer: NormTensors, mean: Tensor, var: Tensor) -> list[_Fault]:
             f"a statistic of {float(finite.max()):.3g} is beyond float16 (65504): the layer must "
             "stay in float32"
         )
-        return [("beyond-half", detail, "note", "bnfix eval CKPT --data DATA --precision bf16")]
+        return [("beyond-half", detail, "note", _IN_BF16)]
     return []
 
 

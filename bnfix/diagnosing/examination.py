@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from bnfix import guards, runtime
 from bnfix._torch_private import BatchNormBase
-from bnfix.diagnosing.diagnosis import RECALIBRATE, Finding, NormTensors
-from bnfix.errors import ModelError
-from bnfix.layers.sites import NormSite, find_norms
+from bnfix.diagnosing.diagnosis import INSPECT, RECALIBRATE, Finding, NormTensors
+from bnfix.errors import ModelError, NumericError
+from bnfix.layers.sites import NormSite, find_norms, instance_norms
 from bnfix.measuring.evaluation import labels_of
 from bnfix.statistics.calibration import residuals
 
@@ -25,8 +25,6 @@ _LEAST_HALF: Final = 2.0**-24
 _FEW_LEFT: Final = 0.01
 #: A range in evaluation this many times that in training is no chance.
 _RANGE_FACTOR: Final = 10
-_MATCH = "bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
-_INSPECT_DATA = "bnfix inspect CKPT --model SPEC --data DATA"
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,12 @@ def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Findi
     for site in find_norms(model):
         faults = _setting_faults(site, stored.get(site.name))
         findings += [Finding(site.name, *fault) for fault in faults]
+    for name, kind in instance_norms(model).items():
+        detail = (
+            f"{kind}: its running statistics are means of the examples' own, not of a population, "
+            "so no command changes them"
+        )
+        findings.append(Finding(name, "instance-norm", detail, "note", "left alone"))
     return findings
 
 
@@ -76,13 +80,16 @@ def _setting_faults(site: NormSite, stored: NormTensors | None) -> list[_Fault]:
     found: list[_Fault] = []
     if site.aliases:
         detail = f"the same module as {', '.join(site.aliases[:3])}: one set of statistics for all"
-        found.append(("shared", detail, "note", "nothing, if it is meant so; " + _INSPECT_DATA))
+        found.append(("shared", detail, "note", "nothing, if it is meant so; " + INSPECT))
     if site.frozen:
         detail = f"{site.kind}: its statistics are constants, which no command changes"
-        found.append(("frozen-kind", detail, "note", _INSPECT_DATA))
+        found.append(("frozen-kind", detail, "note", INSPECT))
     if not site.has_statistics:
         detail = "keeps no running statistics: in evaluation, too, outputs depend on the batch"
-        advice = "build it with track_running_stats=True, then " + RECALIBRATE
+        advice = (
+            "in Python: build it with track_running_stats=True, load_state_dict(..., "
+            "strict=False), bnfix.recalibrate_, bnfix.save"
+        )
         return [*found, ("no-statistics", detail, "warning", advice)]
     if not site.frozen:
         found += _momentum_faults(getattr(site.module, "momentum", 0.1), stored)
@@ -166,7 +173,7 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
             findings.append(Finding(name, "unused", detail, "note", "nothing"))
         elif len(positions) > 1:
             detail = f"is called {len(positions)} times a forward pass; its statistics pool them"
-            advice = "with statistics of a call each: give every call a layer of its own; " + _MATCH
+            advice = "with statistics of a call each: give every call a layer of its own"
             findings.append(Finding(name, "reused", detail, "note", advice))
         if positions and min(positions) == 1:
             detail = (
@@ -187,7 +194,11 @@ def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behavio
     Returns:
         What was seen, and what is wrong about it.
     """
-    drifts = {name: (shift, ratio) for name, (ratio, shift) in residuals(model, batches).items()}
+    try:
+        measured = residuals(model, batches)
+    except NumericError:  # from a layer below; that outputs are not finite is found on its own
+        measured = {}
+    drifts = {name: (shift, ratio) for name, (ratio, shift) in measured.items()}
     evaluation = _pass(model, batches, training=False)
     training = _pass(model, batches, training=True)
     seen = Behaviour(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
+from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from bnfix.checkpoints.loading import Loaded
 from bnfix.conversion import example_input
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
-from bnfix.diagnosing.diagnosis import Finding, NormTensors, diagnose, read_norms
+from bnfix.diagnosing.advice import Call
+from bnfix.diagnosing.diagnosis import Finding, NormTensors, diagnose, gated, read_norms
 from bnfix.diagnosing.examination import Behaviour, examine_behaviour, examine_call, examine_model
-from bnfix.diagnosing.retelling import Told, retell
-from bnfix.layers.sites import find_norms
+from bnfix.diagnosing.history import Entry, read_history
+from bnfix.layers.sites import find_norms, instance_norms
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.recognition import data_record
 from bnfix.runtime import autocast, device_of
@@ -44,7 +45,7 @@ class Inspection:
         findings: what is or may be wrong, errors first.
         behaviour: what the model does on data, where data were given.
         data: spec, size and fingerprint of those.
-        told: the file's history as commands.
+        told: the file's history.
         notes: how the file was read, and what was assumed.
     """
 
@@ -55,7 +56,7 @@ class Inspection:
     findings: list[Finding]
     behaviour: Behaviour | None
     data: dict[str, Any] | None
-    told: list[Told]
+    told: list[Entry]
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -125,26 +126,26 @@ def inspect_checkpoint(
     Returns:
         All that was found.
     """
-    recipe, run = model or ModelRecipe(), run or RunOptions("cpu")
+    recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
     found = read_checkpoint(
         path, key=recipe.key, prefix=recipe.prefix, prefer_ema=recipe.prefer_ema
     )
     notes, header = list(found.notes), found.metadata or {}
     kinds: dict[str, str] = {}
     problems: list[str] = []
-    findings: list[Finding] = []
-    behaviour, used = None, None
-    if recipe.model is not None or data is not None:
-        loaded = load_one(path, recipe, run)
+    seen = _Seen()
+    loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
+    if loaded is not None:
         found = loaded.checkpoint
         notes = list(found.notes)
         sites = find_norms(loaded.model)
-        kinds = {site.name: site.kind for site in sites}
+        kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
         problems = [f"{site.name}: {site.problem}" for site in sites if site.problem]
     norms = header.get("norms")
     layers = read_norms(found.tensors, norms if isinstance(norms, dict) else None)
-    findings += diagnose(found.tensors, layers)
-    if recipe.model is not None or data is not None:
+    findings = diagnose(found.tensors, layers)
+    if loaded is not None:
+        findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
         findings += examine_model(loaded.model, layers)
         if data is None:
             example = example_input(loaded.model, None)
@@ -154,58 +155,114 @@ def inspect_checkpoint(
                 batch = Batch(example, None, np.arange(len(example)))
                 findings += examine_call(loaded.model, batch)
         else:
-            source = source or DataRecipe()
-            preprocessing, remarks = resolve_preprocessing(loaded, source)
-            images, size = open_checked(data, loaded.model, source, preprocessing)
-            index = np.random.default_rng(seed).permutation(len(images))[:samples]
-            batches = Batches(
-                images,
-                index,
-                preprocessing,
-                batch_size=evaluation_batch_size(run, loaded.model, size),
-                workers=run.workers,
-                max_bad=source.max_bad,
-                corruption=corruption_of(source.corrupt, seed),
-            )
-            notes += remarks
-            tracked = Tracked(batches, "a look at the statistics", track)
-            with autocast(device_of(loaded.model), run.precision):
-                findings += examine_call(loaded.model, next(iter(batches)))
-                behaviour, seen = examine_behaviour(loaded.model, tracked)
-            findings += seen
-            used = data_record(images, index)
-    history = header.get("history")
-    stated = header.get("model")
-    spec = recipe.model or (stated.get("spec") if isinstance(stated, dict) else None)
-    known = {
-        "CKPT": shlex.quote(str(path)),
-        "--model SPEC": _model_words(recipe, spec),
-        "DATA": data and shlex.quote(data),
-    }
-    findings = [_filled(finding, known) for finding in findings]
+            seen = _look(loaded, data, source, run, samples, seed, track)
+            findings += seen.findings
+            notes += seen.remarks
+    if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
+        findings = [gated(finding) for finding in findings]
+    call = Call(
+        path=Path(path),
+        model=_stated_model(recipe, header),
+        data=data,
+        source=source,
+        run=run,
+        seed=seed,
+        samples=() if samples == SAMPLES else ("--samples", str(samples)),
+        knows_model=recipe.model is not None or _builds_itself(header),
+        labelled=data is None or seen.labelled,
+    )
+    findings = [dataclasses.replace(f, advice=call.fill(f.advice)) for f in findings]
     findings.sort(key=lambda finding: _ORDER[finding.severity])
-    told = retell(history if isinstance(history, list) else [], Path(path).name)
-    return Inspection(found, layers, kinds, problems, findings, behaviour, used, told, notes)
+    history = header.get("history")
+    told = read_history(history if isinstance(history, list) else [])
+    return Inspection(
+        checkpoint=found,
+        layers=layers,
+        kinds=kinds,
+        problems=problems,
+        findings=findings,
+        behaviour=seen.behaviour,
+        data=seen.record,
+        told=told,
+        notes=notes,
+    )
 
 
-def _model_words(recipe: ModelRecipe, spec: Any) -> str | None:
-    """The options that say which model it is, as they were typed."""
-    if not isinstance(spec, str):
-        return None
-    words = ["--model", spec]
-    for name, value in recipe.arguments:
-        words += ["--model-arg", f"{name}={json.dumps(value)}"]
-    for flag, text in (
-        ("--key", recipe.key), ("--prefix", recipe.prefix), ("--forward", recipe.forward),
-    ):  # fmt: skip
-        words += [] if text is None else [flag, text]
-    return shlex.join([*words, *(["--prefer-ema"] if recipe.prefer_ema else [])])
+@dataclass(frozen=True)
+class _Seen:
+    """What data showed: findings and remarks, the record of the data, whether it has labels."""
+
+    findings: tuple[Finding, ...] = ()
+    remarks: tuple[str, ...] = ()
+    behaviour: Behaviour | None = None
+    record: dict[str, Any] | None = None
+    labelled: bool = False
+
+    @property
+    def fits(self) -> bool:
+        """Whether the stored statistics are right more often than those of each batch."""
+        seen = self.behaviour
+        if seen is None or seen.top1 is None or seen.top1_training is None:
+            return False
+        return seen.top1 > seen.top1_training
 
 
-def _filled(finding: Finding, known: Mapping[str, str | None]) -> Finding:
-    """A finding whose advice has the words of this call in their places."""
-    advice = finding.advice
-    for words, text in known.items():
-        if text is not None:
-            advice = advice.replace(words, text)
-    return dataclasses.replace(finding, advice=advice)
+def _look(
+    loaded: Loaded,
+    data: str,
+    source: DataRecipe,
+    run: RunOptions,
+    samples: int,
+    seed: int,
+    track: Track,
+) -> _Seen:
+    """Run some of the data through the model in both modes."""
+    preprocessing, remarks = resolve_preprocessing(loaded, source)
+    images, size = open_checked(data, loaded.model, source, preprocessing)
+    index = np.random.default_rng(seed).permutation(len(images))[:samples]
+    batches = Batches(
+        images,
+        index,
+        preprocessing,
+        batch_size=evaluation_batch_size(run, loaded.model, size),
+        workers=run.workers,
+        max_bad=source.max_bad,
+        corruption=corruption_of(source.corrupt, seed),
+    )
+    tracked = Tracked(batches, "a look at the statistics", track)
+    with autocast(device_of(loaded.model), run.precision):
+        findings = examine_call(loaded.model, next(iter(batches)))
+        behaviour, more = examine_behaviour(loaded.model, tracked)
+    return _Seen(
+        findings=(*findings, *more),
+        remarks=tuple(remarks),
+        behaviour=behaviour,
+        record=data_record(images, index),
+        labelled=images.labels is not None,
+    )
+
+
+def _stated(header: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """The model that a header states, with its arguments."""
+    model: Any = header.get("model")
+    spec, arguments = (model.get("spec"), model.get("arguments")) if isinstance(model, dict) else (
+        None, None
+    )  # fmt: skip
+    return (
+        spec if isinstance(spec, str) else None,
+        arguments if isinstance(arguments, dict) else {},
+    )
+
+
+def _builds_itself(header: Mapping[str, Any]) -> bool:
+    """Whether commands need no --model, since the file states one that is built from its word."""
+    spec, _ = _stated(header)
+    return spec is not None and from_file_allowed(spec)
+
+
+def _stated_model(recipe: ModelRecipe, header: Mapping[str, Any]) -> ModelRecipe:
+    """The model as typed; where none was, one that the file states and commands must be given."""
+    spec, arguments = _stated(header)
+    if recipe.model is not None or spec is None or _builds_itself(header):
+        return recipe
+    return dataclasses.replace(recipe, model=spec, arguments=tuple(arguments.items()))

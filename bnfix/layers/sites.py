@@ -89,6 +89,15 @@ def find_norms(model: nn.Module) -> list[NormSite]:
     ]
 
 
+def instance_norms(model: nn.Module) -> dict[str, str]:
+    """Class names, by layer, of Instance Norms with running statistics."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, _InstanceNorm) and isinstance(module.running_mean, Tensor)
+    }
+
+
 def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
     """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``.
 

@@ -14,7 +14,14 @@ from bnfix._torch_private import BatchNormBase
 from bnfix.errors import NormError, some
 from bnfix.guards import exchange_
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
-from bnfix.layers.sites import NormSite, find_norms, is_timm_act, selected, unmatched
+from bnfix.layers.sites import (
+    NormSite,
+    find_norms,
+    instance_norms,
+    is_timm_act,
+    selected,
+    unmatched,
+)
 from bnfix.moments import over_channel_groups
 from bnfix.recipe import KINDS, SwapRecipe
 
@@ -95,8 +102,15 @@ def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
         notes.append(
             f"{some(synchronized)}: was SyncBatchNorm; in training it now normalizes per process"
         )
+    others = instance_norms(model)
     if not sites:
-        problems.append("model: no Batch Norm layer in it, so there is nothing to swap")
+        has = f" ({some([f'{n}: {kind}' for n, kind in others.items()])})" if others else ""
+        problems.append(f"model: no Batch Norm layer in it{has}, so there is nothing to swap")
+    elif others:
+        skipped.append(
+            f"{some(list(others))}: left alone, since Instance Norm's running statistics are means "
+            "of the examples' own"
+        )
     return SwapPlan(tuple(changes), tuple(problems), tuple(skipped), tuple(notes))
 
 

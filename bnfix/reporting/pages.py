@@ -54,6 +54,11 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
+def _on_one_line(text: object) -> str:
+    """Line breaks and tabs are a space each; spaces stay, since a path may hold two in a row."""
+    return re.sub(r"\s*[^\S ]\s*", " ", str(text)).strip()
+
+
 def clean(text: object, limit: int = 500) -> str:
     """Put a text of unknown origin on one line, without control characters.
 
@@ -64,7 +69,7 @@ def clean(text: object, limit: int = 500) -> str:
     Returns:
         The line.
     """
-    line = "".join(sign if sign.isprintable() else "?" for sign in " ".join(str(text).split()))
+    line = "".join(sign if sign.isprintable() else "?" for sign in _on_one_line(text))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
