@@ -144,7 +144,7 @@ def history_entry(
     results: Mapping[str, Any] | None = None,
     command_line: str = "",
 ) -> dict[str, Any]:
-    """One entry of an output's history: JSON values; the command line as typed, if there was one."""
+    """One entry of an output's history, JSON values; the command line is as typed, or empty."""
     return {
         "command": command,
         "command_line": command_line,
