@@ -94,7 +94,7 @@ def instance_norms(model: nn.Module) -> dict[str, str]:
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
-        if isinstance(module, _InstanceNorm) and isinstance(module.running_mean, Tensor)
+        if isinstance(module, InstanceNormBase) and isinstance(module.running_mean, Tensor)
     }
 
 
