@@ -384,8 +384,8 @@ class ModelRecipe:
     )
     forward: str | None = option(
         None,
-        "package.module:callable or path/to/file.py:callable, called with the model and a batch, "
-        "for models that are not called on images alone.",
+        "package.module:callable or path/to/file.py:callable, called with the model and a batch "
+        "(inputs, labels or None, positions), for models that are not called on images alone.",
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bnfix import processes
-from bnfix.errors import BnfixError, ConfigError, DataError, ModelError
+from bnfix.errors import BnfixError, ConfigError, DataError, ModelError, one_line, some
 
 #: How a model is run on one batch of the user's own form.
 Forward = Callable[[nn.Module, Any], Any]
@@ -27,8 +27,6 @@ FORWARD = "_bnfix_forward"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
-#: What a network is known to raise on an input of another shape than it was made for.
-_MODEL_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, LookupError)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -209,39 +207,45 @@ def has_forward(model: nn.Module) -> bool:
 
 
 def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
-    """Run a model on one batch.
-
-    Args:
-        model: the model, on ``device``.
-        batch: any form that ``unpack`` takes, or that ``forward`` does.
-        device: where to run.
-        forward: called as ``forward(model, batch)`` with the batch moved, instead of
-            ``model(inputs)``.
-
-    Returns:
-        Whatever the model returns.
-
-    Raises:
-        failure: if bnfix states it, or the memory does not suffice.
-        ModelError: if the model, called without ``forward``, fails on the input.
-    """
+    """Run `model(inputs)`, or `forward(model, batch)`; what fails in it is one ModelError."""
     forward = forward or model.__dict__.get(FORWARD)
-    if forward is not None:
-        return forward(model, move(batch, device))
-    x = move(unpack(batch)[0], device)
-    failure: Exception
+    given = move(unpack(batch)[0] if forward is None else batch, device)
     try:
-        return model(x)
-    except _MODEL_ERRORS as error:
-        failure = error
-    if isinstance(failure, BnfixError | torch.OutOfMemoryError):
-        raise failure
-    what = f"shape {'x'.join(map(str, x.shape))}" if isinstance(x, Tensor) else type(x).__name__
-    reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-    raise ModelError(
-        f"model: cannot be run on an input of {what} ({reason}). Check --resize, --crop and "
-        "--model."
-    ) from failure
+        return model(given) if forward is None else forward(model, given)
+    except (BnfixError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(_failed(error, given, forward is not None)) from error
+
+
+def _failed(error: Exception, given: Any, by_forward: bool) -> str:
+    if by_forward:
+        return (
+            f"--forward (from Python forward=): failed ({one_line(error)}). It is called with the "
+            f"model and a batch, here {described(given)}."
+        )
+    shape = "x".join(map(str, given.shape)) if isinstance(given, Tensor) else None
+    what = described(given) if shape is None else f"shape {shape}"
+    return (
+        f"model: cannot be run on an input of {what} ({one_line(error)}). Check --resize, --crop "
+        "and --model."
+    )
+
+
+def described(value: Any) -> str:
+    """A batch in words: its nesting, and the type and shape of what is in it."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind} {'x'.join(map(str, value.shape)) or 'number'}"
+    if isinstance(value, Mapping):
+        named = [f"{key!r}: {described(item)}" for key, item in value.items()]
+        return f"{{{some(named)}}}"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        named = [f"{k}={described(v)}" for k, v in zip(value._fields, value, strict=True)]
+        return f"({some(named)})"
+    if isinstance(value, list | tuple):
+        return f"({some([described(item) for item in value])})"
+    return "None" if value is None else type(value).__name__
 
 
 def tensors_in(output: Any) -> list[Tensor]:

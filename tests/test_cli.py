@@ -405,6 +405,24 @@ def test_output_of_compiled_code_does_not_reach_standard_output(shell, files, tm
         assert words in outcome.err
 
 
+def test_an_error_of_the_users_forward_is_one_line_that_names_its_place(cli, files, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def forward(model, batch):\n    x, y, index = batch\n    return x.no_such_thing\n"
+    )
+    words = [
+        "calibrate", files.stale, *files.common, "--data", files.data, "--batch-size", "4",
+        "--forward", f"{tmp_path / 'own.py'}:forward", "-o", tmp_path / "out.safetensors",
+    ]  # fmt: skip
+    message = cli(*words).message
+    assert "failed (AttributeError: 'Tensor' object has no attribute 'no_such_thing'" in message
+    assert f"at {tmp_path / 'own.py'}:3)" in message
+    assert "a batch, here (x=float32 1x3x8x8, y=int64 1, index=int64 1)." in message
+    outcome = cli(*words, "--debug")
+    assert outcome.err.count("Traceback") == 2
+    assert outcome.err.splitlines()[-1] == message
+    assert "Traceback" not in cli(*words).err
+
+
 # --- interruption ---
 
 

@@ -165,7 +165,10 @@ def test_what_is_no_metric_is_refused(own, spec, match):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("broken", r"broken: failed \(KeyError: 'no such thing'\). It is called with outputs of"),
+        (
+            "broken",
+            r"broken: failed \(KeyError: 'no such thing', at .*:21\). It is called with outputs of",
+        ),
         ("text", "text: returned str, expected a number or a dict of numbers"),
         ("vector", "vector: returned ndarray, expected a number"),
     ],

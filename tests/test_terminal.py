@@ -6,10 +6,12 @@ import io
 import re
 
 import pytest
+import torch
+import typer
 from rich.console import Console
 
 from bnfix.cli.tables import fitted, tables_of
-from bnfix.cli.terminal import Terminal, stage_head
+from bnfix.cli.terminal import Terminal, stage_head, stated
 from tests.test_report import full_report
 
 
@@ -78,3 +80,12 @@ def test_stages_of_one_kind_have_one_number(stage, head):
 
 def test_completion_can_be_shown(cli):
     assert "--install-completion" in cli("--help").out
+
+
+def test_an_error_that_nobody_states_is_one_line_too(capsys):
+    with pytest.raises(typer.Exit) as caught, stated():
+        torch.zeros(2) @ torch.zeros(3)
+    assert caught.value.exit_code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bnfix: unexpected RuntimeError: inconsistent tensor size")
+    assert "test_terminal.py:" in line

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bnfix.cli.parsing import numbers, samples_of, sizes, weight_of
-from bnfix.cli.terminal import Terminal
+from bnfix.cli.terminal import Terminal, with_traceback
 from bnfix.errors import ConfigError
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import (
@@ -78,6 +78,11 @@ def _layers(name: str) -> Any:
 
 def _tune(name: str) -> Any:
     return option(FinetuneRecipe, name, panel=TRAIN)
+
+
+def _show_traceback(wanted: bool) -> bool:
+    with_traceback.set(wanted)
+    return wanted
 
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
@@ -421,6 +426,15 @@ class TalkFlags:
     ] = False
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Only the verdict.", rich_help_panel=OUT)
+    ] = False
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show the traceback of an error.",
+            rich_help_panel=OUT,
+            callback=_show_traceback,
+        ),
     ] = False
 
     def terminal(self) -> Terminal:

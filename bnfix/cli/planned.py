@@ -60,6 +60,7 @@ _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix",
     "prefer_ema", "forward", "test",
     "device", "workers", "force", "show_plan", "as_json", "quiet",
+    "debug",
 }  # fmt: skip
 
 

@@ -8,7 +8,9 @@ import io
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,12 @@ from rich.text import Text
 
 from bnfix import processes
 from bnfix.cli.tables import fitted, shown_text, tables_of
-from bnfix.errors import BnfixError, ConfigError, some
+from bnfix.errors import BnfixError, ConfigError, one_line, some
 from bnfix.reporting.report import Report
 from bnfix.tracking import Track, silent
 
+#: Whether the traceback of an error is shown before its message.
+with_traceback: ContextVar[bool] = ContextVar("with_traceback", default=False)
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
 _UNBOUNDED = 1000
 #: Columns below which a progress line leaves out all but the stage and the time left.
@@ -244,14 +248,21 @@ def _translated() -> Iterator[None]:
         _fail(error, 1)
     except torch.OutOfMemoryError as error:
         message = str(error).splitlines()[0]
-        _fail(f"out of memory: {message} Lower --batch-size, or use --device cpu.", 1)
+        _fail(error, 1, f"out of memory: {message} Lower --batch-size, or use --device cpu.")
     except KeyboardInterrupt as interrupt:
-        _fail(str(interrupt) or "interrupted.", 130)
+        _fail(interrupt, 130, str(interrupt) or "interrupted.")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # noqa: BLE001 - a library's dump is nothing for a terminal
+        hint = "Its traceback: --debug. If it is not of your own code, report it with that."
+        _fail(error, 1, f"unexpected {one_line(error)}. {hint}")
 
 
-def _fail(error: Exception | str, code: int) -> None:
+def _fail(error: BaseException, code: int, message: str | None = None) -> None:
     if processes.first_to_fail():
-        text = shown_text(f"bnfix: {error}")
+        if with_traceback.get():
+            traceback.print_exception(error)
+        text = shown_text(f"bnfix: {message or error}")
         Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     raise typer.Exit(code)
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from bnfix.building.importing import import_callable
-from bnfix.errors import ConfigError, ModelError, plain
+from bnfix.errors import ConfigError, ModelError, one_line, plain
 from bnfix.measuring.evaluation import Outputs
 from bnfix.measuring.intervals import Array, Interval, middle
 
@@ -139,7 +139,7 @@ def _called(name: str, function: MetricFunction, x: Array, y: Array | None) -> d
         result = function(x, y)
     except Exception as error:
         raise ConfigError(
-            f"--metric {name}: failed ({type(error).__name__}: {plain(error)}). It is called with "
+            f"--metric {name}: failed ({one_line(error)}). It is called with "
             f"outputs of shape {x.shape} and labels of shape {None if y is None else y.shape}, "
             "numpy arrays.",
             name="metric",
