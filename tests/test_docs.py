@@ -21,7 +21,11 @@ from tests.conftest import NETS, ROOT, Files, Outcome, images_of
 from tests.real import DATA, needs_data
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCS = ROOT / "docs"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md")])
+NUMBERS = (DOCS / "numbers.md").read_text(encoding="utf-8")
+#: Pages whose commands build on each other, in the order in which they are run.
+GUIDES = "\n".join((DOCS / name).read_text("utf-8") for name in ("recipes.md", "output.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -29,12 +33,6 @@ PAGE = "bnfix-demo/digits_net.fixed.safetensors.report.html"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 Cli = Callable[..., Outcome]
-
-
-def part_of(heading: str) -> str:
-    """The README's text under a heading, and nothing else of it."""
-    parts = re.split(r"^## (.+)$", README, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))[heading]
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -72,10 +70,9 @@ def workplace(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     sys.modules.pop("net", None)
 
 
-def test_readme_blocks_run_in_their_order(workplace: Path, cli: Cli) -> None:
-    text = README.replace(part_of("Numbers"), "")
+def test_the_commands_of_readme_and_guides_run_in_their_order(workplace: Path, cli: Cli) -> None:
     made = []
-    for kind, block in blocks(text):
+    for kind, block in blocks(GUIDES + README):
         if kind == "python":
             exec(compile(block, "README.md", "exec"), {})
             continue
@@ -95,7 +92,7 @@ def test_readme_blocks_run_in_their_order(workplace: Path, cli: Cli) -> None:
                 assert Path(out).is_file(), shlex.join(words)
                 assert Path(f"{out}.report.html").is_file()
                 made.append(out)
-    assert len(made) >= 10
+    assert len(made) >= 18
     assert Path("comparison/report.html").is_file()
     assert Path("mine.safetensors").is_file()
 
@@ -111,9 +108,19 @@ def test_the_example_of_every_command_runs(workplace: Path, cli: Cli) -> None:
             assert Path(example[example.index("-o") + 1]).is_file()
 
 
+def test_the_commands_of_readmes_table_run(workplace: Path, cli: Cli) -> None:
+    rows = re.findall(r"^\|[^|`]+\| `(bnfix [^`]+)` \|$", README, flags=re.MULTILINE)
+    assert len(rows) >= 9
+    for row in rows:
+        outcome = cli(*shlex.split(row)[1:])
+        assert outcome.code == 0, (row, outcome.err)
+
+
 def test_blocks_of_the_other_documents_run(workplace: Path, cli: Cli) -> None:
     ran = 0
-    for path in sorted((ROOT / "docs").glob("*.md")):
+    for path in sorted(DOCS.glob("*.md")):
+        if path.name in ("recipes.md", "output.md", "numbers.md"):
+            continue
         for kind, block in blocks(path.read_text(encoding="utf-8")):
             ran += 1
             if kind == "python":
@@ -143,7 +150,7 @@ def test_commands_behind_the_numbers_can_be_run(
 ) -> None:
     monkeypatch.chdir(ROOT)
     ran = 0
-    for _, block in blocks(part_of("Numbers").replace("$BNFIX_DATA", str(DATA))):
+    for _, block in blocks(NUMBERS.replace("$BNFIX_DATA", str(DATA))):
         for words in shell_lines(block):
             if words[0] == "bnfix":
                 out = words.index("-o" if "-o" in words else "--report") + 1
@@ -162,9 +169,7 @@ def test_the_demonstration_has_the_numbers_of_the_readme(
     monkeypatch.chdir(tmp_path)
     report = cli("demo", "--json").json
     assert Path(PAGE).is_file()
-    told = re.search(
-        r"top-1 ([\d.]+)% -> ([\d.]+)%,\s+difference\s+([\d.]+)\s+points", part_of("Numbers")
-    )
+    told = re.search(r"top-1 ([\d.]+)% -> ([\d.]+)%,\s+difference\s+([\d.]+)\s+points", NUMBERS)
     assert told is not None
     before, after, difference = (float(number) for number in told.groups())
     paired = report["paired"][-1]["top1"]["difference"]
@@ -175,7 +180,7 @@ def test_the_demonstration_has_the_numbers_of_the_readme(
 
 
 def test_the_picture_is_there_and_the_command_that_makes_it() -> None:
-    assert ["make", "screenshots"] in [w for _, b in blocks(README) for w in shell_lines(b)]
+    assert ["make", "screenshots"] in [w for _, b in blocks(NUMBERS) for w in shell_lines(b)]
     shown = re.search(r"!\[.+\]\((.+\.png)\)", README)
     assert shown is not None
     with Image.open(ROOT / shown[1]) as picture:
@@ -203,7 +208,7 @@ def test_every_option_that_a_document_shows_exists() -> None:
         text = re.sub(r"^python benchmarks/(.*\\\n)*.*$", "", text, flags=re.MULTILINE)
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
             assert flag in every, f"{path.name}: {flag}"
-    for _, block in blocks(README):
+    for _, block in blocks(README + GUIDES):
         for words in shell_lines(block):
             if words[0] == "bnfix":
                 used = {word for word in words if re.match(r"--?[a-z]", word)}
@@ -255,14 +260,15 @@ def test_the_changelog_ends_with_this_version() -> None:
 
 
 def test_the_log_is_dated_newest_first() -> None:
-    text = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    text = (DOCS / "LOG.md").read_text(encoding="utf-8")
     dates = re.findall(r"^## (\d{4}-\d\d-\d\d): .", text, flags=re.MULTILINE)
     assert dates
     assert dates == sorted(dates, reverse=True)
     assert len(dates) == len(re.findall(r"^## ", text, flags=re.MULTILINE))
 
 
-def test_the_readme_names_the_two_commands() -> None:
+def test_the_readme_is_short_and_names_the_two_commands() -> None:
+    assert len(README.splitlines()) <= 150
     for target in ("demo", "test"):
         assert f"make {target}" in README
         assert re.search(rf"^{target}:.*##", MAKEFILE, re.MULTILINE)
