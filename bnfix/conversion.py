@@ -19,9 +19,10 @@ from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
-from bnfix.errors import ModelError
+from bnfix.errors import ModelError, one_line
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, Refitting, refit_
+from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import plan_swap, swap_planned_
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
@@ -36,9 +37,11 @@ from bnfix.weighing.example_weight import weighable_layers
 from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
 
 #: What a network, or the user's call of it, is known to raise on an input of another shape.
-_FAILURES = (
+CALL_ERRORS = (
     RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ModelError,
 )  # fmt: skip
+#: Tried in this order where the input's size is not known.
+_USUAL_SIZES = (32, 28, 64, 16, 8, 96, 128, 224, 256, 299, 384, 512)
 #: Largest difference of the outputs, relative to the largest output, that counts as rounding.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 1e-2
 
@@ -65,7 +68,8 @@ def convert(
         checkpoint: the file.
         model: spec of the model, if the file does not carry one.
         swap: kind, groups, layers.
-        input_shape: (C, H, W) for the check of the whole model; by default usual ones are tried.
+        input_shape: (C, H, W) for the check of the whole model; by default that which the
+            preprocessing leaves, else usual ones, the small first.
         run: the device.
         command_line: as typed, for the report.
         data: DATA to re-fit scale and shift on; labels are not used.
@@ -84,7 +88,9 @@ def convert(
     swap = swap or SwapRecipe()
     loaded = load_one(checkpoint, recipe, run or RunOptions(), mapped=True)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    example = example_input(loaded.model, input_shape)
+    source = source or DataRecipe()
+    stated, _ = resolve_preprocessing(loaded, source)
+    example = example_input(loaded.model, input_shape, known_shape(loaded.model, stated))
     before = None if example is None else _outputs(loaded.model, example)
     was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
     planned = plan_swap(loaded.model, swap)
@@ -124,7 +130,6 @@ def convert(
             f"on normal random input of {shape} the largest output difference is {difference:.2g} "
             "(relative to the largest output)."
         )
-    source = source or DataRecipe()
     preprocessing, used, refitting = loaded.origin.preprocessing, None, None
     live = any(layer.live for _, layer in generalized_norms(loaded.model))
     if original is not None and data is not None and live:
@@ -206,36 +211,62 @@ def _refit(
     return found, preprocessing, used, [*remarks, *describe_skipped([tracked])]
 
 
-def example_input(model: nn.Module, shape: tuple[int, ...] | None) -> torch.Tensor | None:
-    """A seeded normal input that the model runs on.
+def known_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...] | None:
+    """Shape of one input, where the preprocessing leaves one size only."""
+    size = preprocessing.crop or preprocessing.resize
+    if size is None or len(size) != 2:
+        return None
+    return (input_channels(model) or preprocessing.channels, *size)
 
-    Args:
-        model: any module.
-        shape: of one example; by default usual image sizes are tried.
 
-    Returns:
-        Two examples, or ``None`` if no usual size works.
-
-    Raises:
-        ModelError: if the model does not run on the shape that was given.
-    """
+def example_input(
+    model: nn.Module, shape: tuple[int, ...] | None, known: tuple[int, ...] | None = None
+) -> torch.Tensor | None:
+    """Two seeded normal inputs that the model runs on, of the shape given, known, or small."""
     channels = input_channels(model) or 3
-    sizes = (224, 32, 28, 64, 16, 8, 299, 96, 128, 256, 384, 512)
-    shapes = [shape] if shape is not None else [(channels, size, size) for size in sizes]
-    generator = torch.Generator().manual_seed(0)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    failures = []
-    for candidate in shapes:
-        example = torch.randn(2, *candidate, generator=generator).to(device)
-        try:
-            _outputs(model, example)
-        except _FAILURES as error:
-            failures.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        else:
-            return example
-    if shape is not None:
+    small = [(channels, size, size) for size in _USUAL_SIZES]
+    shapes = [shape] if shape is not None else [*([known] if known else []), *small]
+    failures: list[str] = []
+    found = next((e for s in shapes if (e := _runs(model, s, failures)) is not None), None)
+    if found is None and shape is not None:
         raise ModelError(f"model: cannot be run on an input of {shape} ({failures[0]}).")
-    return None
+    if found is None or tuple(found.shape[1:]) in (shape, known):
+        return found
+    # Layers with a single position are judged by their own rules, so none is to be one by the size.
+    n_single = len(_single_positions(model, found))
+    while n_single and found.shape[-1] < 256:
+        larger = _runs(model, (channels, *(2 * s for s in found.shape[2:])), failures)
+        if larger is None or (n := len(_single_positions(model, larger))) >= n_single:
+            break
+        found, n_single = larger, n
+    return found
+
+
+def _runs(model: nn.Module, shape: tuple[int, ...], failures: list[str]) -> torch.Tensor | None:
+    """Examples of a shape if the model runs on them, else why not."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        _outputs(model, example)
+    except CALL_ERRORS as error:
+        failures.append(one_line(error))
+        return None
+    return example
+
+
+def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
+    """Norm layers whose maps have a single position."""
+    found: set[str] = set()
+    with guards.hooks() as handles:
+        for site in find_norms(model):
+
+            def look(_: nn.Module, args: Any, out: Any, name: str = site.name) -> None:
+                if isinstance(out, torch.Tensor) and out[0, 0].numel() == 1:
+                    found.add(name)
+
+            handles.append(site.module.register_forward_hook(look))
+        _outputs(model, example)
+    return found
 
 
 def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
         "production.artifacts": set(),
-        "production.dataflow": set(),
         "recipe": set(),
         "statistics.accumulating": {"moments"},
     },
@@ -83,6 +82,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "layers.norms": {"layers", "layers.kernels", "layers.rows", "moments"},
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
         "preprocessing": set(),
+        "production.dataflow": {"production.artifacts"},
         "production.verification": {"guards", "production.artifacts"},
         "runtime": {"processes"},
     },
@@ -268,7 +268,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "conversion": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
             "data.batches", "data.corruptions", "guards", "layers.norms", "layers.refitting",
-            "layers.surgery", "recognition", "reporting.layer_rows", "reporting.report",
+            "layers.sites", "layers.surgery", "recognition", "reporting.layer_rows", "reporting.report",
             "reporting.result", "runtime", "tracking", "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {

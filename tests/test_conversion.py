@@ -17,7 +17,7 @@ import bnfix
 from bnfix.conversion import convert, example_input
 from bnfix.errors import CheckpointError, ConfigError, ModelError, NormError
 from bnfix.layers.norms import generalized_norms
-from bnfix.recipe import KINDS, SwapRecipe
+from bnfix.recipe import KINDS, DataRecipe, SwapRecipe
 from tests.conftest import images_of, inputs_of
 from tests.nets import bn1d, lived_in
 
@@ -258,11 +258,28 @@ def test_a_broken_network_can_be_converted_to_be_recalibrated(files, tmp_path):
     assert result.entry["results"]["difference"] == 0
 
 
-def test_a_usual_input_is_made_up(files):
+def test_a_small_input_is_made_up_where_no_size_is_known(files):
     made = example_input(files.model(), None)
     assert made is not None
-    assert made.shape == (2, 3, 224, 224)
-    assert torch.equal(made, example_input(files.model(), (3, 224, 224)))
+    assert made.shape == (2, 3, 32, 32)
+    assert torch.equal(made, example_input(files.model(), (3, 32, 32)))
+    assert example_input(files.model(), None, (3, 20, 30)).shape == (2, 3, 20, 30)
+    # More than 300 pixels are refused by the network.
+    assert example_input(files.model(), None, (3, 400, 400)).shape == (2, 3, 32, 32)
+
+
+def test_a_made_up_input_grows_until_no_layer_has_one_position_by_its_size():
+    deep = nn.Sequential(
+        *(nn.Sequential(nn.Conv2d(3, 3, 3, 2, 1), nn.BatchNorm2d(3)) for _ in range(6))
+    ).eval()
+    assert example_input(deep, None).shape == (2, 3, 128, 128)
+    pooled = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(3)).eval()
+    assert example_input(pooled, None).shape == (2, 3, 32, 32)
+
+
+def test_the_size_of_the_check_is_that_of_the_preprocessing(files):
+    result = convert(files.net, model=files.spec, source=DataRecipe(resize=(20, 30)))
+    assert any("input of 2x3x20x30" in note for note in result.report.assumptions)
 
 
 def test_in_process(files, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 import bnfix
 from bnfix import ConfigError, ModelError
 from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.preprocessing import Preprocessing
+from bnfix.production import artifacts
 from bnfix.production.artifacts import outputs_of
 from bnfix.production.exporting import ExportRecipe, export
 from bnfix.production.plain import ExampleNorm, build, read
-from bnfix.recipe import ModelRecipe
+from bnfix.recipe import DataRecipe, ModelRecipe
 from tests import nets
 from tests.conftest import Files, Outcome, environment
 
@@ -68,6 +71,38 @@ class Outside(Net):
 class Valued(Net):
     def forward(self, x):
         return super().forward(x if x.sum().item() > -1e9 else -x)
+
+
+class Late(Net):
+    def forward(self, x):
+        return super().forward(x) * (1.01 if torch.compiler.is_compiling() else 1)
+
+
+class Upscaler(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+        self.bn = nn.BatchNorm2d(12)
+
+    def forward(self, x):
+        return 3e3 * torch.pixel_shuffle(self.bn(self.conv(x)), 2)
+
+
+class Flat(Net):
+    def forward(self, x):
+        return super().forward(x) + 0 * x.flatten(1).unflatten(1, (3, 784)).mean()
+
+
+def late(num_classes=3):
+    return Late(num_classes)
+
+
+def flat(num_classes=3):
+    return Flat(num_classes)
+
+
+def upscaler():
+    return Upscaler()
 
 
 def net(num_classes=3):
@@ -321,13 +356,104 @@ def test_a_difference_ends_with_the_worst_output_and_the_suspect_layer(folder, t
     with pytest.raises(
         ModelError,
         match=rf"^--to {to}: output 'output' of example \d+ \(noise\) differs by [\d.e-]+, more "
-        r"than --atol 0.0001 .* suspect layer: middle \(Liar\), the first whose output differs",
+        r"than --atol 0.0001 accepts \(0.0001, as that output is up to 0\.\d+\); "
+        r"suspect layer: middle \(Liar\), the first whose output differs",
     ):
         export(
             folder / "live.safetensors",
             model=spec(folder, "liar"),
             recipe=ExportRecipe(to, samples=4, input_shape=SHAPE),
         )
+
+
+@pytest.fixture(scope="module")
+def scaler(folder: Path) -> Path:
+    names: dict[str, Any] = {}
+    exec(NETS, names)
+    torch.manual_seed(0)
+    torch.save(nets.lived_in(names["upscaler"]()).state_dict(), folder / "scaler.pth")
+    return folder / "scaler.pth"
+
+
+def test_a_difference_between_layers_is_not_called_rounding(folder):
+    with pytest.raises(ModelError, match=r"agrees by itself, so suspect what is computed between"):
+        export(
+            folder / "live.safetensors",
+            model=spec(folder, "late"),
+            recipe=ExportRecipe("pt2", samples=4, input_shape=SHAPE),
+        )
+
+
+def test_a_difference_is_judged_by_the_size_of_its_output(folder, scaler):
+    """Rounding of outputs in the thousands is above 1e-4, and nothing to refuse."""
+    recipe = ExportRecipe("pt2", samples=8, input_shape=SHAPE)
+    made = export(scaler, model=spec(folder, "upscaler"), recipe=recipe)
+    found = made.agreement
+    assert found.largest_output > 1e3
+    assert found.max_difference > ATOL
+    assert found.relative_difference == found.max_difference / found.largest_output
+    assert found.top1_agreement is None
+    assert "top-1" not in made.sentence()
+    strict = dataclasses.replace(recipe, atol=1e-9)
+    with pytest.raises(
+        ModelError,
+        match=r"more than --atol 1e-09 accepts \(.*, as that output is up to .*\); every layer "
+        r"agrees by itself, so it is rounding that adds up\. Give --atol [\d.e-]+ to accept it\.",
+    ):
+        export(scaler, model=spec(folder, "upscaler"), recipe=strict)
+
+
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_an_unknown_height_and_width_are_left_free(folder, scaler, to):
+    made = export(scaler, model=spec(folder, "upscaler"), recipe=ExportRecipe(to, samples=2))
+    assert (made.input_shape, made.other_shape) == ((3, 32, 32), (3, 64, 96))
+    assert "any height and width (checked on 3x32x32 and 3x64x96)" in made.remarks()[0]
+    run = (artifacts.onnx_runner if to == "onnx" else artifacts.pt2_runner)(made.content)
+    assert run(torch.randn(3, 3, 17, 23))[0].shape == (3, 3, 34, 46)
+
+
+@pytest.mark.parametrize("to", ["onnx", "pt2"])
+def test_a_network_of_one_unknown_size_needs_an_input_shape(folder, to):
+    with pytest.raises(
+        ModelError, match=r"size of the network's input is not known.*for example 3,28,28, on which"
+    ):
+        export(
+            folder / "live.safetensors",
+            model=spec(folder, "flat"),
+            recipe=ExportRecipe(to, samples=2),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"resize": (40, 40)}, (3, 40, 40)),
+        ({"resize": (40, 20)}, (3, 40, 20)),
+        ({"resize": (48,), "crop": (40, 40)}, (3, 40, 40)),
+    ],
+)
+def test_stored_preprocessing_says_the_size(folder, tmp_path, options, shape):
+    names: dict[str, Any] = {}
+    exec(NETS, names)
+    path = tmp_path / "stored.safetensors"
+    bnfix.save(
+        bnfix.load(folder / "live.safetensors", names["net"]()),
+        path,
+        preprocessing=Preprocessing(**options),
+    )
+    recipe = ExportRecipe("pt2", samples=2)
+    made = export(path, model=spec(folder), recipe=recipe)
+    assert (made.input_shape, made.other_shape) == (shape, None)
+    source = DataRecipe(labels="none", **options)
+    made = export(folder / "live.safetensors", model=spec(folder), recipe=recipe, source=source)
+    assert made.input_shape == shape
+
+
+def test_a_librarys_dump_stays_off_the_terminal(folder, tmp_path, cli):
+    out = tmp_path / "no.onnx"
+    done = cli("export", folder / "live.safetensors", "--model", spec(folder, "valued"), "--to",
+               "onnx", "-o", out, "--input-shape", "3,9,9")  # fmt: skip
+    assert len(done.message) < 700
 
 
 def test_wrong_and_impossible_requests_are_one_line(folder, tmp_path):

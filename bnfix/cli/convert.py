@@ -51,7 +51,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="C,H,W",
-            help="Input of the check of the whole model (default: usual sizes are tried).",
+            help="Input of the check of the whole model (default: the size that the preprocessing "
+            "leaves, else usual sizes, the small first).",
             rich_help_panel=MODEL,
         ),
     ] = None,

@@ -13,7 +13,7 @@ import numpy as np
 from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from bnfix.checkpoints.loading import Loaded
-from bnfix.conversion import example_input
+from bnfix.conversion import example_input, known_shape
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.diagnosing.advice import Call
@@ -148,7 +148,8 @@ def inspect_checkpoint(
         findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
         findings += examine_model(loaded.model, layers)
         if data is None:
-            example = example_input(loaded.model, None)
+            preprocessing, _ = resolve_preprocessing(loaded, source)
+            example = example_input(loaded.model, None, known_shape(loaded.model, preprocessing))
             if example is None:
                 notes.append("the model could not be run on a made-up input; --data runs it")
             else:

@@ -15,20 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.errors import ConfigError, ModelError
+from bnfix.errors import ConfigError, ModelError, one_line
 
 #: Inputs to outputs, in the order of `outputs_of`.
 Runner = Callable[[Tensor], list[Tensor]]
 
 #: Opsets that torch writes by itself or converts to.
 OPSETS = range(18, 24)
-#: What writers and runtimes are known to raise on a model that they cannot take.
-_WRITER_ERRORS = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError,
-    ArithmeticError,
-)  # fmt: skip
 _ONNX_LIMIT = 2**31 - 2**20
-_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch._export")
 
 
 def require_onnx() -> None:
@@ -123,8 +117,10 @@ def pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
     try:
         with quiet():
             torch.export.save(program, buffer)
-    except _WRITER_ERRORS as error:
-        raise ModelError(f"export: torch.export cannot save the model ({_line(error)}).") from error
+    except Exception as error:
+        raise ModelError(
+            f"export: torch.export cannot save the model ({root_line(error)})."
+        ) from error
     return buffer.getvalue()
 
 
@@ -169,9 +165,9 @@ def onnx_bytes(
                 input_names=["input"], output_names=names,
             )  # fmt: skip
             proto = written.model_proto
-    except _WRITER_ERRORS as error:
+    except Exception as error:
         raise ModelError(
-            f"export: the model cannot be translated to ONNX opset {opset} ({_line(error)}). "
+            f"export: the model cannot be translated to ONNX opset {opset} ({root_line(error)}). "
             "Try another --opset, or --to pt2."
         ) from error
     domains = sorted({n.domain for n in proto.graph.node} - {"", "ai.onnx"})
@@ -216,43 +212,41 @@ def onnx_runner(content: bytes) -> Runner:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except _WRITER_ERRORS as error:
-        raise ModelError(f"export: ONNX Runtime does not take it ({_line(error)}).") from error
+    except Exception as error:
+        raise ModelError(f"export: ONNX Runtime does not take it ({root_line(error)}).") from error
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(found) for found in session.run(None, {name: x.numpy()})]
+        try:
+            return [torch.from_numpy(found) for found in session.run(None, {name: x.numpy()})]
+        except Exception as error:
+            size = "x".join(map(str, x.shape))
+            raise ModelError(
+                f"export: ONNX Runtime cannot run it on {size} ({root_line(error)})."
+            ) from error
 
     return run
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep writers from printing, warning and logging: what matters of it is checked, or raised.
-
-    Yields:
-        Nothing.
-
-    Restores:
-        Standard output, filters of warnings, levels of the loggers.
-    """
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
+    """Keep writers from printing, warning and logging: what matters of it is checked, or raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
-def _line(error: BaseException) -> str:
-    """The innermost reason in one line."""
+def root_line(error: BaseException) -> str:
+    """The innermost reason of a library's error in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return (text if len(text) <= 200 else text[:197] + "...").rstrip(".")
+    return one_line(error).rstrip(".")

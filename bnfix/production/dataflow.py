@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from bnfix._torch_private import ConvBase
 from bnfix.errors import ModelError
+from bnfix.production.artifacts import quiet, root_line
 
 #: What running a stranger's forward on symbols is known to raise.
 _TRACE_ERRORS = (
@@ -101,33 +101,39 @@ def _graph(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
         try:
             return _Tracer(model, norms, coarse).trace(model, _defaults(model))
         except _TRACE_ERRORS as error:
-            reasons.append(_line(error))
+            reasons.append(root_line(error))
     return reasons[0]
 
 
-def export_program(model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    """Export a model with a free batch size.
+def export_program(
+    model: nn.Module, example: Tensor, *, free_size: bool = False
+) -> torch.export.ExportedProgram:
+    """Export a model with a free batch size, and a free height and width if asked for.
 
     Args:
         model: in evaluation mode.
         example: inputs, at least 2 of them: a size of 1 would be taken for a constant.
+        free_size: leave all sizes behind the channels free.
 
     Returns:
         The program.
 
     Raises:
-        ModelError: if it cannot be traced, or is bound to one batch size.
+        ModelError: if it cannot be traced, or is bound to one size.
     """
-    batch = torch.export.Dim("batch", min=1, max=2**20)
+    free = {0: torch.export.Dim("batch", min=1, max=2**20)}
+    if free_size:
+        free |= dict.fromkeys(range(2, example.ndim), torch.export.Dim.DYNAMIC)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            shapes: Any = ({0: batch},)
+        with quiet(), torch.no_grad():
+            shapes: Any = (free,)
             return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
-    except _TRACE_ERRORS as error:
+    except Exception as error:
+        size = " and a free height and width" if free_size else ""
         raise ModelError(
-            f"model: cannot be traced by torch.export with a free batch size ({_line(error)}). "
-            "Its forward must not branch on values, nor fix the number of examples."
+            f"model: cannot be traced by torch.export with a free batch size{size} "
+            f"({root_line(error)}). Its forward must not branch on values, nor fix the number of "
+            "examples."
         ) from error
 
 
@@ -155,12 +161,6 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """Arguments that a call with one input leaves at their defaults; symbols would mislead."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     return {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return (text if len(text) <= 200 else text[:197] + "...").rstrip(".")
 
 
 def _sources(graph: fx.Graph, model: nn.Module, norms: Sequence[nn.Module]) -> dict[str, Source]:

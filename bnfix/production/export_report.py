@@ -44,6 +44,7 @@ class Export:
         atol: largest difference that was accepted.
         inputs: ``images`` or ``noise``.
         input_shape: of one input.
+        other_shape: another that was checked too, where height and width are free.
         opset: of ONNX's operators.
         operators: how many of each kind, of ONNX.
         folding: which layers went into others, and why not the rest.
@@ -60,6 +61,7 @@ class Export:
     atol: float
     inputs: str
     input_shape: tuple[int, ...]
+    other_shape: tuple[int, ...] | None = None
     opset: int | None = None
     operators: Mapping[str, int] = field(default_factory=dict)
     folding: Folding | None = None
@@ -134,6 +136,7 @@ class Export:
             "atol": self.atol,
             "inputs": self.inputs,
             "input_shape": self.input_shape,
+            "other_shape": self.other_shape,
             "opset": self.opset,
             "operators": self.operators,
             "verification": dataclasses.asdict(self.agreement),
@@ -157,8 +160,9 @@ class Export:
         what = "images" if self.inputs == "images" else "inputs of seeded noise"
         sizes = " and ".join(map(str, a.batch_sizes))
         top1 = "" if a.top1_agreement is None else f", top-1 agrees on {percent(a.top1_agreement)}"
+        of = f" of {a.largest_output:.3g}" if a.largest_output > 1 else ""
         return (
-            f"{_TITLES[self.to]} agrees with PyTorch to {a.max_difference:.1e} on "
+            f"{_TITLES[self.to]} agrees with PyTorch to {a.max_difference:.1e}{of} on "
             f"{count(a.n_examples)} {what} at batch sizes {sizes}{top1}."
         )
 
@@ -170,7 +174,9 @@ class Export:
         """
         told = []
         if self.to in ("onnx", "pt2"):
-            told.append(f"It takes any number of inputs of {'x'.join(map(str, self.input_shape))}.")
+            size, *more = ("x".join(map(str, s)) for s in (self.input_shape, self.other_shape) if s)
+            free = f"any height and width (checked on {size} and {more[0]})" if more else size
+            told.append(f"It takes any number of inputs of {free}.")
         if self.folding is not None:
             n, left = len(self.folding.folded), self._left()
             told.append(
@@ -192,9 +198,9 @@ class Export:
             )
             if self.report.models:
                 told.append(f"On labelled images that is: {self.report.verdict_sentence()}")
-        for size, (ours, theirs) in self.agreement.seconds.items():
+        for batch, (ours, theirs) in self.agreement.seconds.items():
             told.append(
-                f"A batch of {size} takes {1000 * theirs:.2f} ms, {1000 * ours:.2f} ms in PyTorch."
+                f"A batch of {batch} takes {1000 * theirs:.2f} ms, {1000 * ours:.2f} ms in PyTorch."
             )
         return told
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,17 +13,17 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnfix import runtime
 from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import versions
-from bnfix.conversion import example_input
+from bnfix.conversion import CALL_ERRORS, example_input, known_shape
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.images import Images
 from bnfix.data.opening import open_images
-from bnfix.errors import ConfigError, ModelError, some
+from bnfix.errors import ConfigError, ModelError, one_line, some
 from bnfix.estimating import Estimate, peak_memory
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.measuring.evaluation import evaluate
@@ -40,6 +42,8 @@ from bnfix.workbench import load_one, resolve_preprocessing
 
 #: Labelled examples that the cost of `--force-zero` is measured on, at most.
 _COST_EXAMPLES: Final = 1000
+#: A difference below this, relative to the output, can be rounding.
+_ROUNDING: Final = 1e-3
 #: Numbers in all inputs together, at most.
 _MOST_VALUES: Final = 1 << 30
 
@@ -50,7 +54,11 @@ class ExportRecipe:
 
     to: str = option("onnx", "Form to write: " + ", ".join(SUFFIXES) + ".")
     samples: int = option(64, "Inputs to verify on, drawn in seeded random order.")
-    atol: float = option(1e-4, "Largest difference of an output that is accepted.")
+    atol: float = option(
+        1e-4,
+        "Largest difference of an output that is accepted, relative to the output's largest value "
+        "where that is above 1.",
+    )
     opset: int = option(
         artifacts.OPSETS[0],
         f"Version of ONNX's operators, {artifacts.OPSETS[0]} to {artifacts.OPSETS[-1]}.",
@@ -59,7 +67,9 @@ class ExportRecipe:
         False, "Set all example weights to 0 first, and report what that costs."
     )
     input_shape: tuple[int, ...] | None = option(
-        None, "Shape of one input, where there is no data to take it from."
+        None,
+        "Shape of one input; by default that of the data or the preprocessing, else height and "
+        "width are left free.",
     )
 
     def __post_init__(self) -> None:
@@ -96,6 +106,8 @@ class _Inputs:
     index: np.ndarray
     preprocessing: Preprocessing
     notes: list[str]
+    #: Some of another height and width, where both are free.
+    other: Tensor | None = None
 
 
 def export(
@@ -156,11 +168,17 @@ def export(
     models: tuple[Evaluated, ...] = ()
     if recipe.force_zero and live:
         cost, models = _zero_(loaded, inputs, names, source, workers, seed, track)
-    made = Making(loaded, recipe.to, recipe.opset, inputs.x[:2], names)
-    content, companion, runner = made.run()
-    found = agreement(artifacts.torch_runner(net), runner, inputs.x, names)
-    if not found.max_difference <= recipe.atol:
-        raise ModelError(_too_different(found, recipe, made, inputs))
+    free = inputs.other is not None
+    made = Making(loaded, recipe.to, recipe.opset, inputs.x[:2], names, free_size=free)
+    with _free_size(inputs):
+        content, companion, runner = made.run()
+    reference = artifacts.torch_runner(net)
+    found = agreement(reference, runner, inputs.x, names)
+    _check(found, recipe, made, inputs, inputs.x)
+    if inputs.other is not None:
+        with _free_size(inputs):
+            elsewhere = agreement(reference, runner, inputs.other, names, timed=False)
+            _check(elsewhere, recipe, made, inputs, inputs.other)
     notes = [*loaded.checkpoint.notes, *inputs.notes, *made.notes]
     report = Report(
         command="export",
@@ -183,6 +201,7 @@ def export(
         atol=recipe.atol,
         inputs="noise" if inputs.images is None else "images",
         input_shape=tuple(inputs.x.shape[1:]),
+        other_shape=None if inputs.other is None else tuple(inputs.other.shape[1:]),
         opset=recipe.opset if recipe.to == "onnx" else None,
         operators=made.operators,
         folding=made.folding,
@@ -241,22 +260,7 @@ def _inputs(
     """Images of the data, or seeded noise."""
     preprocessing, notes = resolve_preprocessing(loaded, source)
     if data is None:
-        shape = recipe.input_shape
-        if shape is not None:
-            _check_size(recipe, shape)
-        if shape is None and preprocessing.crop is not None:
-            shape = (preprocessing.channels, *preprocessing.crop)
-        probe = example_input(loaded.model, shape)
-        if probe is None:
-            raise ModelError(
-                "export: no usual input size fits the model. Give --data, or --input-shape C,H,W."
-            )
-        _check_size(recipe, tuple(probe.shape[1:]))
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(recipe.samples, *probe.shape[1:], generator=generator)
-        size = "x".join(map(str, x.shape[1:]))
-        notes = [f"verified on seeded noise of {size}, since no --data was given."]
-        return _Inputs(x, None, np.arange(0), preprocessing, notes)
+        return _noise(loaded.model, recipe, preprocessing, seed)
     images = open_images(
         data,
         class_map=None if source.class_map is None else Path(source.class_map),
@@ -279,6 +283,53 @@ def _inputs(
         raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
     runtime.run(loaded.model, x[:2], torch.device("cpu"))
     return _Inputs(x, images, index, preprocessing, notes)
+
+
+def _noise(
+    model: nn.Module, recipe: ExportRecipe, preprocessing: Preprocessing, seed: int
+) -> _Inputs:
+    """Seeded noise, of two sizes where the size is not known and the form could fix one."""
+    if recipe.input_shape is not None:
+        _check_size(recipe, recipe.input_shape)
+    known = known_shape(model, preprocessing)
+    probe = example_input(model, recipe.input_shape, known)
+    if probe is None:
+        raise ModelError(
+            "export: no usual input size fits the model. Give --data, or --input-shape C,H,W."
+        )
+    shape = tuple(probe.shape[1:])
+    _check_size(recipe, shape)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(recipe.samples, *shape, generator=generator)
+    words = "x".join(map(str, shape))
+    inputs = _Inputs(x, None, np.arange(0), preprocessing, [])
+    if recipe.to in ("onnx", "pt2") and shape not in (recipe.input_shape, known):
+        channels, height, width = shape
+        larger = (channels, 2 * height, 3 * width)
+        other = torch.randn(min(recipe.samples, 7), *larger, generator=generator)
+        inputs = dataclasses.replace(inputs, other=other)
+        with _free_size(inputs):
+            names_of(model, other[:2])
+        words += " and " + "x".join(map(str, larger))
+    inputs.notes.append(f"verified on seeded noise of {words}, since no --data was given.")
+    return inputs
+
+
+@contextmanager
+def _free_size(inputs: _Inputs) -> Iterator[None]:
+    """Ask for the size where a form cannot have a free height and width."""
+    try:
+        yield
+    except CALL_ERRORS as error:
+        if inputs.other is None:
+            raise
+        shape = ",".join(map(str, inputs.x.shape[1:]))
+        reason = str(error) if isinstance(error, ModelError) else one_line(error)
+        raise ModelError(
+            "export: the size of the network's input is not known, and it cannot have a free "
+            f"height and width ({reason.rstrip('.')}). Give --input-shape C,H,W, for example "
+            f"{shape}, on which the network runs; or --data."
+        ) from error
 
 
 def _check_size(recipe: ExportRecipe, shape: tuple[int, ...]) -> None:
@@ -347,13 +398,27 @@ def _data_used(inputs: _Inputs) -> DataUsed | None:
     return DataUsed(record["spec"], len(inputs.x), record["fingerprint"])
 
 
-def _too_different(found: Agreement, recipe: ExportRecipe, made: Making, inputs: _Inputs) -> str:
-    """What to say of a form that is not the model's equal."""
+def _check(
+    found: Agreement, recipe: ExportRecipe, made: Making, inputs: _Inputs, x: Tensor
+) -> None:
+    """Refuse a form that is not the model's equal."""
+    if found.relative_difference <= recipe.atol:
+        return
     i = found.worst_example
-    where = made.suspect(inputs.x[[i, (i + 1) % len(inputs.x)]], recipe.atol)
+    where = made.suspect(x[[i, (i + 1) % len(x)]], recipe.atol)
     name = "noise" if inputs.images is None else inputs.images.name(int(inputs.index[i]))
-    return (
+    suspect = f"suspect layer: {where}."
+    if not where and found.relative_difference < _ROUNDING:
+        enough = float(f"{1.1 * found.relative_difference:.1e}")
+        suspect = (
+            "every layer agrees by itself, so it is rounding that adds up. "
+            f"Give --atol {enough:g} to accept it."
+        )
+    elif not where:
+        suspect = "every layer agrees by itself, so suspect what is computed between them."
+    raise ModelError(
         f"--to {recipe.to}: output {found.worst_output!r} of example {i} ({name}) differs by "
-        f"{found.max_difference:.2g}, more than --atol {recipe.atol:g} (the largest output is "
-        f"{found.largest_output:.3g}); suspect layer: {where}. Nothing was written."
+        f"{found.max_difference:.2g}, more than --atol {recipe.atol:g} accepts "
+        f"({recipe.atol * max(1.0, found.largest_output):.2g}, as that output is up to "
+        f"{found.largest_output:.3g}); {suspect} Nothing was written."
     )

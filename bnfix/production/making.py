@@ -29,14 +29,23 @@ class Making:
         opset: of ONNX's operators.
         example: two inputs.
         names: of the outputs.
+        free_size: leave height and width free.
     """
 
     def __init__(
-        self, loaded: Loaded, to: str, opset: int, example: Tensor, names: list[str]
+        self,
+        loaded: Loaded,
+        to: str,
+        opset: int,
+        example: Tensor,
+        names: list[str],
+        *,
+        free_size: bool = False,
     ) -> None:
         self.loaded, self.to, self.opset, self.example, self.names = (
             loaded, to, opset, example, names,
         )  # fmt: skip
+        self.free_size = free_size
         self.notes: list[str] = []
         self.operators: dict[str, int] = {}
         self.folding: Folding | None = None
@@ -86,7 +95,7 @@ class Making:
     def _write(self, net: nn.Module, names: list[str] | None) -> bytes:
         """A model in the form wanted."""
         # Zeros, not the user's images: torch.export stores what it was shown.
-        program = export_program(net, torch.zeros_like(self.example))
+        program = export_program(net, torch.zeros_like(self.example), free_size=self.free_size)
         if self.to == "pt2":
             return artifacts.pt2_bytes(program)
         content, self.operators = artifacts.onnx_bytes(program, names, self.opset)

@@ -18,6 +18,8 @@ from bnfix.production.artifacts import Runner, outputs_of
 
 #: Batch sizes that are run: one, and an odd one.
 BATCH_SIZES = (1, 7)
+#: Differences of one layer below this, relative to its output, are rounding in float32.
+_ROUNDING = 1e-5
 _ROUNDS = 5
 _LONGEST = 3.0
 
@@ -29,18 +31,21 @@ class Agreement:
     Args:
         n_examples: inputs.
         batch_sizes: at which all of them were run.
-        max_difference: largest |output - output of the first model|; infinite where only one of
-            both is not finite.
+        relative_difference: largest |output - output of the first model| of any output, relative to
+            that output's largest value where that is above 1; infinite where only one of both is
+            not finite.
+        max_difference: the same difference as it is.
         worst_output: name of the output where that is.
         worst_example: its position among the inputs.
-        largest_output: largest |output| of the first model.
-        top1_agreement: fraction of examples (and positions) with the same largest channel of the
-            first output; ``None`` where it has no channels.
+        largest_output: largest finite value of that output in the first model.
+        top1_agreement: fraction of examples with the same largest logit; ``None`` unless exactly
+            one output is ``(N, C)``.
         seconds: median time of a batch by batch size: the first model's, the second's.
     """
 
     n_examples: int
     batch_sizes: tuple[int, ...]
+    relative_difference: float
     max_difference: float
     worst_output: str
     worst_example: int
@@ -76,24 +81,38 @@ def agreement(
     """
     n = len(inputs)
     sizes = tuple(sorted({min(size, n) for size in batch_sizes}))
-    worst, place, example = -1.0, names[0], 0
-    largest, n_same, n_places = 0.0, 0, 0
+    worst, largest = dict.fromkeys(names, (0.0, 0)), dict.fromkeys(names, 0.0)
+    n_same, n_logits = 0, 0
     for size in sizes:
         for start in range(0, n, size):
             x = inputs[start : start + size].contiguous()
             wanted, found = reference(x), other(x)
             _check_shapes(wanted, found, names)
             for name, a, b in zip(names, wanted, found, strict=True):
+                if not a.numel():
+                    continue
                 gaps = _gaps(a, b)
-                largest = max(largest, float(a.double().abs().nan_to_num().max()))
-                if float(gaps.max()) > worst:
-                    worst, place, example = float(gaps.max()), name, start + int(gaps.argmax())
-            if wanted[0].ndim >= 2 and wanted[0].shape[1] > 1:
-                same = wanted[0].argmax(1) == found[0].argmax(1)
-                n_same, n_places = n_same + int(same.sum()), n_places + same.numel()
+                largest[name] = max(largest[name], _largest(a))
+                if float(gaps.max()) > worst[name][0]:
+                    worst[name] = float(gaps.max()), start + int(gaps.argmax())
+            logits = [i for i, a in enumerate(wanted) if a.ndim == 2 and a.shape[1] > 1]
+            if len(logits) == 1:
+                n_same += int((wanted[logits[0]].argmax(1) == found[logits[0]].argmax(1)).sum())
+                n_logits += len(wanted[logits[0]])
+    relative = {name: worst[name][0] / max(1.0, largest[name]) for name in names}
+    place = max(names, key=lambda name: relative[name])
     seconds = {size: _times(reference, other, inputs[:size]) for size in sizes} if timed else {}
-    top1 = n_same / n_places if n_places else None
-    return Agreement(n, sizes, worst, place, example, largest, top1, seconds)
+    return Agreement(
+        n_examples=n,
+        batch_sizes=sizes,
+        relative_difference=relative[place],
+        max_difference=worst[place][0],
+        worst_output=place,
+        worst_example=worst[place][1],
+        largest_output=largest[place],
+        top1_agreement=n_same / n_logits if n_logits else None,
+        seconds=seconds,
+    )
 
 
 def suspect_layer(
@@ -108,10 +127,10 @@ def suspect_layer(
         model: in evaluation mode.
         export: from a model to how its exported form runs.
         x: the inputs that differ, at least 2.
-        atol: differences above this, relative where outputs are above 1, count.
+        atol: differences above this, relative where outputs are above 1, count, but for rounding.
 
     Returns:
-        The layer in words, for a message.
+        The layer in words, for a message; "" if every layer agrees.
     """
     probed = _Probed(model)
     with guards.hooks() as handles:
@@ -129,12 +148,12 @@ def suspect_layer(
     if len(wanted) != len(found):
         return "not found: the exported model calls other layers"
     for name, a, b in zip(probed.names, wanted, found, strict=True):
-        scale = float(a.double().abs().nan_to_num().max().clamp_min(1.0)) if a.numel() else 1.0
+        scale = max(1.0, _largest(a)) if a.numel() else 1.0
         gap = float(_gaps(a, b).max()) if a.shape == b.shape and a.numel() else math.inf
-        if gap > atol * scale:
+        if gap > max(atol, _ROUNDING) * scale:
             kind = type(model.get_submodule(name)).__name__
             return f"{name} ({kind}), the first whose output differs (by {gap:.2g})"
-    return "none by itself: with every layer's output looked at, none differs"
+    return ""
 
 
 class _Probed(nn.Module):
@@ -168,6 +187,10 @@ def _check_shapes(wanted: list[Tensor], found: list[Tensor], names: Sequence[str
         raise ModelError(
             f"export: the exported model gives outputs of {shapes[1]}, the model gives {shapes[0]}."
         )
+
+
+def _largest(a: Tensor) -> float:
+    return float(a.double().abs().nan_to_num(0.0, 0.0, 0.0).max())
 
 
 def _gaps(a: Tensor, b: Tensor) -> Tensor:
