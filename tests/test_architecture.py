@@ -268,8 +268,9 @@ FLOORS: list[dict[str, set[str]]] = [
         "conversion": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
             "data.batches", "data.corruptions", "guards", "layers.norms", "layers.refitting",
-            "layers.sites", "layers.surgery", "recognition", "reporting.layer_rows", "reporting.report",
-            "reporting.result", "runtime", "tracking", "weighing.example_weight", "workbench",
+            "layers.sites", "layers.surgery", "recognition", "reporting.layer_rows",
+            "reporting.report", "reporting.result", "runtime", "tracking",
+            "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
             "checkpoints.checkpoint", "measuring.evaluation", "measuring.intervals",
