@@ -157,7 +157,7 @@ class Plan:
     def _swap_(self, bench: Workbench) -> None:
         """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
         swapped = plan_swap(bench.model, self.swap)
-        bench.assumptions += swapped.skipped
+        bench.assumptions += [*swapped.notes, *swapped.skipped]
         if list(generalized_norms(bench.model)):
             if dataclasses.replace(self.swap, layers=(), skip=()) == SwapRecipe():
                 return
@@ -167,7 +167,6 @@ class Plan:
         if not live and any(change.example_weight for change in swapped.changes):
             bench.original = copy.deepcopy(bench.model)
         swapped = swap_planned_(bench.model, swapped)
-        bench.assumptions += swapped.notes
 
     def _keeping(self, change: Change, model: nn.Module) -> Change:
         """A change of a layer that is set already, less what nobody asked for."""

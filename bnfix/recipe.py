@@ -382,6 +382,11 @@ class ModelRecipe:
     prefer_ema: bool = option(
         False, "Take the running mean of the weights that lies beside them in the file."
     )
+    unfreeze: bool = option(
+        False,
+        "Turn FrozenBatchNorm2d layers into BatchNorm2d of the same numbers, on which commands "
+        "act; the output then holds their num_batches_tracked, too, and loads into either.",
+    )
     forward: str | None = option(
         None,
         "package.module:callable or path/to/file.py:callable, called with the model and a batch "

@@ -268,6 +268,7 @@ def load_one(
         key=recipe.key,
         prefix=recipe.prefix,
         prefer_ema=recipe.prefer_ema,
+        unfreeze=recipe.unfreeze,
         mapped=mapped,
     )
     if recipe.forward is not None:

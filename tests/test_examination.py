@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -19,9 +21,11 @@ from bnfix.diagnosing.diagnosis import Finding
 from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
 from bnfix.diagnosing.history import read_history
 from bnfix.diagnosing.inspection import inspect_checkpoint
+from bnfix.errors import NormError
 from bnfix.pipeline import calibrate
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, StatisticsRecipe, WeightRecipe
+from bnfix.statistics.calibration import recalibrate_
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 
@@ -406,3 +410,68 @@ def test_published_models_have_notes_at_most():
         findings = inspect_checkpoint(DATA / name).findings
         assert {finding.severity for finding in findings} <= {"note"}
         assert {finding.fault for finding in findings} <= faults
+
+
+# --- layers of constants ---
+
+
+@pytest.fixture
+def frozen(files, tmp_path):
+    """A network of the files whose second norm is built as constants, and its model."""
+    (tmp_path / "frozen.py").write_text(
+        f"import runpy\nfrom torchvision.ops.misc import FrozenBatchNorm2d\n\n\ndef build():\n"
+        f"    net = runpy.run_path({str(files.folder / 'nets.py')!r})['build']()\n"
+        "    net.bn2 = FrozenBatchNorm2d(12)\n    return net\n"
+    )
+    state = torch.load(files.net, weights_only=True)
+    del state["bn2.num_batches_tracked"]
+    state["bn2.running_mean"] += 3
+    torch.save(state, tmp_path / "net.pth")
+    return tmp_path / "net.pth", ("--model", f"{tmp_path / 'frozen.py'}:build", *files.common[2:])
+
+
+def test_a_layer_of_constants_is_named_and_the_command_that_unfreezes_it_works(
+    cli, files, frozen, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    file, common = frozen
+    found = cli("inspect", file, *common, "--data", files.data, "--json").json["findings"]
+    faults = {f["fault"]: f for f in found if f["layer"] == "bn2"}
+    assert {"frozen-kind", "stale"} <= set(faults)
+    assert all("--unfreeze" in finding["advice"] for finding in faults.values())
+    assert not any("--unfreeze" in f["advice"] for f in found if f["layer"] != "bn2")
+    (command,) = commands_in(faults["stale"]["advice"])
+    assert cli(*command).code == 0
+    out = tmp_path / "net.calibrated.safetensors"
+    left = cli("inspect", out, *common, "--data", files.data, "--unfreeze", "--json").json
+    assert not {"frozen-kind", "stale"} & {f["fault"] for f in left["findings"]}
+    # The output is the frozen network's too, in bnfix and in plain PyTorch.
+    state = load_file(out)
+    assert "bn2.num_batches_tracked" in state
+    plain = runpy.run_path(str(tmp_path / "frozen.py"))["build"]()
+    plain.load_state_dict(state, strict=True)
+    evaluated = [
+        cli("eval", out, *common, "--data", files.data, *more, "--json").json["models"][0]["nll"]
+        for more in ((), ("--unfreeze",))
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-6)
+
+
+def test_a_command_that_leaves_constants_alone_says_so_and_how_to_change_that(
+    cli, files, frozen, tmp_path
+):
+    file, common = frozen
+    outcome = cli(
+        "calibrate", file, *common, "--data", files.data, "--statistics", "population",
+        "--example-weight", "keep", "-o", tmp_path / "o.safetensors",
+    )  # fmt: skip
+    assert "bn2: FrozenBatchNorm2d" in outcome.err
+    assert "--unfreeze" in outcome.err
+    assert torch.equal(
+        load_file(tmp_path / "o.safetensors")["bn2.running_mean"],
+        torch.load(file, weights_only=True)["bn2.running_mean"],
+    )
+    with pytest.raises(NormError, match="0: frozen; --unfreeze"):
+        recalibrate_(nn.Sequential(FrozenBatchNorm2d(3)), [torch.randn(2, 3, 4, 4)])
+    shown = cli("inspect", files.net, *files.common, "--unfreeze").out
+    assert "--unfreeze: no frozen layer" in shown

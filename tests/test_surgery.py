@@ -15,7 +15,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.errors import ConfigError, NormError
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
 from bnfix.layers.sites import find_norms, selected, sites_with_statistics, unmatched
-from bnfix.layers.surgery import plan_swap, swap_norms_, swap_planned_
+from bnfix.layers.surgery import plan_swap, swap_norms_, swap_planned_, unfreeze_
 from bnfix.recipe import SwapRecipe
 from tests import nets
 
@@ -818,3 +818,23 @@ def test_half_precision_models():
     assert all(c.difference < 1e-2 for c in done.changes)
     assert net.bn1.weight.dtype == net.bn1.running_var.dtype == torch.bfloat16
     torch.testing.assert_close(net(x), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm"])
+def test_a_frozen_layer_thaws_in_place_with_the_same_numbers(kind):
+    frozen = FrozenBatchNormAct2d(4) if kind == "timm" else FrozenBatchNorm2d(4, eps=1e-3)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), frozen, nn.BatchNorm2d(4)).eval()
+    net.again = net[1]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(net[1], name).uniform_(0.5, 2)
+    x = torch.randn(2, 3, 8, 8)
+    before, keys = net(x), set(net.state_dict())
+    (thawed,) = unfreeze_(net)
+    net.eval()
+    assert thawed is net[1] is net.again is frozen
+    assert isinstance(net[1], BatchNormAct2d if kind == "timm" else nn.BatchNorm2d)
+    torch.testing.assert_close(net(x), before)
+    added = {f"{name}.num_batches_tracked" for name in ("1", "again")}
+    assert set(net.state_dict()) == keys | added
+    assert net[1].weight.requires_grad
+    assert unfreeze_(net) == []

@@ -20,7 +20,7 @@ from bnfix.checkpoints.origin import Origin, require_buildable, stated_origin
 from bnfix.errors import BnfixError, CheckpointError, plain, some
 from bnfix.layers.norms import set_example_weight_
 from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import Change, plan_swap, swap_planned_
+from bnfix.layers.surgery import Change, plan_swap, swap_planned_, unfreeze_
 from bnfix.recipe import SwapRecipe
 
 
@@ -66,6 +66,7 @@ def load_ready(
     key: str | None = None,
     prefix: str | None = None,
     prefer_ema: bool = False,
+    unfreeze: bool = False,
     mapped: bool = False,
 ) -> Loaded:
     """Read a checkpoint, build its model, load it strictly, and set its norm layers.
@@ -78,6 +79,7 @@ def load_ready(
         key: nesting inside the file, if it is not to be found by itself.
         prefix: prefix of the names, if it is not to be found by itself.
         prefer_ema: take the running mean of the weights, which must then be there.
+        unfreeze: make trainable layers of Batch Norms that are constants by their class.
         mapped: let the model use the file's own tensors where that can be, instead of copies: it
             then takes memory as they are used, and the file must stay as it is meanwhile.
 
@@ -100,7 +102,15 @@ def load_ready(
         )
     if model is None:
         model = build_model(origin.spec or "", origin.arguments, checkpoint.tensors)
+    thawed = unfreeze_(model) if unfreeze else []
+    if unfreeze:
+        found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"--unfreeze: {found}"))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # Once unfrozen, a file has counters, which layers that are constants load and drop.
+    for site in find_norms(model):
+        if site.frozen:
+            shapes.setdefault(f"{site.name}.num_batches_tracked", torch.Size())
     stock = {name: s for name, s in shapes.items() if not is_weight_buffer(name, model)}
     problems = key_problems(stock, checkpoint.tensors)
     if problems and key is None and prefix is None:
@@ -119,8 +129,8 @@ def load_ready(
     published = published_weights(origin.spec or "", checkpoint.sha256)
     if published is not None and published.name == "COCO_V1":
         for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.eps = 0.0  # as torchvision sets it beside these weights
+            if isinstance(module, FrozenBatchNorm2d) or module in thawed:
+                module.__dict__["eps"] = 0.0  # as torchvision sets it beside these weights
     origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
     if checkpoint.metadata is not None:
         _apply_norms(model, checkpoint)

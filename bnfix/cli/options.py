@@ -132,6 +132,7 @@ class ModelFlags:
     key: Annotated[str | None, _model("key")] = None
     prefix: Annotated[str | None, _model("prefix")] = None
     prefer_ema: Annotated[bool, _model("prefer_ema")] = False
+    unfreeze: Annotated[bool, option(ModelRecipe, "unfreeze", "--unfreeze", panel=MODEL)] = False
     forward: Annotated[str | None, _model("forward")] = None
 
     def recipe(self) -> ModelRecipe:
@@ -153,7 +154,13 @@ class ModelFlags:
             except ValueError:
                 arguments.append((name, value))  # a bare word is a string
         return ModelRecipe(
-            self.model, tuple(arguments), self.key, self.prefix, self.prefer_ema, self.forward
+            model=self.model,
+            arguments=tuple(arguments),
+            key=self.key,
+            prefix=self.prefix,
+            prefer_ema=self.prefer_ema,
+            unfreeze=self.unfreeze,
+            forward=self.forward,
         )
 
 

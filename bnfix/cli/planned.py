@@ -58,7 +58,7 @@ Test = Annotated[str | None, option(DataRecipe, "test", panel="Data and preproce
 #: What `--recipe` leaves to the command line.
 _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix",
-    "prefer_ema", "forward", "test",
+    "prefer_ema", "unfreeze", "forward", "test",
     "device", "workers", "force", "show_plan", "as_json", "quiet",
     "debug",
 }  # fmt: skip
@@ -102,11 +102,11 @@ def _only_replayed(
             f"--recipe: replays all options of that file; {some(sorted(typed))} cannot be given "
             "besides. Leave one of them out."
         )
-    if given.model is not None:
-        plan = dataclasses.replace(plan, model=given)
-    elif given.forward is not None:
-        asked = dataclasses.replace(plan.model, forward=given.forward)
-        plan = dataclasses.replace(plan, model=asked)
+    asked = given
+    if given.model is None:
+        asked = dataclasses.replace(plan.model, forward=given.forward or plan.model.forward)
+    unfreeze = given.unfreeze or plan.model.unfreeze
+    plan = dataclasses.replace(plan, model=dataclasses.replace(asked, unfreeze=unfreeze))
     if test is not None:
         plan = dataclasses.replace(plan, source=dataclasses.replace(plan.source, test=test))
     return plan

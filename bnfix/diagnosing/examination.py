@@ -82,8 +82,11 @@ def _setting_faults(site: NormSite, stored: NormTensors | None) -> list[_Fault]:
         detail = f"the same module as {', '.join(site.aliases[:3])}: one set of statistics for all"
         found.append(("shared", detail, "note", "nothing, if it is meant so; " + INSPECT))
     if site.frozen:
-        detail = f"{site.kind}: its statistics are constants, which no command changes"
-        found.append(("frozen-kind", detail, "note", INSPECT))
+        detail = (
+            f"{site.kind}: its numbers are constants, which no command changes without --unfreeze"
+        )
+        advice = "nothing, if it is meant so; " + RECALIBRATE
+        found.append(("frozen-kind", detail, "note", advice))
     if not site.has_statistics:
         detail = "keeps no running statistics: in evaluation, too, outputs depend on the batch"
         advice = (

@@ -132,6 +132,7 @@ def inspect_checkpoint(
     )
     notes, header = list(found.notes), found.metadata or {}
     kinds: dict[str, str] = {}
+    frozen: set[str] = set()
     problems: list[str] = []
     seen = _Seen()
     loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
@@ -140,6 +141,7 @@ def inspect_checkpoint(
         notes = list(found.notes)
         sites = find_norms(loaded.model)
         kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
+        frozen = {site.name for site in sites if site.frozen and not site.problem}
         problems = [f"{site.name}: {site.problem}" for site in sites if site.problem]
     norms = header.get("norms")
     layers = read_norms(found.tensors, norms if isinstance(norms, dict) else None)
@@ -172,7 +174,11 @@ def inspect_checkpoint(
         knows_model=recipe.model is not None or _builds_itself(header),
         labelled=data is None or seen.labelled,
     )
-    findings = [dataclasses.replace(f, advice=call.fill(f.advice)) for f in findings]
+    advice = [_unfreezing(f.advice) if f.layer in frozen else f.advice for f in findings]
+    findings = [
+        dataclasses.replace(finding, advice=call.fill(text))
+        for finding, text in zip(findings, advice, strict=True)
+    ]
     findings.sort(key=lambda finding: _ORDER[finding.severity])
     history = header.get("history")
     told = read_history(history if isinstance(history, list) else [])
@@ -187,6 +193,12 @@ def inspect_checkpoint(
         told=told,
         notes=notes,
     )
+
+
+def _unfreezing(advice: str) -> str:
+    """The advice for a layer that is constant until it is unfrozen."""
+    changes = advice.endswith("-o OUT")
+    return advice.replace("--model SPEC", "--model SPEC --unfreeze") if changes else advice
 
 
 @dataclass(frozen=True)

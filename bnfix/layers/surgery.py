@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
@@ -84,6 +85,7 @@ def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
     problems: list[str] = []
     skipped: list[str] = []
     synchronized: list[str] = []
+    frozen: list[str] = []
     sites = find_norms(model)
     problems.extend(unmatched(sites, (*recipe.layers, *recipe.skip)))
     for site in sites:
@@ -97,10 +99,17 @@ def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
             problems.extend(found)
             if "Sync" in site.kind:
                 synchronized.append(site.name)
+            if site.frozen:
+                frozen.append(site.name)
     notes = []
     if synchronized:
         notes.append(
             f"{some(synchronized)}: was SyncBatchNorm; in training it now normalizes per process"
+        )
+    if frozen:
+        notes.append(
+            f"{some(frozen)}: FrozenBatchNorm2d, whose numbers are constants and stay as they "
+            "are. --unfreeze turns it into BatchNorm2d of the same numbers"
         )
     others = instance_norms(model)
     if not sites:
@@ -198,6 +207,32 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
     for old, layer in new:
         exchange_(old, layer)
     return replace(plan, changes=tuple(done))
+
+
+def unfreeze_(model: nn.Module) -> list[nn.Module]:
+    """Turn Batch Norms of constants into trainable ones of the same numbers."""
+    found = [
+        site.module
+        for site in find_norms(model)
+        if site.frozen and not site.problem and not isinstance(site.module, BatchNormBase)
+    ]
+    for module in found:
+        # timm need not be installed: its class lies beside that of the layer at hand.
+        home = sys.modules[type(module).__module__] if is_timm_act(module) else nn
+        kind: Any = home.BatchNormAct2d if is_timm_act(module) else nn.BatchNorm2d
+        own: Any = module._buffers
+        affine = own["weight"] is not None
+        layer = kind(
+            _n_channels(module), module.eps, affine=affine, device=own["running_var"].device
+        )
+        for name, tensor in own.items():
+            if name in layer._buffers:
+                layer._buffers[name] = tensor
+            elif tensor is not None:
+                layer._parameters[name] = nn.Parameter(tensor)
+        layer._modules.update(module._modules)
+        exchange_(module, layer)
+    return found
 
 
 def _refuse(problems: Sequence[str], shown: int = 8) -> None:

@@ -204,7 +204,9 @@ def recalibrate_(
         raise NormError(f"norm layers: {'; '.join(problems)}.")
     sites = list(sites_with_statistics(model, layers, skip))
     if not sites:
-        raise NormError("model: no norm layer with statistics to compute anew.")
+        frozen = [site.name for site in every if site.frozen]
+        why = f" ({some(frozen)}: frozen; --unfreeze makes BatchNorm2d of them)" if frozen else ""
+        raise NormError(f"model: no norm layer with statistics to compute anew{why}.")
     size = train_batch_size if target == "train-batch" else None
     auto = Enough(tolerance) if samples == "auto" else None
     keeper = None
