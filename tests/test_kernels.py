@@ -1,15 +1,15 @@
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
+import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bnfix.layers import kernels
+from bnfix.layers.finishing import NOTHING, Finish, hardswish_
 from bnfix.layers.norms import GeneralizedBatchNorm
 
 LAYOUTS = ("contiguous", "channels last", "strided", "transposed", "sliced channels")
@@ -247,78 +247,104 @@ def test_autocast_leaves_the_statistics_in_float32():
             assert torch.equal(y, layer(x))
 
 
-# ---- Triton, where it is installed: in its interpreter, and through its compiler ---------------
-
-INTERPRETED = """
-import torch
-from bnfix.layers import kernels
-from bnfix.layers.finishing import CODES, Finish
-from bnfix.layers.triton_kernels import normalize
-from tests.test_kernels import close, laid_out, oracle, terms_for
-
-for shape in [(2, 3, 7, 7), (1, 2, 130, 131), (2, 20, 2, 3, 5)]:
-    for layout in ("contiguous", "channels last"):
-        for dtype, offset in [(torch.float32, 1e4), (torch.float16, 5)]:
-            c = shape[1]
-            x = laid_out(torch.randn(shape) + offset, layout).to(dtype)
-            weight = torch.linspace(0.1, 0.8, c) if c == 20 else 0.3
-            plain = dtype is torch.float16
-            terms = terms_for(c, weight=weight, offset=offset, bare=plain, alone=plain)
-            population = None if plain else (terms.mean, terms.var)
-            y = normalize(x, population, terms.example_weight, terms.gamma, terms.beta, 1e-5)
-            assert y.dtype == dtype and y.stride() == x.stride()
-            close(y, oracle(x, terms), ratio=max(1.0, offset))
-            residual = laid_out(torch.randn(shape), layout).to(dtype)
-            for in_place, code in [(None, 0), *CODES.items()]:
-                given = terms.example_weight, terms.gamma, terms.beta, 1e-5
-                for added in (residual, None):
-                    y = normalize(x, population, *given, added, code)
-                    expected = Finish(added, in_place)(oracle(x, terms))
-                    close(y, expected, ratio=max(1.0, offset))
-            x[0, 1].fill_(float("nan"))
-            y = normalize(x, population, terms.example_weight, terms.gamma, terms.beta, 1e-5)
-            assert torch.equal(y.isnan(), kernels.plain(x, terms).isnan())
-            for code in CODES.values():
-                z = normalize(x, population, *given, residual, code)
-                assert torch.equal(z.isnan(), y.isnan())
-print("all equal")
-"""
-
-COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from bnfix.layers import triton_kernels as kernels
-
-plain = dict.fromkeys(("weight_stride", "channels", "positions", "step_channel"), "i32")
-plain |= {"step_position": "i32", "eps": "fp32", "x": "*bf16", "y": "*bf16"}
-plain |= {"residual": "*bf16"}
-sizes = {"has_population": True, "has_gamma": True, "has_beta": True, "block_c": 4, "block_l": 64}
-sizes |= {"has_residual": True, "activation": 3}
-for kernel in (kernels._whole, kernels._moments, kernels._apply):
-    fixed = {name: value for name, value in sizes.items() if name in kernel.arg_names}
-    types = {name: plain.get(name, "*fp32") for name in kernel.arg_names}
-    source = ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
-print("all compiled")
-"""
+# ---- the form that is compiled on CUDA, here on the CPU ------------------------------------------
 
 
-def triton_says(code, tmp_path, **environment):
-    pytest.importorskip("triton")
-    root = Path(__file__).resolve().parents[1]
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(root)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, cwd=root,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.strip()
+@pytest.fixture
+def fresh():
+    """Nothing compiled or proved yet, and nothing left of it."""
+    for step in range(2):
+        kernels._proved.cache_clear()
+        kernels._compiler.cache_clear()
+        torch._dynamo.reset()
+        if not step:
+            yield
 
 
-def test_triton_s_kernels_equal_the_plain_form_in_its_interpreter(tmp_path):
-    assert triton_says(INTERPRETED, tmp_path, TRITON_INTERPRET="1") == "all equal"
+def compiled_cases():
+    """Inputs, terms and what follows them, of six kinds; each kind in two sizes."""
+    for shape, layout, dtype, offset, weight, activation in (
+        ((2, 6, 7, 7), "contiguous", torch.float32, 1e4, 0.3, None),
+        ((3, 6, 9, 5), "channels last", torch.float32, 0.0, [0.0, 0.3, 0.8], torch.relu_),
+        ((2, 12, 5, 5), "contiguous", torch.bfloat16, 5.0, 0.3, hardswish_),
+    ):
+        for n, c in ((shape[0], shape[1]), (shape[0] + 2, shape[1] // 2)):
+            weights = weight * (c // 3) if isinstance(weight, list) else weight
+            terms = terms_for(c, weight=weights, offset=offset)._replace(shiftable=True)
+            # As a layer's, no views: those of one tensor would be compiled apart.
+            held = (t.clone() if isinstance(t, torch.Tensor) else t for t in terms)
+            terms = kernels.Terms(*held)
+            for added in (False, True):
+                drawn = torch.randn(2, n, c, *shape[2:])
+                moved = drawn[0] + offset, drawn[1]
+                x, residual = (laid_out(t, layout).to(dtype, copy=True) for t in moved)
+                yield x, terms, Finish(residual if added else None, activation), max(1.0, offset)
 
 
-def test_triton_s_kernels_compile_for_a_device_that_is_not_here(tmp_path):
-    assert triton_says(COMPILED, tmp_path) == "all compiled"
+def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkeypatch):
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(kernels._finished, dynamic=True, backend=backend)
+    monkeypatch.setattr(kernels, "_compiler", functools.cache(lambda: compiled))
+    for x, terms, finish, ratio in compiled_cases():
+        before = x.clone()
+        y = kernels._on_cuda(x, terms, finish)
+        assert torch.equal(x, before)
+        assert (y.dtype, y.stride()) == (x.dtype, x.stride())
+        close(y, finish(oracle(x, terms)), ratio=ratio)
+        x[0, 1].fill_(float("nan"))
+        y = kernels._on_cuda(x, terms, finish)
+        assert torch.equal(y.isnan(), finish(kernels.plain(x, terms)).isnan())
+    assert kernels._proved.cache_info().currsize == 6
+    assert backend.frame_count == 6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor's kernels for CPUs need g++")
+def test_inductor_s_kernel_equals_the_plain_form(fresh):
+    x, terms, finish, ratio = list(compiled_cases())[7]
+    close(kernels._on_cuda(x, terms, finish), finish(oracle(x, terms)), ratio=ratio)
+    assert kernels._proved.cache_info().currsize == 1
+
+
+def test_what_the_compiled_form_does_not_know_is_done_around_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(kernels, "_proved", lambda case: True)
+    monkeypatch.setattr(
+        kernels, "_compiled", lambda *given: seen.append(given) or kernels._finished(*given)
+    )
+    x = torch.randn(2, 3, 6, 6)
+    terms = terms_for(3, weight=0.3)._replace(shiftable=True)
+    flipped = torch.randn(2, 3, 6, 6).transpose(-1, -2)
+    leaky = functools.partial(torch.nn.functional.leaky_relu, negative_slope=0.2, inplace=True)
+    for finish in (Finish(flipped, torch.relu_), Finish(x, leaky), Finish(flipped, leaky)):
+        close(kernels._on_cuda(x, terms, finish), finish(oracle(x, terms)))
+    assert [given[2] for given in seen] == [NOTHING, Finish(x), NOTHING]
+    seen.clear()
+    far = terms._replace(shiftable=False)  # a weight so near 1 that the shift may cost digits
+    close(kernels._on_cuda(x, far, NOTHING), oracle(x, far))
+    assert not seen
+
+
+@pytest.mark.parametrize("wrong", ["raises", "differs"])
+def test_a_device_that_cannot_compile_takes_the_plain_form(fresh, monkeypatch, caplog, wrong):
+    def compiled(input, terms, finish):
+        if wrong == "raises":
+            raise RuntimeError("no compiler\nand a long story")
+        return kernels._finished(input, terms, finish) + 0.01
+
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+    x, terms = torch.randn(2, 3, 6, 6), terms_for(3, weight=0.3)._replace(shiftable=True)
+    for _ in range(2):
+        assert torch.equal(kernels._on_cuda(x, terms, NOTHING), kernels.plain(x, terms))
+    (record,) = caplog.records
+    assert "The compiled layer is not used on cpu" in record.getMessage()
+    assert "long story" not in record.getMessage()
+
+
+def test_a_device_without_memory_says_so(fresh, monkeypatch):
+    def compiled(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "_compiled", compiled)
+    terms = terms_for(3, weight=0.3)._replace(shiftable=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels._on_cuda(torch.randn(2, 3, 6, 6), terms, NOTHING)

@@ -15,8 +15,8 @@ Activation = Callable[[Tensor], object]
 relu6_: Activation = partial(F.relu6, inplace=True)
 silu_: Activation = partial(F.silu, inplace=True)
 hardswish_: Activation = partial(F.hardswish, inplace=True)
-#: Activations that kernels in other languages know, by their number there.
-CODES: dict[Activation, int] = {torch.relu_: 1, relu6_: 2, silu_: 3, hardswish_: 4}
+#: Activations that are compiled together with the layer.
+ACTIVATIONS: tuple[Activation, ...] = (torch.relu_, relu6_, silu_, hardswish_)
 _MODULES: dict[type[nn.Module], Activation] = {
     nn.ReLU: torch.relu_, nn.ReLU6: relu6_, nn.SiLU: silu_, nn.Hardswish: hardswish_,
 }  # fmt: skip
@@ -32,11 +32,6 @@ class Finish(NamedTuple):
 
     residual: Tensor | None = None
     activation: Activation | None = None
-
-    @property
-    def code(self) -> int | None:
-        """The activation's number in `CODES`, 0 for none; ``None`` if it has none."""
-        return 0 if self.activation is None else CODES.get(self.activation)
 
     def __call__(self, output: Tensor) -> Tensor:
         """Do it, in place.

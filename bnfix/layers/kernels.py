@@ -15,7 +15,8 @@ Three ways beside the plain form:
                    done over by the plain form.
     compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
                    cancel unless a is near 1, where the plain form is taken. No graph breaks.
-    CUDA, eager    `triton_kernels`, where Triton is installed.
+    CUDA, eager    the compiled form, its kernel written by Inductor; where that fails or differs
+                   from the plain form at its first use, the plain form.
 
 With gradients, contiguous inputs on a CPU go by `rows`, all others by the plain form.
 """
@@ -24,7 +25,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import subprocess
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 
 from bnfix._torch_private import is_forward_differentiated, is_transformed
 from bnfix.layers import columns, rows
-from bnfix.layers.finishing import NOTHING, Finish
+from bnfix.layers.finishing import ACTIVATIONS, NOTHING, Activation, Finish
 from bnfix.moments import example_moments, over_channel_groups
 
 _log = logging.getLogger("bnfix")
@@ -286,41 +288,72 @@ def _shifted(input: Tensor, terms: Terms) -> Tensor:
 
 
 def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
-    """Triton's kernels, for the layouts, types and groups that they know, where they run."""
-    laid_out = input.is_contiguous() or input.movedim(1, -1).is_contiguous()
-    single = terms.channel_groups == input.shape[1]
-    if not laid_out or not single or input.dtype == torch.float64 or not _triton_runs(input.device):
-        return finish(plain(input, terms))
-    return _by_triton(input, terms, finish)
-
-
-def _by_triton(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
-    from bnfix.layers import triton_kernels  # only where there is something to run it on
-
-    population = None if terms.mean is None or terms.var is None else (terms.mean, terms.var)
-    given = population, terms.example_weight, terms.gamma, terms.beta, terms.eps
+    """By the kernel that Inductor writes for the compiled form, where that has proved right."""
     residual = finish.residual
-    if residual is not None:
-        alike = (residual.dtype, residual.stride()) == (input.dtype, input.stride())
-        if not alike or residual.shape != input.shape or residual.device != input.device:
-            return finish(triton_kernels.normalize(input, *given))
-    if finish.code is None:
-        added = triton_kernels.normalize(input, *given, residual)
-        return Finish(None, finish.activation)(added)
-    return triton_kernels.normalize(input, *given, residual, finish.code)
+    if residual is not None and not _alike(residual, input):
+        return finish(_on_cuda(input, terms, NOTHING))
+    if finish.activation not in (None, *ACTIVATIONS):
+        return Finish(None, finish.activation)(_on_cuda(input, terms, Finish(residual)))
+    if not _fits_shift(input, terms):
+        return finish(plain(input, terms))
+    # A device may compile one of these and fail at another.
+    case = _Case(input.device, input.dtype, input.is_contiguous(), input.dim(),
+                 terms.example_weight.ndim, residual is not None, finish.activation)  # fmt: skip
+    return _compiled(input, terms, finish) if _proved(case) else finish(plain(input, terms))
+
+
+def _alike(residual: Tensor, input: Tensor) -> bool:
+    alike = (residual.dtype, residual.stride()) == (input.dtype, input.stride())
+    return alike and residual.shape == input.shape and residual.device == input.device
+
+
+class _Case(NamedTuple):
+    """All that the compiled form differs by, but for sizes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    by_rows: bool
+    dims: int
+    weight_dims: int
+    has_residual: bool
+    activation: Activation | None
+
+
+def _finished(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
+    return finish(_shifted(input, terms))
 
 
 @functools.cache
-def _triton_runs(device: torch.device) -> bool:
-    """Once a device: whether Triton is there, finds its compiler, and gives what is right."""
-    x = torch.linspace(-1, 1, 96, device=device).view(2, 3, 4, 4) + 7
-    one = torch.ones(3, device=device)
-    terms, finish = Terms(7 * one, one, 0.5 * one, one, one, 1e-5, 3), Finish(x, torch.relu_)
+def _compiler() -> Callable[[Tensor, Terms, Finish], Tensor]:
+    # Sizes are left open: the layers of a network are of dozens, and each would be compiled.
+    return torch.compile(_finished, dynamic=True)
+
+
+def _compiled(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
+    return _compiler()(input, terms, finish)
+
+
+@functools.cache
+def _proved(case: _Case) -> bool:
+    """Whether a case compiles on its device and agrees with the plain form, tried once."""
+    # Sizes that differ and tensors that share nothing: the compiler takes likeness for a rule.
+    shape = (2, 3, *range(4, case.dims + 2))
+    x = torch.linspace(1, 3, math.prod(shape), device=case.device).view(shape).to(case.dtype)
+    x = x if case.by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=x.device) for _ in range(5))
+    weight = weight if case.weight_dims else weight[0].clone()
+    terms = Terms(mean, var, weight, gamma, beta, 1e-5, 3, shiftable=True)
+    finish = Finish(x.clone() if case.has_residual else None, case.activation)
     try:
-        return torch.allclose(_by_triton(x, terms, finish), finish(plain(x, terms)), atol=1e-4)
-    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        _log.warning("Triton does not run on %s, so the plain form is used: %s", device, error)
+        made, expected = _compiled(x.clone(), terms, finish), finish(plain(x, terms))
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 if x.itemsize > 2 else 0.1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of compilers, drivers and their processes, all
+        text = str(error).strip().partition("\n")[0]
+        _log.warning("The compiled layer is not used on %s (%s): %s", case.device, case, text)
         return False
+    return True
 
 
 def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_rows: bool) -> Tensor:
