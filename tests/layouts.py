@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 from PIL import Image
+from torchvision import datasets
 
 from tests.conftest import images_of
 
@@ -38,16 +41,10 @@ def write(path: Path, content: bytes | str) -> None:
 # --- CIFAR ---
 
 
-def _python2(value: object) -> bytes:
-    """As Python 2 pickled it: protocol 2, texts as byte strings, numpy by its old name."""
-    content = pickle.dumps(value, protocol=2)
-    return content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-
-
 def cifar_batch(pixels: np.ndarray, **labels: list[int]) -> bytes:
     rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
-    named = {key.encode(): value for key, value in labels.items()}
-    return _python2({b"batch_label": b"one", b"data": np.ascontiguousarray(rows), **named})
+    held = {"batch_label": "one", "data": np.ascontiguousarray(rows), **labels}
+    return pickle.dumps(held, protocol=2)
 
 
 def cifar10(root: Path, classes: int = 3) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -63,8 +60,8 @@ def cifar10(root: Path, classes: int = 3) -> dict[str, tuple[np.ndarray, np.ndar
             part = slice(6 * b, 6 * b + 6)
             batch = cifar_batch(pixels[part], labels=labels[part].tolist())
             write(folder / f"data_batch_{b + 1}", batch)
-    names = [f"class{k}".encode() for k in range(10)]
-    write(folder / "batches.meta", _python2({b"label_names": names}))
+    names = [f"class{k}" for k in range(10)]
+    write(folder / "batches.meta", pickle.dumps({"label_names": names}, protocol=2))
     return made
 
 
@@ -76,8 +73,8 @@ def cifar100(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         made[split] = pixels, labels
         fine, coarse = labels.tolist(), (labels + 7).tolist()
         write(folder / split, cifar_batch(pixels, fine_labels=fine, coarse_labels=coarse))
-    names = [f"fine{k}".encode() for k in range(100)]
-    write(folder / "meta", _python2({b"fine_label_names": names}))
+    names = [f"fine{k}" for k in range(100)]
+    write(folder / "meta", pickle.dumps({"fine_label_names": names}, protocol=2))
     return made
 
 
@@ -148,6 +145,26 @@ def caltech256(root: Path) -> list[str]:
         name = f"{label + 1:03d}_{k:04d}.jpg"
         write(root / "256_ObjectCategories" / classes[label] / name, jpeg(image))
     return classes
+
+
+def authenticate(root: Path, replace: Callable[[object, str, object], None]) -> None:
+    """Have torchvision take the files below a folder for those that are distributed."""
+    held = {path.name: path for path in sorted(root.rglob("*")) if path.is_file()}
+
+    def md5(name: str, otherwise: str) -> str:
+        return hashlib.md5(held[name].read_bytes()).hexdigest() if name in held else otherwise
+
+    for kind in (datasets.CIFAR10, datasets.CIFAR100):
+        for table in ("train_list", "test_list"):
+            replace(kind, table, [[name, md5(name, old)] for name, old in getattr(kind, table)])
+        replace(kind, "meta", kind.meta | {"md5": md5(kind.meta["filename"], kind.meta["md5"])})
+    splits = {
+        split: [url, name, md5(name, old)]
+        for split, (url, name, old) in datasets.SVHN.split_list.items()
+    }
+    replace(datasets.SVHN, "split_list", splits)
+    table = datasets.Flowers102._file_dict
+    replace(datasets.Flowers102, "_file_dict", {k: (n, md5(n, v)) for k, (n, v) in table.items()})
 
 
 # --- ImageNet ---

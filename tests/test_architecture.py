@@ -26,7 +26,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "cli.grouping": set(),
         "cli.usage": set(),
         "data": set(),
-        "data.plain_pickle": set(),
         "demo.network": set(),
         "diagnosing": set(),
         "diagnosing.diagnosis": set(),
@@ -36,7 +35,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "layers.columns": set(),
         "layers.finishing": set(),
         "layers.rows": set(),
-        "layers.triton_kernels": set(),
         "measuring": set(),
         "measuring.intervals": set(),
         "moments": set(),
@@ -60,7 +58,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.images": set(),
         "layers.kernels": {
             "layers", "layers.columns", "layers.finishing", "layers.rows",
-            "layers.triton_kernels", "moments",
+            "moments",
         },
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
@@ -91,7 +89,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "checkpoints.header": {"checkpoints.reading"},
         "data.batches": {"data.corruptions", "data.images"},
         "data.image_sets": {"data.images", "data.mat"},
-        "data.pixel_sets": {"data.images", "data.mat", "data.plain_pickle"},
         "demo": set(),
         "layers.sites": {"layers.norms"},
         "measuring.evaluation": {
@@ -112,7 +109,6 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "data.augmentation": {"data.batches"},
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
-        "data.imagenet": {"data.image_sets", "data.images", "data.mat"},
         "demo.train": {"demo", "demo.network"},
         "layers.surgery": {"guards", "layers.norms", "layers.sites", "moments"},
         "measuring.custom_metrics": {
@@ -141,7 +137,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "checkpoints.origin": {"building.models", "checkpoints.checkpoint"},
         "checkpoints.resuming": {"checkpoints.checkpoint", "checkpoints.reading"},
-        "data.datasets": {"data.image_sets", "data.imagenet", "data.images", "data.pixel_sets"},
+        "data.named_sets": {"data.image_sets", "data.images"},
         "layers.refitting": {
             "guards", "layers.norms", "layers.sites", "moments", "runtime", "statistics.collecting",
         },
@@ -170,7 +166,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "layers.norms", "layers.sites", "layers.surgery",
         },
         "data.opening": {
-            "data.callables", "data.classes", "data.datasets", "data.images", "data.parquet",
+            "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
             "data.shards",
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
@@ -376,7 +372,7 @@ DOORS = {
     "typer": CLI,
     "rich": CLI,
     "torch.distributed": {"_torch_private", "processes"},
-    "triton": {"layers.triton_kernels"},
+    "triton": set(),
     "matplotlib": {"reporting.svg"},
     "jinja2": {"reporting.pages"},
     "onnxruntime": {"production.artifacts"},

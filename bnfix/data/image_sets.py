@@ -1,8 +1,13 @@
-"""Caltech-256, Flowers-102 and CUB-200-2011: folders of image files and the lists beside them."""
+"""Caltech-256, CUB-200-2011 and ImageNet: folders of image files and the lists beside them.
+
+torchvision's classes of these check no MD5, and that of ImageNet unpacks archives into the folder.
+"""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,23 +24,14 @@ _MAX_LIST_BYTES: Final = 100_000_000
 _TRAIN_FRAC: Final = 0.8
 _CATEGORY: Final = re.compile(r"([0-9]{3})\.(.+)")
 _CLUTTER: Final = 257
+_INSIDE: Final = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "ILSVRC2012", "imagenet")
+_DEVKIT: Final = ("ILSVRC2012_devkit_t12/data", "devkit/data", "data", ".")
+_TRUTH: Final = "ILSVRC2012_validation_ground_truth.txt"
+_TABLES: Final = ("LOC_val_solution.csv", "val.csv", "val/labels.csv")
 
 
 def find_root(root: Path, folders: Sequence[str], needed: str, where: str) -> Path:
-    """Find where a data set lies: in the folder given, or in its usual place inside.
-
-    Args:
-        root: the folder given.
-        folders: what the data set's own folder is called.
-        needed: a file or folder that must be in it.
-        where: the data, for messages.
-
-    Returns:
-        The folder that holds what is needed.
-
-    Raises:
-        DataError: if none does; an archive that was not unpacked is pointed out.
-    """
+    """Find where a data set lies: in the folder given, or in its usual place inside."""
     places = [root, *(root / folder for folder in folders)]
     for place in places:
         if (place / needed).exists():
@@ -60,18 +56,7 @@ def _packed(path: Path) -> bool:
 
 
 def read_list(path: Path, where: str) -> list[list[str]]:
-    """Read a text of rows: one image or class a line, its values apart by spaces.
-
-    Args:
-        path: the file.
-        where: the data, for messages.
-
-    Returns:
-        The values of each line, at most two: what stands after the first space is one.
-
-    Raises:
-        DataError: if the file is missing, too large, or no text.
-    """
+    """Read a text of rows: one image or class a line, its values apart by spaces."""
     try:
         with open_regular(path) as file:
             content = file.read(_MAX_LIST_BYTES + 1)
@@ -88,16 +73,7 @@ def read_list(path: Path, where: str) -> list[list[str]]:
 
 
 def require_files(root: Path, files: Sequence[str], where: str) -> None:
-    """Check that listed files are in the folder, all problems at once.
-
-    Args:
-        root: the folder.
-        files: paths inside it, as a list from outside has them.
-        where: the data, for messages.
-
-    Raises:
-        DataError: if some lead out of the folder, or are not there, or there are none.
-    """
+    """Check that listed files are in the folder, all problems at once."""
     outside = [name for name in files if not is_inside(name)]
     missing = [name for name in files if is_inside(name) and not (root / name).is_file()]
     found = [
@@ -114,14 +90,7 @@ def require_files(root: Path, files: Sequence[str], where: str) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Say whether a path stays inside the folder that it is relative to.
-
-    Args:
-        name: a path from a file.
-
-    Returns:
-        Whether it is relative, without ``..`` or control characters.
-    """
+    """Say whether a path stays inside the folder that it is relative to."""
     path = PurePosixPath(name)
     plain = bool(name) and name.isprintable()
     return plain and not (
@@ -130,22 +99,7 @@ def is_inside(name: str) -> bool:
 
 
 def open_caltech256(root: Path, split: str, channels: int, where: str) -> tuple[FileImages, Any]:
-    """Open Caltech-256, ``256_ObjectCategories/001.ak47/...``.
-
-    It has no split of its own: of each class, 80 % by a hash of the file's name are for training.
-
-    Args:
-        root: the folder that holds ``256_ObjectCategories``, or itself.
-        split: train or test.
-        channels: what images are converted to.
-        where: the data, for messages.
-
-    Returns:
-        The images, and their labels from 0.
-
-    Raises:
-        DataError: if the class folders are not there, or hold no images.
-    """
+    """Open Caltech-256, ``256_ObjectCategories/001.ak47/...``."""
     folder = find_root(root, ("256_ObjectCategories", "caltech256/256_ObjectCategories"),
                        "001.ak47", where)  # fmt: skip
     found = {name: _CATEGORY.fullmatch(name) for name in list_images(folder)[1]}
@@ -185,71 +139,8 @@ def _draw(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def open_flowers102(root: Path, split: str, channels: int, where: str) -> tuple[FileImages, Any]:
-    """Open Flowers-102: ``jpg/``, ``imagelabels.mat`` and ``setid.mat``.
-
-    Args:
-        root: the folder that holds them, or ``flowers-102`` inside it.
-        split: train, val or test.
-        channels: what images are converted to.
-        where: the data, for messages.
-
-    Returns:
-        The images, and their labels 0 to 101.
-
-    Raises:
-        DataError: if a file is missing or does not agree with the others.
-    """
-    folder = find_root(root, ("flowers-102", "flowers102"), "jpg", where)
-    key = {"train": "trnid", "val": "valid", "test": "tstid"}[split]
-    chosen = _whole(folder / "setid.mat", key, where)
-    every = _whole(folder / "imagelabels.mat", "labels", where)
-    if chosen.min() < 1 or chosen.max() > len(every) or every.min() < 1 or every.max() > 102:
-        raise DataError(
-            f"{where}: images {chosen.min()} to {chosen.max()} in setid.mat, {len(every)} labels "
-            f"from {every.min()} to {every.max()} in imagelabels.mat; expected labels from 1 to "
-            "102, one for every image. Fetch both files again.",
-            path=folder,
-        )
-    files = [f"jpg/image_{number:05d}.jpg" for number in chosen]
-    require_files(folder, files, where)
-    images = FileImages(str(folder), "flowers102", files, channels)
-    return images, every[chosen - 1] - 1
-
-
-# One variable of a .mat file, as whole numbers in a row.
-def _whole(path: Path, name: str, where: str) -> np.ndarray:
-    try:
-        value = read_mat(path, (name,), _MAX_LIST_BYTES).get(name)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{where}: looked for {path}; not there. Fetch it from the data set's page.", path=path
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where}: {path}: cannot be read ({error}).", path=path) from error
-    if not isinstance(value, np.ndarray) or not value.size or (value % 1 != 0).any():
-        raise DataError(
-            f"{where}: {path}: does not hold {name} in whole numbers. Fetch it again.", path=path
-        )
-    numbers: np.ndarray = value.reshape(-1).astype(np.int64)
-    return numbers
-
-
 def open_cub2011(root: Path, split: str, channels: int, where: str) -> tuple[FileImages, Any]:
-    """Open CUB-200-2011: ``images/`` and the lists beside it.
-
-    Args:
-        root: the folder that holds them, or ``CUB_200_2011`` inside it.
-        split: train or test.
-        channels: what images are converted to.
-        where: the data, for messages.
-
-    Returns:
-        The images, and their labels from 0.
-
-    Raises:
-        DataError: if a list is missing or does not agree with the others.
-    """
+    """Open CUB-200-2011: ``images/`` and the lists beside it."""
     folder = find_root(root, ("CUB_200_2011",), "images", where)
     names = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
     absent = [name for name in names if not (folder / name).is_file()]
@@ -293,4 +184,116 @@ def _by_id(path: Path, where: str) -> dict[str, str]:
             f"value{f', not: {some(short)}' if short else ''}. Fetch it again.",
             path=path,
         )
+    return found
+
+
+def open_imagenet(
+    root: Path, split: str, channels: int, where: str
+) -> tuple[FileImages, list[str] | None]:
+    """Open ImageNet: ``train/`` in class folders, ``val/`` so or flat, ``test/`` without labels."""
+    top = find_root(root, _INSIDE, split, where)
+    folder = top / split
+    loose, folders, _ = list_images(folder)
+    files = [f"{name}/{file}" for name in folders for file in list_images(folder / name)[0]]
+    if files and not loose:
+        images = FileImages(str(folder), "imagenet", files, channels, classes=folders)
+        return images, None if split == "test" else [file.partition("/")[0] for file in files]
+    if files or not loose:
+        what = f"{len(loose)} images beside class folders" if files else "no images"
+        raise DataError(
+            f"{where}: {what} in {folder}, expected folders named by WordNet ids"
+            f"{'' if split == 'train' else ', or images alone'}. Unpack the archives again.",
+            path=folder,
+        )
+    images = FileImages(str(folder), "imagenet", loose, channels)
+    if split == "test":
+        return images, None
+    if split == "train":
+        raise DataError(
+            f"{where}: {len(loose)} images loose in {folder}, expected folders named by WordNet "
+            "ids. Unpack each class's archive into a folder of its own.",
+            path=folder,
+        )
+    ids, known = _answers(root, top, loose, where)
+    images.classes = known
+    return images, ids
+
+
+# The id of each image of the flat validation folder, and all ids there are.
+def _answers(
+    root: Path, top: Path, files: list[str], where: str
+) -> tuple[list[str], tuple[str, ...]]:
+    tables = [place / name for place in dict.fromkeys((top, root)) for name in _TABLES]
+    for path in tables:
+        if path.is_file():
+            return _by_table(path, files, where)
+    kits = [place / name for place in dict.fromkeys((top, root)) for name in _DEVKIT]
+    for kit in kits:
+        if (kit / _TRUTH).is_file():
+            return _by_devkit(kit, files, where)
+    raise DataError(
+        f"{where}: {top / 'val'} is flat, and its answers were not found: looked in {root} for "
+        f"{_DEVKIT[0]}/{_TRUTH} (with meta.mat), {some(_TABLES)}. Add one, or sort the images "
+        "into folders named by WordNet ids.",
+        path=top,
+    )
+
+
+def _by_table(path: Path, files: list[str], where: str) -> tuple[list[str], tuple[str, ...]]:
+    try:
+        with open_regular(path) as file:
+            text = file.read(_MAX_LIST_BYTES).decode("utf-8-sig")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if len(row) >= 2]
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"{where}: {path}: cannot be read ({error}).", path=path) from error
+    # Kaggle's second column goes on with boxes; its first has no suffix.
+    found = {Path(row[0].strip()).stem: row[1].split()[0] for row in rows[1:] if row[1].strip()}
+    missing = [name for name in files if Path(name).stem not in found]
+    if missing:
+        raise DataError(
+            f"{where}: {path}: {len(missing):,} of {len(files):,} images are not in it: "
+            f"{some(missing)}. Give the whole table.",
+            path=path,
+        )
+    return [found[Path(name).stem] for name in files], tuple(sorted(set(found.values())))
+
+
+def _by_devkit(kit: Path, files: list[str], where: str) -> tuple[list[str], tuple[str, ...]]:
+    numbers = [row[0] for row in read_list(kit / _TRUTH, where)]
+    ids = _synsets(kit / "meta.mat", where)
+    places = {name: Path(name).stem.rpartition("_")[2] for name in files}
+    wrong = [
+        name
+        for name, digits in places.items()
+        if not (digits.isdecimal() and 1 <= int(digits[:9]) <= len(numbers))
+        or numbers[int(digits) - 1] not in ids
+    ]
+    if wrong:
+        raise DataError(
+            f"{where}: {len(wrong):,} of {len(files):,} images in val have no answer among the "
+            f"{len(numbers):,} of {kit / _TRUTH}: {some(wrong)}. Give the files that belong "
+            "together.",
+            path=kit,
+        )
+    return [ids[numbers[int(digits) - 1]] for digits in places.values()], tuple(
+        sorted(ids.values())
+    )
+
+
+# WordNet id by the devkit's own number, of the 1000 classes themselves.
+def _synsets(path: Path, where: str) -> dict[str, str]:
+    try:
+        held: Any = read_mat(path, ("synsets",), _MAX_LIST_BYTES).get("synsets")
+        leaves = [row for row in held if int(row["num_children"].reshape(-1)[0]) == 0]
+        found = {str(int(row["ILSVRC2012_ID"].reshape(-1)[0])): str(row["WNID"]) for row in leaves}
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{where}: looked for {path}, which tells the devkit's numbers from the classes; not "
+            "there. Unpack the whole devkit.",
+            path=path,
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where}: {path}: not the devkit's meta.mat ({error}). Unpack it again.", path=path
+        ) from error
     return found

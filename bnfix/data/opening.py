@@ -24,7 +24,6 @@ import numpy as np
 
 from bnfix.data.callables import is_callable, open_callable
 from bnfix.data.classes import check_range, map_classes, read_class_map
-from bnfix.data.datasets import is_dataset, near_dataset, open_dataset
 from bnfix.data.images import (
     SUFFIXES,
     ArrayImages,
@@ -33,6 +32,7 @@ from bnfix.data.images import (
     list_images,
     open_regular,
 )
+from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
 from bnfix.data.parquet import choose_split, find_tables, open_tables
 from bnfix.data.shards import expand_braces, open_shards
 from bnfix.errors import ConfigError, DataError, some

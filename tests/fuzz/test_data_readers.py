@@ -143,28 +143,27 @@ def parquet(folder: Path, rng: np.random.Generator) -> str:
 
 
 def mat(folder: Path, rng: np.random.Generator) -> str:
-    n = int(one_of(rng, 3, 0, 1))
-    pixels = np.zeros((32, 32, 3, n), one_of(rng, np.uint8, np.float32))
-    digits = rng.integers(1, one_of(rng, 11, 12), (n, 1))
-    cell = np.empty((1, 1), dtype=object)
-    cell[0, 0] = pixels
-    held = {"X": one_of(rng, pixels, cell, "text"), "y": digits}
-    buffer = io.BytesIO()
-    scipy.io.savemat(buffer, held, do_compression=bool(rng.integers(0, 2)))
-    layouts.write(folder / "test_32x32.mat", damaged(buffer.getvalue(), rng))
-    return f"svhn:{folder}#test"
+    layouts.write(folder / "val" / "ILSVRC2012_val_00000001.JPEG", png())
+    kit = layouts.devkit(folder, np.zeros(int(one_of(rng, 1, 0, 3)), np.int64))
+    meta = kit / "meta.mat"
+    if rng.random() < 0.3:
+        held = one_of(rng, "text", np.zeros((2, 3)), np.array([["n0"]], dtype=object))
+        scipy.io.savemat(meta, {"synsets": held}, do_compression=bool(rng.integers(0, 2)))
+    layouts.write(meta, damaged(meta.read_bytes(), rng))
+    return f"imagenet:{folder}#val"
 
 
 def batch(folder: Path, rng: np.random.Generator) -> str:
-    pixels = np.zeros((int(one_of(rng, 2, 0, 1)), 3072), np.uint8)
-    labels = one_of(rng, [0] * len(pixels), [99], "text", [None], pixels, {}, Runs(), [[0]])
-    held = one_of(rng, {b"data": pixels, b"labels": labels}, {b"data": labels}, Runs(), [pixels])
-    content = pickle.dumps(held, protocol=int(rng.integers(0, 5)))
-    layouts.write(folder / "test_batch", damaged(content, rng))
+    """The binary version; of the other one nothing but the distributed files is read."""
+    row = bytes([int(one_of(rng, 0, 9, 10, 255))]) + bytes(3072)
+    layouts.write(folder / "test_batch.bin", damaged(row * int(one_of(rng, 2, 0, 1)), rng))
+    layouts.write(folder / "batches.meta.txt", damaged(b"a\n" * 10, rng))
     if rng.random() < 0.2:
-        archive = layouts.packed(folder, folder / "cifar-10-python.tar.gz")
-        (folder / "test_batch").unlink()
+        archive = layouts.packed(folder, folder / "cifar-10-binary.tar.gz")
+        (folder / "test_batch.bin").unlink()
         archive.write_bytes(damaged(archive.read_bytes(), rng))
+    elif rng.random() < 0.2:
+        layouts.write(folder / "test_batch", damaged(pickle.dumps(Runs()), rng))
     return f"cifar10:{folder}#test"
 
 
