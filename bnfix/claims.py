@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+from torch import nn
+
 from bnfix import guards
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
+from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.measuring.pairing import compare
 from bnfix.recognition import (
     data_record,
@@ -19,7 +23,7 @@ from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
 from bnfix.stages import ORIGINAL, Stages
-from bnfix.statistics.calibration import residuals
+from bnfix.statistics.calibration import Calibration, residuals
 from bnfix.tracking import describe_skipped
 
 
@@ -35,8 +39,9 @@ def result_of(stages: Stages) -> Result:
     if labelled_test:
         models = _measure_test(stages)
         bench.assumptions += describe_unlisted(bench.loaded.origin.history)
+    movement = _movement(stages)
     fresh: dict[str, tuple[float, float]] = {}
-    if stages.calibration is not None and bench.split.fit.size:
+    if any(isinstance(one, Calibration) for one in stages.tried) and bench.split.fit.size:
         fresh = bench.evaluation.run(
             lambda _: residuals(
                 stages.model, bench.batches(bench.split.fit, "residual of the statistics")
@@ -83,6 +88,8 @@ def result_of(stages: Stages) -> Result:
         calibration=stages.calibration,
         choice=stages.choice,
         finetunings=tuple(stages.finetunings),
+        refused=stages.refused,
+        moved=movement,
         assumptions=tuple(dict.fromkeys(bench.assumptions)),
         n_seen=seen_before(bench.test_images, split.test, bench.loaded.origin.history),
         options=options,
@@ -95,30 +102,52 @@ def result_of(stages: Stages) -> Result:
 
 def _measure_test(stages: Stages) -> list[Evaluated]:
     bench = stages.bench
-    final = guards.Snapshot(stages.model)
-    stages.original.restore_()
+    final = stages.state()
+    stages.original.values.restore_()
     file, sha256 = str(bench.loaded.checkpoint.path), bench.loaded.checkpoint.sha256
     own = stages.model if bench.original is None else bench.original
     before = stages.evaluate_on(lambda: bench.test_batches(f"test: {ORIGINAL}"), own)
     first = Evaluated(ORIGINAL, file, sha256, before, n_live(own))
-    final.restore_()
+    stages.put_back(final)
     after = stages.evaluate_on(lambda: bench.test_batches(f"test: {stages.name}"))
     # Another kind of normalization was asked for, whatever it costs.
     converted = bench.original is not None
     stated = not stages.gated and (converted or stages.plan.command != "finetune")
     if compare(before, after, seed=bench.gate.seed).verdict == "worse" and not stated:
         # What was asked for outright stays, whatever it costs; what was chosen goes.
-        name, kept = stages.stated or (ORIGINAL, stages.original)
-        if name != stages.name:
+        kept = stages.stated or stages.original
+        if kept.name != stages.name:
             bench.assumptions.append(
                 f"{stages.name!r} turned out significantly worse on the test split, so the "
-                f"output is {'the input' if name == ORIGINAL else repr(name)}."
+                f"output is {'the input' if kept.name == ORIGINAL else repr(kept.name)}."
             )
-            kept.restore_()
-            stages.name, after = name, before
+            stages.put_back(kept)
+            round_as_stored_(stages.model)
+            after = before
             if stages.stated:
-                after = stages.evaluate_on(lambda: bench.test_batches(f"test: {name}"))
+                after = stages.evaluate_on(lambda: bench.test_batches(f"test: {kept.name}"))
     return [first, Evaluated(f"output: {stages.name}", None, None, after, n_live(stages.model))]
+
+
+def _movement(stages: Stages) -> Moved:
+    """How far the outputs moved, on some of the images at hand."""
+    bench = stages.bench
+    positions = [bench.split.fit, bench.split.select]
+    if bench.test_images is bench.images:
+        positions.append(bench.split.test)
+    order = np.random.default_rng(bench.gate.seed).permutation(np.concatenate(positions))
+    final = guards.Snapshot(stages.model)
+
+    def recorded(model: nn.Module) -> Recorded:
+        batches = bench.batches(order[:MOST_IMAGES], "how far the outputs moved").whole()
+        return bench.evaluation.run(lambda _: record(model, batches, bench.run.precision))
+
+    try:
+        stages.original.values.restore_()
+        before = recorded(bench.original or stages.model)
+    finally:
+        final.restore_()
+    return moved(before, recorded(stages.model))
 
 
 def _options(stages: Stages) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
     index = bench.split.fit if bench.split.fit.size else bench.split.test
     size = bench.batches(index, "").batches.batch_size
     # A bad image among these few is none of the plan's business.
-    own = replace(bench, max_bad=float(len(index)))
+    own = replace(bench, source=replace(bench.source, max_bad=float(len(index))))
     started = time.perf_counter()
     batches = list(own.batches(index[: _BATCHES * size], "timing a few batches").whole())
     n = sum(len(batch.x) for batch in batches)

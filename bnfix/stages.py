@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import nn
 
 from bnfix import guards
 from bnfix.checkpoints.averaging import average_into_
-from bnfix.data.splitting import fingerprint
 from bnfix.errors import NumericError
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, refit_
@@ -36,19 +36,30 @@ from bnfix.workbench import Workbench
 ORIGINAL = "as it was"
 
 
+@dataclass(frozen=True)
+class State:
+    """The model at one time, and the results that it holds."""
+
+    name: str
+    values: guards.Snapshot
+    metrics: Metrics | None
+    results: tuple[Any, ...]
+
+
 class Stages:
     """The stages of `fix` over one workbench; keeps what stands and what it took to get there."""
 
     def __init__(self, bench: Workbench, plan: Plan) -> None:
         self.bench, self.plan, self.model = bench, plan, bench.model
-        self.original = guards.Snapshot(self.model)
         self.original_statistics = statistics_of(self.model)
         self.decisions: list[Decision] = []
-        self.calibration: Calibration | None = None
         self.choice: WeightChoice | None = None
         self.finetunings: list[Finetuning] = []
         self.averaged: list[dict[str, Any]] = []
         self.passes: list[Tracked] = []
+        #: All that stages found, and the part of it that the model holds as it is now.
+        self.tried: list[Any] = []
+        self.results: tuple[Any, ...] = ()
         self.gated = bench.labelled and plan.chooses
         # Stated or not, it is left unless it cannot fit.
         self._statistics_size = BatchSize(
@@ -58,8 +69,35 @@ class Stages:
             remark="; with the batch feed the statistics depend a little on this",
         )
         self.name = ORIGINAL
-        self.stated: tuple[str, guards.Snapshot] | None = None
+        self.stated: State | None = None
         self._standing: Metrics | None = None
+        self.original = self.state()
+
+    def state(self) -> State:
+        """The model as it is now."""
+        return State(self.name, guards.Snapshot(self.model), self._standing, self.results)
+
+    def put_back(self, state: State) -> None:
+        """Make the model what it was."""
+        state.values.restore_()
+        self.name, self._standing, self.results = state.name, state.metrics, state.results
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The measurement of the statistics that the model holds, if they are new."""
+        found = [result for result in self.results if isinstance(result, Calibration)]
+        return found[-1] if found else None
+
+    @property
+    def refused(self) -> tuple[Any, ...]:
+        """What was tried and is not in the model as it is now."""
+        kept = set(map(id, self.results))
+        return tuple(result for result in self.tried if id(result) not in kept)
+
+    def _note(self, *results: Any) -> None:
+        """Results that the model holds from now on."""
+        self.tried += results
+        self.results += results
 
     def average(self, recipe: AverageRecipe) -> None:
         """The mean of several checkpoints, as stated; the first one stays the original."""
@@ -90,20 +128,20 @@ class Stages:
 
         return self.bench.evaluation.run(attempt)
 
-    def _offer(self, stage: str, name: str, fallback: guards.Snapshot) -> bool:
+    def _offer(self, stage: str, name: str, fallback: State) -> bool:
         """Judge the model as it is now; put what stood back if it is not admitted."""
         try:
             metrics = self._on_select(name)
         except NumericError as error:
             self._leave_out(name, error)
-            fallback.restore_()
+            self.put_back(fallback)
             return False
         decision = judge(stage, (name, metrics), (self.name, self.standing()), self.bench.gate.z)
         self.decisions.append(decision)
         if decision.admitted:
             self.name, self._standing = name, metrics
         else:
-            fallback.restore_()
+            self.put_back(fallback)
         return decision.admitted
 
     def _leave_out(self, candidate: str, error: NumericError) -> None:
@@ -116,8 +154,9 @@ class Stages:
         if weight in LABEL_FREE and recipe.statistics == "auto":
             recipe = dataclasses.replace(recipe, statistics="train-batch")
         if recipe.statistics in ("population", "train-batch"):
-            self.calibration = self._recalibrate(recipe.statistics)
-            found = f"statistics of the data ({self.calibration.target})"
+            calibration = self._recalibrate(recipe.statistics)
+            self._note(calibration)
+            found = f"statistics of the data ({calibration.target})"
             self.name = found if self.name == ORIGINAL else f"{self.name}, {found}"
         elif recipe.statistics == "auto" and self.gated:
             for target in ("population", *(("train-batch",) if b else ())):
@@ -135,7 +174,7 @@ class Stages:
             self._standing = None
         stated_statistics = recipe.statistics in ("population", "train-batch")
         if stated_statistics or weight in LABEL_FREE or not isinstance(weight, str):
-            self.stated = self.name, guards.Snapshot(self.model)
+            self.stated = self.state()
 
     def _fit_label_free(self, how: str, train_batch_size: int) -> None:
         """Example weights fitted to the network's own behaviour in training mode."""
@@ -159,7 +198,7 @@ class Stages:
 
     def _try_statistics(self, target: str, example_weight: float | None) -> None:
         self.standing()
-        before = guards.Snapshot(self.model)
+        before = self.state()
         try:
             calibration = self._recalibrate(target)
         except NumericError as error:
@@ -169,12 +208,13 @@ class Stages:
         if example_weight is not None:
             self._set_weight(example_weight)
             name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
-        if self._offer("statistics", name, before) or self.calibration is None:
-            self.calibration = calibration
+        self._note(calibration)
+        self._offer("statistics", name, before)
 
     def _recalibrate(self, target: str) -> Calibration:
         recipe, gate = self.plan.statistics, self.bench.gate
         order = np.random.default_rng(gate.seed).permutation(self.bench.split.fit)
+        state = None if self.plan.command == "finetune" else self.plan.state
         if isinstance(recipe.samples, int):
             order = order[: recipe.samples]
         self._statistics_size.foresee(self.bench.footprint)
@@ -193,20 +233,13 @@ class Stages:
                 precision=self.bench.run.precision,
                 layers=self.plan.swap.layers,
                 skip=self.plan.swap.skip,
-                state=None if self.plan.command == "finetune" else self.plan.state,
-                identity=self._identity_of(order, batches),
+                state=state,
+                identity="" if state is None else self.bench.identity(order, batch_size=size),
             )
 
         calibration = self._statistics_size.run(attempt)
         self.bench.assumptions += describe_missing(calibration)
         return calibration
-
-    def _identity_of(self, order: Any, batches: Tracked) -> str:
-        """What statistics depend on besides model and options."""
-        if self.plan.state is None:
-            return ""
-        found = fingerprint(self.bench.images, order)
-        return str([found, batches.batches.batch_size, self.bench.preprocessing])
 
     def _set_weight(self, weight: float) -> None:
         layers, excluded = self._weighable()
@@ -224,31 +257,36 @@ class Stages:
 
     def tune(self) -> None:
         """Fine-tuning alone, example weights alone, both together: the cheaper one wins ties."""
-        if not self.gated:
-            return
         recipe, weight = self.plan.finetune, self.plan.weight.example_weight
-        base = guards.Snapshot(self.model)
+        if not self.gated or (recipe is None and weight != "auto"):
+            return
+        self.standing()
+        base = self.state()
         if recipe is not None:
-            self.standing()
             alone = dataclasses.replace(recipe, example_weight="keep")
             if self._finetune_if_stable(alone):
                 self._offer("fine-tuning", f"fine-tuned {recipe.train}", base)
         if weight != "auto":
             return
         learns = recipe is not None and recipe.example_weight == "learn"
-        stands = guards.Snapshot(self.model)
+        stands = self.state()
         if recipe is None or recipe.statistics == "frozen":
-            base.restore_()
+            self._try_from(base)
         if not self._choose():
-            stands.restore_()
-        stands = guards.Snapshot(self.model)
+            self.put_back(stands)
+        stands = self.state()
         if recipe is not None and learns and recipe.statistics == "frozen":
-            base.restore_()
+            self._try_from(base)
             name = f"fine-tuned {recipe.train} with example weights"
             if not self._finetune_if_stable(recipe):
-                stands.restore_()
+                self.put_back(stands)
             else:
                 self._offer("fine-tuning", name, stands)
+
+    def _try_from(self, base: State) -> None:
+        """Begin a candidate at an earlier state; it is judged against the one of now."""
+        base.values.restore_()
+        self.results = base.results
 
     def tune_ungated(self) -> None:
         """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
@@ -307,6 +345,7 @@ class Stages:
             precision=bench.run.precision,
         )
         self.choice = choice
+        self._note(choice)
         self.decisions += choice.decisions
         if choice.chosen != "keep":
             self.name = next(d.candidate for d in reversed(choice.decisions) if d.admitted)
@@ -331,37 +370,42 @@ class Stages:
         )
         watching = bench.batches(monitor, "fine-tuning: watching")
 
+        calibrations: list[Calibration] = []
+
         def refresh(model: nn.Module) -> None:
-            self.calibration = self._recalibrate("population")
+            calibrations.append(self._recalibrate("population"))
 
         layers = self._weighable()[0] if recipe.example_weight == "learn" else None
-        self.finetunings.append(
-            finetune_(
-                self.model,
-                training.shuffled(bench.gate.seed, recipe.augment),
-                monitor=watching,
-                recipe=recipe,
-                weighable=layers,
-                seed=bench.gate.seed,
-                after_epoch=refresh if recipe.statistics == "train" else None,
-                state=state,
-                identity="" if state is None else self._identity(learn, monitor, training),
-                precision=self._training_precision(),
-            )
+        identity = ""
+        if state is not None:
+            size = training.batches.batch_size
+            statistics = self.plan.statistics
+            identity = f"{bench.identity(learn, monitor, batch_size=size)} {statistics}"
+        tuned = finetune_(
+            self.model,
+            training.shuffled(bench.gate.seed, recipe.augment),
+            monitor=watching,
+            recipe=recipe,
+            weighable=layers,
+            seed=bench.gate.seed,
+            after_epoch=refresh if recipe.statistics == "train" else None,
+            state=state,
+            identity=identity,
+            precision=self._training_precision(),
         )
+        self.finetunings.append(tuned)
+        self._note_tuned(tuned, calibrations)
+
+    def _note_tuned(self, tuned: Finetuning, calibrations: list[Calibration]) -> None:
+        """The statistics are those of the epoch that was kept, if this run has seen it."""
+        if not tuned.best_epoch:
+            self.tried += [tuned, *calibrations[-1:]]
+            return
+        # A resumed run has measured the last epochs only.
+        k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
+        self._note(tuned, *(calibrations[k : k + 1] if k >= 0 else ()))
 
     def _training_precision(self) -> str:
         """That of the run; candidates of `fix` are trained in fp32 where it evaluates in fp16."""
         precision = self.bench.run.precision
         return "fp32" if precision == "fp16" and self.plan.command == "fix" else precision
-
-    def _identity(self, learn: Any, monitor: Any, training: Tracked) -> str:
-        """What numbers of a run depend on besides model, recipe and seed."""
-        images = self.bench.images
-        return str([
-            fingerprint(images, learn),
-            fingerprint(images, monitor),
-            training.batches.batch_size,
-            self.bench.preprocessing,
-            self.plan.statistics,
-        ])  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,8 @@ class Workbench:
         run: how to run.
         gate: splits and seed.
         assumptions: everything assumed for the user, one sentence each.
-        max_bad: bad images that a pass may meet.
+        recipe: which model it is, and how it is called.
+        source: how images become inputs, and how many bad ones a pass may meet.
         track: how progress is shown.
         input_size: numbers in one input.
         evaluation: the batch size of passes without gradients; once it had to give way, it is
@@ -67,7 +70,8 @@ class Workbench:
     run: RunOptions
     gate: GateRecipe
     assumptions: list[str]
-    max_bad: float | None
+    recipe: ModelRecipe
+    source: DataRecipe
     track: Track
     input_size: int
     evaluation: BatchSize
@@ -116,11 +120,32 @@ class Workbench:
             self.preprocessing,
             batch_size=size or self.evaluation.size,
             workers=self.run.workers,
-            max_bad=self.max_bad,
+            max_bad=self.source.max_bad,
             corruption=self.corruption,
         )
         place = processes.here()
         return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
+
+    def identity(self, *parts: np.ndarray, batch_size: int) -> str:
+        """Hash everything between the files and the network: the one identity of ``--state``.
+
+        The order of the images counts too, since batches are made in it.
+        """
+        digest = hashlib.sha256()
+        # The test split does not take part, nor does the number of bad images allowed.
+        source = dataclasses.replace(self.source, test=None, max_bad=None)
+        digest.update(repr([
+            self.recipe, source, self.preprocessing, self.corruption, self.gate.seed, batch_size,
+            list(map(len, parts)),
+        ]).encode())  # fmt: skip
+        for spec in (self.recipe.model, self.recipe.forward):
+            name = (spec or "").rpartition(":")[0]
+            code = Path(getattr(sys.modules.get(name), "__file__", None) or name)
+            digest.update(code.read_bytes() if code.is_file() else b"")
+        for i in np.concatenate(parts):
+            label = "" if self.images.labels is None else int(self.images.labels[i])
+            digest.update(self.images.digest(int(i)) + f"{label};".encode())
+        return digest.hexdigest()
 
     def training_batch_size(self, stated: int | None) -> int:
         """The batch size of a stage with gradients.
@@ -224,7 +249,8 @@ def open_workbench(
         run,
         gate,
         assumptions,
-        source.max_bad,
+        model,
+        source,
         track,
         input_size,
         evaluation,

@@ -16,6 +16,7 @@ import numpy as np
 from bnfix.checkpoints.checkpoint import write_text
 from bnfix.layers.surgery import SwapPlan
 from bnfix.measuring.gate import Decision
+from bnfix.measuring.movement import Moved
 from bnfix.measuring.pairing import Paired, compare
 from bnfix.measuring.robustness import BatchInvariance, Shifted
 from bnfix.reporting import plots, wording
@@ -53,6 +54,8 @@ class Report:
         calibration: of the population statistics.
         choice: of the example weight.
         finetunings: every run tried.
+        refused: calibrations, choices and runs that the output does not hold.
+        moved: how far the outputs moved.
         swap: what was done to the layers.
         assumptions: what was assumed for the user or skipped, one sentence each.
         n_seen: evaluated examples that stand in a checkpoint's history as fit or select.
@@ -72,6 +75,8 @@ class Report:
     calibration: Calibration | None = None
     choice: WeightChoice | None = None
     finetunings: tuple[Finetuning, ...] = ()
+    refused: tuple[Calibration | WeightChoice | Finetuning, ...] = ()
+    moved: Moved | None = None
     swap: SwapPlan | None = None
     assumptions: tuple[str, ...] = ()
     n_seen: int = 0
@@ -139,11 +144,15 @@ class Report:
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "decisions": [dataclasses.asdict(d) for d in self._decisions()],
             "calibration": without(self.calibration, "layers"),
-            "choice": without(self.choice, "curve", "decisions", "weights"),
+            "calibrations_refused": [
+                without(one, "layers") for one in self.refused if isinstance(one, Calibration)
+            ],
+            "choice": self._tried_json(self.choice, "curve", "decisions", "weights"),
             "curve": [dataclasses.asdict(point) for point in self.choice.curve]
             if self.choice
             else [],
-            "training_curve": [dataclasses.asdict(run) for run in self.finetunings],
+            "training_curve": [self._tried_json(run) for run in self.finetunings],
+            "outputs_moved": without(self.moved),
             "swap": without(self.swap),
             "per_class": [
                 {"class": c.index, "name": c.name, "n_examples": c.n_examples, "top1": c.top1}
@@ -166,6 +175,11 @@ class Report:
             "versions": self.versions,
         }
         return {key: plain_json(value) for key, value in content.items()}
+
+    def _tried_json(self, result: Any, *left_out: str) -> dict[str, Any] | None:
+        """A search or a run, and whether the output holds what it found."""
+        kept = not any(result is one for one in self.refused)
+        return result and {**(without(result, *left_out) or {}), "kept": kept}
 
     def to_markdown(self) -> str:
         """Write the tables and sentences as Markdown.
@@ -218,7 +232,7 @@ class Report:
     def _findings(self) -> wording.Findings:
         n_swapped = len(self.swap.changes) if self.swap else 0
         return wording.Findings(
-            self.command, self.data, self.models, self.paired, self.n_seen, n_swapped
+            self.command, self.data, self.models, self.paired, self.n_seen, n_swapped, self.moved
         )
 
     def _pictures(self) -> list[Picture]:
@@ -271,7 +285,7 @@ class Report:
             badge=findings.badge(),
             headline=headline[:1].upper() + headline[1:],
             remarks=findings.remarks(),
-            done=wording.done(*stages, self._decisions()),
+            done=wording.done(*stages, self._decisions(), self.refused),
             left_out=wording.left_out(self.assumptions, self.data, *stages),
             decisions=self._decisions(),
             pictures=pictures,

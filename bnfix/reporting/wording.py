@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bnfix.errors import some
 from bnfix.layers.surgery import SwapPlan
 from bnfix.measuring.custom_metrics import Custom
 from bnfix.measuring.gate import Decision
+from bnfix.measuring.movement import Moved
 from bnfix.measuring.pairing import Paired
 from bnfix.reporting.pages import clean, count, difference, direction, number, percent
 from bnfix.reporting.records import DataUsed, Evaluated
@@ -33,6 +35,7 @@ class Findings:
         paired: each further model against the first.
         n_seen: evaluated examples that were used for fitting or choosing.
         n_swapped: norm layers that were swapped.
+        moved: how far the outputs moved.
     """
 
     command: str
@@ -41,6 +44,7 @@ class Findings:
     paired: tuple[Paired | None, ...]
     n_seen: int = 0
     n_swapped: int = 0
+    moved: Moved | None = None
 
     def headline(self) -> str:
         """The first sentence, without the verdict's word.
@@ -105,7 +109,30 @@ class Findings:
                 f"{count(self.n_seen)} of these images were used for fitting or choosing, so this "
                 "is no proof."
             )
+        if self.moved is not None:
+            told.append(self._movement(self.moved))
         return told
+
+    def _movement(self, moved: Moved) -> str:
+        """How far the outputs moved, with a warning where that is far and no proof is at hand."""
+        images = f"on {count(moved.n)} images"
+        if moved.relative_rms == 0 and not moved.top1_changed:
+            return f"The outputs did not change {images}."
+        told = (
+            "The outputs cannot be compared with those before (not finite, or of another shape)"
+            if moved.relative_rms is None
+            else f"The outputs changed by {percent(moved.relative_rms)} (relative RMS)"
+        )
+        if moved.top1_changed is not None:
+            told += f", the top-1 class of {percent(moved.top1_changed)}"
+        told += f" {images}."
+        last = self.paired[-1] if self.paired else None
+        if not moved.is_large or (last is not None and last.verdict == "better"):
+            return told
+        return (
+            f"{told} Warning: this is a large change, and no labelled image shows that it helps. "
+            "Compare both files with bnfix eval before you use the new one."
+        )
 
     def _judged_by_nll(self) -> bool:
         """Whether NLL, not top-1, carries the verdict."""
@@ -168,6 +195,7 @@ def done(
     choice: WeightChoice | None,
     finetunings: Sequence[Finetuning],
     decisions: Sequence[Decision],
+    refused: Sequence[Any] = (),
 ) -> list[str]:
     """Say what was done, one sentence each.
 
@@ -177,20 +205,28 @@ def done(
         choice: of the example weight.
         finetunings: every run tried.
         decisions: of the gate.
+        refused: those of the results that the output does not hold.
 
     Returns:
         The sentences.
     """
     told = []
+
+    def lost(result: Any) -> str:
+        is_kept = not any(result is one for one in refused)
+        return "" if is_kept else " The output does not hold this result."
+
     if swap and swap.changes:
         found = [c.difference for c in swap.changes if c.difference is not None]
         exact = f"; no output changes by more than {max(found):.1g} of its range" if found else ""
         told.append(f"{count(len(swap.changes))} norm layers were swapped{exact}.")
-    if c := calibration:
+    for c in (*filter(None, [calibration]), *refused):
+        if not isinstance(c, Calibration):
+            continue
         told.append(
             f"Population statistics ({c.target}, {c.feed} feed) were measured on "
             f"{count(c.n_examples)} images in {count(c.n_batches)} batches: "
-            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s.{_spent(c)}"
+            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s.{_spent(c)}{lost(c)}"
         )
     if w := choice:
         chosen = {"keep": "kept as it was", "global": "one for the model"}.get(w.chosen)
@@ -198,12 +234,14 @@ def done(
         told.append(
             f"Example weight: {chosen or 'one per ' + w.chosen}; {w.n_live} layers use it. "
             f"The search took {_passes(w.passes)}{clock}, {w.seconds:.1f} s."
+            f"{lost(w) if w.chosen != 'keep' else ''}"
         )
     for run in finetunings:
         kept = f"epoch {run.best_epoch} was kept" if run.best_epoch else "nothing was kept"
         told.append(
             f"Fine-tuning of {run.trained}: {count(run.n_parameters)} numbers, "
             f"{count(run.n_steps)} steps, {run.seconds:.1f} s; {kept}."
+            f"{lost(run) if run.best_epoch else ''}"
         )
     if decisions:
         n = sum(d.admitted for d in decisions)
