@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from bnfix import guards
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
+from bnfix.errors import NumericError
 from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.measuring.pairing import compare
 from bnfix.recognition import (
@@ -42,11 +43,13 @@ def result_of(stages: Stages) -> Result:
     movement = _movement(stages)
     fresh: dict[str, tuple[float, float]] = {}
     if any(isinstance(one, Calibration) for one in stages.tried) and bench.split.fit.size:
-        fresh = bench.evaluation.run(
-            lambda _: residuals(
-                stages.model, bench.batches(bench.split.fit, "residual of the statistics")
+        # A network whose numbers are not finite has none.
+        with suppress(NumericError):
+            fresh = bench.evaluation.run(
+                lambda _: residuals(
+                    stages.model, bench.batches(bench.split.fit, "residual of the statistics")
+                )
             )
-        )
     drifts = drifts_between(stages.original_statistics, statistics_of(stages.model))
     rows = layer_rows(stages.model, drifts, fresh, stages.calibration)
     data = {
@@ -132,14 +135,11 @@ def _measure_test(stages: Stages) -> list[Evaluated]:
 def _movement(stages: Stages) -> Moved:
     """How far the outputs moved, on some of the images at hand."""
     bench = stages.bench
-    positions = [bench.split.fit, bench.split.select]
-    if bench.test_images is bench.images:
-        positions.append(bench.split.test)
-    order = np.random.default_rng(bench.gate.seed).permutation(np.concatenate(positions))
+    index = bench.everything[:MOST_IMAGES]
     final = guards.Snapshot(stages.model)
 
     def recorded(model: nn.Module) -> Recorded:
-        batches = bench.batches(order[:MOST_IMAGES], "how far the outputs moved").whole()
+        batches = bench.batches(index, "how far the outputs moved").whole()
         return bench.evaluation.run(lambda _: record(model, batches, bench.run.precision))
 
     try:

@@ -15,11 +15,11 @@ from bnfix.checkpoints.saving import versions
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.entrants import Arena, Entrant, enter, hasten
-from bnfix.errors import ConfigError, NumericError
+from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_evaluation
 from bnfix.measuring.custom_metrics import custom_metrics, import_metric
-from bnfix.measuring.evaluation import Outputs
-from bnfix.measuring.metrics import Metrics, measure, refuse_not_finite, without_metrics
+from bnfix.measuring.evaluation import Outputs, measured
+from bnfix.measuring.metrics import refuse_not_finite
 from bnfix.measuring.predictions import check_predictions, table_of, write_predictions
 from bnfix.recipe import (
     CORRUPTIONS,
@@ -94,7 +94,7 @@ def evaluate_files(
         entrants = hasten(entrants, run.precision, seed, notes)
     arena = Arena(entrants, source, run, seed, track)
     found = arena.outputs("evaluating", corruption_of(source.corrupt, seed), bool(functions))
-    metrics = [_measured(one, seed) for one in found]
+    metrics = [measured(one, seed) for one in found]
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)
@@ -201,17 +201,6 @@ def plan_evaluation(
         "data": {"spec": data, "n_examples": n_examples},
         **cost.to_json(),
     }
-
-
-def _measured(found: Outputs, seed: int) -> Metrics:
-    """Metrics of logits; of other outputs only their number."""
-    n, rate, problem = len(found.outputs), found.images_per_second, ""
-    if found.classified:
-        try:
-            return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
-        except NumericError:
-            problem = "its logits are not finite"
-    return without_metrics(n, images_per_second=rate, problem=problem)
 
 
 def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[Outputs]) -> None:

@@ -19,7 +19,7 @@ from bnfix.checkpoints.averaging import average_into_
 from bnfix.errors import NumericError
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, refit_
-from bnfix.measuring.evaluation import evaluate
+from bnfix.measuring.evaluation import collect, measured
 from bnfix.measuring.gate import Decision, judge
 from bnfix.measuring.metrics import Metrics
 from bnfix.memory import BatchSize
@@ -124,18 +124,14 @@ class Stages:
         def attempt(_: int) -> Metrics:
             batches = batches_of()
             self.passes.append(batches)
-            return evaluate(model or self.model, batches, precision=run.precision, seed=gate.seed)
+            (found,) = collect([model or self.model], batches, precision=run.precision)
+            return measured(found, gate.seed)
 
         return self.bench.evaluation.run(attempt)
 
     def _offer(self, stage: str, name: str, fallback: State) -> bool:
         """Judge the model as it is now; put what stood back if it is not admitted."""
-        try:
-            metrics = self._on_select(name)
-        except NumericError as error:
-            self._leave_out(name, error)
-            self.put_back(fallback)
-            return False
+        metrics = self._on_select(name)
         decision = judge(stage, (name, metrics), (self.name, self.standing()), self.bench.gate.z)
         self.decisions.append(decision)
         if decision.admitted:
@@ -274,6 +270,8 @@ class Stages:
             self._try_from(base)
         if not self._choose():
             self.put_back(stands)
+        # Measured now: what is judged next begins at another state of the model.
+        self.standing()
         stands = self.state()
         if recipe is not None and learns and recipe.statistics == "frozen":
             self._try_from(base)
@@ -334,16 +332,20 @@ class Stages:
         )
         watching = bench.batches(monitor, "example weight: watching")
         selecting = bench.batches(bench.split.select, "select: example weight")
-        choice = choose_example_weight_(
-            self.model,
-            learning.shuffled(bench.gate.seed),
-            select=selecting,
-            monitor=watching,
-            recipe=recipe,
-            z=bench.gate.z,
-            incumbent=(self.name, standing),
-            precision=bench.run.precision,
-        )
+        try:
+            choice = choose_example_weight_(
+                self.model,
+                learning.shuffled(bench.gate.seed),
+                select=selecting,
+                monitor=watching,
+                recipe=recipe,
+                z=bench.gate.z,
+                incumbent=(self.name, standing),
+                precision=bench.run.precision,
+            )
+        except NumericError as error:
+            self._leave_out("example weights", error)
+            return False
         self.choice = choice
         self._note(choice)
         self.decisions += choice.decisions

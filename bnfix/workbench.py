@@ -89,6 +89,14 @@ class Workbench:
         """Whether the data has labels that may be used."""
         return self.images.labels is not None
 
+    @property
+    def everything(self) -> np.ndarray:
+        """Positions of all images of the data that are in a split, in seeded random order."""
+        parts = [self.split.fit, self.split.select]
+        if self.test_images is self.images:
+            parts.append(self.split.test)
+        return np.random.default_rng(self.gate.seed).permutation(np.concatenate(parts))
+
     def batches(self, index: np.ndarray, stage: str, size: int | None = None) -> Tracked:
         """Batches of chosen images of the data, in the order of the index.
 
@@ -127,11 +135,9 @@ class Workbench:
         return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
 
     def identity(self, *parts: np.ndarray, batch_size: int) -> str:
-        """Hash everything between the files and the network: the one identity of ``--state``.
-
-        The order of the images counts too, since batches are made in it.
-        """
+        """Hash everything between the files and the network: the one identity of ``--state``."""
         digest = hashlib.sha256()
+        # The order of the images counts too, since batches are made in it.
         # The test split does not take part, nor does the number of bad images allowed.
         source = dataclasses.replace(self.source, test=None, max_bad=None)
         digest.update(repr([

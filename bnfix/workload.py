@@ -7,6 +7,7 @@ import math
 from bnfix.estimating import Work
 from bnfix.layers.refitting import REFIT_SAMPLES
 from bnfix.layers.sites import find_norms
+from bnfix.measuring.movement import MOST_IMAGES
 from bnfix.recipe import LABEL_FREE, FinetuneRecipe, StatisticsRecipe, WeightRecipe
 from bnfix.workbench import Workbench
 
@@ -74,6 +75,8 @@ def workload(
     if bench.test_images.labels is not None and n_test:
         work.append(Work("test: as it was", n_test, 1))
         work.append(Work("test: the output", n_test, 1, "live"))
+    n_moved = min(MOST_IMAGES, len(bench.everything))
+    work.append(Work("how far the outputs moved", n_moved, 2, "live"))
     return work
 
 

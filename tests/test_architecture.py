@@ -114,6 +114,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
         },
+        "measuring.movement": {"guards", "runtime"},
         "measuring.gate": {"measuring.intervals", "measuring.metrics", "measuring.pairing"},
         "measuring.robustness": {
             "data.corruptions", "measuring.evaluation", "measuring.intervals", "measuring.metrics",
@@ -229,9 +230,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "weighing.example_weight",
         },
         "reporting.wording": {
-            "layers.surgery", "measuring.custom_metrics", "measuring.gate", "measuring.pairing",
-            "reporting.pages", "reporting.records", "statistics.calibration", "tuning.finetuning",
-            "weighing.example_weight",
+            "layers.surgery", "measuring.custom_metrics", "measuring.gate", "measuring.movement",
+            "measuring.pairing", "reporting.pages", "reporting.records", "statistics.calibration",
+            "tuning.finetuning", "weighing.example_weight",
         },
     },
     {
@@ -241,13 +242,15 @@ FLOORS: list[dict[str, set[str]]] = [
             "production.plain_files", "production.verification",
         },
         "reporting.report": {
-            "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.pairing",
-            "measuring.robustness", "reporting", "reporting.pages", "reporting.plots",
-            "reporting.records", "reporting.standings", "reporting.svg", "reporting.wording",
-            "statistics.calibration", "tuning.finetuning",
+            "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.movement",
+            "measuring.pairing", "measuring.robustness", "reporting", "reporting.pages",
+            "reporting.plots", "reporting.records", "reporting.standings", "reporting.svg",
+            "reporting.wording", "statistics.calibration", "tuning.finetuning",
             "weighing.example_weight",
         },
-        "workload": {"estimating", "layers.refitting", "layers.sites", "workbench"},
+        "workload": {
+            "estimating", "layers.refitting", "layers.sites", "measuring.movement", "workbench",
+        },
     },
     {
         "cli.tables": {"reporting.pages", "reporting.report"},
@@ -278,7 +281,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
         "stages": {
-            "checkpoints.averaging", "data.splitting", "guards", "layers.norms", "layers.refitting",
+            "checkpoints.averaging", "guards", "layers.norms", "layers.refitting",
             "measuring.evaluation", "measuring.gate", "measuring.metrics", "memory", "plan",
             "reporting.layer_rows", "statistics.calibration", "tracking", "tuning.finetuning",
             "weighing.example_weight", "weighing.label_free", "workbench",
@@ -286,8 +289,9 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "claims": {
-            "checkpoints.saving", "guards", "measuring.pairing", "recognition",
-            "reporting.layer_rows", "reporting.records", "reporting.report", "reporting.result",
+            "checkpoints.saving", "guards", "measuring.movement", "measuring.pairing",
+            "recognition", "reporting.layer_rows", "reporting.records", "reporting.report",
+            "reporting.result",
             "stages", "statistics.calibration", "tracking",
         },
         "cli.options": {"cli.parsing", "cli.terminal"},

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -429,12 +428,13 @@ def test_an_error_of_the_users_forward_is_one_line_that_names_its_place(cli, fil
 @pytest.mark.parametrize("force", [False, True])
 def test_an_interrupt_ends_with_130_and_leaves_nothing_half_done(files, tmp_path, force):
     (tmp_path / "slow.py").write_text(
-        "import sys, time, torch\n"
+        "import itertools, sys, time, torch\ncalls = itertools.count()\n"
         + (files.folder / "nets.py").read_text()
         + "\nclass Slow(Net):\n"
         "    def forward(self, x):\n"
-        "        print('running', file=sys.stderr, flush=True)\n"
-        "        time.sleep(0.2)\n"
+        "        if next(calls) == 20:\n"
+        "            print('running', file=sys.stderr, flush=True)\n"
+        "            time.sleep(60)\n"
         "        return super().forward(x)\n"
         "\ndef slow(): return Slow(3)\n"
     )
@@ -453,7 +453,6 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing_half_done(files, tmp_path
     for line in process.stderr:
         if "running" in line:
             break
-    time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130

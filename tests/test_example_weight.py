@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,10 +11,11 @@ from torch.nn import functional as F
 
 from bnfix.errors import DataError, ModelError, NormError
 from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
-from bnfix.measuring.evaluation import evaluate
+from bnfix.measuring.evaluation import Score, evaluate
 from bnfix.measuring.pairing import compare
 from bnfix.recipe import WeightRecipe
 from bnfix.weighing.example_weight import choose_example_weight_, weighable_layers, weights_of
+from bnfix.weighing.weight_search import WeightSearch
 
 N_CLASSES = 4
 
@@ -625,6 +627,24 @@ class WithIdleNorm(nn.Module):
 
     def forward(self, x):
         return self.net(x) + 0 * self.idle(x).mean()
+
+
+@pytest.mark.parametrize(("n", "kept"), [(4, ["a", "b"]), (4000, ["b"])])
+def test_a_loss_that_hides_in_the_noise_of_few_examples_is_not_ruled_out(n, kept):
+    """Without the weight of ``a`` half of the examples lose 1 nat and half of them win it."""
+    layers = {name: GeneralizedBatchNorm(2, example_weight=0.5) for name in "ab"}
+
+    class Scripted(WeightSearch):
+        def _score(self, batches):
+            losses = np.zeros(n)
+            losses[::2] += 1.0 * (not layers["a"].live)
+            losses[1::2] -= 1.0 * (not layers["a"].live)
+            losses += 1.0 * (not layers["b"].live)
+            return Score(n, float(losses.mean()), 0.0, losses)
+
+    search = Scripted(nn.ModuleDict(layers), layers, [], [], None, "fp32")
+    search.thin(0.03, {"a": torch.ones(()), "b": torch.full((), 9.0)})
+    assert [name for name, layer in layers.items() if layer.live] == kept
 
 
 def test_a_layer_whose_weight_does_not_matter_is_set_back_to_zero(net, batches, select):

@@ -168,6 +168,7 @@ KEYS = {
     },
 }  # fmt: skip
 MORE = {
+    "calibrations_refused", "outputs_moved",
     "verdict_sentence", "n_seen", "decisions", "calibration", "choice", "curve", "training_curve",
     "swap", "per_class", "reliability", "assumptions", "options", "seed", "command_line",
     "versions", "ranking", "corruptions", "batch_invariance",

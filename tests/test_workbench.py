@@ -123,6 +123,37 @@ def test_parts_are_disjoint_and_learning_and_watching_share_fit(files):
     assert not np.array_equal(other.split.fit, bench.split.fit)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"source": DataRecipe(mean=(0.5,), std=(0.25,), corrupt="noise:1")},
+        {"source": DataRecipe(mean=(0.5,), std=(0.25,), corrupt="noise:2")},
+        {"source": DataRecipe(mean=(0.4,), std=(0.25,))},
+        {"source": DataRecipe(mean=(0.5,), std=(0.25,), resize=(9,))},
+        {"source": DataRecipe(mean=(0.5,), std=(0.25,), labels="none")},
+        {"gate": GateRecipe(seed=1)},
+        {"model": "forward"},
+    ],
+    ids=str,
+)
+def test_a_run_is_told_from_one_on_other_inputs(files, tmp_path, changed):
+    code = tmp_path / "call.py"
+    code.write_text("def forward(model, batch): return model(batch.x)")
+    if changed == {"model": "forward"}:
+        changed = {"model": ModelRecipe(files.spec, forward=f"{code}:forward")}
+    bench, again, other = bench_of(files), bench_of(files), bench_of(files, **changed)
+    part = np.arange(20)
+    identity = bench.identity(part, batch_size=10)
+    assert again.identity(part, batch_size=10) == identity
+    assert other.identity(part, batch_size=10) != identity
+    assert bench.identity(part, batch_size=5) != identity
+    assert bench.identity(part[::-1], batch_size=10) != identity
+    assert bench.identity(part[:7], part[7:], batch_size=10) != identity
+    before = other.identity(part, batch_size=10)
+    code.write_text("def forward(model, batch): return model(batch.x + 1)")
+    assert (other.identity(part, batch_size=10) == before) == ("model" not in changed)
+
+
 def test_each_class_is_in_each_part(files):
     bench = bench_of(files)
     assert bench.images.labels is not None

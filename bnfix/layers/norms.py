@@ -12,7 +12,8 @@ Evaluation, per example i and channel group, a = example_weight:
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR
 2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and mixing
-is done on central moments, never on E[x^2] - E[x]^2.
+is done on central moments. Where a fast path uses E[x^2] - E[x]^2, it checks the digits that are
+left and falls back to central moments.
 """
 
 from __future__ import annotations

@@ -12,9 +12,15 @@ import numpy as np
 from torch import Tensor, nn
 
 from bnfix import guards, processes, runtime
-from bnfix.errors import DataError, ModelError
+from bnfix.errors import DataError, ModelError, NumericError
 from bnfix.measuring.intervals import Array
-from bnfix.measuring.metrics import Metrics, checked_labels, measure, refuse_not_finite
+from bnfix.measuring.metrics import (
+    Metrics,
+    checked_labels,
+    measure,
+    refuse_not_finite,
+    without_metrics,
+)
 from bnfix.measuring.temperature import nll_of
 
 
@@ -91,6 +97,17 @@ def evaluate(
     (found,) = collect([model], batches, forward=forward, precision=precision)
     rate = found.images_per_second
     return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
+
+
+def measured(found: Outputs, seed: int) -> Metrics:
+    """Metrics of logits, or what speaks against them; of other outputs only their number."""
+    n, rate, problem = len(found.outputs), found.images_per_second, ""
+    if found.classified:
+        try:
+            return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
+        except NumericError:
+            problem = "its logits are not finite"
+    return without_metrics(n, images_per_second=rate, problem=problem)
 
 
 def score(

@@ -54,8 +54,6 @@ class Report:
         calibration: of the population statistics.
         choice: of the example weight.
         finetunings: every run tried.
-        refused: calibrations, choices and runs that the output does not hold.
-        moved: how far the outputs moved.
         swap: what was done to the layers.
         assumptions: what was assumed for the user or skipped, one sentence each.
         n_seen: evaluated examples that stand in a checkpoint's history as fit or select.
@@ -65,6 +63,8 @@ class Report:
         versions: by package.
         corruptions: each model on corrupted images.
         invariance: each model's logits in other batches.
+        refused: calibrations, choices and runs that the output does not hold.
+        moved: how far the outputs moved.
     """
 
     command: str
@@ -75,8 +75,6 @@ class Report:
     calibration: Calibration | None = None
     choice: WeightChoice | None = None
     finetunings: tuple[Finetuning, ...] = ()
-    refused: tuple[Calibration | WeightChoice | Finetuning, ...] = ()
-    moved: Moved | None = None
     swap: SwapPlan | None = None
     assumptions: tuple[str, ...] = ()
     n_seen: int = 0
@@ -86,6 +84,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     corruptions: tuple[Shifted, ...] = ()
     invariance: tuple[BatchInvariance, ...] = ()
+    refused: tuple[Calibration | WeightChoice | Finetuning, ...] = ()
+    moved: Moved | None = None
 
     @cached_property
     def paired(self) -> tuple[Paired | None, ...]:
