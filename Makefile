@@ -2,6 +2,7 @@
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+LOWEST := .venv-lowest
 DIST := dist
 TESTED := --doctest-modules bnfix tests
 COVERAGE := 95
@@ -21,18 +22,21 @@ ifneq ($(STATE),$(CURDIR))
 $(STAMP): again
 endif
 
-.PHONY: help demo test test-browser screenshots fuzz lint coverage wheel again
+.PHONY: help demo test test-lowest test-browser screenshots fuzz lint coverage wheel again
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## these targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 22
 
 demo: $(STAMP) ## the whole way on embedded data, offline, in under a minute
 	$(VENV)/bin/bnfix demo
 
 test: $(STAMP) ## all tests and doctests
 	$(PY) -m pytest -q $(TESTED)
+
+test-lowest: $(LOWEST)/.installed ## all tests on the oldest torch that is supported, in .venv-lowest
+	$(LOWEST)/bin/python -m pytest -q $(TESTED)
 
 test-browser: $(STAMP) ## the report's page in a real browser; needs chromium and chromedriver
 	$(PY) -m pytest -q -rs tests/browser
@@ -75,3 +79,10 @@ $(STAMP): pyproject.toml
 	@echo "make: installing what pyproject.toml asks for (minutes the first time)"
 	$(PY) -m pip install --disable-pip-version-check -e ".[dev]"
 	@printf '%s\n' "$(CURDIR)" >$(STAMP)
+
+# torch and torchvision of the very versions that pyproject.toml names as the least.
+$(LOWEST)/.installed: pyproject.toml | $(STAMP)
+	rm -rf $(LOWEST) && $(PY) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" \
+		$$(sed -n 's/^ *"\(torch\(vision\)\{0,1\}\)>=\([0-9.]*\)",/\1==\3.*/p' pyproject.toml)
+	touch $@

@@ -109,7 +109,6 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "data.augmentation": {"data.batches"},
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
-        "demo.train": {"demo", "demo.network"},
         "layers.surgery": {"guards", "layers.norms", "layers.sites", "moments"},
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
@@ -381,7 +380,7 @@ DOORS = {
     "jinja2": {"reporting.pages"},
     "onnxruntime": {"production.artifacts"},
     "safetensors": {
-        "checkpoints.pickles", "checkpoints.reading", "production.plain_files", "demo.train",
+        "checkpoints.pickles", "checkpoints.reading", "production.plain_files",
     },
     "pickle": {"checkpoints.pickles"},
     "PIL": {

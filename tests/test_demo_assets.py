@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks import train_demo as train
 from bnfix import demo
-from bnfix.demo import train
 from bnfix.demo.network import digits_net
 from bnfix.errors import ConfigError
 
@@ -179,7 +179,7 @@ def test_the_script_writes_a_checkpoint_that_loads(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "net.safetensors"
-    with caplog.at_level(logging.INFO, logger="bnfix.demo.train"):
+    with caplog.at_level(logging.INFO, logger="benchmarks.train_demo"):
         train.main([str(out), "--steps", "2"])
     digits_net().load_state_dict(load_file(out), strict=True)
     assert "written after" in caplog.text
@@ -195,7 +195,7 @@ def test_the_script_has_help() -> None:
     # Its text holds "99%", which a careless argparse would take for a format.
     root = Path(demo.__file__).parents[2]
     shown = subprocess.run(
-        [sys.executable, "-m", "bnfix.demo.train", "--help"],
+        [sys.executable, "-m", "benchmarks.train_demo", "--help"],
         capture_output=True,
         text=True,
         check=True,

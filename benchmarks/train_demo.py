@@ -12,8 +12,8 @@ or three seeds and seen on the calibration part, for an accuracy near 90% and a 
 recalibration that 500 images can show. So the gain is no estimate of what to expect elsewhere. The
 seed was not searched, and the test part was first looked at when the setting stood.
 
-    python -m bnfix.demo.train digits_net.safetensors
-    python -m bnfix.demo.train --digits digits.npz      (needs scikit-learn)
+    python -m benchmarks.train_demo digits_net.safetensors
+    python -m benchmarks.train_demo --digits digits.npz      (needs scikit-learn)
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: instead of the process's own.
     """
     parser = argparse.ArgumentParser(
-        "python -m bnfix.demo.train",
+        "python -m benchmarks.train_demo",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
