@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -594,6 +595,10 @@ def test_the_demo_goes_the_whole_way_in_one_command(cli, tmp_path, monkeypatch):
         "digits_net.safetensors", "digits-calibration.npz", "digits-test.npz", fixed.name,
         *(f"{fixed.name}.report.{kind}" for kind in ("json", "md", "html")),
     }  # fmt: skip
+    # The command that it prints for copying replaces what lies there.
+    by_hand = shlex.split(found["command_line"])[1:]
+    assert by_hand[-1] == "--force"
+    assert cli(*by_hand, "--plan", "--json").json["output"] == str(Path("bnfix-demo", fixed.name))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     outcome = cli("demo", "-o", tmp_path / "other")

@@ -215,7 +215,8 @@ class _Seen:
     def fits(self) -> bool:
         """Whether the stored statistics are right more often than those of each batch."""
         seen = self.behaviour
-        if seen is None or seen.top1 is None or seen.top1_training is None:
+        broken = any(finding.fault == "output-not-finite" for finding in self.findings)
+        if broken or seen is None or seen.top1 is None or seen.top1_training is None:
             return False
         return seen.top1 > seen.top1_training
 
