@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
+
+#: Items of a longer list or dict are not looked into.
+_MOST_ITEMS = 1000
+_CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 
 
 @contextmanager
@@ -31,18 +37,54 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes are put back on leaving.
+def inference(model: nn.Module) -> Iterator[list[str]]:
+    """Evaluation mode without gradients; all state of model and torch is put back on leaving.
 
     Args:
-        model: what is run inside.
+        model: the model to run inside.
+
+    Yields:
+        A list, filled on leaving: names of the buffers and attributes that forward changed.
 
     Restores:
-        ``training`` of each module.
+        ``training`` of each module, buffers, attributes, torch's random state.
     """
-    with modes_kept(model), torch.no_grad():
+    with modes_kept(model), random_kept(model), state_kept(model) as changed, torch.no_grad():
         model.eval()
+        yield changed
+
+
+@contextmanager
+def random_kept(model: nn.Module) -> Iterator[None]:
+    """Put torch's random state, on the CPU and the model's devices, back on leaving."""
+    devices = {p.device.index for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices)):
         yield
+
+
+@contextmanager
+def state_kept(model: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[list[str]]:
+    """Put buffers and plain attributes back on leaving, also inside lists and dicts of a module.
+
+    Args:
+        model: forward may write to it.
+        but: modules that may change.
+
+    Yields:
+        A list, filled on leaving: names of what had changed.
+    """
+    left_out = {id(module) for module in but}
+    # What shares memory with a parameter, or with what may change, goes with it.
+    tensors = [*model.parameters(), *(b for module in but for b in module.buffers(recurse=False))]
+    shared = {_storage(tensor) for tensor in tensors}
+    found = [(n, m) for n, m in model.named_modules() if id(m) not in left_out]
+    kept = [_State(name, module, shared) for name, module in found]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        for state in kept:
+            changed += state.restore_()
 
 
 @contextmanager
@@ -152,3 +194,100 @@ def _settings(module: nn.Module) -> dict[str, bool | int | float | None]:
         for name, value in vars(module).items()
         if name not in _TORCH_FIELDS and (value is None or isinstance(value, bool | int | float))
     }
+
+
+class _State:
+    """A module's own buffers and plain attributes."""
+
+    def __init__(self, name: str, module: nn.Module, shared: set[int]) -> None:
+        self._module, self._prefix = module, f"{name}." if name else ""
+        self._structure = _structure(module)
+        self._values = _attributes(module)
+        self._held: dict[str, dict[int, tuple[Any, Any]]] = {}
+        # A scripted module's table of buffers cannot be copied, and makes other objects each time.
+        for key, value in (*module.named_buffers(recurse=False), *self._values.items()):
+            _hold(value, self._held.setdefault(key, {}), shared)
+
+    @torch.no_grad()
+    def restore_(self) -> list[str]:
+        """Put back what has changed; its names."""
+        module = self._module
+        # A module that built itself in its first forward pass stays built.
+        if _structure(module) != self._structure:
+            return []
+        now, before = _attributes(module), self._values
+        keys = {**before, **now}
+        changed = [key for key in keys if not _same(now.get(key, now), before.get(key, before))]
+        for key in changed:
+            table = module._buffers if key in module._buffers else module.__dict__
+            if key in before:
+                table[key] = before[key]
+            else:
+                del table[key]
+        for key, held in self._held.items():
+            differ = [_put_back(value, old) for value, old in held.values()]
+            if any(differ) and key not in changed:
+                changed.append(key)
+        return [self._prefix + key for key in changed]
+
+
+def _structure(module: nn.Module) -> Any:
+    parameters = [name for name, _ in module.named_parameters(recurse=False)]
+    return type(module), [name for name, _ in module.named_children()], parameters
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Entries of the table of buffers, and plain attributes."""
+    found = dict(module._buffers) if isinstance(module._buffers, dict) else {}
+    # torch's own wrappers, such as FSDP, build on themselves what must last.
+    own = {} if type(module).__module__.startswith("torch.") else vars(module)
+    return {**found, **{key: value for key, value in own.items() if key not in _TORCH_FIELDS}}
+
+
+def _same(value: Any, old: Any) -> bool:
+    plain = isinstance(value, bool | int | float | str) and type(value) is type(old)
+    return value is old or (plain and value == old)
+
+
+def _hold(value: Any, held: dict[int, tuple[Any, Any]], shared: set[int]) -> None:
+    """Remember the tensors and containers in a value."""
+    if id(value) in held:
+        return
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and not value.is_meta and not value.is_quantized
+        if plain and not is_lazy(value) and _storage(value) not in shared:
+            held[id(value)] = value, value.detach().clone()
+    elif type(value) in _CONTAINERS:
+        held[id(value)] = value, value.copy()
+    if isinstance(value, (tuple, *_CONTAINERS)) and len(value) <= _MOST_ITEMS:
+        for item in value.values() if isinstance(value, dict) else value:
+            _hold(item, held, shared)
+
+
+def _put_back(value: Any, old: Any) -> bool:
+    """Give a tensor or a container its content back; whether it had another."""
+    if isinstance(value, Tensor):
+        if value.shape == old.shape and value.dtype == old.dtype:
+            if torch.equal(value, old) or bool(((value == old) | (old != old)).all()):
+                return False
+            value.copy_(old)
+        else:
+            value.data = old
+        return True
+    now = list(value.items()) if isinstance(value, dict) else list(value)
+    before = list(old.items()) if isinstance(old, dict) else list(old)
+    if [_identity(item) for item in now] == [_identity(item) for item in before]:
+        return False
+    value.clear()
+    (value.extend if isinstance(value, list | deque) else value.update)(old)
+    return True
+
+
+def _identity(item: Any) -> Any:
+    return (id(item[0]), id(item[1])) if isinstance(item, tuple) and len(item) == 2 else id(item)
+
+
+def _storage(tensor: Tensor) -> int:
+    if tensor.layout is not torch.strided or is_lazy(tensor):
+        return id(tensor)
+    return int(tensor.untyped_storage().data_ptr())

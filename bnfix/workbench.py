@@ -25,7 +25,7 @@ from bnfix.data.first_look import first_batch, look_at_inputs, look_at_size
 from bnfix.data.images import Images
 from bnfix.data.opening import for_outputs, open_images
 from bnfix.data.splitting import Split, cut
-from bnfix.errors import DataError
+from bnfix.errors import DataError, some
 from bnfix.memory import BatchSize, Footprint, footprint
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
@@ -402,8 +402,11 @@ def open_checked(
     first = next(
         iter(Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad))
     )
-    with guards.inference(model):
+    with guards.inference(model) as changed:
         output = runtime.run(model, first, runtime.device_of(model))
+    note = f"the forward pass changes {some(changed)} by itself; bnfix puts that back"
+    if changed and note not in images.notes:
+        images.notes.append(note)
     input_size = first.x[0].numel()
     if images.labels is None:
         return images, input_size

@@ -150,6 +150,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "measuring.custom_metrics", "measuring.metrics", "measuring.pairing",
             "measuring.robustness",
         },
+        "statistics.settling": {
+            "layers.sites", "statistics.accumulating", "statistics.collecting",
+        },
         "statistics.walking": {
             "guards", "memory", "processes", "runtime", "statistics.accumulating",
             "statistics.collecting",
@@ -171,8 +174,9 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
-            "layers.sites", "runtime", "statistics.accumulating", "statistics.collecting",
-            "statistics.costs", "statistics.walking",
+            "layers.sites", "processes", "runtime", "statistics.accumulating",
+            "statistics.collecting", "statistics.costs", "statistics.settling",
+            "statistics.walking",
         },
         "statistics.keeping": {"checkpoints.resuming", "processes", "statistics.collecting"},
         "tuning.training": {
@@ -309,8 +313,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "production.exporting": {
             "checkpoints.loading", "checkpoints.saving", "conversion", "data.batches",
-            "data.corruptions", "data.images", "data.opening", "estimating", "layers.norms",
-            "measuring.evaluation", "production", "production.artifacts",
+            "data.corruptions", "data.images", "data.opening", "estimating", "guards",
+            "layers.norms", "measuring.evaluation", "production", "production.artifacts",
             "production.export_report", "production.making", "production.verification",
             "recognition", "reporting.layer_rows", "reporting.records", "reporting.report",
             "runtime", "tracking", "workbench",

@@ -210,3 +210,93 @@ def test_a_snapshot_leaves_later_hooks_working():
     snapshot.restore_()
     net(torch.randn(2, 3, 4, 4)).sum().backward()
     assert seen == ["back"]
+
+
+class Busy(nn.Module):
+    """Writes to itself in forward, in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.register_buffer("input_mean", torch.full((3,), 0.5))
+        self.register_buffer("late", None)
+        self.n_steps, self.cache, self.seen, self.plain = (
+            0,
+            {"x": torch.zeros(2)},
+            [],
+            torch.ones(2),
+        )
+
+    def forward(self, x):
+        self.input_mean.lerp_(x.mean((0, 2, 3)), 0.5)
+        self.late = x.mean()
+        self.n_steps += 1
+        self.cache["x"] += 1
+        self.cache["y"] = x
+        self.seen.append(x.shape)
+        self.plain.data.mul_(2)
+        self.skip = x
+        return self.bn(x - self.input_mean[:, None, None]) + 0 * torch.rand(())
+
+
+def test_what_forward_changes_by_itself_is_put_back_and_named():
+    net = nn.Sequential(Busy())
+    inner, before = net[0], dict(vars(net[0]))
+    torch.manual_seed(0)
+    random = torch.get_rng_state()
+    with guards.inference(net) as changed:
+        net(torch.randn(2, 3, 4, 4))
+    wanted = {"input_mean", "late", "n_steps", "cache", "seen", "plain", "skip"}
+    assert set(changed) == {f"0.{name}" for name in wanted}
+    assert len(changed) == len(wanted)
+    assert vars(inner) == before
+    assert inner.late is None
+    assert inner.seen == []
+    assert inner.input_mean.tolist() == [0.5] * 3
+    assert inner.plain.tolist() == [1, 1]
+    assert list(inner.cache) == ["x"]
+    assert inner.cache["x"].tolist() == [0, 0]
+    assert torch.equal(torch.get_rng_state(), random)
+    with guards.inference(net) as changed:
+        pass
+    assert changed == []
+
+
+def test_what_trains_is_not_put_back_nor_what_shares_its_memory():
+    net = Busy()
+    net.weights, net.means = [net.bn.weight.data], [net.bn.running_mean]
+    with guards.state_kept(net, but=[net.bn]) as changed:
+        net.bn.weight.data.fill_(3)
+        net.train()(torch.randn(2, 3, 4, 4) + 5)
+    assert net.bn.weight.tolist() == [3] * 3
+    assert net.bn.num_batches_tracked == 1
+    assert "bn.running_mean" not in changed
+    assert net.input_mean.tolist() == [0.5] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("kind", ["lazy", "built", "scripted", "nan"])
+def test_a_model_that_builds_itself_stays_built(kind):
+    class Builds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = None
+
+        def forward(self, x):
+            if self.fc is None:
+                self.fc, self.n = nn.Linear(x.shape[1], 2), 1
+            return self.fc(x)
+
+    net = {"lazy": nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d()), "built": Builds()}.get(
+        kind, nn.Sequential(nn.BatchNorm1d(4))
+    )
+    if kind == "nan":
+        net[0].running_mean.fill_(torch.nan)
+    if kind == "scripted":
+        net = torch.jit.script(net.eval())
+    x = torch.randn(3, 4)
+    with guards.inference(net) as changed:
+        first = net(x)
+    net.eval()
+    assert changed == []
+    assert torch.equal(net(x), first) or kind == "nan"

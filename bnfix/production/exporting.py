@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfix import runtime
+from bnfix import guards, runtime
 from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import versions
 from bnfix.conversion import CALL_ERRORS, example_input, known_shape
@@ -281,7 +281,8 @@ def _inputs(
     notes += describe_skipped([batches])
     if len(x) < 2:
         raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
-    runtime.run(loaded.model, x[:2], torch.device("cpu"))
+    with guards.inference(loaded.model):
+        runtime.run(loaded.model, x[:2], torch.device("cpu"))
     return _Inputs(x, images, index, preprocessing, notes)
 
 
@@ -376,7 +377,8 @@ def _zero_(
     before = copy.deepcopy(loaded.model)
     set_example_weight_(loaded.model, 0.0)
     runners = artifacts.torch_runner(before), artifacts.torch_runner(loaded.model)
-    cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))
+    with guards.state_kept(before), guards.state_kept(loaded.model):
+        cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))
     if inputs.images is None or inputs.images.labels is None:
         return cost, ()
     index = np.random.default_rng(seed).permutation(len(inputs.images))[:_COST_EXAMPLES]

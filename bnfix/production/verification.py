@@ -229,7 +229,7 @@ def names_of(model: nn.Module, x: Tensor) -> list[str]:
     Raises:
         ModelError: if its output holds no tensor.
     """
-    with torch.no_grad():
+    with guards.inference(model):
         found = outputs_of(model(x))
     if not found:
         raise ModelError("export: the model's output holds no tensor by name or position.")

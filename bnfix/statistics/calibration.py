@@ -23,8 +23,12 @@ from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unma
 from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import Collector, as_stored, over_groups
 from bnfix.statistics.costs import Cost
-from bnfix.statistics.feeding import Enough, collect, drift, eps_of
+from bnfix.statistics.feeding import Enough, collect
 from bnfix.statistics.keeping import Kept
+from bnfix.statistics.settling import drift, eps_of
+
+#: Residual that is worth a word.
+_SMALL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ class Calibration:
         n_processes: how many shared the batches.
         n_resumed: examples whose moments an earlier run had measured and kept.
         cost: what this process spent its part of the seconds on.
+        disturbed: the first batches met other moments in a walk than by themselves, since the
+            network keeps something on itself while it runs; so batches ran one after the other.
+        residual: how far the statistics still are from those that a pass with them meets, where
+            they were found by repeated passes and did not settle, or where ``disturbed``.
+        changed_by_forward: buffers and attributes that forward passes changed by themselves; they
+            are as they were.
         examples_per_second: examples times passes by the seconds, all processes together; ``None``
             where an earlier run had measured a part.
     """
@@ -100,6 +110,9 @@ class Calibration:
     n_resumed: int = 0
     cost: Cost = field(default_factory=Cost)
     examples_per_second: float | None = None
+    disturbed: bool = False
+    residual: float = 0.0
+    changed_by_forward: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         missed = f", {len(self.never_reached)} never reached" if self.never_reached else ""
@@ -146,8 +159,11 @@ def recalibrate_(
             One pass, in which all batches wait for each other at each layer, if what they hold by
             then fits the memory. Otherwise, or where batches meet layers in different orders or a
             layer more than once: one pass, and one (shortening) pass for each layer but the first.
-            A layer called more than once is measured until it settles; `residuals` tells how well.
-        samples: stop after the batch with which this number of examples is reached; ``auto``: with
+            A layer called more than once is measured until it settles, or else gets the moments
+            that came nearest. A walk is checked: the first two batches, run again by themselves,
+            must meet the same moments; if not, there are passes instead.
+        samples: stop after the batch with which this number of examples is reached; needed where
+            the batches have no length and more than 100,000 examples; ``auto``: with
             which every layer's errors are small enough; under ``sequential`` a pass of the batch
             feed decides that. Not for a stream, which may have no end.
         tolerance: what is small enough for ``auto``: root mean square over a layer's channels of
@@ -171,16 +187,17 @@ def recalibrate_(
 
     Raises:
         ConfigError: if an option is not known or out of range, or ``train-batch`` lacks its size.
-        NormError: if a pattern matches nothing, there is no layer to recalibrate, or the data
-            reach none.
-        DataError: if there are no examples, or none in a later pass.
+        NormError: if a pattern matches nothing, there is no layer to recalibrate, the data reach
+            none, or under ``batch`` a layer gets a single value a channel.
+        DataError: if there are no examples, or none in a later pass; if batches without a length do
+            not end; if under ``batch`` every one of several batches holds a single example.
         NumericError: if a layer's input is not finite, or its moments do not fit its type.
 
     Changes:
         ``running_mean``, ``running_var``, and ``num_batches_tracked`` where it is 0; all at the
         very end, so that an exception leaves the model bit for bit as it was.
     Restores:
-        Modes, hooks.
+        Modes, hooks, random state, and what forward changes by itself.
 
     Example:
         >>> import torch
@@ -224,7 +241,10 @@ def recalibrate_(
     measured, collector = found.measured, found.collector
     by_name = {site.name: site for site in sites}
     with collector.clock.measuring():
-        new = {name: accumulator.statistics(size) for name, accumulator in measured.items()}
+        new = {
+            name: found.nearest.get(name) or accumulator.statistics(size)
+            for name, accumulator in measured.items()
+        }
     stored = {name: as_stored(by_name[name], *moments) for name, moments in new.items()}
     _check_stored(stored)
     records = tuple(
@@ -254,6 +274,9 @@ def recalibrate_(
         n_resumed,
         collector.clock.cost(),
         None if n_resumed else rate,
+        disturbed=found.disturbed,
+        residual=found.error,
+        changed_by_forward=tuple(collector.changed),
     )
 
 
@@ -382,6 +405,16 @@ def describe_missing(calibration: Calibration) -> list[str]:
         sentences.append(
             f"population statistics: {calibration.n_examples} examples {reached}; the last layer "
             f"to be known well was {calibration.slowest}."
+        )
+    if calibration.disturbed:
+        sentences.append(
+            "population statistics: the network keeps activations or counts on itself while it "
+            "runs, or is random, so the batches ran one after the other, not together."
+        )
+    if calibration.residual > _SMALL:
+        sentences.append(
+            "population statistics: they did not settle; a pass with them meets others, by "
+            f"{calibration.residual:.2g} of a deviation at the worst layer."
         )
     for names, text in (
         (calibration.called_again, "called more than once a forward pass; their calls are pooled"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix import guards, processes, runtime
-from bnfix.errors import NormError, NumericError
+from bnfix.errors import DataError, NormError, NumericError
 from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.sites import NormSite
 from bnfix.moments import mix, over_channel_groups
@@ -23,6 +23,10 @@ from bnfix.statistics.costs import Clock
 #: Numbers that may wait, by device, to be looked at for what is not finite: a look makes the host
 #: wait for the device, which on a CPU costs nothing.
 UNCHECKED = {"cpu": 0, "cuda": 1 << 22}
+#: Batches, from the first, whose moments a walk keeps, to compare them with those batches alone.
+TRACED = 2
+#: Examples after which a source without a length may be one without an end.
+MOST_UNCOUNTED = 100_000
 
 
 class StopHereError(BaseException):
@@ -41,8 +45,18 @@ class Collector:
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
         self.measured: dict[str, Accumulator] = {}
         self.n_calls: dict[str, int] = {}
-        self.wanted: str | None = None
+        self.wanted: frozenset[str] | None = None
         self.stops = False
+        #: Layers from the first call to the last of one that is called again.
+        self.looped: set[str] = set()
+        self.most_examples = 0
+        #: Refuse batches that give a layer one value a channel; the first of those.
+        self.is_strict = False
+        self._single: tuple[str, int] | None = None
+        #: Buffers and attributes that forward passes changed by themselves.
+        self.changed: dict[str, None] = {}
+        #: Moments of the first batches, call by call.
+        self.traces: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
         self._before: dict[str, set[str]] = {}
         self._calls: Counter[str] = Counter()
         #: Examples of the last pass that this rank has run.
@@ -66,7 +80,7 @@ class Collector:
         site = self.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
-        if (self.wanted is None or site.name == self.wanted) and x.numel():
+        if (self.wanted is None or site.name in self.wanted) and x.numel():
             mean, var = self.measure(site, x)
             if self.stops:
                 raise StopHereError
@@ -105,6 +119,8 @@ class Collector:
         return {
             "measured": {name: found.state(summed=summed) for name, found in self.measured.items()},
             "n_calls": dict(self.n_calls),
+            "looped": sorted(self.looped),
+            "most_examples": self.most_examples,
             "before": {name: sorted(names) for name, names in self._before.items()},
         }
 
@@ -121,6 +137,8 @@ class Collector:
         parts: dict[str, list[Accumulator]] = {}
         self.n_calls, self._before = {}, {}
         for state in states:
+            self.looped.update(state["looped"])
+            self.most_examples = max(self.most_examples, int(state["most_examples"]))
             for name, n in state["n_calls"].items():
                 self.n_calls[name] = max(int(n), self.n_calls.get(name, 0))
             for name, names in state["before"].items():
@@ -180,17 +198,33 @@ class Collector:
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
         mean, var = over_groups(site, *precise_moments(values))
         mixed = mix(mean, var, dim=0)
+        self.most_examples = max(self.most_examples, len(values))
+        if self.batch_index < TRACED and not self.by_batch:
+            self.traces.setdefault(self.batch_index, []).append((site.name, *mixed))
         self._to_check.append((self.batch_index, site.name, mean, var, mixed[1]))
         self._n_to_check += 2 * mean.numel()
         if site.name not in self.measured:
             self.measured[site.name] = Accumulator(mixed[0])
         self.measured[site.name].add(mean, var, values.shape[2])
+        if len(values) * values.shape[2] == 1:
+            self._single = self._single or (site.name, self.batch_index)
+        if self.is_strict and self._single and len(self.measured) > 1:
+            name, index = self._single
+            raise NormError(
+                f"{name}: gets one value a channel in batch {_of_all(index)} (counted from 0), "
+                "which under the batch feed is normalized to 0. Give larger batches, also at the "
+                "end, or use the sequential feed.",
+                name=name,
+            )
         return mixed
 
     def _count(self, name: str) -> None:
         if not self._calls[name]:
             last = [key for key, n in self._calls.items() if n][-1:]
             self._before.setdefault(name, set()).update(last)
+        else:
+            so_far = list(self._calls)
+            self.looped.update(so_far[so_far.index(name) :])
         self._calls[name] += 1
         self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
 
@@ -268,12 +302,14 @@ class Collector:
         n_examples, n_batches, n_gone = (0, 0, 0) if keeper is None else keeper.resume_(self)
         left = None if samples is None else samples - n_examples
         rest = self.clock.reading(after(batches, n_gone))
-        rest = up_to(rest, left) if left is None or left > 0 else iter(())
+        counted = left is not None or enough is not None or has_length(batches)
+        most = None if counted else MOST_UNCOUNTED
+        rest = up_to(rest, left, most) if left is None or left > 0 else iter(())
         looks = enough is not None and processes.here().shared
         # What is kept or decided by must be finite.
         at_once = enough is not None or keeper is not None
         with (
-            guards.inference(model),
+            guards.inference(model) as changed,
             guards.hooks() as handles,
             # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
             torch.compiler.set_stance("force_eager"),
@@ -291,6 +327,7 @@ class Collector:
                     n_seen = sum(processes.gather(n_examples)) if looks else n_examples
                     if enough(n_seen):
                         break
+        self.changed.update(dict.fromkeys(changed))
         self.check_finite()
         return n_examples, n_batches
 
@@ -382,12 +419,26 @@ def after(batches: Iterable[Any], n: int) -> Iterable[Any]:
     return islice(batches, n, None)
 
 
-def up_to(batches: Iterable[Any], samples: int | None) -> Iterator[Any]:
-    """Batches until this number of examples is reached; not one more is asked for."""
+def has_length(batches: Any) -> bool:
+    """Whether the number of batches is known, so that they have an end."""
+    try:
+        len(batches)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def up_to(batches: Iterable[Any], samples: int | None, most: int | None = None) -> Iterator[Any]:
+    """Batches until this number of examples is reached; more than ``most`` are refused."""
     n_examples = 0
     if samples is not None and samples <= 0:
         return
     for batch in batches:
+        if most is not None and n_examples >= most:
+            raise DataError(
+                f"batches: {n_examples:,} examples from a source without a length, and no end. "
+                "Give samples=, the number of examples to use; if it has an end, any larger number."
+            )
         yield batch
         n_examples += runtime.n_examples_of(batch)
         if samples is not None and n_examples >= samples:

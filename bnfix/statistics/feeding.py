@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnfix import runtime
+from bnfix import processes, runtime
 from bnfix.errors import DataError, NormError, some
 from bnfix.layers.sites import NormSite
 from bnfix.statistics.accumulating import Accumulator
-from bnfix.statistics.collecting import Collector, Keeper, as_stored, up_to
+from bnfix.statistics.collecting import MOST_UNCOUNTED, Collector, Keeper, as_stored, up_to
 from bnfix.statistics.costs import Clock
-from bnfix.statistics.walking import Walk
+from bnfix.statistics.settling import Settled, drift, eps_of, settle
+from bnfix.statistics.walking import Walk, default_memory
 
-#: Passes at most for a layer that is called more than once, whose output comes back to its input.
-_ROUNDS = 12
-#: Change of the moments, in units of sqrt(var + eps) and relative, below which it has settled.
-_SETTLED = 1e-7
+#: Difference of a batch's moments, in units of sqrt(var + eps) and relative, that is rounding.
+_ROUNDING = 1e-4
 #: `samples="auto"`: examples between two looks at the errors, as a part of those seen.
 _LOOK_AGAIN = 0.1
 
@@ -80,6 +81,9 @@ class Found:
     n_batches: int
     passes: float
     how: str
+    disturbed: bool = False
+    error: float = 0.0
+    nearest: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def collect(
@@ -110,32 +114,117 @@ def collect(
 
     Returns:
         What was measured, and what it took.
+
+    Raises:
+        DataError: if under ``batch`` every one of several batches holds a single example.
     """
     wanted = samples if isinstance(samples, int) else None
     if feed == "sequential" and isinstance(batches, Iterator):
-        batches = list(up_to(batches, wanted))
+        batches = _kept(batches, wanted)
     clock = Clock()
     scout = Collector(sites, by_batch=True, clock=clock)
+    scout.is_strict = feed == "batch"
     passes = n_examples = n_batches = 0
     wasted = 0.0
     if feed == "batch" or auto is not None:
         n_examples, n_batches = _scout(model, scout, batches, forward, wanted, auto, keeper)
         passes, wanted = 1, scout.n_own
     if feed == "batch":
+        most = max(processes.gather(scout.most_examples))
+        if most == 1 < n_batches and size != 1 and len(scout.measured) > 1:
+            raise DataError(
+                f"batches: {n_batches}, and each holds one example, which under the batch feed is "
+                "normalized by itself at every layer, as it never is in inference. Give larger "
+                "batches, or feed sequential."
+            )
         return Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
     walking = Collector(sites, by_batch=False, clock=clock)
     walk = Walk(model, walking, forward, size, memory_bytes)
     if walk.go(batches, wanted):
         _check_reached(sites, walk.n_examples, walking)
-        return Found(
-            walking.measured, walking, walk.n_examples, walk.n_batches, passes + 1.0, "walk"
-        )
+        disturbed = walk.n_batches > 1 and not _as_alone(model, walk, walking, forward)
+        if not disturbed:
+            return Found(
+                walking.measured, walking, walk.n_examples, walk.n_batches, passes + 1.0, "walk"
+            )
+    else:
+        disturbed = any(processes.gather(walk.disturbed))
     if not passes:
         n_examples, n_batches = _scout(model, scout, batches, forward, wanted, None, keeper)
         passes = 1
     wasted = walk.n_steps / len(scout.measured)
-    measured, more = _sequential(model, scout, batches, forward, wanted, size, keeper)
-    return Found(measured, scout, n_examples, n_batches, passes + more + wasted, "passes")
+    settled = _sequential(model, scout, batches, forward, wanted, size, keeper)
+    more, last = settled.passes, settled.collector
+    if disturbed:
+        more, settled.error = more + 1.0, _left(model, settled, batches, forward, wanted, size)
+    scout.changed.update(last.changed)
+    return Found(
+        last.measured, scout, n_examples, n_batches, passes + more + wasted, "passes",
+        disturbed, settled.error, settled.nearest,
+    )  # fmt: skip
+
+
+def _kept(batches: Iterator[Any], samples: int | None) -> list[Any]:
+    """A stream in memory, for it has to be gone through again."""
+    room = 2 * default_memory(torch.device("cpu"))
+    kept: list[Any] = []
+    n_bytes = 0
+    for batch in up_to(batches, samples, None if samples is not None else MOST_UNCOUNTED):
+        kept.append(batch)
+        n_bytes += sum(t.numel() * t.itemsize for t in runtime.tensors_in(batch))
+        if n_bytes > room > 0:
+            raise DataError(
+                f"batches: a stream of more than {n_bytes >> 20} MiB, and feed sequential needs it "
+                "again. Give a list or a loader, or samples=, the number of examples to use."
+            )
+    return kept
+
+
+def _as_alone(
+    model: nn.Module, walk: Walk, walking: Collector, forward: runtime.Forward | None
+) -> bool:
+    """Whether the first batches meet in a plain pass, by themselves, the moments of the walk."""
+    # A network that keeps activations on itself gets another batch's when batches walk together.
+    alone = Collector(list(walking.sites.values()), by_batch=False, clock=walking.clock)
+    alone.use = walking.use
+    alone.one_pass(model, walk.first, forward, None)
+    sites = {site.name: site for site in walking.sites.values()}
+    pairs = [
+        pair
+        for index in range(len(walk.first))
+        for pair in zip_longest(walking.traces.get(index, ()), alone.traces.get(index, ()))
+    ]
+    same = all(
+        a is not None and b is not None and a[0] == b[0]
+        and _is_rounding(a[1:], b[1:], eps_of(sites[a[0]]))
+        for a, b in pairs
+    )  # fmt: skip
+    return all(processes.gather(same))
+
+
+def _is_rounding(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> bool:
+    scale = b[1] + eps
+    shift, ratio = (a[0] - b[0]).abs() / scale.sqrt(), (a[1] - b[1]).abs() / scale
+    return bool((torch.maximum(shift, ratio) <= _ROUNDING).all())
+
+
+def _left(
+    model: nn.Module,
+    settled: Settled,
+    batches: runtime.Batches,
+    forward: runtime.Forward | None,
+    samples: int | None,
+    size: int | None,
+) -> float:
+    """How far one more pass is from the moments found, at the layer where it is furthest."""
+    last = Collector(list(settled.collector.sites.values()), by_batch=False)
+    last.use = settled.collector.use
+    last.one_pass(model, runtime.pass_of(batches, 0), forward, samples)
+    return max(
+        max(drift(last.use[name], sums.statistics(size), eps_of(settled.site(name))))
+        for name, sums in last.measured.items()
+        if name in last.use
+    )
 
 
 def _scout(
@@ -171,66 +260,44 @@ def _sequential(
     samples: int | None,
     size: int | None,
     keeper: Keeper | None,
-) -> tuple[dict[str, Accumulator], float]:
+) -> Settled:
     """Layer after layer in call order, each measured while all before it are final."""
     order = scout.order()
-    sites = {site.name: site for site in scout.sites.values()}
-    collector = Collector(list(sites.values()), by_batch=False, clock=scout.clock)
+    collector = Collector(list(scout.sites.values()), by_batch=False, clock=scout.clock)
+    use = {
+        site.name: as_stored(site, *scout.measured[site.name].statistics(size))
+        for site in scout.sites.values()
+        if site.name in scout.measured
+    }
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
-    for name in order:
-        collector.use[name] = as_stored(sites[name], *scout.measured[name].statistics(size))
-    passes = 0.0
-    for depth, name in enumerate(order, 1):
-        once = scout.n_calls[name] == 1
-        if once and scout.is_first(name):
-            collector.measured[name] = scout.measured[name]
-            continue
-        collector.wanted, collector.stops = name, once
-        for _ in range(1 if once else _ROUNDS):
+    collector.use = use
+    found = Settled(collector)
+
+    def measure(names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        for name in names:
             collector.measured.pop(name, None)
-            collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples, keeper=keeper)
-            passes += depth / len(order) if once else 1.0
-            if name not in collector.measured:
-                raise DataError(
-                    f"{name}: a further pass over the batches did not reach it. Give a list or a "
-                    "loader, which can be gone through again.",
-                    name=name,
-                )
-            before = collector.use[name]
-            new = collector.measured[name].statistics(size)
-            collector.use[name] = as_stored(sites[name], *new)
-            if max(drift(before, new, eps_of(sites[name]))) < _SETTLED:
-                break
-    return collector.measured, passes
+        collector.wanted = frozenset(names)
+        collector.one_pass(model, runtime.pass_of(batches, 0), forward, samples, keeper=keeper)
+        missing = [name for name in names if name not in collector.measured]
+        if missing:
+            raise DataError(
+                f"{some(missing)}: a further pass over the batches did not reach it. Give a list "
+                "or a loader, which can be gone through again.",
+                name=missing[0],
+            )
+        return {name: collector.measured[name].statistics(size) for name in names}
 
-
-def eps_of(site: NormSite) -> float:
-    """The eps of a layer.
-
-    Args:
-        site: the layer's place.
-
-    Returns:
-        Its own, or torch's default.
-    """
-    return float(getattr(site.module, "eps", 1e-5))
-
-
-def drift(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
-) -> tuple[float, float]:
-    """How far old moments are from new, as plain means over the channels.
-
-    Args:
-        old: mean and variance.
-        new: likewise, float64.
-        eps: of the layer.
-
-    Returns:
-        |mean shift| / sqrt(new var + eps), and |log variance ratio|, both with eps.
-    """
-    old_mean, old_var = (moment.double() for moment in old)
-    mean, var = new
-    shift = ((mean - old_mean).abs() / (var + eps).sqrt()).mean()
-    ratio = ((var + eps) / (old_var.clamp_min(0) + eps)).log().abs().mean()
-    return float(shift), float(ratio)
+    again = [depth for depth, name in enumerate(order) if name in scout.looped]
+    loop = order[again[0] : again[-1] + 1] if again else []
+    for depth, name in enumerate(order, 1):
+        if name in loop:
+            if name == loop[0]:
+                settle(found, loop, measure)
+        elif scout.is_first(name):
+            collector.measured[name] = scout.measured[name]
+        else:
+            collector.stops = True
+            new = measure([name])
+            use[name] = as_stored(found.site(name), *new[name])
+            found.passes += depth / len(order)
+    return found

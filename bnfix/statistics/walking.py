@@ -20,11 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from bnfix import guards, processes, runtime
-from bnfix._torch_private import has_modes, tree_leaves
+from bnfix._torch_private import has_modes, tree_leaves, tree_map
+from bnfix.errors import ModelError
 from bnfix.memory import LiveBytes
 from bnfix.statistics.accumulating import Accumulator
-from bnfix.statistics.collecting import Collector, StopHereError, as_stored, device_of_site, up_to
+from bnfix.statistics.collecting import (
+    TRACED,
+    Collector,
+    StopHereError,
+    as_stored,
+    device_of_site,
+    up_to,
+)
 
+#: What a network raises on an activation of another shape than it expects.
+_OF_SHAPE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError)
 #: Batches that may walk together; each has a thread.
 _MOST_BATCHES = 256
 
@@ -77,6 +87,10 @@ class Walk:
         self._back = threading.Semaphore(0)
         self._ending = False
         self._impossible = False
+        #: A batch failed while it ran among others.
+        self.disturbed = False
+        #: The first batches, as they came.
+        self.first: list[Any] = []
         self._sizes = 0
         self.n_examples = self.n_batches = self.n_steps = 0
 
@@ -96,38 +110,40 @@ class Walk:
         if self._limit <= 0 or has_modes():
             return False
         sites = [site.module for site in self._collector.sites.values()]
-        own = [(m._buffers, m._buffers["running_mean"], m._buffers["running_var"]) for m in sites]
         enter, clock = _thread_state(self._device), self._collector.clock
-        try:
-            with (
-                guards.inference(self._model),
-                guards.hooks() as handles,
-                torch.compiler.set_stance("force_eager"),
-                # Threads are made as they are needed: no walker ends before all have begun.
-                ThreadPoolExecutor(_MOST_BATCHES) as pool,
-            ):
-                for module in sites:
-                    handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-                    handles.append(
-                        module.register_forward_hook(self._collector.after, always_call=True)
+        # Buffers that are lent when the walk is given up come back with all other state.
+        with (
+            guards.inference(self._model) as changed,
+            guards.hooks() as handles,
+            torch.compiler.set_stance("force_eager"),
+            # Threads are made as they are needed: no walker ends before all have begun.
+            ThreadPoolExecutor(_MOST_BATCHES) as pool,
+        ):
+            for module in sites:
+                handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                handles.append(
+                    module.register_forward_hook(self._collector.after, always_call=True)
+                )
+            try:
+                processes.together(
+                    lambda: self._start(
+                        up_to(clock.reading(runtime.pass_of(batches, 0)), samples), pool, enter
                     )
-                try:
-                    processes.together(
-                        lambda: self._start(
-                            up_to(clock.reading(runtime.pass_of(batches, 0)), samples), pool, enter
-                        )
-                    )
-                    self._step_by_step()
-                finally:
-                    self._end()
-        finally:
-            for buffers, mean, var in own:
-                buffers["running_mean"], buffers["running_var"] = mean, var
+                )
+                self._step_by_step()
+            finally:
+                self._end()
+        if not self._impossible:
+            self._collector.changed.update(dict.fromkeys(changed))
         return not self._impossible
 
     def _start(self, batches: Iterator[Any], pool: ThreadPoolExecutor, enter: _State) -> None:
         """Bring every batch to its first norm layer."""
         for index, batch in enumerate(batches):
+            if index < TRACED:
+                # Forward may write to its input.
+                copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
+                self.first.append(copied)
             walker = _Walker(index, batch)
             self._sizes += walker.size
             if index >= _MOST_BATCHES or not self._fits():
@@ -213,7 +229,13 @@ class Walk:
             self._collector.measure(walker.at, walker.x)
             walker.x = None
         if walker.is_over:
-            walker.done.result()
+            error = walker.done.exception()
+            # By itself it may run; if not, the passes that follow raise the error again.
+            cause = error.__cause__ if isinstance(error, ModelError) else None
+            if isinstance(cause, _OF_SHAPE) and len(self._walkers) > 1:
+                self.disturbed = self._impossible = True
+            elif error is not None:
+                raise error
         if walker.index == 0 and not self._fits():
             self._impossible = True
 

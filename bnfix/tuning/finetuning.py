@@ -69,6 +69,8 @@ class Finetuning:
         n_skipped_steps: batches left out: loss or gradient not finite, or, with batch statistics,
             a single example.
         seconds: wall-clock time.
+        changed_by_forward: buffers and attributes that training passes changed by themselves, other
+            than those of norm layers and of torch's own modules; put back after every epoch.
     """
 
     trained: str
@@ -78,6 +80,7 @@ class Finetuning:
     n_steps: int
     n_skipped_steps: int
     seconds: float
+    changed_by_forward: tuple[str, ...] = ()
 
 
 def finetune_(
@@ -138,7 +141,8 @@ def finetune_(
         The trained parameters; with ``"train"`` also running moments; with ``"learn"`` also
         example weights. With 0 epochs, if no epoch is better, or after an exception: nothing.
     Restores:
-        Modes, ``requires_grad``, gradients, ghost sizes, momenta, random state.
+        Modes, ``requires_grad``, gradients, ghost sizes, momenta, random state; after every epoch
+        what forward changes by itself, other than in norm layers and torch's own modules.
     """
     recipe = recipe or FinetuneRecipe()
     if epochs is not None:
@@ -180,7 +184,9 @@ def finetune_(
                 with course.saved_on_interrupt() as check:
                     while run.step < run.n_steps:
                         k = len(course.points) - 1
-                        loss = run.one_epoch(partial(runtime.pass_of, batches, k), check)
+                        with guards.state_kept(model, but=run.follow) as changed:
+                            loss = run.one_epoch(partial(runtime.pass_of, batches, k), check)
+                        run.changed.update(dict.fromkeys(changed))
                         with run.averaged():
                             if after_epoch is not None:
                                 after_epoch(model)
@@ -203,6 +209,7 @@ def finetune_(
         run.n_taken,
         run.n_skipped,
         time.perf_counter() - started,
+        tuple(run.changed),
     )
 
 

@@ -54,6 +54,13 @@ class Run:
         self.leaves: list[Tensor] = []
         self.device = runtime.device_of(model)
         self.busy = False
+        norms = {id(site.module) for site in self.sites}
+        #: Modules whose own state may change in training, such as that of a spectral norm.
+        self.follow = [
+            module for module in model.modules()
+            if id(module) in norms or type(module).__module__.startswith("torch.")
+        ]  # fmt: skip
+        self.changed: dict[str, None] = {}
         #: What the epoch has come to: batches gone through, losses, random states.
         self.epoch: dict[str, Any] | None = None
         self._moments: list[tuple[Tensor, Tensor]] = []

@@ -110,7 +110,7 @@ def choose_example_weight_(
     Changes:
         ``example_weight`` of the layers, if a candidate won; nothing after an exception.
     Restores:
-        Modes, ``requires_grad``, gradients.
+        Modes, ``requires_grad``, gradients, random state, and what forward changes by itself.
     """
     recipe = recipe or WeightRecipe()
     started = time.perf_counter()

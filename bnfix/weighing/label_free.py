@@ -357,6 +357,7 @@ def _descent(
     ends: list[dict[str, Tensor]] = []
     with (
         guards.modes_kept(model),
+        guards.state_kept(model, but=list(layers.values())),
         trainable_weights(layers, "layer", _START) as leaves,
         guards.only_these_require_grad(model, list(leaves.values())),
     ):

@@ -171,6 +171,8 @@ class WeightSearch:
         part = self.n_batches if granularity == "channel" else self._part(2)
         with (
             guards.modes_kept(self.model),
+            guards.random_kept(self.model),
+            guards.state_kept(self.model, but=list(self.layers.values())),
             trainable_weights(self.layers, granularity, recipe.start) as leaves,
             guards.only_these_require_grad(self.model, list(leaves.values())),
         ):
