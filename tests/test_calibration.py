@@ -1293,7 +1293,7 @@ def test_one_value_a_channel_is_refused_under_the_batch_feed():
 
 def test_batches_of_one_example_are_refused_under_the_batch_feed():
     ones = split(images(6), (1,) * 6)
-    with pytest.raises(DataError, match="6, and each holds one example, .* feed sequential"):
+    with pytest.raises(DataError, match=r"6, and each holds one example, .* feed sequential"):
         recalibrate_(some_net(nets.plain), ones)
     net = some_net(nets.plain)
     recalibrate_(net, ones, feed="sequential")
