@@ -193,7 +193,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "statistics.calibration": {
             "checkpoints.resuming", "layers.sites", "processes", "runtime",
             "statistics.accumulating", "statistics.collecting", "statistics.costs",
-            "statistics.feeding", "statistics.keeping",
+            "statistics.feeding", "statistics.keeping", "statistics.settling",
         },
         "tuning.finetuning": {
             "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",
