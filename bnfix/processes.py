@@ -57,6 +57,9 @@ class Place:
 
 _ALONE = Place()
 _here = _ALONE
+#: Where the processes of this launch meet, and how often they have; it outlives each group.
+_store: Any = None
+_n_joined = 0
 
 
 def here() -> Place:
@@ -114,7 +117,7 @@ def joined() -> Iterator[Place]:
     Restores:
         The process group, if it was made here.
     """
-    global _here
+    global _here, _n_joined, _store
     place = launched()
     if not place.shared or _here.shared:
         yield _here
@@ -125,7 +128,19 @@ def joined() -> Iterator[Place]:
         if on_gpu:
             torch.cuda.set_device(place.on_machine % torch.cuda.device_count())
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+            if _store is None:
+                found = dist.rendezvous("env://", timeout=_PATIENCE)  # type: ignore[attr-defined]
+                _store = next(iter(found))[0]
+                _store.set_timeout(_PATIENCE)
+            # A group made a second time would meet what the first has left under the same keys.
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=dist.PrefixStore(f"bnfix/{_n_joined}", _store),  # type: ignore[attr-defined]
+                rank=place.rank,
+                world_size=place.size,
+                timeout=_PATIENCE,
+            )
+            _n_joined += 1
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
                 f"processes: rank {place.rank} cannot reach the others ({_reason(error)}). Start "

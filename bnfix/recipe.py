@@ -175,6 +175,9 @@ class StatisticsRecipe:
         "With --samples auto: the standard error that every layer's mean and variance must reach, "
         "by its spread, root mean square over its channels.",
     )
+    include_frozen: bool = option(
+        False, "Also layers that the model's code has frozen: evaluation mode, no gradients."
+    )
 
     def __post_init__(self) -> None:
         """Check ranges and combinations.

@@ -216,7 +216,7 @@ class Stages:
         self._statistics_size.foresee(self.bench.footprint)
 
         def attempt(size: int) -> Calibration:
-            batches = self.bench.batches(order, f"statistics ({target})", size)
+            batches = self.bench.batches(order, f"statistics ({target})", size).evened()
             self.passes.append(batches)
             return recalibrate_(
                 self.model,
@@ -229,6 +229,7 @@ class Stages:
                 precision=self.bench.run.precision,
                 layers=self.plan.swap.layers,
                 skip=self.plan.swap.skip,
+                include_frozen=recipe.include_frozen,
                 state=state,
                 identity="" if state is None else self.bench.identity(order, batch_size=size),
             )

@@ -66,6 +66,10 @@ class Tracked:
         """
         return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
 
+    def evened(self) -> Tracked:
+        """The same images without a far smaller last batch."""
+        return Tracked(self.batches.evened(), self.stage, self._track, self._vary)
+
     def whole(self) -> Tracked:
         """All batches, on every rank.
 

@@ -101,7 +101,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
     },
     {
-        "building.models": {"building.importing", "building.pretrained"},
+        "building.models": {"building.importing", "building.pretrained", "layers.sites"},
         "building.presets": {"building.importing", "building.pretrained"},
         "checkpoints.checkpoint": {
             "checkpoints.header", "checkpoints.nesting", "checkpoints.packing",

@@ -455,7 +455,7 @@ def test_an_interruption_leaves_the_model_as_it_was(feed, error, where, swapped)
         swap_norms_(net, channel_groups=2, example_weight=0.1)
     net, batches = where(net, split(images(8), (2, 2, 2, 2)), error)
     before = state_of(net)
-    with pytest.raises(error, match="third batch"):
+    with pytest.raises((error, ModelError), match="third batch"):
         recalibrate_(net, batches, feed=feed)
     assert_as_it_was(net, before)
 
@@ -1327,3 +1327,44 @@ def test_a_stream_that_does_not_fit_the_memory_is_not_kept(monkeypatch):
     monkeypatch.setattr(feeding, "default_memory", lambda device: 5000)
     with pytest.raises(DataError, match=r"a stream of more than 0 MiB.* samples="):
         recalibrate_(some_net(nets.plain), iter([images(4)] * 5), feed="sequential")
+
+
+# ---- frozen layers -----------------------------------------------------------------------------
+
+
+def frozen(net, names):
+    for name in names:
+        net.get_submodule(name).eval().requires_grad_(False)
+    return net
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_frozen_layers_are_left_alone_and_listed(feed):
+    net = frozen(some_net(nets.residual).train(), ["bn1", "layer1.bn2"])
+    net.layer1.bn1.eval()  # its mode alone, or its gradients alone, may mean something else
+    net.layer2.bn1.requires_grad_(False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    done = recalibrate_(net, split(images(8), (4, 4)), feed=feed)
+    assert done.frozen == ("bn1", "layer1.bn2")
+    assert set(done.frozen) <= set(done.left_alone)
+    (note,) = [note for note in describe_missing(done) if "frozen" in note]
+    assert note.startswith("bn1, layer1.bn2: frozen (evaluation mode, no gradients); left alone.")
+    assert "--include-frozen" in note
+    for name, value in net.state_dict().items():
+        if name.endswith("running_mean"):
+            left = name.removesuffix(".running_mean") in done.frozen
+            assert torch.equal(value, before[name]) == left
+    done = recalibrate_(net, split(images(8), (4, 4)), feed=feed, include_frozen=True)
+    assert done.frozen == done.left_alone == ()
+    assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_a_model_for_inference_is_not_frozen():
+    net = some_net(nets.plain).eval().requires_grad_(False)
+    assert recalibrate_(net, [images(8)]).frozen == ()
+
+
+def test_nothing_but_frozen_layers_is_refused():
+    net = frozen(some_net(nets.plain).train(), ["bn1", "bn2"])
+    with pytest.raises(NormError, match=r"no norm layer .* \(bn1, bn2: frozen; --include-frozen"):
+        recalibrate_(net, [images(8)])

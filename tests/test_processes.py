@@ -248,3 +248,16 @@ def test_errors_can_be_sent():
     error = pickle.loads(pickle.dumps(DataError("where: what.", name="bn", path="a/b.png")))
     assert isinstance(error, BnfixError)
     assert (error.name, str(error.path)) == ("bn", "a/b.png")
+
+
+def test_processes_may_join_again():
+    code = """
+from bnfix import processes
+for round in range(3):
+    with processes.joined() as place:
+        assert processes.gather((round, place.rank)) == [(round, 0), (round, 1)]
+print("done")
+"""
+    codes, outputs = ended(start(2, "-c", code), seconds=60)
+    assert codes == [0, 0], outputs
+    assert [out for out, _ in outputs] == ["done\n"] * 2

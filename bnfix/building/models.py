@@ -25,6 +25,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.building.importing import import_callable, import_library, importable, seeded
 from bnfix.building.pretrained import build_pretrained
 from bnfix.errors import ModelError, one_line, some
+from bnfix.layers.sites import remember_frozen_
 
 #: What builders call the number of classes.
 CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
@@ -204,6 +205,7 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
             if isinstance(model, nn.Module) and builder.finish is not None:
                 builder.finish(model)
             if isinstance(model, nn.Module):
+                remember_frozen_(model)
                 return model.eval() if device.type == "meta" else model.to(device).eval()
     except (Exception, SystemExit) as error:
         hint = " Check --model-arg key=value." if isinstance(error, TypeError) else ""

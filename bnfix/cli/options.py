@@ -302,6 +302,9 @@ class FeedFlags:
     tolerance: Annotated[float, option(StatisticsRecipe, "tolerance", panel=NORM)] = default_of(
         StatisticsRecipe, "tolerance"
     )
+    include_frozen: Annotated[
+        bool, option(StatisticsRecipe, "include_frozen", "--include-frozen", panel=NORM)
+    ] = False
 
     def recipe(
         self, statistics: str, batch_size: int | None, train_batch_size: int | None = None
@@ -323,6 +326,7 @@ class FeedFlags:
             samples_of(self.samples),
             batch_size or default_of(StatisticsRecipe, "batch_size"),
             self.tolerance,
+            self.include_frozen,
         )
 
 

@@ -152,7 +152,7 @@ class Batches:
         self.skipped: list[Skipped] = []
         self._seen_bad: set[int] = set()
         self._index = index
-        self._order = _shuffled(index, shuffle_seed)
+        self._order, self._evened = _shuffled(index, shuffle_seed), False
         self._part: Callable[[list[np.ndarray]], list[np.ndarray]] = _all_of
         geometry = (preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
         self._shaped: _Shaped = images.shaped.setdefault(geometry, _Shaped())
@@ -219,8 +219,21 @@ class Batches:
         other._part = lambda groups: part(groups)[n:]
         return other
 
+    def evened(self) -> Batches:
+        """The same, a last batch below an eighth of the size, or of one image, dealt to the others.
+
+        Returns:
+            The copy; the others have a few images more.
+        """
+        other = copy.copy(self)
+        other._evened = True
+        return other
+
     def _groups(self) -> list[np.ndarray]:
         order, size = self._order, self.batch_size
+        n_whole, rest = divmod(len(order), size)
+        if self._evened and n_whole and 0 < rest <= max(1, size // 8):
+            return self._part(np.array_split(order, n_whole))
         return self._part([order[start : start + size] for start in range(0, len(order), size)])
 
     def __iter__(self) -> Iterator[Batch]:

@@ -17,6 +17,8 @@ from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+#: On layers that the code that built the model has frozen; its modes are lost in loading.
+_AT_REST = "_bnfix_frozen"
 _OURS = (GeneralizedBatchNorm, GeneralizedBatchNormAct)
 
 
@@ -46,6 +48,12 @@ class NormSite:
     def frozen(self) -> bool:
         """Whether its statistics are constants by construction."""
         return "Frozen" in self.kind or bool(getattr(self.module, "frozen", False))
+
+    def is_put_to_rest(self, model: nn.Module) -> bool:
+        """Whether the user froze it: evaluation mode and no gradients, in a model that trains."""
+        own = list(self.module.parameters(recurse=False))
+        at_rest = own and not any(p.requires_grad for p in own) and not self.module.training
+        return (model.training and bool(at_rest)) or _AT_REST in vars(self.module)
 
     @property
     def has_statistics(self) -> bool:
@@ -170,6 +178,13 @@ def _problem(module: nn.Module, *, is_root: bool) -> str:
     if "forward" in vars(module):
         return "its forward was replaced on the object itself; undo that, or leave it with --skip"
     return ""
+
+
+def remember_frozen_(model: nn.Module) -> None:
+    """Mark the layers that are frozen by their modes, before the model's modes change."""
+    for site in find_norms(model):
+        if site.is_put_to_rest(model):
+            site.module.__dict__[_AT_REST] = True
 
 
 def sites_with_statistics(

@@ -73,6 +73,7 @@ class Calibration:
         layers: one record a layer, in order of first call.
         called_again: layers called more than once in a forward pass; their calls are pooled.
         never_reached: layers that the data never came to; their statistics are as they were.
+        frozen: layers that the user froze; left alone, unless they were to be included.
         left_alone: layers that are frozen, excluded, keep no statistics, or hold something of that
             name without being Batch Norm.
         seconds: wall-clock time.
@@ -113,6 +114,7 @@ class Calibration:
     disturbed: bool = False
     residual: float = 0.0
     changed_by_forward: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         missed = f", {len(self.never_reached)} never reached" if self.never_reached else ""
@@ -136,6 +138,7 @@ def recalibrate_(
     precision: str = "fp32",
     layers: Sequence[str] = (),
     skip: Sequence[str] = (),
+    include_frozen: bool = False,
     state: str | Path | None = None,
     identity: str = "",
 ) -> Calibration:
@@ -176,6 +179,9 @@ def recalibrate_(
             with bf16 by 8 bits, once a convolution.
         layers: only names that match one of these globs.
         skip: not names that match one of these globs.
+        include_frozen: also layers that are frozen by their modes: in evaluation mode and without
+            gradients in scale and shift, while the model as a whole is in training mode. In a model
+            that is in evaluation mode as a whole no layer counts as frozen.
         state: folder for what passes have measured so far, one file a rank, written every half a
             minute or so. A run that finds its state there goes on from it, to the same numbers. A
             walk, which is one pass, starts over.
@@ -220,9 +226,13 @@ def recalibrate_(
     if problems:
         raise NormError(f"norm layers: {'; '.join(problems)}.")
     sites = list(sites_with_statistics(model, layers, skip))
+    at_rest = () if include_frozen else tuple(s.name for s in sites if s.is_put_to_rest(model))
+    sites = [site for site in sites if site.name not in at_rest]
     if not sites:
         frozen = [site.name for site in every if site.frozen]
         why = f" ({some(frozen)}: frozen; --unfreeze makes BatchNorm2d of them)" if frozen else ""
+        if at_rest:
+            why = f" ({some(at_rest)}: frozen; --include-frozen, include_frozen= takes them in)"
         raise NormError(f"model: no norm layer with statistics to compute anew{why}.")
     size = train_batch_size if target == "train-batch" else None
     auto = Enough(tolerance) if samples == "auto" else None
@@ -277,6 +287,7 @@ def recalibrate_(
         disturbed=found.disturbed,
         residual=found.error,
         changed_by_forward=tuple(collector.changed),
+        frozen=at_rest,
     )
 
 
@@ -416,10 +427,16 @@ def describe_missing(calibration: Calibration) -> list[str]:
             "population statistics: they did not settle; a pass with them meets others, by "
             f"{calibration.residual:.2g} of a deviation at the worst layer."
         )
+    others = tuple(name for name in calibration.left_alone if name not in calibration.frozen)
     for names, text in (
+        (
+            calibration.frozen,
+            "frozen (evaluation mode, no gradients); left alone. --include-frozen "
+            "(from Python include_frozen=True) takes them in",
+        ),
         (calibration.called_again, "called more than once a forward pass; their calls are pooled"),
         (calibration.never_reached, "never reached by the data; their statistics are as they were"),
-        (calibration.left_alone, "frozen, excluded, without statistics or not known; left alone"),
+        (others, "frozen, excluded, without statistics or not known; left alone"),
     ):
         if names:
             sentences.append(f"{some(names)}: {text}.")

@@ -213,7 +213,7 @@ class Collector:
             raise NormError(
                 f"{name}: gets one value a channel in batch {_of_all(index)} (counted from 0), "
                 "which under the batch feed is normalized to 0. Give larger batches, also at the "
-                "end, or use the sequential feed.",
+                "end, or the sequential feed (--feed sequential).",
                 name=name,
             )
         return mixed

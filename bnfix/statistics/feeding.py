@@ -135,7 +135,7 @@ def collect(
             raise DataError(
                 f"batches: {n_batches}, and each holds one example, which under the batch feed is "
                 "normalized by itself at every layer, as it never is in inference. Give larger "
-                "batches, or feed sequential."
+                "batches (--batch-size), or the sequential feed (--feed sequential)."
             )
         return Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
     walking = Collector(sites, by_batch=False, clock=clock)
