@@ -126,6 +126,7 @@ class Plan:
             run=self.run,
             fractions=self.fractions(),
             track=track,
+            lenders=() if self.average is None else self.average.files,
         )
         if self.finetune is not None and not bench.labelled:
             if self.command != "fix":

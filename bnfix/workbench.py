@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,7 @@ def open_workbench(
     fractions: tuple[float, float, float],
     track: Track = silent,
     memory_bytes: int | None = None,
+    lenders: Sequence[str] = (),
 ) -> Workbench:
     """Open a checkpoint and its data, and cut the data.
 
@@ -200,6 +202,7 @@ def open_workbench(
         fractions: of fit, select and test; a third part of 0 means no test, or ``--test``.
         track: how progress is shown.
         memory_bytes: what is free for forward passes; by default as the system says.
+        lenders: as for `load_ready`.
 
     Returns:
         The opened workbench.
@@ -279,7 +282,12 @@ def _first_look(loaded: Loaded, batch: Batch | None) -> list[str]:
 
 
 def load_one(
-    checkpoint: str | Path, recipe: ModelRecipe, run: RunOptions, *, mapped: bool = False
+    checkpoint: str | Path,
+    recipe: ModelRecipe,
+    run: RunOptions,
+    *,
+    mapped: bool = False,
+    lenders: Sequence[str] = (),
 ) -> Loaded:
     """Load a checkpoint onto the device.
 
@@ -288,6 +296,7 @@ def load_one(
         recipe: which model it is.
         run: the device.
         mapped: as for `load_ready`.
+        lenders: as for `load_ready`.
 
     Returns:
         The loaded model.
@@ -302,6 +311,7 @@ def load_one(
         prefer_ema=recipe.prefer_ema,
         unfreeze=recipe.unfreeze,
         mapped=mapped,
+        lenders=lenders,
     )
     if recipe.forward is not None:
         runtime.set_forward_(loaded.model, import_forward(recipe.forward))

@@ -165,8 +165,8 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "checkpoints.loading": {
-            "building.models", "building.presets", "checkpoints.checkpoint", "checkpoints.origin",
-            "layers.norms", "layers.sites", "layers.surgery",
+            "building.models", "building.presets", "checkpoints.checkpoint", "checkpoints.nesting",
+            "checkpoints.origin", "layers.norms", "layers.sites", "layers.surgery",
         },
         "data.opening": {
             "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
@@ -185,7 +185,9 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "checkpoints.averaging": {"checkpoints.checkpoint", "checkpoints.loading"},
+        "checkpoints.averaging": {
+            "checkpoints.checkpoint", "checkpoints.loading", "checkpoints.nesting",
+        },
         "checkpoints.saving": {
             "checkpoints.checkpoint", "checkpoints.header", "checkpoints.loading",
             "checkpoints.origin", "layers.norms",

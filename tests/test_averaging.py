@@ -139,6 +139,25 @@ def test_other_prefixes_are_found(tmp_path):
     torch.testing.assert_close(into.model.bn1.running_mean, expected)
 
 
+@pytest.mark.parametrize("lacking", ["num_batches_tracked", "running"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_order_does_not_matter_where_one_lacks_counters_or_statistics(tmp_path, lacking, order):
+    own = [nets.lived_in(nets.plain(), seed=i).state_dict() for i in range(2)]
+    own[1] = {n: t for n, t in own[1].items() if lacking not in n and "batches" not in n}
+    paths = [str(tmp_path / f"{i}.pth") for i in order]
+    for i, path in zip(order, paths, strict=True):
+        torch.save(own[i], path)
+    into = load_ready(paths[0], model=nets.plain(), lenders=paths[1:])
+    average_into_(into, AverageRecipe((paths[1],)), ModelRecipe())
+    found = into.model.state_dict()
+    torch.testing.assert_close(
+        found["conv1.weight"], (own[0]["conv1.weight"] + own[1]["conv1.weight"]) / 2
+    )
+    if lacking == "running":
+        torch.testing.assert_close(found["bn1.running_var"], own[0]["bn1.running_var"])
+    assert found["bn1.num_batches_tracked"] == own[0]["bn1.num_batches_tracked"]
+
+
 def test_all_misfits_of_all_files_are_told_at_once_and_nothing_changes(tmp_path):
     a = written(nets.plain(), tmp_path / "a.safetensors")
     b = written(nets.plain(channels=6), tmp_path / "b.safetensors")

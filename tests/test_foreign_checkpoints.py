@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ def prefixed(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
+def parameters_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in tensors.items() if "running" not in n and "batches" not in n}
+
+
 def layouts(w: dict[str, torch.Tensor]) -> dict[str, Any]:
     ema = {name: tensor * 2 for name, tensor in w.items()}
     inner = {n.replace("bn.", "_checkpoint_wrapped_module.bn._orig_mod."): t for n, t in w.items()}
@@ -106,6 +111,16 @@ def layouts(w: dict[str, torch.Tensor]) -> dict[str, Any]:
             "args": argparse.Namespace(arch="x"), "model": w, "extra_state": {"epoch": 1},
             "optimizer_history": [{"num_updates": 3}], "last_optimizer_state": None,
         },
+        "model_state": {"model_state": w, "optimizer_state": {"state": {}}},
+        "one name of its own": {"best_weights": w, "epoch": 3},
+        "swa beside": {"swa_model": prefixed("module.", ema), "model": w, "n": torch.tensor(2)},
+        "averaged beside": {"averaged": ema, "model_state": prefixed("module.", w)},
+        "swa inside": {"state_dict": prefixed("model.", w) | prefixed("swa_model.", ema)},
+        "teacher inside": {"state_dict": prefixed("model.", w) | prefixed("teacher.", ema)},
+        "parameters beside": {"params_ema": parameters_of(ema), "params": w},
+        "parameters inside": {
+            "state_dict": prefixed("model.", w) | prefixed("model_ema.", parameters_of(ema))
+        },
         "average inside": {"state_dict": prefixed("model.", w) | prefixed("model_ema.", ema)},
     }  # fmt: skip
 
@@ -119,16 +134,73 @@ def test_a_layout_is_found_by_itself(layout, spec, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-@pytest.mark.parametrize("layout", ["timm", "average inside"])
+@pytest.mark.parametrize(
+    "layout",
+    ["timm", "average inside", "swa beside", "averaged beside", "swa inside", "parameters beside",
+     "parameters inside"],
+)  # fmt: skip
 def test_the_running_mean_is_taken_where_it_is_preferred(layout, spec, tmp_path):
     wanted = state(spec)
     torch.save(layouts(wanted)[layout], tmp_path / "net.pth")
     found = load_ready(tmp_path / "net.pth", spec=spec, prefer_ema=True)
     assert torch.equal(found.model.conv.weight, 2 * wanted["conv.weight"])
-    assert any("ema" in note for note in found.checkpoint.notes)
+    assert any(re.search("ema|swa|averaged", note) for note in found.checkpoint.notes)
+    assert found.checkpoint.borrowed == layout.startswith("parameters")
+    assert torch.equal(
+        found.model.bn.running_var,
+        wanted["bn.running_var"] * (1 if found.checkpoint.borrowed else 2),
+    )
     plain = load_ready(tmp_path / "net.pth", spec=spec)
     assert any(
-        "--prefer-ema" in n or "not used: state_dict_ema" in n for n in plain.checkpoint.notes
+        re.search(r"\(--prefer-ema takes it\)|not used: \w+ \(--key chooses\)", note)
+        for note in plain.checkpoint.notes
+    )
+
+
+def test_a_second_set_inside_is_named(spec, tmp_path):
+    wanted = state(spec)
+    torch.save(layouts(wanted)["teacher inside"], tmp_path / "net.pth")
+    notes = load_ready(tmp_path / "net.pth", spec=spec).checkpoint.notes
+    assert "a second set of the weights under 'teacher.' left out (--prefix)" in notes
+    other = load_ready(tmp_path / "net.pth", spec=spec, prefix="teacher")
+    assert torch.equal(other.model.conv.weight, 2 * wanted["conv.weight"])
+
+
+def test_a_network_that_holds_two_of_a_kind_keeps_both(tmp_path):
+    twins = torch.nn.ModuleDict({n: torch.nn.BatchNorm2d(3) for n in ("model", "swa_model")})
+    torch.save(twins.state_dict(), tmp_path / "net.pth")
+    assert load_ready(tmp_path / "net.pth", model=twins).checkpoint.prefix == ""
+
+
+def test_a_prefix_that_is_the_networks_own_is_not_called_stripped(tmp_path):
+    own = torch.nn.ModuleDict({"model": torch.nn.BatchNorm2d(3)})
+    torch.save(own.state_dict(), tmp_path / "net.pth")
+    assert load_ready(tmp_path / "net.pth", model=own).checkpoint.notes == ()
+
+
+def test_parameters_alone_are_refused_in_words(spec, tmp_path):
+    torch.save({"ema": parameters_of(state(spec))}, tmp_path / "net.pth")
+    match = r"net\.pth: has the parameters of the model, but none of its 3 buffers \(bn\.running"
+    with pytest.raises(CheckpointError, match=match):
+        load_ready(tmp_path / "net.pth", spec=spec)
+    broken = {n: t for n, t in state(spec).items() if n != "bn.running_var"}
+    torch.save(broken, tmp_path / "broken.pth")
+    with pytest.raises(CheckpointError, match=r"1 problems: bn\.running_var: missing from"):
+        load_ready(tmp_path / "broken.pth", spec=spec)
+
+
+def test_statistics_of_another_set_are_measured_anew(files, cli, tmp_path):
+    weights = torch.load(files.net, weights_only=True)
+    beside = {"ema": parameters_of(weights), "model": torch.load(files.stale, weights_only=True)}
+    torch.save(beside, tmp_path / "net.pth")
+    done = cli(
+        "calibrate", tmp_path / "net.pth", *files.common, "--data", files.data, "--prefer-ema",
+        "--example-weight", "keep", "-o", tmp_path / "out.safetensors", "--json",
+    )  # fmt: skip
+    assert any("ema has parameters and no statistics" in note for note in done.json["assumptions"])
+    found = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(
+        found["bn1.running_mean"], weights["bn1.running_mean"], atol=0.1, rtol=0.1
     )
 
 

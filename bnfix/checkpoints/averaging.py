@@ -11,8 +11,11 @@ from torch import Tensor
 
 from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
 from bnfix.checkpoints.loading import Loaded
+from bnfix.checkpoints.nesting import BUFFERS
 from bnfix.errors import CheckpointError, NumericError, some
 from bnfix.recipe import AverageRecipe, ModelRecipe
+
+_COUNTER = "num_batches_tracked"
 
 
 def mean_of(
@@ -21,13 +24,12 @@ def mean_of(
     """The weighted mean of state dicts.
 
     Args:
-        states: at least one; every name and shape of the first is in all, but for tensors that are
-            not floating, which are the first's.
+        states: at least one; the mean of a tensor is over those that have it, and one that is not
+            floating is of the first that has it.
         weights: one each, positive; none for equal ones.
 
     Returns:
-        Floating tensors, summed in float64 and stored in the first's types; all else as in the
-        first.
+        Floating tensors, summed in float64 and stored in the first's types; all else as it was.
 
     Raises:
         NumericError: if the mean of a tensor is not finite.
@@ -36,14 +38,15 @@ def mean_of(
         >>> mean_of([{"w": torch.zeros(1)}, {"w": torch.ones(1)}], (1, 3))["w"].item()
         0.75
     """
-    parts = [w / sum(weights) for w in weights] or [1 / len(states)] * len(states)
-    mean: dict[str, Tensor] = {}
-    for name, first in states[0].items():
-        mean[name] = first
+    parts = list(weights) or [1.0] * len(states)
+    mean = {name: tensor for state in reversed(states) for name, tensor in state.items()}
+    for name, first in mean.items():
         if first.is_floating_point():
+            having = [(w, s[name]) for w, s in zip(parts, states, strict=True) if name in s]
+            whole = sum(weight for weight, _ in having)
             total = torch.zeros_like(first, dtype=torch.float64)
-            for part, state in zip(parts, states, strict=True):
-                total += part * state[name].double()
+            for weight, tensor in having:
+                total += weight / whole * tensor.double()
             mean[name] = total.to(first.dtype)
             # Statistics are measured anew after, whatever they are here.
             computed = name.endswith(("running_mean", "running_var"))
@@ -94,7 +97,10 @@ def average_into_(
             problems.append(str(error).rstrip("."))
             continue
         found.append(other)
-        misfits = key_problems(shapes, other.tensors)
+        # Statistics are measured on the mean afterwards; counters are of no effect.
+        present = {n: s for n, s in shapes.items() if n in other.tensors or _last(n) not in BUFFERS}
+        known = {n: t for n, t in other.tensors.items() if n in shapes or _last(n) != _COUNTER}
+        misfits = key_problems(present, known)
         if misfits:
             problems.append(f"{other.path.name}: {len(misfits)} misfits ({some(misfits)})")
     if problems:
@@ -113,6 +119,10 @@ def average_into_(
         for c, w in zip(found, weights, strict=True)
     ]
     return records, _notes(found)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _notes(found: Sequence[Checkpoint]) -> list[str]:

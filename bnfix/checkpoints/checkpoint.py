@@ -48,6 +48,8 @@ class Checkpoint:
         sha256: of the file's bytes (of a sharded file: of the index and then its shards by name).
         notes: what was found and done, in words, for the report.
         versions: of modules' state by dotted name, where the file states them.
+        others: nestings of other sets in the file that have all of its parameters.
+        borrowed: whether its statistics come from another set, as its own has none.
     """
 
     path: Path
@@ -58,6 +60,8 @@ class Checkpoint:
     sha256: str
     notes: tuple[str, ...]
     versions: dict[str, int] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+    borrowed: bool = False
 
 
 def read_checkpoint(
@@ -93,7 +97,7 @@ def read_checkpoint(
     require_file(path)
     content, header, notes = read_file(path)
     metadata = None if header is None else parse_header(header, path)
-    found, key, remarks = find_state_dict(content, key, path, prefer_ema=prefer_ema)
+    found, key, others, remarks = find_state_dict(content, key, path, prefer_ema=prefer_ema)
     notes += remarks
     tensors, remarks = only_tensors(found, path)
     notes += remarks
@@ -118,7 +122,17 @@ def read_checkpoint(
     }
     notes += remarks
     digest = sha256_of(path)
-    return Checkpoint(path, tensors, metadata, key, prefix, digest, tuple(notes), versions)
+    return Checkpoint(
+        path=path,
+        tensors=tensors,
+        metadata=metadata,
+        key=key,
+        prefix=prefix,
+        sha256=digest,
+        notes=tuple(notes),
+        versions=versions,
+        others=tuple(others),
+    )
 
 
 def key_problems(

@@ -16,6 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.building.models import build_model, build_skeleton
 from bnfix.building.presets import published_arguments, published_weights, wants_transformed_input
 from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
+from bnfix.checkpoints.nesting import STATISTICS
 from bnfix.checkpoints.origin import Origin, require_buildable, stated_origin
 from bnfix.errors import BnfixError, CheckpointError, plain, some
 from bnfix.layers.norms import set_example_weight_
@@ -68,6 +69,7 @@ def load_ready(
     prefer_ema: bool = False,
     unfreeze: bool = False,
     mapped: bool = False,
+    lenders: Sequence[str] = (),
 ) -> Loaded:
     """Read a checkpoint, build its model, load it strictly, and set its norm layers.
 
@@ -82,6 +84,7 @@ def load_ready(
         unfreeze: make trainable layers of Batch Norms that are constants by their class.
         mapped: let the model use the file's own tensors where that can be, instead of copies: it
             then takes memory as they are used, and the file must stay as it is meanwhile.
+        lenders: files of the same network, whose statistics serve where the file has none.
 
     Returns:
         The model and where it came from.
@@ -89,7 +92,7 @@ def load_ready(
     Raises:
         CheckpointError: if the file does not fit the model; all problems at once.
     """
-    checkpoint = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
+    checkpoint = found = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
     origin = stated_origin(checkpoint)
     if spec is not None:
         origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
@@ -113,11 +116,14 @@ def load_ready(
             shapes.setdefault(f"{site.name}.num_batches_tracked", torch.Size())
     stock = {name: s for name, s in shapes.items() if not is_weight_buffer(name, model)}
     problems = key_problems(stock, checkpoint.tensors)
-    if problems and key is None and prefix is None:
-        notes = checkpoint.notes
-        checkpoint = read_checkpoint(path, expected=set(stock), prefer_ema=prefer_ema)
-        checkpoint = replace(checkpoint, notes=tuple(dict.fromkeys((*checkpoint.notes, *notes))))
+    if problems and prefix is None:
+        added = [note for note in checkpoint.notes if note not in found.notes]
+        checkpoint = read_checkpoint(path, key=key, expected=set(stock), prefer_ema=prefer_ema)
+        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *added))
         problems = key_problems(stock, checkpoint.tensors)
+    if problems and _lacks_statistics(model, checkpoint, len(problems)):
+        checkpoint = _with_statistics(checkpoint, stock, lenders)
+        problems = []
     if problems:
         where = origin.spec or type(model).__name__
         raise CheckpointError(
@@ -137,6 +143,52 @@ def load_ready(
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
     return Loaded(model, checkpoint, origin)
+
+
+def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, n_problems: int) -> bool:
+    """Whether a set has all parameters and no statistics, as running means of weights often do."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    missing = [name for name in buffers - set(checkpoint.tensors) if _is_needed(name)]
+    has_some = any(name in checkpoint.tensors for name in buffers if name.endswith(STATISTICS))
+    return len(missing) == n_problems and not has_some
+
+
+def _is_needed(name: str) -> bool:
+    return name.rpartition(".")[2] not in ("num_batches_tracked", "example_weight")
+
+
+def _with_statistics(
+    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], lenders: Sequence[str]
+) -> Checkpoint:
+    """Parameters without statistics, completed by those of another set, or refused."""
+    missing = [name for name in shapes if name not in checkpoint.tensors]
+    places = [(checkpoint.path, key) for key in (None, *checkpoint.others)]
+    for path, key in [*places, *((Path(file), None) for file in lenders)]:
+        try:
+            other = read_checkpoint(path, key=key, expected=frozenset(shapes))
+        except CheckpointError:
+            continue
+        if any(_is_needed(name) and name not in other.tensors for name in missing):
+            continue
+        tensors = {name: other.tensors[name] for name in missing if name in other.tensors}
+        lender = f"{other.path.name}, {other.key or other.prefix or 'top level'}"
+        note = (
+            f"{checkpoint.key or checkpoint.path.name} has parameters and no statistics; those of "
+            f"{plain(lender)} were taken, which belong to other weights: measure them on data "
+            "(--statistics population)"
+        )
+        return replace(
+            checkpoint,
+            tensors={**checkpoint.tensors, **tensors},
+            notes=(*checkpoint.notes, note),
+            borrowed=True,
+        )
+    raise CheckpointError(
+        f"{checkpoint.path.name}: has the parameters of the model, but none of its "
+        f"{len(missing)} buffers ({some(missing)}), nor does another set in the file. Give the "
+        "file that has them too.",
+        path=checkpoint.path,
+    )
 
 
 def _with_published_arguments_(origin: Origin, checkpoint: Checkpoint) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -10,23 +11,28 @@ import torch
 
 from bnfix.errors import CheckpointError, plain, some
 
-#: Where training programs put the running mean of the weights.
-EMA_NESTS: Final = ("ema", "state_dict_ema", "model_ema", "ema_state_dict", "ema_model")
 #: Where training programs put the state dict, the trained weights before their running means.
 NESTS: Final = (
     "state_dict",
     "model",
     "model_state_dict",
+    "model_state",
     "net",
     "network",
     "params",
-    *EMA_NESTS,
+    "ema",
+    "state_dict_ema",
+    "model_ema",
+    "ema_state_dict",
+    "ema_model",
     "params_ema",
     "module",
 )
-_EMA_KEYS: Final = {*EMA_NESTS, "params_ema"}
-#: How names begin where a module keeps its running mean as a part of itself.
-_EMA_PREFIXES: Final = ("model_ema.", "ema_model.", "ema.")
+#: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
+_AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
+STATISTICS: Final = ("running_mean", "running_var")
+#: What a running mean of the weights may come without.
+BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
 #: What wrappers put before every name: DataParallel, torch.compile, Lightning and the like.
 PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
 #: Parts of names that wrappers put anywhere: no module is called so by its author.
@@ -47,6 +53,10 @@ def _items(mapping: Any) -> list[tuple[Any, Any]]:
 
 def _has_tensors(value: Any) -> bool:
     return any(type(k) is str and isinstance(v, torch.Tensor) for k, v in _items(value))
+
+
+def _has_weights(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.ndim > 1 for _, v in _items(value))
 
 
 # All paths to state dicts under the usual names, the most likely first.
@@ -86,50 +96,57 @@ def _follow(content: Any, key: str) -> Any:
 
 def find_state_dict(
     content: Any, key: str | None, path: Path, *, prefer_ema: bool = False
-) -> tuple[Any, str, list[str]]:
-    """Find the state dict in what a file holds.
-
-    Args:
-        content: of the file.
-        key: its dotted nesting, if stated.
-        path: of the file, for messages.
-        prefer_ema: take the running mean of the weights where there is one beside them.
-
-    Returns:
-        The dict, the nesting followed, and notes in words.
-
-    Raises:
-        CheckpointError: if there is none, or none under ``key``.
-    """
-    nests = [plain(name) for name in _nests(content)]
-    listed = f"found under {some(nests)}" if nests else "found none"
+) -> tuple[Any, str, list[str], list[str]]:
+    """The state dict in a file's content, the nesting followed, other complete ones, and notes."""
+    nests = _nests(content)
+    listed = f"found under {some([plain(n) for n in nests])}" if nests else "found none"
     base = _follow(content, key or "")
     if base is None and key:
         raise CheckpointError(
             f"{plain(path)}: has no {plain(key)!r}; state dicts {listed}. Give one as --key.",
             path=path,
         )
-    steps: list[str] | None = []
+    found = key or ""
     if key is None or not _has_tensors(base):
-        paths = _paths(base)
-        steps = next(paths, None)
-        if prefer_ema and steps is not None and not _EMA_KEYS & set(steps):
-            steps = next((found for found in paths if _EMA_KEYS & set(found)), steps)
-    if steps is None:
-        what = f" under {plain(key)!r}" if key else ""
-        hint = " Give it as --key." if nests else " Save model.state_dict() with torch.save."
-        raise CheckpointError(
-            f"{plain(path)}: holds no state dict (names to tensors){what}; {listed}.{hint}",
-            path=path,
-        )
-    found = ".".join([*([key] if key else []), *steps])
-    for step in steps:
-        base = dict.__getitem__(base, step)
+        at = f"{key}." if key else ""
+        inside = [n.removeprefix(at) for n in nests if n.startswith(at)]
+        likely = [".".join(steps) for steps in _paths(base)]
+        means = [n for n in (*likely, *inside) if is_average(n)]
+        others = [n for n in inside if not is_average(n)]
+        # A single one with weights is meant, whatever its name; a mean if nothing else is there.
+        unusual = [n for n in others or means if _has_weights(_follow(base, n))]
+        likely += unusual if len(unusual) == 1 else []
+        likely = [*(means if prefer_ema else []), *likely]
+        if not likely:
+            what = f" under {plain(key)!r}" if key else ""
+            hint = " Give it as --key." if nests else " Save model.state_dict() with torch.save."
+            raise CheckpointError(
+                f"{plain(path)}: holds no state dict (names to tensors){what}; {listed}.{hint}",
+                path=path,
+            )
+        found = at + likely[0] if likely[0] else found
+        base = _follow(base, likely[0])
     notes = [f"state dict found under {plain(found)!r}"] if found and key is None else []
-    others = [name for name in nests if name != found and name.rpartition(".")[2] in NESTS]
+    complete = [n for n in nests if n != found and _covers(_follow(content, n), base)]
+    others = [n for n in nests if (n != found and n.rpartition(".")[2] in NESTS) or n in complete]
     if others and key is None:
-        notes.append(f"not used: {some(others)} (--key chooses)")
-    return base, found, notes
+        notes.append(f"not used: {some([plain(n) for n in others])} (--key chooses)")
+    return base, found, complete, notes
+
+
+# Whether one set of tensors has all parameters of another, in wrappers or not.
+def _covers(one: Any, other: Any) -> bool:
+    names = [
+        {_bare(n) for n, v in _items(found) if type(n) is str and isinstance(v, torch.Tensor)}
+        for found in (one, other)
+    ]
+    wanted = {name for name in names[1] if name.rpartition(".")[2] not in BUFFERS}
+    return bool(wanted) and wanted <= names[0]
+
+
+def _bare(name: str) -> str:
+    unwrapped = _unwrapped(name)
+    return unwrapped.removeprefix(_prefix_run(unwrapped))
 
 
 def only_tensors(found: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -277,6 +294,13 @@ def strip_found(
         matches = {c: sum(n.removeprefix(c) in wanted for n in tensors) for c in candidates}
         # At a tie the shared prefix, which comes first, stands.
         chosen = max(matches, key=lambda candidate: matches[candidate])
+        parameters = {name for name in wanted if name.rpartition(".")[2] not in BUFFERS}
+        for other in candidates if chosen == _prefix_run(chosen) else ():
+            second = {name for name in tensors if name.startswith(other)}
+            if other in ("", chosen) or not parameters <= {n.removeprefix(other) for n in second}:
+                continue
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in second}
+            notes.append(f"a second set of the weights under {plain(other)!r} left out (--prefix)")
     stripped = {name.removeprefix(chosen): tensor for name, tensor in tensors.items()}
     if len(stripped) < len(tensors):  # two names became one: rather none than one lost
         return tensors, "", notes
@@ -288,38 +312,28 @@ def strip_found(
 def split_averages(
     tensors: dict[str, torch.Tensor], expected: Collection[str] | None, *, prefer_ema: bool
 ) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
-    """Part a model's tensors from a running mean of them that it keeps as a part of itself.
-
-    Args:
-        tensors: by name.
-        expected: the model's own names, if known.
-        prefer_ema: take the running mean.
-
-    Returns:
-        One of both by name, whether it is the running mean, and notes in words.
-    """
-    for prefix in _EMA_PREFIXES:
+    """A model's tensors, or the running mean of them that it keeps as a part of itself."""
+    heads = dict.fromkeys(f"{name.partition('.')[0]}." for name in tensors)
+    notes: list[str] = []
+    for prefix in filter(is_average, heads):
         averages = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         own = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
         asked_for = any(name.startswith(prefix) for name in expected or ())
-        if not averages or not own or asked_for:
+        known = prefix in ("model_ema.", "ema_model.", "ema.")
+        if not own or asked_for or not (known or _covers(averages, own)):
             continue
         if prefer_ema:
-            return averages, True, [f"running mean of the weights taken from {prefix!r}"]
-        return own, False, [f"running mean of the weights under {prefix!r} left out (--prefer-ema)"]
-    return tensors, False, []
+            return averages, True, [f"running mean of the weights taken from {plain(prefix)!r}"]
+        tensors = own
+        notes.append(
+            f"running mean of the weights under {plain(prefix)!r} left out (--prefer-ema takes it)"
+        )
+    return tensors, False, notes
 
 
 def is_average(key: str) -> bool:
-    """Say whether a nesting leads to a running mean of the weights.
-
-    Args:
-        key: dotted.
-
-    Returns:
-        True if a part of it is a usual name of one.
-    """
-    return bool(_EMA_KEYS & set(key.split(".")))
+    """Whether a dotted nesting leads to a running mean of the weights, by its words."""
+    return any(_AVERAGE.search(part) for part in key.split("."))
 
 
 def _unwrapped(name: str) -> str:
