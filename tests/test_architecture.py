@@ -165,8 +165,9 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "checkpoints.loading": {
-            "building.models", "building.presets", "checkpoints.checkpoint", "checkpoints.nesting",
-            "checkpoints.origin", "layers.norms", "layers.sites", "layers.surgery",
+            "building.models", "building.presets", "building.pretrained", "checkpoints.checkpoint",
+            "checkpoints.nesting", "checkpoints.origin", "layers.norms", "layers.sites",
+            "layers.surgery",
         },
         "data.opening": {
             "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import bnfix
 from bnfix.building.models import build_model
 from bnfix.building.presets import default_preprocessing
+from bnfix.building.pretrained import renamed
 from bnfix.errors import ModelError
+from tests import nets
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,6 +66,42 @@ def test_a_folder_goes_through_convert_and_back(cli, folder, tmp_path):
     torch.testing.assert_close(loaded(x).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+def segformer(target: Path) -> nn.Module:
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, num_attention_heads=[1] * 4,
+        decoder_hidden_size=8, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    nets.lived_in(model).save_pretrained(target)
+    return model
+
+
+def test_the_class_is_that_of_the_configuration_and_names_are_changed_as_it_loads(cli, tmp_path):
+    stock, spec = segformer(tmp_path), f"transformers:{tmp_path}"
+    assert not set(load_file(tmp_path / "model.safetensors")) <= set(stock.state_dict())
+    out = tmp_path / "out.safetensors"
+    done = cli("convert", tmp_path, "--model", spec, "-o", out, "--json")
+    assert done.code == 0, done.err
+    assert "Loading weights" not in done.err
+    notes = done.json["assumptions"]
+    assert "SegformerForSemanticSegmentation of transformers was built, as the folder says" in notes
+    assert any(note.endswith("names were changed as transformers' from_pretrained changes them")
+               for note in notes)  # fmt: skip
+    assert load_file(out).keys() == stock.state_dict().keys()
+    x = torch.randn(1, 3, 32, 32)
+    again = bnfix.load(out, model=build_model(spec))
+    torch.testing.assert_close(again(x).logits, stock(x).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_stays_under_other_names(tmp_path):
+    stock = segformer(tmp_path)
+    half = {n: t.half() for n, t in load_file(tmp_path / "model.safetensors").items()}
+    found = renamed(stock, half)
+    assert {t.dtype for t in found.values() if t.is_floating_point()} == {torch.float16}
+    assert renamed(stock, {n: t for n, t in half.items() if "classifier" not in n}) == {}
+
+
 def test_its_outputs_are_logits_for_eval(cli, folder, tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 255, (12, 40, 40, 3), dtype=np.uint8)
@@ -109,10 +148,15 @@ def test_the_number_of_classes_is_read_off_the_checkpoint(folder, tmp_path):
     ("entries", "match"),
     [
         ({"auto_map": {"AutoModel": "evil.Model"}}, r"asks for code of its own \(auto_map\)"),
-        ({"model_type": "no_such_model"}, "no image classifier of transformers"),
+        ({"model_type": "no_such_model"}, "no ResNetForImageClassification of transformers"),
+        ({"model_type": "no_such_model", "architectures": None}, "no image classifier of transf"),
         ({"model_type": 3}, "names no model_type"),
-        ({"model_type": "bert"}, "no image classifier of transformers"),
+        ({"model_type": "bert"}, "no ResNetForImageClassification of transformers"),
         ({"architecture": "hf-hub:a/b"}, "names files elsewhere"),
+        ({"backbone": "someone/net"}, r"names files elsewhere \(backbone\)"),
+        ({"architectures": ["EvilNet"]}, "architecture 'EvilNet', which transformers .* not have"),
+        ({"architectures": ["AutoConfig"]}, "architecture 'AutoConfig', which transformers"),
+        ({"architectures": [3]}, "architecture '3', which transformers"),
         ({"hidden_sizes": "many"}, "hidden_sizes"),
     ],
 )

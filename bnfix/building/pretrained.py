@@ -1,4 +1,4 @@
-"""An image classifier in a local folder as transformers saves it; nothing is fetched or trusted.
+"""A network in a local folder as transformers saves it; nothing is fetched or trusted.
 
 Only ``config.json`` says what is built, out of the classes that transformers itself has; code
 beside it is never run. How inputs are prepared stands in ``preprocessor_config.json``.
@@ -6,11 +6,16 @@ beside it is never run. How inputs are prepared stands in ``preprocessor_config.
 
 from __future__ import annotations
 
+import copy
+import io
 import json
 import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from bnfix.building.importing import import_library
@@ -27,20 +32,7 @@ _FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Module:
-    """Build the image classifier that a folder describes, with fresh weights.
-
-    Args:
-        spec: as the user gave it, for messages.
-        folder: with a ``config.json``.
-        arguments: entries of the configuration to override, such as ``num_labels``.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: if transformers is missing, the folder describes no image classifier of its
-            own, or asks for code or for files from elsewhere.
-    """
+    """Build what a folder's configuration names, with fresh weights and the entries overridden."""
     config = _read(spec, Path(folder) / _CONFIG)
     foreign = [name for name in ("auto_map", "custom_pipelines") if config.get(name)]
     if foreign:
@@ -51,6 +43,8 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         )
     transformers = import_library("transformers", spec)
     elsewhere = [name for name, value in config.items() if str(value).startswith(_ELSEWHERE)]
+    if isinstance(config.get("backbone"), str) and not config.get("use_timm_backbone"):
+        elsewhere.append("backbone")
     if elsewhere:
         raise ModelError(
             f"{spec}: its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is "
@@ -59,29 +53,93 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         )
     if "num_labels" in arguments:
         config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")}
-    config |= arguments
+    config = _without_fetching(config | arguments)
     kind = config.pop("model_type", None)
-    for name in ("use_pretrained_backbone", "pretrained"):
-        if config.get(name):
-            config[name] = False  # else it would fetch weights that the checkpoint then replaces
     if not isinstance(kind, str):
         raise ModelError(f"{spec}: its {_CONFIG} names no model_type.", name=spec)
+    found = _class_of(spec, transformers, config.get("architectures"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             described = type(transformers.AutoConfig.for_model(kind)).from_dict(config)
-            model = transformers.AutoModelForImageClassification.from_config(
-                described, trust_remote_code=False
-            )
-    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            if found is None:
+                model = transformers.AutoModelForImageClassification.from_config(
+                    described, trust_remote_code=False
+                )
+            elif isinstance(described, found.config_class):
+                model = found(described)
+            else:
+                raise TypeError(f"it does not take the configuration of {kind}")
+    except Exception as error:
+        what = "image classifier" if found is None else found.__name__
         raise ModelError(
-            f"{spec}: no image classifier of transformers comes out of its {_CONFIG} "
+            f"{spec}: no {what} of transformers comes out of its {_CONFIG} "
             f"({one_line(error)}). Check the folder and --model-arg.",
             name=spec,
         ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{spec}: transformers built no torch.nn.Module.", name=spec)
     return model
+
+
+def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
+    """The class of transformers itself that a configuration states, if it states one."""
+    if not stated:
+        return None
+    name = stated[0] if isinstance(stated, list) else stated
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ModelError(
+            f"{spec}: its {_CONFIG} names the architecture {plain(name)!r}, which transformers "
+            f"{transformers.__version__} does not have. Install one that has it, or give a "
+            "callable that builds it: --model path/to/file.py:callable.",
+            name=spec,
+        )
+    return found
+
+
+def _without_fetching(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that fetches no weights, which the checkpoint would replace at once."""
+    off = ("use_pretrained_backbone", "pretrained")
+    return {
+        name: _without_fetching(value)
+        if isinstance(value, dict)
+        else (False if name in off and value else value)
+        for name, value in config.items()
+    }
+
+
+def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors under a model's own names, as transformers loads them; else none."""
+    kind: Any = type(model)
+    transformers = import_library("transformers", kind.__name__)
+    config: Any = copy.deepcopy(model.config)
+    config.torch_dtype = None  # or it would be the type of what is loaded
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            loaded, found = kind.from_pretrained(
+                None, config=config, state_dict=dict(tensors), output_loading_info=True
+            )
+    except Exception as error:
+        raise ModelError(
+            f"{kind.__name__}: transformers cannot load the checkpoint ({one_line(error)}).",
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = {name for name in found["missing_keys"] if not name.endswith("num_batches_tracked")}
+    if missing or any(found[name] for name in ("unexpected_keys", "mismatched_keys")):
+        return {}
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return {
+        name: tensor.to(next(iter(types)))
+        if len(types) == 1 and tensor.is_floating_point()
+        else tensor
+        for name, tensor in loaded.state_dict().items()
+        if name not in found["missing_keys"]
+    }
 
 
 def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:

@@ -15,6 +15,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.building.models import build_model, build_skeleton
 from bnfix.building.presets import published_arguments, published_weights, wants_transformed_input
+from bnfix.building.pretrained import renamed
 from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
 from bnfix.checkpoints.nesting import STATISTICS
 from bnfix.checkpoints.origin import Origin, require_buildable, stated_origin
@@ -121,6 +122,8 @@ def load_ready(
         checkpoint = read_checkpoint(path, key=key, expected=set(stock), prefer_ema=prefer_ema)
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *added))
         problems = key_problems(stock, checkpoint.tensors)
+    if (origin.spec or "").startswith("transformers:"):
+        checkpoint, problems = _as_transformers_loads(checkpoint, model, stock, problems)
     if problems and _lacks_statistics(model, checkpoint, len(problems)):
         checkpoint = _with_statistics(checkpoint, stock, lenders)
         problems = []
@@ -143,6 +146,22 @@ def load_ready(
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
     return Loaded(model, checkpoint, origin)
+
+
+def _as_transformers_loads(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    shapes: Mapping[str, torch.Size],
+    problems: list[str],
+) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint whose names are those of transformers' files, under the model's names."""
+    notes = [f"{type(model).__name__} of transformers was built, as the folder says"]
+    tensors = renamed(model, checkpoint.tensors) if problems else {}
+    if tensors:
+        n = sum(name not in tensors for name in checkpoint.tensors)
+        notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
+        checkpoint, problems = replace(checkpoint, tensors=tensors), key_problems(shapes, tensors)
+    return replace(checkpoint, notes=(*checkpoint.notes, *notes)), problems
 
 
 def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, n_problems: int) -> bool:
