@@ -84,6 +84,7 @@ def test_the_class_is_that_of_the_configuration_and_names_are_changed_as_it_load
     done = cli("convert", tmp_path, "--model", spec, "-o", out, "--json")
     assert done.code == 0, done.err
     assert "Loading weights" not in done.err
+    assert "transformers]" not in done.err
     notes = done.json["assumptions"]
     assert "SegformerForSemanticSegmentation of transformers was built, as the folder says" in notes
     assert any(note.endswith("names were changed as transformers' from_pretrained changes them")

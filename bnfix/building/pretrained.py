@@ -114,7 +114,8 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     kind: Any = type(model)
     transformers = import_library("transformers", kind.__name__)
     config: Any = copy.deepcopy(model.config)
-    config.torch_dtype = None  # or it would be the type of what is loaded
+    # Or it would be the type of what is loaded.
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:

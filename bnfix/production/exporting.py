@@ -260,7 +260,10 @@ def _inputs(
     """Images of the data, or seeded noise."""
     preprocessing, notes = resolve_preprocessing(loaded, source)
     if data is None:
-        return _noise(loaded.model, recipe, preprocessing, seed)
+        made = _noise(loaded.model, recipe, preprocessing, seed)
+        by_size = known_shape(loaded.model, preprocessing) == tuple(made.x.shape[1:])
+        made.notes.extend(notes if by_size and recipe.input_shape is None else ())
+        return made
     images = open_images(
         data,
         class_map=None if source.class_map is None else Path(source.class_map),
