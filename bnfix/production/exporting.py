@@ -106,8 +106,9 @@ class _Inputs:
     index: np.ndarray
     preprocessing: Preprocessing
     notes: list[str]
-    #: Some of another height and width, where both are free.
+    #: Some of another height and width, where both are free, and the shape that is sure to run.
     other: Tensor | None = None
+    usual: tuple[int, ...] = ()
 
 
 def export(
@@ -302,20 +303,22 @@ def _noise(
             "export: no usual input size fits the model. Give --data, or --input-shape C,H,W."
         )
     shape = tuple(probe.shape[1:])
-    _check_size(recipe, shape)
+    free = recipe.to in ("onnx", "pt2") and shape not in (recipe.input_shape, known)
+    # Sides that differ, of maps above 1: what is traced on a 1 takes it for a constant.
+    shapes = [shape] if not free else [(shape[0], n * shape[1], (n + 1) * shape[2]) for n in (2, 3)]
+    for made in shapes:
+        _check_size(recipe, made)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(recipe.samples, *shape, generator=generator)
-    words = "x".join(map(str, shape))
-    inputs = _Inputs(x, None, np.arange(0), preprocessing, [])
-    if recipe.to in ("onnx", "pt2") and shape not in (recipe.input_shape, known):
-        channels, height, width = shape
-        larger = (channels, 2 * height, 3 * width)
-        other = torch.randn(min(recipe.samples, 7), *larger, generator=generator)
-        inputs = dataclasses.replace(inputs, other=other)
-        with _free_size(inputs):
-            names_of(model, other[:2])
-        words += " and " + "x".join(map(str, larger))
-    inputs.notes.append(f"verified on seeded noise of {words}, since no --data was given.")
+    counts = (recipe.samples, min(recipe.samples, 7))
+    x, *more = (
+        torch.randn(n, *made, generator=generator) for n, made in zip(counts, shapes, strict=False)
+    )
+    words = " and ".join("x".join(map(str, made)) for made in shapes)
+    notes = [f"verified on seeded noise of {words}, since no --data was given."]
+    inputs = _Inputs(x, None, np.arange(0), preprocessing, notes, more[0] if free else None, shape)
+    with _free_size(inputs):
+        for some_inputs in (x, *more):
+            names_of(model, some_inputs[:2])
     return inputs
 
 
@@ -327,7 +330,7 @@ def _free_size(inputs: _Inputs) -> Iterator[None]:
     except CALL_ERRORS as error:
         if inputs.other is None:
             raise
-        shape = ",".join(map(str, inputs.x.shape[1:]))
+        shape = ",".join(map(str, inputs.usual))
         reason = str(error) if isinstance(error, ModelError) else one_line(error)
         raise ModelError(
             "export: the size of the network's input is not known, and it cannot have a free "
