@@ -93,7 +93,7 @@ def load_ready(
     Raises:
         CheckpointError: if the file does not fit the model; all problems at once.
     """
-    checkpoint = found = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
+    checkpoint = first = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
     origin = stated_origin(checkpoint)
     if spec is not None:
         origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
@@ -118,7 +118,7 @@ def load_ready(
     stock = {name: s for name, s in shapes.items() if not is_weight_buffer(name, model)}
     problems = key_problems(stock, checkpoint.tensors)
     if problems and prefix is None:
-        added = [note for note in checkpoint.notes if note not in found.notes]
+        added = [note for note in checkpoint.notes if note not in first.notes]
         checkpoint = read_checkpoint(path, key=key, expected=set(stock), prefer_ema=prefer_ema)
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *added))
         problems = key_problems(stock, checkpoint.tensors)
