@@ -6,6 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
+from benchmarks.false_verdicts import CASES, false_rates
 from bnfix.errors import ConfigError, DataError
 from bnfix.measuring.gate import judge
 from bnfix.measuring.metrics import measure, without_metrics
@@ -42,9 +43,9 @@ def test_the_record_holds_the_numbers_computed_by_hand():
 
 
 @pytest.mark.parametrize("z", [0.0, 1.0, 2.0, 3.5])
-@pytest.mark.parametrize("step", [-0.01, 0.01])
+@pytest.mark.parametrize("step", [-0.15, 0.15])
 def test_admitted_only_beyond_z_standard_errors(z, step):
-    n = 50
+    n = 5000
     noise = np.random.default_rng(0).normal(size=n)
     noise = (noise - noise.mean()) / noise.std(ddof=1)  # standard error 1 / sqrt(n)
     old = np.full(n, 0.3)
@@ -101,10 +102,10 @@ def test_a_difference_within_rounding_is_a_tie():
 
 
 def test_a_gain_that_is_the_same_for_every_example_is_admitted():
-    logits, labels = np.array([[0.0, 0.0], [0.0, 0.0]]), np.zeros(2, int)
+    logits, labels = np.zeros((20, 2)), np.zeros(20, int)
     before, after = measure(logits, labels), measure(logits + np.array([1.0, 0.0]), labels)
     decision = judge("s", ("new", after), ("old", before))
-    assert decision.nll_se == 0
+    assert decision.nll_se == pytest.approx(0, abs=1e-12)
     assert decision.admitted
     assert decision.reason.endswith("the same for every example")
 
@@ -121,7 +122,7 @@ def test_one_example_cannot_judge():
     assert not decision.admitted
     assert decision.n_examples == 1
     assert (decision.nll_se, decision.top1_se) == (0.0, 0.0)
-    assert decision.reason == "a single example cannot judge"
+    assert decision.reason == "1 examples cannot judge, it takes 20"
 
 
 @pytest.mark.parametrize("z", [-0.1, math.nan])
@@ -154,3 +155,34 @@ def test_what_cannot_be_evaluated_loses_to_all_that_can():
     assert compare(broken, fine).verdict == "better"
     assert compare(fine, broken).verdict == "worse"
     assert compare(broken, broken).verdict == "same"
+
+
+@pytest.mark.parametrize(("n", "enough"), [(2, False), (19, False), (20, True), (200, True)])
+def test_it_takes_20_examples_to_prove_a_gain(n, enough):
+    rng = np.random.default_rng(n)
+    old = rng.uniform(1.2, 1.4, n)
+    new = old - rng.uniform(0.7, 0.9, n)
+    decision = decide(new, old)
+    assert decision.admitted == enough
+    assert enough or decision.reason == f"{n} examples cannot judge, it takes 20"
+    assert compare(metrics_of(old), metrics_of(new)).verdict == ("better" if enough else "same")
+    assert compare(metrics_of(new), metrics_of(old)).verdict == ("worse" if enough else "same")
+
+
+@pytest.mark.parametrize("n", [20, 60, 300])
+@pytest.mark.parametrize(
+    "case", ["5% differ and flip", "all differ, exponential", "too sharp, 98% right"]
+)
+def test_equal_models_are_hardly_ever_called_better(case, n):
+    better, admitted = false_rates(CASES[case], n, runs=150)
+    assert better <= 0.03
+    assert admitted <= 0.03
+
+
+def test_many_small_gains_do_not_hide_the_rare_loss_that_pays_for_them():
+    """Sharper logits gain on 60 right answers of 60; at one label in 20 wrong they would lose."""
+    logits = np.column_stack([np.random.default_rng(0).uniform(2, 4, 60), np.zeros(60)])
+    before, after = (measure(by * logits, np.zeros(60, int)) for by in (1, 4))
+    assert after.nll < before.nll
+    assert not judge("s", ("new", after), ("old", before)).admitted
+    assert compare(before, after).verdict == "same"

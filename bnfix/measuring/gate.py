@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student_t
 
 from bnfix.errors import ConfigError
 from bnfix.measuring.intervals import Array
 from bnfix.measuring.metrics import Metrics
-from bnfix.measuring.pairing import ROUNDING, paired_examples
+from bnfix.measuring.pairing import LEAST_EXAMPLES, ROUNDING, gain_t, paired_examples
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ def judge(
 
     It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
     difference (and by more than rounding), and its top-1 is not lower by more than ``z`` of its
-    own. Ties go to the incumbent, and so does a single example, which has no standard error. What
-    cannot be evaluated (`Metrics.problem`) loses to all that can.
+    own. On few examples more is demanded than ``z``: `gain_t` must be as improbable by Student's t
+    as ``z`` is by the normal distribution. Ties go to the incumbent, and so do fewer than 20
+    examples. What cannot be evaluated (`Metrics.problem`) loses to all that can.
 
     Args:
         stage: what is being decided.
@@ -90,7 +93,11 @@ def judge(
         before, after = paired_examples(old, new)
         loss = nll_difference, nll_se = _mean_and_se(after.losses - before.losses)
         top1 = top1_difference, top1_se = _mean_and_se(after.right * 1.0 - before.right)
-        admitted, reason = _admitted(len(after.losses), loss, top1, z)
+        n = len(after.losses)
+        t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
+        # z = 0 demands no proof, only a lower mean.
+        sure = z == 0 or t > student_t.isf(norm.sf(z), n)
+        admitted, reason = _admitted(n, loss, top1, z, sure=sure)
     return Decision(
         stage=stage,
         candidate=name,
@@ -111,17 +118,20 @@ def judge(
 
 
 def _admitted(
-    n: int, loss: tuple[float, float], top1: tuple[float, float], z: float
+    n: int, loss: tuple[float, float], top1: tuple[float, float], z: float, *, sure: bool
 ) -> tuple[bool, str]:
     """Whether mean differences with these standard errors are enough, and why."""
     difference, se = loss
-    if n < 2:
-        return False, "a single example cannot judge"
+    if n < LEAST_EXAMPLES:
+        return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
     if not (difference < -z * se and difference < -ROUNDING):
         return False, f"its loss is not lower by more than {z:g} standard errors"
+    if not sure:
+        return False, f"its loss is lower, but {n} examples with such differences do not prove it"
     if top1[0] < -z * top1[1]:
         return False, f"its top-1 is lower by more than {z:g} standard errors"
-    by = f"{-difference / se:.1f} standard errors" if se else "the same for every example"
+    alike = se <= ROUNDING * abs(difference)
+    by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"
     return True, f"its loss is lower by {-difference:.3g} nats, {by}"
 
 

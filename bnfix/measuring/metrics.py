@@ -43,12 +43,14 @@ class PerExample:
         losses: NLL, nats.
         scaled_losses: NLL after the temperature fitted on the half that the example is not in.
         right: whether the largest logit is the label's; of equal logits the first counts as larger.
+        blind_loss: mean NLL, nats, if each label were any of the classes alike.
     """
 
     labels: Array
     losses: Array
     scaled_losses: Array
     right: Array
+    blind_loss: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,7 +155,7 @@ def measure(
         return without_metrics(len(logits), logits=logits, images_per_second=images_per_second)
     n = len(logits)
     labels = checked_labels(labels, n, logits.shape[1])
-    rank, losses, brier, confidence = _per_example(logits, labels)
+    rank, losses, blind, brier, confidence = _per_example(logits, labels)
     right = rank == 0
     scaled, temperature = scaled_losses(logits, labels, seed)
     bins, gaps = _reliability(confidence, right)
@@ -179,7 +181,13 @@ def measure(
         images_per_second=images_per_second,
         reliability=bins,
         logits=logits,
-        examples=PerExample(labels=labels, losses=losses, scaled_losses=scaled, right=right),
+        examples=PerExample(
+            labels=labels,
+            losses=losses,
+            scaled_losses=scaled,
+            right=right,
+            blind_loss=float(blind.mean()),
+        ),
     )
 
 
@@ -224,9 +232,10 @@ def checked_labels(labels: Any, n: int, k: int) -> Array:
     return array.astype(np.int64)
 
 
-def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array]:
-    """Rank of the label's logit from 0, NLL, Brier score and confidence, each ``(N,)``."""
-    rank, (losses, brier, confidence) = np.empty(len(labels), int), np.empty((3, len(labels)))
+def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Rank of the label from 0, NLL, NLL at any label, Brier, confidence, each ``(N,)``."""
+    n = len(labels)
+    rank, (losses, blind, brier, confidence) = np.empty(n, int), np.empty((4, n))
     for part in chunks(logits):
         own = np.take_along_axis(logits[part], labels[part, None], 1)
         # A tie is won by the smaller index, as argmax has it: equal logits must not all be right.
@@ -234,11 +243,12 @@ def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Arr
         rank[part] = ((logits[part] > own) | ((logits[part] == own) & earlier)).sum(1)
         log_p = log_softmax(logits[part])
         losses[part] = -np.take_along_axis(log_p, labels[part, None], 1)[:, 0]
+        blind[part] = -log_p.mean(1)
         p = np.exp(log_p)
         confidence[part] = p.max(1)
         np.put_along_axis(p, labels[part, None], -np.expm1(-losses[part, None]), 1)
         brier[part] = (p**2).sum(1)
-    return rank, losses, brier, confidence
+    return rank, losses, blind, brier, confidence
 
 
 def _reliability(confidence: Array, right: Array) -> tuple[tuple[Bin, ...], Array]:

@@ -42,8 +42,8 @@ def gate(decisions: Sequence[Decision]) -> Picture:
         "gate",
         "Candidates before the gate",
         "Paired difference in NLL on the select split, with the standard errors that the gate "
-        "demands. A candidate is admitted (filled) if its bar lies left of 0 and its top-1 does "
-        "not fall.",
+        "demands. A candidate is admitted (filled) if its bar lies left of 0, clearly so "
+        "where there are few images, and its top-1 does not fall.",
         draw,
         1.0 + 0.36 * len(decisions),
     )
