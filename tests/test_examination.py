@@ -479,3 +479,23 @@ def test_a_command_that_leaves_constants_alone_says_so_and_how_to_change_that(
         recalibrate_(nn.Sequential(FrozenBatchNorm2d(3)), [torch.randn(2, 3, 4, 4)])
     shown = cli("inspect", files.net, *files.common, "--unfreeze").out
     assert "--unfreeze: no frozen layer" in shown
+
+
+def test_a_layer_that_the_model_s_code_froze_is_taken_in_by_the_option_that_is_advised(
+    cli, files, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("rest.py").write_text(
+        f"import runpy\n\n\ndef build():\n"
+        f"    net = runpy.run_path({str(files.folder / 'nets.py')!r})['build']().train()\n"
+        "    net.bn2.eval().requires_grad_(False)\n    return net\n"
+    )
+    common = ("--model", "rest.py:build", *files.common[2:], "--data", files.data)
+    found = cli("inspect", files.stale, *common, "--json").json["findings"]
+    assert ("bn2", "frozen") in {(f["layer"], f["fault"]) for f in found}
+    for finding in found:
+        assert ("--include-frozen" in finding["advice"]) == (finding["layer"] == "bn2")
+    (stale,) = [f for f in found if (f["layer"], f["fault"]) == ("bn2", "stale")]
+    assert cli(*commands_in(stale["advice"])[0]).code == 0
+    left = cli("inspect", "stale.calibrated.safetensors", *common, "--json").json["findings"]
+    assert "stale" not in {finding["fault"] for finding in left}

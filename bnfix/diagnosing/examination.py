@@ -62,7 +62,8 @@ def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Findi
     stored = {layer.name: layer for layer in layers}
     findings = []
     for site in find_norms(model):
-        faults = _setting_faults(site, stored.get(site.name))
+        at_rest = site.is_put_to_rest(model)
+        faults = _setting_faults(site, stored.get(site.name), at_rest=at_rest)
         findings += [Finding(site.name, *fault) for fault in faults]
     for name, kind in instance_norms(model).items():
         detail = (
@@ -76,7 +77,7 @@ def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Findi
 _Fault = tuple[str, str, str, str]
 
 
-def _setting_faults(site: NormSite, stored: NormTensors | None) -> list[_Fault]:
+def _setting_faults(site: NormSite, stored: NormTensors | None, *, at_rest: bool) -> list[_Fault]:
     found: list[_Fault] = []
     if site.aliases:
         detail = f"the same module as {', '.join(site.aliases[:3])}: one set of statistics for all"
@@ -87,6 +88,9 @@ def _setting_faults(site: NormSite, stored: NormTensors | None) -> list[_Fault]:
         )
         advice = "nothing, if it is meant so; " + RECALIBRATE
         found.append(("frozen-kind", detail, "note", advice))
+    elif at_rest:
+        detail = "the model's code froze it (evaluation mode, no gradients): left alone"
+        found.append(("frozen", detail, "note", "nothing, if it is meant so; " + RECALIBRATE))
     if not site.has_statistics:
         detail = "keeps no running statistics: in evaluation, too, outputs depend on the batch"
         advice = (

@@ -132,7 +132,7 @@ def inspect_checkpoint(
     )
     notes, header = list(found.notes), found.metadata or {}
     kinds: dict[str, str] = {}
-    frozen: set[str] = set()
+    frozen: dict[str, str] = {}
     problems: list[str] = []
     seen = _Seen()
     loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
@@ -141,7 +141,11 @@ def inspect_checkpoint(
         notes = list(found.notes)
         sites = find_norms(loaded.model)
         kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
-        frozen = {site.name for site in sites if site.frozen and not site.problem}
+        frozen = {
+            site.name: "--unfreeze" if site.frozen else "--include-frozen"
+            for site in sites
+            if not site.problem and (site.frozen or site.is_put_to_rest(loaded.model))
+        }
         problems = [f"{site.name}: {site.problem}" for site in sites if site.problem]
     norms = header.get("norms")
     layers = read_norms(found.tensors, norms if isinstance(norms, dict) else None)
@@ -174,7 +178,7 @@ def inspect_checkpoint(
         knows_model=recipe.model is not None or _builds_itself(header),
         labelled=data is None or seen.labelled,
     )
-    advice = [_unfreezing(f.advice) if f.layer in frozen else f.advice for f in findings]
+    advice = [_taking_in(f.advice, frozen.get(f.layer, "")) for f in findings]
     findings = [
         dataclasses.replace(finding, advice=call.fill(text))
         for finding, text in zip(findings, advice, strict=True)
@@ -195,10 +199,10 @@ def inspect_checkpoint(
     )
 
 
-def _unfreezing(advice: str) -> str:
-    """The advice for a layer that is constant until it is unfrozen."""
-    changes = advice.endswith("-o OUT")
-    return advice.replace("--model SPEC", "--model SPEC --unfreeze") if changes else advice
+def _taking_in(advice: str, flag: str) -> str:
+    """The advice for a frozen layer, which commands act on with this option only."""
+    acts = advice.endswith("-o OUT") and (flag == "--unfreeze" or "bnfix calibrate" in advice)
+    return advice.replace("--data DATA", f"--data DATA {flag}") if acts and flag else advice
 
 
 @dataclass(frozen=True)
