@@ -214,6 +214,18 @@ def test_average_momentum_with_ghosts_is_the_mean_over_batches():
     torch.testing.assert_close(layer.running_mean, expected)
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_without_a_counter_ghost_batches_update_as_torch_does(momentum):
+    mine = GeneralizedBatchNorm(3, momentum=momentum, ghost_size=2)
+    theirs = nn.BatchNorm2d(3, momentum=momentum)
+    mine.num_batches_tracked = theirs.num_batches_tracked = None
+    x = torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0)) + 2
+    mine(x), theirs(x)
+    torch.testing.assert_close(mine.running_mean, theirs.running_mean)
+    torch.testing.assert_close(mine.running_var, theirs.running_var)
+    assert mine.num_batches_tracked is None
+
+
 # ---- precision, memory format, autocast, compile ---------------------------------------------
 
 
@@ -318,6 +330,29 @@ def test_the_own_state_carries_the_weight_in_either_shape():
     quiet = GeneralizedBatchNorm(4)
     target.load_state_dict(quiet.state_dict())
     assert not target.live
+
+
+@pytest.mark.parametrize(
+    ("weight", "tracks", "found"),
+    [
+        (5.0, True, "a value outside 0 to 1"),
+        (float("nan"), True, "a value outside 0 to 1"),
+        ([0.1, -0.1, 0.0, 0.0], True, "a value outside 0 to 1"),
+        ([0.1, 0.1], True, r"shape \(2,\), expected one number or 4"),
+        (0.5, False, "keeps no running statistics"),
+        ([0.0, 0.0, 1.0, 1.0], False, "keeps no running statistics"),
+    ],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_with_a_weight_that_cannot_be_is_refused(weight, tracks, found, assign):
+    net = nn.Sequential(nn.ReLU(), GeneralizedBatchNorm(4, track_running_stats=tracks))
+    state = net.state_dict()
+    state["1.example_weight"] = torch.tensor(weight)
+    with pytest.raises(RuntimeError, match=rf"1\.example_weight: .*{found}"):
+        net.load_state_dict(state, assign=assign)
+    assert (net[1].example_weight.item(), net[1].live) == (0.0, False)
+    given = torch.tensor(weight)
+    torch.testing.assert_close(state["1.example_weight"], given, equal_nan=True)
 
 
 def test_the_example_weight_is_set_for_one_layer_all_or_some():

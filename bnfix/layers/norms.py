@@ -114,29 +114,30 @@ class GeneralizedBatchNorm(BatchNormBase):
     def _assign_weight(self, weight: Weight) -> None:
         """Check a weight, store it and refresh the plain flag that forward branches on."""
         value = torch.as_tensor(weight, dtype=torch.float32, device=self.example_weight.device)
-        value = value.detach().clone()
+        self._check_weight(value)
+        self.example_weight = value.detach().clone()
+        self._refresh_flag()
+
+    def _check_weight(self, value: Tensor) -> None:
         if value.shape not in ((), (self.num_features,)):
             raise ConfigError(
                 f"example_weight: shape {tuple(value.shape)}, expected one number or "
                 f"{self.num_features} (one a channel).",
                 name="example_weight",
             )
-        if value.device.type != "meta":
-            if not bool(((value >= 0) & (value <= 1)).all()):
-                raise ConfigError(
-                    "example_weight: a value outside 0 to 1. Give weights from 0 to 1.",
-                    name="example_weight",
-                )
-            mixed = bool(((value > 0) & (value < 1)).any())
-            partly = bool((value > 0).any()) and not bool((value == 1).all())
-            if self.running_mean is None and (mixed or partly):
-                raise NormError(
-                    "example_weight: the layer keeps no running statistics to mix the example's "
-                    "with. Use 0 or 1, or track_running_stats=True.",
-                    name="example_weight",
-                )
-        self.example_weight = value
-        self._refresh_flag()
+        if value.device.type == "meta":
+            return
+        if not bool(((value >= 0) & (value <= 1)).all()):
+            raise ConfigError(
+                "example_weight: a value outside 0 to 1. Give weights from 0 to 1.",
+                name="example_weight",
+            )
+        if self.running_mean is None and not bool((value == value.flatten()[0].round()).all()):
+            raise NormError(
+                "example_weight: the layer keeps no running statistics to mix the example's "
+                "with. Use 0 or 1, or track_running_stats=True.",
+                name="example_weight",
+            )
 
     def _refresh_flag(self) -> None:
         weight = self.example_weight
@@ -242,16 +243,16 @@ class GeneralizedBatchNorm(BatchNormBase):
         if not (self.training and self.track_running_stats):
             return
         running_mean, running_var = self.running_mean, self.running_var
-        if running_mean is None or running_var is None or self.num_batches_tracked is None:
+        if running_mean is None or running_var is None:
             return
-        self.num_batches_tracked.add_(1)
+        counter = self.num_batches_tracked
+        if counter is not None:
+            counter.add_(1)
+        momentum: float | Tensor = self.momentum or 0.0
+        if self.momentum is None and counter is not None:
+            momentum = counter.to(running_mean.dtype).reciprocal()
         batch_mean, batch_var = mix(mean, var, dim=0)
         batch_var = batch_var * (n_values / max(n_values - 1, 1))
-        momentum: float | Tensor
-        if self.momentum is None:
-            momentum = self.num_batches_tracked.to(running_mean.dtype).reciprocal()
-        else:
-            momentum = self.momentum
         running_mean.copy_(running_mean + momentum * (batch_mean - running_mean))
         running_var.copy_(running_var + momentum * (batch_var - running_var))
 
@@ -261,10 +262,15 @@ class GeneralizedBatchNorm(BatchNormBase):
         """Take a stock layer's state as it is; a missing example weight stays what it was."""
         key = prefix + "example_weight"
         given = state_dict.get(key)
-        if given is None:
+        try:
+            if isinstance(given, Tensor):
+                self._check_weight(given)
+                if given.shape != self.example_weight.shape:
+                    self.example_weight = self.example_weight.new_empty(given.shape)
+            state_dict.setdefault(key, self.example_weight)
+        except (ConfigError, NormError) as error:
+            rest[-1].append(f"{prefix}{error}")
             state_dict[key] = self.example_weight
-        elif given.shape in ((), (self.num_features,)) and given.shape != self.example_weight.shape:
-            self.example_weight = self.example_weight.new_empty(given.shape)
         if self.frozen:
             state_dict.pop(prefix + "num_batches_tracked", None)
             nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
@@ -272,6 +278,8 @@ class GeneralizedBatchNorm(BatchNormBase):
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
         if given is None:
             del state_dict[key]
+        else:
+            state_dict[key] = given
         self._refresh_flag()
 
     def extra_repr(self) -> str:
