@@ -64,7 +64,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "processes": set(),
         "production.artifacts": set(),
         "recipe": set(),
-        "statistics.accumulating": {"moments"},
+        "statistics.accumulating": {"layers.rows", "moments"},
     },
     {
         "checkpoints.reading": {"checkpoints.pickles"},

@@ -112,6 +112,30 @@ def test_a_mean_of_many_deviations(layout, weight, stale, ratio):
     close(kernels.evaluate(x, terms), oracle(x, terms), ratio=ratio)
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("ratio", [0.0, 3.9, 8.0])
+@pytest.mark.parametrize("size", [(1024, 1024), (1000, 1031)])
+def test_a_large_map_loses_no_digits(size, ratio, layout, gradients):
+    x = torch.randn(1, 2, *size, generator=torch.Generator().manual_seed(0)) + ratio
+    x = laid_out(x, layout).requires_grad_(gradients)
+    terms = terms_for(2, weight=0.5, offset=ratio)
+    error = (kernels.evaluate(x, terms) - oracle(x, terms)).abs().max()
+    assert error < 1.5e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_channel_far_from_zero_is_done_over_whatever_the_weight(layout):
+    """The output's own rounding grows with the mean, by deviations, at a small weight too."""
+    x = torch.randn(3, 4, 24, 24, generator=torch.Generator().manual_seed(1))
+    terms = terms_for(4, weight=0.01)
+    x[:, 2] += 30
+    terms.mean[2], terms.var[2] = 30, 1
+    x = laid_out(x, layout)
+    y, expected = kernels.evaluate(x, terms), kernels.plain(x, terms)
+    torch.testing.assert_close(y[:, 2], expected[:, 2], rtol=0, atol=5e-7)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("groups", [6, 3])
 def test_only_the_channels_that_lose_digits_are_done_over(layout, groups):

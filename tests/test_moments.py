@@ -109,6 +109,19 @@ def test_moments_of_examples_keep_their_digits_whatever_the_offset_and_layout(va
     assert ((var - expected).abs() <= 1e-5 * expected + (2e-7 * size) ** 2 * 10).all()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 3.9, 8.0])
+@pytest.mark.parametrize("positions", [1 << 20, 1_031_000])
+def test_moments_of_large_maps_keep_their_digits(positions, offset, transposed):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1, 2, positions, generator=generator) + offset
+    if transposed:
+        values = values.transpose(1, 2).contiguous().transpose(1, 2)
+    mean, var = precise_moments(values)
+    torch.testing.assert_close(mean, values.double().mean(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(var, values.double().var(-1, correction=0), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e30])
 def test_what_is_not_finite_stays_in_its_own_row(value):
     for transposed in (False, True):

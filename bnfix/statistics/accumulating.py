@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfix.layers.rows import LOST, mean_squares
 from bnfix.moments import Moments, mix, pool
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
@@ -17,8 +18,6 @@ _WAITING = 1 << 18
 
 #: Numbers that are centred at once on the CPU, so that they stay in its caches.
 _CHUNK = 1 << 19
-#: Squared means, by variances, above which means of squares would lose more than four bits.
-_FAR = 16.0
 
 
 class Accumulator:
@@ -158,25 +157,17 @@ class Accumulator:
 
 @torch.no_grad()
 def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-example moments whose rounding does not grow with the offset of the values.
+    """Mean and biased variance ``(N, C)``, float64, of ``(N, C, L)``, of any size and offset.
 
-    On the CPU dense layouts go by means and means of squares, the reductions that torch is fast at
-    there; where a mean is beyond four deviations, and their difference would lose more digits than
-    four bits, by `_refined`, as all else does.
-
-    Args:
-        values: ``(N, C, L)``.
-
-    Returns:
-        Mean and biased variance ``(N, C)``, float64.
+    A variance is right to about 1e-5: on the CPU dense layouts go by means of squares, the
+    reductions that torch is fast at there, up to a mean of four deviations; all else by `_refined`.
     """
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     if values.device.type != "cpu":
         return _refined(values)
     if values.is_contiguous():
         mean = values.mean(-1).double()
-        var = torch.linalg.vector_norm(values, dim=-1).double().square_()
-        var *= 1 / values.shape[-1]
+        var = mean_squares(values, torch.float64)
     elif values.transpose(1, 2).is_contiguous():
         mean, var = _over_columns(values.transpose(1, 2))
     else:
@@ -184,7 +175,7 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     square = mean.square()
     var -= square
     # NaN is not at most anything, so what is not finite is done over too, and stays what it is.
-    lost = ~(square <= var * _FAR)
+    lost = ~(square <= var * LOST)
     n_lost = int(lost.sum())
     if n_lost > lost.numel() // 2:
         return _refined(values)
