@@ -157,11 +157,9 @@ class Accumulator:
 
 @torch.no_grad()
 def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(N, C)``, float64, of ``(N, C, L)``, of any size and offset.
-
-    A variance is right to about 1e-5: on the CPU dense layouts go by means of squares, the
-    reductions that torch is fast at there, up to a mean of four deviations; all else by `_refined`.
-    """
+    """Mean and biased variance ``(N, C)``, float64, of ``(N, C, L)``, right to about 1e-5."""
+    # On the CPU dense layouts go by means of squares, the reductions that torch is fast at there,
+    # up to a mean of four deviations; all else by `_refined`.
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     if values.device.type != "cpu":
         return _refined(values)
