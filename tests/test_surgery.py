@@ -17,6 +17,7 @@ from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, se
 from bnfix.layers.sites import find_norms, selected, sites_with_statistics, unmatched
 from bnfix.layers.surgery import plan_swap, swap_norms_, swap_planned_, unfreeze_
 from bnfix.recipe import SwapRecipe
+from bnfix.statistics.calibration import recalibrate_, residuals
 from tests import nets
 
 
@@ -121,7 +122,7 @@ def test_sites_with_statistics():
     net.own = Own(4)
     net.other = Normalizer()
     names = [s.name for s in sites_with_statistics(net)]
-    assert names == ["bn1", "layer1.bn1", "layer1.bn2", "layer2.bn1", "layer2.bn2", "own"]
+    assert names == ["bn1", "layer1.bn1", "layer1.bn2", "layer2.bn1", "layer2.bn2"]
     names = [s.name for s in sites_with_statistics(net, ["layer*"], ["*.bn2"])]
     assert names == ["layer1.bn1", "layer2.bn1"]
 
@@ -265,8 +266,49 @@ def test_refused_settings(options, found):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_model_is_refused_by_name():
     net = torch.jit.script(nets.bn1d())
-    with pytest.raises(NormError, match=r"1: torch\.jit.*RecursiveScriptModule is not a layer"):
-        swap_norms_(net)
+    for refuses in (swap_norms_, lambda model: recalibrate_(model, [torch.randn(4, 5)])):
+        with pytest.raises(
+            NormError, match=r"^model: a RecursiveScriptModule, which is TorchScript"
+        ):
+            refuses(net)
+        with pytest.raises(NormError, match=r"0\.1: is TorchScript"):
+            refuses(nn.Sequential(net))
+
+
+def prepared_for_quantization():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    net = torch.ao.quantization.fuse_modules_qat(net.train(), [["0", "1", "2"]])
+    net.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    return torch.ao.quantization.prepare_qat(net)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
+def test_a_network_prepared_for_quantization_is_refused_by_name():
+    net = prepared_for_quantization()
+    state = copy.deepcopy(net.state_dict())
+    for refuses in (swap_norms_, lambda model: recalibrate_(model, [images()])):
+        with pytest.raises(NormError, match=r"0\.bn: 0 \(ConvBnReLU2d\) prepares .* quantization"):
+            refuses(net)
+    assert_same_state(net.state_dict(), state)
+    stubbed = nn.Sequential(torch.ao.quantization.QuantStub(), nn.BatchNorm2d(3))
+    assert [site.problem for site in find_norms(stubbed)] == [""]
+
+
+class Heir(nn.BatchNorm2d):
+    """A subclass with nothing of its own in forward."""
+
+
+def test_norms_with_a_forward_of_their_own_are_not_measured():
+    net = nn.Sequential(nn.BatchNorm2d(3), Own(3), Heir(3), nn.BatchNorm2d(3))
+    net[3].forward = lambda x: x
+    state = copy.deepcopy(net.state_dict())
+    with pytest.raises(NormError, match=r"1: tests\.test_surgery\.Own has a forward.*; 3: torch"):
+        recalibrate_(net, [images()])
+    assert_same_state(net.state_dict(), state)
+    assert list(residuals(net, [images()])) == ["0", "2"]
+    done = recalibrate_(net, [images()], skip=["1", "3"])
+    assert [layer.name for layer in done.layers] == ["0", "2"]
 
 
 def test_a_plan_of_another_model_is_refused():

@@ -33,14 +33,12 @@ def mean_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Means of squares ``(N, C)`` of contiguous rows ``(N, C, L)``, without gradients."""
     n = values.shape[-1]
     if n <= _RUN:
-        norm = torch.linalg.vector_norm(values, dim=-1).to(dtype)
-        norm *= n**-0.5
-        return norm.square_()
+        norm: Tensor = torch.linalg.vector_norm(values, dim=-1)
+        return norm.to(dtype).mul_(n**-0.5).square_()
     whole = n - n % _RUN
-    runs = values[..., :whole].unflatten(-1, (-1, _RUN)), values[..., None, whole:]
-    norms = torch.cat([torch.linalg.vector_norm(run, dim=-1) for run in runs], -1).to(dtype)
-    norms *= n**-0.5
-    return norms.square_().sum(-1)
+    runs = values[..., :whole].view(*values.shape[:2], -1, _RUN), values[..., None, whole:]
+    norms = torch.cat([torch.linalg.vector_norm(run, dim=-1) for run in runs], -1)
+    return norms.to(dtype).mul_(n**-0.5).square_().sum(-1)
 
 
 def keep_their_digits(mean: Tensor, var: Tensor) -> bool:

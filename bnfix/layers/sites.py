@@ -7,21 +7,23 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix._torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
-from bnfix.errors import some
+from bnfix.errors import NormError, some
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
 
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 #: On layers that the code that built the model has frozen; its modes are lost in loading.
 _AT_REST = "_bnfix_frozen"
 _OURS = (GeneralizedBatchNorm, GeneralizedBatchNormAct)
-
-
+#: Those that normalize what they are given.
+_FORWARDS = tuple(kind.forward for kind in (BatchNormBase, nn.SyncBatchNorm, *_OURS))
+_SCRIPTED = "is TorchScript, which cannot be seen into or changed; leave it with --skip"
+_QAT = ("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat")
+_OBSERVERS = ("FakeQuantizeBase", "ObserverBase")
 #: timm's layers are known by where they come from, so that timm need not be installed.
 _TIMM_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
@@ -36,6 +38,7 @@ class NormSite:
         module: the layer.
         kind: its class name.
         problem: why it cannot be swapped; "" if it can.
+        unmeasured: why its inputs do not tell its statistics; "" if they do.
     """
 
     name: str
@@ -43,6 +46,7 @@ class NormSite:
     module: nn.Module
     kind: str
     problem: str
+    unmeasured: str = ""
 
     @property
     def frozen(self) -> bool:
@@ -74,6 +78,7 @@ def find_norms(model: nn.Module) -> list[NormSite]:
     Returns:
         One site a module, whatever number of names it has.
     """
+    require_eager(model)
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -85,16 +90,42 @@ def find_norms(model: nn.Module) -> list[NormSite]:
         ):
             names.setdefault(id(module), []).append(name)
             modules[id(module)] = module
+    quantizing = _quantizing(model) if modules else ""
     return [
         NormSite(
-            names[key][0],
-            tuple(names[key][1:]),
-            module,
-            type(module).__name__,
-            _problem(module, is_root=names[key][0] == ""),
+            name=names[key][0],
+            aliases=tuple(names[key][1:]),
+            module=module,
+            kind=type(module).__name__,
+            problem=quantizing or _problem(module, is_root=names[key][0] == ""),
+            unmeasured=quantizing or _unmeasured(module),
         )
         for key, module in modules.items()
     ]
+
+
+def require_eager(model: nn.Module) -> None:
+    """Refuse TorchScript: its layers are compiled, and cannot be seen or changed."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NormError(
+            f"model: a {type(model).__name__}, which is TorchScript, whose layers cannot be "
+            "changed. Give the nn.Module that it was made from."
+        )
+
+
+def _quantizing(model: nn.Module) -> str:
+    """Why no norm layer of a network with observers of quantization may be touched."""
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            where = base.__module__
+            observes = base.__name__ in _OBSERVERS and "quantization" in where
+            if observes or where.startswith(_QAT):
+                return (
+                    f"{name} ({type(module).__name__}) prepares the network for quantization, and "
+                    "its norm layers meet other values than they normalize; repair the network "
+                    "before it is prepared"
+                )
+    return ""
 
 
 def instance_norms(model: nn.Module) -> dict[str, str]:
@@ -167,6 +198,8 @@ def _problem(module: nn.Module, *, is_root: bool) -> str:
     kind = type(module)
     if is_root:
         return "the model is itself a norm layer; put it inside a module, such as nn.Sequential"
+    if isinstance(module, torch.jit.ScriptModule):
+        return _SCRIPTED
     if isinstance(module, LazyNormBase):
         return f"{kind.__name__} has no size yet; run the model once before"
     known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm, FrozenBatchNorm2d) or is_timm_act(module)
@@ -187,13 +220,39 @@ def remember_frozen_(model: nn.Module) -> None:
             site.module.__dict__[_AT_REST] = True
 
 
+def _unmeasured(module: nn.Module) -> str:
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return _SCRIPTED
+    if not isinstance(module, BatchNormBase) or is_timm_act(module):
+        return ""
+    if kind.forward in _FORWARDS and "forward" not in vars(module):
+        return ""
+    return (
+        f"{kind.__module__}.{kind.__qualname__} has a forward of its own, which may normalize "
+        "other values than it is given (masked, or with other axes); leave it with --skip"
+    )
+
+
+def unmeasurable(
+    sites: Sequence[NormSite], layers: Sequence[str], skip: Sequence[str]
+) -> list[str]:
+    """Problems of the sites whose statistics are wanted and would be measured wrongly."""
+    return [
+        f"{site.name}: {site.unmeasured}"
+        for site in sites
+        if site.unmeasured and site.has_statistics and not site.frozen
+        and selected(site, layers, skip)
+    ]  # fmt: skip
+
+
 def sites_with_statistics(
     model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> Iterator[NormSite]:
     """The sites whose population moments may be computed anew.
 
-    A layer of a kind not known is one of them if it derives from Batch Norm; whatever else holds
-    ``running_mean`` and ``running_var`` may mean something else by them.
+    A layer of a kind not known is one of them if it derives from Batch Norm and has its forward;
+    whatever else holds ``running_mean`` and ``running_var`` may mean something else by them.
 
     Args:
         model: any module.
@@ -205,5 +264,6 @@ def sites_with_statistics(
     """
     for site in find_norms(model):
         known = not site.problem or isinstance(site.module, BatchNormBase)
+        known = known and not site.unmeasured
         if site.has_statistics and known and not site.frozen and selected(site, layers, skip):
             yield site

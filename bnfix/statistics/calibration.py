@@ -19,7 +19,7 @@ from bnfix import processes, runtime
 from bnfix._torch_private import BatchNormBase
 from bnfix.checkpoints.resuming import identity_of
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
-from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unmatched
+from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
 from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import Collector, as_stored, over_groups
 from bnfix.statistics.costs import Cost
@@ -222,7 +222,7 @@ def recalibrate_(
         )
     started = time.perf_counter()
     every = find_norms(model)
-    problems = unmatched(every, (*layers, *skip))
+    problems = unmatched(every, (*layers, *skip)) + unmeasurable(every, layers, skip)
     if problems:
         raise NormError(f"norm layers: {'; '.join(problems)}.")
     sites = list(sites_with_statistics(model, layers, skip))
@@ -355,7 +355,8 @@ def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
 
 
 def _is_comparable(site: NormSite) -> bool:
-    return not site.problem or isinstance(site.module, BatchNormBase)
+    known = not site.problem or isinstance(site.module, BatchNormBase)
+    return known and not site.unmeasured
 
 
 def _record(
