@@ -1047,7 +1047,9 @@ def test_a_layer_with_channels_elsewhere_is_refused_by_name():
     net = nn.Sequential(Last(4)).double()
     x = torch.randn(2, 6, 6, 4, dtype=torch.float64)
     before = state_of(net)
-    with pytest.raises(NormError, match=r"0: tests\.test_calibration\..*Last has a forward of its own"):
+    with pytest.raises(
+        NormError, match=r"0: tests\.test_calibration\..*Last has a forward of its own"
+    ):
         recalibrate_(net, [x])
     assert_as_it_was(net, before)
 

@@ -120,11 +120,7 @@ def _quantizing(model: nn.Module) -> str:
             where = base.__module__
             observes = base.__name__ in _OBSERVERS and "quantization" in where
             if observes or where.startswith(_QAT):
-                return (
-                    f"{name} ({type(module).__name__}) prepares the network for quantization, and "
-                    "its norm layers meet other values than they normalize; repair the network "
-                    "before it is prepared"
-                )
+                return f"{name} ({type(module).__name__}) prepares for quantization; first repair, then prepare"
     return ""
 
 
