@@ -120,7 +120,8 @@ def _quantizing(model: nn.Module) -> str:
             where = base.__module__
             observes = base.__name__ in _OBSERVERS and "quantization" in where
             if observes or where.startswith(_QAT):
-                return f"{name} ({type(module).__name__}) prepares for quantization; first repair, then prepare"
+                kind = type(module).__name__
+                return f"{name} ({kind}) prepares for quantization; first repair, then prepare"
     return ""
 
 
