@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from bnfix.data.batches import Batches, Skipped
 from bnfix.data.classes import map_classes
-from bnfix.data.images import Images
+from bnfix.data.images import ArrayImages, Images
 from bnfix.data.opening import open_images
 from bnfix.data.splitting import cut, fingerprint
 from bnfix.errors import ConfigError, DataError
@@ -1134,3 +1134,25 @@ def test_real_arrays() -> None:
     p = Preprocessing(resize=(16, 16), channels=1)
     batch = next(iter(Batches(digits, np.arange(8), p, batch_size=8)))
     assert batch.x.shape == (8, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "expected"),
+    [
+        (33, 8, [9, 8, 8, 8]),
+        (34, 8, [8, 8, 8, 8, 2]),
+        (32, 8, [8, 8, 8, 8]),
+        (3, 2, [3]),
+        (1, 8, [1]),
+        (144, 64, [72, 72]),
+        (150, 64, [64, 64, 22]),
+    ],
+)
+def test_a_far_smaller_last_batch_is_dealt_to_the_others(n: int, size: int, expected: list[int]):
+    batches = Batches(ArrayImages("x", grid(n), 3), np.arange(n), RAW, batch_size=size)
+    evened = batches.evened()
+    assert [len(batch.index) for batch in evened] == expected
+    assert np.array_equal(np.concatenate([batch.index for batch in evened]), np.arange(n))
+    assert len(evened) == len(expected)
+    assert len(batches) == -(-n // size)
+    assert len(evened.dealt(1, 2)) == len(expected) // 2

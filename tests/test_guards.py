@@ -2,7 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix import guards
+from bnfix import (
+    choose_example_weight_,
+    evaluate,
+    finetune_,
+    guards,
+    recalibrate_,
+    residuals,
+    swap_norms_,
+)
+from bnfix.recipe import FinetuneRecipe
 from tests import nets
 
 
@@ -300,3 +309,45 @@ def test_a_model_that_builds_itself_stays_built(kind):
     net.eval()
     assert changed == []
     assert torch.equal(net(x), first) or kind == "nan"
+
+
+class Drifting(nn.Module):
+    """Subtracts a running mean of its inputs, which it moves in every forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("input_mean", torch.full((3, 1, 1), 0.5))
+        self.inner, self.n, self.log = nets.plain(), 0, []
+
+    def forward(self, x):
+        self.input_mean = self.input_mean.lerp(x.mean((0, 2, 3))[:, None, None], 0.5)
+        self.n += 1
+        self.log.append(float(x.sum()))
+        return self.inner(x - self.input_mean + 0.01 * torch.randn(()))
+
+
+@pytest.mark.parametrize("task", ["evaluate", "recalibrate", "choose", "finetune", "residuals"])
+def test_every_function_leaves_all_other_state_as_it_was(task):
+    net = Drifting()
+    swap_norms_(net)
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(24, 3, 6, 6, generator=generator), torch.arange(24) % 3
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
+    mean, value = net.input_mean, net.input_mean.clone()
+    torch.manual_seed(2)
+    random = torch.get_rng_state()
+    done = {
+        "evaluate": lambda: evaluate(net, batches),
+        "recalibrate": lambda: recalibrate_(net, batches, feed="sequential"),
+        "choose": lambda: choose_example_weight_(net, batches, select=batches),
+        "finetune": lambda: finetune_(
+            net, batches, recipe=FinetuneRecipe(epochs=2, train="all", statistics="train")
+        ),
+        "residuals": lambda: residuals(net, batches),
+    }[task]()
+    assert net.input_mean is mean
+    assert torch.equal(mean, value)
+    assert (net.n, net.log) == (0, [])
+    assert torch.equal(torch.get_rng_state(), random)
+    if task in ("finetune", "recalibrate"):
+        assert set(done.changed_by_forward) == {"input_mean", "n", "log"}

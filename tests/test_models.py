@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from bnfix import recalibrate_
 from bnfix.building.models import (
     build_model,
     from_file_allowed,
@@ -458,3 +459,17 @@ def test_a_real_checkpoint_fits_the_model_built_for_it():
 
     tensors = read_checkpoint(DATA / "mobilenet_v2-b0353104.pth").tensors
     build_model("torchvision:mobilenet_v2", None, tensors).load_state_dict(tensors)
+
+
+def test_layers_that_the_builder_freezes_stay_frozen(tmp_path):
+    (tmp_path / "built.py").write_text(
+        "from torch import nn\n"
+        "def net(rest='eval'):\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4))\n"
+        "    net[1].eval().requires_grad_(False)\n"
+        "    return net.eval() if rest == 'no' else net\n"
+    )
+    for arguments, frozen in (({}, ("1",)), ({"rest": "no"}, ())):
+        model = build_model(f"{tmp_path}/built.py:net", arguments)
+        done = recalibrate_(model, [torch.randn(4, 3, 6, 6)])
+        assert done.frozen == frozen
