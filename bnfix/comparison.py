@@ -90,6 +90,8 @@ def evaluate_files(
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
     if also.corruptions and entrants[0].images.labels is None:
         raise ConfigError("--corruptions: the examples have no labels. Give labels.")
+    if also.corruptions and entrants[0].preprocessing is None:
+        raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
     if also.fast:
         entrants = hasten(entrants, run.precision, seed, notes)
     arena = Arena(entrants, source, run, seed, track)
@@ -137,7 +139,7 @@ def evaluate_files(
         ),
         n_seen=seen_before(last.images, np.arange(len(last.images)), history),
         options={
-            "preprocessing": dataclasses.asdict(last.preprocessing),
+            "preprocessing": last.preprocessing and dataclasses.asdict(last.preprocessing),
             **({"corrupt": source.corrupt} if source.corrupt else {}),
             **{name: value for name, value in dataclasses.asdict(also).items() if value},
         },

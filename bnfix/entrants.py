@@ -14,19 +14,25 @@ from torch import nn
 
 from bnfix import processes, runtime
 from bnfix.checkpoints.loading import Loaded
-from bnfix.data.batches import Batch, Batches
+from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, every_corruption
 from bnfix.data.first_look import first_batch
 from bnfix.data.images import Images
 from bnfix.errors import DataError, ModelError
 from bnfix.measuring.evaluation import Outputs, collect
 from bnfix.measuring.robustness import BatchInvariance, Shifted, batch_invariance, shifted
-from bnfix.memory import BatchSize, footprint
+from bnfix.memory import BatchSize, first_of, footprint
 from bnfix.preprocessing import Preprocessing
 from bnfix.production.fusing import fused
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.tracking import Track, Tracked
-from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
+from bnfix.workbench import (
+    applied,
+    evaluation_batch_size,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+)
 
 #: Images that batch invariance is looked for on.
 N_COMPARED = 256
@@ -52,7 +58,7 @@ class Entrant:
     name: str
     path: str
     loaded: Loaded
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     images: Images
     input_size: int
     fast: nn.Module | None = None
@@ -90,17 +96,18 @@ def enter(
     opened: dict[int, Images] = {}
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
         loaded = load_one(path, recipe, run)
-        preprocessing, remarks = resolve_preprocessing(loaded, source)
-        notes += [f"{name}: {remark}" for remark in (*loaded.checkpoint.notes, *remarks)]
+        wanted, remarks = resolve_preprocessing(loaded, source)
         images, input_size = open_checked(
             data,
             loaded.model,
             source,
-            preprocessing,
-            known=opened.get(preprocessing.channels),
+            wanted,
+            known=opened.get(wanted.channels),
             any_task=own_metrics and runtime.has_forward(loaded.model),
         )
-        opened.setdefault(preprocessing.channels, images)
+        opened.setdefault(wanted.channels, images)
+        preprocessing, remarks = applied(images, wanted, remarks)
+        notes += [f"{name}: {remark}" for remark in (*loaded.checkpoint.notes, *remarks)]
         entrants.append(Entrant(name, str(path), loaded, preprocessing, images, input_size))
     return entrants
 
@@ -125,7 +132,7 @@ def hasten(
         if few is None:
             found.append(one)
             continue
-        few = Batch(few.x[:N_CHECKED], *few[1:])
+        few = first_of(few, N_CHECKED)
         try:
             # Under autocast the operators for prepacked weights would go on in float32.
             net, done = fused(one.loaded.model, few, prepack=None if precision == "fp32" else False)
@@ -133,7 +140,7 @@ def hasten(
             notes.append(f"{one.name}: evaluated as it is, for all --fast: {error}")
             found.append(one)
             continue
-        notes.append(f"{one.name}: {done.text}, on {len(few.x)} images.")
+        notes.append(f"{one.name}: {done.text}, on {len(few.index)} images.")
         found.append(dataclasses.replace(one, fast=net))
     return found
 

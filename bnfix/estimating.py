@@ -18,6 +18,7 @@ from bnfix.errors import DataError, ModelError
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.sites import find_norms
 from bnfix.measuring.evaluation import labels_of
+from bnfix.memory import first_of
 from bnfix.tuning.parameters import parameter_groups
 from bnfix.workbench import Workbench
 
@@ -129,7 +130,7 @@ def estimated_evaluation(
             few = list(batches)
         except DataError:
             return Estimate(None, peak_memory(model), passes)
-        n = sum(len(batch.x) for batch in few)
+        n = sum(len(batch.index) for batch in few)
         # All models see the same images, which are read once.
         seconds += 0.0 if number else (time.perf_counter() - started) / n * n_examples
         with guards.seeded(0), guards.inference(model):
@@ -201,7 +202,7 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
     own = replace(bench, source=replace(bench.source, max_bad=float(len(index))))
     started = time.perf_counter()
     batches = list(own.batches(index[: _BATCHES * size], "timing a few batches").whole())
-    n = sum(len(batch.x) for batch in batches)
+    n = sum(len(batch.index) for batch in batches)
     reading = (time.perf_counter() - started) / n
     layers = dict(generalized_norms(model))
     before = guards.Snapshot(model)
@@ -215,12 +216,8 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
                 set_example_weight_(model, dict.fromkeys(layers, 0.1))
             found["live"] = _median_seconds(step) / n if "live" in costs else 0.0
             if "training" in costs:
-                few = batches[0]._replace(
-                    x=batches[0].x[:64],
-                    y=None if batches[0].y is None else batches[0].y[:64],
-                    index=batches[0].index[:64],
-                )
-                found["training"] = _median_seconds(_backward(model, few)) / len(few.x)
+                few = first_of(batches[0], 64)
+                found["training"] = _median_seconds(_backward(model, few)) / len(few.index)
     finally:
         before.restore_()
     return reading, found

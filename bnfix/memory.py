@@ -172,10 +172,10 @@ def footprint(
     if free is None:
         return None
     try:
-        one, n = _peak(model, _first(batch, 1), precision)
+        one, n = _peak(model, first_of(batch, 1), precision)
         if n < 1 or _PLENTY * one <= free:
             return Footprint(0, one, free)
-        two, n = _peak(model, _first(batch, 2), precision)
+        two, n = _peak(model, first_of(batch, 2), precision)
     except ModelError:
         return None
     if n < 2:
@@ -183,7 +183,9 @@ def footprint(
     return Footprint(max(0, 2 * one - two), max(1, two - one), free)
 
 
-def _first(batch: Any, n: int) -> Any:
+def first_of(batch: Any, n: int) -> Any:
+    """The first examples of a batch of any form."""
+
     def cut(leaf: Any) -> Any:
         return leaf[:n] if isinstance(leaf, Tensor | np.ndarray) and leaf.ndim else leaf
 

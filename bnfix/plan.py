@@ -208,7 +208,7 @@ class Plan:
                     "test": len(split.test),
                 },
             },
-            "preprocessing": dataclasses.asdict(bench.preprocessing),
+            "preprocessing": bench.preprocessing and dataclasses.asdict(bench.preprocessing),
             "stages": self._stages(bench),
             "device": str(next(iter(bench.model.parameters())).device),
             **estimated(bench, self.workload(bench)).to_json(),

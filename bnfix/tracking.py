@@ -9,7 +9,8 @@ from typing import Any
 from bnfix import processes
 from bnfix.data.augmentation import augmented
 from bnfix.data.batches import Batch, Batches
-from bnfix.errors import DataError, some
+from bnfix.data.tensors import TensorItems
+from bnfix.errors import ConfigError, DataError, some
 
 #: Wraps the batches of a pass, to show its progress: stage, batches, their number.
 Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
@@ -79,15 +80,13 @@ class Tracked:
         return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
 
     def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
-        """The same batches in another order every pass; each rank has a part of every batch.
-
-        Args:
-            seed: of pass 0; pass k has seed + k.
-            augment: random variants of the images, others in every pass.
-
-        Returns:
-            What gives the batches of the k-th pass.
-        """
+        """Pass k has seed + k and own variants of the images; each rank has a part of all."""
+        if augment != "none" and isinstance(self.batches.images, TensorItems):
+            raise ConfigError(
+                f"--augment {augment}: {self.batches.images.spec} holds no images, and only images "
+                "can be varied.",
+                name="augment",
+            )
         place = processes.here()
 
         def of_pass(k: int) -> Tracked:

@@ -26,7 +26,8 @@ from bnfix.data.first_look import first_batch, look_at_inputs, look_at_size
 from bnfix.data.images import Images
 from bnfix.data.opening import for_outputs, open_images
 from bnfix.data.splitting import Split, cut
-from bnfix.errors import DataError, some
+from bnfix.data.tensors import TensorItems
+from bnfix.errors import ConfigError, DataError, some
 from bnfix.memory import BatchSize, Footprint, footprint
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
@@ -67,7 +68,7 @@ class Workbench:
     images: Images
     test_images: Images
     split: Split
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     run: RunOptions
     gate: GateRecipe
     assumptions: list[str]
@@ -212,13 +213,14 @@ def open_workbench(
     """
     loaded = load_one(checkpoint, model, run)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    preprocessing, assumptions = resolve_preprocessing(loaded, source)
-    assumptions = [*loaded.checkpoint.notes, *assumptions]
-    images, input_size = open_checked(data, loaded.model, source, preprocessing)
+    stated, remarks = resolve_preprocessing(loaded, source)
+    images, input_size = open_checked(data, loaded.model, source, stated)
+    preprocessing, remarks = applied(images, stated, remarks)
+    assumptions = [*loaded.checkpoint.notes, *remarks]
     split = cut(images, fractions, gate.seed)
     test_images = images
     if source.test is not None:
-        test_images, _ = open_checked(source.test, loaded.model, source, preprocessing)
+        test_images, _ = open_checked(source.test, loaded.model, source, stated)
         test, n_dropped = unseen(test_images, images)
         split = dataclasses.replace(split, test=test)
         if n_dropped:
@@ -232,7 +234,7 @@ def open_workbench(
         )
     assumptions += [f"{data}: {note}." for note in images.notes]
     few = first_batch(images, preprocessing, gate.seed)
-    assumptions += _first_look(loaded, few)
+    assumptions += _first_look(loaded, few, as_given=preprocessing is None)
     corruption = corruption_of(source.corrupt, gate.seed)
     if corruption is not None:
         assumptions.append(
@@ -268,15 +270,16 @@ def open_workbench(
     )
 
 
-def _first_look(loaded: Loaded, batch: Batch | None) -> list[str]:
+def _first_look(loaded: Loaded, batch: Batch | None, *, as_given: bool) -> list[str]:
     """What strikes the eye in a few images, before anything is done with them."""
     if batch is None:
         return []
     spec = loaded.origin.spec
     known = None if spec is None else default_preprocessing(spec)
+    size = None if known is None or as_given else known[0].crop
     found = (
-        look_at_size(tuple(batch.x.shape), None if known is None else known[0].crop),
-        look_at_inputs(loaded.model, batch),
+        None if size is None else look_at_size(tuple(batch.x.shape), size),
+        look_at_inputs(loaded.model, batch, as_given=as_given),
     )
     return [sentence for sentence in found if sentence is not None]
 
@@ -401,11 +404,13 @@ def open_checked(
         The images, and how many numbers one input has.
     """
     images = known
-    if images is None or images.channels != preprocessing.channels:
+    if images is None or images.channels not in (preprocessing.channels, 0):
         class_map = None if source.class_map is None else Path(source.class_map)
         images = open_images(
             data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
         )
+    if isinstance(images, TensorItems):
+        _refuse_image_options(images, source)
     max_bad = max_bad_of(len(images), source.max_bad)
     # One good image is enough, and among so many there is one, or there are too many bad ones.
     few = np.arange(1 + int(min(max_bad, len(images) - 1)))
@@ -417,7 +422,7 @@ def open_checked(
     note = f"the forward pass changes {some(changed)} by itself; bnfix puts that back"
     if changed and note not in images.notes:
         images.notes.append(note)
-    input_size = first.x[0].numel()
+    input_size = sum(tensor.numel() for tensor in runtime.tensors_in(first.x))
     if images.labels is None:
         return images, input_size
     if any_task and isinstance(output, torch.Tensor):
@@ -426,6 +431,23 @@ def open_checked(
             return images, input_size
     n_classes = runtime.logits_of(output).shape[1]
     return for_outputs(images, n_classes), input_size
+
+
+def _refuse_image_options(images: Images, source: DataRecipe) -> None:
+    names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "corrupt")
+    given = [f"--{name}" for name in names if getattr(source, name) is not None]
+    if given:
+        raise ConfigError(
+            f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
+            f"{', '.join(given)} cannot be applied. Leave them out, or give images of 8-bit pixels."
+        )
+
+
+def applied(
+    images: Images, preprocessing: Preprocessing, notes: list[str]
+) -> tuple[Preprocessing | None, list[str]]:
+    """Preprocessing and notes on it: none for inputs that are no images."""
+    return (None, []) if isinstance(images, TensorItems) else (preprocessing, notes)
 
 
 def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:

@@ -68,11 +68,11 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "checkpoints.reading": {"checkpoints.pickles"},
-        "data.callables": {"building.importing", "data.images"},
         "data.classes": {"data.images"},
         "data.corruptions": set(),
         "data.mat": {"data.images"},
         "data.parquet": {"data.columns", "data.images"},
+        "data.tensors": {"data.images"},
         "data.shards": {"data.images"},
         "data.splitting": {"data.images"},
         "diagnosing.advice": set(),
@@ -87,7 +87,8 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "building.pretrained": {"building.importing"},
         "checkpoints.header": {"checkpoints.reading"},
-        "data.batches": {"data.corruptions", "data.images"},
+        "data.batches": {"data.corruptions", "data.images", "data.tensors"},
+        "data.callables": {"building.importing", "data.images", "data.tensors"},
         "data.image_sets": {"data.images", "data.mat"},
         "demo": set(),
         "layers.sites": {"layers.norms"},
@@ -157,7 +158,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "memory", "processes", "runtime", "statistics.accumulating",
             "statistics.collecting",
         },
-        "tracking": {"data.augmentation", "data.batches", "processes"},
+        "tracking": {"data.augmentation", "data.batches", "data.tensors", "processes"},
         "weighing.example_weight": {
             "guards", "layers.norms", "measuring.evaluation", "measuring.gate", "measuring.metrics",
             "processes", "runtime", "weighing.weight_search",
@@ -171,7 +172,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "data.opening": {
             "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
-            "data.shards",
+            "data.shards", "data.tensors",
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
@@ -205,8 +206,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.header",
             "checkpoints.loading", "data.batches", "data.corruptions", "data.first_look",
-            "data.images", "data.opening", "data.splitting", "guards", "memory", "processes",
-            "recognition", "runtime", "tracking",
+            "data.images", "data.opening", "data.splitting", "data.tensors", "guards", "memory",
+            "processes", "recognition", "runtime", "tracking",
         },
     },
     {
@@ -221,7 +222,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "estimating": {
             "data.batches", "guards", "layers.norms", "layers.sites", "measuring.evaluation",
-            "processes", "runtime", "tuning.parameters", "workbench",
+            "memory", "processes", "runtime", "tuning.parameters", "workbench",
         },
         "production.plain_files": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +24,15 @@ from bnfix.data.images import (
     EncodedImages,
     Images,
 )
+from bnfix.data.tensors import TensorItems
 from bnfix.errors import ConfigError, DataError, some
 from bnfix.preprocessing import Preprocessing
 
 
 class Batch(NamedTuple):
-    """Preprocessed images, their labels, and where in the data they stand."""
+    """Inputs, their labels, and where in the data they stand."""
 
-    x: torch.Tensor  # (N, C, H, W) float32
+    x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of them
     y: torch.Tensor | None  # (N,) int64
     index: np.ndarray  # type: ignore[assignment]  # (N,) int64; hides tuple.index
 
@@ -102,7 +103,8 @@ class Batches:
     Args:
         images: the opened data.
         index: positions to use, in this order unless shuffled.
-        preprocessing: resize and crop, then scale, mean and std.
+        preprocessing: resize and crop, then scale, mean and std; None for inputs that are no
+            images, which go to the network as they are.
         batch_size: images a batch; the last one may be smaller.
         workers: processes that decode; -1: up to 4 for many image files where two cores are left
             for the rest, else none.
@@ -120,7 +122,7 @@ class Batches:
         self,
         images: Images,
         index: np.ndarray,
-        preprocessing: Preprocessing,
+        preprocessing: Preprocessing | None,
         *,
         batch_size: int,
         workers: int = -1,
@@ -133,7 +135,15 @@ class Batches:
             raise ConfigError(f"--batch-size: {batch_size}, expected 1 or more.", name="batch_size")
         if workers < -1:
             raise ConfigError(f"--workers: {workers}, expected 0 or more.", name="workers")
-        if preprocessing.channels != images.channels:
+        preprocessing = preprocessing or Preprocessing()
+        if isinstance(images, TensorItems):
+            if corruption is not None:
+                raise ConfigError(
+                    f"{corruption.text}: {images.spec} holds no images, and only images can be "
+                    "corrupted.",
+                    name="corrupt",
+                )
+        elif preprocessing.channels != images.channels:
             raise ConfigError(
                 f"channels: {preprocessing.channels} in the preprocessing, {images.channels} in "
                 f"the images opened from {images.spec}. Open them with the same number.",
@@ -244,15 +254,23 @@ class Batches:
         """
         groups = self._groups()
         n_good = 0
-        for index, pixels in self._pixels(groups):
+        for index, x in self._inputs(groups):
             n_good += len(index)
             labels = self.images.labels
             y = None if labels is None else torch.from_numpy(labels[index])
-            yield Batch(self._scaled(self._corrupted(pixels, index)), y, index)
+            yield Batch(x, y, index)
         if n_good == 0 and (groups or not len(self._order)):
             why = f": {self.skipped[0].reason}" if self.skipped else "."
             n = sum(map(len, groups))
             raise DataError(f"{self.images.spec}: no usable image among {n}{why}")
+
+    # Positions and inputs of each group's good examples.
+    def _inputs(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
+        if isinstance(self.images, TensorItems):
+            yield from ((group, self.images.take(group)) for group in groups)
+            return
+        for index, pixels in self._pixels(groups):
+            yield index, self._scaled(self._corrupted(pixels, index))
 
     # Positions and pixels, uint8 (n, C, H, W), of each group's good images.
     def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Data from the user's own code: a callable that returns (image, label) pairs or a Dataset.
+"""Data from the user's own code: a callable that returns (input, label) pairs or a Dataset.
 
 The name comes from the command line, so importing it is what the user asks for; a name that comes
 out of a file never gets here.
@@ -15,9 +15,11 @@ from PIL import Image
 
 from bnfix.building.importing import import_callable, importable
 from bnfix.data.images import Images, digest_of, pixels_of
+from bnfix.data.tensors import TensorItems, as_inputs, nesting_of
 from bnfix.errors import DataError, ModelError, one_line
 
-_EXPECTED = "a PIL image, or whole numbers 0 to 255 as an array (H, W[, C]) or a tensor (C, H, W)"
+#: Under which name an item that is a dict may have its label.
+_LABELS = ("label", "labels", "target", "targets", "y")
 
 
 class ItemImages(Images):
@@ -64,29 +66,17 @@ def is_callable(spec: str) -> bool:
 def open_callable(
     spec: str, wanted: bool, channels: int
 ) -> tuple[Images, list[str] | np.ndarray | None]:
-    """Import a callable, call it without arguments, and keep the images that it gives.
-
-    Args:
-        spec: ``package.module:callable`` or ``path/file.py:callable``.
-        wanted: whether labels are to be used.
-        channels: what images are converted to.
-
-    Returns:
-        The images, and their labels as numbers or names; None where there are none.
-
-    Raises:
-        DataError: if the code fails, or gives something else than images and labels.
-    """
+    """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
     where = f"DATA {spec}"
-    items: list[np.ndarray] = []
+    items: list[Any] = []
     labels: list[Any] = []
     try:
         call, folder = import_callable(spec)
         with importable(folder):
             source = call() if callable(call) else call
             for item in _items(source, where):
-                image, label = _pair(item, len(items), where)
-                items.append(image)
+                inputs, label = _pair(item, f"{where}: item {len(items)}")
+                items.append(inputs)
                 labels.append(label)
     except ModelError as error:
         raise DataError(f"DATA {error}", name=spec) from error
@@ -94,11 +84,13 @@ def open_callable(
         raise
     except Exception as error:
         raise DataError(
-            f"{where}: its code failed at item {len(items)} ({one_line(error)}).", name=spec
+            f"{where}: its code failed at item {len(items)} ({one_line(error)}). It gives items "
+            "one by one, each (input, label) or an input.",
+            name=spec,
         ) from error
     if not items:
         raise DataError(f"{where}: gave no images, expected pairs of image and label.", name=spec)
-    images = ItemImages(spec, items, channels)
+    images = _opened(spec, items, channels, where)
     bare = [label is None for label in labels]
     if not wanted or all(bare):
         return images, None
@@ -109,6 +101,21 @@ def open_callable(
     if all(isinstance(label, int) for label in labels):
         return images, np.asarray(labels, dtype=np.int64)
     return images, [str(label) for label in labels]
+
+
+# All items are images, arrays of pixels, or all are inputs of one nesting, made of tensors.
+def _opened(spec: str, items: list[Any], channels: int, where: str) -> Images:
+    kinds = [None if isinstance(item, np.ndarray) else nesting_of(item) for item in items]
+    odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if odd is not None:
+        words = ("an image" if kinds[i] is None else f"no image ({kinds[i]})" for i in (0, odd))
+        raise DataError(
+            f"{where}: item 0 is {next(words)}, item {odd} is {next(words)}. Give one kind.",
+            name=spec,
+        )
+    if kinds[0] is None:
+        return ItemImages(spec, items, channels)
+    return TensorItems(spec, items, "callable")
 
 
 # A Dataset is indexed up to its length: many never raise IndexError, which iteration waits for.
@@ -125,30 +132,45 @@ def _items(source: Any, where: str) -> Iterator[Any]:
         )
 
 
-def _pair(item: Any, n: int, where: str) -> tuple[np.ndarray, Any]:
+# Pixels of an image, or tensors of any other input; and the label.
+def _pair(item: Any, where: str) -> tuple[Any, Any]:
+    inputs, label = item, None
     if isinstance(item, dict):
-        item = (item.get("image"), item.get("label"))
-    image, label = item if isinstance(item, tuple | list) and len(item) == 2 else (item, None)
+        name = next((name for name in _LABELS if name in item), None)
+        label = None if name is None else item[name]
+        inputs = item.get("image", {key: item[key] for key in item if key != name})
+    elif isinstance(item, tuple | list):
+        if len(item) not in (1, 2):
+            raise DataError(
+                f"{where} is a {type(item).__name__} of {len(item)}, expected (input, label). "
+                "Give several inputs as one tuple: ((a, b), label), or ((a, b), None)."
+            )
+        inputs, label = (*item, None)[:2]
     if isinstance(label, torch.Tensor | np.ndarray | np.generic) and label.ndim == 0:
         label = label.item()
     if isinstance(label, bool) or not isinstance(label, int | str | None):
         raise DataError(
-            f"{where}: item {n}: its label is a {type(label).__name__}, expected a whole number, "
-            "a class name, or None."
+            f"{where}: its label is a {type(label).__name__}, expected a whole number, a class "
+            "name, or None. Give several inputs as one tuple: ((a, b), label)."
         )
-    found = f"a {type(image).__name__}"
+    pixels = _pixels(inputs)
+    if pixels is not None:
+        return pixels, label
+    try:
+        return as_inputs(inputs), label
+    except DataError as error:
+        raise DataError(f"{where} is {error}") from error
+
+
+# An image's pixels: of Pillow, or 8-bit numbers (H, W[, C]) as an array or (C, H, W) as a tensor.
+def _pixels(image: Any) -> np.ndarray | None:
     if isinstance(image, Image.Image):
-        return pixels_of(image, 1 if image.mode in ("1", "L") else 3), label
-    if isinstance(image, torch.Tensor):
-        found = f"a tensor of {image.dtype} {tuple(image.shape)}"
-        image = image.permute(1, 2, 0).numpy(force=True) if image.ndim == 3 else None
-    if isinstance(image, np.ndarray):
-        found = f"an array of {image.dtype} {image.shape}"
-        if image.ndim == 3 and image.shape[2] == 1:
-            image = image[..., 0]
-        is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-        if image.dtype == np.uint8 and is_image and image.size:
-            return np.ascontiguousarray(image), label
-    raise DataError(
-        f"{where}: item {n} is {found}, expected {_EXPECTED}, before any preprocessing."
-    )
+        return pixels_of(image, 1 if image.mode in ("1", "L") else 3)
+    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+        image = image.permute(1, 2, 0).numpy(force=True)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
+        return None
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    return np.ascontiguousarray(image) if is_image else None

@@ -31,7 +31,7 @@ class _Seen(BaseException):
     """Ends a pass once the layer has been reached; not to be taken for an error of the model's."""
 
 
-def first_batch(images: Images, preprocessing: Preprocessing, seed: int) -> Batch | None:
+def first_batch(images: Images, preprocessing: Preprocessing | None, seed: int) -> Batch | None:
     """A few images, drawn at random.
 
     Args:
@@ -53,7 +53,7 @@ def first_batch(images: Images, preprocessing: Preprocessing, seed: int) -> Batc
         return None
 
 
-def look_at_inputs(model: nn.Module, batch: Any) -> str | None:
+def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> str | None:
     """Hold the first images against the moments that the model's first norm layer has stored.
 
     Per channel: z = (batch_mean - mean) / sqrt(var + eps), r = (batch_var + eps) / (var + eps), all
@@ -62,13 +62,14 @@ def look_at_inputs(model: nn.Module, batch: Any) -> str | None:
     Args:
         model: on its device; left as it was found.
         batch: the first images, preprocessed.
+        as_given: whether the inputs went through no preprocessing.
 
     Returns:
         A sentence where the inputs look like other ones, else None; None also where there are fewer
         than 8 images, or no statistics that were ever updated.
     """
     site = next(sites_with_statistics(model), None)
-    if site is None or len(batch.x) < _FEWEST:
+    if site is None or runtime.n_examples_of(batch) < _FEWEST:
         return None
     mean, var = (getattr(site.module, name) for name in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or _is_fresh(mean, var):
@@ -92,12 +93,16 @@ def look_at_inputs(model: nn.Module, batch: Any) -> str | None:
     shift, log_var = _distance(inputs[0], mean, var, eps)
     if shift <= _MAX_SHIFT and abs(log_var) <= _MAX_LOG_VAR:
         return None
-    low, high = float(batch.x.min()), float(batch.x.max())
+    values = [tensor.float() for tensor in runtime.tensors_in(batch.x)]
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    words = ("examples", "", "inputs are not prepared as in the training") if as_given else (
+        "images", " after preprocessing",
+        "preprocessing is not the one of the training (--preset, or --mean, --std, --scale)",
+    )  # fmt: skip
     return (
-        f"{len(batch.x)} images, {low:.3g} to {high:.3g} after preprocessing, do not look like "
-        f"what {site.name} has stored: means {shift:.2g} deviations away, deviations "
-        f"{exp(log_var / 2):.2g} times as large. Either the preprocessing is not "
-        "the one of the training (--preset, or --mean, --std, --scale), or the data or the stored "
+        f"{runtime.n_examples_of(batch)} {words[0]}, {low:.3g} to {high:.3g}{words[1]}, do not "
+        f"look like what {site.name} has stored: means {shift:.2g} deviations away, deviations "
+        f"{exp(log_var / 2):.2g} times as large. Either the {words[2]}, or the data or the stored "
         "statistics are of another kind."
     )
 

@@ -35,6 +35,7 @@ from bnfix.data.images import (
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
 from bnfix.data.parquet import choose_split, find_tables, open_tables
 from bnfix.data.shards import expand_braces, open_shards
+from bnfix.data.tensors import TensorItems, as_inputs
 from bnfix.errors import ConfigError, DataError, some
 
 #: The class of each image by name or by number; None where there are none.
@@ -42,7 +43,8 @@ Classes = list[str] | np.ndarray | None
 MAX_CSV_BYTES = 500_000_000
 _KINDS = (
     "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
-    "an .npz file with images and labels, .tar shards, a Hugging Face folder or .parquet files, "
+    "an .npz file with images (or inputs of any shape) and labels, .tar shards, a Hugging Face "
+    "folder or .parquet files, "
     "a data set as cifar10:ROOT#test, or package.module:callable"
 )
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
@@ -314,6 +316,9 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # of headers that another numpy has written
+            members = archive.namelist()
+            if "inputs.npy" in members and "images.npy" not in members:
+                return _open_inputs(archive, path, wanted)
             shape, dtype = _npy_header(archive, path, "images")
             image_shape = (*shape, 1) if len(shape) == 3 else shape
             if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
@@ -324,18 +329,9 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
                 )
             if min(shape) == 0:
                 raise DataError(f"{path}: no images; their shape is {shape}.", path=path)
-            labels = None
-            if wanted and "labels.npy" in archive.namelist():
-                found = _npy_header(archive, path, "labels")
-                if found[1].kind not in "iu" or found[0] != shape[:1]:
-                    raise DataError(
-                        f"{path}: labels are {found[1]} {found[0]}, "
-                        f"expected whole numbers ({shape[0]},), one an image.",
-                        path=path,
-                    )
-                labels = _npy(archive, "labels")
+            labels = _npz_labels(archive, path, shape[0]) if wanted else None
             pixels = _npy(archive, "images").reshape(image_shape)
-            others = [n for n in archive.namelist() if n not in ("images.npy", "labels.npy")]
+            others = [n for n in members if n not in ("images.npy", "labels.npy")]
     except _ARCHIVE_ERRORS as error:
         raise DataError(f"{path}: not a readable .npz file ({error}).", path=path) from error
     images = ArrayImages(str(path), pixels, channels)
@@ -350,12 +346,43 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
     return images, labels
 
 
+# Inputs of any shape, which are no images and go to the network as they are.
+def _open_inputs(
+    archive: zipfile.ZipFile, path: Path, wanted: bool
+) -> tuple[Images, np.ndarray | None]:
+    shape, dtype = _npy_header(archive, path, "inputs")
+    if dtype.kind not in "fiub" or not shape or min(shape) == 0:
+        raise DataError(
+            f"{path}: inputs are {dtype} {shape}, expected numbers of shape (N, ...).", path=path
+        )
+    labels = _npz_labels(archive, path, shape[0]) if wanted else None
+    images = TensorItems(str(path), as_inputs(_npy(archive, "inputs")), "npz")
+    others = [n for n in archive.namelist() if n not in ("inputs.npy", "labels.npy")]
+    images.notes += [f"arrays passed over: {some(others)}"] if others else []
+    return images, labels
+
+
+# Class indices, one an item, where the archive has them.
+def _npz_labels(archive: zipfile.ZipFile, path: Path, n: int) -> np.ndarray | None:
+    if "labels.npy" not in archive.namelist():
+        return None
+    shape, dtype = _npy_header(archive, path, "labels")
+    if dtype.kind not in "iu" or shape != (n,):
+        raise DataError(
+            f"{path}: labels are {dtype} {shape}, expected whole numbers ({n},), one an image.",
+            path=path,
+        )
+    return _npy(archive, "labels")
+
+
 # Shape and dtype of an array in the archive, once its declared size has been believed.
 def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, np.dtype[Any]]:
     members = archive.namelist()
     if members.count(f"{name}.npy") != 1:
         raise DataError(
-            f"{path}: arrays {some(members) or 'none'}, expected one named {name}.", path=path
+            f"{path}: arrays {some(members) or 'none'}, expected one named {name}"
+            f"{', or inputs for what is no image' if name == 'images' else ''}.",
+            path=path,
         )
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > max(_GIB, 100 * info.compress_size):
