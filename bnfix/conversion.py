@@ -34,7 +34,13 @@ from bnfix.runtime import has_forward, tensors_in
 from bnfix.runtime import run as run_model
 from bnfix.tracking import Track, Tracked, describe_skipped, silent
 from bnfix.weighing.example_weight import weighable_layers
-from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
+from bnfix.workbench import (
+    applied,
+    evaluation_batch_size,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+)
 
 #: What a network, or the user's call of it, is known to raise on an input of another shape.
 CALL_ERRORS = (
@@ -187,11 +193,12 @@ def _refit(
     seed: int,
     samples: int | None,
     track: Track,
-) -> tuple[Refitting, Preprocessing, dict[str, Any], list[str]]:
+) -> tuple[Refitting, Preprocessing | None, dict[str, Any], list[str]]:
     """Re-fit on some of the data: how well, on inputs made how, what is noted, and remarks."""
     source = dataclasses.replace(source, labels="none")
-    preprocessing, remarks = resolve_preprocessing(loaded, source)
-    images, input_size = open_checked(data, loaded.model, source, preprocessing)
+    stated, remarks = resolve_preprocessing(loaded, source)
+    images, input_size = open_checked(data, loaded.model, source, stated)
+    preprocessing, remarks = applied(images, stated, remarks)
     if source.corrupt is not None:
         remarks.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
     wanted = samples or REFIT_SAMPLES

@@ -14,7 +14,7 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 class Preprocessing:
     """From a decoded image to the network's input: resize, centre crop, scale, normalize.
 
-    input = (pixel · scale - mean) / std, pixel in 0..255, per channel.
+    input = (pixel · scale - mean) / std, pixel in 0..255, per channel in the input's order.
     """
 
     resize: tuple[int, ...] | None = option(
@@ -32,6 +32,9 @@ class Preprocessing:
     )
     scale: float = option(1 / 255, "Factor for pixel values 0..255 (a number or 1/255).")
     channels: int = option(3, "Channels of the input: 3 (colour) or 1 (grey).")
+    bgr: bool = option(
+        False, "Channels in the order blue, green, red, those of --mean and --std too."
+    )
 
     def __post_init__(self) -> None:
         """Check ranges, and that mean and std fit the channels.
@@ -41,6 +44,8 @@ class Preprocessing:
         """
         one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
         require(self.channels in (1, 3), f"channels: {self.channels}, expected 1 or 3.", "channels")
+        require(type(self.bgr) is bool, f"bgr: {self.bgr!r}, expected true or false.", "bgr")
+        require(self.channels == 3 or not self.bgr, "--bgr: not for a grey input.", "bgr")
         for name in ("resize", "crop"):
             size = getattr(self, name)
             ok = size is None or (

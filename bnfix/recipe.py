@@ -439,6 +439,7 @@ class DataRecipe:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     scale: float | None = None
+    bgr: bool = False
     max_bad: float | None = option(
         None, "Bad images that a pass may meet (default: 1%, and at least 5)."
     )

@@ -224,12 +224,10 @@ def _failed(error: Exception, given: Any, by_forward: bool) -> str:
             f"--forward (from Python forward=): failed ({one_line(error)}). It is called with the "
             f"model and a batch, here {described(given)}."
         )
-    shape = "x".join(map(str, given.shape)) if isinstance(given, Tensor) else None
-    what = described(given) if shape is None else f"shape {shape}"
-    return (
-        f"model: cannot be run on an input of {what} ({one_line(error)}). Check --resize, --crop "
-        "and --model."
-    )
+    is_image = isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point()
+    what = f"shape {'x'.join(map(str, given.shape))}" if is_image else described(given)
+    advice = "--resize, --crop and --model" if is_image else "--data and --model, or give --forward"
+    return f"model: cannot be run on an input of {what} ({one_line(error)}). Check {advice}."
 
 
 def described(value: Any) -> str:

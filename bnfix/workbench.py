@@ -375,6 +375,9 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
         crop = source.crop
         given["resize"] = source.resize
         given["crop"] = None if crop is None else (crop[0], crop[-1])
+    if source.bgr and not base.bgr:
+        # A mean and a deviation that were not given are those of the same colours.
+        given = {"mean": base.mean[::-1], "std": base.std[::-1], **given, "bgr": True}
     if base.channels != channels:
         given.setdefault("mean", (sum(base.mean) / len(base.mean),))
         given.setdefault("std", (sum(base.std) / len(base.std),))
@@ -434,8 +437,8 @@ def open_checked(
 
 
 def _refuse_image_options(images: Images, source: DataRecipe) -> None:
-    names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "corrupt")
-    given = [f"--{name}" for name in names if getattr(source, name) is not None]
+    names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")
+    given = [f"--{name}" for name in names if getattr(source, name) not in (None, False)]
     if given:
         raise ConfigError(
             f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
@@ -447,7 +450,9 @@ def applied(
     images: Images, preprocessing: Preprocessing, notes: list[str]
 ) -> tuple[Preprocessing | None, list[str]]:
     """Preprocessing and notes on it: none for inputs that are no images."""
-    return (None, []) if isinstance(images, TensorItems) else (preprocessing, notes)
+    if not isinstance(images, TensorItems):
+        return preprocessing, notes
+    return None, [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
 
 
 def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:

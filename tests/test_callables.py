@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bnfix.data.batches import Batches
 from bnfix.data.callables import is_callable
 from bnfix.data.opening import open_images
+from bnfix.data.tensors import TensorItems
 from bnfix.errors import CheckpointError, DataError
 from bnfix.recipe import RunOptions
 from bnfix.replay import replayed_plan
@@ -86,6 +91,42 @@ def number():
 
 
 listed = [(PIXELS[0], 1)]
+
+
+def points():
+    return [(torch.full((3, 5), k / 4), k % 3) for k in range(12)]
+
+
+def nested():
+    return [({"a": np.float64(k), "b": (np.arange(k, k + 2), True)}, None) for k in range(3)]
+
+
+def keys():
+    return [{"volume": np.zeros((1, 2, 2, 2)), "y": np.int64(k)} for k in range(3)]
+
+
+def ragged():
+    return [torch.zeros(3, 4 + k) for k in range(3)]
+
+
+def triple():
+    return [(torch.zeros(3), torch.zeros(3), 1)]
+
+
+def target():
+    return [(torch.zeros(3), torch.zeros(3))]
+
+
+def words():
+    return [(["some", "words"], 0)]
+
+
+def complexes():
+    return [torch.zeros(3, dtype=torch.complex64)]
+
+
+def mixed():
+    return [PIXELS[0], torch.zeros(3)]
 """
 
 
@@ -131,7 +172,11 @@ def test_a_module_of_the_current_folder(
     [
         ("none", "gave no images"),
         ("some", "item 1 has no label, others have"),
-        ("scaled", r"item 0 is an array of float32 \(4, 4, 3\), expected a PIL image"),
+        ("triple", r"item 0 is a tuple of 3, expected \(input, label\)\. Give several inputs as o"),
+        ("target", r"item 0: its label is a Tensor, expected a whole number.*\(\(a, b\), label\)"),
+        ("words", "item 0 is a str, expected floating-point or whole numbers .*recalibrate_"),
+        ("complexes", "item 0 is a tensor of torch.complex64, expected floating-point"),
+        ("mixed", r"item 0 is an image, item 1 is no image"),
         ("labelled", "item 0: its label is a float"),
         ("broken", r"its code failed at item 1 \(RuntimeError: no more, at .*mine.py:61\)"),
         ("number", "gave a int, expected an iterable"),
@@ -141,6 +186,123 @@ def test_a_module_of_the_current_folder(
 def test_what_it_may_not_give(code: str, name: str, said: str) -> None:
     with pytest.raises(DataError, match=rf"DATA .*mine\.py:{name}: {said}"):
         open_images(f"{code}:{name}")
+
+
+def test_inputs_that_are_no_images_are_tensors(code: str) -> None:
+    images = open_images(f"{code}:points")
+    assert isinstance(images, TensorItems)
+    assert images.labels is not None
+    assert images.labels.tolist() == [k % 3 for k in range(12)]
+    assert len(set(images.digests())) == 12
+    batch = next(iter(Batches(images, np.array([4, 1]), None, batch_size=2)))
+    torch.testing.assert_close(batch.x, torch.tensor([1.0, 0.25]).view(2, 1, 1).expand(2, 3, 5))
+    assert batch.y.tolist() == [1, 1]
+    assert isinstance(open_images(f"{code}:scaled"), TensorItems)
+    images = open_images(f"{code}:keys")
+    (batch,) = Batches(images, np.arange(3), None, batch_size=3)
+    assert batch.x["volume"].shape == (3, 1, 2, 2, 2)
+    assert images.labels is not None
+    assert images.labels.tolist() == [0, 1, 2]
+
+
+def test_nests_of_numbers_keep_their_nesting(code: str) -> None:
+    images = open_images(f"{code}:nested")
+    (batch,) = Batches(images, np.array([2, 0]), None, batch_size=2)
+    number, (pair, flag) = batch.x["a"], batch.x["b"]
+    assert (number.dtype, pair.dtype, flag.dtype) == (torch.float32, torch.int64, torch.bool)
+    assert (number.tolist(), pair.tolist()) == ([2.0, 0.0], [[2, 3], [0, 1]])
+    assert images.labels is None
+    ragged = open_images(f"{code}:ragged")
+    with pytest.raises(DataError, match=r"item 0 is \[\(3, 4\)\], item 2 is \[\(3, 6\)\].*size 1"):
+        list(Batches(ragged, np.array([0, 2]), None, batch_size=2))
+    assert len(list(Batches(ragged, np.arange(3), None, batch_size=1))) == 3
+
+
+TABLES = """
+import numpy as np
+from torch import nn
+
+
+def net(num_classes=3):
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, num_classes))
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    return [(row, k % 3) for k, row in enumerate(rng.normal(3, 2, (90, 4)))]
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> tuple[str, str, Path, torch.nn.Module]:
+    (tmp_path / "table.py").write_text(TABLES)
+    names: dict[str, Any] = {}
+    exec(TABLES, names)
+    torch.manual_seed(0)
+    net = names["net"]()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    inputs, labels = zip(*names["rows"](), strict=True)
+    np.savez(tmp_path / "rows.npz", inputs=np.stack(inputs), labels=np.array(labels))
+    return f"{tmp_path}/table.py:net", f"{tmp_path}/table.py:rows", tmp_path / "rows.npz", net
+
+
+def test_a_table_is_worked_on_from_the_command_line(table, cli, tmp_path) -> None:
+    spec, rows, npz, net = table
+    x = torch.from_numpy(np.load(npz)["inputs"]).float()
+    hidden = net[0](x).detach()
+    for name, data in (("a", rows), ("b", npz)):
+        out = tmp_path / f"{name}.safetensors"
+        words = ["--model", spec, "--data", data, "--labels", "none", "--statistics", "population"]
+        done = cli("calibrate", tmp_path / "net.pth", *words, "-o", out)
+        assert done.code == 0, done.err
+        assert "inputs are taken as they are, without any preprocessing" in done.err
+        assert "pixels" not in done.err
+        tensors = load_file(out)
+        torch.testing.assert_close(tensors["1.running_mean"], hidden.mean(0))
+        torch.testing.assert_close(tensors["1.running_var"], hidden.var(0, correction=0))
+        with safe_open(out, "pt") as file:
+            assert json.loads(file.metadata()["bnfix"])["preprocessing"] is None
+    words = ["--model", spec, "--data", npz, "--json"]
+    found = cli("eval", tmp_path / "net.pth", out, *words).json
+    assert [one["n_examples"] for one in found["models"]] == [90, 90]
+    expected = float((net.eval()(x).argmax(1) == torch.arange(90) % 3).float().mean())
+    assert found["models"][0]["top1"] == pytest.approx(expected)
+    found = cli("inspect", tmp_path / "net.pth", *words).json
+    assert found["behaviour"]["n_examples"] == 90
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("calibrate", ("--mean", "0.5", "--crop", "8"), "so --crop, --mean cannot be applied"),
+        ("eval", ("--corrupt", "noise:1"), "holds no images, .* so --corrupt cannot be applied"),
+        ("eval", ("--corruptions",), "--corruptions: .* holds no images"),
+        ("finetune", ("--augment", "light"), "--augment light: .* holds no images"),
+    ],
+)
+def test_options_for_images_are_refused_where_there_are_none(
+    table, cli, tmp_path, command, words, said
+) -> None:
+    spec, rows, _, _ = table
+    out = () if command == "eval" else ("-o", tmp_path / "out.safetensors")
+    outcome = cli(command, tmp_path / "net.pth", "--model", spec, "--data", rows, *words, *out)
+    assert outcome.code == 2
+    assert re.search(said, outcome.message)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"inputs": np.array(["a", "b"])}, r"inputs are <U1 \(2,\), expected numbers of shape"),
+        ({"inputs": np.zeros((0, 3))}, r"inputs are float64 \(0, 3\), expected numbers"),
+        ({"inputs": np.zeros((3, 2)), "labels": np.zeros(3)}, "labels are float64"),
+        ({"x": np.zeros((3, 2))}, "expected one named images, or inputs for what is no image"),
+    ],
+)
+def test_archives_of_inputs_that_cannot_be_used(tmp_path, arrays, said) -> None:
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=said):
+        open_images(str(tmp_path / "a.npz"))
 
 
 def test_names_of_callables() -> None:

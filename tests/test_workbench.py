@@ -7,11 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.checkpoints.origin import Origin
 from bnfix.checkpoints.reading import TEXT_LIMIT
+from bnfix.data.batches import Batches
 from bnfix.data.images import ArrayImages
 from bnfix.data.opening import open_images
 from bnfix.data.splitting import cut
@@ -228,6 +230,32 @@ def test_skipped_images_are_described_once(files, tmp_path):
 def test_the_batch_of_evaluation_fits_the_input(files, stated, input_size, expected):
     run = RunOptions("cpu", batch_size=stated)
     assert evaluation_batch_size(run, files.model(), input_size) == expected
+
+
+def test_blue_first(files, cli, tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    p = Preprocessing(mean=(0.0, 0.0, 2.0), scale=1.0, bgr=True)
+    batches = Batches(ArrayImages("a", pixels, 3), np.arange(1), p, batch_size=1)
+    (batch,) = batches
+    assert batch.x[0, :, 0, 0].tolist() == [2.0, 1.0, -2.0]
+    out = tmp_path / "out.safetensors"
+    words = ("--model", files.spec, "--data", files.data, "--workers", "0")
+    keep = ("--statistics", "population", "--example-weight", "keep", "--labels", "none")
+    assert cli("calibrate", files.net, *words, *keep, "--bgr", "-o", out).code == 0
+    reversed_pixels = np.load(files.data)["images"][..., ::-1]
+    np.savez(tmp_path / "reversed.npz", images=reversed_pixels)
+    (tmp_path / "x").mkdir()
+    other = tmp_path / "x" / "out.safetensors"
+    mean, std = ("--mean", "0.406,0.456,0.485"), ("--std", "0.225,0.224,0.229")
+    words = ("--model", files.spec, "--data", tmp_path / "reversed.npz", "--workers", "0")
+    assert cli("calibrate", files.net, *words, *keep, *mean, *std, "-o", other).code == 0
+    for name, tensor in load_file(out).items():
+        torch.testing.assert_close(tensor, load_file(other)[name], msg=name)
+    stored = load_ready(out, spec=files.spec).origin.preprocessing
+    assert stored is not None
+    assert (stored.bgr, stored.mean) == (True, (0.406, 0.456, 0.485))
+    with pytest.raises(ConfigError, match="--bgr: not for a grey input"):
+        Preprocessing(channels=1, bgr=True)
 
 
 def test_opening_many_images_in_memory_costs_little():

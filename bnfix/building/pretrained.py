@@ -210,6 +210,7 @@ def _preprocessing(found: dict[str, Any]) -> Preprocessing:
         mean=_numbers(found["image_mean"]) if normalizes else (0.0,),
         std=_numbers(found["image_std"]) if normalizes else (1.0,),
         scale=float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 1.0,
+        bgr=found.get("do_flip_channel_order") is True,
     )
 
 

@@ -175,6 +175,7 @@ class InputFlags:
     mean: Annotated[str | None, _shape("mean")] = None
     std: Annotated[str | None, _shape("std")] = None
     scale: Annotated[str | None, _shape("scale")] = None
+    bgr: Annotated[bool, option(Preprocessing, "bgr", "--bgr", panel=DATA)] = False
     max_bad: Annotated[float | None, _data("max_bad")] = None
     corrupt: Annotated[
         str | None, option(DataRecipe, "corrupt", panel=DATA, metavar="KIND:SEVERITY")
@@ -214,6 +215,7 @@ class InputFlags:
             mean=numbers(self.mean, "mean"),
             std=numbers(self.std, "std"),
             scale=None if scales is None else scales[0],
+            bgr=self.bgr,
             max_bad=self.max_bad,
             corrupt=self.corrupt,
         )

@@ -369,6 +369,7 @@ class Batches:
 
     def _scaled(self, pixels: torch.Tensor) -> torch.Tensor:
         p = self.preprocessing
+        pixels = pixels.flip(1) if p.bgr else pixels
         x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (p.mean, p.std))
         return x.mul_(p.scale).sub_(mean).div_(std)

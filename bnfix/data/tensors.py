@@ -26,7 +26,6 @@ class TensorItems(Images):
     def __init__(self, spec: str, items: Tensor | Sequence[Any], kind: str) -> None:
         super().__init__(spec, 0)
         self.items, self.kind = items, kind
-        self.notes.append("inputs are taken as they are, without any preprocessing")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -73,13 +72,13 @@ def as_inputs(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | float | int):
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
-            raise DataError(f"an array of {array.dtype}, expected {_EXPECTED}")
+            raise DataError(f"an array of {array.dtype}, expected {_EXPECTED}.")
         value = torch.from_numpy(
             array.astype({"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64))
         )
     if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
-        found = type(value).__name__ if not isinstance(value, Tensor) else f"of {value.dtype}"
-        raise DataError(f"a {found}, expected {_EXPECTED}")
+        found = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise DataError(f"a {found}, expected {_EXPECTED}.")
     value = value.detach().cpu()
     if value.is_floating_point():
         return value.float()

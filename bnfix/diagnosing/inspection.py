@@ -26,7 +26,13 @@ from bnfix.recognition import data_record
 from bnfix.runtime import autocast, device_of
 from bnfix.tracking import Track, Tracked, silent
 from bnfix.version import __version__
-from bnfix.workbench import evaluation_batch_size, load_one, open_checked, resolve_preprocessing
+from bnfix.workbench import (
+    applied,
+    evaluation_batch_size,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+)
 
 #: Examples that are run, where nothing else is asked for.
 SAMPLES = 512
@@ -235,8 +241,9 @@ def _look(
     track: Track,
 ) -> _Seen:
     """Run some of the data through the model in both modes."""
-    preprocessing, remarks = resolve_preprocessing(loaded, source)
-    images, size = open_checked(data, loaded.model, source, preprocessing)
+    stated, remarks = resolve_preprocessing(loaded, source)
+    images, size = open_checked(data, loaded.model, source, stated)
+    preprocessing, remarks = applied(images, stated, remarks)
     index = np.random.default_rng(seed).permutation(len(images))[:samples]
     batches = Batches(
         images,
