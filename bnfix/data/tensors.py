@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
+from bnfix._torch_private import tree_leaves
 from bnfix.data.images import DIGEST_SIZE, Images
 from bnfix.errors import DataError
 
@@ -34,10 +34,9 @@ class TensorItems(Images):
         """A batch of items, a new leading dimension on each tensor."""
         if isinstance(self.items, Tensor):
             return self.items[torch.from_numpy(index)]
-        first, *others = (self.items[i] for i in index.tolist())
         try:
-            return tree_map(lambda *parts: torch.stack(parts), first, *others)
-        except (RuntimeError, ValueError) as error:
+            return _stacked([self.items[i] for i in index.tolist()])
+        except RuntimeError as error:
             shapes = [[tuple(leaf.shape) for leaf in tree_leaves(self.items[i])] for i in index]
             odd = next(k for k, shape in enumerate(shapes) if shape != shapes[0])
             raise DataError(
@@ -87,4 +86,15 @@ def as_inputs(value: Any) -> Any:
 
 def nesting_of(value: Any) -> Any:
     """How tensors are nested in an item; equal for items that go into one batch."""
-    return tree_structure(value)
+    if isinstance(value, dict):
+        return {key: nesting_of(item) for key, item in value.items()}
+    return tuple(map(nesting_of, value)) if isinstance(value, tuple) else "tensor"
+
+
+def _stacked(items: list[Any]) -> Any:
+    first = items[0]
+    if isinstance(first, dict):
+        return {key: _stacked([item[key] for item in items]) for key in first}
+    if isinstance(first, tuple):
+        return tuple(_stacked(list(parts)) for parts in zip(*items, strict=True))
+    return torch.stack(items)
