@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -163,22 +164,22 @@ class _Probed(nn.Module):
         super().__init__()
         self.model = model
         self.names: list[str] = []
-        # In a tuple, so that torch.export does not take it for a part of the model.
-        self._found: tuple[list[Tensor]] = ([],)
+        # In a namespace: torch.export looks into containers that a model holds, and compares them.
+        self._found = SimpleNamespace(outputs=[])
 
     def hook_of(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.is_floating_point():
                 self.names.append(name)
-                self._found[0].append(output.clone())
+                self._found.outputs.append(output.clone())
 
         return hook
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.names.clear()
-        self._found[0].clear()
+        self._found.outputs.clear()
         self.model(x)
-        return list(self._found[0])
+        return list(self._found.outputs)
 
 
 def _check_shapes(wanted: list[Tensor], found: list[Tensor], names: Sequence[str]) -> None:
