@@ -2,8 +2,9 @@
 
 Kinds: a folder of class folders, a folder with ``labels.csv``, a flat folder, an ``.npz`` file;
 named data sets, tables, tar shards and callables have rooms of their own. All of it may come from
-strangers: sizes are checked before memory is taken, nothing is unpickled, and no path leads out of
-the folder by its name. Only a callable named in the spec itself is imported.
+strangers: sizes are checked before memory is taken, nothing is unpickled but the distributed files
+of named sets, known by their MD5, and no path leads out of the folder by its name. Only a callable
+named in the spec itself is imported.
 """
 
 from __future__ import annotations
