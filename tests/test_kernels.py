@@ -305,7 +305,7 @@ def compiled_cases():
                 yield x, terms, Finish(residual if added else None, activation), max(1.0, offset)
 
 
-def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkeypatch):
+def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkeypatch, caplog):
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(kernels._finished, dynamic=True, backend=backend)
     monkeypatch.setattr(kernels, "_compiler", functools.cache(lambda: compiled))
@@ -319,14 +319,16 @@ def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkey
         y = kernels._on_cuda(x, terms, finish)
         assert torch.equal(y.isnan(), finish(kernels.plain(x, terms)).isnan())
     assert kernels._proved.cache_info().currsize == 6
+    assert "is not used" not in caplog.text
     assert backend.frame_count == 6
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor's kernels for CPUs need g++")
-def test_inductor_s_kernel_equals_the_plain_form(fresh):
+def test_inductor_s_kernel_equals_the_plain_form(fresh, caplog):
     x, terms, finish, ratio = list(compiled_cases())[7]
     close(kernels._on_cuda(x, terms, finish), finish(oracle(x, terms)), ratio=ratio)
     assert kernels._proved.cache_info().currsize == 1
+    assert "is not used" not in caplog.text
 
 
 def test_what_the_compiled_form_does_not_know_is_done_around_it(monkeypatch):

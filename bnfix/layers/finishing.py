@@ -33,20 +33,17 @@ class Finish(NamedTuple):
     residual: Tensor | None = None
     activation: Activation | None = None
 
-    def __call__(self, output: Tensor) -> Tensor:
-        """Do it, in place.
-
-        Args:
-            output: of the layer.
-
-        Returns:
-            The same tensor.
-        """
+    def done_to(self, output: Tensor) -> Tensor:
+        """Do it, in place; by name, since torch 2.8 does not compile calls of a record."""
         if self.residual is not None:
             output += self.residual
         if self.activation is not None:
             self.activation(output)
         return output
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Do it, in place."""
+        return self.done_to(output)
 
     def of(self, part: slice) -> Finish:
         """The same for some examples.

@@ -71,6 +71,10 @@ class Terms(NamedTuple):
     channel_groups: int
     shiftable: bool = False
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
+        return self.mean, self.var, self.example_weight, self.gamma, self.beta
+
     def cast(self, dtype: torch.dtype) -> Terms:
         """Convert every tensor.
 
@@ -80,7 +84,7 @@ class Terms(NamedTuple):
         Returns:
             The same terms in that type.
         """
-        if all(t is None or t.dtype == dtype for t in self[:5]):
+        if all(t is None or t.dtype == dtype for t in self.tensors()):
             return self
         return self._replace(
             mean=None if self.mean is None else self.mean.to(dtype),
@@ -100,7 +104,7 @@ class Terms(NamedTuple):
         Returns:
             The terms of those channels.
         """
-        kept = [None if t is None or t.ndim == 0 else t[index] for t in self[:5]]
+        kept = [None if t is None or t.ndim == 0 else t[index] for t in self.tensors()]
         mean, var, weight, gamma, beta = kept
         return Terms(
             mean, var, self.example_weight if weight is None else weight, gamma, beta, self.eps,
@@ -186,7 +190,7 @@ def evaluate(
     """
     if torch.compiler.is_compiling():
         fits = _fits_shift(input, terms)
-        return finish(_shifted(input, terms) if fits else plain(input, terms))
+        return finish.done_to(_shifted(input, terms) if fits else plain(input, terms))
     if not _is_ordinary(input):
         return finish(plain(input, terms))
     if _wants_gradients(input, terms):
@@ -233,7 +237,7 @@ def _is_ordinary(input: Tensor) -> bool:
 def _wants_gradients(input: Tensor, terms: Terms) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any(t is not None and t.requires_grad for t in (input, *terms[:5]))
+    return any(t is not None and t.requires_grad for t in (input, *terms.tensors()))
 
 
 def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
@@ -320,7 +324,7 @@ class _Case(NamedTuple):
 
 
 def _finished(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
-    return finish(_shifted(input, terms))
+    return finish.done_to(_shifted(input, terms))
 
 
 @functools.cache
