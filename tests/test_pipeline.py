@@ -274,7 +274,7 @@ def test_the_test_data_is_used_for_the_claim_only(run, files):
     assert found["data"]["splits"] == {"fit": 135, "select": 45, "test": 120}
     assert found["models"][0]["n_examples"] == 120
     entry = header_of(out)["history"][0]
-    assert len(entry["data"]["fit"]) + len(entry["data"]["select"]) == 12 * 180
+    assert sum(entry["data"][part]["n_examples"] for part in ("fit", "select")) == 180
 
 
 def test_images_that_are_in_the_data_too_are_left_out_of_the_test(run, cli, files, tmp_path):
