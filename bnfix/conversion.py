@@ -19,6 +19,7 @@ from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
+from bnfix.data.first_look import first_batch
 from bnfix.errors import ModelError, one_line
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, Refitting, refit_
@@ -30,7 +31,7 @@ from bnfix.recognition import data_record, history_digests
 from bnfix.reporting.layer_rows import layer_rows
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
-from bnfix.runtime import has_forward, tensors_in
+from bnfix.runtime import device_of, has_forward, tensors_in
 from bnfix.runtime import run as run_model
 from bnfix.tracking import Track, Tracked, describe_skipped, silent
 from bnfix.weighing.example_weight import weighable_layers
@@ -97,6 +98,9 @@ def convert(
     source = source or DataRecipe()
     stated, _ = resolve_preprocessing(loaded, source)
     example = example_input(loaded.model, input_shape, known_shape(loaded.model, stated))
+    made_up = example is not None
+    if example is None and data is not None:
+        example = _first_inputs(loaded, data, source, seed)
     before = None if example is None else _outputs(loaded.model, example)
     was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
     planned = plan_swap(loaded.model, swap)
@@ -133,8 +137,8 @@ def convert(
             )
         shape = "x".join(map(str, example.shape))
         notes.append(
-            f"on normal random input of {shape} the largest output difference is {difference:.2g} "
-            "(relative to the largest output)."
+            f"on {'normal random input' if made_up else 'examples of the data'} of {shape} the "
+            f"largest output difference is {difference:.2g} (relative to the largest output)."
         )
     preprocessing, used, refitting = loaded.origin.preprocessing, None, None
     live = any(layer.live for _, layer in generalized_norms(loaded.model))
@@ -216,6 +220,17 @@ def _refit(
     found = refit_(loaded.model, original, tracked)
     used = {**data_record(images, index), "fit": history_digests(images, index)}
     return found, preprocessing, used, [*remarks, *describe_skipped([tracked])]
+
+
+def _first_inputs(loaded: Loaded, data: str, source: DataRecipe, seed: int) -> torch.Tensor | None:
+    """Two examples of the data, where the network takes one tensor."""
+    source = dataclasses.replace(source, labels="none")
+    stated, _ = resolve_preprocessing(loaded, source)
+    images, _ = open_checked(data, loaded.model, source, stated)
+    batch = first_batch(images, applied(images, stated, [])[0], seed)
+    if batch is None or not isinstance(batch.x, torch.Tensor):
+        return None
+    return batch.x[:2].to(device_of(loaded.model))
 
 
 def known_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...] | None:

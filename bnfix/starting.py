@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,9 @@ def begin() -> None:
     """State an interrupt in one line and end with 130; let waiting threads soon sleep.
 
     Changes:
-        ``sys.excepthook``, and ``OMP_WAIT_POLICY`` with ``GOMP_SPINCOUNT`` if neither is set, where
-        the process was started as ``bnfix`` or ``python -m bnfix``.
+        ``sys.excepthook``, the handler of SIGINT until the command line runs, and
+        ``OMP_WAIT_POLICY`` with ``GOMP_SPINCOUNT`` if neither is set, where the process was started
+        as ``bnfix`` or ``python -m bnfix``.
     """
     words = sys.orig_argv
     as_module = ("-m", "bnfix") in itertools.pairwise(words)
@@ -33,17 +35,29 @@ def begin() -> None:
         os.environ.update(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT=_SPINS)
     before = sys.excepthook
 
+    def end(*_: object) -> None:
+        os.write(2, b"bnfix: interrupted.\n")
+        # Python would end itself by the signal, which some callers take for a crash.
+        os._exit(130)
+
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
             before(kind, error, trace)
             return
         sys.stdout.flush()
-        sys.stderr.write("bnfix: interrupted.\n")
         sys.stderr.flush()
-        # Python would end itself by the signal, which some callers take for a crash.
-        os._exit(130)
+        end()
 
     sys.excepthook = hook
+    # An import that is interrupted can turn the interrupt into an error of its own.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end)
+
+
+def imported() -> None:
+    """Let an interrupt be Python's own again, once all imports are done."""
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 begin()

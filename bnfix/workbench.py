@@ -412,8 +412,7 @@ def open_checked(
         images = open_images(
             data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
         )
-    if isinstance(images, TensorItems):
-        _refuse_image_options(images, source)
+    refuse_image_options(images, source)
     max_bad = max_bad_of(len(images), source.max_bad)
     # One good image is enough, and among so many there is one, or there are too many bad ones.
     few = np.arange(1 + int(min(max_bad, len(images) - 1)))
@@ -436,7 +435,10 @@ def open_checked(
     return for_outputs(images, n_classes), input_size
 
 
-def _refuse_image_options(images: Images, source: DataRecipe) -> None:
+def refuse_image_options(images: Images, source: DataRecipe) -> None:
+    """Refuse options that prepare or corrupt images where the data hold none."""
+    if not isinstance(images, TensorItems):
+        return
     names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")
     given = [f"--{name}" for name in names if getattr(source, name) not in (None, False)]
     if given:

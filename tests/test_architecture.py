@@ -273,9 +273,9 @@ FLOORS: list[dict[str, set[str]]] = [
         "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
-            "data.batches", "data.corruptions", "guards", "layers.norms", "layers.refitting",
-            "layers.sites", "layers.surgery", "recognition", "reporting.layer_rows",
-            "reporting.report", "reporting.result", "runtime", "tracking",
+            "data.batches", "data.corruptions", "data.first_look", "guards", "layers.norms",
+            "layers.refitting", "layers.sites", "layers.surgery", "recognition",
+            "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
             "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
@@ -367,7 +367,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli": {
             "cli.convert", "cli.demo", "cli.eval", "cli.export", "cli.grouping", "cli.inspect",
-            "cli.planned", "cli.usage", "runtime",
+            "cli.planned", "cli.usage", "runtime", "starting",
         },
     },
     {

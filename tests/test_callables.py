@@ -271,6 +271,20 @@ def test_a_table_is_worked_on_from_the_command_line(table, cli, tmp_path) -> Non
     assert found["behaviour"]["n_examples"] == 90
 
 
+def test_a_table_is_converted_and_exported(table, cli, tmp_path) -> None:
+    spec, rows, _, _ = table
+    words = ["--model", spec, "--data", rows]
+    done = cli("convert", tmp_path / "net.pth", *words, "-o", tmp_path / "c.safetensors")
+    assert done.code == 0, done.err
+    assert "on examples of the data of 2x4 the largest output difference is 0" in done.err
+    done = cli("export", tmp_path / "net.pth", *words, "--to", "plain", "-o", tmp_path / "net.py")
+    assert done.code == 0, done.err
+    assert "inputs are taken as they are" in done.err
+    assert "ImageNet" not in done.err
+    words += ["--mean", "0.5", "--to", "plain", "-o", tmp_path / "x.py"]
+    assert "so --mean cannot be applied" in cli("export", tmp_path / "net.pth", *words).message
+
+
 @pytest.mark.parametrize(
     ("command", "words", "said"),
     [

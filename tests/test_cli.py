@@ -465,6 +465,24 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing_half_done(files, tmp_path
     assert not force or out.read_text() == "old"
 
 
+def test_an_interrupt_that_an_import_turns_into_another_error_is_one_line(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    sum(range(10**6))\n"
+        "except KeyboardInterrupt:\n"
+        "    raise RecursionError('of the import') from None\n"
+    )
+    env = environment()
+    env["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{env['PYTHONPATH']}"
+    found = subprocess.run(
+        command_of("inspect", "x"), env=env, capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stderr) == (130, "bnfix: interrupted.\n")
+
+
 # --- where things are ---
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from bnfix import starting
 from bnfix.cli.convert import convert
 from bnfix.cli.demo import demo
 from bnfix.cli.eval import evaluate
@@ -53,6 +54,7 @@ def _main(
 
 def main() -> None:
     """Run the command line."""
+    starting.imported()
     keep_freed_memory()
     exact_float32()
     for stream in (sys.stdout, sys.stderr):

@@ -38,7 +38,7 @@ from bnfix.reporting.layer_rows import layer_rows, n_live
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
 from bnfix.tracking import Track, Tracked, describe_skipped, silent
-from bnfix.workbench import load_one, resolve_preprocessing
+from bnfix.workbench import applied, load_one, refuse_image_options, resolve_preprocessing
 
 #: Labelled examples that the cost of `--force-zero` is measured on, at most.
 _COST_EXAMPLES: Final = 1000
@@ -104,7 +104,7 @@ class _Inputs:
     x: Tensor
     images: Images | None
     index: np.ndarray
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | None
     notes: list[str]
     #: Some of another height and width, where both are free, and the shape that is sure to run.
     other: Tensor | None = None
@@ -187,8 +187,10 @@ def export(
         models=models,
         layers=layer_rows(net, {}, {}),
         assumptions=tuple(dict.fromkeys(notes)),
-        options={**dataclasses.asdict(recipe),
-                 "preprocessing": dataclasses.asdict(inputs.preprocessing)},
+        options={
+            **dataclasses.asdict(recipe),
+            "preprocessing": inputs.preprocessing and dataclasses.asdict(inputs.preprocessing),
+        },
         seed=seed,
         command_line=command_line,
         versions={**versions(), **artifacts.versions(recipe.to)},
@@ -259,23 +261,29 @@ def _inputs(
     track: Track,
 ) -> _Inputs:
     """Images of the data, or seeded noise."""
-    preprocessing, notes = resolve_preprocessing(loaded, source)
+    stated, notes = resolve_preprocessing(loaded, source)
     if data is None:
-        made = _noise(loaded.model, recipe, preprocessing, seed)
-        by_size = known_shape(loaded.model, preprocessing) == tuple(made.x.shape[1:])
+        made = _noise(loaded.model, recipe, stated, seed)
+        by_size = known_shape(loaded.model, stated) == tuple(made.x.shape[1:])
         made.notes.extend(notes if by_size and recipe.input_shape is None else ())
         return made
     images = open_images(
         data,
         class_map=None if source.class_map is None else Path(source.class_map),
         labels=source.labels if recipe.force_zero else "none",
-        channels=preprocessing.channels,
+        channels=stated.channels,
     )
+    refuse_image_options(images, source)
+    preprocessing, notes = applied(images, stated, notes)
     rng = np.random.default_rng(seed)
     index = rng.permutation(len(images))[: recipe.samples]
     batches = _tracked(images, index, preprocessing, source, workers, "reading images", track)
     read = []
     for batch in batches:
+        if not isinstance(batch.x, Tensor):
+            raise ModelError(
+                f"export: {data} gives {runtime.described(batch.x)}, expected one tensor as input."
+            )
         _check_size(recipe, tuple(batch.x.shape[1:]))
         read.append(batch)
     x = torch.cat([batch.x for batch in read])
@@ -352,7 +360,7 @@ def _check_size(recipe: ExportRecipe, shape: tuple[int, ...]) -> None:
 def _tracked(
     images: Images,
     index: np.ndarray,
-    preprocessing: Preprocessing,
+    preprocessing: Preprocessing | None,
     source: DataRecipe,
     workers: int,
     stage: str,
