@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
-from scipy.stats import t as student_t
+from scipy.special import bdtr, stdtr  # as scipy.stats computes them, which takes long to import
 
 from bnfix.errors import DataError
 from bnfix.measuring.intervals import LEVEL, Array, Interval, middle, resampled_means
@@ -163,7 +162,7 @@ def _sign(difference: Difference) -> int:
 
 def _mcnemar(difference: Array) -> float:
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return min(1.0, float(2 * bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
 def gain_t(difference: Array, blind: float) -> float:
@@ -186,4 +185,4 @@ def gain_t(difference: Array, blind: float) -> float:
 def _paired_p(difference: Array, blind: float) -> float:
     sign = 1 if difference.mean() < 0 else -1
     t = gain_t(sign * difference, sign * blind)
-    return float(2 * student_t.sf(t, len(difference)))
+    return float(2 * stdtr(len(difference), -t))
