@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtr, stdtrit  # as scipy.stats computes them
+from scipy.special import ndtr, stdtr  # as scipy.stats computes them
 
 from bnfix.errors import ConfigError
 from bnfix.measuring.intervals import Array
@@ -95,7 +95,7 @@ def judge(
         n = len(after.losses)
         t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
         # z = 0 demands no proof, only a lower mean.
-        sure = z == 0 or t > -stdtrit(n, ndtr(-z))
+        sure = z == 0 or stdtr(n, -t) < ndtr(-z)
         admitted, reason = _admitted(n, loss, top1, z, sure=sure)
     return Decision(
         stage=stage,
