@@ -125,6 +125,12 @@ def test_one_example_cannot_judge():
     assert decision.reason == "1 examples cannot judge, it takes 20"
 
 
+def test_no_gain_is_enough_for_a_z_without_a_finite_quantile():
+    losses = np.linspace(1, 2, 200)
+    assert decide(0.5 * losses, losses, z=5).admitted
+    assert not decide(0.5 * losses, losses, z=1e9).admitted
+
+
 @pytest.mark.parametrize("z", [-0.1, math.nan])
 def test_z_below_0_is_refused(z):
     with pytest.raises(ConfigError, match=r"z: .* expected at least 0") as caught:
