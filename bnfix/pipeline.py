@@ -116,10 +116,7 @@ def open_plan(
     if model is not None:
         plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, model=model))
     bench = plan.open(checkpoint, data, track)
-    if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":
-        measured = dataclasses.replace(plan.statistics, statistics="population")
-        plan = dataclasses.replace(plan, statistics=measured)
-    return plan, bench
+    return plan.measuring(bench), bench
 
 
 def execute(plan: Plan, bench: Workbench) -> Result:

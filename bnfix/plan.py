@@ -139,7 +139,7 @@ class Plan:
             bench.split = dataclasses.replace(
                 split, fit=_joined(split.fit, split.test), test=split.test[:0]
             ) if self.source.test is None else split  # fmt: skip
-        if self.chooses and not bench.labelled:
+        if self.measuring(bench).chooses and not bench.labelled:
             bench.assumptions.append(
                 "without labels nothing can be proven, so `auto` keeps what is there. These act: "
                 "--statistics population, --statistics train-batch --train-batch-size B, "
@@ -154,6 +154,13 @@ class Plan:
                 )
         self._swap_(bench)
         return bench
+
+    def measuring(self, bench: Workbench) -> Plan:
+        """The plan with statistics stated, where those of the model are of other weights."""
+        if not bench.loaded.checkpoint.borrowed or self.statistics.statistics != "auto":
+            return self
+        stated = dataclasses.replace(self.statistics, statistics="population")
+        return dataclasses.replace(self, statistics=stated)
 
     def _swap_(self, bench: Workbench) -> None:
         """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""

@@ -189,14 +189,16 @@ def test_parameters_alone_are_refused_in_words(spec, tmp_path):
         load_ready(tmp_path / "broken.pth", spec=spec)
 
 
-def test_statistics_of_another_set_are_measured_anew(files, cli, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--labels", "none"]])
+def test_statistics_of_another_set_are_measured(files, cli, tmp_path, more):
     weights = torch.load(files.net, weights_only=True)
     beside = {"ema": parameters_of(weights), "model": torch.load(files.stale, weights_only=True)}
     torch.save(beside, tmp_path / "net.pth")
     done = cli(
         "calibrate", tmp_path / "net.pth", *files.common, "--data", files.data, "--prefer-ema",
-        "--example-weight", "keep", "-o", tmp_path / "out.safetensors", "--json",
+        "--example-weight", "keep", "-o", tmp_path / "out.safetensors", "--json", *more,
     )  # fmt: skip
+    assert not any("`auto` keeps what is there" in note for note in done.json["assumptions"])
     assert any("ema has parameters and no statistics" in note for note in done.json["assumptions"])
     found = load_file(tmp_path / "out.safetensors")
     torch.testing.assert_close(

@@ -193,8 +193,8 @@ def _with_statistics(
         lender = f"{other.path.name}, {other.key or other.prefix or 'top level'}"
         note = (
             f"{checkpoint.key or checkpoint.path.name} has parameters and no statistics; those of "
-            f"{plain(lender)} were taken, which belong to other weights: measure them on data "
-            "(--statistics population)"
+            f"{plain(lender)} were taken, which belong to other weights; commands with data "
+            "measure them (--statistics population)"
         )
         return replace(
             checkpoint,
