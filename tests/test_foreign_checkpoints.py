@@ -18,7 +18,7 @@ from torch import nn
 from bnfix.building.models import build_model, build_skeleton
 from bnfix.building.presets import default_preprocessing, published_arguments, published_weights
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.checkpoints.loading import load_ready
+from bnfix.checkpoints.loading import load, load_ready
 from bnfix.checkpoints.packing import write_tensors
 from bnfix.checkpoints.saving import save
 from bnfix.errors import CheckpointError, ModelError
@@ -187,6 +187,12 @@ def test_parameters_alone_are_refused_in_words(spec, tmp_path):
     torch.save(broken, tmp_path / "broken.pth")
     with pytest.raises(CheckpointError, match=r"1 problems: bn\.running_var: missing from"):
         load_ready(tmp_path / "broken.pth", spec=spec)
+
+
+def test_python_gets_no_statistics_of_other_weights_without_a_word(spec, tmp_path):
+    torch.save({"model": parameters_of(state(spec)), "ema": state(spec)}, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=r"bn\.running_mean: missing from the file"):
+        load(tmp_path / "net.pth", build_model(spec))
 
 
 @pytest.mark.parametrize("more", [[], ["--labels", "none"]])

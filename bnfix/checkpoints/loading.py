@@ -56,7 +56,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         CheckpointError: if the file cannot be read or does not fit.
         ModelError: if the file names no model that may be built from what a file says.
     """
-    return load_ready(path, model=model).model
+    return load_ready(path, model=model, borrows=False).model
 
 
 def load_ready(
@@ -71,6 +71,7 @@ def load_ready(
     unfreeze: bool = False,
     mapped: bool = False,
     lenders: Sequence[str] = (),
+    borrows: bool = True,
 ) -> Loaded:
     """Read a checkpoint, build its model, load it strictly, and set its norm layers.
 
@@ -86,6 +87,7 @@ def load_ready(
         mapped: let the model use the file's own tensors where that can be, instead of copies: it
             then takes memory as they are used, and the file must stay as it is meanwhile.
         lenders: files of the same network, whose statistics serve where the file has none.
+        borrows: take statistics of another set in the file where the set has none, and note it.
 
     Returns:
         The model and where it came from.
@@ -124,7 +126,7 @@ def load_ready(
         problems = key_problems(stock, checkpoint.tensors)
     if (origin.spec or "").startswith("transformers:"):
         checkpoint, problems = _as_transformers_loads(checkpoint, model, stock, problems)
-    if problems and _lacks_statistics(model, checkpoint, len(problems)):
+    if problems and borrows and _lacks_statistics(model, checkpoint, len(problems)):
         checkpoint = _with_statistics(checkpoint, stock, lenders)
         problems = []
     if problems:
