@@ -241,7 +241,12 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     found = dict(module._buffers) if isinstance(module._buffers, dict) else {}
     # torch's own wrappers, such as FSDP, build on themselves what must last.
     own = {} if type(module).__module__.startswith("torch.") else vars(module)
-    return {**found, **{key: value for key, value in own.items() if key not in _TORCH_FIELDS}}
+    return found | {
+        key: value
+        for key, value in own.items()
+        # A flag that hooks are installed goes with the hooks, which stay (transformers has one).
+        if key not in _TORCH_FIELDS and not (isinstance(value, bool) and "hook" in key)
+    }
 
 
 def _same(value: Any, old: Any) -> bool:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import bnfix
+from bnfix import guards
 from bnfix.building.models import build_model
 from bnfix.building.presets import default_preprocessing
 from bnfix.building.pretrained import renamed
@@ -93,6 +94,18 @@ def test_the_class_is_that_of_the_configuration_and_names_are_changed_as_it_load
     x = torch.randn(1, 3, 32, 32)
     again = bnfix.load(out, model=build_model(spec))
     torch.testing.assert_close(again(x).logits, stock(x).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_second_pass_gives_the_same(tmp_path):
+    """The first pass installs hooks that collect features, and a flag that they are there."""
+    segformer(tmp_path)
+    model = build_model(f"transformers:{tmp_path}")
+    x, found = torch.randn(1, 3, 32, 32), []
+    for _ in range(2):
+        with guards.inference(model) as changed:
+            found.append(model(x).logits)
+        assert changed == []
+    assert torch.equal(*found)
 
 
 def test_half_precision_stays_under_other_names(tmp_path):
