@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from types import ModuleType
 from typing import Any
 
@@ -161,3 +162,20 @@ def test_recipes_are_frozen():
         name = dataclasses.fields(recipe)[0].name
         with pytest.raises(dataclasses.FrozenInstanceError, match=name):
             setattr(recipe, name, None)
+
+
+@pytest.mark.parametrize("name", [n for n in bnfix.__all__ if not n.startswith("_")])
+def test_public_docstrings_name_every_argument_result_and_error(name: str) -> None:
+    thing = getattr(bnfix, name)
+    text = inspect.getdoc(thing) or ""
+    for argument in inspect.signature(thing).parameters if not _is_error(thing) else ():
+        assert re.search(rf"^ +\*{{0,2}}{argument}: \S", text, re.MULTILINE), argument
+    if inspect.isfunction(thing):
+        gives = inspect.signature(thing).return_annotation not in (None, "None")
+        assert ("Returns:" in text) == gives
+        raised = re.findall(r"^\s+raise ([A-Z]\w+)\(", inspect.getsource(thing), re.MULTILINE)
+        assert all(f"{error}:" in text for error in raised)
+
+
+def _is_error(thing: object) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Exception)
