@@ -55,14 +55,7 @@ class Accumulator:
         self._examples = pool([self._examples, Moments(n, *mix(rows, torch.zeros_like(rows)))])
 
     def merged(self, others: Sequence[Accumulator]) -> Accumulator:
-        """These sums and those of others together, as if one had seen all.
-
-        Args:
-            others: of the same layer, from other examples.
-
-        Returns:
-            A new accumulator; these stay as they are.
-        """
+        """These sums and those of others together, as if one had seen all."""
         whole = Accumulator(self._shift)
         everyone = [self, *others]
         for accumulator in everyone:
@@ -89,15 +82,7 @@ class Accumulator:
         )
 
     def state(self, *, summed: bool = False) -> dict[str, Any]:
-        """All that the sums hold.
-
-        Args:
-            summed: with nothing waiting, some 100 bytes a channel, to be sent; otherwise as they
-                are, to go on from bit for bit.
-
-        Returns:
-            Tensors on the CPU, and numbers.
-        """
+        """All that the sums hold."""
         if summed:
             self._flush()
         sums = [self._shift]
@@ -111,15 +96,7 @@ class Accumulator:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], device: torch.device) -> Accumulator:
-        """Sums that go on from a state.
-
-        Args:
-            state: from `state`.
-            device: where the layer's inputs are.
-
-        Returns:
-            The accumulator.
-        """
+        """Sums that go on from a state."""
         shift, *rest = (tensor.to(device) for tensor in state["sums"])
         self = cls(shift)
         self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])

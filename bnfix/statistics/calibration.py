@@ -398,14 +398,7 @@ def _write(module: nn.Module, mean: Tensor, var: Tensor, n_batches: int) -> None
 
 
 def describe_missing(calibration: Calibration) -> list[str]:
-    """Sentences for the report on layers that were passed over.
-
-    Args:
-        calibration: what was done.
-
-    Returns:
-        One sentence a kind of exception, none if there is none.
-    """
+    """Sentences for the report on layers that were passed over."""
     sentences = []
     if calibration.n_resumed:
         sentences.append(

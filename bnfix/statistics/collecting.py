@@ -67,16 +67,7 @@ class Collector:
         self._own: dict[int, tuple[Any, Any]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure a layer's input and hand it the moments to use; a forward pre-hook.
-
-        Args:
-            module: the layer.
-            args: its positional arguments.
-            kwargs: its keyword arguments.
-
-        Raises:
-            StopHereError: where a shortened pass ends.
-        """
+        """Measure a layer's input and hand it the moments to use; a forward pre-hook."""
         site = self.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
@@ -96,26 +87,13 @@ class Collector:
         buffers["running_mean"], buffers["running_var"] = moments
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Give a layer its own buffers back; a forward hook.
-
-        Args:
-            module: the layer.
-            args: its arguments.
-            output: its output.
-        """
+        """Give a layer its own buffers back; a forward hook."""
         own = self._own.pop(id(module), None)
         if own is not None:
             module._buffers["running_mean"], module._buffers["running_var"] = own
 
     def state(self, *, summed: bool = False) -> dict[str, Any]:
-        """What was measured, to be sent to other ranks or written.
-
-        Args:
-            summed: as for `Accumulator.state`.
-
-        Returns:
-            Plain containers, numbers and tensors on the CPU.
-        """
+        """What was measured, to be sent to other ranks or written."""
         return {
             "measured": {name: found.state(summed=summed) for name, found in self.measured.items()},
             "n_calls": dict(self.n_calls),
@@ -126,9 +104,6 @@ class Collector:
 
     def set_states_(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Replace what was measured by what others have, taken together.
-
-        Args:
-            states: from `state`; of the ranks, in their order.
 
         Changes:
             What was measured and counted; not what layers normalize by.
@@ -153,11 +128,7 @@ class Collector:
         }
 
     def everyones(self) -> dict[str, Accumulator]:
-        """What all ranks together have measured so far; a collective call.
-
-        Returns:
-            By layer.
-        """
+        """What all ranks together have measured so far; a collective call."""
         if not processes.here().shared:
             return self.measured
         together = Collector(list(self.sites.values()), by_batch=self.by_batch)
@@ -255,9 +226,6 @@ class Collector:
         """Run the batches until they end, or are enough; return examples and batches seen.
 
         Of several processes each runs its own batches; all end with what all have measured.
-
-        Returns:
-            Examples and batches, of all processes.
         """
         # What earlier passes have measured is everyone's already.
         earlier, self.measured = self.measured, {}
@@ -389,28 +357,13 @@ def as_stored(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor
 
 
 def device_of_site(site: NormSite) -> torch.device:
-    """Where a layer's statistics are.
-
-    Args:
-        site: the layer's place.
-
-    Returns:
-        The device of its running mean.
-    """
+    """Where a layer's statistics are."""
     own: Any = site.module._buffers["running_mean"]
     return torch.device("cpu") if own is None else own.device
 
 
 def after(batches: Iterable[Any], n: int) -> Iterable[Any]:
-    """Batches without the first ones, which are not read where that can be helped.
-
-    Args:
-        batches: any; those with ``starting_at`` are asked.
-        n: how many to leave out.
-
-    Returns:
-        The rest.
-    """
+    """Batches without the first ones, which are not read where that can be helped."""
     if not n:
         return batches
     if hasattr(batches, "starting_at"):

@@ -36,22 +36,11 @@ class Clock:
         self.data = self.forward = self.statistics = 0.0
 
     def cost(self) -> Cost:
-        """What it has come to.
-
-        Returns:
-            The sums so far.
-        """
+        """What it has come to."""
         return Cost(self.data, self.forward, self.statistics)
 
     def reading(self, batches: Iterable[_T]) -> Iterator[_T]:
-        """Go through batches, and count the time that each is waited for.
-
-        Args:
-            batches: any; also what it takes to begin counts.
-
-        Yields:
-            The batches.
-        """
+        """Go through batches, and count the time that each is waited for."""
         started = time.perf_counter()
         iterator = iter(batches)
         while True:

@@ -56,15 +56,7 @@ class Enough:
 
 
 def layer_error(accumulator: Accumulator, eps: float) -> float:
-    """The larger of the errors of mean and variance, root mean square over the channels.
-
-    Args:
-        accumulator: what was measured at the layer.
-        eps: of the layer.
-
-    Returns:
-        Mean in units of sqrt(var + eps), variance in units of var + eps; infinite from one example.
-    """
+    """The larger of the errors of mean and variance, root mean square over the channels."""
     mean_se, var_se = accumulator.errors()
     spread = accumulator.values.var + eps
     squares = torch.stack((mean_se.square() / spread, (var_se / spread).square()))
@@ -98,26 +90,7 @@ def collect(
     memory_bytes: int | None,
     keeper: Keeper | None = None,
 ) -> Found:
-    """Measure every layer's input by the feed asked for, in the cheapest way that is exact.
-
-    Args:
-        model: its buffers are lent others, and have their own back afterwards.
-        sites: the layers.
-        batches: as for `recalibrate_`.
-        forward: likewise.
-        samples: likewise.
-        auto: what decides with ``auto``.
-        feed: ``batch`` or ``sequential``.
-        size: of the train-batch target.
-        memory_bytes: what a walk may hold.
-        keeper: keeps what passes have measured; a walk starts over.
-
-    Returns:
-        What was measured, and what it took.
-
-    Raises:
-        DataError: if under ``batch`` every one of several batches holds a single example.
-    """
+    """Measure every layer's input by the feed asked for, in the cheapest way that is exact."""
     wanted = samples if isinstance(samples, int) else None
     if feed == "sequential" and isinstance(batches, Iterator):
         batches = _kept(batches, wanted)

@@ -43,14 +43,7 @@ class Kept:
                 raise self._folder.damaged(error) from error
 
     def finished(self, collector: Collector) -> tuple[int, int] | None:
-        """Begin a pass; where any rank has finished it before, take over its result.
-
-        Args:
-            collector: gets what the whole pass measured.
-
-        Returns:
-            Examples and batches; ``None`` if the pass is still to be done.
-        """
+        """Begin a pass; where any rank has finished it before, take over its result."""
         self._pass += 1
         mine = self._finished[self._pass] if self._pass < len(self._finished) else None
         known = next((found for found in processes.gather(mine) if found is not None), None)
@@ -64,14 +57,7 @@ class Kept:
         return int(known["n_examples"]), int(known["n_batches"])
 
     def resume_(self, collector: Collector) -> tuple[int, int, int]:
-        """Take over what the pass that was just begun has come to before.
-
-        Args:
-            collector: gets this rank's sums.
-
-        Returns:
-            Examples and batches seen, and batches to leave out, of this rank.
-        """
+        """Take over what the pass that was just begun has come to before."""
         partial, self._partial = self._partial, None
         if partial is None or partial.get("pass") != self._pass:
             return 0, 0, 0
@@ -82,14 +68,7 @@ class Kept:
     def after_batch(
         self, collector: Collector, n_examples: int, n_batches: int, n_gone: int
     ) -> None:
-        """Write, if the last time was long ago.
-
-        Args:
-            collector: its sums are written.
-            n_examples: seen in this pass.
-            n_batches: seen with examples.
-            n_gone: seen at all.
-        """
+        """Write, if the last time was long ago."""
         if time.monotonic() - self._written < self._wait:
             return
         self._wait = min(_MOST, 2 * self._wait)
@@ -99,13 +78,7 @@ class Kept:
         })  # fmt: skip
 
     def finish(self, collector: Collector, n_examples: int, n_batches: int) -> None:
-        """Write what a whole pass has measured.
-
-        Args:
-            collector: with the sums of all ranks.
-            n_examples: of all ranks.
-            n_batches: of all ranks.
-        """
+        """Write what a whole pass has measured."""
         self._finished.append(
             {
                 "n_examples": n_examples,

@@ -157,30 +157,14 @@ class _Space:
 
 
 def eps_of(site: NormSite) -> float:
-    """The eps of a layer.
-
-    Args:
-        site: the layer's place.
-
-    Returns:
-        Its own, or torch's default.
-    """
+    """The eps of a layer."""
     return float(getattr(site.module, "eps", 1e-5))
 
 
 def drift(
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
 ) -> tuple[float, float]:
-    """How far old moments are from new, as plain means over the channels.
-
-    Args:
-        old: mean and variance.
-        new: likewise, float64.
-        eps: of the layer.
-
-    Returns:
-        |mean shift| / sqrt(new var + eps), and |log variance ratio|, both with eps.
-    """
+    """How far old moments are from new, as plain means over the channels."""
     old_mean, old_var = (moment.double() for moment in old)
     mean, var = new
     shift = ((mean - old_mean).abs() / (var + eps).sqrt()).mean()

@@ -43,12 +43,6 @@ def default_memory(device: torch.device) -> int:
     """Bytes of activations that may be held: a quarter of the memory that is free.
 
     Processes of one machine share that quarter.
-
-    Args:
-        device: where the model runs.
-
-    Returns:
-        The number of bytes; 1 GiB where the system does not tell.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
@@ -99,13 +93,6 @@ class Walk:
 
         They do not where their activations do not fit, where they meet layers in different orders,
         or where a layer's output comes back to its input.
-
-        Args:
-            batches: gone through once.
-            samples: stop after the batch with which this number of examples is reached.
-
-        Returns:
-            False if another way is needed; then the collector is of no use.
         """
         if self._limit <= 0 or has_modes():
             return False

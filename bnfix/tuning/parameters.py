@@ -135,18 +135,7 @@ def decay_norms_(
 
 
 def head_of(modules: Sequence[nn.Module], n_classes: int | None) -> nn.Module:
-    """Find the last linear layer or 1x1 convolution, with as many outputs as there are classes.
-
-    Args:
-        modules: in the order of their definition, or of their calls.
-        n_classes: outputs that it must have; ``None`` for any.
-
-    Returns:
-        The layer.
-
-    Raises:
-        ModelError: if there is none.
-    """
+    """Find the last linear layer or 1x1 convolution, with as many outputs as there are classes."""
     for module in reversed(modules):
         if isinstance(module, nn.Linear):
             n_outputs = module.out_features
@@ -163,12 +152,5 @@ def head_of(modules: Sequence[nn.Module], n_classes: int | None) -> nn.Module:
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
-    """List the norm layers that are not frozen.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The layers, each once.
-    """
+    """List the norm layers that are not frozen."""
     return [site.module for site in find_norms(model) if not site.frozen]

@@ -67,14 +67,7 @@ class Run:
         self._average: list[Tensor] = []
 
     def start(self, leaves: Mapping[str, Tensor]) -> list[Tensor]:
-        """Set the optimizer up.
-
-        Args:
-            leaves: example weights to learn.
-
-        Returns:
-            All that is trained.
-        """
+        """Set the optimizer up."""
         recipe, self.leaves = self.recipe, list(leaves.values())
         groups = self.groups
         if leaves:
@@ -102,20 +95,7 @@ class Run:
     def one_epoch(
         self, batches: Callable[[], Iterable[Any]], after_step: Callable[[], None] | None = None
     ) -> float | None:
-        """Train on the batches until they or the steps end.
-
-        Args:
-            batches: gives those of the epoch.
-            after_step: called between steps, where all that counts is consistent.
-
-        Returns:
-            The mean loss; ``None`` if no step was taken.
-
-        Raises:
-            DataError: if there are no batches, or they have no labels.
-            ModelError: if the output has no gradient in what is trained.
-            NumericError: if too many steps in a row are not finite.
-        """
+        """Train on the batches until they or the steps end."""
         self.model.train()
         for site in self.sites:
             if self.recipe.statistics == "frozen" or site.frozen:
@@ -296,11 +276,7 @@ class Run:
                     tensor.copy_(value)
 
     def state(self) -> dict[str, Any]:
-        """All that the coming steps depend on besides the model and the random state.
-
-        Returns:
-            Plain containers, numbers and tensors.
-        """
+        """All that the coming steps depend on besides the model and the random state."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": list(self._average),
@@ -310,9 +286,6 @@ class Run:
 
     def set_state_(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` was taken.
-
-        Args:
-            state: from a run of the same model and recipe.
 
         Changes:
             The optimizer, averages and counters.
@@ -330,13 +303,6 @@ def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
 
     K batches move the running moments as far as one does otherwise: by 1 - (1 - momentum)^(1/K)
     each.
-
-    Args:
-        model: whose norm layers are set, the frozen ones left alone.
-        recipe: its ghost size and number of batches a step.
-
-    Raises:
-        NormError: if a layer has no ghost size to set.
 
     Restores:
         Ghost size and momentum of each layer.
@@ -369,15 +335,7 @@ def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
 
 
 def n_steps_of(recipe: FinetuneRecipe, batches: runtime.Batches) -> int:
-    """Count the steps of a run.
-
-    Args:
-        recipe: its steps, or its epochs.
-        batches: as for `finetune_`; gone through where their number is not known.
-
-    Returns:
-        The number.
-    """
+    """Count the steps of a run."""
     if recipe.steps is not None:
         return recipe.steps
     first = runtime.pass_of(batches, 0)

@@ -179,14 +179,7 @@ def choose_example_weight_(
 
 
 def weights_of(model: nn.Module) -> dict[str, float | list[float]]:
-    """The example weight of every generalized layer.
-
-    Args:
-        model: any module.
-
-    Returns:
-        By dotted name, a number or one a channel.
-    """
+    """The example weight of every generalized layer."""
     return {name: layer.example_weight.tolist() for name, layer in generalized_norms(model)}
 
 
@@ -202,18 +195,6 @@ def weighable_layers(
     With a single position the example's variance is 0 and the formula turns into a squashing
     non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with ``pointwise``. A layer
     that is called more than once counts by its smallest map, one that is not reached never.
-
-    Args:
-        model: with generalized layers.
-        batches: the first one is run.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        pointwise: also layers with a single position.
-
-    Returns:
-        The layers by name, and the names of those that keep their weight.
-
-    Raises:
-        DataError: if there is no batch.
     """
     positions: dict[str, int] = {}
     everything = dict(generalized_norms(model))

@@ -71,11 +71,7 @@ class LabelFree:
     divergence: tuple[float, float] | None = None
 
     def describe(self) -> str:
-        """The fit in a sentence.
-
-        Returns:
-            How, on how many examples, and what came out.
-        """
+        """The fit in a sentence."""
         values = sorted(self.weights.values())
         text = (
             f"{self.how}: example weights from {self.n_examples} examples in random batches of "
@@ -99,21 +95,6 @@ def fit_moments_(
     seed: int = 0,
 ) -> LabelFree:
     """Set each layer's example weight to what best predicts the moments of training batches.
-
-    Args:
-        model: with generalized layers; their population statistics should be those of
-            ``train-batch B``.
-        batches: ``(x, y)``, ``(x,)`` or ``x``; labels are not looked at. In random order.
-        train_batch_size: B, at least 2: with fewer there is no other example.
-        layers: those to fit, by name.
-        granularity: ``global`` sets one weight for all; else one a layer.
-        seed: of how examples are put into batches of B.
-
-    Returns:
-        What was found.
-
-    Raises:
-        DataError: if no batch has as many as B examples.
 
     Changes:
         ``example_weight`` of the layers.
@@ -163,20 +144,6 @@ def fit_predictions_(
     seed: int = 0,
 ) -> LabelFree:
     """Set example weights so that inference says what training mode said on average.
-
-    Args:
-        model: with generalized layers.
-        batches: as for `fit_moments_`, the same in every pass; at least 2 of them.
-        train_batch_size: B, at least 2.
-        layers: those to fit, by name.
-        granularity: ``global`` sets one weight for all; else one a layer is tried as well.
-        seed: of how examples are put into batches of B.
-
-    Returns:
-        What was found.
-
-    Raises:
-        DataError: if fewer than 2 batches have as many as B examples.
 
     Changes:
         ``example_weight`` of the layers; nothing after an exception.

@@ -74,11 +74,7 @@ class WeightSearch:
         self.seconds_an_example = 0.0
 
     def one_weight(self) -> tuple[CurvePoint, ...]:
-        """One weight for all layers by bracketed search; leaves the best one set.
-
-        Returns:
-            The curve, sorted by weight.
-        """
+        """One weight for all layers by bracketed search; leaves the best one set."""
         points: dict[float, CurvePoint] = {}
 
         self._count()
@@ -120,10 +116,6 @@ class WeightSearch:
         together, with a standard error, give up less than ``part`` of what the weights have gained
         on the monitor examples. (Channels cannot be told apart so: nearly every single one is
         insignificant, and all of them together are the gain.)
-
-        Args:
-            part: of the gain, from 0.
-            squares: squared gradients, as `learned` gives them.
         """
         weights = {name: layer.example_weight for name, layer in self.layers.items()}
         wald = {n: float((w.square() * squares.get(n, 0.0)).sum()) for n, w in weights.items()}
@@ -154,15 +146,7 @@ class WeightSearch:
         set_example_weight_(self.model, {**weights, **zeros})
 
     def learned(self, granularity: str, recipe: WeightRecipe) -> dict[str, Tensor]:
-        """Weights per layer or channel by projected Adam; leaves the best epoch's set.
-
-        Args:
-            granularity: ``layer`` or ``channel``.
-            recipe: rates and epochs.
-
-        Returns:
-            The squared gradients, summed over the steps of the last epoch.
-        """
+        """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
         device = runtime.device_of(self.model)
         best_loss = np.inf
         best: dict[str, Tensor] = {}
