@@ -110,7 +110,14 @@ def collect(
                 "normalized by itself at every layer, as it never is in inference. Give larger "
                 "batches (--batch-size), or the sequential feed (--feed sequential)."
             )
-        return Found(scout.measured, scout, n_examples, n_batches, 1.0, "passes")
+        return Found(
+            measured=scout.measured,
+            collector=scout,
+            n_examples=n_examples,
+            n_batches=n_batches,
+            passes=1.0,
+            how="passes",
+        )
     walking = Collector(sites, by_batch=False, clock=clock)
     walk = Walk(model, walking, forward, size, memory_bytes)
     if walk.go(batches, wanted):
@@ -118,7 +125,12 @@ def collect(
         disturbed = walk.n_batches > 1 and not _as_alone(model, walk, walking, forward)
         if not disturbed:
             return Found(
-                walking.measured, walking, walk.n_examples, walk.n_batches, passes + 1.0, "walk"
+                measured=walking.measured,
+                collector=walking,
+                n_examples=walk.n_examples,
+                n_batches=walk.n_batches,
+                passes=passes + 1.0,
+                how="walk",
             )
     else:
         disturbed = any(processes.gather(walk.disturbed))
@@ -132,8 +144,8 @@ def collect(
         more, settled.error = more + 1.0, _left(model, settled, batches, forward, wanted, size)
     scout.changed.update(last.changed)
     return Found(
-        last.measured, scout, n_examples, n_batches, passes + more + wasted, "passes",
-        disturbed, settled.error, settled.nearest,
+        measured=last.measured, collector=scout, n_examples=n_examples, n_batches=n_batches, passes=passes + more + wasted, how="passes",
+        disturbed=disturbed, error=settled.error, nearest=settled.nearest,
     )  # fmt: skip
 
 

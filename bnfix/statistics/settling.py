@@ -108,7 +108,7 @@ def _one_round(
     errors = [max(drift(used[name], met[name], eps_of(found.site(name)))) for name in names]
     n_settled = next((i for i, error in enumerate(errors) if not error < _SETTLED), len(errors))
     measured = {name: collector.measured[name] for name in names}
-    return _Round(max(errors), used, met, measured, n_settled)
+    return _Round(error=max(errors), used=used, met=met, measured=measured, n_settled=n_settled)
 
 
 class _Space:

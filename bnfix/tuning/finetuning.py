@@ -202,14 +202,14 @@ def finetune_(
         for name, layer in layers.items():
             set_example_weight_(layer, leaves[name])
     return Finetuning(
-        recipe.train + (" and example weights" if layers else ""),
-        sum(p.numel() for p in run.parameters),
-        tuple(course.points),
-        best_epoch,
-        run.n_taken,
-        run.n_skipped,
-        time.perf_counter() - started,
-        tuple(run.changed),
+        trained=recipe.train + (" and example weights" if layers else ""),
+        n_parameters=sum(p.numel() for p in run.parameters),
+        curve=tuple(course.points),
+        best_epoch=best_epoch,
+        n_steps=run.n_taken,
+        n_skipped_steps=run.n_skipped,
+        seconds=time.perf_counter() - started,
+        changed_by_forward=tuple(run.changed),
     )
 
 
@@ -380,4 +380,4 @@ def _point(
         raise NumericError(
             f"fine-tuning: after epoch {epoch} the outputs are not finite. Lower --lr."
         ) from error
-    return TrainingPoint(epoch, step, loss, found.nll, found.top1)
+    return TrainingPoint(epoch=epoch, step=step, loss=loss, nll=found.nll, top1=found.top1)

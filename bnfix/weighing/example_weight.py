@@ -166,15 +166,15 @@ def choose_example_weight_(
     n_given = search.n_examples + search.n_watched + metrics.n_examples
     pass_seconds = search.seconds_an_example * n_given
     return WeightChoice(
-        tuple(decisions),
-        chosen,
-        curve,
-        weights_of(model),
-        tuple(excluded),
-        sum(layer.live for _, layer in generalized_norms(model)),
-        search.n_run / n_given,
-        seconds,
-        seconds / pass_seconds if pass_seconds else None,
+        decisions=tuple(decisions),
+        chosen=chosen,
+        curve=curve,
+        weights=weights_of(model),
+        excluded=tuple(excluded),
+        n_live=sum(layer.live for _, layer in generalized_norms(model)),
+        passes=search.n_run / n_given,
+        seconds=seconds,
+        clock_passes=seconds / pass_seconds if pass_seconds else None,
     )
 
 

@@ -180,7 +180,13 @@ def fit_predictions_(
         before.restore_()
         raise
     found = {name: float(weight) for name, weight in best.items()}
-    return LabelFree("fit-predictions", train_batch_size, n_examples, found, (zero, least))
+    return LabelFree(
+        how="fit-predictions",
+        train_batch_size=train_batch_size,
+        n_examples=n_examples,
+        weights=found,
+        divergence=(zero, least),
+    )
 
 
 def _check(train_batch_size: int, layers: Mapping[str, GeneralizedBatchNorm]) -> None:
