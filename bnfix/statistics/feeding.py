@@ -144,9 +144,16 @@ def collect(
         more, settled.error = more + 1.0, _left(model, settled, batches, forward, wanted, size)
     scout.changed.update(last.changed)
     return Found(
-        measured=last.measured, collector=scout, n_examples=n_examples, n_batches=n_batches, passes=passes + more + wasted, how="passes",
-        disturbed=disturbed, error=settled.error, nearest=settled.nearest,
-    )  # fmt: skip
+        measured=last.measured,
+        collector=scout,
+        n_examples=n_examples,
+        n_batches=n_batches,
+        passes=passes + more + wasted,
+        how="passes",
+        disturbed=disturbed,
+        error=settled.error,
+        nearest=settled.nearest,
+    )
 
 
 def _kept(batches: Iterator[Any], samples: int | None) -> list[Any]:
