@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import inspect
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,10 +25,13 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 #: The attribute of a model that says how it is called.
 FORWARD = "_bnfix_forward"
+#: The attribute of a model that says which of its outputs is meant.
+OUTPUT = "_bnfix_output"
 #: From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+_GIVE_FORWARD = "Give --forward (from Python forward=), called with the model and the batch."
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,32 +133,80 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
-def unpack(batch: Any) -> tuple[Any, Tensor | None]:
-    """Inputs and labels of a batch in any usual form.
+def unpack(batch: Any, model: nn.Module | None = None) -> tuple[Any, Tensor | None]:
+    """The inputs (a tuple of them where there are several) and the labels of a usual batch."""
+    args, named, labels = _parts(batch, model)
+    return (named or (args[0] if len(args) == 1 else args)), labels
 
-    Args:
-        batch: ``(x, y, ...)``, ``(x,)``, ``x``, or a mapping with usual key names.
 
-    Returns:
-        The inputs and the labels, ``None`` where there are none.
-
-    Raises:
-        DataError: if a mapping has no input under a usual name, or a sequence is empty.
-    """
+def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """How a batch is split: what `model` is called with, and the labels or `None`."""
+    names, most = _parameters(model)
     if isinstance(batch, Mapping):
-        found = [key for key in _INPUT_KEYS if key in batch]
-        if not found:
+        return _parts_by_name(batch, names)
+    if not isinstance(batch, list | tuple):
+        return (batch,), {}, None
+    if not batch:
+        raise DataError("batch: an empty tuple, expected (x, y), (x,) or x.")
+    place = 1
+    if len(batch) > 2 and most > 1 and not _like_labels(batch[1]):
+        place = len(batch) - 1
+        if not _like_labels(batch[-1]) and model is not None:
             raise DataError(
-                f"batch: keys {sorted(map(str, batch))}, none of {', '.join(_INPUT_KEYS)}. "
-                "Give forward=, which is called with the model and the batch."
+                f"batch: {described(batch)}, and the model takes up to {most} inputs, so which are "
+                f"labels is not known. {_GIVE_FORWARD}"
             )
-        labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
-        return batch[found[0]], labels
-    if isinstance(batch, list | tuple):
-        if not batch:
-            raise DataError("batch: an empty tuple, expected (x, y), (x,) or x.")
-        return batch[0], batch[1] if len(batch) > 1 else None
-    return batch, None
+    return tuple(batch[:place]), {}, batch[place] if len(batch) > place else None
+
+
+def _parts_by_name(
+    batch: Mapping[Any, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    found = [key for key in _INPUT_KEYS if key in batch]
+    labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    taken = {key: batch[key] for key in batch if key in names and key not in _LABEL_KEYS}
+    if not found and not taken:
+        raise DataError(
+            f"batch: keys {sorted(map(str, batch))}, none of {', '.join(_INPUT_KEYS)}. "
+            f"{_GIVE_FORWARD}"
+        )
+    if len(taken) > 1 or not found:
+        used = set(taken)
+        args: tuple[Any, ...] = ()
+    else:
+        used, args, taken = {found[0]}, (batch[found[0]],), {}
+    left = [
+        key
+        for key, value in batch.items()
+        if names and key not in used and key not in _LABEL_KEYS
+        and isinstance(value, Tensor) and value.ndim > 1
+    ]  # fmt: skip
+    if left:
+        raise DataError(
+            f"batch: the model takes no {some(list(map(str, left)))}, which the batch holds. "
+            f"{_GIVE_FORWARD}"
+        )
+    return args, taken, labels
+
+
+def _parameters(model: nn.Module | None) -> tuple[list[str], float]:
+    """Names of what a model's forward takes, and how many by position; unknown: none, many."""
+    try:
+        found = inspect.signature(model.forward).parameters.values() if model is not None else ()
+    except (TypeError, ValueError):
+        found = ()
+    if not found or any(p.kind == p.VAR_POSITIONAL for p in found):
+        return [], math.inf
+    by_position = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [p.name for p in found], len(by_position)
+
+
+def _like_labels(value: Any) -> bool:
+    """Whether this could be one class index an example."""
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(v, int) for v in value)
+    kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return kind.startswith(("int", "uint", "bool")) and getattr(value, "ndim", 0) == 1
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -182,36 +235,25 @@ def move(value: Any, device: torch.device) -> Any:
 
 
 def set_forward_(model: nn.Module, forward: Forward) -> None:
-    """State once how a model is called on a batch, for whatever runs it.
-
-    Args:
-        model: the model.
-        forward: called as ``forward(model, batch)``; a ``forward=`` given to a function goes first.
-
-    Changes:
-        An attribute of the model, which travels with it and with its copies.
-    """
+    """State once how a model is called on a batch; a `forward=` given to a function goes first."""
     model.__dict__[FORWARD] = forward
 
 
 def has_forward(model: nn.Module) -> bool:
-    """Say whether it was stated how a model is called.
-
-    Args:
-        model: any module.
-
-    Returns:
-        True after `set_forward_`.
-    """
+    """Say whether it was stated how a model is called."""
     return FORWARD in model.__dict__
 
 
 def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
     """Run `model(inputs)`, or `forward(model, batch)`; what fails in it is one ModelError."""
     forward = forward or model.__dict__.get(FORWARD)
-    given = move(unpack(batch)[0] if forward is None else batch, device)
+    args, named, _ = ((batch,), {}, None) if forward is not None else _parts(batch, model)
+    args, named = move(args, device), move(named, device)
+    given = named or (args[0] if len(args) == 1 else args)
     try:
-        return model(given) if forward is None else forward(model, given)
+        if forward is not None:
+            return forward(model, args[0])
+        return _picked(model, model(*args, **named))
     except (BnfixError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -247,37 +289,63 @@ def described(value: Any) -> str:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in a model's output, in order.
+    """All tensors in a model's output, in order; whatever else is in it is passed over."""
+    return list(outputs_by_name(output).values())
 
-    Args:
-        output: a tensor, or tuples, lists, mappings and dataclasses of them, nested.
 
-    Returns:
-        The tensors; whatever else is in it is passed over.
-    """
+def outputs_by_name(output: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors in a model's output by dotted name or index, as `--output` takes them."""
     if isinstance(output, Tensor):
-        return [output]
+        return {name: output}
     if dataclasses.is_dataclass(output) and not isinstance(output, type | Mapping):
         output = vars(output)
+    if hasattr(output, "_asdict"):
+        output = output._asdict()
+    parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(output, Mapping):
-        output = list(output.values())
-    parts = output if isinstance(output, list | tuple) else []
-    return [tensor for part in parts for tensor in tensors_in(part)]
+        parts = output.items()
+    elif isinstance(output, list | tuple):
+        parts = enumerate(output)
+    found: dict[str, Tensor] = {}
+    for key, part in parts:
+        found |= outputs_by_name(part, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def set_output_(model: nn.Module, name: str) -> None:
+    """State once which of a model's outputs is meant, by dotted name or index."""
+    model.__dict__[OUTPUT] = name
+
+
+def _picked(model: nn.Module, output: Any) -> Any:
+    """The output that `set_output_` names, or all."""
+    name = model.__dict__.get(OUTPUT)
+    if name is None:
+        return output
+    found = outputs_by_name(output)
+    if name not in found:
+        raise ModelError(
+            f"--output {name}: the model has no such output, but {_listed(found) or 'no tensors'}."
+        )
+    return found[name]
+
+
+def _listed(found: Mapping[str, Tensor]) -> str:
+    return some([f"{name or 'one'} {tuple(tensor.shape)}" for name, tensor in found.items()])
+
+
+def fitting_outputs(output: Any, n_examples: int, n_classes: int | None) -> list[str]:
+    """Names of the outputs that can be logits of so many examples and classes."""
+    found = outputs_by_name(output)
+    return [
+        name for name, tensor in found.items()
+        if tensor.ndim == 2 and len(tensor) == n_examples and tensor.is_floating_point()
+        and n_classes in (None, tensor.shape[1])
+    ]  # fmt: skip
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output.
-
-    Args:
-        output: a tensor, a tuple or list whose first item is one, or a mapping or object with
-            ``logits`` or ``out``.
-
-    Returns:
-        ``(N, K)``.
-
-    Raises:
-        ModelError: if there is no such tensor.
-    """
+    """The logits `(N, K)` of an output, which names them or has no other of that form."""
     found = output
     for key in ("logits", "out"):
         if isinstance(output, Mapping) and key in output:
@@ -286,8 +354,21 @@ def logits_of(output: Any) -> Tensor:
         if not isinstance(output, Tensor) and hasattr(output, key):
             found = getattr(output, key)
             break
-    if isinstance(found, list | tuple) and found:
-        found = found[0]
+    tensors = outputs_by_name(found)
+    if len(tensors) > 1:
+        flat = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
+        if len(flat) > 1:
+            raise ModelError(
+                f"model: it has several outputs that can be logits: {_listed(flat)}. Name one by "
+                "--output (from Python forward=, a function that returns the logits)."
+            )
+        tensors = flat
+    if len(tensors) == 1:
+        (found,) = tensors.values()
+    if isinstance(found, Tensor) and found.ndim and found.shape[1:] in ((), (1,)):
+        # Binary cross-entropy of a logit z is cross-entropy of the two logits 0 and z.
+        z = found.reshape(-1)
+        return torch.stack([torch.zeros_like(z), z], 1)
     if not isinstance(found, Tensor) or found.ndim != 2:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ModelError(
@@ -300,18 +381,15 @@ def logits_of(output: Any) -> Tensor:
 
 
 def n_examples_of(batch: Any) -> int:
-    """Examples in a batch: the length of the first tensor, or array, found in its inputs.
-
-    Args:
-        batch: any form.
-
-    Returns:
-        The number; 1 where nothing has a length.
-    """
+    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
     try:
         found = unpack(batch)[0]
     except DataError:
         found = batch  # a form that only the user's forward knows
+    if isinstance(found, list | tuple) and all(
+        isinstance(image, Tensor) and image.ndim == 3 and len(image) <= 4 for image in found
+    ):
+        return len(found)  # images of several sizes, as detectors take them
     while isinstance(found, Mapping | list | tuple) and found:
         found = next(iter(found.values() if isinstance(found, Mapping) else found))
     shape = tuple(getattr(found, "shape", ()))

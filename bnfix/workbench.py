@@ -318,6 +318,8 @@ def load_one(
     )
     if recipe.forward is not None:
         runtime.set_forward_(loaded.model, import_forward(recipe.forward))
+    if recipe.output is not None:
+        runtime.set_output_(loaded.model, recipe.output)
     if any(t.dtype in (torch.float16, torch.bfloat16) for t in loaded.model.state_dict().values()):
         # Half-precision models are worked on in float32; saving gives each tensor its type back.
         loaded.model.float()
@@ -431,6 +433,7 @@ def open_checked(
         is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
         if not is_logits:
             return images, input_size
+    output = _chosen_output(model, output, images)
     n_classes = runtime.logits_of(output).shape[1]
     return for_outputs(images, n_classes), input_size
 
@@ -455,6 +458,25 @@ def applied(
     if not isinstance(images, TensorItems):
         return preprocessing, notes
     return None, [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
+
+
+def _chosen_output(model: nn.Module, output: Any, images: Images) -> Any:
+    """Of several outputs the one whose shape fits labels and classes, which is then stated."""
+    found = runtime.outputs_by_name(output)
+    if len(found) < 2 or images.labels is None or {"logits", "out"} & set(found):
+        return output
+    n_known = max(len(images.class_names or ()), int(images.labels.max()) + 1)
+    fitting = runtime.fitting_outputs(output, 1, n_known)
+    if len(fitting) != 1:
+        return output
+    runtime.set_output_(model, fitting[0])
+    note = (
+        f"of {len(found)} outputs, {fitting[0]} is taken for the logits: it alone has {n_known} "
+        "columns, one a class (--output says otherwise)"
+    )
+    if note not in images.notes:
+        images.notes.append(note)
+    return found[fitting[0]]
 
 
 def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:

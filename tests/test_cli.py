@@ -62,7 +62,7 @@ def test_version(cli):
         (["fix"], "CKPT"),
         (["nonsense"], "nonsense"),
         (["fix", "a.pth", "--data", "b", "-o", "c.safetensors", "--nonsense"], "--nonsense"),
-        (["convert", "a.pth"], "--output"),
+        (["convert", "a.pth"], "--out"),
         (["eval", "a.pth"], "--data"),
         (["eval", "--data", "x"], "CKPT"),
         (["convert", "a.pth", "-o", "b.safetensors", "--ghost-size", "many"], "--ghost-size"),

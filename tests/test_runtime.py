@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
+import bnfix
 from bnfix import runtime
 from bnfix.errors import ConfigError, DataError, ModelError
 from tests import nets
@@ -126,14 +127,14 @@ Named = namedtuple("Named", ["logits", "aux"])
     "output",
     [
         LOGITS,
-        (LOGITS, OTHER),
+        (LOGITS, torch.zeros(2, 3, 4, 4)),
         [LOGITS],
+        {"scores": LOGITS},
         {"logits": LOGITS, "out": OTHER},
         {"out": LOGITS},
         SimpleNamespace(logits=LOGITS, out=OTHER),
         SimpleNamespace(out=LOGITS),
         Named(LOGITS, OTHER),
-        {"logits": (LOGITS, OTHER)},
     ],
 )
 def test_logits_are_found(output):
@@ -144,10 +145,11 @@ def test_logits_are_found(output):
     ("output", "found"),
     [
         (torch.zeros(2, 3, 4, 4), r"is Tensor of shape \(2, 3, 4, 4\), expected logits"),
-        (torch.zeros(3), r"is Tensor of shape \(3,\), expected"),
+        (torch.zeros(()), r"is Tensor of shape \(\), expected"),
+        ((LOGITS, OTHER), r"several outputs .*0 \(2, 5\), 1 \(2, 7\)\. Name one by --output"),
         ("text", "is str, expected logits"),
         ((), "is tuple, expected logits"),
-        ({"loss": LOGITS}, "is dict, expected logits"),
+        ({"loss": torch.zeros(())}, "is Tensor of shape .*, expected logits"),
         (None, "is NoneType, expected logits.*forward="),
     ],
 )
@@ -240,3 +242,68 @@ def test_freed_memory_is_kept_in_every_thread(threaded):
     one = 160_000_000 // 4096
     assert new_pages("no", threaded) > 5 * one
     assert new_pages("yes", threaded) < one // 4
+
+
+class Several(nn.Module):
+    """Takes one input and a second, which may be left out."""
+
+    def forward(self, a, b=None):
+        return a if b is None else a + b
+
+
+def test_all_inputs_before_the_labels_are_passed():
+    x, more, y = torch.ones(3, 2), torch.full((3, 2), 2.0), torch.tensor([0, 1, 1])
+    net = Several()
+    assert runtime.run(net, (x, more, y), CPU).tolist() == [[3.0, 3.0]] * 3
+    assert runtime.run(net, (x, y, y), CPU).tolist() == [[1.0, 1.0]] * 3
+    assert runtime.unpack((x, more, y), net)[1] is y
+    assert runtime.unpack((x, y, "name"), net)[1] is y
+    assert runtime.run(net, {"a": x, "b": more, "labels": y}, CPU).tolist() == [[3.0, 3.0]] * 3
+    with pytest.raises(DataError, match=r"takes up to 2 inputs.*Give --forward"):
+        runtime.run(net, (x, more, more), CPU)
+    with pytest.raises(ModelError, match="cannot be run on an input of"):
+        runtime.run(net, (x, more, more, y), CPU)
+    with pytest.raises(DataError, match=r"takes no pixel_mask, which the batch holds. Give --forw"):
+        runtime.run(net, {"a": x, "pixel_mask": more, "labels": y}, CPU)
+
+
+def test_images_of_several_sizes_are_counted_one_by_one():
+    images = [torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)]
+    assert runtime.n_examples_of((images, [{"boxes": X}, {"boxes": X}])) == 2
+    assert runtime.n_examples_of((tuple(images), None)) == 2
+    assert runtime.n_examples_of((torch.zeros(5, 3, 8, 8), None)) == 5
+
+
+def test_a_stated_output_is_the_one_that_counts():
+    class Nested(nn.Module):
+        def forward(self, x):
+            return {"features": x, "heads": [x + 1, x + 2]}
+
+    net = Nested()
+    runtime.set_output_(net, "heads.1")
+    assert torch.equal(runtime.run(net, X, CPU), X + 2)
+    assert runtime.fitting_outputs(Nested()(X), 2, 3) == ["features", "heads.0", "heads.1"]
+    assert runtime.fitting_outputs(Nested()(X), 2, 4) == []
+    runtime.set_output_(net, "head")
+    with pytest.raises(
+        ModelError, match=r"--output head: .* no such output, but features \(2, 3\)"
+    ):
+        runtime.run(net, X, CPU)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1)])
+def test_one_logit_an_example_is_binary_cross_entropy(shape):
+    z = torch.randn(6)
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+
+    class OneLogit(nn.Module):
+        def forward(self, x):
+            return x.view(shape)
+
+    for labels in (y, y.float(), y.float()[:, None]):
+        found = bnfix.evaluate(OneLogit(), [(z, labels)])
+        expected = nn.functional.binary_cross_entropy_with_logits(z, y.float())
+        assert found.nll == pytest.approx(float(expected), rel=1e-5)
+        assert found.top1 == pytest.approx(float(((z > 0) == y.bool()).double().mean()))
+    with pytest.raises(DataError, match="labels: from 0 to 2, expected 0 to 1"):
+        bnfix.evaluate(OneLogit(), [(z, y * 2)])

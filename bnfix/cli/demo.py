@@ -23,7 +23,7 @@ def demo(
     out: OutFlags,
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="DIR", help="Folder to write.", rich_help_panel=OUT),
+        typer.Option("-o", "--out", metavar="DIR", help="Folder to write.", rich_help_panel=OUT),
     ] = Path("bnfix-demo"),
     device: Annotated[str, option(RunOptions, "device", panel=RUN)] = "auto",
     seed: Seed = 0,

@@ -36,7 +36,7 @@ def export(
         Path,
         typer.Option(
             "-o",
-            "--output",
+            "--out",
             metavar="OUT",
             help="The .onnx, .pt2, .safetensors (folded) or .py (plain) to write.",
             rich_help_panel=OUT,

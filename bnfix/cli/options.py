@@ -98,7 +98,7 @@ Data = Annotated[
 Output = Annotated[
     Path,
     typer.Option(
-        "-o", "--output", metavar="OUT", help="The .safetensors to write.", rich_help_panel=OUT
+        "-o", "--out", metavar="OUT", help="The .safetensors to write.", rich_help_panel=OUT
     ),
 ]
 Seed = Annotated[int, option(GateRecipe, "seed", panel=RUN)]
@@ -134,6 +134,10 @@ class ModelFlags:
     prefer_ema: Annotated[bool, _model("prefer_ema")] = False
     unfreeze: Annotated[bool, option(ModelRecipe, "unfreeze", "--unfreeze", panel=MODEL)] = False
     forward: Annotated[str | None, _model("forward")] = None
+    logits_output: Annotated[
+        str | None,
+        option(ModelRecipe, "output", "--output", panel=MODEL, metavar="NAME|INDEX"),
+    ] = None
 
     def recipe(self) -> ModelRecipe:
         """The options as a recipe.
@@ -161,6 +165,7 @@ class ModelFlags:
             prefer_ema=self.prefer_ema,
             unfreeze=self.unfreeze,
             forward=self.forward,
+            output=self.logits_output,
         )
 
 

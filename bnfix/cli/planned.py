@@ -58,7 +58,7 @@ Test = Annotated[str | None, option(DataRecipe, "test", panel="Data and preproce
 #: What `--recipe` leaves to the command line.
 _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "model", "model_arg", "key", "prefix",
-    "prefer_ema", "unfreeze", "forward", "test",
+    "prefer_ema", "unfreeze", "forward", "logits_output", "test",
     "device", "workers", "force", "show_plan", "as_json", "quiet",
     "debug",
 }  # fmt: skip

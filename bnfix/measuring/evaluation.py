@@ -141,20 +141,13 @@ def score(
     return Score(len(labels), float(losses.mean()), float(right.mean()), losses)
 
 
-def labels_of(batch: Any, n_examples: int, n_classes: int) -> Array | None:
-    """The labels of a batch, checked against the logits that the model gave for it.
-
-    Args:
-        batch: any form that ``runtime.unpack`` takes, and mappings that only ``forward`` knows.
-        n_examples: N of the logits.
-        n_classes: K of the logits.
-
-    Returns:
-        ``(N,)`` int64 on the CPU, or ``None`` where the batch has none.
-    """
+def labels_of(
+    batch: Any, n_examples: int, n_classes: int, *, model: nn.Module | None = None
+) -> Array | None:
+    """Labels of a batch as int64, checked against logits `(N, K)`; `model` as for `unpack`."""
     if isinstance(batch, Mapping):
         batch = {"x": None, **batch}  # inputs may have any names where forward= is given
-    labels = runtime.unpack(batch)[1]
+    labels = runtime.unpack(batch, model)[1]
     return None if labels is None else checked_labels(labels, n_examples, n_classes)
 
 
@@ -253,7 +246,10 @@ class _Gathered:
         self._seconds += time.perf_counter() - started
         self._check(found)
         self.found.append(found)
-        self.labels.append(_raw_labels(batch) if self.any_task else labels_of(batch, *found.shape))
+        caller = None if forward or runtime.has_forward(self.model) else self.model
+        self.labels.append(
+            _raw_labels(batch) if self.any_task else labels_of(batch, *found.shape, model=caller)
+        )
         index = getattr(batch, "index", None)  # of plain tuples a method
         self.positions.append(index if isinstance(index, np.ndarray) else None)
         self.n_seen += len(found)

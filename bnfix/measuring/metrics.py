@@ -219,6 +219,8 @@ def checked_labels(labels: Any, n: int, k: int) -> Array:
         array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     except (TypeError, ValueError) as error:
         raise DataError(f"labels: {error}. Give one integer an example.") from error
+    if k == 2 and array.shape in ((n,), (n, 1)) and np.isin(array, (0, 1)).all():
+        array = array.reshape(n).astype(np.int64)  # as binary cross-entropy takes them
     if array.dtype.kind not in "iub" or array.shape != (n,):
         raise DataError(
             f"labels: {array.dtype} of shape {array.shape} for {n} examples, expected one integer "

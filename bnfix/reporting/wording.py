@@ -102,6 +102,13 @@ class Findings:
                     f"NLL {direction(paired.nll)}: {number(last.nll)}, {number(first.nll)} "
                     f"{self._reference()} (difference {difference(paired.nll)})."
                 )
+        if self.models and (m := self.models[-1].metrics).top1 is not None:
+            chance = 1 / m.logits.shape[1] if m.logits.size else 0
+            if m.interval["top1"][0] <= chance:
+                told.append(
+                    f"This is no better than chance ({percent(chance)}): check preprocessing, "
+                    "--class-map and --output before anything else."
+                )
         if self._temperature_only():
             told.append("Temperature scaling alone would do: nothing of the gain is left after it.")
         if self.n_seen:

@@ -350,7 +350,10 @@ def _look(
                 if isinstance(module, nn.Linear | nn.Conv2d | GeneralizedBatchNorm):
                     handles.append(module.register_forward_hook(note))
             output = runtime.run(model, batch, runtime.device_of(model), forward)
-        return runtime.logits_of(output).shape[1], linear, positions
+        logits = runtime.logits_of(output)
+        # One logit an example was made two: the head has one output.
+        made = all(tensor is not logits for tensor in runtime.tensors_in(output))
+        return 1 if made else logits.shape[1], linear, positions
 
     # A rank may have no batch; the first that has one says what all of them use.
     found = next((found for found in processes.together(own) if found is not None), None)

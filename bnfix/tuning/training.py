@@ -219,7 +219,7 @@ class Run:
         with runtime.autocast(self.device, self.precision):
             output = runtime.run(self.model, batch, self.device, self.forward)
         logits = runtime.logits_of(output)
-        labels = labels_of(batch, *logits.shape)
+        labels = labels_of(batch, *logits.shape, model=None if self.forward else self.model)
         if labels is None:
             raise DataError("fine-tuning: a batch has no labels to learn from. Give (x, y).")
         loss = F.cross_entropy(

@@ -198,7 +198,7 @@ class WeightSearch:
 
     def _loss(self, batch: Any, device: torch.device) -> Tensor:
         logits = runtime.logits_of(runtime.run(self.model, batch, device, self.forward))
-        labels = labels_of(batch, *logits.shape)
+        labels = labels_of(batch, *logits.shape, model=None if self.forward else self.model)
         if labels is None:
             raise DataError("example weight: a batch has no labels to learn from. Give (x, y).")
         if not logits.requires_grad:
