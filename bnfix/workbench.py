@@ -395,19 +395,7 @@ def open_checked(
     known: Images | None = None,
     any_task: bool = False,
 ) -> tuple[Images, int]:
-    """Open DATA and check that its labels fit the model's outputs.
-
-    Args:
-        data: DATA.
-        model: run once, on the first usable image, to see how many outputs it has.
-        source: class map and labels.
-        preprocessing: of that image.
-        known: the same DATA opened for another model, to read nothing twice.
-        any_task: let pass outputs that are no logits, and labels that are no classes of them.
-
-    Returns:
-        The images, and how many numbers one input has.
-    """
+    """Open DATA (or `known`) with labels that fit the model's outputs; and numbers in one input."""
     images = known
     if images is None or images.channels not in (preprocessing.channels, 0):
         class_map = None if source.class_map is None else Path(source.class_map)
@@ -433,9 +421,10 @@ def open_checked(
         is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
         if not is_logits:
             return images, input_size
-    output = _chosen_output(model, output, images)
-    n_classes = runtime.logits_of(output).shape[1]
-    return for_outputs(images, n_classes), input_size
+    output, notes = _chosen_output(model, output, images)
+    images = for_outputs(images, runtime.logits_of(output).shape[1])
+    images.notes = [*images.notes, *notes]
+    return images, input_size
 
 
 def refuse_image_options(images: Images, source: DataRecipe) -> None:
@@ -460,38 +449,28 @@ def applied(
     return None, [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
 
 
-def _chosen_output(model: nn.Module, output: Any, images: Images) -> Any:
-    """Of several outputs the one whose shape fits labels and classes, which is then stated."""
+def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, list[str]]:
+    """Of several outputs the one whose shape fits labels and classes, stated from now on."""
     found = runtime.outputs_by_name(output)
     if len(found) < 2 or images.labels is None or {"logits", "out"} & set(found):
-        return output
+        return output, []
     n_known = max(len(images.class_names or ()), int(images.labels.max()) + 1)
     fitting = runtime.fitting_outputs(output, 1, n_known)
     if len(fitting) != 1:
-        return output
+        return output, []
     runtime.set_output_(model, fitting[0])
     note = (
         f"of {len(found)} outputs, {fitting[0]} is taken for the logits: it alone has {n_known} "
         "columns, one a class (--output says otherwise)"
     )
-    if note not in images.notes:
-        images.notes.append(note)
-    return found[fitting[0]]
+    return found[fitting[0]], [note]
 
 
 def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:
-    """The batch size of passes without gradients; it changes results by rounding only.
-
-    Args:
-        run: its batch size, if stated, is the answer.
-        model: on its device.
-        input_size: numbers in one input.
-
-    Returns:
-        128; on the CPU, where large batches fall out of the caches, less for large inputs.
-    """
+    """The batch size of passes without gradients; it changes results by rounding only."""
     if run.batch_size is not None:
         return run.batch_size
     if runtime.device_of(model).type != "cpu":
         return 128
+    # Large batches fall out of the CPU's caches.
     return min(128, max(8, _VALUES_A_BATCH // input_size))

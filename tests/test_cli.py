@@ -364,7 +364,8 @@ def test_json_is_one_object_and_the_same_as_the_report_file(cli, files, tmp_path
 
 def test_quiet_prints_the_verdict_only(cli, files, tmp_path):
     words = ["--data", files.data, *files.common, "-q"]
-    outcome = cli("calibrate", files.stale, *words, "-o", tmp_path / "o.safetensors")
+    test = ["--test", files.test]
+    outcome = cli("calibrate", files.stale, *words, *test, "-o", tmp_path / "o.safetensors")
     assert len(outcome.out.splitlines()) == 1
     assert outcome.out.startswith("better: ")
     assert [line for line in outcome.err.splitlines() if "the user's" not in line] == []

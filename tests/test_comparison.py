@@ -575,3 +575,34 @@ def test_a_model_that_gets_no_faster_copy_is_evaluated_as_it_is(files, tmp_path)
     assert any("as it is, for all --fast: fused network: its outputs differ" in n
                for n in report.assumptions)  # fmt: skip
     assert report.models[0].metrics.n_examples == 40
+
+
+TWO_OUTPUTS = """
+import torch
+
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = one()
+
+    def forward(self, x):
+        return x.flatten(1), self.net(x)
+"""
+
+
+def test_of_several_outputs_the_one_with_a_column_a_class_is_taken_and_said(cli, files, tmp_path):
+    spec, _, name = files.spec.rpartition(":")
+    source = Path(spec).read_text() + TWO_OUTPUTS
+    (tmp_path / "two.py").write_text(source.replace("one()", f"{name}()"))
+    state = torch.load(files.net, weights_only=True)
+    torch.save({f"net.{key}": value for key, value in state.items()}, tmp_path / "two.pth")
+    rest = files.common[2:] if files.common[0] == "--model" else files.common
+    words = ["--data", files.test, "--model", f"{tmp_path / 'two.py'}:Two", *rest, "--json"]
+    plain = cli("eval", files.net, "--data", files.test, *files.common, "--json").json
+    found = cli("eval", tmp_path / "two.pth", *words)
+    assert found.code == 0, found.message
+    assert found.json["models"][0]["nll"] == pytest.approx(plain["models"][0]["nll"], rel=1e-6)
+    assert "1 is taken for the logits: it alone has 3 columns" in str(found.json["assumptions"])
+    refused = cli("eval", tmp_path / "two.pth", *words, "--output", "2")
+    assert refused.code == 1
+    assert "--output 2: the model has no such output" in refused.err
