@@ -395,7 +395,7 @@ class ModelRecipe:
         "package.module:callable or path/to/file.py:callable, called with the model and a batch "
         "(inputs, labels or None, positions), for models that are not called on images alone.",
     )
-    output: str | None = option(
+    logits_output: str | None = option(
         None, "Which output holds the logits: its name or index, dotted where they are nested."
     )
 

@@ -318,8 +318,8 @@ def load_one(
     )
     if recipe.forward is not None:
         runtime.set_forward_(loaded.model, import_forward(recipe.forward))
-    if recipe.output is not None:
-        runtime.set_output_(loaded.model, recipe.output)
+    if recipe.logits_output is not None:
+        runtime.set_output_(loaded.model, recipe.logits_output)
     if any(t.dtype in (torch.float16, torch.bfloat16) for t in loaded.model.state_dict().values()):
         # Half-precision models are worked on in float32; saving gives each tensor its type back.
         loaded.model.float()

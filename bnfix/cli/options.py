@@ -136,7 +136,7 @@ class ModelFlags:
     forward: Annotated[str | None, _model("forward")] = None
     logits_output: Annotated[
         str | None,
-        option(ModelRecipe, "output", "--output", panel=MODEL, metavar="NAME|INDEX"),
+        option(ModelRecipe, "logits_output", "--output", panel=MODEL, metavar="NAME|INDEX"),
     ] = None
 
     def recipe(self) -> ModelRecipe:
@@ -165,7 +165,7 @@ class ModelFlags:
             prefer_ema=self.prefer_ema,
             unfreeze=self.unfreeze,
             forward=self.forward,
-            output=self.logits_output,
+            logits_output=self.logits_output,
         )
 
 
