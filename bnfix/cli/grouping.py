@@ -10,16 +10,7 @@ from typing import Any, get_type_hints
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters of a dataclass type become one option a field.
-
-    Args:
-        command: its annotations say which parameters are groups; each field of a group is annotated
-            as Typer wants it.
-
-    Returns:
-        A function with flat, keyword-only parameters in the same order, which puts the groups
-        together and calls the command.
-    """
+    """A command whose parameters of a dataclass type become one option a field."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
     flat: list[inspect.Parameter] = []

@@ -30,31 +30,12 @@ NORM, TRAIN, ALSO, OUT = "Normalization", "Training", "What else is measured", "
 
 
 def default_of(recipe: type, name: str) -> Any:
-    """The default of a recipe's field.
-
-    Args:
-        recipe: a recipe class.
-        name: of the field.
-
-    Returns:
-        The value.
-    """
+    """The default of a recipe's field."""
     return recipe.__dataclass_fields__[name].default  # type: ignore[attr-defined]
 
 
 def option(recipe: type, name: str, *flags: str, panel: str, metavar: str | None = None) -> Any:
-    """An option whose help text is that of a recipe's field: it stands there, and only there.
-
-    Args:
-        recipe: a recipe class.
-        name: of the field.
-        flags: by default the field's name.
-        panel: of the help.
-        metavar: what the value is called in the help.
-
-    Returns:
-        For ``Annotated``.
-    """
+    """An option whose help text is that of a recipe's field: it stands there, and only there."""
     text = recipe.__dataclass_fields__[name].metadata["help"]  # type: ignore[attr-defined]
     flags = flags or ("--" + name.replace("_", "-"),)
     return typer.Option(*flags, help=str(text), rich_help_panel=panel, metavar=metavar)
@@ -140,14 +121,7 @@ class ModelFlags:
     ] = None
 
     def recipe(self) -> ModelRecipe:
-        """The options as a recipe.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            ConfigError: if an argument has no equals sign.
-        """
+        """The options as a recipe."""
         arguments = []
         for pair in self.model_arg or ():
             name, equals, value = pair.partition("=")
@@ -193,19 +167,7 @@ class InputFlags:
         class_map: Path | None = None,
         labels: str = "none",
     ) -> DataRecipe:
-        """The options as a recipe.
-
-        Args:
-            test: DATA of the claim.
-            class_map: JSON file.
-            labels: auto or none.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            ConfigError: if a number cannot be read.
-        """
+        """The options as a recipe."""
         scales = numbers(self.scale, "scale")
         if scales is not None and len(scales) != 1:
             raise ConfigError(f"--scale: {self.scale!r}, expected one number.", name="scale")
@@ -250,11 +212,7 @@ class AlsoFlags:
     ] = None
 
     def recipe(self) -> EvaluationRecipe:
-        """The options as a recipe.
-
-        Returns:
-            The recipe.
-        """
+        """The options as a recipe."""
         return EvaluationRecipe(
             self.corruptions, self.compare_batch_sizes, self.fast, tuple(self.metric or ())
         )
@@ -276,14 +234,7 @@ class LayerFlags:
     skip: Annotated[list[str] | None, _layers("skip")] = None
 
     def recipe(self, **kind: Any) -> SwapRecipe:
-        """The options as a recipe.
-
-        Args:
-            kind: the recipe's other fields.
-
-        Returns:
-            The recipe.
-        """
+        """The options as a recipe."""
         return SwapRecipe(layers=tuple(self.layers or ()), skip=tuple(self.skip or ()), **kind)
 
 
@@ -316,16 +267,7 @@ class FeedFlags:
     def recipe(
         self, statistics: str, batch_size: int | None, train_batch_size: int | None = None
     ) -> StatisticsRecipe:
-        """The options as a recipe.
-
-        Args:
-            statistics: auto, or what to do.
-            batch_size: of the batch feed, if stated.
-            train_batch_size: that the network was trained with.
-
-        Returns:
-            The recipe.
-        """
+        """The options as a recipe."""
         return StatisticsRecipe(
             statistics,
             train_batch_size,
@@ -360,11 +302,7 @@ class ChoiceFlags:
     z: Annotated[float, option(GateRecipe, "z", panel=NORM)] = default_of(GateRecipe, "z")
 
     def recipe(self) -> WeightRecipe:
-        """The choice of example weights as a recipe.
-
-        Returns:
-            The recipe.
-        """
+        """The choice of example weights as a recipe."""
         return WeightRecipe(
             weight_of(self.example_weight), self.granularity, self.pointwise, thin=self.thin
         )
@@ -396,14 +334,7 @@ class TuneFlags:
     batch_size: Annotated[int | None, _tune("batch_size")] = None
 
     def recipe(self, ghost_size: int | None) -> FinetuneRecipe:
-        """The options as a recipe.
-
-        Args:
-            ghost_size: examples a ghost batch.
-
-        Returns:
-            The recipe.
-        """
+        """The options as a recipe."""
         own = {name: getattr(self, name) for name in TuneFlags.__dataclass_fields__}
         return FinetuneRecipe(ghost_size=ghost_size, **own)
 
@@ -424,11 +355,7 @@ class RunFlags(PlaceFlags):
     batch_size: Annotated[int | None, option(RunOptions, "batch_size", panel=RUN)] = None
 
     def options(self) -> RunOptions:
-        """The options as the library takes them.
-
-        Returns:
-            The run options.
-        """
+        """The options as the library takes them."""
         return RunOptions(self.device, self.precision, self.batch_size, self.workers)
 
 
@@ -456,11 +383,7 @@ class TalkFlags:
     ] = False
 
     def terminal(self) -> Terminal:
-        """Where the command's words go.
-
-        Returns:
-            The terminal.
-        """
+        """Where the command's words go."""
         return Terminal(self.as_json, self.quiet)
 
 

@@ -6,18 +6,7 @@ from bnfix.errors import ConfigError
 
 
 def numbers(text: str | None, name: str) -> tuple[float, ...] | None:
-    """Comma-separated numbers; a fraction such as 1/255 is one.
-
-    Args:
-        text: as typed.
-        name: of the option.
-
-    Returns:
-        The numbers; ``None`` where nothing was typed.
-
-    Raises:
-        ConfigError: if it is anything else.
-    """
+    """Comma-separated numbers; a fraction such as 1/255 is one."""
     if text is None:
         return None
     try:
@@ -34,18 +23,7 @@ def _fraction(text: str) -> float:
 
 
 def sizes(text: str | None, name: str) -> tuple[int, ...] | None:
-    """Sizes from a text such as 224 or 224x320.
-
-    Args:
-        text: as typed.
-        name: of the option.
-
-    Returns:
-        One or more integers; ``None`` where nothing was typed.
-
-    Raises:
-        ConfigError: if it is anything else.
-    """
+    """Sizes from a text such as 224 or 224x320."""
     if text is None:
         return None
     try:

@@ -21,12 +21,7 @@ _SHOWN = 5
 
 
 def show_planned(terminal: Terminal, described: dict[str, Any]) -> None:
-    """What a command would do.
-
-    Args:
-        terminal: where to.
-        described: from `Plan.describe`.
-    """
+    """What a command would do."""
     if terminal.as_json:
         terminal.print_json(described)
         return
@@ -45,14 +40,7 @@ def show_planned(terminal: Terminal, described: dict[str, Any]) -> None:
 
 
 def estimate_line(described: dict[str, Any]) -> str:
-    """What a plan costs, in one line.
-
-    Args:
-        described: with the keys of `Estimate.to_json`.
-
-    Returns:
-        Passes, time and memory, as far as they are known.
-    """
+    """What a plan costs, in one line."""
     passes = f"{described['passes']:.3g} passes in all"
     seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
     if seconds is None:
@@ -62,15 +50,7 @@ def estimate_line(described: dict[str, Any]) -> str:
 
 
 def duration_words(low: float, high: float) -> str:
-    """A range of time, in the unit that suits its end.
-
-    Args:
-        low: least seconds.
-        high: most.
-
-    Returns:
-        For example ``2 to 4 minutes``.
-    """
+    """A range of time, in the unit that suits its end."""
     if high < 1:
         return "a second or less"
     name, unit = next(
@@ -86,14 +66,7 @@ def duration_words(low: float, high: float) -> str:
 def show_conversion(
     terminal: Terminal, result: Result, output: Path | None, cost: dict[str, Any]
 ) -> None:
-    """The layers of a conversion.
-
-    Args:
-        terminal: where to.
-        result: of the command.
-        output: what was written; ``None`` for a plan.
-        cost: what a plan says of time and memory.
-    """
+    """The layers of a conversion."""
     swap = result.report.swap
     if terminal.as_json:
         content = result.report.to_json()
@@ -125,12 +98,7 @@ def show_conversion(
 
 
 def show_inspection(terminal: Terminal, found: Inspection) -> None:
-    """Layers, findings with what to do, and the commands of the file's history.
-
-    Args:
-        terminal: where to.
-        found: by the inspection.
-    """
+    """Layers, findings with what to do, and the commands of the file's history."""
     drifts = {} if found.behaviour is None else found.behaviour.drifts
     more = ("shift", "factor") if drifts else ()
     table = Table(

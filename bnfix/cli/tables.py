@@ -16,26 +16,12 @@ _LEAST_WIDTH = 60
 
 
 def shown_text(text: object) -> str:
-    """A text of any origin on one line, without control characters and without markup.
-
-    Args:
-        text: for example a layer's name.
-
-    Returns:
-        What rich prints as it is.
-    """
+    """A text of any origin on one line, without control characters and without markup."""
     return escape(clean(text, limit=10_000))
 
 
 def tables_of(report: Report) -> Iterator[Table]:
-    """The tables for which there is something to show.
-
-    Args:
-        report: of a command.
-
-    Yields:
-        Candidates, models, ranks, own metrics, corruptions, batch invariance.
-    """
+    """The tables for which there is something to show."""
     if report.decisions:
         yield _decisions(report)
     if any(model.metrics.top1 is not None for model in report.models):
@@ -150,15 +136,7 @@ def _range(interval: tuple[float, float] | None) -> str:
 
 
 def fitted(table: Table, width: int) -> Table:
-    """The same table for a narrow terminal: numbers may wrap, and what was before is left out.
-
-    Args:
-        table: one of `tables_of`.
-        width: of the terminal.
-
-    Returns:
-        The table, changed below 60 columns.
-    """
+    """The same table for a narrow terminal: numbers may wrap, and what was before is left out."""
     if width < _LEAST_WIDTH:
         table.columns = [column for column in table.columns if column.header != "was"]
         for number, column in enumerate(table.columns):

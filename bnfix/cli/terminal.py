@@ -62,11 +62,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Track]:
-        """Show progress on a terminal; keep the user's own prints off standard output.
-
-        Yields:
-            What wraps the batches of a pass.
-        """
+        """Show progress on a terminal; keep the user's own prints off standard output."""
         shown = self.err.is_terminal and not self.err.is_dumb_terminal and not self.quiet
         if not shown:
             with _stdout_to_stderr():
@@ -97,12 +93,7 @@ class Terminal:
         return f"{seen.index(head) + 1}/{len(self.stages)} {shown_text(stage)}"
 
     def show(self, report: Report, written: Path | None = None) -> None:
-        """The result, in the form that was asked for.
-
-        Args:
-            report: of the command.
-            written: the checkpoint that was written.
-        """
+        """The result, in the form that was asked for."""
         if self.as_json:
             content = report.to_json()
             content["output"] = None if written is None else str(written)
@@ -118,39 +109,23 @@ class Terminal:
                 self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
 
     def show_demo_plan(self, output: str) -> None:
-        """What the demonstration would do.
-
-        Args:
-            output: folder that it would write.
-        """
+        """What the demonstration would do."""
         if self.as_json:
             self.print_json({"command": "demo", "plan": True, "output": output})
         else:
             self.say(f"demo: would fix the embedded digits and write {output}; nothing was done")
 
     def say(self, text: str) -> None:
-        """One line on standard output, as it is.
-
-        Args:
-            text: of any origin.
-        """
+        """One line on standard output, as it is."""
         self.out.print(shown_text(text), soft_wrap=True, highlight=False)
 
     def notes(self, notes: Iterable[str]) -> None:
-        """What a user should know besides, on standard error.
-
-        Args:
-            notes: one sentence each, of any origin.
-        """
+        """What a user should know besides, on standard error."""
         for note in notes:
             self.err.print(shown_text(f"note: {note}"), soft_wrap=True, highlight=False)
 
     def print_json(self, content: Any) -> None:
-        """One JSON object on standard output.
-
-        Args:
-            content: JSON values.
-        """
+        """One JSON object on standard output."""
         if processes.speaks():
             sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
             sys.stdout.flush()
@@ -184,14 +159,7 @@ def _columns(width: int) -> tuple[ProgressColumn, ...]:
 
 
 def stage_head(stage: str) -> str:
-    """What a stage of work is called, without what differs between its passes.
-
-    Args:
-        stage: for example ``select: what stands``.
-
-    Returns:
-        For example ``select``.
-    """
+    """What a stage of work is called, without what differs between its passes."""
     return stage.replace(":", " ").split(" ", 1)[0]
 
 
@@ -217,17 +185,7 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stated(*, many: bool = False) -> Iterator[None]:
-    """Turn stated errors into one line and an exit code: 1, 2 for wrong usage, 130 interrupted.
-
-    Args:
-        many: whether the command can work in several processes, started by torchrun.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ConfigError: never; it is stated.
-    """
+    """Turn stated errors into one line and an exit code: 1, 2 for wrong usage, 130 interrupted."""
     with _translated(), contextlib.ExitStack() as stack:
         if many:
             stack.enter_context(processes.joined())

@@ -32,19 +32,7 @@ class OneLineGroup(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command line.
-
-        Args:
-            args: the words after the program's name; by default those of this process.
-            prog_name: what the program is called.
-            complete_var: variable that asks for shell completion.
-            standalone_mode: whether to end the process, as a program does.
-            windows_expand_args: whether patterns are expanded on Windows.
-            extra: as the base class takes it.
-
-        Returns:
-            What the command returns, unless the process ends.
-        """
+        """Run a command line."""
         _TYPED.set(tuple(sys.argv[1:] if args is None else args))
         run = partial(
             super().main,

@@ -85,15 +85,7 @@ class NormTensors:
 def read_norms(
     tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None
 ) -> list[NormTensors]:
-    """Find the norm layers of a state dict by their running moments.
-
-    Args:
-        tensors: by name.
-        header: the ``norms`` of a bnfix header, if there is one.
-
-    Returns:
-        One record a layer, in the file's order.
-    """
+    """Find the norm layers of a state dict by their running moments."""
     layers = []
     for key, mean in tensors.items():
         name, _, last = key.rpartition(".")
@@ -124,15 +116,7 @@ def read_norms(
 
 
 def diagnose(tensors: Mapping[str, Tensor], layers: list[NormTensors]) -> list[Finding]:
-    """List what can be wrong with norm layers, as far as tensors tell.
-
-    Args:
-        tensors: by name.
-        layers: from `read_norms`.
-
-    Returns:
-        Findings in the order of the layers; then what are no whole layers.
-    """
+    """List what can be wrong with norm layers, as far as tensors tell."""
     findings: list[Finding] = []
     counts = [layer.batches_tracked for layer in layers if layer.batches_tracked]
     usual = Counter(counts).most_common(1)[0][0] if counts else 0

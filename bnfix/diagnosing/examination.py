@@ -50,15 +50,7 @@ class Behaviour:
 
 
 def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Finding]:
-    """List what can be wrong with norm layers, as far as their settings tell.
-
-    Args:
-        model: as built and loaded.
-        layers: what the file says of them.
-
-    Returns:
-        Findings in the model's order.
-    """
+    """List what can be wrong with norm layers, as far as their settings tell."""
     stored = {layer.name: layer for layer in layers}
     findings = []
     for site in find_norms(model):
@@ -153,15 +145,7 @@ def _eps_faults(module: nn.Module) -> list[_Fault]:
 
 
 def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
-    """List what one forward pass tells: layers called again, not at all, or on single positions.
-
-    Args:
-        model: in any mode; run in evaluation.
-        batch: any form that the model takes.
-
-    Returns:
-        Findings in the model's order.
-    """
+    """List what one forward pass tells: layers called again, not at all, or on single positions."""
     sites = find_norms(model)
     calls: dict[str, list[int]] = {site.name: [] for site in sites}
     with guards.inference(model), guards.hooks() as handles:
@@ -192,15 +176,7 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
 
 
 def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behaviour, list[Finding]]:
-    """Run data through a model in both modes, and compare.
-
-    Args:
-        model: as loaded; left as found.
-        batches: can be gone through more than once.
-
-    Returns:
-        What was seen, and what is wrong about it.
-    """
+    """Run data through a model in both modes, and compare."""
     try:
         measured = residuals(model, batches)
     except NumericError:  # from a layer below; that outputs are not finite is found on its own

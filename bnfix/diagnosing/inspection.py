@@ -66,11 +66,7 @@ class Inspection:
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """The inspection as one object of JSON values; numbers may be other than finite.
-
-        Returns:
-            What ``inspect --json`` prints.
-        """
+        """The inspection as one object of JSON values; numbers may be other than finite."""
         header = self.checkpoint.metadata or {}
         history = header.get("history")
         drifts = {} if self.behaviour is None else self.behaviour.drifts
@@ -118,19 +114,6 @@ def inspect_checkpoint(
 
     The file alone shows its statistics; the model its settings and, on a made-up input, how its
     layers are called; data show what statistics should be, and what the model makes of them.
-
-    Args:
-        path: the file.
-        model: which model it is; needed with data where the file does not say it.
-        data: DATA to run.
-        source: labels and preprocessing of the data.
-        run: device and batch size.
-        samples: examples of the data that are run, drawn in seeded random order.
-        seed: of that order.
-        track: how progress is shown.
-
-    Returns:
-        All that was found.
     """
     recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
     found = read_checkpoint(
