@@ -80,7 +80,9 @@ def export(
     terminal = out.terminal()
     with stated():
         shape = sizes(input_shape, "input-shape")
-        recipe = ExportRecipe(to, samples, atol, opset, force_zero, shape)
+        recipe = ExportRecipe(
+            to=to, samples=samples, atol=atol, opset=opset, force_zero=force_zero, input_shape=shape
+        )
         if place.device not in ("auto", "cpu"):
             raise ConfigError(
                 f"--device: {place.device!r}, but export works on the CPU; what it writes runs "

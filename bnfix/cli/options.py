@@ -269,13 +269,13 @@ class FeedFlags:
     ) -> StatisticsRecipe:
         """The options as a recipe."""
         return StatisticsRecipe(
-            statistics,
-            train_batch_size,
-            self.feed,
-            samples_of(self.samples),
-            batch_size or default_of(StatisticsRecipe, "batch_size"),
-            self.tolerance,
-            self.include_frozen,
+            statistics=statistics,
+            train_batch_size=train_batch_size,
+            feed=self.feed,
+            samples=samples_of(self.samples),
+            batch_size=batch_size or default_of(StatisticsRecipe, "batch_size"),
+            tolerance=self.tolerance,
+            include_frozen=self.include_frozen,
         )
 
 

@@ -158,16 +158,16 @@ def fix(
             TRIED, train=train, epochs=epochs, lr=lr
         )  # fmt: skip
         return Plan(
-            "fix",
-            command_line(),
-            model.recipe(),
-            inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
-            layers.recipe(),
-            feed.recipe(choice.statistics, run.batch_size, choice.train_batch_size),
-            choice.recipe(),
-            tune,
-            GateRecipe(choice.z, seed=seed),
-            run.options(),
+            command="fix",
+            command_line=command_line(),
+            model=model.recipe(),
+            source=inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
+            swap=layers.recipe(),
+            statistics=feed.recipe(choice.statistics, run.batch_size, choice.train_batch_size),
+            weight=choice.recipe(),
+            finetune=tune,
+            gate=GateRecipe(choice.z, seed=seed),
+            run=run.options(),
         )
 
     _carry_out(make, checkpoint, data, output, out)
@@ -196,17 +196,17 @@ def calibrate(
 
     def make() -> Plan:
         return Plan(
-            "calibrate",
-            command_line(),
-            model.recipe(),
-            inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
-            layers.recipe(),
-            feed.recipe(choice.statistics, run.batch_size, choice.train_batch_size),
-            choice.recipe(),
-            None,
-            GateRecipe(choice.z, seed=seed),
-            run.options(),
-            None if state is None else str(state),
+            command="calibrate",
+            command_line=command_line(),
+            model=model.recipe(),
+            source=inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
+            swap=layers.recipe(),
+            statistics=feed.recipe(choice.statistics, run.batch_size, choice.train_batch_size),
+            weight=choice.recipe(),
+            finetune=None,
+            gate=GateRecipe(choice.z, seed=seed),
+            run=run.options(),
+            state=None if state is None else str(state),
         )
 
     _carry_out(make, checkpoint, data, output, out)
@@ -238,19 +238,19 @@ def finetune(
 
     def make() -> Plan:
         return Plan(
-            "finetune",
-            command_line(),
-            model.recipe(),
-            inputs.recipe(test=test, class_map=class_map, labels="auto"),
-            layers.recipe(
+            command="finetune",
+            command_line=command_line(),
+            model=model.recipe(),
+            source=inputs.recipe(test=test, class_map=class_map, labels="auto"),
+            swap=layers.recipe(
                 to=kind.to, ghost_size=kind.ghost_size, channel_groups=kind.channel_groups
             ),
-            StatisticsRecipe(statistics="keep"),
-            WeightRecipe(example_weight="keep"),
-            tune.recipe(kind.ghost_size),
-            GateRecipe(seed=seed),
-            RunOptions(place.device, precision, workers=place.workers),
-            None if state is None else str(state),
+            statistics=StatisticsRecipe(statistics="keep"),
+            weight=WeightRecipe(example_weight="keep"),
+            finetune=tune.recipe(kind.ghost_size),
+            gate=GateRecipe(seed=seed),
+            run=RunOptions(place.device, precision, workers=place.workers),
+            state=None if state is None else str(state),
         )
 
     _carry_out(make, checkpoint, data, output, out)
@@ -283,18 +283,20 @@ def average(
 
     def make() -> Plan:
         return Plan(
-            "average",
-            command_line(),
-            model.recipe(),
-            inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
-            layers.recipe(),
-            feed.recipe("population", run.batch_size),
-            WeightRecipe("keep"),
-            None,
-            GateRecipe(seed=seed),
-            run.options(),
-            None if state is None else str(state),
-            AverageRecipe(tuple(map(str, checkpoints[1:])), numbers(weights, "weights") or ()),
+            command="average",
+            command_line=command_line(),
+            model=model.recipe(),
+            source=inputs.recipe(test=test, class_map=labels.class_map, labels=labels.labels),
+            swap=layers.recipe(),
+            statistics=feed.recipe("population", run.batch_size),
+            weight=WeightRecipe("keep"),
+            finetune=None,
+            gate=GateRecipe(seed=seed),
+            run=run.options(),
+            state=None if state is None else str(state),
+            average=AverageRecipe(
+                tuple(map(str, checkpoints[1:])), numbers(weights, "weights") or ()
+            ),
         )
 
     _carry_out(make, checkpoints[0], data, output, out)

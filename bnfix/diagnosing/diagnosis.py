@@ -100,16 +100,21 @@ def read_norms(
         settings = (header or {}).get(name)
         layers.append(
             NormTensors(
-                name,
-                mean.numel(),
-                _count(tensors.get(f"{prefix}num_batches_tracked")),
-                _range(mean),
-                _range(var),
-                _range(gamma.double().abs()) if gamma is not None and has_gamma else None,
-                int((var.double() < _TINY_VAR).sum()),
-                _weight(settings.get("example_weight")) if isinstance(settings, dict) else 0.0,
-                isinstance(settings, dict) and settings.get("channel_groups") != mean.numel(),
-                isinstance(settings, dict),
+                name=name,
+                channels=mean.numel(),
+                batches_tracked=_count(tensors.get(f"{prefix}num_batches_tracked")),
+                mean_range=_range(mean),
+                var_range=_range(var),
+                gamma_range=_range(gamma.double().abs())
+                if gamma is not None and has_gamma
+                else None,
+                n_dead=int((var.double() < _TINY_VAR).sum()),
+                example_weight=_weight(settings.get("example_weight"))
+                if isinstance(settings, dict)
+                else 0.0,
+                grouped=isinstance(settings, dict)
+                and settings.get("channel_groups") != mean.numel(),
+                ours=isinstance(settings, dict),
             )
         )
     return layers
@@ -283,14 +288,38 @@ def _broken_layers(tensors: Mapping[str, Tensor], known: set[str]) -> list[Findi
         other = tensors.get(_under(name, _MOMENTS[1 - _MOMENTS.index(last)]))
         if other is None:
             detail = f"has a {last} and not the other moment"
-            found.append(Finding(name, "moment-missing", detail, "error", REPLACE))
+            found.append(
+                Finding(
+                    layer=name,
+                    fault="moment-missing",
+                    detail=detail,
+                    severity="error",
+                    advice=REPLACE,
+                )
+            )
         elif last == _MOMENTS[0] and tensor.shape != other.shape:
             detail = f"mean of shape {tuple(tensor.shape)}, variance of {tuple(other.shape)}"
-            found.append(Finding(name, "length-mismatch", detail, "error", REPLACE))
+            found.append(
+                Finding(
+                    layer=name,
+                    fault="length-mismatch",
+                    detail=detail,
+                    severity="error",
+                    advice=REPLACE,
+                )
+            )
         elif last == _MOMENTS[0]:
             kind = str(tensor.dtype).removeprefix("torch.")
             detail = f"its statistics are {kind} of shape {tuple(tensor.shape)}, not real numbers"
-            found.append(Finding(name, "odd-statistics", detail, "error", REPLACE))
+            found.append(
+                Finding(
+                    layer=name,
+                    fault="odd-statistics",
+                    detail=detail,
+                    severity="error",
+                    advice=REPLACE,
+                )
+            )
     return found
 
 

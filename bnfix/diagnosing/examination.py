@@ -62,7 +62,15 @@ def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Findi
             f"{kind}: its running statistics are means of the examples' own, not of a population, "
             "so no command changes them"
         )
-        findings.append(Finding(name, "instance-norm", detail, "note", "left alone"))
+        findings.append(
+            Finding(
+                layer=name,
+                fault="instance-norm",
+                detail=detail,
+                severity="note",
+                advice="left alone",
+            )
+        )
     return findings
 
 
@@ -161,17 +169,31 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
     for name, positions in calls.items():
         if not positions:
             detail = "is not reached in a forward pass: its statistics are never used"
-            findings.append(Finding(name, "unused", detail, "note", "nothing"))
+            findings.append(
+                Finding(
+                    layer=name, fault="unused", detail=detail, severity="note", advice="nothing"
+                )
+            )
         elif len(positions) > 1:
             detail = f"is called {len(positions)} times a forward pass; its statistics pool them"
             advice = "with statistics of a call each: give every call a layer of its own"
-            findings.append(Finding(name, "reused", detail, "note", advice))
+            findings.append(
+                Finding(layer=name, fault="reused", detail=detail, severity="note", advice=advice)
+            )
         if positions and min(positions) == 1:
             detail = (
                 "normalizes maps of a single position: with a batch of one it cannot be trained, "
                 "and example weights do not act there"
             )
-            findings.append(Finding(name, "single-position", detail, "note", "nothing"))
+            findings.append(
+                Finding(
+                    layer=name,
+                    fault="single-position",
+                    detail=detail,
+                    severity="note",
+                    advice="nothing",
+                )
+            )
     return findings
 
 
@@ -185,12 +207,14 @@ def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behavio
     evaluation = _pass(model, batches, training=False)
     training = _pass(model, batches, training=True)
     seen = Behaviour(
-        evaluation.n,
-        drifts,
-        None if evaluation.right is None else len(evaluation.right.nonzero()) / evaluation.n,
-        None if training.right is None else len(training.right.nonzero()) / training.n,
-        (evaluation.low, evaluation.high),
-        (training.low, training.high),
+        n_examples=evaluation.n,
+        drifts=drifts,
+        top1=None if evaluation.right is None else len(evaluation.right.nonzero()) / evaluation.n,
+        top1_training=None
+        if training.right is None
+        else len(training.right.nonzero()) / training.n,
+        output_range=(evaluation.low, evaluation.high),
+        output_range_training=(training.low, training.high),
     )
     return seen, [*_drift_findings(drifts), *_mode_findings(seen, evaluation, training)]
 
@@ -256,7 +280,11 @@ def _drift_findings(drifts: dict[str, tuple[float, float]]) -> list[Finding]:
                 f"stored means are {shift:.2g} deviations off those of the data, variances by a "
                 f"factor of {math.exp(min(ratio, 700)):.3g}, on average over the channels"
             )
-            found.append(Finding(name, "stale", detail, "warning", RECALIBRATE))
+            found.append(
+                Finding(
+                    layer=name, fault="stale", detail=detail, severity="warning", advice=RECALIBRATE
+                )
+            )
     return found
 
 
@@ -265,7 +293,15 @@ def _mode_findings(seen: Behaviour, evaluation: _Seen, training: _Seen) -> list[
     for mode, passed in (("evaluation", evaluation), ("training", training)):
         if passed.n_bad:
             detail = f"{passed.n_bad} outputs in {mode} mode are not finite"
-            found.append(Finding("", "output-not-finite", detail, "error", RECALIBRATE))
+            found.append(
+                Finding(
+                    layer="",
+                    fault="output-not-finite",
+                    detail=detail,
+                    severity="error",
+                    advice=RECALIBRATE,
+                )
+            )
     if evaluation.right is not None and training.right is not None and training.n == evaluation.n:
         gained = int((training.right & ~evaluation.right).sum())
         lost = int((evaluation.right & ~training.right).sum())
@@ -275,12 +311,28 @@ def _mode_findings(seen: Behaviour, evaluation: _Seen, training: _Seen) -> list[
                 f"top-1 is {seen.top1:.3f} with the stored statistics and "
                 f"{seen.top1_training:.3f} with those of each batch: the stored ones do not fit"
             )
-            found.append(Finding("", "modes-differ", detail, "warning", RECALIBRATE))
+            found.append(
+                Finding(
+                    layer="",
+                    fault="modes-differ",
+                    detail=detail,
+                    severity="warning",
+                    advice=RECALIBRATE,
+                )
+            )
     widths = [max(abs(passed.low), abs(passed.high)) for passed in (evaluation, training)]
     if all(map(math.isfinite, widths)) and widths[0] > _RANGE_FACTOR * widths[1] > 0:
         detail = (
             f"outputs reach {widths[0]:.3g} in evaluation and {widths[1]:.3g} with the statistics "
             "of each batch"
         )
-        found.append(Finding("", "output-range", detail, "warning", RECALIBRATE))
+        found.append(
+            Finding(
+                layer="",
+                fault="output-range",
+                detail=detail,
+                severity="warning",
+                advice=RECALIBRATE,
+            )
+        )
     return found
