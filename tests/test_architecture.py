@@ -75,8 +75,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.tensors": {"data.images"},
         "data.shards": {"data.images"},
         "data.splitting": {"data.images"},
-        "diagnosing.advice": set(),
-        "diagnosing.history": set(),
+        "diagnosing.advice": {"diagnosing.diagnosis"},
         "layers.norms": {"layers", "layers.kernels", "layers.rows", "moments"},
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
         "preprocessing": set(),
@@ -312,7 +311,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "diagnosing.inspection": {
             "checkpoints.checkpoint", "conversion", "data.batches", "data.corruptions",
             "building.models", "checkpoints.loading", "diagnosing.advice", "diagnosing.diagnosis",
-            "diagnosing.examination", "diagnosing.history",
+            "diagnosing.examination",
             "layers.sites", "recognition", "runtime", "tracking", "workbench",
         },
         "production.exporting": {

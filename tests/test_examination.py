@@ -17,9 +17,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.cli import app
 from bnfix.conversion import convert
+from bnfix.diagnosing.advice import read_history
 from bnfix.diagnosing.diagnosis import Finding
 from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
-from bnfix.diagnosing.history import read_history
 from bnfix.diagnosing.inspection import inspect_checkpoint
 from bnfix.errors import NormError
 from bnfix.pipeline import calibrate

@@ -148,7 +148,7 @@ def show_inspection(terminal: Terminal, found: Inspection) -> None:
             for f in idle
         ]
         terminal.say(f"note: nothing to do about {'; '.join(kinds)}; --json has the details")
-    for number, entry in enumerate(found.told, 1):
+    for number, entry in enumerate(found.commands, 1):
         lines = entry.options if entry.command is None else (entry.command,)
         terminal.say(f"history {number}: {lines[0]}")
         for line in (*lines[1:], entry.did):

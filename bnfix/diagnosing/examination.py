@@ -1,10 +1,10 @@
-"""What is wrong with a model's norm layers: as it is built, as it is called, and on data."""
+"""Faults of a model's norm layers: in its settings, in one call, and on data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bnfix import guards, runtime
 from bnfix._torch_private import BatchNormBase
-from bnfix.diagnosing.diagnosis import INSPECT, RECALIBRATE, Finding, NormTensors
+from bnfix.diagnosing.diagnosis import Fault, Finding, NormTensors, finding
 from bnfix.errors import ModelError, NumericError
 from bnfix.layers.sites import NormSite, find_norms, instance_norms
 from bnfix.measuring.evaluation import labels_of
@@ -23,137 +23,99 @@ _STALE_SHIFT, _STALE_LOG_RATIO = 0.5, math.log(2)
 #: The smallest number of float16: an eps below it is 0 there.
 _LEAST_HALF: Final = 2.0**-24
 _FEW_LEFT: Final = 0.01
-#: A range in evaluation this many times that in training is no chance.
+#: Outputs differ between two passes over the data, but not by this factor.
 _RANGE_FACTOR: Final = 10
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a model does on data, in both modes.
-
-    Args:
-        n_examples: how many were run.
-        drifts: for each layer reached the mean shift, in deviations, and the log variance ratio
-            between what is stored and what the data give; means over the channels.
-        top1: fraction right in evaluation; ``None`` without labels or logits.
-        top1_training: the same, normalized by the statistics of each batch.
-        output_range: least and largest output in evaluation.
-        output_range_training: the same, normalized by the statistics of each batch.
-    """
+    """A model on data, in evaluation and (``..._training``) with each batch's own statistics."""
 
     n_examples: int
+    # Mean shift in deviations and log variance ratio, stored against data: means over channels.
     drifts: dict[str, tuple[float, float]]
-    top1: float | None
+    top1: float | None  # None without labels or logits
     top1_training: float | None
     output_range: tuple[float, float]
     output_range_training: tuple[float, float]
 
 
 def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Finding]:
-    """List what can be wrong with norm layers, as far as their settings tell."""
+    """List the faults in the settings of norm layers."""
     stored = {layer.name: layer for layer in layers}
-    findings = []
-    for site in find_norms(model):
-        at_rest = site.is_put_to_rest(model)
-        faults = _setting_faults(site, stored.get(site.name), at_rest=at_rest)
-        findings += [Finding(site.name, *fault) for fault in faults]
-    for name, kind in instance_norms(model).items():
-        detail = (
-            f"{kind}: its running statistics are means of the examples' own, not of a population, "
-            "so no command changes them"
+    found = [
+        finding(site.name, *fault)
+        for site in find_norms(model)
+        for fault in _setting_faults(
+            site, stored.get(site.name), at_rest=site.is_put_to_rest(model)
         )
-        findings.append(
-            Finding(
-                layer=name,
-                fault="instance-norm",
-                detail=detail,
-                severity="note",
-                advice="left alone",
-            )
-        )
-    return findings
+    ]
+    why = "its running statistics are means of each example's own, so no command changes them"
+    instances = instance_norms(model).items()
+    return found + [finding(name, "instance-norm", f"{kind}: {why}") for name, kind in instances]
 
 
-_Fault = tuple[str, str, str, str]
-
-
-def _setting_faults(site: NormSite, stored: NormTensors | None, *, at_rest: bool) -> list[_Fault]:
-    found: list[_Fault] = []
+def _setting_faults(
+    site: NormSite, stored: NormTensors | None, *, at_rest: bool
+) -> Iterator[Fault]:
     if site.aliases:
-        detail = f"the same module as {', '.join(site.aliases[:3])}: one set of statistics for all"
-        found.append(("shared", detail, "note", "nothing, if it is meant so; " + INSPECT))
+        same = ", ".join(site.aliases[:3])
+        yield "shared", f"the same module as {same}: all use one set of statistics"
     if site.frozen:
-        detail = (
-            f"{site.kind}: its numbers are constants, which no command changes without --unfreeze"
-        )
-        advice = "nothing, if it is meant so; " + RECALIBRATE
-        found.append(("frozen-kind", detail, "note", advice))
+        why = "its numbers are constants, which no command changes without --unfreeze"
+        yield "frozen-kind", f"{site.kind}: {why}"
     elif at_rest:
-        detail = "the model's code froze it (evaluation mode, no gradients): left alone"
-        found.append(("frozen", detail, "note", "nothing, if it is meant so; " + RECALIBRATE))
+        yield "frozen", "the model's code froze it (evaluation mode, no gradients): left alone"
     if not site.has_statistics:
-        detail = "keeps no running statistics: in evaluation, too, outputs depend on the batch"
-        advice = (
-            "in Python: build it with track_running_stats=True, load_state_dict(..., "
-            "strict=False), bnfix.recalibrate_, bnfix.save"
+        yield (
+            "no-statistics",
+            "keeps no running statistics: in evaluation, too, outputs depend on the batch",
         )
-        return [*found, ("no-statistics", detail, "warning", advice)]
+        return
     if not site.frozen:
-        found += _momentum_faults(getattr(site.module, "momentum", 0.1), stored)
-    return found + _eps_faults(site.module)
+        n = stored.batches_tracked if stored is not None and not stored.ours else None
+        yield from _momentum_faults(getattr(site.module, "momentum", 0.1), n)
+    yield from _eps_faults(site.module)
 
 
-def _momentum_faults(momentum: Any, stored: NormTensors | None) -> list[_Fault]:
+def _momentum_faults(momentum: Any, n_batches: int | None) -> Iterator[Fault]:
     if momentum is None:
         detail = "momentum None: statistics are the mean over all of training, early batches too"
-        return [("momentum-none", detail, "note", RECALIBRATE)]
-    if not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
-        detail = f"momentum {momentum} is no part of 1: statistics diverge in training"
-        return [("momentum-out-of-range", detail, "error", RECALIBRATE)]
-    if momentum == 0:
-        detail = "momentum 0: statistics never move in training"
-        return [("momentum-zero", detail, "warning", RECALIBRATE)]
-    if momentum >= 0.5:
+        yield "momentum-none", detail
+    elif not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
+        detail = f"momentum {momentum}, expected 0 to 1: statistics diverge in training"
+        yield "momentum-out-of-range", detail
+    elif momentum == 0:
+        yield "momentum-zero", "momentum 0: statistics never move in training"
+    elif momentum >= 0.5:
         detail = f"momentum {momentum:g}: statistics are those of the last few batches"
-        return [("momentum-high", detail, "warning", RECALIBRATE)]
-    n = stored.batches_tracked if stored is not None and not stored.ours else None
-    left = 0.0 if not n or n < 0 else (1 - momentum) ** n
-    # At torch's usual momentum the file alone has told it already.
-    if left > _FEW_LEFT and momentum < 0.1:
-        detail = (
-            f"momentum {momentum:g} over {n} batches leaves a part of {left:.2g} of a new layer's "
-            "statistics"
-        )
-        return [("momentum-low", detail, "warning", RECALIBRATE)]
-    return []
+        yield "momentum-high", detail
+    # The tensors alone show this at torch's usual momentum: fault few-batches.
+    elif momentum < 0.1 and n_batches and n_batches > 0:
+        left = (1 - momentum) ** n_batches
+        if left > _FEW_LEFT:
+            rest = f"leaves a part of {left:.2g} of a new layer's statistics"
+            yield "momentum-low", f"momentum {momentum:g} over {n_batches} batches {rest}"
 
 
-def _eps_faults(module: nn.Module) -> list[_Fault]:
+def _eps_faults(module: nn.Module) -> Iterator[Fault]:
     eps, var = float(getattr(module, "eps", 1e-5)), getattr(module, "running_var", None)
-    found: list[_Fault] = []
     if not isinstance(var, Tensor) or not var.numel() or not bool(var.isfinite().all()):
-        return found
+        return
     wide = var.double().clamp_min(0)
-    least = float(wide.min()) + eps
-    if eps < _LEAST_HALF and least < 1e-6:
-        gain = math.inf if least == 0 else least**-0.5
-        detail = (
-            f"eps {eps:g} beside a variance of {float(wide.min()):.2g}: a channel is multiplied by "
-            f"{gain:.3g}, in float16 by infinity"
-        )
-        found.append(("eps-tiny", detail, "warning", RECALIBRATE))
+    least = float(wide.min())
+    if eps < _LEAST_HALF and least + eps < 1e-6:
+        gain = math.inf if least + eps == 0 else (least + eps) ** -0.5
+        times = f"a channel is multiplied by {gain:.3g}, in float16 by infinity"
+        yield "eps-tiny", f"eps {eps:g} beside a variance of {least:.2g}: {times}"
     n_small = int((wide < eps).sum())
     if n_small > wide.numel() / 2 and bool(wide.any()):
-        detail = (
-            f"{n_small} of {wide.numel()} channels have a variance below eps ({eps:g}): they are "
-            "hardly normalized"
-        )
-        found.append(("eps-dominates", detail, "warning", RECALIBRATE))
-    return found
+        small = f"{n_small} of {wide.numel()} channels have a variance below eps ({eps:g})"
+        yield "eps-dominates", f"{small}: they are hardly normalized"
 
 
 def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
-    """List what one forward pass tells: layers called again, not at all, or on single positions."""
+    """List the layers that one forward pass calls again, not at all, or on single positions."""
     sites = find_norms(model)
     calls: dict[str, list[int]] = {site.name: [] for site in sites}
     with guards.inference(model), guards.hooks() as handles:
@@ -165,43 +127,26 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
 
             handles.append(site.module.register_forward_hook(look))
         runtime.run(model, batch, runtime.device_of(model))
-    findings = []
+    found = []
     for name, positions in calls.items():
         if not positions:
-            detail = "is not reached in a forward pass: its statistics are never used"
-            findings.append(
-                Finding(
-                    layer=name, fault="unused", detail=detail, severity="note", advice="nothing"
-                )
-            )
-        elif len(positions) > 1:
+            detail = "the forward pass does not reach it: its statistics are never used"
+            found.append(finding(name, "unused", detail))
+            continue
+        if len(positions) > 1:
             detail = f"is called {len(positions)} times a forward pass; its statistics pool them"
-            advice = "with statistics of a call each: give every call a layer of its own"
-            findings.append(
-                Finding(layer=name, fault="reused", detail=detail, severity="note", advice=advice)
-            )
-        if positions and min(positions) == 1:
-            detail = (
-                "normalizes maps of a single position: with a batch of one it cannot be trained, "
-                "and example weights do not act there"
-            )
-            findings.append(
-                Finding(
-                    layer=name,
-                    fault="single-position",
-                    detail=detail,
-                    severity="note",
-                    advice="nothing",
-                )
-            )
-    return findings
+            found.append(finding(name, "reused", detail))
+        if min(positions) == 1:
+            no = "cannot be trained on a batch of one, and example weights have no effect"
+            found.append(finding(name, "single-position", f"has 1x1 feature maps: {no}"))
+    return found
 
 
 def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behaviour, list[Finding]]:
     """Run data through a model in both modes, and compare."""
     try:
         measured = residuals(model, batches)
-    except NumericError:  # from a layer below; that outputs are not finite is found on its own
+    except NumericError:  # of a layer further down; outputs that are not finite are found below
         measured = {}
     drifts = {name: (shift, ratio) for name, (ratio, shift) in measured.items()}
     evaluation = _pass(model, batches, training=False)
@@ -209,28 +154,56 @@ def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behavio
     seen = Behaviour(
         n_examples=evaluation.n,
         drifts=drifts,
-        top1=None if evaluation.right is None else len(evaluation.right.nonzero()) / evaluation.n,
-        top1_training=None
-        if training.right is None
-        else len(training.right.nonzero()) / training.n,
+        top1=evaluation.top1,
+        top1_training=training.top1,
         output_range=(evaluation.low, evaluation.high),
         output_range_training=(training.low, training.high),
     )
-    return seen, [*_drift_findings(drifts), *_mode_findings(seen, evaluation, training)]
+    faults = _mode_faults(evaluation, training)
+    return seen, [*_stale_layers(drifts), *(finding("", *fault) for fault in faults)]
 
 
-@dataclass(frozen=True)
-class _Seen:
+@dataclass
+class _Pass:
+    """One pass over the data: its outputs, and which examples were classified correctly."""
+
     n: int = 0
     low: float = math.inf
     high: float = -math.inf
     n_bad: int = 0
-    right: Tensor | None = None
+    parts: list[Tensor] = field(default_factory=list)
+
+    def add(self, batch: Any, n: int, output: Any) -> None:
+        """Take in the outputs of a batch of ``n`` examples."""
+        self.n += n
+        for tensor in runtime.tensors_in(output):
+            if tensor.is_floating_point():
+                finite = tensor[tensor.isfinite()].double()
+                self.n_bad += tensor.numel() - finite.numel()
+                if finite.numel():
+                    self.low = min(self.low, float(finite.min()))
+                    self.high = max(self.high, float(finite.max()))
+        try:
+            logits = runtime.logits_of(output)
+        except ModelError:
+            return
+        labels = labels_of(batch, n, logits.shape[1]) if len(logits) == n else None
+        if labels is not None:
+            self.parts.append(logits.argmax(1).cpu() == torch.as_tensor(labels))
+
+    @property
+    def right(self) -> Tensor | None:
+        """For each example whether it was classified correctly; ``None`` if not known of all."""
+        return torch.cat(self.parts) if self.parts and sum(map(len, self.parts)) == self.n else None
+
+    @property
+    def top1(self) -> float | None:
+        return None if self.right is None else len(self.right.nonzero()) / self.n
 
 
-def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Seen:
-    """One pass; in training the norms alone normalize by the batch, and nothing is kept of it."""
-    found, right = _Seen(), list[Tensor]()
+def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
+    """One pass; in training only the norm layers are in training mode, and all is restored."""
+    found = _Pass()
     snapshot = guards.Snapshot(model)
     try:
         with guards.inference(model):
@@ -241,98 +214,37 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Seen:
                 x = runtime.unpack(batch)[0]
                 n = len(x) if isinstance(x, Tensor) else 1
                 if training and n < 2:
-                    continue  # one example has no batch statistics where its maps are points
-                output = runtime.run(model, batch, runtime.device_of(model))
-                found = _with_output(found, n, output)
-                right += _right(output, batch, n)
+                    continue  # one example has no batch statistics on 1x1 feature maps
+                found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
     finally:
         snapshot.restore_()
-    complete = bool(right) and sum(map(len, right)) == found.n
-    return replace(found, right=torch.cat(right) if complete else None)
-
-
-def _with_output(seen: _Seen, n: int, output: Any) -> _Seen:
-    parts = [t.double().flatten() for t in runtime.tensors_in(output) if t.is_floating_point()]
-    values = torch.cat(parts) if parts else torch.zeros(0)
-    finite = values[values.isfinite()]
-    low = min(seen.low, float(finite.min())) if finite.numel() else seen.low
-    high = max(seen.high, float(finite.max())) if finite.numel() else seen.high
-    return _Seen(seen.n + n, low, high, seen.n_bad + values.numel() - finite.numel())
-
-
-def _right(output: Any, batch: Any, n: int) -> list[Tensor]:
-    """Which examples of a batch are classified rightly; nothing where that cannot be told."""
-    try:
-        logits = runtime.logits_of(output)
-    except ModelError:
-        return []
-    if len(logits) != n:
-        return []
-    labels = labels_of(batch, n, logits.shape[1])
-    return [] if labels is None else [logits.argmax(1).cpu() == torch.as_tensor(labels)]
-
-
-def _drift_findings(drifts: dict[str, tuple[float, float]]) -> list[Finding]:
-    found = []
-    for name, (shift, ratio) in drifts.items():
-        if not (shift <= _STALE_SHIFT and ratio <= _STALE_LOG_RATIO):
-            detail = (
-                f"stored means are {shift:.2g} deviations off those of the data, variances by a "
-                f"factor of {math.exp(min(ratio, 700)):.3g}, on average over the channels"
-            )
-            found.append(
-                Finding(
-                    layer=name, fault="stale", detail=detail, severity="warning", advice=RECALIBRATE
-                )
-            )
     return found
 
 
-def _mode_findings(seen: Behaviour, evaluation: _Seen, training: _Seen) -> list[Finding]:
-    found = []
+def _stale_layers(drifts: dict[str, tuple[float, float]]) -> Iterator[Finding]:
+    for name, (shift, ratio) in drifts.items():
+        if not (shift <= _STALE_SHIFT and ratio <= _STALE_LOG_RATIO):  # NaN is stale too
+            off = f"stored means are {shift:.2g} deviations off those of the data, variances by a"
+            factor = math.exp(min(ratio, 700))  # exp overflows above 709
+            yield finding(
+                name, "stale", f"{off} factor of {factor:.3g}, on average over the channels"
+            )
+
+
+def _mode_faults(evaluation: _Pass, training: _Pass) -> Iterator[Fault]:
     for mode, passed in (("evaluation", evaluation), ("training", training)):
         if passed.n_bad:
-            detail = f"{passed.n_bad} outputs in {mode} mode are not finite"
-            found.append(
-                Finding(
-                    layer="",
-                    fault="output-not-finite",
-                    detail=detail,
-                    severity="error",
-                    advice=RECALIBRATE,
-                )
-            )
-    if evaluation.right is not None and training.right is not None and training.n == evaluation.n:
-        gained = int((training.right & ~evaluation.right).sum())
-        lost = int((evaluation.right & ~training.right).sum())
-        # Paired: under no difference the two counts are alike, to the root of their sum.
+            yield "output-not-finite", f"{passed.n_bad} outputs in {mode} mode are not finite"
+    own = "the statistics of each batch"
+    before, after = evaluation.right, training.right
+    if before is not None and after is not None and training.n == evaluation.n:
+        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
+        # Paired: without a difference the counts agree to within the root of their sum.
         if gained - lost > 3 * math.sqrt(gained + lost):
-            detail = (
-                f"top-1 is {seen.top1:.3f} with the stored statistics and "
-                f"{seen.top1_training:.3f} with those of each batch: the stored ones do not fit"
-            )
-            found.append(
-                Finding(
-                    layer="",
-                    fault="modes-differ",
-                    detail=detail,
-                    severity="warning",
-                    advice=RECALIBRATE,
-                )
-            )
+            stored = f"top-1 is {evaluation.top1:.3f} with the stored statistics"
+            fit = "the stored ones do not fit"
+            yield "modes-differ", f"{stored} and {training.top1:.3f} with {own}: {fit}"
     widths = [max(abs(passed.low), abs(passed.high)) for passed in (evaluation, training)]
     if all(map(math.isfinite, widths)) and widths[0] > _RANGE_FACTOR * widths[1] > 0:
-        detail = (
-            f"outputs reach {widths[0]:.3g} in evaluation and {widths[1]:.3g} with the statistics "
-            "of each batch"
-        )
-        found.append(
-            Finding(
-                layer="",
-                fault="output-range",
-                detail=detail,
-                severity="warning",
-                advice=RECALIBRATE,
-            )
-        )
-    return found
+        reach = f"outputs reach {widths[0]:.3g} in evaluation and {widths[1]:.3g} with {own}"
+        yield "output-range", reach

@@ -1,10 +1,9 @@
-"""`inspect`: a checkpoint's norm layers and all that is found about them; changes nothing."""
+"""`inspect`: the norm layers of a checkpoint and their faults; it changes nothing."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from bnfix.checkpoints.loading import Loaded
 from bnfix.conversion import example_input, known_shape
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
-from bnfix.diagnosing.advice import Call
+from bnfix.diagnosing.advice import Call, Entry, mapping, read_history
 from bnfix.diagnosing.diagnosis import Finding, NormTensors, diagnose, gated, read_norms
 from bnfix.diagnosing.examination import Behaviour, examine_behaviour, examine_call, examine_model
-from bnfix.diagnosing.history import Entry, read_history
-from bnfix.layers.sites import find_norms, instance_norms
+from bnfix.layers.sites import NormSite, find_norms, instance_norms
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.recognition import data_record
 from bnfix.runtime import autocast, device_of
@@ -34,42 +32,30 @@ from bnfix.workbench import (
     resolve_preprocessing,
 )
 
-#: Examples that are run, where nothing else is asked for.
+#: Examples that are run by default.
 SAMPLES = 512
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was found about a checkpoint.
-
-    Args:
-        checkpoint: the file.
-        layers: its norm layers.
-        kinds: class name of each layer, where a model was given.
-        problems: reasons against a swap, where a model was given.
-        findings: what is or may be wrong, errors first.
-        behaviour: what the model does on data, where data were given.
-        data: spec, size and fingerprint of those.
-        told: the file's history.
-        notes: how the file was read, and what was assumed.
-    """
+    """The norm layers of a checkpoint, their faults, and the file's history."""
 
     checkpoint: Checkpoint
     layers: list[NormTensors]
-    kinds: dict[str, str]
-    problems: list[str]
-    findings: list[Finding]
-    behaviour: Behaviour | None
-    data: dict[str, Any] | None
-    told: list[Entry]
-    notes: list[str]
+    kinds: dict[str, str]  # class name of each layer, with a model
+    problems: list[str]  # reasons against a swap, with a model
+    findings: list[Finding]  # errors first
+    behaviour: Behaviour | None  # with data
+    data: dict[str, Any] | None  # their spec, size and fingerprint
+    commands: list[Entry]  # of the file's history
+    notes: list[str]  # how the file was read, and what was assumed
 
     def to_json(self) -> dict[str, Any]:
-        """The inspection as one object of JSON values; numbers may be other than finite."""
-        header = self.checkpoint.metadata or {}
-        history = header.get("history")
-        drifts = {} if self.behaviour is None else self.behaviour.drifts
+        """The object that ``inspect --json`` prints; its numbers may be NaN or infinite."""
+        history = (self.checkpoint.metadata or {}).get("history")
+        behaviour = None if self.behaviour is None else dataclasses.asdict(self.behaviour)
+        drifts = {} if behaviour is None else behaviour.pop("drifts")
         return {
             "bnfix": __version__,
             "command": "inspect",
@@ -90,12 +76,10 @@ class Inspection:
             ],
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "problems": self.problems,
-            "behaviour": None
-            if self.behaviour is None
-            else {k: v for k, v in dataclasses.asdict(self.behaviour).items() if k != "drifts"},
+            "behaviour": behaviour,
             "data": self.data,
             "history": history if isinstance(history, list) else [],
-            "commands": [dataclasses.asdict(told) for told in self.told],
+            "commands": [dataclasses.asdict(entry) for entry in self.commands],
         }
 
 
@@ -110,24 +94,19 @@ def inspect_checkpoint(
     seed: int = 0,
     track: Track = silent,
 ) -> Inspection:
-    """Find what is wrong with a checkpoint's norm layers, as far as what is given tells.
-
-    The file alone shows its statistics; the model its settings and, on a made-up input, how its
-    layers are called; data show what statistics should be, and what the model makes of them.
-    """
+    """Find the faults that the file shows, the model's settings and one call, and data if given."""
     recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
-    found = read_checkpoint(
-        path, key=recipe.key, prefix=recipe.prefix, prefer_ema=recipe.prefer_ema
-    )
-    notes, header = list(found.notes), found.metadata or {}
-    kinds: dict[str, str] = {}
-    frozen: dict[str, str] = {}
-    problems: list[str] = []
-    seen = _Seen()
     loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
+    found = (
+        read_checkpoint(path, key=recipe.key, prefix=recipe.prefix, prefer_ema=recipe.prefer_ema)
+        if loaded is None
+        else loaded.checkpoint
+    )
+    header = found.metadata or {}
+    layers = read_norms(found.tensors, mapping(header.get("norms")))
+    findings = diagnose(found.tensors, layers)
+    seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
     if loaded is not None:
-        found = loaded.checkpoint
-        notes = list(found.notes)
         sites = find_norms(loaded.model)
         kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
         frozen = {
@@ -135,74 +114,57 @@ def inspect_checkpoint(
             for site in sites
             if not site.problem and (site.frozen or site.is_put_to_rest(loaded.model))
         }
-        problems = [f"{site.name}: {site.problem}" for site in sites if site.problem]
-    norms = header.get("norms")
-    layers = read_norms(found.tensors, norms if isinstance(norms, dict) else None)
-    findings = diagnose(found.tensors, layers)
-    if loaded is not None:
+        # An InstanceNorm's running statistics follow other rules, so its tensors show no fault.
         findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
         findings += examine_model(loaded.model, layers)
         if data is None:
-            preprocessing, _ = resolve_preprocessing(loaded, source)
-            example = example_input(loaded.model, None, known_shape(loaded.model, preprocessing))
-            if example is None:
-                notes.append("the model could not be run on a made-up input; --data runs it")
-            else:
-                batch = Batch(example, None, np.arange(len(example)))
-                findings += examine_call(loaded.model, batch)
+            seen = _call(loaded, source)
         else:
             seen = _look(loaded, data, source, run, samples, seed, track)
-            findings += seen.findings
-            notes += seen.remarks
+        findings += seen.findings
     if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
         findings = [gated(finding) for finding in findings]
+    stated = mapping(header.get("model"))
+    spec, arguments = stated.get("spec"), mapping(stated.get("arguments"))
+    asks_model = recipe.model is None and not isinstance(spec, str)
+    if recipe.model is None and isinstance(spec, str) and not from_file_allowed(spec):
+        # Commands run no code that only a file names, so they must be given the model.
+        recipe = replace(recipe, model=spec, arguments=tuple(arguments.items()))
     call = Call(
         path=Path(path),
-        model=_stated_model(recipe, header),
+        model=recipe,
         data=data,
         source=source,
         run=run,
         seed=seed,
         samples=() if samples == SAMPLES else ("--samples", str(samples)),
-        knows_model=recipe.model is not None or _builds_itself(header),
-        labelled=data is None or seen.labelled,
+        asks_model=asks_model,
+        labelled=seen.labelled,
+        frozen=frozen,
     )
-    advice = [_taking_in(f.advice, frozen.get(f.layer, "")) for f in findings]
-    findings = [
-        dataclasses.replace(finding, advice=call.fill(text))
-        for finding, text in zip(findings, advice, strict=True)
-    ]
-    findings.sort(key=lambda finding: _ORDER[finding.severity])
-    history = header.get("history")
-    told = read_history(history if isinstance(history, list) else [])
+    findings = [replace(one, advice=call.fill(one)) for one in findings]
     return Inspection(
         checkpoint=found,
         layers=layers,
         kinds=kinds,
-        problems=problems,
-        findings=findings,
+        problems=[f"{site.name}: {site.problem}" for site in sites if site.problem],
+        findings=sorted(findings, key=lambda finding: _ORDER[finding.severity]),
         behaviour=seen.behaviour,
         data=seen.record,
-        told=told,
-        notes=notes,
+        commands=read_history(header.get("history")),
+        notes=[*found.notes, *seen.remarks],
     )
-
-
-def _taking_in(advice: str, flag: str) -> str:
-    """The advice for a frozen layer, which commands act on with this option only."""
-    acts = advice.endswith("-o OUT") and (flag == "--unfreeze" or "bnfix calibrate" in advice)
-    return advice.replace("--data DATA", f"--data DATA {flag}") if acts and flag else advice
 
 
 @dataclass(frozen=True)
 class _Seen:
-    """What data showed: findings and remarks, the record of the data, whether it has labels."""
+    """The faults that a run of the model shows, and the data that it ran on."""
 
     findings: tuple[Finding, ...] = ()
     remarks: tuple[str, ...] = ()
     behaviour: Behaviour | None = None
     record: dict[str, Any] | None = None
-    labelled: bool = False
+    labelled: bool = True
 
     @property
     def fits(self) -> bool:
@@ -212,6 +174,16 @@ class _Seen:
         if broken or seen is None or seen.top1 is None or seen.top1_training is None:
             return False
         return seen.top1 > seen.top1_training
+
+
+def _call(loaded: Loaded, source: DataRecipe) -> _Seen:
+    """Run the model once on a made-up input."""
+    preprocessing, _ = resolve_preprocessing(loaded, source)
+    example = example_input(loaded.model, None, known_shape(loaded.model, preprocessing))
+    if example is None:
+        return _Seen(remarks=("the model could not run on a made-up input; give --data",))
+    batch = Batch(example, None, np.arange(len(example)))
+    return _Seen(findings=tuple(examine_call(loaded.model, batch)))
 
 
 def _look(
@@ -248,29 +220,3 @@ def _look(
         record=data_record(images, index),
         labelled=images.labels is not None,
     )
-
-
-def _stated(header: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """The model that a header states, with its arguments."""
-    model: Any = header.get("model")
-    spec, arguments = (model.get("spec"), model.get("arguments")) if isinstance(model, dict) else (
-        None, None
-    )  # fmt: skip
-    return (
-        spec if isinstance(spec, str) else None,
-        arguments if isinstance(arguments, dict) else {},
-    )
-
-
-def _builds_itself(header: Mapping[str, Any]) -> bool:
-    """Whether commands need no --model, since the file states one that is built from its word."""
-    spec, _ = _stated(header)
-    return spec is not None and from_file_allowed(spec)
-
-
-def _stated_model(recipe: ModelRecipe, header: Mapping[str, Any]) -> ModelRecipe:
-    """The model as typed; where none was, one that the file states and commands must be given."""
-    spec, arguments = _stated(header)
-    if recipe.model is not None or spec is None or _builds_itself(header):
-        return recipe
-    return dataclasses.replace(recipe, model=spec, arguments=tuple(arguments.items()))
