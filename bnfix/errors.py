@@ -72,15 +72,7 @@ class ProcessError(BnfixError):
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
-    """Join names for a message: at most ``limit`` of them, then how many more there are.
-
-    Args:
-        names: what to list, in order.
-        limit: how many to spell out.
-
-    Returns:
-        For example ``a, b, c, d, e and 12 more``.
-    """
+    """Join names for a message: at most ``limit`` of them, then how many more there are."""
     shown = ", ".join(str(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 

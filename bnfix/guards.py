@@ -21,9 +21,6 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 def modes_kept(model: nn.Module) -> Iterator[None]:
     """Put every module's training flag back on leaving, each as it was.
 
-    Args:
-        model: flags of this module and all inside it.
-
     Restores:
         ``training`` of each module, also after an exception.
     """
@@ -39,12 +36,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def inference(model: nn.Module) -> Iterator[list[str]]:
     """Evaluation mode without gradients; all state of model and torch is put back on leaving.
-
-    Args:
-        model: the model to run inside.
-
-    Yields:
-        A list, filled on leaving: names of the buffers and attributes that forward changed.
 
     Restores:
         ``training`` of each module, buffers, attributes, torch's random state.
@@ -64,15 +55,7 @@ def random_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def state_kept(model: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[list[str]]:
-    """Put buffers and plain attributes back on leaving, also inside lists and dicts of a module.
-
-    Args:
-        model: forward may write to it.
-        but: modules that may change.
-
-    Yields:
-        A list, filled on leaving: names of what had changed.
-    """
+    """Put buffers and plain attributes back on leaving, also inside lists and dicts of a module."""
     left_out = {id(module) for module in but}
     # What shares memory with a parameter, or with what may change, goes with it.
     tensors = [*model.parameters(), *(b for module in but for b in module.buffers(recurse=False))]
@@ -90,10 +73,6 @@ def state_kept(model: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[list
 @contextmanager
 def only_these_require_grad(model: nn.Module, wanted: list[Tensor]) -> Iterator[None]:
     """Gradients for some of a model's tensors only.
-
-    Args:
-        model: whose parameters lose ``requires_grad`` for a while.
-        wanted: tensors that get it.
 
     Restores:
         ``requires_grad`` and gradient of every parameter, and of those wanted that are none; what
@@ -126,11 +105,7 @@ def exchange_(module: nn.Module, other: nn.Module) -> None:
 
 @contextmanager
 def hooks() -> Iterator[list[RemovableHandle]]:
-    """A list of hook handles, all removed on leaving.
-
-    Yields:
-        The list to append handles to.
-    """
+    """A list of hook handles, all removed on leaving."""
     handles: list[RemovableHandle] = []
     try:
         yield handles
@@ -142,9 +117,6 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seeded torch randomness inside, the state from before outside.
-
-    Args:
-        seed: for the CPU and all CUDA generators.
 
     Restores:
         The state of torch's CPU and CUDA generators.

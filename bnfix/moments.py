@@ -28,16 +28,6 @@ def mix(
     ``mean = sum w_k mean_k``, ``var = sum w_k (var_k + (mean_k - mean)^2)``. The mean is summed as
     differences from the first part, so parts far from 0 and close to each other lose nothing.
 
-    Args:
-        mean: the parts' means, any shape.
-        var: the parts' biased variances, the same shape.
-        weight: the parts' weights, non-negative, summing to 1 along ``dim``, broadcastable to
-            ``mean``; ``None`` weighs all parts equally.
-        dim: the axis or axes along which the parts lie; they are reduced.
-
-    Returns:
-        Mean and biased variance of the mixture, without the reduced axes.
-
     Example:
         >>> m, v = mix(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))
         >>> m.item(), v.item()
@@ -64,31 +54,14 @@ def mix(
 
 
 def example_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of every (example, channel), and the values centred by them.
-
-    Args:
-        values: ``(N, C, L)``, L positions, in the precision to compute in.
-
-    Returns:
-        Mean ``(N, C)``, biased variance ``(N, C)``, and ``values - mean`` ``(N, C, L)``, from which
-        the normalized output can be had without cancellation.
-    """
+    """Moments of every (example, channel), and the values centred by them."""
     mean = values.mean(-1)
     centred = values - mean.unsqueeze(-1)
     return mean, (centred * centred).mean(-1), centred
 
 
 def over_channel_groups(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mix moments ``(..., C)`` within each channel group; every channel gets its group's.
-
-    Args:
-        mean: ``(..., C)``.
-        var: biased, the same shape.
-        groups: a divisor of C.
-
-    Returns:
-        Mean and variance, the same shape.
-    """
+    """Mix moments ``(..., C)`` within each channel group; every channel gets its group's."""
     size = mean.shape[-1] // groups
     if size == 1:
         return mean, var
@@ -114,13 +87,6 @@ class Moments:
 
 def pool(parts: Sequence[Moments]) -> Moments:
     """Pool parts by their counts, in float64: batches, calls or ranks into a population.
-
-    Args:
-        parts: at least one; shapes equal.
-
-    Returns:
-        The moments of all values together, float64. Where nothing was counted: count, mean and
-        variance 0.
 
     Source:
         Chan, Golub, LeVeque (1979), for any number of parts at once.

@@ -37,11 +37,7 @@ class Preprocessing:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges, and that mean and std fit the channels.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges, and that mean and std fit the channels."""
         one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
         require(self.channels in (1, 3), f"channels: {self.channels}, expected 1 or 3.", "channels")
         require(type(self.bgr) is bool, f"bgr: {self.bgr!r}, expected true or false.", "bgr")

@@ -63,23 +63,12 @@ _n_joined = 0
 
 
 def here() -> Place:
-    """This process among those that work together.
-
-    Returns:
-        Rank 0 of 1 outside `joined`.
-    """
+    """This process among those that work together."""
     return _here
 
 
 def launched() -> Place:
-    """What the launcher (torchrun) says about this process, before it has joined the others.
-
-    Returns:
-        From ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.
-
-    Raises:
-        ConfigError: if one of them is not a number, or out of range.
-    """
+    """What the launcher (torchrun) says about this process, before it has joined the others."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     try:
         place = Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
@@ -93,11 +82,7 @@ def launched() -> Place:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its launch that speaks to the terminal.
-
-    Returns:
-        True for the first, and for one alone.
-    """
+    """Whether this process is the one of its launch that speaks to the terminal."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
@@ -107,12 +92,6 @@ def joined() -> Iterator[Place]:
 
     Inside, `recalibrate_`, `evaluate`, `choose_example_weight_` and `finetune_` take the batches of
     all ranks together: each rank gives its own, and all get the same answer.
-
-    Yields:
-        This process's place.
-
-    Raises:
-        ProcessError: if the others cannot be reached.
 
     Restores:
         The process group, if it was made here.
@@ -157,14 +136,7 @@ def joined() -> Iterator[Place]:
 
 
 def gather(value: T) -> list[T]:
-    """One value of each rank, on all of them.
-
-    Args:
-        value: anything that can be pickled; tensors on the CPU.
-
-    Returns:
-        By rank.
-    """
+    """One value of each rank, on all of them."""
     if not _here.shared:
         return [value]
     found: list[Any] = [None] * _here.size
@@ -173,17 +145,7 @@ def gather(value: T) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """Do something on every rank; an error of one is an error of all.
-
-    Args:
-        work: this rank's part.
-
-    Returns:
-        What each rank's work gave.
-
-    Raises:
-        BnfixError: the first rank's that has one, on every rank.
-    """
+    """Do something on every rank; an error of one is an error of all."""
     if not _here.shared:
         return [work()]
     error: BnfixError | None = None
@@ -200,14 +162,7 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def in_step(batches: Iterable[T]) -> Iterator[T | None]:
-    """Go through this rank's batches side by side with the others'.
-
-    Args:
-        batches: of this rank; the numbers may differ.
-
-    Yields:
-        A batch, or ``None`` while only others have one.
-    """
+    """Go through this rank's batches side by side with the others'."""
     if not _here.shared:
         yield from batches
         return
@@ -225,9 +180,6 @@ def in_step(batches: Iterable[T]) -> Iterator[T | None]:
 def sum_(tensors: Sequence[Tensor]) -> None:
     """Sum tensors over the ranks.
 
-    Args:
-        tensors: of the same shapes on every rank, and of one type and device.
-
     Changes:
         The tensors.
     """
@@ -243,14 +195,6 @@ def backward_(
     losses: Sequence[Callable[[], Tensor]], counts: Sequence[int], tensors: Iterable[Tensor]
 ) -> float:
     """Gradients of the mean loss over the examples of all ranks.
-
-    Args:
-        losses: each gives the mean over some of this rank's examples; not called for none.
-        counts: how many examples.
-        tensors: what the gradients are wanted of; the same on every rank.
-
-    Returns:
-        The mean loss over all examples.
 
     Changes:
         ``grad`` of the tensors.
@@ -282,24 +226,13 @@ def backward_(
 
 
 def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
-    """What was dealt one by one, put together again.
-
-    Args:
-        parts: of each rank, in order.
-
-    Returns:
-        The first of every rank, the second of every rank, and so on.
-    """
+    """What was dealt one by one, put together again."""
     longest = max(map(len, parts), default=0)
     return [part[k] for k in range(longest) for part in parts if k < len(part)]
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first to end with an error, so that it should say so.
-
-    Returns:
-        True for one of the ranks; also where the others cannot be asked.
-    """
+    """Whether this process is the first to end with an error, so that it should say so."""
     if not _here.shared:
         return True
     try:

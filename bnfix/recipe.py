@@ -33,15 +33,7 @@ TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text, which the command line shows.
-
-    Args:
-        default: the field's default.
-        help: one sentence for ``--help``.
-
-    Returns:
-        The dataclass field.
-    """
+    """A dataclass field with its help text, which the command line shows."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -52,31 +44,13 @@ def require(condition: bool, message: str, name: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Check that every generator takes a seed.
-
-    Args:
-        seed: of torch, numpy and the splits.
-
-    Raises:
-        ConfigError: if it is out of range.
-    """
+    """Check that every generator takes a seed."""
     ok = 0 <= seed < 2**63
     require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
 
 
 def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
-    """Read a corruption of images.
-
-    Args:
-        text: ``kind:severity``, such as ``blur:2``.
-        where: what gave it, for the message.
-
-    Returns:
-        Kind and severity.
-
-    Raises:
-        ConfigError: if there is no such kind or severity.
-    """
+    """Read a corruption of images."""
     kind, _, severity = text.partition(":")
     known = kind in CORRUPTIONS and severity in map(str, SEVERITIES)
     require(
@@ -108,11 +82,7 @@ class SwapRecipe:
     skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges."""
         one_of(self.to, tuple(KINDS), "--to")
         a = self.example_weight
         require(
@@ -134,11 +104,7 @@ class AverageRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check numbers and ranges.
-
-        Raises:
-            ConfigError: if there is nothing to average, or the weights do not fit the files.
-        """
+        """Check numbers and ranges."""
         n = len(self.files) + 1
         require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
         require(
@@ -180,11 +146,7 @@ class StatisticsRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges and combinations.
-
-        Raises:
-            ConfigError: if a value is out of range, or train-batch has no batch size.
-        """
+        """Check ranges and combinations."""
         one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
         one_of(self.feed, ("batch", "sequential"), "--feed")
         b = self.train_batch_size
@@ -231,11 +193,7 @@ class WeightRecipe:
     start: float = option(0.05, "Least weight from which learning starts.")
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges."""
         a = self.example_weight
         if isinstance(a, str):
             one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
@@ -291,11 +249,7 @@ class FinetuneRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges and combinations.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges and combinations."""
         one_of(self.train, TRAINED, "--train")
         one_of(self.statistics, ("frozen", "train"), "--statistics")
         one_of(self.example_weight, ("keep", "learn"), "--example-weight")
@@ -335,11 +289,7 @@ class GateRecipe:
     seed: int = option(0, "Seed of the split and of every random choice.")
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges."""
         ok = self.z >= 0 and math.isfinite(self.z)
         require(ok, f"--z: {self.z}, expected 0 or more standard errors.", "z")
         check_seed(self.seed)
@@ -359,11 +309,7 @@ class RunOptions:
     workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges."""
         one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
         b = self.batch_size
         require(b is None or b >= 1, f"--batch-size: {b}, expected 1 or more.", "batch_size")
@@ -453,11 +399,7 @@ class DataRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check choices.
-
-        Raises:
-            ConfigError: if a value is not known.
-        """
+        """Check choices."""
         one_of(self.labels, ("auto", "none"), "--labels")
         if self.corrupt is not None:
             check_corruption(self.corrupt)

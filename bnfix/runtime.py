@@ -36,18 +36,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device that an option means.
-
-    Args:
-        text: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``. Of several
-            processes each has its own ``cuda``.
-
-    Returns:
-        The device.
-
-    Raises:
-        ConfigError: if it is not known or not there.
-    """
+    """The device that an option means."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cuda" and processes.here().shared and torch.cuda.is_available():
@@ -97,32 +86,14 @@ def exact_float32() -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors lie.
-
-    Args:
-        model: the first parameter or buffer decides.
-
-    Returns:
-        That device; the CPU for a model without tensors.
-    """
+    """Where a model's tensors lie."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context for a precision.
-
-    Args:
-        device: where the model runs.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-
-    Returns:
-        Autocast for the half types, nothing for fp32.
-
-    Raises:
-        ConfigError: if the precision is not known.
-    """
+    """The context for a precision."""
     if precision == "fp32":
         return nullcontext()
     if precision not in _AUTOCAST:
@@ -210,15 +181,7 @@ def _like_labels(value: Any) -> bool:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """Move tensors inside tuples, lists and mappings; leave the rest.
-
-    Args:
-        value: a tensor or a nest of them.
-        device: where to.
-
-    Returns:
-        The same nest with its tensors there.
-    """
+    """Move tensors inside tuples, lists and mappings; leave the rest."""
     # A packed sequence is a named tuple too, but its lengths must stay on the CPU.
     if isinstance(value, Tensor | PackedSequence):
         movable: Any = value
@@ -397,27 +360,12 @@ def n_examples_of(batch: Any) -> int:
 
 
 def pass_of(batches: Batches, k: int) -> Iterable[Any]:
-    """The batches of the k-th pass.
-
-    Args:
-        batches: an iterable, the same for every pass, or a callable that gives the k-th.
-        k: which pass, from 0.
-
-    Returns:
-        An iterable of batches.
-    """
+    """The batches of the k-th pass."""
     return batches(k) if callable(batches) else batches
 
 
 def again(batches: Batches) -> Batches:
-    """Batches that can be gone through more than once.
-
-    Args:
-        batches: an iterator that runs dry is read into a list; all else stays as it is.
-
-    Returns:
-        Something to iterate over repeatedly.
-    """
+    """Batches that can be gone through more than once."""
     # Not `iter(batches) is batches`: asking a loader for an iterator starts its workers.
     return list(batches) if isinstance(batches, Iterator) else batches
 
@@ -425,19 +373,7 @@ def again(batches: Batches) -> Batches:
 def hold_out(
     batches: Batches, held: Iterable[Any] | None, *, every: int
 ) -> tuple[Batches, Iterable[Any]]:
-    """Set every n-th batch aside, unless something is set aside already.
-
-    Args:
-        batches: what to take from; read into a list where nothing is set aside yet.
-        held: what is set aside already, read into a list if it is an iterator; or ``None``.
-        every: n.
-
-    Returns:
-        What is left, and what is set aside.
-
-    Raises:
-        DataError: if there are fewer than 2 batches to divide.
-    """
+    """Set every n-th batch aside, unless something is set aside already."""
     if held is not None:
         return again(batches), list(held) if isinstance(held, Iterator) else held
     everything = list(pass_of(batches, 0))

@@ -16,14 +16,7 @@ _WIDE = 1 << 10
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of columns from sums and sums of squares, without gradients.
-
-    Args:
-        values: contiguous ``(N, L, C)``.
-
-    Returns:
-        Mean and biased variance ``(N, C)``; digits are lost where a mean is far from 0.
-    """
+    """Moments of columns from sums and sums of squares, without gradients."""
     n, positions, channels = values.shape
     if positions * channels < _LARGE_EXAMPLE:
         mean = values.mean(1)
@@ -50,14 +43,6 @@ def scale(
     values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
 ) -> None:
     """Scale and shift columns, without gradients.
-
-    Args:
-        values: contiguous ``(N, L, C)``.
-        mu: to subtract ``(N, C)``.
-        var: to divide by the square root of ``(N, C)``.
-        gamma: scale ``(C,)`` or ``None``.
-        beta: shift ``(C,)`` or ``None``.
-        into: contiguous ``(N, L, C)``; may be ``values``.
 
     Changes:
         ``into``.

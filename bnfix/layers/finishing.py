@@ -46,14 +46,7 @@ class Finish(NamedTuple):
         return self.done_to(output)
 
     def of(self, part: slice) -> Finish:
-        """The same for some examples.
-
-        Args:
-            part: which.
-
-        Returns:
-            With their part of the residual.
-        """
+        """The same for some examples."""
         return self if self.residual is None else self._replace(residual=self.residual[part])
 
 
@@ -61,14 +54,7 @@ NOTHING = Finish()
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """How an activation is done in place.
-
-    Args:
-        module: of torch.nn; a subclass may do something else and is not known.
-
-    Returns:
-        A function that changes a tensor, value by value; ``None`` if the module is not known.
-    """
+    """How an activation is done in place."""
     if type(module) is nn.LeakyReLU:
         return partial(F.leaky_relu, negative_slope=module.negative_slope, inplace=True)
     return _MODULES.get(type(module))

@@ -76,14 +76,7 @@ class Terms(NamedTuple):
         return self.mean, self.var, self.example_weight, self.gamma, self.beta
 
     def cast(self, dtype: torch.dtype) -> Terms:
-        """Convert every tensor.
-
-        Args:
-            dtype: of the statistics.
-
-        Returns:
-            The same terms in that type.
-        """
+        """Convert every tensor."""
         if all(t is None or t.dtype == dtype for t in self.tensors()):
             return self
         return self._replace(
@@ -95,15 +88,7 @@ class Terms(NamedTuple):
         )
 
     def channels(self, index: Tensor, of: int) -> Terms:
-        """Select channels, whole groups of them.
-
-        Args:
-            index: channels to keep.
-            of: channels that there are.
-
-        Returns:
-            The terms of those channels.
-        """
+        """Select channels, whole groups of them."""
         kept = [None if t is None or t.ndim == 0 else t[index] for t in self.tensors()]
         mean, var, weight, gamma, beta = kept
         return Terms(
@@ -113,14 +98,7 @@ class Terms(NamedTuple):
 
 
 def values_of(input: Tensor) -> Tensor:
-    """View an input for its statistics.
-
-    Args:
-        input: ``(N, C)`` or ``(N, C, *spatial)``.
-
-    Returns:
-        ``(N, C, L)``, L positions; in float32 where the input is of half precision.
-    """
+    """View an input for its statistics."""
     values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
     return values.float() if input.dtype in (torch.float16, torch.bfloat16) else values
 
@@ -133,19 +111,7 @@ def affine(
     beta: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Scale and shift centred values.
-
-    Args:
-        centred: ``(N, C, L)``, values less some mean.
-        offset: ``(N, C)``, that mean less mu.
-        var: ``(N, C)``, to divide by.
-        gamma: scale ``(C,)`` or ``None``.
-        beta: shift ``(C,)`` or ``None``.
-        eps: added to the variance.
-
-    Returns:
-        ``gamma (centred + offset) / sqrt(var + eps) + beta``, ``(N, C, L)``.
-    """
+    """Scale and shift centred values."""
     scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma.to(scale.dtype)
@@ -156,15 +122,7 @@ def affine(
 
 
 def plain(input: Tensor, terms: Terms) -> Tensor:
-    """Evaluate by the formula, centring each (example, channel) by its own mean.
-
-    Args:
-        input: ``(N, C)`` or ``(N, C, *spatial)``.
-        terms: see `Terms`.
-
-    Returns:
-        The same shape, dtype and memory format; differentiable in everything.
-    """
+    """Evaluate by the formula, centring each (example, channel) by its own mean."""
     values = values_of(input)
     mean, var, centred = example_moments(values)
     cast = terms.cast(values.dtype)
@@ -209,15 +167,7 @@ def _fits_shift(input: Tensor, terms: Terms) -> bool:
 
 
 def has_rows(input: Tensor) -> bool:
-    """Say whether `rows` may take an input, gradients and all.
-
-    Args:
-        input: of a layer, any shape.
-
-    Returns:
-        Whether it is contiguous on a CPU, of single or double precision, with positions, and
-        nothing but reverse-mode autograd looks on.
-    """
+    """Say whether `rows` may take an input, gradients and all."""
     if torch.compiler.is_compiling() or not _is_ordinary(input):
         return False
     if input.device.type != "cpu" or not input.is_contiguous():

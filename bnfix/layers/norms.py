@@ -313,14 +313,7 @@ class GeneralizedBatchNormAct(GeneralizedBatchNorm):
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize, drop, activate.
-
-        Args:
-            input: ``(N, C, *spatial)``.
-
-        Returns:
-            The same shape.
-        """
+        """Normalize, drop, activate."""
         activated: Tensor = self.act(self.drop(super().forward(input)))
         return activated
 
@@ -346,14 +339,7 @@ def _over_runs(mean: Tensor, var: Tensor, n_runs: int, groups: int) -> tuple[Ten
 
 
 def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchNorm]]:
-    """Every GeneralizedBatchNorm of a model under its first dotted name, in order.
-
-    Args:
-        model: any module; a layer by itself has the name "".
-
-    Yields:
-        Name and layer.
-    """
+    """Every GeneralizedBatchNorm of a model under its first dotted name, in order."""
     for name, module in model.named_modules():
         if isinstance(module, GeneralizedBatchNorm):
             yield name, module
@@ -396,14 +382,6 @@ def trainable_weights(
     layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float
 ) -> Iterator[dict[str, Tensor]]:
     """Let the example weights of some layers take gradients for a while.
-
-    Args:
-        layers: by name.
-        granularity: ``layer`` (one weight each) or ``channel``.
-        start: weights below this start here, since learning from exactly 0 is slow to begin.
-
-    Yields:
-        The leaf tensors by layer name; the caller keeps them in [0, 1].
 
     Restores:
         The buffers and flags as they were; what was learned is the caller's to set.

@@ -76,11 +76,7 @@ class Refitting:
     kept: bool = True
 
     def describe(self) -> str:
-        """Say it in one sentence.
-
-        Returns:
-            The sentence.
-        """
+        """Say it in one sentence."""
         worst = max(self.layers, key=lambda layer: layer.residual)
         mean = sum(layer.residual for layer in self.layers) / len(self.layers)
         left = f"; not fitted: {some(self.not_fitted)}" if self.not_fitted else ""
@@ -115,23 +111,6 @@ def refit_(
     place, by least squares per channel. Needs no labels. One pass over the batches for each layer
     through both nets, up to that layer. A layer that is called more than once is fitted to all its
     calls together, as the later ones are with its old scale and shift.
-
-    Args:
-        model: converted from the original; its layers keep their names.
-        original: as it was before; only read.
-        batches: gone through once for each layer, in the same order; an iterator is read into a
-            list.
-        layers: names of layers to fit; by default all whose example weight is above 0.
-        samples: stop each pass after the batch with which this number of examples is reached.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-
-    Returns:
-        How close each layer came.
-
-    Raises:
-        NormError: if there is no layer to fit, or the original lacks one of them.
-        DataError: if there are no examples, or the nets call the layers differently.
-        NumericError: if a layer's values are not finite.
 
     Changes:
         ``weight`` and ``bias`` of the layers, in place; nothing after an exception.

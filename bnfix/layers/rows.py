@@ -42,15 +42,7 @@ def mean_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
-    """Say whether moments from sums of squares are good enough.
-
-    Args:
-        mean: ``(N, C)``, from `moments`.
-        var: what will be divided by, likewise.
-
-    Returns:
-        Whether ``mean^2 <= LOST var`` everywhere; not where anything is not a number.
-    """
+    """Say whether moments from sums of squares are good enough."""
     mean, var = mean.detach(), var.detach()
     return bool((mean.square() <= LOST * var).all())
 
@@ -59,14 +51,6 @@ def scale(
     values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
 ) -> None:
     """Scale and shift rows, without gradients.
-
-    Args:
-        values: contiguous ``(N, C, L)``.
-        mu: to subtract ``(N, C)``.
-        var: to divide by the square root of ``(N, C)``.
-        gamma: scale ``(C,)`` or ``(N, C)``, or ``None``.
-        beta: shift, likewise.
-        into: contiguous ``(N, C, L)``; may be ``values``.
 
     Changes:
         ``into``.
@@ -82,14 +66,7 @@ def scale(
 
 
 def differentiable_moments(input: Tensor) -> tuple[Tensor, Tensor]:
-    """`moments`, with gradients.
-
-    Args:
-        input: contiguous ``(N, C, *spatial)``.
-
-    Returns:
-        Mean and biased variance ``(N, C)``.
-    """
+    """`moments`, with gradients."""
     mean, var = _Moments.apply(input)
     return mean, var
 
@@ -97,18 +74,7 @@ def differentiable_moments(input: Tensor) -> tuple[Tensor, Tensor]:
 def differentiable_scale(
     input: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None
 ) -> Tensor:
-    """`scale`, with gradients.
-
-    Args:
-        input: contiguous ``(N, C, *spatial)``.
-        mu: to subtract ``(N, C)``.
-        var: to divide by the square root of ``(N, C)``.
-        gamma: scale ``(C,)`` or ``None``.
-        beta: shift ``(C,)`` or ``None``.
-
-    Returns:
-        A new tensor of the input's shape.
-    """
+    """`scale`, with gradients."""
     n = input.shape[0]
     gamma, beta = (None if t is None else t.expand(n, -1) for t in (gamma, beta))
     output: Tensor = _Scaled.apply(input, mu, var, gamma, beta)

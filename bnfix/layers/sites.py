@@ -135,16 +135,7 @@ def instance_norms(model: nn.Module) -> dict[str, str]:
 
 
 def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
-    """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``.
-
-    Args:
-        site: the place, by any of its names.
-        layers: globs; none means all.
-        skip: globs.
-
-    Returns:
-        True if it is to be worked on.
-    """
+    """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``."""
 
     def matches(patterns: Sequence[str]) -> bool:
         names = (site.name, *site.aliases)
@@ -154,15 +145,7 @@ def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool
 
 
 def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
-    """Which patterns match no norm layer: each is most likely a slip of the pen.
-
-    Args:
-        sites: from `find_norms`.
-        patterns: globs on dotted names.
-
-    Returns:
-        One problem for each such pattern.
-    """
+    """Which patterns match no norm layer: each is most likely a slip of the pen."""
     names = [name for site in sites for name in (site.name, *site.aliases)]
     known = some(names) or "none"
     return [
@@ -179,14 +162,7 @@ def _near(pattern: str, names: Sequence[str]) -> str:
 
 
 def is_timm_act(module: nn.Module) -> bool:
-    """Whether a module is one of timm's Batch Norms with an activation.
-
-    Args:
-        module: any module.
-
-    Returns:
-        True by where its class comes from; timm need not be installed.
-    """
+    """Whether a module is one of timm's Batch Norms with an activation."""
     kind = type(module)
     return kind.__module__.startswith("timm.") and kind.__name__ in _TIMM_ACT
 
@@ -250,14 +226,6 @@ def sites_with_statistics(
 
     A layer of a kind not known is one of them if it derives from Batch Norm and has its forward;
     whatever else holds ``running_mean`` and ``running_var`` may mean something else by them.
-
-    Args:
-        model: any module.
-        layers: only names that match one of these globs.
-        skip: not names that match one of these globs.
-
-    Yields:
-        Sites that keep moments, are not frozen, and are selected.
     """
     for site in find_norms(model):
         known = not site.problem or isinstance(site.module, BatchNormBase)

@@ -71,15 +71,7 @@ class SwapPlan:
 
 
 def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
-    """Plan the swap of every norm layer; no effect on the model.
-
-    Args:
-        model: any module.
-        recipe: the kind wanted, its overrides, and which layers.
-
-    Returns:
-        Changes, problems, what is skipped and why.
-    """
+    """Plan the swap of every norm layer; no effect on the model."""
     recipe = recipe or SwapRecipe()
     changes: list[Change] = []
     problems: list[str] = []
@@ -170,17 +162,6 @@ def swap_norms_(
 
 def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
     """Do what a plan says; see `swap_norms_`.
-
-    Args:
-        model: the model that was planned for.
-        plan: from `plan_swap`.
-
-    Returns:
-        The plan with the measured difference of every layer.
-
-    Raises:
-        NormError: with all problems at once, or if the plan is of another model; the model is then
-            untouched.
 
     Changes:
         The modules of ``model``, in place.
