@@ -92,8 +92,8 @@ class Terms(NamedTuple):
         kept = [None if t is None or t.ndim == 0 else t[index] for t in self.tensors()]
         mean, var, weight, gamma, beta = kept
         return Terms(
-            mean, var, self.example_weight if weight is None else weight, gamma, beta, self.eps,
-            self.channel_groups * len(index) // of, self.shiftable,
+            mean=mean, var=var, example_weight=self.example_weight if weight is None else weight, gamma=gamma, beta=beta, eps=self.eps,
+            channel_groups=self.channel_groups * len(index) // of, shiftable=self.shiftable,
         )  # fmt: skip
 
 
@@ -251,8 +251,8 @@ def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
     if not _fits_shift(input, terms):
         return finish(plain(input, terms))
     # A device may compile one of these and fail at another.
-    case = _Case(input.device, input.dtype, input.is_contiguous(), input.dim(),
-                 terms.example_weight.ndim, residual is not None, finish.activation)  # fmt: skip
+    case = _Case(device=input.device, dtype=input.dtype, by_rows=input.is_contiguous(), dims=input.dim(),
+                 weight_dims=terms.example_weight.ndim, has_residual=residual is not None, activation=finish.activation)  # fmt: skip
     return _compiled(input, terms, finish) if _proved(case) else finish(plain(input, terms))
 
 
@@ -296,7 +296,16 @@ def _proved(case: _Case) -> bool:
     x = x if case.by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
     mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=x.device) for _ in range(5))
     weight = weight if case.weight_dims else weight[0].clone()
-    terms = Terms(mean, var, weight, gamma, beta, 1e-5, 3, shiftable=True)
+    terms = Terms(
+        mean=mean,
+        var=var,
+        example_weight=weight,
+        gamma=gamma,
+        beta=beta,
+        eps=1e-5,
+        channel_groups=3,
+        shiftable=True,
+    )
     finish = Finish(x.clone() if case.has_residual else None, case.activation)
     try:
         made, expected = _compiled(x.clone(), terms, finish), finish(plain(x, terms))

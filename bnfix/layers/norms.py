@@ -206,8 +206,8 @@ class GeneralizedBatchNorm(BatchNormBase):
         """What evaluation mixes with the example's moments, and applies."""
         mean, var = (None, None) if self.running_mean is None else self._population()
         return kernels.Terms(
-            mean, var, self.example_weight, self.weight, self.bias, self.eps, self.channel_groups,
-            self._shiftable,
+            mean=mean, var=var, example_weight=self.example_weight, gamma=self.weight, beta=self.bias, eps=self.eps, channel_groups=self.channel_groups,
+            shiftable=self._shiftable,
         )  # fmt: skip
 
     def _by_runs(self, input: Tensor) -> Tensor:

@@ -149,12 +149,12 @@ def refit_(
         snapshot.restore_()
     done = {record.name for record in records}
     return Refitting(
-        tuple(records),
-        fit.n_examples,
-        tuple(name for name in wanted if name not in done),
-        time.perf_counter() - started,
-        (first, last),
-        kept,
+        layers=tuple(records),
+        n_examples=fit.n_examples,
+        not_fitted=tuple(name for name in wanted if name not in done),
+        seconds=time.perf_counter() - started,
+        distance=(first, last),
+        kept=kept,
     )
 
 

@@ -156,7 +156,14 @@ def swap_norms_(
         >>> swap_norms_(net).changes[0].name
         '1'
     """
-    recipe = SwapRecipe(to, example_weight, ghost_size, channel_groups, tuple(layers), tuple(skip))
+    recipe = SwapRecipe(
+        to=to,
+        example_weight=example_weight,
+        ghost_size=ghost_size,
+        channel_groups=channel_groups,
+        layers=tuple(layers),
+        skip=tuple(skip),
+    )
     return swap_planned_(model, plan_swap(model, recipe))
 
 
@@ -248,7 +255,14 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         groups = gcd(channels, 32) if kind_groups == "gcd32" else channels
     weight = kind_weight if recipe.example_weight is None else recipe.example_weight
     ghost = recipe.ghost_size or kind_ghost
-    change = Change(site.name, site.kind, channels, groups, ghost, weight)
+    change = Change(
+        name=site.name,
+        kind=site.kind,
+        channels=channels,
+        channel_groups=groups,
+        ghost_size=ghost,
+        example_weight=weight,
+    )
     problems = []
     if channels % groups:
         problems.append(
