@@ -34,6 +34,20 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def tensors_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """All tables of parameters and buffers; these and the modes are put back on leaving."""
+    parts = list(model.modules())
+    tables: list[Any] = [table for m in parts for table in (m._parameters, m._buffers)]
+    own = [dict(table) for table in tables]
+    try:
+        with modes_kept(model):
+            yield tables
+    finally:
+        for table, tensors in zip(tables, own, strict=True):
+            table.update(tensors)
+
+
+@contextmanager
 def inference(model: nn.Module) -> Iterator[list[str]]:
     """Evaluation mode without gradients; all state of model and torch is put back on leaving.
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bnfix import ModelError, find_norms, set_example_weight_, swap_norms_
 from bnfix.layers import kernels
-from bnfix.layers.finishing import Finish
+from bnfix.layers.kernels import Finish
 from bnfix.production.fusing import FusedNorm, fused
 from bnfix.production.prepacked import PrepackedConv, prepacked
 from bnfix.runtime import set_forward_

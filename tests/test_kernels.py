@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bnfix.layers import kernels
-from bnfix.layers.finishing import NOTHING, Finish, hardswish_
+from bnfix.layers.kernels import NOTHING, Finish, hardswish_
 from bnfix.layers.norms import GeneralizedBatchNorm
 
 LAYOUTS = ("contiguous", "channels last", "strided", "transposed", "sliced channels")
@@ -314,10 +314,10 @@ def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkey
         y = kernels._on_cuda(x, terms, finish)
         assert torch.equal(x, before)
         assert (y.dtype, y.stride()) == (x.dtype, x.stride())
-        close(y, finish(oracle(x, terms)), ratio=ratio)
+        close(y, finish.apply(oracle(x, terms)), ratio=ratio)
         x[0, 1].fill_(float("nan"))
         y = kernels._on_cuda(x, terms, finish)
-        assert torch.equal(y.isnan(), finish(kernels.plain(x, terms)).isnan())
+        assert torch.equal(y.isnan(), finish.apply(kernels.plain(x, terms)).isnan())
     assert kernels._proved.cache_info().currsize == 6
     assert "is not used" not in caplog.text
     assert backend.frame_count == 6
@@ -326,7 +326,7 @@ def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkey
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor's kernels for CPUs need g++")
 def test_inductor_s_kernel_equals_the_plain_form(fresh, caplog):
     x, terms, finish, ratio = list(compiled_cases())[7]
-    close(kernels._on_cuda(x, terms, finish), finish(oracle(x, terms)), ratio=ratio)
+    close(kernels._on_cuda(x, terms, finish), finish.apply(oracle(x, terms)), ratio=ratio)
     assert kernels._proved.cache_info().currsize == 1
     assert "is not used" not in caplog.text
 
@@ -342,7 +342,7 @@ def test_what_the_compiled_form_does_not_know_is_done_around_it(monkeypatch):
     flipped = torch.randn(2, 3, 6, 6).transpose(-1, -2)
     leaky = functools.partial(torch.nn.functional.leaky_relu, negative_slope=0.2, inplace=True)
     for finish in (Finish(flipped, torch.relu_), Finish(x, leaky), Finish(flipped, leaky)):
-        close(kernels._on_cuda(x, terms, finish), finish(oracle(x, terms)))
+        close(kernels._on_cuda(x, terms, finish), finish.apply(oracle(x, terms)))
     assert [given[2] for given in seen] == [NOTHING, Finish(x), NOTHING]
     seen.clear()
     far = terms._replace(shiftable=False)  # a weight so near 1 that the shift may cost digits

@@ -18,6 +18,7 @@ from bnfix.layers.sites import find_norms, selected, sites_with_statistics, unma
 from bnfix.layers.surgery import plan_swap, swap_norms_, swap_planned_, unfreeze_
 from bnfix.recipe import SwapRecipe
 from bnfix.statistics.calibration import recalibrate_, residuals
+from bnfix.weighing.example_weight import choose_example_weight_
 from tests import nets
 
 
@@ -266,12 +267,17 @@ def test_refused_settings(options, found):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_model_is_refused_by_name():
     net = torch.jit.script(nets.bn1d())
-    for refuses in (swap_norms_, lambda model: recalibrate_(model, [torch.randn(4, 5)])):
+    for refuses in (
+        swap_norms_,
+        lambda model: recalibrate_(model, [torch.randn(4, 5)]),
+        lambda model: set_example_weight_(model, 0.1),
+        lambda model: choose_example_weight_(model, [torch.randn(4, 5)]),
+    ):
         with pytest.raises(
             NormError, match=r"^model: a RecursiveScriptModule, which is TorchScript"
         ):
             refuses(net)
-        with pytest.raises(NormError, match=r"0\.1: is TorchScript"):
+        with pytest.raises(NormError, match=r"^(norm layers: 0\.1|0): is TorchScript"):
             refuses(nn.Sequential(net))
 
 

@@ -1,8 +1,8 @@
 """Fast evaluation of the example-aware layer, each way with the plain form as fallback and oracle.
 
-A stock layer reads its input once and writes its output once. Here the input is read before that,
-for its own moments, and what is won is won by reading it no more often than that. Per example and
-channel, p and v the population's moments, m and s the example's, a the example weight:
+A stock layer makes one read and one write. The example's moments need one extra read; these kernels
+make no more than that. Per example and channel, p and v the population's moments, m and s the
+example's, a the example weight:
 
     mu  = p + a (m - p)
     var = (1-a) v + a (s + (1-a) (m - p)^2)
@@ -11,14 +11,15 @@ channel, p and v the population's moments, m and s the example's, a the example 
 Three ways beside the plain form:
 
     CPU, eager     s from the sum of squares, then one pass. Squares lose digits where m is far from
-                   0 beside the mixture's spread: each channel is checked, and those that fail are
-                   done over by the plain form.
+                   0 beside the mixture's spread: each channel is checked, and those that fail go
+                   by the plain form.
     compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
                    cancel unless a is near 1, where the plain form is taken. No graph breaks.
     CUDA, eager    the compiled form, its kernel written by Inductor; where that fails or differs
                    from the plain form at its first use, the plain form.
 
-With gradients, contiguous inputs on a CPU go by `rows`, all others by the plain form.
+With gradients, contiguous inputs on a CPU go by `rows`, all others by the plain form. An epilogue
+(`Finish`) is done in place while the output is still in the cache.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bnfix._torch_private import is_forward_differentiated, is_transformed
-from bnfix.layers import columns, rows
-from bnfix.layers.finishing import ACTIVATIONS, NOTHING, Activation, Finish
+from bnfix.layers import rows
 from bnfix.moments import example_moments, over_channel_groups
 
 _log = logging.getLogger("bnfix")
@@ -48,28 +49,59 @@ _LEAST = 1 / 16
 _SLAB = 1 << 21
 
 
+Activation = Callable[[Tensor], object]
+
+relu6_: Activation = functools.partial(F.relu6, inplace=True)
+silu_: Activation = functools.partial(F.silu, inplace=True)
+hardswish_: Activation = functools.partial(F.hardswish, inplace=True)
+#: Activations that are compiled together with the layer.
+ACTIVATIONS: tuple[Activation, ...] = (torch.relu_, relu6_, silu_, hardswish_)
+_MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: torch.relu_, nn.ReLU6: relu6_, nn.SiLU: silu_, nn.Hardswish: hardswish_,
+}  # fmt: skip
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """How an activation is done in place."""
+    if type(module) is nn.LeakyReLU:
+        slope = module.negative_slope
+        return functools.partial(F.leaky_relu, negative_slope=slope, inplace=True)
+    return _MODULES.get(type(module))
+
+
+class Finish(NamedTuple):
+    """The layer's epilogue: a residual of the output's shape is added, then it is activated."""
+
+    residual: Tensor | None = None
+    activation: Activation | None = None
+
+    def apply(self, output: Tensor) -> Tensor:
+        """Do it, in place; a named method: torch 2.8 does not compile calls of a record."""
+        if self.residual is not None:
+            output += self.residual
+        if self.activation is not None:
+            self.activation(output)
+        return output
+
+    def of(self, part: slice) -> Finish:
+        """The same for some examples."""
+        return self if self.residual is None else self._replace(residual=self.residual[part])
+
+
+NOTHING = Finish()
+
+
 class Terms(NamedTuple):
-    """What the layer mixes with the example's moments, and what it applies.
+    """The tensors and settings that the layer mixes the example's moments with, and applies."""
 
-    Args:
-        mean: the population's, ``(C,)``, pooled over channel groups; ``None`` with none kept.
-        var: biased, likewise.
-        example_weight: a, ``()`` or ``(C,)``.
-        gamma: scale ``(C,)`` or ``None``.
-        beta: shift ``(C,)`` or ``None``.
-        eps: added to the variance.
-        channel_groups: number of groups that share moments.
-        shiftable: no weight is above `SHIFTABLE`.
-    """
-
-    mean: Tensor | None
-    var: Tensor | None
-    example_weight: Tensor
+    mean: Tensor | None  # the population's, (C,), pooled over channel groups; None with none kept
+    var: Tensor | None  # biased
+    example_weight: Tensor  # a, () or (C,)
     gamma: Tensor | None
     beta: Tensor | None
     eps: float
     channel_groups: int
-    shiftable: bool = False
+    shiftable: bool = False  # no weight is above `SHIFTABLE`
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
@@ -79,22 +111,16 @@ class Terms(NamedTuple):
         """Convert every tensor."""
         if all(t is None or t.dtype == dtype for t in self.tensors()):
             return self
-        return self._replace(
-            mean=None if self.mean is None else self.mean.to(dtype),
-            var=None if self.var is None else self.var.to(dtype),
-            example_weight=self.example_weight.to(dtype),
-            gamma=None if self.gamma is None else self.gamma.to(dtype),
-            beta=None if self.beta is None else self.beta.to(dtype),
-        )
+        return self._with([None if t is None else t.to(dtype) for t in self.tensors()])
 
     def channels(self, index: Tensor, of: int) -> Terms:
         """Select channels, whole groups of them."""
-        kept = [None if t is None or t.ndim == 0 else t[index] for t in self.tensors()]
-        mean, var, weight, gamma, beta = kept
-        return Terms(
-            mean=mean, var=var, example_weight=self.example_weight if weight is None else weight, gamma=gamma, beta=beta, eps=self.eps,
-            channel_groups=self.channel_groups * len(index) // of, shiftable=self.shiftable,
-        )  # fmt: skip
+        kept = self._with([t if t is None or t.ndim == 0 else t[index] for t in self.tensors()])
+        return kept._replace(channel_groups=self.channel_groups * len(index) // of)
+
+    def _with(self, tensors: list[Any]) -> Terms:
+        mean, var, weight, gamma, beta = tensors
+        return self._replace(mean=mean, var=var, example_weight=weight, gamma=gamma, beta=beta)
 
 
 def values_of(input: Tensor) -> Tensor:
@@ -134,30 +160,23 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
 def evaluate(
     input: Tensor, terms: Terms, finish: Finish = NOTHING, *, overwrite: bool = False
 ) -> Tensor:
-    """Evaluate by the fastest way that holds for this input.
+    """`plain`, then ``finish``, to rounding, by the fastest way that holds for this input.
 
-    Args:
-        input: ``(N, C)`` or ``(N, C, *spatial)``.
-        terms: see `Terms`.
-        finish: what follows; only for callers that ask for no gradients.
-        overwrite: whether the output may take the input's memory, which is in the cache already;
-            for the same callers, where nobody else reads the input.
-
-    Returns:
-        As ``finish(plain(input, terms))``, to rounding.
+    An epilogue, and ``overwrite`` (the output takes the input's memory, which nobody else reads),
+    are for callers that ask for no gradients.
     """
     if torch.compiler.is_compiling():
         fits = _fits_shift(input, terms)
-        return finish.done_to(_shifted(input, terms) if fits else plain(input, terms))
+        return finish.apply(_shifted(input, terms) if fits else plain(input, terms))
     if not _is_ordinary(input):
-        return finish(plain(input, terms))
+        return finish.apply(plain(input, terms))
     if _wants_gradients(input, terms):
-        return finish(_with_gradients(input, terms))
+        return finish.apply(_with_gradients(input, terms))
     if input.device.type == "cuda":
         return _on_cuda(input, terms, finish)
     by_rows = input.is_contiguous()
     if not by_rows and not input.movedim(1, -1).is_contiguous():
-        return finish(plain(input, terms))
+        return finish.apply(plain(input, terms))
     output = input if overwrite else torch.empty_like(input)
     return _in_slabs(input, output, terms, finish, by_rows)
 
@@ -245,15 +264,22 @@ def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
     """By the kernel that Inductor writes for the compiled form, where that has proved right."""
     residual = finish.residual
     if residual is not None and not _alike(residual, input):
-        return finish(_on_cuda(input, terms, NOTHING))
+        return finish.apply(_on_cuda(input, terms, NOTHING))
     if finish.activation not in (None, *ACTIVATIONS):
-        return Finish(None, finish.activation)(_on_cuda(input, terms, Finish(residual)))
+        return Finish(None, finish.activation).apply(_on_cuda(input, terms, Finish(residual)))
     if not _fits_shift(input, terms):
-        return finish(plain(input, terms))
+        return finish.apply(plain(input, terms))
     # A device may compile one of these and fail at another.
-    case = _Case(device=input.device, dtype=input.dtype, by_rows=input.is_contiguous(), dims=input.dim(),
-                 weight_dims=terms.example_weight.ndim, has_residual=residual is not None, activation=finish.activation)  # fmt: skip
-    return _compiled(input, terms, finish) if _proved(case) else finish(plain(input, terms))
+    case = _Case(
+        device=input.device,
+        dtype=input.dtype,
+        by_rows=input.is_contiguous(),
+        dims=input.dim(),
+        weight_dims=terms.example_weight.ndim,
+        has_residual=residual is not None,
+        activation=finish.activation,
+    )
+    return _compiled(input, terms, finish) if _proved(case) else finish.apply(plain(input, terms))
 
 
 def _alike(residual: Tensor, input: Tensor) -> bool:
@@ -262,7 +288,7 @@ def _alike(residual: Tensor, input: Tensor) -> bool:
 
 
 class _Case(NamedTuple):
-    """All that the compiled form differs by, but for sizes."""
+    """All that the compiled form depends on, but for sizes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -274,12 +300,12 @@ class _Case(NamedTuple):
 
 
 def _finished(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
-    return finish.done_to(_shifted(input, terms))
+    return finish.apply(_shifted(input, terms))
 
 
 @functools.cache
 def _compiler() -> Callable[[Tensor, Terms, Finish], Tensor]:
-    # Sizes are left open: the layers of a network are of dozens, and each would be compiled.
+    # Sizes stay open: a network has layers of dozens of sizes, and each would be compiled.
     return torch.compile(_finished, dynamic=True)
 
 
@@ -296,19 +322,10 @@ def _proved(case: _Case) -> bool:
     x = x if case.by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
     mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=x.device) for _ in range(5))
     weight = weight if case.weight_dims else weight[0].clone()
-    terms = Terms(
-        mean=mean,
-        var=var,
-        example_weight=weight,
-        gamma=gamma,
-        beta=beta,
-        eps=1e-5,
-        channel_groups=3,
-        shiftable=True,
-    )
+    terms = Terms(mean, var, weight, gamma, beta=beta, eps=1e-5, channel_groups=3, shiftable=True)
     finish = Finish(x.clone() if case.has_residual else None, case.activation)
     try:
-        made, expected = _compiled(x.clone(), terms, finish), finish(plain(x, terms))
+        made, expected = _compiled(x.clone(), terms, finish), finish.apply(plain(x, terms))
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 if x.itemsize > 2 else 0.1)
     except torch.OutOfMemoryError:
         raise
@@ -326,11 +343,11 @@ def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_ro
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input):
         _slab(input, output, wide, by_rows)
-        return finish(output)
+        return finish.apply(output)
     for start in range(0, len(input), step):
         part = slice(start, start + step)
         _slab(input[part], output[part], wide, by_rows)
-        finish.of(part)(output[part])
+        finish.of(part).apply(output[part])
     return output
 
 
@@ -341,14 +358,14 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     n, channels = input.shape[:2]
     shape = (n, channels, -1) if by_rows else (n, -1, channels)
     values, into = x.view(shape).to(weight.dtype), y.view(shape)
-    way = rows if by_rows else columns
-    mean, var = way.moments(values)
+    mean, var = (rows.moments if by_rows else rows.column_moments)(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
     # NaN anywhere makes the least NaN, and that is not above 0.
     lost = None if room.min().item() > 0 else ~(room > 0).all(0)
     # Before the output is written, which may be where the input is.
     redone = None if lost is None else _redone(input, lost, terms)
-    way.scale(values, mu, var, terms.gamma, terms.beta, into)
+    scale = rows.scale if by_rows else rows.column_scale
+    scale(values, mu, var, terms.gamma, terms.beta, into)
     if redone is not None:
         output.index_copy_(1, *redone)
 

@@ -58,6 +58,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         ConfigError: if a size or weight is out of range.
         NormError: if the groups do not divide the channels, or a weight between 0 and 1 is asked
             for without running statistics to mix with.
+        NumericError: if, in training, a ghost batch holds a single value per channel group.
 
     Example:
         >>> layer = GeneralizedBatchNorm(6, channel_groups=3, example_weight=0.1).eval()
@@ -95,7 +96,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         example_weight: Weight,
         device: torch.device | str | None = None,
     ) -> None:
-        """Check and set the three settings; also how surgery turns a stock layer into this one."""
+        """Check and set the three settings; surgery turns a stock layer into this one by it."""
         groups = self.num_features if channel_groups is None else channel_groups
         if groups < 1 or self.num_features % groups:
             raise NormError(
@@ -119,24 +120,24 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._refresh_flag()
 
     def _check_weight(self, value: Tensor) -> None:
+        name = "example_weight"
         if value.shape not in ((), (self.num_features,)):
             raise ConfigError(
-                f"example_weight: shape {tuple(value.shape)}, expected one number or "
-                f"{self.num_features} (one a channel).",
-                name="example_weight",
+                f"{name}: shape {tuple(value.shape)}, expected one number or {self.num_features} "
+                "(one a channel).",
+                name=name,
             )
         if value.device.type == "meta":
             return
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ConfigError(
-                "example_weight: a value outside 0 to 1. Give weights from 0 to 1.",
-                name="example_weight",
+                f"{name}: a value outside 0 to 1. Give weights from 0 to 1.", name=name
             )
         if self.running_mean is None and not bool((value == value.flatten()[0].round()).all()):
             raise NormError(
-                "example_weight: the layer keeps no running statistics to mix the example's "
-                "with. Use 0 or 1, or track_running_stats=True.",
-                name="example_weight",
+                f"{name}: the layer keeps no running statistics to mix the example's with. Use 0 "
+                "or 1, or track_running_stats=True.",
+                name=name,
             )
 
     def _refresh_flag(self) -> None:
@@ -155,29 +156,12 @@ class GeneralizedBatchNorm(BatchNormBase):
             raise ValueError(f"expected 2D or higher input (got {input.dim()}D input)")
 
     def train(self, mode: bool = True) -> GeneralizedBatchNorm:
-        """Set training mode; a layer that was frozen stays in evaluation.
-
-        Args:
-            mode: training (True) or evaluation (False).
-
-        Returns:
-            The layer.
-        """
+        """Set training mode; a layer that was frozen stays in evaluation."""
         super().train(mode and not self.frozen)
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            input: ``(N, C)`` or ``(N, C, *spatial)``.
-
-        Returns:
-            The same shape, dtype and memory format.
-
-        Raises:
-            NumericError: if, in training, a ghost batch holds a single value per channel group.
-        """
+        """Normalize ``(N, C)`` or ``(N, C, *spatial)``; shape, dtype and memory format stay."""
         self._check_input_dim(input)
         if input.numel() == 0:
             return super().forward(input)
@@ -203,12 +187,17 @@ class GeneralizedBatchNorm(BatchNormBase):
         return over_channel_groups(mean, var, self.channel_groups)
 
     def _terms(self) -> kernels.Terms:
-        """What evaluation mixes with the example's moments, and applies."""
         mean, var = (None, None) if self.running_mean is None else self._population()
         return kernels.Terms(
-            mean=mean, var=var, example_weight=self.example_weight, gamma=self.weight, beta=self.bias, eps=self.eps, channel_groups=self.channel_groups,
+            mean,
+            var,
+            self.example_weight,
+            self.weight,
+            beta=self.bias,
+            eps=self.eps,
+            channel_groups=self.channel_groups,
             shiftable=self._shiftable,
-        )  # fmt: skip
+        )
 
     def _by_runs(self, input: Tensor) -> Tensor:
         """Normalize each (ghost batch, channel group) by itself; update the running moments."""
@@ -276,6 +265,7 @@ class GeneralizedBatchNorm(BatchNormBase):
             nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        # The caller's dict stays as it was.
         if given is None:
             del state_dict[key]
         else:
@@ -283,11 +273,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._refresh_flag()
 
     def extra_repr(self) -> str:
-        """The settings, as ``print(model)`` shows them.
-
-        Returns:
-            torch's own line, then what differs from the stock layer.
-        """
+        """List torch's own settings, then those that differ from the stock layer's."""
         parts = [cast(str, super().extra_repr())]  # type: ignore[no-untyped-call]
         if self.channel_groups != self.num_features:
             parts.append(f"channel_groups={self.channel_groups}")
@@ -319,23 +305,29 @@ class GeneralizedBatchNormAct(GeneralizedBatchNorm):
 
 
 def _over_runs(mean: Tensor, var: Tensor, n_runs: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Mix ``(N, C)`` within runs of examples and channel groups; at each example its run's."""
-    # Lengths of runs differ by at most 1, the longer ones first.
+    """Mix ``(N, C)`` within runs of examples and channel groups; every example gets its run's."""
     n, channels = mean.shape
     base, longer = divmod(n, n_runs)
+    middle = longer * (base + 1)
     parts = []
-    for start, stop, length in (
-        (0, longer * (base + 1), base + 1),
-        (longer * (base + 1), n, base),
-    ):
-        if stop > start:
+    # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
+    for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
+        if len(mean[part]):
             shape = (-1, length, channels)
-            mixed = mix(mean[start:stop].view(shape), var[start:stop].view(shape), dim=1)
-            parts.append(
-                [t.repeat_interleave(length, 0) for t in over_channel_groups(*mixed, groups)]
-            )
+            mixed = mix(mean[part].view(shape), var[part].view(shape), dim=1)
+            mixed = over_channel_groups(*mixed, groups)
+            parts.append([t.repeat_interleave(length, 0) for t in mixed])
     run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
     return run_mean, run_var
+
+
+def require_eager(model: nn.Module) -> None:
+    """Refuse TorchScript: its layers are compiled, and cannot be seen or changed."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NormError(
+            f"model: a {type(model).__name__}, which is TorchScript, whose layers cannot be "
+            "changed. Give the nn.Module that it was made from."
+        )
 
 
 def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchNorm]]:
@@ -343,6 +335,21 @@ def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchN
     for name, module in model.named_modules():
         if isinstance(module, GeneralizedBatchNorm):
             yield name, module
+
+
+def require_generalized(model: nn.Module) -> dict[str, GeneralizedBatchNorm]:
+    """The generalized layers of a model, of which there must be some."""
+    require_eager(model)
+    layers = dict(generalized_norms(model))
+    if not layers:
+        scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        raise NormError(
+            f"{scripted[0]}: is TorchScript, whose layers cannot be changed. Give the nn.Module "
+            "that it was made from."
+            if scripted
+            else "model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first."
+        )
+    return layers
 
 
 def set_example_weight_(model: nn.Module, weight: Weight | Mapping[str, Weight]) -> None:
@@ -360,9 +367,7 @@ def set_example_weight_(model: nn.Module, weight: Weight | Mapping[str, Weight])
     Changes:
         The buffer ``example_weight`` of the layers, and the flag that forward branches on.
     """
-    layers = dict(generalized_norms(model))
-    if not layers:
-        raise NormError("model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first.")
+    layers = require_generalized(model)
     wanted = weight if isinstance(weight, Mapping) else dict.fromkeys(layers, weight)
     unknown = [name for name in wanted if name not in layers]
     if unknown:
@@ -381,15 +386,8 @@ def set_example_weight_(model: nn.Module, weight: Weight | Mapping[str, Weight])
 def trainable_weights(
     layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float
 ) -> Iterator[dict[str, Tensor]]:
-    """Let the example weights of some layers take gradients for a while.
-
-    Restores:
-        The buffers and flags as they were; what was learned is the caller's to set.
-    """
-    before = {
-        name: (layer.example_weight, layer._live, layer._shiftable)
-        for name, layer in layers.items()
-    }
+    """Let the example weights of some layers take gradients; all is put back on leaving."""
+    before = [(x, x.example_weight, x._live, x._shiftable) for x in layers.values()]
     leaves: dict[str, Tensor] = {}
     try:
         for name, layer in layers.items():
@@ -401,6 +399,6 @@ def trainable_weights(
             layer._shiftable = False  # a leaf may come near 1
         yield leaves
     finally:
-        for name, (weight, live, shiftable) in before.items():
-            layers[name]._buffers["example_weight"] = weight
-            layers[name]._live, layers[name]._shiftable = live, shiftable
+        for layer, old, live, shiftable in before:
+            layer._buffers["example_weight"] = old
+            layer._live, layer._shiftable = live, shiftable

@@ -13,8 +13,9 @@ in float64 and pooled by the law of total variance; cov = (var(z + y) - var(z) -
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,61 +39,42 @@ _CONSTANT = 1e-9
 
 @dataclass(frozen=True)
 class RefittedLayer:
-    """How close one layer came.
-
-    Args:
-        name: dotted name.
-        n_values: values a channel behind the fit.
-        residual: mean squared difference to the original's outputs after the fit, by their
-            variance, both summed over the channels; 0 is the same, 1 no better than a constant.
-    """
+    """How close one layer came to the original's outputs."""
 
     name: str
-    n_values: int
-    residual: float
+    n_values: int  # a channel
+    residual: float  # squared difference left, by the variance: 1 is no better than a constant
 
 
 @dataclass(frozen=True)
 class Refitting:
-    """What `refit_` did.
-
-    Args:
-        layers: one record a layer, in the order of their calls.
-        n_examples: examples used.
-        not_fitted: layers without scale and shift, or that the data never came to.
-        seconds: wall-clock time.
-        distance: of the net's outputs from the original's on the same examples, before and after:
-            the mean divergence KL(original || converted) of the predictions, nats; for outputs that
-            are no logits the squared difference by the original's variance.
-        kept: whether the fit was taken; it is not where it brought the outputs no nearer, and
-            scale and shift are then as they were.
-    """
+    """Each layer's fit, in the order of their calls, and the whole net's."""
 
     layers: tuple[RefittedLayer, ...]
     n_examples: int
-    not_fitted: tuple[str, ...]
-    seconds: float
-    distance: tuple[float, float] = (math.nan, math.nan)
-    kept: bool = True
+    not_fitted: tuple[str, ...]  # without scale and shift, or that the data never came to
+    distance: tuple[float, float]  # of the net's outputs, before and after; see `_Fit.distance`
+    kept: bool  # not where the fit brought the outputs no nearer
 
     def describe(self) -> str:
         """Say it in one sentence."""
+        before, after = self.distance
+        done = (
+            f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
+            f"outputs on {self.n_examples} examples"
+        )
+        if not self.kept:
+            return (
+                f"{done}, which took the whole net's outputs further away from the original's "
+                f"(distance {before:.3g}, then {after:.3g}); so they are as they were."
+            )
         worst = max(self.layers, key=lambda layer: layer.residual)
         mean = sum(layer.residual for layer in self.layers) / len(self.layers)
         left = f"; not fitted: {some(self.not_fitted)}" if self.not_fitted else ""
-        before, after = self.distance
-        if not self.kept:
-            return (
-                f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
-                f"outputs on {self.n_examples} examples, which took the whole net's outputs "
-                f"further away from the original's (distance {before:.3g}, then {after:.3g}); so "
-                "they are as they were."
-            )
         return (
-            f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
-            f"outputs on {self.n_examples} examples; of their variance {mean:.1%} is left on "
-            f"average, {worst.residual:.1%} at most ({worst.name}){left}. The distance of the "
-            f"whole net's outputs from the original's went from {before:.3g} to {after:.3g}."
+            f"{done}; of their variance {mean:.1%} is left on average, {worst.residual:.1%} at "
+            f"most ({worst.name}){left}. The distance of the whole net's outputs from the "
+            f"original's went from {before:.3g} to {after:.3g}."
         )
 
 
@@ -108,16 +90,10 @@ def refit_(
     """Fit scale and shift of converted layers to what the original net gives at the same layers.
 
     Layer by layer in the order of their calls, each with all before it already re-fitted and in
-    place, by least squares per channel. Needs no labels. One pass over the batches for each layer
-    through both nets, up to that layer. A layer that is called more than once is fitted to all its
-    calls together, as the later ones are with its old scale and shift.
-
-    Changes:
-        ``weight`` and ``bias`` of the layers, in place; nothing after an exception.
-    Restores:
-        Modes and hooks of both.
+    place, by least squares per channel, without labels: one pass a layer through both nets, up to
+    that layer. A layer that is called more than once is fitted to all its calls together, where
+    the later ones are measured with its old scale and shift. After an exception all is as before.
     """
-    started = time.perf_counter()
     found = dict(generalized_norms(model))
     wanted = [n for n, layer in found.items() if layer.live] if layers is None else list(layers)
     before = {site.name: site.module for site in find_norms(original)}
@@ -130,15 +106,15 @@ def refit_(
         )
     if iter(batches) is batches:
         batches = list(batches)
-    fitted = [name for name in wanted if found[name].weight is not None]
+    scaled = {name: found[name] for name in wanted if found[name].weight is not None}
     fit = _Fit(model, original, forward, samples)
     snapshot = guards.Snapshot(model)
     records = []
     try:
         first = fit.distance(batches)
-        for name, n_calls in fit.order(batches, {name: found[name] for name in fitted}).items():
-            pair = (found[name], before[name])
-            records.append(_set_best(name, found[name], fit.moments(batches, name, *pair, n_calls)))
+        for name, n_calls in fit.order(batches, scaled).items():
+            joint = fit.moments(batches, name, found[name], before[name], n_calls)
+            records.append(_set_best(name, found[name], joint))
         last = fit.distance(batches)
     except BaseException:
         snapshot.restore_()
@@ -152,7 +128,6 @@ def refit_(
         layers=tuple(records),
         n_examples=fit.n_examples,
         not_fitted=tuple(name for name in wanted if name not in done),
-        seconds=time.perf_counter() - started,
         distance=(first, last),
         kept=kept,
     )
@@ -162,183 +137,135 @@ class _StopHereError(BaseException):
     """Ends a forward pass at the layer measured; no `except Exception` may catch it."""
 
 
+@dataclass
 class _Fit:
-    """Passes over the data that measure one layer of both nets."""
+    """Passes over the data that measure both nets."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        original: nn.Module,
-        forward: runtime.Forward | None,
-        samples: int | None,
-    ) -> None:
-        self.model, self.original, self.forward, self.samples = model, original, forward, samples
-        self.n_examples = 0
+    model: nn.Module
+    original: nn.Module
+    forward: runtime.Forward | None
+    samples: int | None
+    n_examples: int = 0
+
+    def _run(self, model: nn.Module, batch: Any) -> Any:
+        return runtime.run(model, batch, runtime.device_of(model), self.forward)
 
     def distance(self, batches: Iterable[Any]) -> float:
-        """How far the outputs are from the original's; infinite where they are not finite."""
+        """Mean KL(original || converted) of the predictions, nats; infinite if not finite.
+
+        For outputs that are no logits: the squared difference by the original's variance.
+        """
         total, n = 0.0, 0
         for batch in up_to(batches, self.samples):
-            device = runtime.device_of(self.model)
             with guards.inference(self.model), guards.inference(self.original):
-                own = _tensor_of(runtime.run(self.model, batch, device, self.forward))
-                wanted = _tensor_of(runtime.run(self.original, batch, device, self.forward))
+                own, wanted = _outputs(
+                    self._run(self.model, batch), self._run(self.original, batch)
+                )
             if own is None or wanted is None or own.shape != wanted.shape:
                 return 0.0
-            own, wanted = own.double(), wanted.double()
             if own.ndim == 2 and own.shape[1] > 1:
-                away = F.kl_div(
-                    own.log_softmax(1), wanted.log_softmax(1), log_target=True, reduction="none"
-                ).sum(1)
+                log_p, log_q = wanted.log_softmax(1), own.log_softmax(1)
+                away = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
             else:
                 away = (own - wanted).square().flatten(1).mean(1) / wanted.var().clamp_min(1e-12)
             total, n = total + float(away.sum()), n + len(away)
-        found = total / max(n, 1)
-        return found if math.isfinite(found) else math.inf
+        mean = total / max(n, 1)
+        return mean if math.isfinite(mean) else math.inf
 
     def order(
         self, batches: Iterable[Any], layers: dict[str, GeneralizedBatchNorm]
-    ) -> dict[str, int]:
+    ) -> Counter[str]:
         """The layers in the order of their first calls, and their calls a forward pass."""
-        calls: dict[str, int] = {}
-        names = {id(layer): name for name, layer in layers.items()}
-
-        def count(module: nn.Module, args: Any) -> None:
-            name = names[id(module)]
-            calls[name] = calls.get(name, 0) + 1
-
+        calls: Counter[str] = Counter()
+        names = {layer: name for name, layer in layers.items()}
         batch = next(iter(batches), None)
         if batch is None:
             raise DataError("re-fitting: no examples. Give at least one batch.")
         with guards.inference(self.model), guards.hooks() as handles:
             for layer in layers.values():
-                handles.append(layer.register_forward_pre_hook(count))
-            runtime.run(self.model, batch, runtime.device_of(self.model), self.forward)
+                handles.append(
+                    layer.register_forward_pre_hook(lambda m, args: calls.update([names[m]]))
+                )
+            self._run(self.model, batch)
         return calls
 
     def moments(
-        self,
-        batches: Iterable[Any],
-        name: str,
-        layer: GeneralizedBatchNorm,
-        own: nn.Module,
-        n_calls: int,
+        self, batches: Iterable[Any], name: str, layer: nn.Module, own: nn.Module, n_calls: int
     ) -> Moments:
         """Moments of z, y and z + y, three rows, over all examples."""
-        parts: list[Moments] = []
+        total: Moments | None = None
         self.n_examples = 0
         for index, batch in enumerate(up_to(batches, self.samples)):
             met = self._inputs(self.model, layer, batch, n_calls)
             met_own = self._inputs(self.original, own, batch, n_calls)
-            if len(met) != len(met_own) or any(
-                x.shape != y.shape for x, y in zip(met, met_own, strict=False)
-            ):
+            if [x.shape for x in met] != [x.shape for x in met_own]:
                 raise DataError(
                     f"{name}: the two nets call it {len(met)} and {len(met_own)} times, or on "
                     "other shapes. Give the model that this one was converted from."
                 )
             for x, x_own in zip(met, met_own, strict=True):
-                part = _joint(_normalized(layer, x), _output(own, x_own))
+                part = _joint(_output(layer, x, affine=False), _output(own, x_own))
                 if not bool((part.mean + part.var).isfinite().all()):
                     raise NumericError(
                         f"{name}: its values are not finite in batch {index} (counted from 0). "
                         "Leave that batch out, or look at the model.",
                         name=name,
                     )
-                parts.append(part)
-            self.n_examples += int(met[0].shape[0]) if met else 0
-            parts = [pool(parts)] if parts else []
-        if not parts:
+                total = part if total is None else pool([total, part])
+            self.n_examples += len(met[0]) if met else 0
+        if total is None:
             raise DataError(
                 f"re-fitting: a pass over the batches never came to {name}. Give batches that can "
-                "be gone through again."
+                "be read more than once."
             )
-        return parts[0]
+        return total
 
     def _inputs(self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int) -> list[Tensor]:
-        """What a layer meets in one forward pass, which ends there."""
+        """The inputs of a layer in one forward pass, which ends there."""
         met: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            # What comes after may work in place.
-            met.append(x if len(met) + 1 == n_calls else x.clone())
-            if len(met) == n_calls:
+            last = len(met) + 1 == n_calls
+            met.append(x if last else x.clone())  # later layers may work in place
+            if last:
                 raise _StopHereError
 
-        with (
-            guards.inference(model),
-            guards.hooks() as handles,
-            torch.compiler.set_stance("force_eager"),
-        ):
+        # Compiled code would not see the hook.
+        eager = torch.compiler.set_stance("force_eager")
+        with guards.inference(model), guards.hooks() as handles, eager:
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-            try:
-                runtime.run(model, batch, runtime.device_of(model), self.forward)
-            except _StopHereError:
-                pass
+            with suppress(_StopHereError):
+                self._run(model, batch)
         return [x for x in met if x.numel()]
 
 
-def _tensor_of(output: Any) -> Tensor | None:
-    """The first tensor of an output that has one row an example."""
-    while not isinstance(output, Tensor):
-        if isinstance(output, Mapping):
-            output = next(iter(output.values()), None)
-        elif isinstance(output, list | tuple):
-            output = next(iter(output), None)
-        else:
-            output = getattr(output, "logits", None)
-        if output is None:
-            return None
-    return output if output.ndim > 1 and output.is_floating_point() else None
+def _outputs(*outputs: Any) -> list[Tensor | None]:
+    """Of each output the logits, or else its first tensor, if it has one row an example."""
+    first = [next(iter(runtime.tensors_in(getattr(o, "logits", o))), None) for o in outputs]
+    return [
+        t.double() if t is not None and t.ndim > 1 and t.is_floating_point() else None
+        for t in first
+    ]
 
 
 @torch.no_grad()
-def _normalized(layer: GeneralizedBatchNorm, x: Tensor) -> Tensor:
-    """The layer's values before scale and shift."""
-    tables = (layer._parameters, layer._buffers)
-    own = [(t, key, t[key]) for t in tables for key in ("weight", "bias") if key in t]
-    training = layer.training
-    try:
-        layer.training = False
-        for table, key, _ in own:
-            table[key] = None
+def _output(module: Any, x: Tensor, *, affine: bool = True) -> Tensor:
+    """A layer's output in evaluation, before any activation; `affine`: with scale and shift."""
+    if not isinstance(module, GeneralizedBatchNorm):
+        mean, var = module.running_mean, module.running_var
+        return F.batch_norm(x, mean, var, module.weight, module.bias, mean is None, 0, module.eps)
+    with guards.tensors_kept(module) as tables:
+        module.training = False
+        for table in tables if not affine else ():
+            table.update(dict.fromkeys({"weight", "bias"} & table.keys()))
         # Not the layer itself: it may go on to activate.
-        return GeneralizedBatchNorm.forward(layer, x)
-    finally:
-        layer.training = training
-        for table, key, value in own:
-            table[key] = value  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def _output(module: nn.Module, x: Tensor) -> Tensor:
-    """A norm layer's output before any activation of its own."""
-    if isinstance(module, GeneralizedBatchNorm):
-        training = module.training
-        try:
-            module.training = False
-            return GeneralizedBatchNorm.forward(module, x)
-        finally:
-            module.training = training
-    norm: Any = module
-    batch_statistics = norm.running_mean is None
-    return F.batch_norm(
-        x,
-        norm.running_mean,
-        norm.running_var,
-        norm.weight,
-        norm.bias,
-        batch_statistics,
-        0,
-        norm.eps,
-    )
+        return GeneralizedBatchNorm.forward(module, x)
 
 
 def _joint(z: Tensor, y: Tensor) -> Moments:
     z, y = (t.double().transpose(0, 1).flatten(1) for t in (z, y))
-    rows = torch.stack((z, y, z + y))
-    var, mean = torch.var_mean(rows, -1, correction=0)
+    var, mean = torch.var_mean(torch.stack((z, y, z + y)), -1, correction=0)
     return Moments(mean.new_tensor(float(z.shape[1])), mean, var)
 
 
@@ -352,6 +279,6 @@ def _set_best(name: str, layer: GeneralizedBatchNorm, joint: Moments) -> Refitte
     left = (var_y - gamma * covariance).clamp_min(0).sum()
     layer.weight.copy_(gamma)
     layer.bias.copy_(mean_y - gamma * mean_z)
-    total = var_y.sum()
-    residual = float(left / total) if float(total) > 0 else 0.0
+    total = float(var_y.sum())
+    residual = float(left) / total if total > 0 else 0.0
     return RefittedLayer(name, int(joint.count), residual)

@@ -1,4 +1,4 @@
-"""Rows: every (example, channel) of a contiguous input, by what torch is fast at on the CPU.
+"""Rows: every (example, channel) of a contiguous input, by operations that are fast on the CPU.
 
 Moments come from sums and sums of squares. For scaling, each row is taken for a channel of one
 example, which is what stock evaluation scales. With gradients, g those of the output y, each of the
@@ -7,10 +7,13 @@ two is one node of autograd, and both keep the input, as the stock layer does:
     mean, var:  dx = (g_mean + 2 g_var (x - mean)) / L
     y = gamma (x - mu) r + beta, r = 1 / sqrt(var):  with G = sum g and H = r sum g (x - mu)
                 dx = gamma r g,  dmu = -gamma r G,  dvar = -gamma r^2 H / 2,  dgamma = H,  dbeta = G
+
+Columns: the same, without gradients, of an input with channels last.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,6 +24,12 @@ from torch.autograd import Function
 LOST = 16.0
 #: Values whose squares torch may add in one running float32 sum; a large map would lose digits.
 _RUN = 1 << 14
+#: Values of an example from which one call an example beats sums over the whole batch.
+_LARGE_EXAMPLE = 1 << 17
+#: Positions of a column whose sum torch forms in one running float32.
+_COLUMN_RUN = 1 << 11
+#: Channels up to which positions are folded into them.
+_WIDE = 1 << 10
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +51,7 @@ def mean_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
-    """Say whether moments from sums of squares are good enough."""
+    """Whether moments from sums of squares are good enough."""
     mean, var = mean.detach(), var.detach()
     return bool((mean.square() <= LOST * var).all())
 
@@ -50,11 +59,7 @@ def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
 def scale(
     values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
 ) -> None:
-    """Scale and shift rows, without gradients.
-
-    Changes:
-        ``into``.
-    """
+    """Scale and shift rows, without gradients, into another tensor."""
     n, channels, _ = values.shape
     one = (1, n * channels, -1)
     terms = (_each(gamma, n), _each(beta, n), mu.view(-1), var.view(-1), False, 0.0, 0.0)
@@ -63,6 +68,46 @@ def scale(
         torch.native_batch_norm(values.view(one), *terms, out=(into.view(one), *unused))
     else:
         into.copy_(torch.native_batch_norm(values.view(one), *terms)[0].view(values.shape))
+
+
+def column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance ``(N, C)`` of columns ``(N, L, C)``, without gradients."""
+    n, positions, channels = values.shape
+    if positions * channels < _LARGE_EXAMPLE:
+        mean = values.mean(1)
+        return mean, (values * values).mean(1).addcmul_(mean, mean, value=-1)
+    # A running float32 sum would lose about sqrt(positions) roundings of its own size, so some
+    # positions are taken as channels of their own, and the rest goes by runs.
+    folds = math.gcd(positions, 1 << (max(1, _WIDE // channels).bit_length() - 1))
+    folded = values.view(n, positions // folds, folds * channels)
+    at, by = values.new_zeros(folds * channels), values.new_ones(folds * channels)
+    # Stock evaluation's backward sums g and g (x - at) / by in one reading, and g may be x.
+    sums = [
+        torch.ops.aten.native_batch_norm_backward(
+            run, run, None, at, by, None, None, False, 0.0, [False, True, True]
+        )[1:]
+        for example in folded
+        for run in torch.split(example, _COLUMN_RUN)
+    ]
+    squares, totals = (torch.stack(kind).view(n, -1, channels) for kind in zip(*sums, strict=True))
+    mean = totals.sum(1).mul_(1 / positions)
+    return mean, squares.sum(1).mul_(1 / positions).addcmul_(mean, mean, value=-1)
+
+
+def column_scale(
+    values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
+) -> None:
+    """Scale and shift columns ``(N, L, C)``, without gradients, into another tensor."""
+    slope = torch.rsqrt(var)
+    if gamma is not None:
+        slope *= gamma
+    offset = torch.mul(mu, slope)
+    offset = offset.neg_() if beta is None else torch.sub(beta, offset)
+    slope, offset = slope.unsqueeze(1), offset.unsqueeze(1)
+    if into.dtype == values.dtype:
+        torch.addcmul(offset, values, slope, out=into)
+    else:
+        into.copy_(torch.addcmul(offset, values, slope))
 
 
 def differentiable_moments(input: Tensor) -> tuple[Tensor, Tensor]:

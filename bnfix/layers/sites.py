@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix._torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
-from bnfix.errors import NormError, some
-from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
+from bnfix.errors import some
+from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, require_eager
 
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 #: On layers that the code that built the model has frozen; its modes are lost in loading.
@@ -30,23 +30,14 @@ _TIMM_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
 @dataclass(frozen=True)
 class NormSite:
-    """A place in a model with a normalization layer that has, or could have, population moments.
-
-    Args:
-        name: its first dotted name.
-        aliases: further names of the same module.
-        module: the layer.
-        kind: its class name.
-        problem: why it cannot be swapped; "" if it can.
-        unmeasured: why its inputs do not tell its statistics; "" if they do.
-    """
+    """A normalization layer of a model that has, or could have, population moments."""
 
     name: str
-    aliases: tuple[str, ...]
+    aliases: tuple[str, ...]  # further names of the same module
     module: nn.Module
-    kind: str
-    problem: str
-    unmeasured: str = ""
+    kind: str  # class name
+    problem: str  # why it cannot be swapped; "" if it can
+    unmeasured: str = ""  # why its inputs do not tell its statistics; "" if they do
 
     @property
     def frozen(self) -> bool:
@@ -79,38 +70,26 @@ def find_norms(model: nn.Module) -> list[NormSite]:
         One site a module, whatever number of names it has.
     """
     require_eager(model)
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # Not module._buffers: a scripted module has none that can be iterated over.
         buffers = {key for key, _ in module.named_buffers(recurse=False)}
         holds_moments = {"running_mean", "running_var"} <= buffers
-        if isinstance(module, BatchNormBase) or (
-            holds_moments and not isinstance(module, InstanceNormBase)
-        ):
-            names.setdefault(id(module), []).append(name)
-            modules[id(module)] = module
-    quantizing = _quantizing(model) if modules else ""
+        holds_moments = holds_moments and not isinstance(module, InstanceNormBase)
+        if holds_moments or isinstance(module, BatchNormBase):
+            names.setdefault(module, []).append(name)
+    quantizing = _quantizing(model) if names else ""
     return [
         NormSite(
-            name=names[key][0],
-            aliases=tuple(names[key][1:]),
+            name=first,
+            aliases=tuple(others),
             module=module,
             kind=type(module).__name__,
-            problem=quantizing or _problem(module, is_root=names[key][0] == ""),
+            problem=quantizing or _problem(module, is_root=first == ""),
             unmeasured=quantizing or _unmeasured(module),
         )
-        for key, module in modules.items()
+        for module, (first, *others) in names.items()
     ]
-
-
-def require_eager(model: nn.Module) -> None:
-    """Refuse TorchScript: its layers are compiled, and cannot be seen or changed."""
-    if isinstance(model, torch.jit.ScriptModule):
-        raise NormError(
-            f"model: a {type(model).__name__}, which is TorchScript, whose layers cannot be "
-            "changed. Give the nn.Module that it was made from."
-        )
 
 
 def _quantizing(model: nn.Module) -> str:
@@ -136,16 +115,16 @@ def instance_norms(model: nn.Module) -> dict[str, str]:
 
 def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
     """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``."""
-
-    def matches(patterns: Sequence[str]) -> bool:
-        names = (site.name, *site.aliases)
-        return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-    return (not layers or matches(layers)) and not matches(skip)
+    names = (site.name, *site.aliases)
+    wanted, unwanted = (
+        any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        for patterns in (layers, skip)
+    )
+    return (wanted or not layers) and not unwanted
 
 
 def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
-    """Which patterns match no norm layer: each is most likely a slip of the pen."""
+    """Complaints about patterns that match no norm layer: most likely they are misspelled."""
     names = [name for site in sites for name in (site.name, *site.aliases)]
     known = some(names) or "none"
     return [
@@ -156,7 +135,6 @@ def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
 
 
 def _near(pattern: str, names: Sequence[str]) -> str:
-    """Names that are spelled nearly like a pattern, as a question."""
     close = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
@@ -222,12 +200,9 @@ def unmeasurable(
 def sites_with_statistics(
     model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> Iterator[NormSite]:
-    """The sites whose population moments may be computed anew.
-
-    A layer of a kind not known is one of them if it derives from Batch Norm and has its forward;
-    whatever else holds ``running_mean`` and ``running_var`` may mean something else by them.
-    """
+    """The sites whose running statistics may be recalibrated."""
     for site in find_norms(model):
+        # Another class that holds running_mean and running_var may mean something else by them.
         known = not site.problem or isinstance(site.module, BatchNormBase)
         known = known and not site.unmeasured
         if site.has_statistics and known and not site.frozen and selected(site, layers, skip):

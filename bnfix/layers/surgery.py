@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bnfix._torch_private import BatchNormBase
 from bnfix.errors import NormError, some
-from bnfix.guards import exchange_
+from bnfix.guards import exchange_, tensors_kept
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct
 from bnfix.layers.sites import (
     NormSite,
@@ -29,40 +29,23 @@ from bnfix.recipe import KINDS, SwapRecipe
 
 @dataclass(frozen=True)
 class Change:
-    """What a swap does, or did, to one layer.
-
-    Args:
-        name: dotted name.
-        kind: class name before.
-        channels: C.
-        channel_groups: G after.
-        ghost_size: after; ``None`` is the whole batch.
-        example_weight: after; ``None`` keeps what a generalized layer has.
-        difference: largest |output after - output before| in evaluation on seeded normal inputs of
-            the layer's own moments, computed in float64 from the tensors as stored, relative to the
-            largest output where that is above 1; ``None`` until done, where an example weight
-            before or after means another output, or where it was not measurable.
-    """
+    """What a swap does, or did, to one layer."""
 
     name: str
-    kind: str
+    kind: str  # class name before
     channels: int
     channel_groups: int
     ghost_size: int | None
-    example_weight: float | None
+    example_weight: float | None  # None keeps the weight of a generalized layer
+    # Largest |output after - output before| in evaluation on normal inputs of the layer's own
+    # moments, in float64 from the tensors as stored, relative to the largest output where that is
+    # above 1; None until done, where a live layer means another output, or not measurable.
     difference: float | None = None
 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """All that a swap would do, and all that speaks against it.
-
-    Args:
-        changes: the layers, in order.
-        problems: reasons to refuse; a swap with any raises and changes nothing.
-        skipped: layers left as they are, each with the reason.
-        notes: what a user should know.
-    """
+    """All that a swap would do, and all that speaks against it: with a problem it is refused."""
 
     changes: tuple[Change, ...]
     problems: tuple[str, ...]
@@ -73,32 +56,27 @@ class SwapPlan:
 def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
     """Plan the swap of every norm layer; no effect on the model."""
     recipe = recipe or SwapRecipe()
-    changes: list[Change] = []
-    problems: list[str] = []
-    skipped: list[str] = []
-    synchronized: list[str] = []
-    frozen: list[str] = []
     sites = find_norms(model)
-    problems.extend(unmatched(sites, (*recipe.layers, *recipe.skip)))
+    changes: list[Change] = []
+    skipped: list[str] = []
+    problems = unmatched(sites, (*recipe.layers, *recipe.skip))
+    wanted = [site for site in sites if selected(site, recipe.layers, recipe.skip)]
     for site in sites:
-        if not selected(site, recipe.layers, recipe.skip):
+        if site not in wanted:
             skipped.append(f"{site.name}: left alone as asked")
         elif site.problem:
             problems.append(f"{site.name}: {site.problem}")
         else:
-            change, found = _plan_site(site, recipe)
+            change, reasons = _plan_site(site, recipe)
             changes.append(change)
-            problems.extend(found)
-            if "Sync" in site.kind:
-                synchronized.append(site.name)
-            if site.frozen:
-                frozen.append(site.name)
+            problems.extend(f"{site.name}: {reason}" for reason in reasons)
     notes = []
-    if synchronized:
+    planned = [site for site in wanted if not site.problem]
+    if synchronized := [site.name for site in planned if "Sync" in site.kind]:
         notes.append(
             f"{some(synchronized)}: was SyncBatchNorm; in training it now normalizes per process"
         )
-    if frozen:
+    if frozen := [site.name for site in planned if site.frozen]:
         notes.append(
             f"{some(frozen)}: FrozenBatchNorm2d, whose numbers are constants and stay as they "
             "are. --unfreeze turns it into BatchNorm2d of the same numbers"
@@ -168,11 +146,7 @@ def swap_norms_(
 
 
 def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
-    """Do what a plan says; see `swap_norms_`.
-
-    Changes:
-        The modules of ``model``, in place.
-    """
+    """Do what a plan says, in place; see `swap_norms_`."""
     sites = {site.name: site.module for site in find_norms(model)}
     problems = list(plan.problems) + [
         f"{change.name}: no norm layer of this model; plan for this very model"
@@ -199,20 +173,19 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
 
 def unfreeze_(model: nn.Module) -> list[nn.Module]:
     """Turn Batch Norms of constants into trainable ones of the same numbers."""
-    found = [
+    unfrozen = [
         site.module
         for site in find_norms(model)
         if site.frozen and not site.problem and not isinstance(site.module, BatchNormBase)
     ]
-    for module in found:
+    for module in unfrozen:
         # timm need not be installed: its class lies beside that of the layer at hand.
-        home = sys.modules[type(module).__module__] if is_timm_act(module) else nn
-        kind: Any = home.BatchNormAct2d if is_timm_act(module) else nn.BatchNorm2d
+        kind: Any = nn.BatchNorm2d
+        if is_timm_act(module):
+            kind = sys.modules[type(module).__module__].BatchNormAct2d
         own: Any = module._buffers
-        affine = own["weight"] is not None
-        layer = kind(
-            _n_channels(module), module.eps, affine=affine, device=own["running_var"].device
-        )
+        affine, device = own["weight"] is not None, own["running_var"].device
+        layer = kind(_n_channels(module), module.eps, affine=affine, device=device)
         for name, tensor in own.items():
             if name in layer._buffers:
                 layer._buffers[name] = tensor
@@ -220,7 +193,7 @@ def unfreeze_(model: nn.Module) -> list[nn.Module]:
                 layer._parameters[name] = nn.Parameter(tensor)
         layer._modules.update(module._modules)
         exchange_(module, layer)
-    return found
+    return unfrozen
 
 
 def _refuse(problems: Sequence[str], shown: int = 8) -> None:
@@ -248,6 +221,7 @@ def _n_channels(module: nn.Module) -> int:
 
 
 def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
+    """The change of one layer, and all that speaks against it."""
     channels = _n_channels(site.module)
     kind_groups, kind_ghost, kind_weight = KINDS[recipe.to]
     groups = recipe.channel_groups
@@ -255,36 +229,35 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         groups = gcd(channels, 32) if kind_groups == "gcd32" else channels
     weight = kind_weight if recipe.example_weight is None else recipe.example_weight
     ghost = recipe.ghost_size or kind_ghost
-    change = Change(
-        name=site.name,
-        kind=site.kind,
-        channels=channels,
-        channel_groups=groups,
-        ghost_size=ghost,
-        example_weight=weight,
-    )
     problems = []
     if channels % groups:
         problems.append(
-            f"{site.name}: {channels} channels do not divide into {groups} groups; use a divisor "
-            f"of {channels}, for example --channel-groups {gcd(channels, groups)}"
+            f"{channels} channels do not divide into {groups} groups; use a divisor of "
+            f"{channels}, for example --channel-groups {gcd(channels, groups)}"
         )
     affine = all(getattr(site.module, p, None) is not None for p in ("weight", "bias"))
     if groups < channels and not affine and site.has_statistics:
         problems.append(
-            f"{site.name}: without scale and shift it cannot keep its outputs when channels share "
-            "statistics; leave it with --skip"
+            "without scale and shift it cannot keep its outputs when channels share statistics; "
+            "leave it with --skip"
         )
     if not site.has_statistics and 0 < weight < 1:
         problems.append(
-            f"{site.name}: keeps no running statistics to mix the example's with; leave it with "
-            "--skip"
+            "keeps no running statistics to mix the example's with; leave it with --skip"
         )
     elif not site.has_statistics and weight == 0 and (ghost is not None or groups < channels):
         problems.append(
-            f"{site.name}: keeps no running statistics, so groups or ghost batches would change "
-            "its outputs in evaluation too; leave it with --skip"
+            "keeps no running statistics, so groups or ghost batches would change its outputs in "
+            "evaluation too; leave it with --skip"
         )
+    change = Change(
+        site.name,
+        site.kind,
+        channels,
+        channel_groups=groups,
+        ghost_size=ghost,
+        example_weight=weight,
+    )
     return change, problems
 
 
@@ -307,17 +280,12 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
             layer._modules.setdefault(name, nn.Identity())
     if not isinstance(old, BatchNormBase):
         _complete_frozen(layer, old)
-    tensor = next((t for t in (*layer._parameters.values(), *layer._buffers.values())
-                   if t is not None), None)  # fmt: skip
+    own = (*layer._parameters.values(), *layer._buffers.values())
+    device = next((t.device for t in own if t is not None), None)
     weight: Any = change.example_weight
     if weight is None:
         weight = old.example_weight if isinstance(old, GeneralizedBatchNorm) else 0.0
-    layer._configure(
-        change.channel_groups,
-        change.ghost_size,
-        weight,
-        None if tensor is None else tensor.device,
-    )
+    layer._configure(change.channel_groups, change.ghost_size, weight, device)
     was_grouped = isinstance(old, GeneralizedBatchNorm) and old.channel_groups < change.channels
     if was_grouped or change.channel_groups < change.channels:
         _refit(layer, old)
@@ -325,7 +293,7 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
 
 
 def _complete_frozen(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
-    """FrozenBatchNorm2d lacks the fields that it does not need; scale and shift stay buffers."""
+    """Add the fields that FrozenBatchNorm2d does without; scale and shift stay buffers."""
     layer.num_features = _n_channels(old)
     layer.affine, layer.track_running_stats, layer.momentum = True, True, 0.0
     layer._buffers.setdefault("num_batches_tracked", None)
@@ -387,23 +355,12 @@ def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
 
 def _evaluated(module: nn.Module, x: Tensor) -> Tensor:
     """A layer's output in evaluation, in float64 from its tensors as they are stored."""
-    parts = list(module.modules())
-    modes = [part.training for part in parts]
-    tables: list[Any] = [t for part in parts for t in (part._parameters, part._buffers)]
-    own = [dict(table) for table in tables]
-    try:
-        for part in parts:
+    with tensors_kept(module) as tables:
+        for part in module.modules():
             part.training = False
         for table in tables:
-            wide = {
-                k: t.double() for k, t in table.items() if t is not None and t.is_floating_point()
-            }
-            table.update(wide)
+            own = {k: t for k, t in table.items() if t is not None and t.is_floating_point()}
+            table.update({k: t.double() for k, t in own.items()})
         # The class's method, not a call: the user's hooks are no part of this.
         output: Tensor = type(module).forward(module, x)
-    finally:
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
-        for table, tensors in zip(tables, own, strict=True):
-            table.update(tensors)
     return output

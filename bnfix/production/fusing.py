@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from bnfix import guards, runtime
 from bnfix._torch_private import tree_map
 from bnfix.errors import ModelError
-from bnfix.layers.finishing import (
+from bnfix.layers.kernels import (
     Activation,
     Finish,
     activation_of,
+    evaluate,
     hardswish_,
     relu6_,
     silu_,
 )
-from bnfix.layers.kernels import evaluate
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, generalized_norms
 from bnfix.production.artifacts import outputs_of
 from bnfix.production.dataflow import graph_of

@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from bnfix import guards, processes, runtime
-from bnfix.errors import DataError, NormError
+from bnfix.errors import DataError
 from bnfix.layers.norms import (
     GeneralizedBatchNorm,
     generalized_norms,
+    require_generalized,
 )
 from bnfix.measuring.evaluation import evaluate
 from bnfix.measuring.gate import Decision, judge
@@ -114,8 +115,7 @@ def choose_example_weight_(
     """
     recipe = recipe or WeightRecipe()
     started = time.perf_counter()
-    if not list(generalized_norms(model)):
-        raise NormError("model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first.")
+    require_generalized(model)
     learn, watched, chosen_on = _divide(batches, select, monitor)
     layers, excluded = weighable_layers(model, watched, forward, pointwise=recipe.pointwise)
     name, metrics = incumbent or ("as it was", None)
