@@ -19,20 +19,7 @@ from bnfix.errors import ConfigError
 
 
 def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:
-    """Go through batches with their images varied.
-
-    Args:
-        batches: with the positions of their images.
-        kind: ``none``, ``light`` or ``standard``.
-        seed: of the run.
-        epoch: counted from 0; every epoch has other variants.
-
-    Yields:
-        Batches of the same shape, labels and positions.
-
-    Raises:
-        ConfigError: if the kind is not known.
-    """
+    """Go through batches with their images varied."""
     if kind not in ("none", "light", "standard"):
         raise ConfigError(
             f"--augment: {kind!r} is not known. Use one of: none, light, standard.", name="augment"

@@ -176,65 +176,31 @@ class Batches:
         return len(self._order) - len(self._seen_bad)
 
     def with_seed(self, seed: int | None) -> Batches:
-        """The same batches in another order, at no cost: memory and ``skipped`` are shared.
-
-        Args:
-            seed: of the permutation; None for the order as given.
-
-        Returns:
-            The copy.
-        """
+        """The same batches in another order, at no cost: memory and ``skipped`` are shared."""
         other = copy.copy(self)
         other._order = _shuffled(self._index, seed)
         return other
 
     def dealt(self, rank: int, size: int) -> Batches:
-        """Every ``size``-th batch, whole, so that all ranks together have the same batches as one.
-
-        Args:
-            rank: whose share.
-            size: how many ranks there are.
-
-        Returns:
-            The copy; memory and ``skipped`` are shared.
-        """
+        """Every ``size``-th batch, whole: together, all ranks have the same batches as one."""
         other = copy.copy(self)
         other._part = partial(_dealt, rank=rank, size=size)
         return other
 
     def sliced(self, rank: int, size: int) -> Batches:
-        """A part of every batch, so that all ranks together take the same steps as one.
-
-        Args:
-            rank: whose share.
-            size: how many ranks there are.
-
-        Returns:
-            The copy; a last batch of fewer images than ranks is nothing to some.
-        """
+        """A part of every batch, so that all ranks together take the same steps as one."""
         other = copy.copy(self)
         other._part = partial(_sliced, rank=rank, size=size)
         return other
 
     def starting_at(self, n: int) -> Batches:
-        """The same without the first batches, which are not read either.
-
-        Args:
-            n: batches to leave out.
-
-        Returns:
-            The copy.
-        """
+        """The same without the first batches, which are not read either."""
         other, part = copy.copy(self), self._part
         other._part = lambda groups: part(groups)[n:]
         return other
 
     def evened(self) -> Batches:
-        """The same, a last batch below an eighth of the size, or of one image, dealt to the others.
-
-        Returns:
-            The copy; the others have a few images more.
-        """
+        """The same, with a last batch of one image or below an eighth of the size dealt out."""
         other = copy.copy(self)
         other._evened = True
         return other
@@ -247,11 +213,7 @@ class Batches:
         return self._part([order[start : start + size] for start in range(0, len(order), size)])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of one pass.
-
-        Raises:
-            DataError: if there are no images, none or too few are good, or sizes differ.
-        """
+        """Yield the batches of one pass."""
         groups = self._groups()
         n_good = 0
         for index, x in self._inputs(groups):

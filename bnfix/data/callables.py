@@ -49,14 +49,7 @@ class ItemImages(Images):
 
 
 def is_callable(spec: str) -> bool:
-    """Say whether a spec can be the name of a callable; nothing is imported.
-
-    Args:
-        spec: DATA.
-
-    Returns:
-        Whether it reads ``package.module:callable`` or ``path/file.py:callable``.
-    """
+    """Say whether a spec can be the name of a callable; nothing is imported."""
     where, _, name = spec.rpartition(":")
     if not where or not all(part.isidentifier() for part in name.split(".")):
         return False

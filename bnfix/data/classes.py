@@ -22,20 +22,7 @@ _IMAGENET_ID = re.compile(r"n[0-9]{8}")
 def map_classes(
     names: Sequence[str], class_map: dict[str, int] | None, n_classes: int | None, where: str
 ) -> tuple[dict[str, int], str]:
-    """Give each class name its index: by the map, by ImageNet id, by value, or by sorted order.
-
-    Args:
-        names: distinct class names.
-        class_map: name to index, where the user gave one.
-        n_classes: outputs of the model, where known.
-        where: the data, for messages.
-
-    Returns:
-        Name to index, and in words how it was found.
-
-    Raises:
-        DataError: if a name has no index, or the indices cannot be the model's outputs.
-    """
+    """Give each class name its index: by the map, by ImageNet id, by value, or by sorted order."""
     names, n = sorted(names), len(names)
     ask = "Give --class-map FILE.json (class name to index)."
     if class_map is not None:
@@ -92,19 +79,7 @@ def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, i
 
 
 def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.ndarray:
-    """Check that integer labels can be outputs of the model.
-
-    Args:
-        labels: any integer type (n,).
-        n_classes: outputs of the model, where known.
-        where: the data, for messages.
-
-    Returns:
-        The labels as int64.
-
-    Raises:
-        DataError: if a label is negative or above the last output.
-    """
+    """Check that integer labels can be outputs of the model."""
     limit = MAX_CLASSES if n_classes is None else n_classes
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= limit:
@@ -118,17 +93,7 @@ def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.nda
 
 
 def read_class_map(path: Path) -> dict[str, int]:
-    """Read a class map: a JSON object, class name to index.
-
-    Args:
-        path: the JSON file, at most 10 MB.
-
-    Returns:
-        Name to index.
-
-    Raises:
-        DataError: if it cannot be read, is too large, or is not such an object.
-    """
+    """Read a class map: a JSON object, class name to index."""
     where = f"class map {path}"
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

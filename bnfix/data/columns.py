@@ -22,17 +22,7 @@ class Columns(NamedTuple):
 
 
 def find_columns(schema: Any) -> Columns:
-    """Find a table's columns: by Hugging Face's own description, else by type and name.
-
-    Args:
-        schema: of the table, as pyarrow has it.
-
-    Returns:
-        Which column holds what.
-
-    Raises:
-        ValueError: if no column holds images, or several could hold the labels.
-    """
+    """Find a table's columns: by Hugging Face's own description, else by type and name."""
     features = _features(schema.metadata)
     types = {field.name: field.type for field in schema}
     said = [n for n in types if features.get(n, {}).get("_type") == "Image"]

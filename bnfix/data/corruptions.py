@@ -70,15 +70,7 @@ class Corruption:
         return STRENGTHS[self.kind][self.severity - 1]
 
     def apply(self, pixels: np.ndarray, position: int) -> np.ndarray:
-        """Spoil one image.
-
-        Args:
-            pixels: uint8 (H, W, C), C 1 or 3.
-            position: of the image in its data; decides which noise it gets.
-
-        Returns:
-            A new array of the same form.
-        """
+        """Spoil one image."""
         if self.kind == "noise":
             return self._noisy(pixels, position)
         grey = pixels.shape[2] == 1
@@ -98,15 +90,7 @@ class Corruption:
 
 
 def corruption_of(text: str | None, seed: int = 0) -> Corruption | None:
-    """Read what ``--corrupt`` says.
-
-    Args:
-        text: ``kind:severity``, or ``None``.
-        seed: of the noise.
-
-    Returns:
-        The corruption, ``None`` for none.
-    """
+    """Read what ``--corrupt`` says."""
     if text is None:
         return None
     kind, severity = check_corruption(text)
@@ -114,14 +98,7 @@ def corruption_of(text: str | None, seed: int = 0) -> Corruption | None:
 
 
 def every_corruption(seed: int = 0) -> list[Corruption]:
-    """List all kinds and severities.
-
-    Args:
-        seed: of the noise.
-
-    Returns:
-        Kind by kind, mild to strong.
-    """
+    """List all kinds and severities."""
     return [Corruption(kind, severity, seed) for kind in CORRUPTIONS for severity in SEVERITIES]
 
 

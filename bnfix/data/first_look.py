@@ -32,17 +32,7 @@ class _Seen(BaseException):
 
 
 def first_batch(images: Images, preprocessing: Preprocessing | None, seed: int) -> Batch | None:
-    """A few images, drawn at random.
-
-    Args:
-        images: the data.
-        preprocessing: what they go through.
-        seed: of the draw.
-
-    Returns:
-        At most 32 of them; ``None`` where all of these are bad, which is stated where images are
-        needed.
-    """
+    """A few images, drawn at random."""
     drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:N_EXAMPLES])
     batches = Batches(
         images, drawn, preprocessing, batch_size=N_EXAMPLES, workers=0, max_bad=len(drawn)
@@ -58,15 +48,6 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
 
     Per channel: z = (batch_mean - mean) / sqrt(var + eps), r = (batch_var + eps) / (var + eps), all
     biased, over N, H and W, in float64. A mismatch is rms(z) > 1 or median(|log r|) > log 4.
-
-    Args:
-        model: on its device; left as it was found.
-        batch: the first images, preprocessed.
-        as_given: whether the inputs went through no preprocessing.
-
-    Returns:
-        A sentence where the inputs look like other ones, else None; None also where there are fewer
-        than 8 images, or no statistics that were ever updated.
     """
     site = next(sites_with_statistics(model), None)
     if site is None or runtime.n_examples_of(batch) < _FEWEST:
@@ -108,15 +89,7 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
 
 
 def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> str | None:
-    """Hold the size of the inputs against the size that the model is known to be made for.
-
-    Args:
-        shape: of a batch, ending in height and width.
-        expected: height and width; None where they are not known.
-
-    Returns:
-        A sentence where they are more than 1.5 times apart, else None.
-    """
+    """Hold the size of the inputs against the size that the model is known to be made for."""
     if expected is None or len(shape) < 4 or min(*shape[-2:], *expected) < 1:
         return None
     ratio = max(shape[-2] / expected[0], expected[0] / shape[-2])

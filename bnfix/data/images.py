@@ -94,38 +94,18 @@ class Images(ABC):
     def _hash(self, i: int) -> bytes: ...
 
     def name(self, i: int) -> str:
-        """Name image ``i`` for messages and reports.
-
-        Args:
-            i: position.
-
-        Returns:
-            The file's path inside the folder, or ``images[i]``.
-        """
+        """Name image ``i`` for messages and reports."""
         return self._name(i)
 
     def read(self, i: int) -> np.ndarray:
         """Read and decode one image: first frame, upright, 8 bit, no alpha.
 
         A bad image (missing, damaged, no image, too large) is a DataError.
-
-        Args:
-            i: position.
-
-        Returns:
-            uint8 (H, W, C), C the channels asked for when the data were opened.
         """
         return self._read(i)
 
     def size_of(self, i: int) -> tuple[int, int]:
-        """Size of one image, upright, without decoding its pixels; bad images as in ``read``.
-
-        Args:
-            i: position.
-
-        Returns:
-            Height and width in pixels.
-        """
+        """Size of one image, upright, without decoding its pixels; bad images as in ``read``."""
         return self._size_of(i)
 
     def digest(self, i: int) -> bytes:
@@ -258,14 +238,7 @@ class ArrayImages(Images):
         return len(self.array)
 
     def take(self, index: np.ndarray) -> np.ndarray:
-        """Several images at once, in the channels asked for.
-
-        Args:
-            index: positions (n,).
-
-        Returns:
-            A new uint8 array (n, H, W, C).
-        """
+        """Several images at once, in the channels asked for."""
         pixels: np.ndarray = self.array[index]
         if pixels.shape[3] == 4:
             pixels = pixels[..., :3]
@@ -303,14 +276,7 @@ class ArrayImages(Images):
 
 
 def digest_of(pixels: np.ndarray) -> bytes:
-    """Hash an image by its shape and raw pixels.
-
-    Args:
-        pixels: uint8, of any shape.
-
-    Returns:
-        6 bytes (blake2b).
-    """
+    """Hash an image by its shape and raw pixels."""
     pixels = np.ascontiguousarray(pixels)
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_SIZE)
     digest.update(pixels.data)
@@ -318,17 +284,7 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read, and refuse pipes and devices, which could block for ever.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The open binary file.
-
-    Raises:
-        OSError: if it cannot be opened or is no regular file.
-    """
+    """Open a file to read, and refuse pipes and devices, which could block for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
     return path.open("rb")
@@ -342,18 +298,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
-    """Decode an image: first frame, upright, 8 bit, no alpha.
-
-    Args:
-        image: opened by Pillow.
-        channels: 3 (colour) or 1 (grey).
-
-    Returns:
-        uint8 (H, W, channels).
-
-    Raises:
-        ValueError: if its pixels are floating-point or deeper than 16 bits.
-    """
+    """Decode an image: first frame, upright, 8 bit, no alpha."""
     image.load()
     orientation = _orientation(image)
     if image.mode == "F":
@@ -380,14 +325,7 @@ def _shallow(deep: np.ndarray) -> Image.Image:
 
 
 def list_images(folder: Path) -> tuple[list[str], list[str], int]:
-    """List a folder, hidden entries apart.
-
-    Args:
-        folder: not its folders' insides.
-
-    Returns:
-        Sorted names of images and of folders, and how many other entries there are.
-    """
+    """List a folder, hidden entries apart."""
     files, folders, n_others = [], [], 0
     with os.scandir(folder) as entries:
         for entry in entries:

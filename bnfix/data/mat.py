@@ -30,20 +30,7 @@ _MAX_ITEMS = 100_000
 
 
 def read_mat(path: Path, names: tuple[str, ...], limit: int) -> dict[str, Any]:
-    """Read some variables of a .mat file.
-
-    Args:
-        path: the file, of version 5 to 7.2.
-        names: the variables wanted; the others are passed over.
-        limit: bytes that the file, and any variable in it, may have.
-
-    Returns:
-        Those of them that are there: numbers as arrays, texts as str, cells as lists, structures
-        as lists of dicts.
-
-    Raises:
-        ValueError: if the file is damaged, too large or of another version.
-    """
+    """Read some variables of a .mat file."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:

@@ -67,23 +67,7 @@ def open_images(
     n_classes: int | None = None,
     channels: int = 3,
 ) -> Images:
-    """Open DATA: find out its kind, list its images, and give each its class.
-
-    Args:
-        spec: a folder of class folders, with ``labels.csv``, or flat; an ``.npz`` file; ``.tar``
-            shards; parquet files or a Hugging Face folder; a named data set; or a callable.
-        class_map: JSON file, class name to index.
-        labels: ``auto``, or ``none`` where the data's labels must not be used.
-        n_classes: outputs of the model, where known; labels must fit them.
-        channels: what images are converted to, 3 (colour) or 1 (grey).
-
-    Returns:
-        The opened data.
-
-    Raises:
-        ConfigError: if ``labels`` or ``channels`` is not known.
-        DataError: if nothing of a known kind is there, or labels are missing, wrong or too many.
-    """
+    """Open DATA: find out its kind, list its images, and give each its class."""
     if labels not in ("auto", "none"):
         raise ConfigError(f"--labels: {labels!r}, expected auto or none.", name="labels")
     if channels not in (1, 3):
@@ -126,16 +110,7 @@ def open_images(
 
 
 def for_outputs(images: Images, n_classes: int) -> Images:
-    """Number the classes of opened data anew, for a model with so many outputs.
-
-    Args:
-        images: labelled or not.
-        n_classes: outputs of the model; labels must fit them.
-
-    Returns:
-        The same images with the labels checked; nothing is read again, and what has been decoded
-        is shared.
-    """
+    """Number the classes of opened data anew, for a model with so many outputs."""
     again = object.__new__(type(images))
     again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
     if images.classes_given is not None:

@@ -36,14 +36,7 @@ _SHARD: Final = re.compile(r"[-._]?[0-9]{1,9}(-of-[0-9]{1,9})?(-[0-9a-f]{6,40})?
 
 
 def find_tables(folder: Path) -> list[Path]:
-    """Find a folder's parquet files, or the .arrow files that ``save_to_disk`` writes.
-
-    Args:
-        folder: searched itself, and two levels down.
-
-    Returns:
-        Their sorted paths; those of the first kind that is there.
-    """
+    """Find a folder's parquet files, or the .arrow files that ``save_to_disk`` writes."""
     for suffix in SUFFIXES:
         found = [p for depth in ("*", "*/*", "*/*/*") for p in folder.glob(depth + suffix)]
         found = [
@@ -61,20 +54,7 @@ def find_tables(folder: Path) -> list[Path]:
 def choose_split(
     folder: Path, tables: Sequence[Path], split: str, where: str
 ) -> tuple[list[Path], str | None]:
-    """Choose the files of one split by their names: ``train-00000-of-00002``, ``test/0000``.
-
-    Args:
-        folder: of the data set.
-        tables: its files.
-        split: the one wanted; empty for the held-out one.
-        where: the data, for messages.
-
-    Returns:
-        Its files, and a note where one was chosen among several.
-
-    Raises:
-        DataError: if there is no such split, or the folder holds several configurations.
-    """
+    """Choose the files of one split by their names: ``train-00000-of-00002``, ``test/0000``."""
     by_split: dict[str, list[Path]] = {}
     for path in tables:
         stem = _SHARD.sub("", path.stem)
@@ -113,20 +93,7 @@ def choose_split(
 def open_tables(
     paths: Sequence[Path], wanted: bool, channels: int, where: str
 ) -> tuple[EncodedImages, list[str] | np.ndarray | None]:
-    """Open parquet or .arrow files of one layout, one after the other.
-
-    Args:
-        paths: the files.
-        wanted: whether labels are to be read.
-        channels: what images are converted to.
-        where: the data, for messages.
-
-    Returns:
-        The images, and their labels as numbers or as names; None where there are none.
-
-    Raises:
-        DataError: if pyarrow is not installed, a file is damaged, or columns are not found.
-    """
+    """Open parquet or .arrow files of one layout, one after the other."""
     arrow = _pyarrow(where)
     errors = (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError,
               OverflowError, AttributeError, RecursionError)  # fmt: skip
@@ -187,18 +154,7 @@ class TableImages(EncodedImages):
         return self._n
 
     def add(self, path: Path, wanted: bool) -> list[Any]:
-        """Append the rows of one file.
-
-        Args:
-            path: the file.
-            wanted: whether labels are to be read.
-
-        Returns:
-            Its labels, as they stand there; nothing where there are none.
-
-        Raises:
-            ValueError: if it has no image column, or others than the files before.
-        """
+        """Append the rows of one file."""
         schema, n = self._describe(path)
         columns = find_columns(schema)
         if self.columns is not None and columns != self.columns:

@@ -36,17 +36,7 @@ _TAR_ERRORS: Final = (
 
 
 def expand_braces(spec: str) -> list[str]:
-    """Expand ranges in a name: ``shard-{000..123}.tar`` stands for 124 files.
-
-    Args:
-        spec: with any number of ranges, numbers padded as the first one is.
-
-    Returns:
-        The names, in order; the spec alone where there is no range.
-
-    Raises:
-        DataError: if a range runs backwards, or the names are too many.
-    """
+    """Expand ranges in a name: ``shard-{000..123}.tar`` stands for 124 files."""
     parts = _RANGE.split(spec)
     ranges = []
     n = 1
@@ -121,18 +111,6 @@ def open_shards(
     """Index tar shards.
 
     A label is a number or a name in ``key.cls``, or stands in ``key.json``.
-
-    Args:
-        paths: of the shards, uncompressed.
-        wanted: whether labels are to be read.
-        channels: what images are converted to.
-        where: the data, for messages.
-
-    Returns:
-        The images, and their labels as numbers or as names; None where there are none.
-
-    Raises:
-        DataError: if a shard is damaged, they hold no images, or only some have labels.
     """
     seen = _Seen()
     rows: list[tuple[int, int, int]] = []

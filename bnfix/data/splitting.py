@@ -26,15 +26,7 @@ class Split:
 
 
 def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
-    """Hash a set of images and their labels; order, names and places do not matter.
-
-    Args:
-        images: the opened data.
-        index: positions, default all.
-
-    Returns:
-        SHA-256 as 64 hexadecimal digits.
-    """
+    """Hash a set of images and their labels; order, names and places do not matter."""
     rows = _bytes(images.digests(index))
     if images.labels is not None:
         labels = images.labels if index is None else images.labels[index]
@@ -50,17 +42,6 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
     Every part gets its fraction of every class to within 1; a class of 3 or more is in every part
     that has a fraction, wherever that bound allows it; over all classes the parts are balanced.
     Who goes where depends on the seed and on the images' own bytes, not on the machine.
-
-    Args:
-        images: the opened data.
-        fractions: of fit, select and test; from 0, together 1.
-        seed: any whole number.
-
-    Returns:
-        The positions of each part, and how many later duplicates were left out.
-
-    Raises:
-        ConfigError: if the fractions are negative or do not add up to 1.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ConfigError(f"fractions: {fractions}, expected 0 or more, together 1.")
