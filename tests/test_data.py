@@ -740,13 +740,13 @@ class Numbered(Images):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
         return str(i)
 
-    def _read(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> np.ndarray:
         pytest.fail("pixels were asked for")
 
-    def _size_of(self, i: int) -> tuple[int, int]:
+    def size_of(self, i: int) -> tuple[int, int]:
         pytest.fail("a size was asked for")
 
     def _hash(self, i: int) -> bytes:

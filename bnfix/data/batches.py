@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,19 +17,14 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from bnfix.data.corruptions import Corruption
-from bnfix.data.images import (
-    MAX_PIXELS,
-    ArrayImages,
-    EncodedImages,
-    Images,
-)
+from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
 from bnfix.data.tensors import TensorItems
 from bnfix.errors import ConfigError, DataError, some
 from bnfix.preprocessing import Preprocessing
 
 
 class Batch(NamedTuple):
-    """Inputs, their labels, and where in the data they stand."""
+    """Inputs, their labels, and their positions in the data."""
 
     x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of them
     y: torch.Tensor | None  # (N,) int64
@@ -47,27 +41,24 @@ class Skipped:
 
 @dataclass
 class _Shaped:
-    """Images after resize and crop, by position, and the reasons of those that are bad."""
+    """Images after resize and crop, by position; a bad one is its reason."""
 
-    pixels: dict[int, np.ndarray] = field(default_factory=dict)
-    bad: dict[int, str] = field(default_factory=dict)
+    known: dict[int, np.ndarray | str] = field(default_factory=dict)
     n_bytes: int = 0
 
-    def keep(self, i: int, found: np.ndarray | str, cache_bytes: int) -> None:
+    def keep(self, i: int, shaped: np.ndarray | str, cache_bytes: int) -> None:
         """Remember one image, unless the memory allowed is used up."""
-        if isinstance(found, str):
-            self.bad[i] = found
-        elif i not in self.pixels and self.n_bytes + found.nbytes <= cache_bytes:
-            self.pixels[i] = found
-            self.n_bytes += found.nbytes
+        size = 0 if isinstance(shaped, str) else shaped.nbytes
+        if i not in self.known and self.n_bytes + size <= cache_bytes:
+            self.known[i] = shaped
+            self.n_bytes += size
 
 
 class _Shaper(Dataset[list["np.ndarray | str"]]):
     """Lists of positions to their resized and cropped pixels, or why there are none."""
 
     def __init__(self, images: Images, preprocessing: Preprocessing) -> None:
-        self.images = images
-        self.preprocessing = preprocessing
+        self.images, self.preprocessing = images, preprocessing
 
     def __getitem__(self, positions: Sequence[int]) -> list[np.ndarray | str]:
         return [self._shape(i) for i in positions]
@@ -82,7 +73,7 @@ class _Shaper(Dataset[list["np.ndarray | str"]]):
             return pixels
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         if resize is not None:
-            # By its shorter side, a thread of an image becomes enormous.
+            # Resized by its shorter side, an image of 1 x 5000 pixels would become enormous.
             if len(resize) == 1 and resize[0] ** 2 * max(image.size) > MAX_PIXELS * min(image.size):
                 name = self.images.name(i)
                 return f"{name}: bad image, {image.size} resized is above {MAX_PIXELS:,} pixels."
@@ -94,28 +85,14 @@ class _Shaper(Dataset[list["np.ndarray | str"]]):
 
 
 class Batches:
-    """Preprocessed batches of chosen images, over and over: iterate it as often as needed.
+    """Preprocessed batches of chosen images, to iterate as often as needed.
 
     Every pass has the same order. Bad images are left out of their batch and noted in ``skipped``,
-    each once. Images after resize and crop are kept in memory, shared by all Batches over the same
-    Images, so that later passes decode nothing.
-
-    Args:
-        images: the opened data.
-        index: positions to use, in this order unless shuffled.
-        preprocessing: resize and crop, then scale, mean and std; None for inputs that are no
-            images, which go to the network as they are.
-        batch_size: images a batch; the last one may be smaller.
-        workers: processes that decode; -1: up to 4 for many image files where two cores are left
-            for the rest, else none.
-        shuffle_seed: order by a seeded permutation.
-        max_bad: how many bad images a pass may meet; default: 1 %, and at least 5.
-        cache_bytes: memory for resized images of one kind.
-        corruption: what is done to every image after resize and crop, as 8-bit pixels, before
-            scale, mean and std; what is kept in memory is the image without it.
-
-    Raises:
-        ConfigError: if an option is out of range or the channels are not those of the images.
+    each once; a pass ends at more than ``max_bad`` of them (default 1%, at least 5). Images after
+    resize and crop are kept in memory up to ``cache_bytes``, shared by all Batches over the same
+    Images, so that later passes decode nothing. ``preprocessing`` is None for inputs that are no
+    images. ``corruption`` comes after the crop; it is not part of the images kept in memory.
+    ``workers`` are processes that decode; -1 is up to 4 for many files where two cores are left.
     """
 
     def __init__(
@@ -138,11 +115,8 @@ class Batches:
         preprocessing = preprocessing or Preprocessing()
         if isinstance(images, TensorItems):
             if corruption is not None:
-                raise ConfigError(
-                    f"{corruption.text}: {images.spec} holds no images, and only images can be "
-                    "corrupted.",
-                    name="corrupt",
-                )
+                message = f"{corruption.text}: {images.spec} holds no images to corrupt."
+                raise ConfigError(message, name="corrupt")
         elif preprocessing.channels != images.channels:
             raise ConfigError(
                 f"channels: {preprocessing.channels} in the preprocessing, {images.channels} in "
@@ -152,18 +126,14 @@ class Batches:
         index = np.asarray(index, dtype=np.int64)
         if index.size and not (0 <= index.min() and index.max() < len(images)):
             raise ConfigError(f"index: positions outside 0 to {len(images) - 1}.", name="index")
-        self.images = images
-        self.preprocessing = preprocessing
-        self.batch_size = batch_size
-        self.workers = workers
+        self.images, self.preprocessing, self.corruption = images, preprocessing, corruption
+        self.batch_size, self.workers, self.cache_bytes = batch_size, workers, cache_bytes
         self.max_bad = max_bad_of(len(index), max_bad)
-        self.cache_bytes = cache_bytes
-        self.corruption = corruption
         self.skipped: list[Skipped] = []
         self._seen_bad: set[int] = set()
         self._index = index
         self._order, self._evened = _shuffled(index, shuffle_seed), False
-        self._part: Callable[[list[np.ndarray]], list[np.ndarray]] = _all_of
+        self._part: Callable[[list[np.ndarray]], list[np.ndarray]] = lambda groups: groups
         geometry = (preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
         self._shaped: _Shaped = images.shaped.setdefault(geometry, _Shaped())
 
@@ -175,35 +145,34 @@ class Batches:
         """How many images there are, less the bad ones met so far."""
         return len(self._order) - len(self._seen_bad)
 
-    def with_seed(self, seed: int | None) -> Batches:
-        """The same batches in another order, at no cost: memory and ``skipped`` are shared."""
+    def _with(self, **changes: Any) -> Batches:
+        """A copy that shares memory and ``skipped``, so that it costs nothing."""
         other = copy.copy(self)
-        other._order = _shuffled(self._index, seed)
+        vars(other).update(changes)
         return other
+
+    def with_seed(self, seed: int | None) -> Batches:
+        """The same batches in another order; None is the order as given."""
+        return self._with(_order=_shuffled(self._index, seed))
 
     def dealt(self, rank: int, size: int) -> Batches:
         """Every ``size``-th batch, whole: together, all ranks have the same batches as one."""
-        other = copy.copy(self)
-        other._part = partial(_dealt, rank=rank, size=size)
-        return other
+        return self._with(_part=lambda groups: groups[rank::size])
 
     def sliced(self, rank: int, size: int) -> Batches:
         """A part of every batch, so that all ranks together take the same steps as one."""
-        other = copy.copy(self)
-        other._part = partial(_sliced, rank=rank, size=size)
-        return other
+        return self._with(
+            _part=lambda groups: [group[rank::size] for group in groups if len(group) > rank]
+        )
 
     def starting_at(self, n: int) -> Batches:
-        """The same without the first batches, which are not read either."""
-        other, part = copy.copy(self), self._part
-        other._part = lambda groups: part(groups)[n:]
-        return other
+        """The same without the first n batches, which are not read either."""
+        part = self._part
+        return self._with(_part=lambda groups: part(groups)[n:])
 
     def evened(self) -> Batches:
         """The same, with a last batch of one image or below an eighth of the size dealt out."""
-        other = copy.copy(self)
-        other._evened = True
-        return other
+        return self._with(_evened=True)
 
     def _groups(self) -> list[np.ndarray]:
         order, size = self._order, self.batch_size
@@ -213,7 +182,6 @@ class Batches:
         return self._part([order[start : start + size] for start in range(0, len(order), size)])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of one pass."""
         groups = self._groups()
         n_good = 0
         for index, x in self._inputs(groups):
@@ -226,16 +194,16 @@ class Batches:
             n = sum(map(len, groups))
             raise DataError(f"{self.images.spec}: no usable image among {n}{why}")
 
-    # Positions and inputs of each group's good examples.
     def _inputs(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
+        """Positions and inputs of each group's good examples."""
         if isinstance(self.images, TensorItems):
             yield from ((group, self.images.take(group)) for group in groups)
             return
         for index, pixels in self._pixels(groups):
             yield index, self._scaled(self._corrupted(pixels, index))
 
-    # Positions and pixels, uint8 (n, C, H, W), of each group's good images.
     def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Positions and pixels, uint8 (n, C, H, W), of each group's good images."""
         crop = self.preprocessing.crop
         if isinstance(self.images, ArrayImages) and self.preprocessing.resize is None:
             for group in groups:
@@ -244,33 +212,34 @@ class Batches:
             return
         n_bad = 0
         for group, loaded in zip(groups, self._loaded(groups), strict=True):
-            good: list[tuple[int, np.ndarray]] = []
+            good: dict[int, np.ndarray] = {}
             for i in group.tolist():
-                found = loaded[i]
-                if isinstance(found, str):
+                shaped = loaded[i]
+                if isinstance(shaped, str):
                     n_bad += 1
-                    self._skip(i, found, n_bad)
+                    self._skip(i, shaped, n_bad)
                 else:
-                    good.append((i, found))
+                    good[i] = shaped
             if good:
                 self._check_sizes(good)
-                stacked = np.stack([pixels for _, pixels in good])
-                index = np.asarray([i for i, _ in good], dtype=np.int64)
+                # By the group: a position given twice comes twice.
+                index = np.asarray([i for i in group.tolist() if i in good], dtype=np.int64)
+                stacked = np.stack([good[i] for i in index.tolist()])
                 yield index, torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
-    # Each group's images, from memory or from disk.
     def _loaded(self, groups: list[np.ndarray]) -> Iterator[dict[int, np.ndarray | str]]:
-        shaped, shaper = self._shaped, _Shaper(self.images, self.preprocessing)
-        known = shaped.pixels.keys() | shaped.bad.keys()
-        wanted = [[i for i in dict.fromkeys(group.tolist()) if i not in known] for group in groups]
+        """Each group's images, from memory or from disk."""
+        known, shaper = self._shaped.known, _Shaper(self.images, self.preprocessing)
+        # Fixed before the first read: another pass may fill the memory in between.
+        before = set(known)
+        wanted = [[i for i in dict.fromkeys(group.tolist()) if i not in before] for group in groups]
+        to_read = [positions for positions in wanted if positions]
         n_workers = self._n_workers(sum(map(len, wanted)))
-        fresh: Iterator[list[np.ndarray | str]]
-        if n_workers == 0:
-            fresh = (shaper[positions] for positions in wanted if positions)
-        else:
+        fresh: Iterator[list[np.ndarray | str]] = map(shaper.__getitem__, to_read)
+        if n_workers:
             loader = DataLoader(
                 shaper,
-                sampler=[positions for positions in wanted if positions],
+                sampler=to_read,
                 batch_size=None,
                 num_workers=n_workers,
                 collate_fn=_as_is,
@@ -282,12 +251,9 @@ class Batches:
                 fresh = iter(loader)
         for group, positions in zip(groups, wanted, strict=True):
             loaded = dict(zip(positions, next(fresh), strict=True)) if positions else {}
-            for i, found in loaded.items():
-                shaped.keep(i, found, self.cache_bytes)
-            for i in group.tolist():
-                if i not in loaded:
-                    loaded[i] = shaped.bad[i] if i in shaped.bad else shaped.pixels[i]
-            yield loaded
+            for i, shaped in loaded.items():
+                self._shaped.keep(i, shaped, self.cache_bytes)
+            yield loaded | {i: known[i] for i in group.tolist() if i not in loaded}
 
     def _n_workers(self, n_wanted: int) -> int:
         n_cpus = os.cpu_count() or 1
@@ -310,12 +276,10 @@ class Batches:
                 f"{self.skipped[0].reason} Remove them, or allow more with --max-bad."
             )
 
-    def _check_sizes(self, good: list[tuple[int, np.ndarray]]) -> None:
-        by_size: dict[tuple[int, ...], int] = {}
-        for i, pixels in good:
-            by_size.setdefault(pixels.shape[:2], i)
-        if len(by_size) > 1:
-            (a, i), (b, j) = list(by_size.items())[:2]
+    def _check_sizes(self, good: dict[int, np.ndarray]) -> None:
+        first = {pixels.shape[:2]: i for i, pixels in reversed(good.items())}
+        if len(first) > 1:
+            (b, j), (a, i) = list(first.items())[-2:]
             raise DataError(
                 f"{self.images.spec}: images of different sizes in one batch, "
                 f"{self.images.name(i)} is {a[0]}x{a[1]}, {self.images.name(j)} is {b[0]}x{b[1]} "
@@ -340,18 +304,6 @@ class Batches:
 def max_bad_of(n: int, stated: float | None) -> float:
     """How many bad images a pass over n images may meet: as stated, else 1%, and at least 5."""
     return max(5.0, 0.01 * n) if stated is None else stated
-
-
-def _all_of(groups: list[np.ndarray]) -> list[np.ndarray]:
-    return groups
-
-
-def _dealt(groups: list[np.ndarray], rank: int, size: int) -> list[np.ndarray]:
-    return groups[rank::size]
-
-
-def _sliced(groups: list[np.ndarray], rank: int, size: int) -> list[np.ndarray]:
-    return [group[rank::size] for group in groups if len(group) > rank]
 
 
 def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:

@@ -34,13 +34,16 @@ class ItemImages(Images):
     def __len__(self) -> int:
         return len(self.items)
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """Its place in the data."""
         return f"item {i}"
 
-    def _read(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> np.ndarray:
+        """The pixels as they were given, in the channels asked for."""
         return pixels_of(Image.fromarray(self.items[i]), self.channels)
 
-    def _size_of(self, i: int) -> tuple[int, int]:
+    def size_of(self, i: int) -> tuple[int, int]:
+        """By the pixels."""
         height, width = self.items[i].shape[:2]
         return height, width
 

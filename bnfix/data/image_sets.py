@@ -122,7 +122,7 @@ def open_caltech256(root: Path, split: str, channels: int, where: str) -> tuple[
         files += [f"{name}/{file}" for file in chosen]
         labels += [number - 1] * len(chosen)
     require_files(folder, files, where)
-    images = FileImages(str(folder), "caltech256", files, channels)
+    images = FileImages(folder, "caltech256", files, channels)
     images.class_names = tuple(
         name.partition(".")[2] for name in sorted(categories, key=categories.__getitem__)
     )
@@ -167,7 +167,7 @@ def open_cub2011(root: Path, split: str, channels: int, where: str) -> tuple[Fil
     chosen = [key for key in paths if parts[key] == ("1" if split == "train" else "0")]
     files = [f"images/{paths[key]}" for key in chosen]
     require_files(folder, files, where)
-    images = FileImages(str(folder), "cub2011", files, channels)
+    images = FileImages(folder, "cub2011", files, channels)
     images.class_names = tuple(
         classes[k].partition(".")[2] or classes[k] for k in sorted(classes, key=int)
     )
@@ -196,7 +196,8 @@ def open_imagenet(
     loose, folders, _ = list_images(folder)
     files = [f"{name}/{file}" for name in folders for file in list_images(folder / name)[0]]
     if files and not loose:
-        images = FileImages(str(folder), "imagenet", files, channels, classes=folders)
+        images = FileImages(folder, "imagenet", files, channels)
+        images.classes = tuple(folders)
         return images, None if split == "test" else [file.partition("/")[0] for file in files]
     if files or not loose:
         what = f"{len(loose)} images beside class folders" if files else "no images"
@@ -205,7 +206,7 @@ def open_imagenet(
             f"{'' if split == 'train' else ', or images alone'}. Unpack the archives again.",
             path=folder,
         )
-    images = FileImages(str(folder), "imagenet", loose, channels)
+    images = FileImages(folder, "imagenet", loose, channels)
     if split == "test":
         return images, None
     if split == "train":

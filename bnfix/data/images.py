@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import blake2b
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bnfix.errors import DataError
+from bnfix.errors import DataError, plain
 
 # Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
 MAX_PIXELS = 50_000_000
@@ -57,8 +58,8 @@ _STRIP_PIXELS = 1 << 22
 class Images(ABC):
     """One opened DATA: its images by position, and their labels where there are any.
 
-    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``notes`` say in words what
-    was assumed or passed over; ``shaped`` keeps resized images for those who batch them.
+    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``notes`` are sentences on
+    assumptions and files passed over; ``shaped`` keeps resized images for `Batches`.
     """
 
     kind: str
@@ -71,7 +72,7 @@ class Images(ABC):
         self.class_names: tuple[str, ...] | None = None
         self.notes: list[str] = []
         self.shaped: dict[Any, Any] = {}
-        self.classes_given: Any = None  # before they were numbered, for those who number anew
+        self.classes_given: Any = None  # before they were numbered, for `for_outputs`
         self._digests: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,50 +83,33 @@ class Images(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def _name(self, i: int) -> str: ...
+    def name(self, i: int) -> str:
+        """Image ``i`` in messages and reports."""
 
     @abstractmethod
-    def _read(self, i: int) -> np.ndarray: ...
+    def read(self, i: int) -> np.ndarray:
+        """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
 
     @abstractmethod
-    def _size_of(self, i: int) -> tuple[int, int]: ...
+    def size_of(self, i: int) -> tuple[int, int]:
+        """Height and width, upright, without decoding pixels; bad images as in ``read``."""
 
     @abstractmethod
     def _hash(self, i: int) -> bytes: ...
 
-    def name(self, i: int) -> str:
-        """Name image ``i`` for messages and reports."""
-        return self._name(i)
-
-    def read(self, i: int) -> np.ndarray:
-        """Read and decode one image: first frame, upright, 8 bit, no alpha.
-
-        A bad image (missing, damaged, no image, too large) is a DataError.
-        """
-        return self._read(i)
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        """Size of one image, upright, without decoding its pixels; bad images as in ``read``."""
-        return self._size_of(i)
-
     def digest(self, i: int) -> bytes:
-        """Six bytes that tell an image: of its file, or of its shape and pixels."""
+        """Six bytes that identify an image: a hash of its file, or of its shape and pixels."""
         return self.digests([i])[0]
 
     def digests(self, index: Iterable[int] | None = None) -> list[bytes]:
-        """What `digest` gives for all images or some; a file that cannot be read has its name's."""
+        """`digest` of all images or some; a file that cannot be read has a hash of its name."""
         wanted = range(len(self)) if index is None else [int(i) for i in index]
-        known = self._digests
-        missing = [i for i in wanted if i not in known]
+        missing = [i for i in wanted if i not in self._digests]
         parts = [missing[k : k + _HASHED_AT_ONCE] for k in range(0, len(missing), _HASHED_AT_ONCE)]
-        n_threads = min(self._hash_threads, len(parts))
-        if n_threads > 1:
-            with ThreadPoolExecutor(n_threads) as pool:
-                for part, hashes in zip(parts, pool.map(self._hash_all, parts), strict=True):
-                    known.update(zip(part, hashes, strict=True))
-        else:
-            known.update(zip(missing, self._hash_all(missing), strict=True))
-        return [known[i] for i in wanted]
+        with ThreadPoolExecutor(self._hash_threads) as pool:
+            for part, hashes in zip(parts, pool.map(self._hash_all, parts), strict=True):
+                self._digests.update(zip(part, hashes, strict=True))
+        return [self._digests[i] for i in wanted]
 
     def _hash_all(self, index: Sequence[int]) -> list[bytes]:
         return [self._hash(i) for i in index]
@@ -137,11 +121,13 @@ class EncodedImages(Images):
     @abstractmethod
     def _stream(self, i: int) -> BufferedReader | BytesIO: ...
 
-    def _read(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> np.ndarray:
+        """Decode the first frame."""
         with self._open(i) as image:
             return pixels_of(image, self.channels)
 
-    def _size_of(self, i: int) -> tuple[int, int]:
+    def size_of(self, i: int) -> tuple[int, int]:
+        """By the head of the file."""
         with self._open(i) as image:
             # Pillow itself has turned a TIFF's size already.
             turned = image.format != "TIFF" and _orientation(image) >= 5
@@ -150,28 +136,23 @@ class EncodedImages(Images):
     def _hash(self, i: int) -> bytes:
         try:
             with self._stream(i) as file:
-                return hashlib.file_digest(
-                    file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)
-                ).digest()
+                return hashlib.file_digest(file, lambda: blake2b(digest_size=DIGEST_SIZE)).digest()
         except (OSError, ValueError):
-            return hashlib.blake2b(
-                self.name(i).encode(), digest_size=DIGEST_SIZE, key=b"name"
-            ).digest()
+            return blake2b(self.name(i).encode(), digest_size=DIGEST_SIZE, key=b"name").digest()
 
     @contextmanager
     def _open(self, i: int) -> Iterator[Image.Image]:
         try:
-            # Pillow warns of large or odd files; what matters of that becomes an error below.
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), self._stream(i) as file:
+                # Pillow warns of large or odd files; the cases that matter are errors below.
                 warnings.simplefilter("ignore")
-                with self._stream(i) as file:
-                    if file.seek(0, os.SEEK_END) > MAX_IMAGE_BYTES:
-                        raise OSError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
-                    file.seek(0)
-                    with Image.open(file, formats=_FORMATS) as image:
-                        if image.width * image.height > MAX_PIXELS:
-                            raise Image.DecompressionBombError
-                        yield image
+                if file.seek(0, os.SEEK_END) > MAX_IMAGE_BYTES:
+                    raise OSError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
+                file.seek(0)
+                with Image.open(file, formats=_FORMATS) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        raise Image.DecompressionBombError
+                    yield image
         except _DECODE_ERRORS as error:
             if isinstance(error, Image.DecompressionBombError):
                 reason = f"more than {MAX_PIXELS:,} pixels"
@@ -180,11 +161,9 @@ class EncodedImages(Images):
             elif isinstance(error, FileNotFoundError):
                 reason = "no such file"
             else:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-            name = self.name(i)
-            raise DataError(
-                f"{name}: bad image, {reason}.", name=name, path=self._path(i)
-            ) from error
+                reason = plain(str(error)) or type(error).__name__
+            name, path = self.name(i), self._path(i)
+            raise DataError(f"{name}: bad image, {reason}.", name=name, path=path) from error
 
     def _path(self, i: int) -> Path:
         return Path(self.spec)
@@ -195,25 +174,16 @@ class FileImages(EncodedImages):
 
     _hash_threads = 16
 
-    def __init__(
-        self,
-        root: str,
-        kind: str,
-        files: Sequence[str],
-        channels: int,
-        *,
-        classes: Sequence[str] = (),
-    ) -> None:
-        super().__init__(root, channels)
-        self.root = Path(root)
-        self.kind = kind
-        self.files = list(files)
-        self.classes = tuple(classes)
+    def __init__(self, root: Path, kind: str, files: Sequence[str], channels: int) -> None:
+        super().__init__(str(root), channels)
+        self.root, self.kind, self.files = root, kind, list(files)
+        self.classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """Its path inside the folder, on one line."""
         name = self.files[i].encode("utf-8", "backslashreplace").decode()
         signs = (s if s.isprintable() else s.encode("unicode_escape").decode() for s in name)
         return "".join(signs)
@@ -251,34 +221,35 @@ class ArrayImages(Images):
         luma = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
         return np.expand_dims(luma.astype(np.uint8), 3)
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """Its place in the array."""
         return f"images[{i}]"
 
-    def _read(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> np.ndarray:
+        """Slice the array."""
         image: np.ndarray = self.take(np.asarray([i]))[0]
         return image
 
-    def _size_of(self, i: int) -> tuple[int, int]:
+    def size_of(self, i: int) -> tuple[int, int]:
+        """The same for all."""
         return int(self.array.shape[1]), int(self.array.shape[2])
 
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])
 
     def _hash_all(self, index: Sequence[int]) -> list[bytes]:
-        # As `digest_of`, without its cost an image.
-        shape = hashlib.blake2b(repr(self.array.shape[1:]).encode(), digest_size=DIGEST_SIZE)
-        found = []
-        for i in index:
-            digest = shape.copy()
+        # As `digest_of`, which costs more than the hash itself where images are small.
+        shape = blake2b(repr(self.array.shape[1:]).encode(), digest_size=DIGEST_SIZE)
+        hashes = [shape.copy() for _ in index]
+        for i, digest in zip(index, hashes, strict=True):
             digest.update(np.ascontiguousarray(self.array[i]).data)
-            found.append(digest.digest())
-        return found
+        return [digest.digest() for digest in hashes]
 
 
 def digest_of(pixels: np.ndarray) -> bytes:
     """Hash an image by its shape and raw pixels."""
     pixels = np.ascontiguousarray(pixels)
-    digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_SIZE)
+    digest = blake2b(repr(pixels.shape).encode(), digest_size=DIGEST_SIZE)
     digest.update(pixels.data)
     return digest.digest()
 
@@ -308,17 +279,16 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = pixels[top : top + rows]
-        part = image
-        if len(strip) < image.height:
-            part = image.crop((0, top, image.width, top + len(strip)))
+        whole = len(strip) == image.height
+        part = image if whole else image.crop((0, top, image.width, top + len(strip)))
         if part.mode.startswith("I"):
             part = _shallow(np.asarray(part))
         strip[:] = np.asarray(part.convert("RGB" if channels == 3 else "L")).reshape(strip.shape)
     return np.ascontiguousarray(_TURNS[orientation](pixels)) if orientation in _TURNS else pixels
 
 
-# Pixels of 16 bits, or in integers that could hold more, as 8 bits.
 def _shallow(deep: np.ndarray) -> Image.Image:
+    """Integer pixels of up to 16 bits, scaled to 8: Pillow itself would clip them."""
     if deep.min() < 0 or deep.max() > 65535:
         raise ValueError("more than 16 bits a pixel")
     return Image.fromarray(((deep.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))

@@ -266,7 +266,7 @@ def _open_flowers102(root: Path, split: str, channels: int, where: str) -> Opene
     listed = [held[i] for i in range(len(held))]
     files = [f"jpg/{path.name}" for path, _ in listed]
     require_files(folder, files, where)
-    images = FileImages(str(folder), "flowers102", files, channels)
+    images = FileImages(folder, "flowers102", files, channels)
     return images, np.asarray([label for _, label in listed], dtype=np.int64)
 
 

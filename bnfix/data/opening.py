@@ -225,7 +225,8 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[
             path=path,
         )
     kind = "class folders" if files else "flat folder"
-    images = FileImages(str(path), kind, files or loose, channels, classes=folders if files else ())
+    images = FileImages(path, kind, files or loose, channels)
+    images.classes = tuple(folders) if files else ()
     if n_others:
         images.notes.append(f"{n_others} files without an image's suffix passed over")
     if empty:
@@ -273,7 +274,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
     if found:
         raise DataError(f"{where}: {found}. Correct the file.", path=where)
-    images = FileImages(str(path), "labels.csv", files, channels)
+    images = FileImages(path, "labels.csv", files, channels)
     unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
         images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")

@@ -176,7 +176,8 @@ class TableImages(EncodedImages):
         k = int(np.searchsorted(self._starts, i, side="right")) - 1
         return k, i - self._starts[k]
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """Its file and row."""
         k, row = self._place(int(i))
         return f"{self._files[k].name}[{row}]"
 

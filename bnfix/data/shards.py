@@ -69,7 +69,8 @@ class ShardImages(EncodedImages):
     def __len__(self) -> int:
         return len(self._names)
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """Its shard and member."""
         return f"{self._path(i).name}/{self._names[i]}"
 
     def _path(self, i: int) -> Path:

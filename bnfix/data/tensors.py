@@ -45,13 +45,16 @@ class TensorItems(Images):
                 "--batch-size 1."
             ) from error
 
-    def _name(self, i: int) -> str:
+    def name(self, i: int) -> str:
+        """Its place in the data."""
         return f"item {i}"
 
-    def _read(self, i: int) -> np.ndarray:
+    def read(self, i: int) -> np.ndarray:
+        """Refuse: there are no pixels."""
         raise DataError(f"{self.spec}: item {i} is no image.")
 
-    def _size_of(self, i: int) -> tuple[int, int]:
+    def size_of(self, i: int) -> tuple[int, int]:
+        """Refuse: there are no pixels."""
         raise DataError(f"{self.spec}: item {i} is no image.")
 
     def _hash(self, i: int) -> bytes:
