@@ -10,15 +10,15 @@ from torch import nn
 
 from bnfix import guards
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
-from bnfix.errors import NumericError
-from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
-from bnfix.measuring.pairing import compare
-from bnfix.recognition import (
+from bnfix.data.fingerprints import (
     data_record,
     describe_unlisted,
     history_digests,
     seen_before,
 )
+from bnfix.errors import NumericError
+from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
+from bnfix.measuring.pairing import compare
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report

@@ -14,6 +14,7 @@ from bnfix.checkpoints.reading import require_file
 from bnfix.checkpoints.saving import versions
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
+from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
 from bnfix.entrants import Arena, Entrant, enter, hasten
 from bnfix.errors import ConfigError
 from bnfix.estimating import estimated_evaluation
@@ -30,7 +31,6 @@ from bnfix.recipe import (
     RunOptions,
     check_seed,
 )
-from bnfix.recognition import data_record, describe_unlisted, seen_before
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report

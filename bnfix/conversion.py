@@ -19,6 +19,7 @@ from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
+from bnfix.data.fingerprints import data_record, history_digests
 from bnfix.data.first_look import first_batch
 from bnfix.errors import ModelError, one_line
 from bnfix.layers.norms import generalized_norms, set_example_weight_
@@ -27,7 +28,6 @@ from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import plan_swap, swap_planned_
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
-from bnfix.recognition import data_record, history_digests
 from bnfix.reporting.layer_rows import layer_rows
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result

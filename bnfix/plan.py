@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnfix.data.fingerprints import data_record
 from bnfix.errors import ConfigError, DataError
 from bnfix.estimating import Work, estimated
 from bnfix.layers.norms import generalized_norms
@@ -28,7 +29,6 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.recognition import data_record
 from bnfix.tracking import Track
 from bnfix.workbench import Workbench, open_workbench
 from bnfix.workload import workload

@@ -22,16 +22,15 @@ from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.data.batches import Batch, Batches, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
+from bnfix.data.fingerprints import Split, cut, unseen
 from bnfix.data.first_look import first_batch, look_at_inputs, look_at_size
 from bnfix.data.images import Images
 from bnfix.data.opening import for_outputs, open_images
-from bnfix.data.splitting import Split, cut
 from bnfix.data.tensors import TensorItems
 from bnfix.errors import ConfigError, DataError, some
 from bnfix.memory import BatchSize, Footprint, footprint
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
-from bnfix.recognition import unseen
 from bnfix.tracking import Track, Tracked, silent
 
 _VALUES_A_BATCH = 1 << 22

@@ -69,7 +69,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.parquet": {"data.columns", "data.images"},
         "data.tensors": {"data.images"},
         "data.shards": {"data.images"},
-        "data.splitting": {"data.images"},
+        "data.fingerprints": {"data.images"},
         "diagnosing.advice": {"diagnosing.diagnosis"},
         "layers.norms": {"layers", "layers.kernels", "layers.rows", "moments"},
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
@@ -92,7 +92,6 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "measuring.pairing": {"measuring.intervals", "measuring.metrics"},
         "memory": {"guards", "processes", "runtime"},
-        "recognition": {"data.images", "data.splitting"},
         "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
     },
     {
@@ -200,8 +199,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.header",
             "checkpoints.loading", "data.batches", "data.corruptions", "data.first_look",
-            "data.images", "data.opening", "data.splitting", "data.tensors", "guards", "memory",
-            "processes", "recognition", "runtime", "tracking",
+            "data.images", "data.opening", "data.tensors", "guards", "memory",
+            "processes", "data.fingerprints", "runtime", "tracking",
         },
     },
     {
@@ -256,7 +255,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli.tables": {"reporting.pages", "reporting.report"},
         "plan": {
-            "estimating", "layers.norms", "layers.sites", "layers.surgery", "recognition",
+            "estimating", "layers.norms", "layers.sites", "layers.surgery", "data.fingerprints",
             "tracking", "workbench", "workload",
         },
         "reporting.result": {
@@ -268,7 +267,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "conversion": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
             "data.batches", "data.corruptions", "data.first_look", "guards", "layers.norms",
-            "layers.refitting", "layers.sites", "layers.surgery", "recognition",
+            "layers.refitting", "layers.sites", "layers.surgery", "data.fingerprints",
             "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
             "weighing.example_weight", "workbench",
         },
@@ -291,7 +290,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "claims": {
             "checkpoints.saving", "guards", "measuring.movement", "measuring.pairing",
-            "recognition", "reporting.layer_rows", "reporting.records", "reporting.report",
+            "data.fingerprints", "reporting.layer_rows", "reporting.records", "reporting.report",
             "reporting.result",
             "stages", "statistics.calibration", "tracking",
         },
@@ -299,7 +298,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "comparison": {
             "checkpoints.reading", "checkpoints.saving", "data.batches", "data.corruptions",
             "entrants", "estimating", "measuring.custom_metrics", "measuring.evaluation",
-            "measuring.metrics", "measuring.predictions", "processes", "recognition",
+            "measuring.metrics", "measuring.predictions", "processes", "data.fingerprints",
             "reporting.layer_rows", "reporting.records", "reporting.report", "tracking",
             "workbench",
         },
@@ -307,14 +306,14 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.checkpoint", "conversion", "data.batches", "data.corruptions",
             "building.models", "checkpoints.loading", "diagnosing.advice", "diagnosing.diagnosis",
             "diagnosing.examination",
-            "layers.sites", "recognition", "runtime", "tracking", "workbench",
+            "layers.sites", "data.fingerprints", "runtime", "tracking", "workbench",
         },
         "production.exporting": {
             "checkpoints.loading", "checkpoints.saving", "conversion", "data.batches",
             "data.corruptions", "data.images", "data.opening", "estimating", "guards",
             "layers.norms", "measuring.evaluation", "production", "production.artifacts",
             "production.export_report", "production.making", "production.verification",
-            "recognition", "reporting.layer_rows", "reporting.records", "reporting.report",
+            "data.fingerprints", "reporting.layer_rows", "reporting.records", "reporting.report",
             "runtime", "tracking", "workbench",
         },
     },

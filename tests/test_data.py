@@ -20,9 +20,9 @@ from torchvision.transforms import v2
 
 from bnfix.data.batches import Batches, Skipped
 from bnfix.data.classes import map_classes
+from bnfix.data.fingerprints import cut, fingerprint
 from bnfix.data.images import ArrayImages, Images
 from bnfix.data.opening import open_images
-from bnfix.data.splitting import cut, fingerprint
 from bnfix.errors import ConfigError, DataError
 from bnfix.preprocessing import Preprocessing
 from tests.real import DATA, needs_data

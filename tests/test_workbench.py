@@ -14,18 +14,18 @@ from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.checkpoints.origin import Origin
 from bnfix.checkpoints.reading import TEXT_LIMIT
 from bnfix.data.batches import Batches
-from bnfix.data.images import ArrayImages
-from bnfix.data.opening import open_images
-from bnfix.data.splitting import cut
-from bnfix.errors import ConfigError, DataError, ModelError
-from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
-from bnfix.recognition import (
+from bnfix.data.fingerprints import (
+    cut,
     data_record,
     describe_unlisted,
     history_digests,
     seen_before,
 )
+from bnfix.data.images import ArrayImages
+from bnfix.data.opening import open_images
+from bnfix.errors import ConfigError, DataError, ModelError
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 from bnfix.tracking import describe_skipped
 from bnfix.workbench import (
     Workbench,
@@ -290,7 +290,7 @@ def test_images_are_recognized_by_their_content(files, tmp_path):
 
 
 def test_a_history_lists_no_more_images_than_it_has_room_for(files, monkeypatch):
-    monkeypatch.setattr("bnfix.recognition.MAX_LISTED", 9)
+    monkeypatch.setattr("bnfix.data.fingerprints.MAX_LISTED", 9)
     images = open_images(str(files.data))
     kept = history_digests(images, np.arange(10))
     assert kept == {"n_examples": 10, "digests": None}

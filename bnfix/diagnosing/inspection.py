@@ -15,12 +15,12 @@ from bnfix.checkpoints.loading import Loaded
 from bnfix.conversion import example_input, known_shape
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.corruptions import corruption_of
+from bnfix.data.fingerprints import data_record
 from bnfix.diagnosing.advice import Call, Entry, mapping, read_history
 from bnfix.diagnosing.diagnosis import Finding, NormTensors, diagnose, gated, read_norms
 from bnfix.diagnosing.examination import Behaviour, examine_behaviour, examine_call, examine_model
 from bnfix.layers.sites import NormSite, find_norms, instance_norms
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
-from bnfix.recognition import data_record
 from bnfix.runtime import autocast, device_of
 from bnfix.tracking import Track, Tracked, silent
 from bnfix.version import __version__

@@ -21,6 +21,7 @@ from bnfix.checkpoints.saving import versions
 from bnfix.conversion import CALL_ERRORS, example_input, known_shape
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
+from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
 from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError, ModelError, one_line, some
@@ -33,7 +34,6 @@ from bnfix.production.export_report import SUFFIXES, Export
 from bnfix.production.making import Making
 from bnfix.production.verification import Agreement, agreement, names_of
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, check_seed, option
-from bnfix.recognition import data_record
 from bnfix.reporting.layer_rows import layer_rows, n_live
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report

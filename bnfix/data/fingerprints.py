@@ -1,0 +1,161 @@
+"""Images by their digests: splits without copies, and images that a file was fitted on."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b, sha256
+from math import floor
+from typing import Any, Final
+
+import numpy as np
+
+from bnfix.data.images import DIGEST_SIZE, Images
+from bnfix.errors import ConfigError, DataError
+
+#: Images that a history lists one by one, at most; 8 characters each.
+MAX_LISTED: Final = 100_000
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint positions, each sorted; exact duplicates of earlier images are in none of them."""
+
+    fit: np.ndarray
+    select: np.ndarray
+    test: np.ndarray
+    duplicates: int
+
+
+def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
+    """SHA-256 of a set of images and their labels; order, names and places do not matter."""
+    digests = b"".join(images.digests(index))
+    rows = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_SIZE)
+    if images.labels is not None:
+        labels = images.labels if index is None else images.labels[index]
+        label_bytes = labels.astype("<i8").reshape(-1, 1).view(np.uint8)
+        rows = np.concatenate([rows, label_bytes], axis=1)
+    rows = rows[np.lexsort(rows.T[::-1])] if rows.size else rows
+    return sha256(rows.tobytes()).hexdigest()
+
+
+def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Split:
+    """Cut the data in three by a seed, each class by itself, exact duplicates left out.
+
+    Every part gets its fraction of every class to within 1; a class of 3 or more is in every part
+    that has a fraction, wherever that bound allows it; over all classes the parts are balanced.
+    An image's part depends on the seed and on its bytes, not on the machine.
+    """
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ConfigError(f"fractions: {fractions}, expected 0 or more, together 1.")
+    digests = images.digests()
+    _, first = np.unique(_numbers(digests), return_index=True)
+    n = len(first)
+    labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    draws = _numbers([_draw(seed, digests[i]) for i in first])
+    order = first[np.lexsort((first, draws, labels[first]))]
+    classes, starts = np.unique(labels[order], return_index=True)
+    members_of = dict(zip(classes.tolist(), np.split(order, starts[1:]), strict=False))
+    parts: list[list[int]] = [[], [], []]
+    owed = [0.0, 0.0, 0.0]
+    for label in sorted(members_of, key=lambda k: _draw(seed, b"class %d" % k)):
+        members = members_of[label].tolist()
+        sizes = _share(len(members), fractions, owed)
+        ends = np.cumsum(sizes)
+        for k in range(3):
+            # Carried from class to class: else every tiny class would round the same way.
+            owed[k] += len(members) * fractions[k] / sum(fractions) - sizes[k]
+            parts[k] += members[ends[k] - sizes[k] : ends[k]]
+    fit, select, test = (np.asarray(sorted(part), dtype=np.int64) for part in parts)
+    return Split(fit, select, test, duplicates=len(images) - n)
+
+
+def history_digests(images: Images, index: np.ndarray) -> dict[str, Any]:
+    """How many images there are, and up to 100,000 their sorted digests as base64."""
+    listed = sorted(images.digests(index)) if len(index) <= MAX_LISTED else None
+    digests = None if listed is None else base64.b64encode(b"".join(listed)).decode()
+    return {"n_examples": len(index), "digests": digests}
+
+
+def seen_before(images: Images, index: np.ndarray, history: Iterable[dict[str, Any]]) -> int:
+    """How many images a checkpoint's history lists as used for fitting or choosing."""
+    used = {digest for part in _parts(history) for digest in _listed(part)}
+    return sum(digest in used for digest in images.digests(index)) if used else 0
+
+
+def describe_unlisted(history: Iterable[dict[str, Any]]) -> list[str]:
+    """A sentence where a history has used images that it does not list, else nothing."""
+    unlisted = [part for part in _parts(history) if isinstance(part, dict)]
+    counts = [part.get("n_examples") for part in unlisted if part.get("digests") is None]
+    return [
+        f"a checkpoint was fitted or chosen on {n:,} images that its history does not list one by "
+        "one; whether the images measured here are among them is not known."
+        for n in counts
+        if type(n) is int and n > 0
+    ]
+
+
+def data_record(images: Images, index: np.ndarray | None = None) -> dict[str, Any]:
+    """Spec, size and fingerprint of all or some images, as the history stores them."""
+    n = len(images) if index is None else len(index)
+    return {"spec": images.spec, "n_examples": n, "fingerprint": fingerprint(images, index)}
+
+
+def unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
+    """Positions of test images that are not in the data, and how many are."""
+    known = set(images.digests())
+    kept = [i for i, digest in enumerate(test.digests()) if digest not in known]
+    if not kept:
+        raise DataError(
+            f"{test.spec}: every test image is in {images.spec} too, so it can prove nothing. "
+            "Give other images."
+        )
+    return np.asarray(kept, dtype=np.int64), len(test) - len(kept)
+
+
+def _parts(history: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    """Records of images that were fitted or chosen on; of any type, if the file is hostile."""
+    for entry in history:
+        data = entry.get("data")
+        if isinstance(data, dict):
+            yield from (data[name] for name in ("fit", "select") if name in data)
+
+
+def _listed(part: Any) -> Iterator[bytes]:
+    """Digests of one record; in the first files it was a text of hexadecimal digits."""
+    text = part.get("digests") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        return
+    try:
+        whole = base64.b64decode(text) if isinstance(part, dict) else bytes.fromhex(text)
+    except (ValueError, binascii.Error):
+        return  # of another form, which is no reason to refuse the file
+    for start in range(0, len(whole), DIGEST_SIZE):
+        yield whole[start : start + DIGEST_SIZE]
+
+
+def _numbers(strings: Sequence[bytes]) -> np.ndarray:
+    return np.asarray([int.from_bytes(string, "big") for string in strings], dtype=np.uint64)
+
+
+def _draw(seed: int, content: bytes) -> bytes:
+    return blake2b(b"%d:" % seed + content, digest_size=8).digest()
+
+
+def _share(n: int, fractions: Sequence[float], owed: Sequence[float]) -> list[int]:
+    """Whole sizes of the parts of one class; the rest goes where most is owed."""
+    quotas = [n * f / sum(fractions) for f in fractions]
+    sizes = [floor(q + 1e-9) for q in quotas]
+    # Each quota is rounded down or up, never further; so a part can take one of the rest at most.
+    takers = [k for k in range(3) if quotas[k] - sizes[k] > 1e-9]
+    takers.sort(key=lambda k: owed[k] + quotas[k] - sizes[k])
+    for k in takers[len(takers) - (n - sum(sizes)) :]:
+        sizes[k] += 1
+    for k in range(3):
+        donors = [j for j in range(3) if sizes[j] >= 2 and sizes[j] - quotas[j] > -1e-9]
+        if sizes[k] == 0 and quotas[k] > 0 and n >= 3 and donors:
+            sizes[max(donors, key=lambda j: sizes[j] - quotas[j])] -= 1
+            sizes[k] = 1
+    return sizes
