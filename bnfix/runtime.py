@@ -119,8 +119,10 @@ def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[s
         return (batch,), {}, None
     if not batch:
         raise DataError("batch: an empty tuple, expected (x, y), (x,) or x.")
-    place = 1
-    if len(batch) > 2 and most > 1 and not _like_labels(batch[1]):
+    fields = getattr(batch, "_fields", ())
+    stated = [fields.index(key) for key in _LABEL_KEYS if key in fields]
+    place = stated[0] if stated else 1
+    if len(batch) > 2 and most > 1 and not stated and not _like_labels(batch[1]):
         place = len(batch) - 1
         if not _like_labels(batch[-1]) and model is not None:
             raise DataError(
@@ -173,7 +175,9 @@ def _parameters(model: nn.Module | None) -> tuple[list[str], float]:
 
 
 def _like_labels(value: Any) -> bool:
-    """Whether this could be one class index an example."""
+    """Whether this could be one class index an example, or none."""
+    if value is None:
+        return True
     if isinstance(value, list | tuple):
         return bool(value) and all(isinstance(v, int) for v in value)
     kind = str(getattr(value, "dtype", "")).removeprefix("torch.")

@@ -267,6 +267,19 @@ def test_all_inputs_before_the_labels_are_passed():
         runtime.run(net, {"a": x, "pixel_mask": more, "labels": y}, CPU)
 
 
+Numbered = namedtuple("Numbered", ["x", "y", "index"])
+
+
+@pytest.mark.parametrize("y", [None, torch.zeros(3, 2), torch.tensor([0, 1, 1])])
+def test_fields_of_a_batch_that_have_names_are_known_by_them(y):
+    x, index = torch.ones(3, 2), torch.arange(3)
+    for model in (None, Several()):
+        found, labels = runtime.unpack(Numbered(x, y, index), model)
+        assert found is x
+        assert labels is y
+    assert runtime.unpack((x, None, index), Several()) == (x, None)
+
+
 def test_images_of_several_sizes_are_counted_one_by_one():
     images = [torch.zeros(3, 8, 8), torch.zeros(3, 6, 9)]
     assert runtime.n_examples_of((images, [{"boxes": X}, {"boxes": X}])) == 2

@@ -117,7 +117,14 @@ class ModelFlags:
     forward: Annotated[str | None, _model("forward")] = None
     logits_output: Annotated[
         str | None,
-        option(ModelRecipe, "logits_output", "--output", panel=MODEL, metavar="NAME|INDEX"),
+        option(
+            ModelRecipe,
+            "logits_output",
+            "--output",
+            "--logits-output",
+            panel=MODEL,
+            metavar="NAME|INDEX",
+        ),
     ] = None
 
     def recipe(self) -> ModelRecipe:
