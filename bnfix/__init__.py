@@ -20,9 +20,9 @@ from bnfix.layers.surgery import swap_norms_
 from bnfix.measuring.evaluation import evaluate
 from bnfix.measuring.metrics import Metrics
 from bnfix.measuring.pairing import compare
-from bnfix.pipeline import calibrate, finetune, fix
 from bnfix.production.exporting import export
 from bnfix.reporting.result import Result
+from bnfix.run import calibrate, finetune, fix
 from bnfix.statistics.calibration import recalibrate_, residuals
 from bnfix.tuning.finetuning import finetune_
 from bnfix.tuning.parameters import decay_norms_, parameter_groups

@@ -12,7 +12,6 @@ import numpy as np
 from bnfix import processes
 from bnfix.checkpoints.reading import require_file
 from bnfix.checkpoints.saving import versions
-from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
 from bnfix.entrants import Arena, Entrant, enter, hasten
@@ -35,7 +34,7 @@ from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, stati
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
 from bnfix.tracking import Track, describe_skipped, silent
-from bnfix.workbench import evaluation_batch_size
+from bnfix.workbench import evaluation_batch_size, input_batches
 
 
 def evaluate_files(
@@ -186,14 +185,8 @@ def plan_evaluation(
     for one in entrants:
         size = evaluation_batch_size(run, one.loaded.model, one.input_size)
         index = np.arange(min(n_examples, 2 * size))
-        batches = Batches(
-            one.images,
-            index,
-            one.preprocessing,
-            batch_size=size,
-            workers=run.workers,
-            max_bad=float(len(index)),
-        )
+        lenient = dataclasses.replace(source, max_bad=float(len(index)), corrupt=None)
+        batches = input_batches(one.images, index, one.preprocessing, lenient, run, size=size)
         few.append((one.loaded.model, batches))
     cost = estimated_evaluation(few, n_examples, n_variants, run.precision)
     return {

@@ -17,8 +17,7 @@ from bnfix.building.models import input_channels
 from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
-from bnfix.data.batches import Batch, Batches
-from bnfix.data.corruptions import corruption_of
+from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record, history_digests
 from bnfix.data.first_look import first_batch
 from bnfix.errors import ModelError, one_line
@@ -38,6 +37,7 @@ from bnfix.weighing.example_weight import weighable_layers
 from bnfix.workbench import (
     applied,
     evaluation_batch_size,
+    input_batches,
     load_one,
     open_checked,
     resolve_preprocessing,
@@ -207,15 +207,8 @@ def _refit(
         remarks.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
     wanted = samples or REFIT_SAMPLES
     index = np.random.default_rng(seed).permutation(len(images))[:wanted]
-    batches = Batches(
-        images,
-        index,
-        preprocessing,
-        batch_size=evaluation_batch_size(run, loaded.model, input_size),
-        workers=run.workers,
-        max_bad=source.max_bad,
-        corruption=corruption_of(source.corrupt, seed),
-    )
+    size = evaluation_batch_size(run, loaded.model, input_size)
+    batches = input_batches(images, index, preprocessing, source, run, size=size, seed=seed)
     tracked = Tracked(batches, "re-fitting scale and shift", track)
     found = refit_(loaded.model, original, tracked)
     used = {**data_record(images, index), "fit": history_digests(images, index)}

@@ -71,6 +71,18 @@ class ProcessError(BnfixError):
     """Another process of the same run has ended, or cannot be reached."""
 
 
+class Note(str):
+    """A sentence for the user with a kind, for code that treats some kinds in their own way."""
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str = "") -> Note:
+        """Make a note; the text is the string itself."""
+        note = super().__new__(cls, text)
+        note.kind = kind
+        return note
+
+
 def some(names: Sequence[str], limit: int = 5) -> str:
     """Join names for a message: at most ``limit`` of them, then how many more there are."""
     shown = ", ".join(str(name) for name in names[:limit])

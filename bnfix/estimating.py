@@ -66,11 +66,7 @@ class Estimate:
     passes: float
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers under the names that ``--plan --json`` gives them.
-
-        Returns:
-            JSON values.
-        """
+        """The numbers under the names that ``--plan --json`` gives them."""
         return {
             "passes": round(self.passes, 2),
             "seconds_estimated": None if self.seconds is None else list(self.seconds),
@@ -79,18 +75,7 @@ class Estimate:
 
 
 def estimated(bench: Workbench, work: Sequence[Work]) -> Estimate:
-    """Time a few real batches of a workbench, and multiply.
-
-    Args:
-        bench: opened; nothing of it is changed.
-        work: the passes of every stage.
-
-    Returns:
-        The estimate.
-
-    Restores:
-        Model, modes, gradients and random state.
-    """
+    """Time a few real batches of a workbench, and multiply."""
     passes = sum(one.passes for one in work)
     costs = {one.cost for one in work if one.passes and one.examples}
     try:
@@ -108,20 +93,7 @@ def estimated(bench: Workbench, work: Sequence[Work]) -> Estimate:
 def estimated_evaluation(
     models: Sequence[tuple[nn.Module, Batches]], n_examples: int, n_variants: int, precision: str
 ) -> Estimate:
-    """Time a few real batches of every model that is to be evaluated, and multiply.
-
-    Args:
-        models: each on its device, with batches as its passes would have them.
-        n_examples: in a pass.
-        n_variants: passes of each model.
-        precision: of the evaluation.
-
-    Returns:
-        The estimate.
-
-    Restores:
-        Modes and random state.
-    """
+    """Time a few real batches of every model that is to be evaluated, and multiply."""
     passes = len(models) * n_variants
     seconds = 0.0
     for number, (model, batches) in enumerate(models):
@@ -142,28 +114,12 @@ def estimated_evaluation(
 
 
 def estimated_again(model: nn.Module, seconds: float, passes: float = 0.0) -> Estimate:
-    """What was just done costs once more.
-
-    Args:
-        model: that it was done with.
-        seconds: that it took.
-        passes: that it took.
-
-    Returns:
-        The estimate.
-    """
+    """What was just done costs once more."""
     return Estimate(_range(seconds), peak_memory(model), passes)
 
 
 def peak_memory(model: nn.Module) -> int | None:
-    """Most memory so far: of the accelerator that a model is on, else of this process.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Bytes; ``None`` where the system does not tell.
-    """
+    """Most memory so far: of the accelerator that a model is on, else of this process."""
     device = runtime.device_of(model)
     if device.type == "cuda":
         allocated: int = torch.cuda.max_memory_allocated(device)
@@ -199,7 +155,8 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
     index = bench.split.fit if bench.split.fit.size else bench.split.test
     size = bench.batches(index, "").batches.batch_size
     # A bad image among these few is none of the plan's business.
-    own = replace(bench, source=replace(bench.source, max_bad=float(len(index))))
+    source = replace(bench.plan.source, max_bad=float(len(index)))
+    own = replace(bench, plan=replace(bench.plan, source=source))
     started = time.perf_counter()
     batches = list(own.batches(index[: _BATCHES * size], "timing a few batches").whole())
     n = sum(len(batch.index) for batch in batches)
@@ -209,7 +166,7 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
     found: dict[str, float] = {}
     try:
         with guards.seeded(0), guards.inference(model):
-            step = _forward(model, batches, bench.run.precision)
+            step = _forward(model, batches, bench.plan.run.precision)
             step()  # what is done once, such as choosing kernels, is no part of a pass
             found["forward"] = _median_seconds(step) / n
             if layers and costs & {"live", "training"}:

@@ -49,27 +49,12 @@ class Footprint:
     free: int
 
     def of(self, n: int) -> int:
-        """The bytes that a batch is estimated to hold.
-
-        Args:
-            n: examples.
-
-        Returns:
-            Bytes.
-        """
+        """The bytes that a batch is estimated to hold."""
         return self.fixed + n * self.an_example
 
 
 class BatchSize:
-    """A batch size that gives way where the memory does not suffice, and says so.
-
-    Args:
-        size: to begin with.
-        what: what it is for, in words.
-        notes: sentences on what was changed are added here.
-        gives_way: whether it may become smaller.
-        remark: what another size means for the results, added to the notes.
-    """
+    """A batch size that gives way where the memory does not suffice, and says so."""
 
     def __init__(
         self,
@@ -85,14 +70,7 @@ class BatchSize:
         self._said = ""
 
     def foresee(self, footprint: Footprint | None) -> None:
-        """Halve the size until it is estimated to fit; a collective call.
-
-        Args:
-            footprint: of the model; ``None`` where nothing is known.
-
-        Changes:
-            The size, on all ranks to the smallest that one of them needs, and the notes.
-        """
+        """Halve the size until it is estimated to fit; a collective call."""
         size = self.size
         if footprint is not None and self._gives_way:
             while size > 1 and footprint.of(size) > _PART * footprint.free:
@@ -110,21 +88,7 @@ class BatchSize:
         self._shrink(smallest, why)
 
     def run(self, work: Callable[[int], _T]) -> _T:
-        """Do something in batches of this size, or of the largest half of it that fits.
-
-        Args:
-            work: called with the size; again from its beginning where memory did not suffice.
-
-        Returns:
-            What the work gave.
-
-        Raises:
-            OutOfMemoryError: if not even one example fits, the size was stated, or processes share
-                the work, of which others would go on in the old size.
-
-        Changes:
-            The size and the notes.
-        """
+        """Do something in batches of this size, or of the largest half of it that fits."""
         while True:
             try:
                 return work(self.size)
@@ -151,28 +115,13 @@ def footprint(
     precision: str = "fp32",
     memory_bytes: int | None = None,
 ) -> Footprint | None:
-    """Estimate what forward passes of a model hold, from one of one example.
-
-    Where that does not fit many times over, a pass of two tells what grows with the batch.
-
-    Args:
-        model: on its device.
-        batch: any form; its first one or two examples are run.
-        precision: of the passes.
-        memory_bytes: what is free; by default as the system says.
-
-    Returns:
-        The estimate, without what operations use inside themselves; ``None`` where the system does
-        not tell what is free, or the model cannot be watched.
-
-    Restores:
-        Modes and random state.
-    """
+    """Estimate what forward passes of a model hold, from one or two examples; ``None``: unknown."""
     free = free_memory(runtime.device_of(model)) if memory_bytes is None else memory_bytes
     if free is None:
         return None
     try:
         one, n = _peak(model, first_of(batch, 1), precision)
+        # Where one does not fit many times over, two show what grows with the batch.
         if n < 1 or _PLENTY * one <= free:
             return Footprint(0, one, free)
         two, n = _peak(model, first_of(batch, 2), precision)
@@ -208,16 +157,7 @@ def _peak(model: nn.Module, batch: Any, precision: str) -> tuple[int, int]:
 
 
 def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
-    """Bytes that this process could still take.
-
-    Args:
-        device: an accelerator's own memory, or for the CPU that of the machine, less where a
-            container has a limit; processes of one machine share it.
-        system: where the system shows its state, ``proc`` and ``sys``.
-
-    Returns:
-        The number of bytes; ``None`` where the system does not tell.
-    """
+    """Bytes that this process could still take."""
     if device.type == "cuda":
         # What torch has taken from the system and does not use is there for the taking too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -261,11 +201,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made inside it that are still held, and the most there were.
-
-    Args:
-        already: bytes to begin with.
-    """
+    """Counts the bytes of tensors made inside it that are still held, and the most there were."""
 
     def __init__(self, already: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

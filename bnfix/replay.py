@@ -31,23 +31,7 @@ _Recipe = TypeVar("_Recipe")
 def replayed_plan(
     path: str | Path, *, run: RunOptions, command_line: str = "", test: str | None = None
 ) -> Plan:
-    """Read the plan of the last `fix` or `calibrate` in a file's history.
-
-    A model that the file names is taken over only where it may be built from what a file says.
-
-    Args:
-        path: a bnfix output.
-        run: device and batch size, which a history does not hold; the precision, which it does, is
-            the history's.
-        command_line: as typed, for the report.
-        test: DATA of the test split, in place of the file's.
-
-    Returns:
-        The plan, as a `fix`.
-
-    Raises:
-        CheckpointError: if there is no such entry, or its options cannot be used.
-    """
+    """Read the plan of the last `fix` or `calibrate` in a file's history."""
     where = Path(path)
     header = read_checkpoint(where).metadata or {}
     history = header.get("history")
@@ -66,22 +50,22 @@ def replayed_plan(
         found = entries[-1].get("options")
         options: dict[str, Any] = found if isinstance(found, dict) else {}
         model = _recipe(ModelRecipe, options, "model")
+        # A model that the file names is built only where a file's word is enough for that.
         if model.model is not None and not from_file_allowed(model.model):
             model = dataclasses.replace(model, model=None, arguments=())
         # Code that a file names is never run.
         model = dataclasses.replace(model, forward=None)
         none = options.get("finetune") is None
         return Plan(
-            "fix",
-            command_line,
-            model,
-            _source(options, test),
-            _recipe(SwapRecipe, options, "swap"),
-            _recipe(StatisticsRecipe, options, "statistics"),
-            _recipe(WeightRecipe, options, "example_weight"),
-            None if none else _recipe(FinetuneRecipe, options, "finetune"),
-            _recipe(GateRecipe, options, "gate"),
-            dataclasses.replace(run, precision=options.get("precision", run.precision)),
+            command_line=command_line,
+            model=model,
+            source=_source(options, test),
+            swap=_recipe(SwapRecipe, options, "swap"),
+            statistics=_recipe(StatisticsRecipe, options, "statistics"),
+            weight=_recipe(WeightRecipe, options, "example_weight"),
+            finetune=None if none else _recipe(FinetuneRecipe, options, "finetune"),
+            gate=_recipe(GateRecipe, options, "gate"),
+            run=dataclasses.replace(run, precision=options.get("precision", run.precision)),
         )
     except ConfigError as error:
         raise CheckpointError(

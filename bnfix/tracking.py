@@ -17,28 +17,12 @@ Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
 
 def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
-    """Show no progress.
-
-    Args:
-        stage: what is being done.
-        batches: what is gone through.
-        n: how many there are.
-
-    Returns:
-        The batches.
-    """
+    """Show no progress."""
     return batches
 
 
 class Tracked:
-    """Batches whose every pass shows its progress; of several processes each has its share.
-
-    Args:
-        batches: to iterate over.
-        stage: what the pass is for, in words.
-        track: how progress is shown.
-        vary: what images go through besides, if anything.
-    """
+    """Batches whose every pass shows its progress; of several processes each has its share."""
 
     def __init__(
         self,
@@ -57,14 +41,7 @@ class Tracked:
         return len(self.batches)
 
     def starting_at(self, n: int) -> Tracked:
-        """The same without the first batches.
-
-        Args:
-            n: batches to leave out; they are not read either.
-
-        Returns:
-            The rest.
-        """
+        """The same without the first batches."""
         return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
 
     def evened(self) -> Tracked:
@@ -72,11 +49,7 @@ class Tracked:
         return Tracked(self.batches.evened(), self.stage, self._track, self._vary)
 
     def whole(self) -> Tracked:
-        """All batches, on every rank.
-
-        Returns:
-            The batches that the ranks share otherwise.
-        """
+        """All batches, on every rank."""
         return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
 
     def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
@@ -98,17 +71,7 @@ class Tracked:
 
 
 def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
-    """Bad images that passes have met, on any rank, each once, in words.
-
-    Args:
-        benches: batches that were gone through.
-
-    Returns:
-        Name and reason of each.
-
-    Raises:
-        DataError: if the ranks together have met more in a pass than it may have.
-    """
+    """Bad images that passes have met, on any rank, each once, in words."""
     found: dict[str, str] = {}
     for bench in benches:
         shares = processes.gather(bench.batches.skipped)

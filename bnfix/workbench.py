@@ -21,7 +21,7 @@ from bnfix.building.presets import default_preprocessing, preset_preprocessing
 from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded, load_ready
 from bnfix.data.batches import Batch, Batches, max_bad_of
-from bnfix.data.corruptions import Corruption, corruption_of
+from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen
 from bnfix.data.first_look import first_batch, look_at_inputs, look_at_size
 from bnfix.data.images import Images
@@ -29,8 +29,9 @@ from bnfix.data.opening import for_outputs, open_images
 from bnfix.data.tensors import TensorItems
 from bnfix.errors import ConfigError, DataError, some
 from bnfix.memory import BatchSize, Footprint, footprint
+from bnfix.plan import Plan
 from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.tracking import Track, Tracked, silent
 
 _VALUES_A_BATCH = 1 << 22
@@ -40,45 +41,36 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass
 class Workbench:
-    """All that the stages work on.
+    """A plan's checkpoint and data, opened.
 
     Args:
+        plan: all settings.
         loaded: the checkpoint with its model, on the device.
         images: the data.
         test_images: where the test split lies: the data again, or ``--test``.
         split: positions of fit and select in ``images``, of test in ``test_images``.
-        preprocessing: from image to input.
-        run: how to run.
-        gate: splits and seed.
-        assumptions: everything assumed for the user, one sentence each.
-        recipe: which model it is, and how it is called.
-        source: how images become inputs, and how many bad ones a pass may meet.
+        preprocessing: from image to input; ``None`` for inputs that are no images.
+        assumptions: notes on everything assumed for the user.
         track: how progress is shown.
         input_size: numbers in one input.
-        evaluation: the batch size of passes without gradients; once it had to give way, it is
-            smaller for those that follow.
+        evaluation: the batch size of passes without gradients; it shrinks where memory is short.
+        footprint: what forward passes hold; ``None`` where it is not known.
         original: the model before layers were swapped that now weigh the example; their scale and
             shift are still to be re-fitted to its outputs.
-        corruption: what every image goes through, those of the test split too.
-        footprint: what forward passes hold; ``None`` where it is not known.
     """
 
+    plan: Plan
     loaded: Loaded
     images: Images
     test_images: Images
     split: Split
     preprocessing: Preprocessing | None
-    run: RunOptions
-    gate: GateRecipe
     assumptions: list[str]
-    recipe: ModelRecipe
-    source: DataRecipe
     track: Track
     input_size: int
     evaluation: BatchSize
-    original: nn.Module | None = None
-    corruption: Corruption | None = None
     footprint: Footprint | None = None
+    original: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -96,175 +88,143 @@ class Workbench:
         parts = [self.split.fit, self.split.select]
         if self.test_images is self.images:
             parts.append(self.split.test)
-        return np.random.default_rng(self.gate.seed).permutation(np.concatenate(parts))
+        return np.random.default_rng(self.plan.gate.seed).permutation(np.concatenate(parts))
 
     def batches(self, index: np.ndarray, stage: str, size: int | None = None) -> Tracked:
-        """Batches of chosen images of the data, in the order of the index.
-
-        Args:
-            index: positions.
-            stage: what they are for, in words.
-            size: batch size; by default that of evaluation.
-
-        Returns:
-            Re-iterable batches.
-        """
+        """Re-iterable batches of chosen images in this order, for a stage that progress names."""
         return self._batches(self.images, index, stage, size)
 
     def test_batches(self, stage: str) -> Tracked:
-        """Batches of the test split.
-
-        Args:
-            stage: what they are for, in words.
-
-        Returns:
-            Re-iterable batches.
-        """
+        """Re-iterable batches of the test split, for a stage that progress names."""
         return self._batches(self.test_images, self.split.test, stage, None)
 
     def _batches(self, images: Images, index: np.ndarray, stage: str, size: int | None) -> Tracked:
-        batches = Batches(
+        plan, place = self.plan, processes.here()
+        batches = input_batches(
             images,
             index,
             self.preprocessing,
-            batch_size=size or self.evaluation.size,
-            workers=self.run.workers,
-            max_bad=self.source.max_bad,
-            corruption=self.corruption,
+            plan.source,
+            plan.run,
+            size=size or self.evaluation.size,
+            seed=plan.gate.seed,
         )
-        place = processes.here()
         return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
 
     def identity(self, *parts: np.ndarray, batch_size: int) -> str:
         """Hash everything between the files and the network: the one identity of ``--state``."""
-        digest = hashlib.sha256()
-        # The order of the images counts too, since batches are made in it.
+        digest, model = hashlib.sha256(), self.plan.model
         # The test split does not take part, nor does the number of bad images allowed.
-        source = dataclasses.replace(self.source, test=None, max_bad=None)
+        source = dataclasses.replace(self.plan.source, test=None, max_bad=None)
         digest.update(repr([
-            self.recipe, source, self.preprocessing, self.corruption, self.gate.seed, batch_size,
+            model, source, self.preprocessing, self.plan.gate.seed, batch_size,
             list(map(len, parts)),
         ]).encode())  # fmt: skip
-        for spec in (self.recipe.model, self.recipe.forward):
+        for spec in (model.model, model.forward):
             name = (spec or "").rpartition(":")[0]
             code = Path(getattr(sys.modules.get(name), "__file__", None) or name)
             digest.update(code.read_bytes() if code.is_file() else b"")
+        # The order of the images counts too, since batches are made in it.
         for i in np.concatenate(parts):
             label = "" if self.images.labels is None else int(self.images.labels[i])
             digest.update(self.images.digest(int(i)) + f"{label};".encode())
         return digest.hexdigest()
 
     def training_batch_size(self, stated: int | None) -> int:
-        """The batch size of a stage with gradients.
-
-        Args:
-            stated: the recipe's.
-
-        Returns:
-            That, or 64, less for large inputs: at least 16, and 4 million numbers a batch.
-        """
+        """The batch size with gradients: as stated, or 64, less for large inputs, at least 16."""
         return stated or min(64, max(16, _VALUES_A_BATCH // self.input_size))
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the fit split for early stopping: four fifths to learn on, one to watch.
-
-        Returns:
-            Positions of both.
-        """
-        rng = np.random.default_rng(self.gate.seed)
-        order = rng.permutation(self.split.fit)
+        """Cut the fit split for early stopping: four fifths to learn on, one to watch."""
+        order = np.random.default_rng(self.plan.gate.seed).permutation(self.split.fit)
         n_monitor = max(1, len(order) // 5)
         return np.sort(order[n_monitor:]), np.sort(order[:n_monitor])
+
+
+def input_batches(
+    images: Images,
+    index: np.ndarray,
+    preprocessing: Preprocessing | None,
+    source: DataRecipe,
+    run: RunOptions,
+    *,
+    size: int,
+    seed: int = 0,
+) -> Batches:
+    """Batches of images as the network gets them: preprocessed, corrupted where that is asked."""
+    return Batches(
+        images,
+        index,
+        preprocessing,
+        batch_size=size,
+        workers=run.workers,
+        max_bad=source.max_bad,
+        corruption=corruption_of(source.corrupt, seed),
+    )
 
 
 def open_workbench(
     checkpoint: str | Path,
     data: str,
-    *,
-    model: ModelRecipe,
-    source: DataRecipe,
-    gate: GateRecipe,
-    run: RunOptions,
+    plan: Plan,
     fractions: tuple[float, float, float],
     track: Track = silent,
     memory_bytes: int | None = None,
-    lenders: Sequence[str] = (),
 ) -> Workbench:
-    """Open a checkpoint and its data, and cut the data.
-
-    Args:
-        checkpoint: the file.
-        data: DATA to work on.
-        model: which model the checkpoint is.
-        source: labels, preprocessing, ``--test``.
-        gate: seed of the splits.
-        run: device and batch size.
-        fractions: of fit, select and test; a third part of 0 means no test, or ``--test``.
-        track: how progress is shown.
-        memory_bytes: what is free for forward passes; by default as the system says.
-        lenders: as for `load_ready`.
-
-    Returns:
-        The opened workbench.
-
-    Raises:
-        DataError: if a part that is needed would be empty.
-    """
-    loaded = load_one(checkpoint, model, run)
+    """Open a plan's checkpoint and data, and cut the data into fit, select and test."""
+    source, run, seed = plan.source, plan.run, plan.gate.seed
+    lenders = () if plan.average is None else plan.average.files
+    loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    stated, remarks = resolve_preprocessing(loaded, source)
+    stated, notes = resolve_preprocessing(loaded, source)
     images, input_size = open_checked(data, loaded.model, source, stated)
-    preprocessing, remarks = applied(images, stated, remarks)
-    assumptions = [*loaded.checkpoint.notes, *remarks]
-    split = cut(images, fractions, gate.seed)
+    preprocessing, notes = applied(images, stated, notes)
+    notes = [*loaded.checkpoint.notes, *notes]
+    split = cut(images, fractions, seed)
+    for name, wanted in zip(("fit", "select"), fractions, strict=False):
+        if wanted and split.sizes()[name] < 2:
+            raise DataError(
+                f"{data}: {len(images)} images leave {split.sizes()[name]} for the {name} split, "
+                "expected at least 2. Give more data."
+            )
     test_images = images
     if source.test is not None:
         test_images, _ = open_checked(source.test, loaded.model, source, stated)
         test, n_dropped = unseen(test_images, images)
         split = dataclasses.replace(split, test=test)
         if n_dropped:
-            assumptions.append(
+            notes.append(
                 f"{n_dropped} test images are in the data too; they were left out of the test."
             )
     if split.duplicates:
-        assumptions.append(
+        notes.append(
             f"{split.duplicates} images are exact copies of others; they were left out, so that "
             "no image is in two splits."
         )
-    assumptions += [f"{data}: {note}." for note in images.notes]
-    few = first_batch(images, preprocessing, gate.seed)
-    assumptions += _first_look(loaded, few, as_given=preprocessing is None)
-    corruption = corruption_of(source.corrupt, gate.seed)
+    notes += [f"{data}: {note}." for note in images.notes]
+    few = first_batch(images, preprocessing, seed)
+    notes += _first_look(loaded, few, as_given=preprocessing is None)
+    corruption = corruption_of(source.corrupt, seed)
     if corruption is not None:
-        assumptions.append(
+        notes.append(
             f"every image was corrupted, those of the test too: {corruption.text} "
             f"({corruption.words}), after resize and crop."
         )
     held = None if few is None else footprint(loaded.model, few, run.precision, memory_bytes)
     size = evaluation_batch_size(run, loaded.model, input_size)
-    evaluation = BatchSize(size, "--batch-size", assumptions, gives_way=run.batch_size is None)
+    evaluation = BatchSize(size, "--batch-size", notes, gives_way=run.batch_size is None)
     evaluation.foresee(held)
-    for name, wanted in (("fit", fractions[0]), ("select", fractions[1])):
-        if wanted and len(getattr(split, name)) < 2:
-            raise DataError(
-                f"{data}: {len(images)} images leave {len(getattr(split, name))} for the {name} "
-                "split, expected at least 2. Give more data."
-            )
     return Workbench(
-        loaded,
-        images,
-        test_images,
-        split,
-        preprocessing,
-        run,
-        gate,
-        assumptions,
-        model,
-        source,
-        track,
-        input_size,
-        evaluation,
-        corruption=corruption,
+        plan=plan,
+        loaded=loaded,
+        images=images,
+        test_images=test_images,
+        split=split,
+        preprocessing=preprocessing,
+        assumptions=notes,
+        track=track,
+        input_size=input_size,
+        evaluation=evaluation,
         footprint=held,
     )
 

@@ -38,8 +38,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "moments": set(),
         "production": set(),
         "production.plain": set(),
-        "production.prepacked": set(),
         "reporting": set(),
+        "reporting.svg": set(),
         "starting": set(),
         "statistics": set(),
         "statistics.costs": set(),
@@ -58,6 +58,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
         "production.artifacts": set(),
+        "production.prepacked": set(),
         "recipe": set(),
         "statistics.accumulating": {"layers.rows", "moments"},
     },
@@ -65,14 +66,15 @@ FLOORS: list[dict[str, set[str]]] = [
         "checkpoints.reading": {"checkpoints.pickles"},
         "data.classes": {"data.images"},
         "data.corruptions": set(),
+        "data.fingerprints": {"data.images"},
         "data.mat": {"data.images"},
         "data.parquet": {"data.columns", "data.images"},
-        "data.tensors": {"data.images"},
         "data.shards": {"data.images"},
-        "data.fingerprints": {"data.images"},
+        "data.tensors": {"data.images"},
         "diagnosing.advice": {"diagnosing.diagnosis"},
         "layers.norms": {"layers", "layers.kernels", "layers.rows", "moments"},
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
+        "plan": set(),
         "preprocessing": set(),
         "production.dataflow": {"production.artifacts"},
         "production.verification": {"guards", "production.artifacts"},
@@ -90,6 +92,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "measuring.intervals", "measuring.metrics", "measuring.temperature",
             "processes", "runtime",
         },
+        "measuring.movement": {"guards", "runtime"},
         "measuring.pairing": {"measuring.intervals", "measuring.metrics"},
         "memory": {"guards", "processes", "runtime"},
         "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
@@ -103,11 +106,11 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "data.augmentation": {"data.batches"},
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
+        "data.named_sets": {"data.image_sets", "data.images"},
         "layers.surgery": {"guards", "layers.norms", "layers.sites", "moments"},
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
         },
-        "measuring.movement": {"guards", "runtime"},
         "measuring.gate": {"measuring.intervals", "measuring.metrics", "measuring.pairing"},
         "measuring.robustness": {
             "data.corruptions", "measuring.evaluation", "measuring.intervals", "measuring.metrics",
@@ -131,7 +134,10 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "checkpoints.origin": {"building.models", "checkpoints.checkpoint"},
         "checkpoints.resuming": {"checkpoints.checkpoint", "checkpoints.reading"},
-        "data.named_sets": {"data.image_sets", "data.images"},
+        "data.opening": {
+            "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
+            "data.shards", "data.tensors",
+        },
         "layers.refitting": {
             "guards", "layers.norms", "layers.sites", "moments", "runtime", "statistics.collecting",
         },
@@ -139,14 +145,12 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "layers.kernels", "layers.norms", "production.artifacts",
             "production.dataflow", "production.folding", "production.prepacked", "runtime",
         },
-        "reporting.svg": set(),
+        "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
         "reporting.records": {
             "measuring.custom_metrics", "measuring.metrics", "measuring.pairing",
             "measuring.robustness",
         },
-        "statistics.settling": {
-            "layers.sites", "statistics.accumulating", "statistics.collecting",
-        },
+        "statistics.settling": {"layers.sites", "statistics.accumulating", "statistics.collecting"},
         "statistics.walking": {
             "guards", "memory", "processes", "runtime", "statistics.accumulating",
             "statistics.collecting",
@@ -162,10 +166,6 @@ FLOORS: list[dict[str, set[str]]] = [
             "building.models", "building.presets", "building.pretrained", "checkpoints.checkpoint",
             "checkpoints.nesting", "checkpoints.origin", "layers.norms", "layers.sites",
             "layers.surgery",
-        },
-        "data.opening": {
-            "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
-            "data.shards", "data.tensors",
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
@@ -198,9 +198,9 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.header",
-            "checkpoints.loading", "data.batches", "data.corruptions", "data.first_look",
-            "data.images", "data.opening", "data.tensors", "guards", "memory",
-            "processes", "data.fingerprints", "runtime", "tracking",
+            "checkpoints.loading", "data.batches", "data.corruptions", "data.fingerprints",
+            "data.first_look", "data.images", "data.opening", "data.tensors", "guards", "memory",
+            "plan", "processes", "runtime", "tracking",
         },
     },
     {
@@ -217,17 +217,23 @@ FLOORS: list[dict[str, set[str]]] = [
             "data.batches", "guards", "layers.norms", "layers.sites", "measuring.evaluation",
             "memory", "processes", "runtime", "tuning.parameters", "workbench",
         },
+        "fits": {
+            "checkpoints.averaging", "guards", "layers.norms", "layers.refitting",
+            "measuring.evaluation", "measuring.gate", "measuring.metrics", "memory",
+            "statistics.calibration", "tracking", "tuning.finetuning", "weighing.example_weight",
+            "weighing.label_free", "workbench",
+        },
         "production.plain_files": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
             "production", "production.folding", "production.plain",
         },
-        "reporting.plots": {
-            "measuring.gate", "measuring.intervals", "measuring.metrics", "measuring.robustness",
-            "reporting.pages", "reporting.svg", "tuning.finetuning", "weighing.weight_search",
-        },
         "reporting.layer_rows": {
             "layers.norms", "layers.sites", "reporting.records", "statistics.calibration",
             "weighing.example_weight",
+        },
+        "reporting.plots": {
+            "measuring.gate", "measuring.intervals", "measuring.metrics", "measuring.robustness",
+            "reporting.pages", "reporting.svg", "tuning.finetuning", "weighing.weight_search",
         },
         "reporting.wording": {
             "layers.surgery", "measuring.custom_metrics", "measuring.gate", "measuring.movement",
@@ -248,16 +254,13 @@ FLOORS: list[dict[str, set[str]]] = [
             "reporting.wording", "statistics.calibration", "tuning.finetuning",
             "weighing.example_weight",
         },
-        "workload": {
-            "estimating", "layers.refitting", "layers.sites", "measuring.movement", "workbench",
+        "steps": {
+            "estimating", "fits", "layers.refitting", "layers.sites", "measuring.movement", "plan",
+            "workbench",
         },
     },
     {
         "cli.tables": {"reporting.pages", "reporting.report"},
-        "plan": {
-            "estimating", "layers.norms", "layers.sites", "layers.surgery", "data.fingerprints",
-            "tracking", "workbench", "workload",
-        },
         "reporting.result": {
             "checkpoints.checkpoint", "checkpoints.saving", "processes", "reporting.report",
         },
@@ -266,9 +269,9 @@ FLOORS: list[dict[str, set[str]]] = [
         "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
             "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
-            "data.batches", "data.corruptions", "data.first_look", "guards", "layers.norms",
-            "layers.refitting", "layers.sites", "layers.surgery", "data.fingerprints",
-            "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
+            "data.batches", "data.fingerprints", "data.first_look", "guards", "layers.norms",
+            "layers.refitting", "layers.sites", "layers.surgery", "reporting.layer_rows",
+            "reporting.report", "reporting.result", "runtime", "tracking",
             "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
@@ -279,68 +282,54 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.checkpoint", "production", "production.folding", "production.plain_files",
             "production.verification", "reporting.pages", "reporting.report", "reporting.result",
         },
-        "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
-        "stages": {
-            "checkpoints.averaging", "guards", "layers.norms", "layers.refitting",
-            "measuring.evaluation", "measuring.gate", "measuring.metrics", "memory", "plan",
-            "reporting.layer_rows", "statistics.calibration", "tracking", "tuning.finetuning",
-            "weighing.example_weight", "weighing.label_free", "workbench",
+        "run": {
+            "checkpoints.saving", "data.fingerprints", "estimating", "fits", "guards",
+            "layers.norms", "layers.sites", "layers.surgery", "measuring.gate", "measuring.metrics",
+            "measuring.movement", "measuring.pairing", "plan", "processes", "reporting.layer_rows",
+            "reporting.records", "reporting.report", "reporting.result", "statistics.calibration",
+            "steps", "tracking", "tuning.finetuning", "weighing.example_weight", "workbench",
         },
     },
     {
-        "claims": {
-            "checkpoints.saving", "guards", "measuring.movement", "measuring.pairing",
-            "data.fingerprints", "reporting.layer_rows", "reporting.records", "reporting.report",
-            "reporting.result",
-            "stages", "statistics.calibration", "tracking",
-        },
         "cli.options": {"cli.parsing", "cli.terminal"},
         "comparison": {
-            "checkpoints.reading", "checkpoints.saving", "data.batches", "data.corruptions",
+            "checkpoints.reading", "checkpoints.saving", "data.corruptions", "data.fingerprints",
             "entrants", "estimating", "measuring.custom_metrics", "measuring.evaluation",
-            "measuring.metrics", "measuring.predictions", "processes", "data.fingerprints",
-            "reporting.layer_rows", "reporting.records", "reporting.report", "tracking",
-            "workbench",
+            "measuring.metrics", "measuring.predictions", "processes", "reporting.layer_rows",
+            "reporting.records", "reporting.report", "tracking", "workbench",
         },
         "diagnosing.inspection": {
-            "checkpoints.checkpoint", "conversion", "data.batches", "data.corruptions",
-            "building.models", "checkpoints.loading", "diagnosing.advice", "diagnosing.diagnosis",
-            "diagnosing.examination",
-            "layers.sites", "data.fingerprints", "runtime", "tracking", "workbench",
+            "building.models", "checkpoints.checkpoint", "checkpoints.loading", "conversion",
+            "data.batches", "data.fingerprints", "diagnosing.advice", "diagnosing.diagnosis",
+            "diagnosing.examination", "layers.sites", "runtime", "tracking", "workbench",
         },
         "production.exporting": {
             "checkpoints.loading", "checkpoints.saving", "conversion", "data.batches",
-            "data.corruptions", "data.images", "data.opening", "estimating", "guards",
-            "layers.norms", "measuring.evaluation", "production", "production.artifacts",
+            "data.corruptions", "data.fingerprints", "data.images", "data.opening", "estimating",
+            "guards", "layers.norms", "measuring.evaluation", "production", "production.artifacts",
             "production.export_report", "production.making", "production.verification",
-            "data.fingerprints", "reporting.layer_rows", "reporting.records", "reporting.report",
-            "runtime", "tracking", "workbench",
-        },
-    },
-    {
-        "cli.showing": {
-            "cli.tables", "cli.terminal", "diagnosing.diagnosis", "diagnosing.examination",
-            "diagnosing.inspection", "reporting.result",
-        },
-        "pipeline": {
-            "claims", "plan", "processes", "reporting.result", "stages", "tracking", "workbench",
+            "reporting.layer_rows", "reporting.records", "reporting.report", "runtime", "tracking",
+            "workbench",
         },
     },
     {
         "__init__": {
             "checkpoints.loading", "checkpoints.saving", "comparison", "conversion", "layers.norms",
             "layers.sites", "layers.surgery", "measuring.evaluation", "measuring.metrics",
-            "measuring.pairing", "pipeline", "production.exporting", "reporting.result", "starting",
+            "measuring.pairing", "production.exporting", "reporting.result", "run", "starting",
             "statistics.calibration", "tuning.finetuning", "tuning.parameters",
             "weighing.example_weight",
         },
         "cli.demo": {
-            "checkpoints.checkpoint", "cli.options", "cli.terminal", "demo", "pipeline", "plan",
+            "checkpoints.checkpoint", "cli.options", "cli.terminal", "demo", "plan", "run",
         },
-        "cli.inspect": {"cli.options", "cli.showing", "cli.terminal", "diagnosing.inspection"},
-        "cli.planned": {
-            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "cli.usage", "pipeline",
-            "plan", "replay", "reporting.result",
+        "cli.export": {
+            "cli.options", "cli.parsing", "cli.terminal", "cli.usage", "production.export_report",
+            "production.exporting",
+        },
+        "cli.showing": {
+            "cli.tables", "cli.terminal", "diagnosing.diagnosis", "diagnosing.examination",
+            "diagnosing.inspection", "reporting.result",
         },
     },
     {
@@ -352,9 +341,10 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.checkpoint", "cli.options", "cli.showing", "cli.terminal", "cli.usage",
             "comparison", "measuring.predictions", "processes", "reporting.result",
         },
-        "cli.export": {
-            "cli.options", "cli.parsing", "cli.terminal", "cli.usage", "production.export_report",
-            "production.exporting",
+        "cli.inspect": {"cli.options", "cli.showing", "cli.terminal", "diagnosing.inspection"},
+        "cli.planned": {
+            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "cli.usage", "plan",
+            "replay", "reporting.result", "run",
         },
     },
     {
@@ -520,11 +510,11 @@ def test_nothing_imports_the_command_line():
 def test_a_planted_import_is_caught():
     """In a function, as an attribute, from the package: the walk sees all three."""
     for planted in (
-        "def f():\n    from bnfix.pipeline import fix\n",
-        "def f():\n    import bnfix.pipeline\n",
-        "from bnfix import pipeline\n",
+        "def f():\n    from bnfix.run import fix\n",
+        "def f():\n    import bnfix.run\n",
+        "from bnfix import run\n",
     ):
-        assert "pipeline" in stands_on("moments", ast.parse(planted), set(ROOMS))
+        assert "run" in stands_on("moments", ast.parse(planted), set(ROOMS))
     tree = ast.parse("import torch\ntorch.distributed.all_reduce(x)\n")
     assert any(module.startswith("torch.distributed") for module in imports(tree))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from bnfix.cli.showing import duration_words
-from bnfix.cli.terminal import stage_head
 from bnfix.estimating import Work, estimated
-from bnfix.pipeline import execute, open_plan
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, RunOptions, StatisticsRecipe
+from bnfix.run import execute, open_plan
 from bnfix.runtime import n_examples_of
+from bnfix.steps import work_of
 from bnfix.tracking import silent
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)
@@ -27,6 +27,11 @@ def opened(files, track=silent, **settings):
         **settings,
     )
     return open_plan(plan, files.stale, str(files.data), None, track)
+
+
+def head_of(stage):
+    """The kind of a stage: of "2/5 select: the input" it is select."""
+    return stage.split("/", 1)[-1].lstrip("0123456789 ").replace(":", " ").split(" ", 1)[0]
 
 
 @pytest.mark.parametrize(
@@ -48,15 +53,15 @@ def test_passes_are_counted_about_as_they_are_taken(files, settings):
 
     def track(stage, batches, n):
         for batch in batches:
-            seen[stage_head(stage)] += n_examples_of(batch)
+            seen[head_of(stage)] += n_examples_of(batch)
             yield batch
 
-    plan, bench = opened(files, track, **settings)
-    work = plan.workload(bench)
-    execute(plan, bench)
+    bench = opened(files, track, **settings)
+    work = work_of(bench.plan, bench)
+    execute(bench)
     planned: Counter[str] = Counter()
     for one in work:
-        planned[stage_head(one.stage)] += round(one.examples * one.passes)
+        planned[head_of(one.stage)] += round(one.examples * one.passes)
     taken, counted = sum(seen.values()), sum(planned.values())
     assert 0.5 < counted / taken < 1.6, (seen, planned)
     for head in ("fine-tuning", "test"):
@@ -64,14 +69,14 @@ def test_passes_are_counted_about_as_they_are_taken(files, settings):
 
 
 def test_an_estimate_changes_nothing(files):
-    plan, bench = opened(files, finetune=TUNED)
+    bench = opened(files, finetune=TUNED)
     model = bench.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     grads = [(p.requires_grad, p.grad) for p in model.parameters()]
     state = torch.get_rng_state()
     notes = list(bench.assumptions)
-    found = estimated(bench, plan.workload(bench))
+    found = estimated(bench, work_of(bench.plan, bench))
     assert found.seconds is not None
     assert 0 < found.seconds[0] < found.seconds[1] < 600
     assert found.memory_bytes > 0
@@ -84,7 +89,7 @@ def test_an_estimate_changes_nothing(files):
 
 
 def test_twice_the_work_takes_about_twice_as_long(files):
-    _, bench = opened(files)
+    bench = opened(files)
     once, often = (
         estimated(bench, [Work("x", 180, passes, "training")]).seconds[1] for passes in (50, 5000)
     )

@@ -22,9 +22,9 @@ from bnfix.diagnosing.diagnosis import Finding
 from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
 from bnfix.diagnosing.inspection import inspect_checkpoint
 from bnfix.errors import NormError
-from bnfix.pipeline import calibrate
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, StatisticsRecipe, WeightRecipe
+from bnfix.run import calibrate
 from bnfix.statistics.calibration import recalibrate_
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data

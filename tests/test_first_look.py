@@ -11,8 +11,9 @@ from bnfix.checkpoints.loading import load_ready
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.first_look import look_at_inputs, look_at_size
 from bnfix.data.opening import open_images
+from bnfix.plan import Plan
 from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.workbench import open_workbench
 from tests.conftest import Files
 from tests.real import DATA, needs_data
@@ -63,11 +64,12 @@ def test_sizes() -> None:
 
 
 def assumptions(checkpoint: object, model: str, data: object, **source: object) -> str:
-    bench = open_workbench(
-        str(checkpoint), str(data), model=ModelRecipe(model),
+    plan = Plan(
+        model=ModelRecipe(model),
         source=DataRecipe(**source),  # type: ignore[arg-type]
-        gate=GateRecipe(), run=RunOptions("cpu", workers=0), fractions=(0.6, 0.2, 0.2),
-    )  # fmt: skip
+        run=RunOptions("cpu", workers=0),
+    )
+    bench = open_workbench(str(checkpoint), str(data), plan, (0.6, 0.2, 0.2))
     return " / ".join(bench.assumptions)
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 from bnfix.memory import BatchSize, Footprint, LiveBytes, footprint, free_memory
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.plan import Plan
+from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
 from bnfix.workbench import open_workbench
 
 MIB = 1 << 20
@@ -223,15 +224,13 @@ def test_other_errors_are_no_reason_to_give_way():
 
 
 def bench_of(files, memory_bytes=None, batch_size=None):
-    return open_workbench(
-        files.net,
-        str(files.data),
+    plan = Plan(
         model=ModelRecipe(files.spec),
         source=DataRecipe(mean=(0.5,), std=(0.25,)),
-        gate=GateRecipe(),
         run=RunOptions("cpu", batch_size=batch_size, workers=0),
-        fractions=(0.6, 0.2, 0.2),
-        memory_bytes=memory_bytes,
+    )
+    return open_workbench(
+        files.net, str(files.data), plan, (0.6, 0.2, 0.2), memory_bytes=memory_bytes
     )
 
 

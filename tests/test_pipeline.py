@@ -25,6 +25,7 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.run import fractions
 from bnfix.tracking import silent
 from tests.conftest import Files, Outcome, images_of, inputs_of
 
@@ -622,7 +623,7 @@ def test_the_library_prints_nothing(files, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("plan", "fractions"),
+    ("plan", "expected"),
     [
         (Plan(), (0.6, 0.2, 0.2)),
         (Plan(source=DataRecipe(test="x")), (0.75, 0.25, 0.0)),
@@ -640,8 +641,8 @@ def test_the_library_prints_nothing(files, tmp_path, capfd):
         ),
     ],
 )
-def test_how_the_data_is_cut(plan, fractions):
-    assert plan.fractions() == pytest.approx(fractions)
+def test_how_the_data_is_cut(plan, expected):
+    assert fractions(plan) == pytest.approx(expected)
 
 
 def test_progress_is_shown_by_stage(files):

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from bnfix.cli.tables import fitted, tables_of
-from bnfix.cli.terminal import Terminal, stage_head, stated
+from bnfix.cli.terminal import Terminal, stated
 from tests.test_report import full_report
 
 
@@ -35,19 +35,13 @@ def test_tables_fit_and_keep_their_names(width):
 
 
 @pytest.mark.parametrize("width", [40, 70, 120])
-def test_progress_names_stage_and_number_and_leaves_nothing(width):
+def test_progress_names_the_stage_and_leaves_nothing(width):
     found, screen = terminal(width)
-    found.stages = frozenset({"select", "statistics"})
     with found.working() as track:
-        for stage in ("statistics (population)", "select: what stands", "a look at the layers"):
+        for stage in ("1/2 statistics (population)", "a look at the layers"):
             assert list(track(stage, range(3), 3)) == [0, 1, 2]
-            if stage.startswith("s"):
-                assert found._numbered(stage, ["statistics", "select"]).startswith(
-                    "1/2" if stage.startswith("stat") else "2/2"
-                )
-            else:
-                assert found._numbered(stage, []) == stage
     assert "\x1b" in screen.getvalue()
+    assert "1/2 statistics" in screen.getvalue()
 
 
 def test_a_dumb_terminal_gets_no_bars():
@@ -63,19 +57,6 @@ def test_no_colour_where_none_is_wanted():
     text = screen.getvalue()
     assert "better" in text
     assert not any(f"\x1b[{code}m" in text for code in range(30, 38))
-
-
-@pytest.mark.parametrize(
-    ("stage", "head"),
-    [
-        ("select: what stands", "select"),
-        ("statistics (population)", "statistics"),
-        ("fine-tuning norms+head", "fine-tuning"),
-        ("fine-tuning: watching", "fine-tuning"),
-    ],
-)
-def test_stages_of_one_kind_have_one_number(stage, head):
-    assert stage_head(stage) == head
 
 
 def test_completion_can_be_shown(cli):

@@ -24,6 +24,7 @@ from bnfix.data.fingerprints import (
 from bnfix.data.images import ArrayImages
 from bnfix.data.opening import open_images
 from bnfix.errors import ConfigError, DataError, ModelError
+from bnfix.plan import Plan
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 from bnfix.tracking import describe_skipped
@@ -40,15 +41,10 @@ from tests.conftest import Files, images_of
 SOURCE = DataRecipe(mean=(0.5,), std=(0.25,))
 
 
-def bench_of(files: Files, **changed: object) -> Workbench:
-    options: dict[str, object] = {
-        "model": ModelRecipe(files.spec),
-        "source": SOURCE,
-        "gate": GateRecipe(),
-        "run": RunOptions("cpu", workers=0),
-        "fractions": (0.6, 0.2, 0.2),
-    }
-    return open_workbench(files.net, str(files.data), **options | changed)  # type: ignore[arg-type]
+def bench_of(files: Files, fractions=(0.6, 0.2, 0.2), **changed: object) -> Workbench:
+    recipes = {"model": ModelRecipe(files.spec), "source": SOURCE}
+    plan = Plan(**{"run": RunOptions("cpu", workers=0), **recipes, **changed})  # type: ignore
+    return open_workbench(files.net, str(files.data), plan, fractions)
 
 
 # --- preprocessing ---

@@ -32,7 +32,7 @@ from bnfix.checkpoints.reading import (
     read_weight_map,
     require_file,
 )
-from bnfix.errors import CheckpointError, plain, some
+from bnfix.errors import CheckpointError, Note, plain, some
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def read_checkpoint(
 
 def key_problems(
     shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
-) -> list[str]:
+) -> list[Note]:
     """List every way in which tensors do not fit a model.
 
     A missing ``num_batches_tracked`` is no problem: old files have none, and nothing depends on it.
@@ -153,12 +153,13 @@ def key_problems(
     for name, shape in shapes.items():
         if name not in tensors:
             if name.rpartition(".")[2] != "num_batches_tracked":
-                problems.append(f"{plain(name)}: missing from the file")
+                problems.append(Note(f"{plain(name)}: missing from the file", "missing"))
         elif tensors[name].shape != shape:
             found = tuple(tensors[name].shape)
-            problems.append(f"{plain(name)}: {found} in the file, {tuple(shape)} in the model")
-    problems += [f"{plain(name)}: not in the model" for name in tensors if name not in shapes]
-    return problems
+            both = f"{found} in the file, {tuple(shape)} in the model"
+            problems.append(Note(f"{plain(name)}: {both}", "shape"))
+    others = [name for name in tensors if name not in shapes]
+    return [*problems, *(Note(f"{plain(name)}: not in the model", "unexpected") for name in others)]
 
 
 def check_output(path: str | Path, *, force: bool) -> None:

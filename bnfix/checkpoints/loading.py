@@ -19,7 +19,7 @@ from bnfix.building.pretrained import renamed
 from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
 from bnfix.checkpoints.nesting import STATISTICS
 from bnfix.checkpoints.origin import Origin, require_buildable, stated_origin
-from bnfix.errors import BnfixError, CheckpointError, plain, some
+from bnfix.errors import BnfixError, CheckpointError, Note, plain, some
 from bnfix.layers.norms import set_example_weight_
 from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import Change, plan_swap, swap_planned_, unfreeze_
@@ -154,8 +154,8 @@ def _as_transformers_loads(
     checkpoint: Checkpoint,
     model: nn.Module,
     shapes: Mapping[str, torch.Size],
-    problems: list[str],
-) -> tuple[Checkpoint, list[str]]:
+    problems: list[Note],
+) -> tuple[Checkpoint, list[Note]]:
     """A checkpoint whose names are those of transformers' files, under the model's names."""
     notes = [f"{type(model).__name__} of transformers was built, as the folder says"]
     tensors = renamed(model, checkpoint.tensors) if problems else {}
@@ -256,12 +256,10 @@ def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _listed(problems: Sequence[str]) -> str:
+def _listed(problems: Sequence[Note]) -> str:
     """Some of every kind of problem: many of one kind must not hide another."""
-    endings = ("missing from the file", "in the model", "not in the model")
-    missing, shapes, unexpected = ([p for p in problems if p.endswith(end)] for end in endings)
-    shapes = [p for p in shapes if p not in unexpected]
-    return "; ".join(some(kind, 8) for kind in (missing, shapes, unexpected) if kind)
+    kinds = dict.fromkeys(problem.kind for problem in problems)
+    return "; ".join(some([p for p in problems if p.kind == kind], 8) for kind in kinds)
 
 
 def is_weight_buffer(name: str, model: nn.Module) -> bool:

@@ -12,11 +12,11 @@ from rich.markup import escape
 from bnfix import demo as demo_files
 from bnfix.checkpoints.checkpoint import check_output, make_folder
 from bnfix.cli.options import OUT, RUN, OutFlags, Seed, option
-from bnfix.cli.terminal import stage_head, stated
+from bnfix.cli.terminal import stated
 from bnfix.errors import CheckpointError
-from bnfix.pipeline import execute, open_plan
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.run import execute, open_plan
 
 
 def demo(
@@ -70,8 +70,7 @@ def demo(
             )
             terminal.out.print(escape(text), soft_wrap=True, highlight=False)
         with terminal.working() as track:
-            plan, bench = open_plan(plan, files.checkpoint, str(files.calibration), None, track)
-            terminal.stages = frozenset(stage_head(one.stage) for one in plan.workload(bench))
-            result = execute(plan, bench)
+            bench = open_plan(plan, files.checkpoint, str(files.calibration), None, track)
+            result = execute(bench)
             result.save(fixed, force=True)
         terminal.show(result.report, fixed)

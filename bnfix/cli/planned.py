@@ -35,10 +35,9 @@ from bnfix.cli.options import (
 )
 from bnfix.cli.parsing import numbers
 from bnfix.cli.showing import show_planned
-from bnfix.cli.terminal import stage_head, stated
+from bnfix.cli.terminal import stated
 from bnfix.cli.usage import command_line
 from bnfix.errors import ConfigError, some
-from bnfix.pipeline import execute, open_plan
 from bnfix.plan import TRIED, Plan
 from bnfix.recipe import (
     TRAINED,
@@ -52,6 +51,7 @@ from bnfix.recipe import (
 )
 from bnfix.replay import replayed_plan
 from bnfix.reporting.result import check_outputs
+from bnfix.run import describe, execute, open_plan
 
 Test = Annotated[str | None, option(DataRecipe, "test", panel="Data and preprocessing")]
 
@@ -74,10 +74,9 @@ def _carry_out(
         if not out.show_plan:
             check_outputs(output, force=out.force)
         with terminal.working() as track:
-            plan, bench = open_plan(plan, checkpoint, data, None, track)
-            terminal.stages = frozenset(stage_head(one.stage) for one in plan.workload(bench))
-            described = plan.describe(bench, str(output)) if out.show_plan else None
-            result = None if out.show_plan else execute(plan, bench)
+            bench = open_plan(plan, checkpoint, data, None, track)
+            described = describe(bench, str(output)) if out.show_plan else None
+            result = None if out.show_plan else execute(bench)
             if result is not None:
                 result.save_by_first(output, force=out.force)
         if described is not None:

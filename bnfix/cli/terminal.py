@@ -58,7 +58,6 @@ class Terminal:
     quiet: bool
     out: Console = dataclasses.field(default_factory=_console)
     err: Console = dataclasses.field(default_factory=lambda: _console(stderr=True))
-    stages: frozenset[str] = frozenset()
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Track]:
@@ -69,11 +68,10 @@ class Terminal:
                 yield silent
             return
         bars = Progress(*_columns(self.err.width), console=self.err, transient=True)
-        seen: list[str] = []
         with _stdout_to_stderr(), bars as progress:
 
             def track(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
-                task = progress.add_task(self._numbered(stage, seen), total=n)
+                task = progress.add_task(shown_text(stage), total=n)
                 try:
                     for batch in batches:
                         yield batch
@@ -82,15 +80,6 @@ class Terminal:
                     progress.remove_task(task)
 
             yield track
-
-    def _numbered(self, stage: str, seen: list[str]) -> str:
-        """A stage with its number among those of the plan, where it is one of them."""
-        head = stage_head(stage)
-        if head not in self.stages:
-            return shown_text(stage)
-        if head not in seen:
-            seen.append(head)
-        return f"{seen.index(head) + 1}/{len(self.stages)} {shown_text(stage)}"
 
     def show(self, report: Report, written: Path | None = None) -> None:
         """The result, in the form that was asked for."""
@@ -156,11 +145,6 @@ def _columns(width: int) -> tuple[ProgressColumn, ...]:
         return words, part, left
     rest = MofNCompleteColumn(), TextColumn("batches"), _RateColumn(), left
     return (words, *rest) if bar is None else (words, bar, *rest)
-
-
-def stage_head(stage: str) -> str:
-    """What a stage of work is called, without what differs between its passes."""
-    return stage.replace(":", " ").split(" ", 1)[0]
 
 
 @contextlib.contextmanager

@@ -28,6 +28,10 @@ class Split:
     test: np.ndarray
     duplicates: int
 
+    def sizes(self) -> dict[str, int]:
+        """Examples by split."""
+        return {name: len(getattr(self, name)) for name in ("fit", "select", "test")}
+
 
 def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
     """SHA-256 of a set of images and their labels; order, names and places do not matter."""

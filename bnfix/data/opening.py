@@ -37,7 +37,7 @@ from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
 from bnfix.data.parquet import choose_split, find_tables, open_tables
 from bnfix.data.shards import expand_braces, open_shards
 from bnfix.data.tensors import TensorItems, as_inputs
-from bnfix.errors import ConfigError, DataError, some
+from bnfix.errors import ConfigError, DataError, Note, some
 
 #: The class of each image by name or by number; None where there are none.
 Classes = list[str] | np.ndarray | None
@@ -103,7 +103,9 @@ def open_images(
         images.classes_given = classes, mapping, tuple(images.notes)
         _set_labels(images, classes, mapping, n_classes)
     else:
-        images.notes.append("no labels" if wanted else "labels are not used (--labels none)")
+        images.notes.append(
+            "no labels" if wanted else Note("labels are not used (--labels none)", "unused labels")
+        )
         if mapping is not None:
             images.notes.append("the class map is not used: there are no labels to map")
     return images

@@ -13,8 +13,7 @@ from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from bnfix.checkpoints.loading import Loaded
 from bnfix.conversion import example_input, known_shape
-from bnfix.data.batches import Batch, Batches
-from bnfix.data.corruptions import corruption_of
+from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
 from bnfix.diagnosing.advice import Call, Entry, mapping, read_history
 from bnfix.diagnosing.diagnosis import Finding, NormTensors, diagnose, gated, read_norms
@@ -27,6 +26,7 @@ from bnfix.version import __version__
 from bnfix.workbench import (
     applied,
     evaluation_batch_size,
+    input_batches,
     load_one,
     open_checked,
     resolve_preprocessing,
@@ -200,15 +200,8 @@ def _look(
     images, size = open_checked(data, loaded.model, source, stated)
     preprocessing, remarks = applied(images, stated, remarks)
     index = np.random.default_rng(seed).permutation(len(images))[:samples]
-    batches = Batches(
-        images,
-        index,
-        preprocessing,
-        batch_size=evaluation_batch_size(run, loaded.model, size),
-        workers=run.workers,
-        max_bad=source.max_bad,
-        corruption=corruption_of(source.corrupt, seed),
-    )
+    size = evaluation_batch_size(run, loaded.model, size)
+    batches = input_batches(images, index, preprocessing, source, run, size=size, seed=seed)
     tracked = Tracked(batches, "a look at the statistics", track)
     with autocast(device_of(loaded.model), run.precision):
         findings = examine_call(loaded.model, next(iter(batches)))

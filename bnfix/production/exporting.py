@@ -288,7 +288,9 @@ def _inputs(
         read.append(batch)
     x = torch.cat([batch.x for batch in read])
     index = np.concatenate([batch.index for batch in read])
-    used = (note for note in images.notes if recipe.force_zero or "labels are not" not in note)
+    # Where labels have no use, none are read.
+    unused = set() if recipe.force_zero else {"unused labels"}
+    used = (note for note in images.notes if getattr(note, "kind", "") not in unused)
     notes += [f"{data}: {note}." for note in used]
     notes += describe_skipped([batches])
     if len(x) < 2:

@@ -15,14 +15,7 @@ from bnfix.weighing.example_weight import weights_of
 
 
 def statistics_of(model: nn.Module) -> dict[str, Any]:
-    """Copies of every layer's stored moments, with its eps.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Mean, variance (float64, on the CPU) and eps by layer name.
-    """
+    """Copies of every layer's stored moments, with its eps."""
     return {
         site.name: (
             site.module.running_mean.double().cpu().clone(),  # type: ignore[operator]
@@ -35,16 +28,7 @@ def statistics_of(model: nn.Module) -> dict[str, Any]:
 
 
 def drifts_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Mean shift and log variance ratio of every layer that both have.
-
-    Args:
-        before: from `statistics_of`.
-        after: from `statistics_of`.
-
-    Returns:
-        For each layer: mean over channels of |mean' - mean| / sqrt(var' + eps), and of
-        |log((var' + eps) / (var + eps))|.
-    """
+    """Mean shift and log variance ratio of every layer that both have."""
     drifts = {}
     for name, (mean, var, eps) in after.items():
         if name in before and before[name][0].shape == mean.shape:
@@ -61,17 +45,7 @@ def layer_rows(
     fresh: Mapping[str, tuple[float, float]],
     calibration: Calibration | None = None,
 ) -> tuple[LayerRow, ...]:
-    """One row a norm layer, in order.
-
-    Args:
-        model: as it will be used.
-        drifts: mean shift and log variance ratio by layer, where known.
-        fresh: residual by layer, where measured, as `residuals` gives it.
-        calibration: the recalibration that stands, for its errors.
-
-    Returns:
-        The rows.
-    """
+    """One row a norm layer, in order."""
     weights = weights_of(model)
     errors = {} if calibration is None else {r.name: r for r in calibration.layers}
     rows = []
@@ -95,12 +69,5 @@ def layer_rows(
 
 
 def n_live(model: nn.Module) -> int:
-    """How many layers look at the example.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The count of generalized layers with a weight above 0.
-    """
+    """How many layers look at the example."""
     return sum(layer.live for _, layer in generalized_norms(model))

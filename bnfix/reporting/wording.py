@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bnfix.errors import some
+from bnfix.errors import Note, some
 from bnfix.layers.surgery import SwapPlan
 from bnfix.measuring.custom_metrics import Custom
 from bnfix.measuring.gate import Decision
@@ -81,50 +81,46 @@ class Findings:
             f"{self._reference()}; the difference is {difference(paired.top1, points=True)}."
         )
 
-    def remarks(self) -> list[str]:
-        """What else must be known to judge the headline.
-
-        Returns:
-            One sentence each.
-        """
-        told: list[str] = []
+    def remarks(self) -> list[Note]:
+        """What else must be known to judge the headline, one sentence each."""
+        told: list[Note] = []
         paired = self.paired[-1] if self.paired else None
         if paired is not None and math.isfinite(paired.nll.difference):
             first, last = self.models[0].metrics, self.models[-1].metrics
             if self._judged_by_nll():
                 one, other, of = percent(last.top1), percent(first.top1), paired.top1
-                told.append(
+                told.append(Note(
                     f"Top-1 {direction(of)}: {one}, {other} {self._reference()} "
                     f"(difference {difference(of, points=True)})."
-                )
+                ))  # fmt: skip
             else:
-                told.append(
+                told.append(Note(
                     f"NLL {direction(paired.nll)}: {number(last.nll)}, {number(first.nll)} "
                     f"{self._reference()} (difference {difference(paired.nll)})."
-                )
+                ))  # fmt: skip
         if self.models and (m := self.models[-1].metrics).top1 is not None:
             chance = 1 / m.logits.shape[1] if m.logits.size else 0
             if m.interval["top1"][0] <= chance:
-                told.append(
+                told.append(Note(
                     f"This is no better than chance ({percent(chance)}): check preprocessing, "
-                    "--class-map and --output before anything else."
-                )
+                    "--class-map and --output before anything else.",
+                    "caution",
+                ))  # fmt: skip
         if self._temperature_only():
-            told.append("Temperature scaling alone would do: nothing of the gain is left after it.")
+            text = "Temperature scaling alone would do: nothing of the gain is left after it."
+            told.append(Note(text, "caution"))
         if self.n_seen:
-            told.append(
-                f"{count(self.n_seen)} of these images were used for fitting or choosing, so this "
-                "is no proof."
-            )
+            text = "of these images were used for fitting or choosing, so this is no proof."
+            told.append(Note(f"{count(self.n_seen)} {text}", "caution"))
         if self.moved is not None:
             told.append(self._movement(self.moved))
         return told
 
-    def _movement(self, moved: Moved) -> str:
+    def _movement(self, moved: Moved) -> Note:
         """How far the outputs moved, with a warning where that is far and no proof is at hand."""
         images = f"on {count(moved.n)} images"
         if moved.relative_rms == 0 and not moved.top1_changed:
-            return f"The outputs did not change {images}."
+            return Note(f"The outputs did not change {images}.")
         told = (
             "The outputs cannot be compared with those before (not finite, or of another shape)"
             if moved.relative_rms is None
@@ -135,10 +131,11 @@ class Findings:
         told += f" {images}."
         last = self.paired[-1] if self.paired else None
         if not moved.is_large or (last is not None and last.verdict == "better"):
-            return told
-        return (
+            return Note(told)
+        return Note(
             f"{told} Warning: this is a large change, and no labelled image shows that it helps. "
-            "Compare both files with bnfix eval before you use the new one."
+            "Compare both files with bnfix eval before you use the new one.",
+            "caution",
         )
 
     def _judged_by_nll(self) -> bool:

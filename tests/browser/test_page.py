@@ -12,9 +12,9 @@ import pytest
 
 from bnfix.comparison import evaluate_files
 from bnfix.demo import SPEC, write_files
-from bnfix.pipeline import fix
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe
+from bnfix.run import fix
 from tests.browser import driving
 from tests.real import DATA, needs_data
 from tests.test_report import full_report
