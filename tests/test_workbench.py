@@ -182,7 +182,9 @@ def test_half_precision_is_worked_on_in_float32(files, tmp_path):
 def test_an_input_that_cannot_be_run_is_named(files, tmp_path):
     np.savez(tmp_path / "big.npz", images=np.zeros((3, 320, 310, 3), np.uint8))
     model = load_ready(files.net, spec=files.spec).model
-    with pytest.raises(ModelError, match=r"1x3x320x310 \(ValueError: images of more than 300 pixels"):
+    with pytest.raises(
+        ModelError, match=r"1x3x320x310 \(ValueError: images of more than 300 pixels"
+    ):
         open_checked(str(tmp_path / "big.npz"), model, SOURCE, Preprocessing())
 
 
