@@ -224,6 +224,7 @@ class Fits:
             state=state,
             identity=identity,
             precision="fp32" if fp32 else self.precision,
+            include_frozen=self.plan.statistics.include_frozen,
         )
 
     def refitted(self, _: State) -> Fitted:

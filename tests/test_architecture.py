@@ -194,7 +194,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "tuning.finetuning": {
             "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",
-            "runtime", "tuning.parameters", "tuning.training",
+            "runtime", "tuning.parameters", "tuning.training", "weighing.example_weight",
         },
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.header",

@@ -277,6 +277,34 @@ def test_frozen_norm_layers_are_untouched(make, statistics):
     assert {"bn2.weight", "bn2.bias", "conv1.weight", "fc.bias"} <= found.changed()
 
 
+@pytest.mark.parametrize("make", [tiny, stock])
+def test_layers_frozen_by_their_modes_keep_their_statistics_and_are_listed(make):
+    model = make().train()
+    model.bn1.eval().requires_grad_(False)
+    model.bn2.eval()  # its mode alone may mean something else
+    found, seen = Found(model), set()
+
+    def forward(model, batch):
+        if torch.is_grad_enabled():
+            seen.add((model.bn1.training, model.bn2.training, model.bn3.training))
+        return model(batch[0])
+
+    options = {"epochs": 1, "monitor": MONITOR, "forward": forward}
+    recipe = FinetuneRecipe(train="all", statistics="train")
+    tuned = finetune_(model, BATCHES, recipe=recipe, **options)
+    assert (tuned.best_epoch, tuned.frozen, seen) == (1, ("bn1",), {(False, True, True)})
+    moved = {name for name in found.changed() if name.endswith(STATISTICS)}
+    assert {name.split(".")[0] for name in moved} == {"bn2", "bn3"}
+    found.assert_restored()
+    model = marked(make()).train()
+    model.bn1.eval().requires_grad_(False)
+    found = Found(model)
+    assert finetune_(model, BATCHES, recipe=recipe, include_frozen=True, **options).frozen == ()
+    assert "bn1.running_mean" in found.changed()
+    # With frozen statistics all layers are left alone, and none of them is worth a word.
+    assert finetune_(make(), BATCHES, **options).frozen == ()
+
+
 def test_frozen_norm_layers_are_not_weighed_either():
     model = tiny()
     model.bn1.frozen = True
@@ -908,8 +936,10 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(recipe):
                 raise StopError("now")
             return model(batch[0])
 
-        with pytest.raises(StopError, match="now"):
+        # An error of somebody else's code reaches the caller as the cause of one line of ours.
+        with pytest.raises(ModelError, match="StopError: now") as caught:
             finetune_(found.model, BATCHES, forward=failing, **options)
+        assert isinstance(caught.value.__cause__, StopError)
         found.assert_still()
 
     def broken(k):

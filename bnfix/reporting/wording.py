@@ -286,6 +286,8 @@ def left_out(
         told += _grouped("Called more than once a pass, calls pooled", c.called_again)
     if choice:
         told += _grouped("Example weight left as it was", choice.excluded)
+    for run in finetunings:
+        told += _grouped("Statistics left as they were, frozen or excluded", run.frozen)
     told += [
         f"Fine-tuning of {run.trained}: {run.n_skipped_steps} steps left out, not finite."
         for run in finetunings

@@ -25,62 +25,45 @@ from bnfix.checkpoints.resuming import (
 from bnfix.errors import ConfigError, DataError, NormError, NumericError
 from bnfix.layers.norms import (
     GeneralizedBatchNorm,
-    generalized_norms,
     set_example_weight_,
     trainable_weights,
 )
 from bnfix.measuring.evaluation import score
 from bnfix.recipe import FinetuneRecipe
 from bnfix.tuning.parameters import head_of, parameter_groups
-from bnfix.tuning.training import Run, n_steps_of, training_norms
+from bnfix.tuning.training import Run, Setting, followed, n_steps_of, training_norms
+from bnfix.weighing.example_weight import weighable_layers
 
 _START = 0.05  # least example weight to learn from, as in `WeightRecipe.start`
 
 
 @dataclass(frozen=True)
 class TrainingPoint:
-    """The state at the end of an epoch.
-
-    Args:
-        epoch: 0 is before any step.
-        step: steps done.
-        loss: mean training loss of the epoch; ``None`` at epoch 0, or where no step was taken.
-        nll: on the monitor batches, in evaluation.
-        top1: likewise.
-    """
+    """The state at the end of an epoch; epoch 0 is before any step."""
 
     epoch: int
     step: int
-    loss: float | None
-    nll: float
+    loss: float | None  # mean of training; None at epoch 0, or where no step was taken
+    nll: float  # on the monitor batches, in evaluation
     top1: float
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """What `finetune_` did.
-
-    Args:
-        trained: what was trained, in words.
-        n_parameters: numbers that were free, example weights included.
-        curve: monitor loss by epoch.
-        best_epoch: the epoch that was kept; 0 means the model is as it was.
-        n_steps: steps taken.
-        n_skipped_steps: batches left out: loss or gradient not finite, or, with batch statistics,
-            a single example.
-        seconds: wall-clock time.
-        changed_by_forward: buffers and attributes that training passes changed by themselves, other
-            than those of norm layers and of torch's own modules; put back after every epoch.
-    """
+    """What `finetune_` did."""
 
     trained: str
-    n_parameters: int
+    n_parameters: int  # numbers that were free, example weights included
     curve: tuple[TrainingPoint, ...]
-    best_epoch: int
+    best_epoch: int  # that was kept; 0 means the model is as it was
     n_steps: int
+    #: Not finite, or, with batch statistics, a single example.
     n_skipped_steps: int
     seconds: float
+    #: Buffers and attributes that training changed, but for norm layers and torch's own modules.
     changed_by_forward: tuple[str, ...] = ()
+    #: Layers that the user froze, whose statistics were left alone by training with batch ones.
+    frozen: tuple[str, ...] = ()
 
 
 def finetune_(
@@ -97,6 +80,7 @@ def finetune_(
     state: str | Path | None = None,
     identity: str = "",
     precision: str = "fp32",
+    include_frozen: bool = False,
 ) -> Finetuning:
     """Train a part of the model for a few epochs; keep the epoch with the least monitor NLL.
 
@@ -124,6 +108,8 @@ def finetune_(
             recipe and seed always do.
         precision: of the forward and backward passes, ``fp32`` or ``bf16`` (autocast); evaluation
             is in fp32.
+        include_frozen: also train the statistics of layers that are frozen by their modes (as
+            `recalibrate_` has it); ``statistics="train"`` leaves them alone otherwise.
 
     Returns:
         The curve and what was kept.
@@ -147,8 +133,62 @@ def finetune_(
     recipe = recipe or FinetuneRecipe()
     if epochs is not None:
         recipe = replace(recipe, epochs=epochs, steps=None)
-    learn = recipe.example_weight == "learn"
-    if learn and recipe.statistics == "train":
+    _check(recipe, precision)
+    started = time.perf_counter()
+    with guards.seeded(seed):
+        batches, monitor = runtime.hold_out(batches, monitor, every=5)
+        groups = _groups(model, recipe, monitor, forward)
+        layers = _learned(model, recipe, weighable, monitor, forward)
+        n_steps = n_steps_of(recipe, batches)
+        how = Setting(
+            model=model,
+            recipe=recipe,
+            n_steps=n_steps,
+            forward=forward,
+            precision=precision,
+            include_frozen=include_frozen,
+        )
+        settings = {"recipe": asdict(recipe), "seed": seed, "n_steps": n_steps, "of": identity}
+        # Only what is unusual, so that states of earlier versions are still known.
+        settings |= {} if precision == "fp32" else {"precision": precision}
+        settings |= {"include_frozen": True} if include_frozen else {}
+        folder = None if state is None else StateFolder(state, identity_of(model, settings))
+        # The first rank's file holds for all: what is trained is the same on every rank.
+        reads = folder is not None and processes.here().is_first
+        found = processes.together(lambda: folder.read() if folder and reads else None)[0]
+        course = _Course(model, monitor, forward, folder)
+        try:
+            if not found:
+                course.add(0, 0, None)
+            with (
+                guards.modes_kept(model),
+                training_norms(model, recipe),
+                trainable_weights(layers, "channel", _START) as leaves,
+            ):
+                run = Run(how, groups, leaves)
+                with guards.only_these_require_grad(model, run.parameters):
+                    course.go(run, found, batches, after_epoch)
+        except BaseException:
+            course.before.restore_()
+            raise
+    if course.best_epoch:
+        for name, layer in layers.items():
+            set_example_weight_(layer, leaves[name])
+    return Finetuning(
+        trained=recipe.train + (" and example weights" if layers else ""),
+        n_parameters=sum(p.numel() for p in run.parameters),
+        curve=tuple(course.points),
+        best_epoch=course.best_epoch,
+        n_steps=run.count.taken,
+        n_skipped_steps=run.count.skipped,
+        seconds=time.perf_counter() - started,
+        changed_by_forward=tuple(course.changed),
+        frozen=tuple(run.frozen),
+    )
+
+
+def _check(recipe: FinetuneRecipe, precision: str) -> None:
+    if recipe.example_weight == "learn" and recipe.statistics == "train":
         raise ConfigError(
             "--example-weight learn: weights act in evaluation only, so they cannot be learned "
             "with --statistics train. Use --statistics frozen."
@@ -157,64 +197,6 @@ def finetune_(
         raise ConfigError(
             "--precision fp16: gradients underflow in it. Use bf16, or fp32.", name="precision"
         )
-    started = time.perf_counter()
-    with guards.seeded(seed):
-        batches, monitor = runtime.hold_out(batches, monitor, every=5)
-        groups, layers = _what(model, recipe, weighable, monitor, forward)
-        run = Run(model, recipe, groups, n_steps_of(recipe, batches), forward, precision)
-        settings = {"recipe": asdict(recipe), "seed": seed, "n_steps": run.n_steps, "of": identity}
-        if precision != "fp32":
-            settings["precision"] = precision
-        folder = None if state is None else StateFolder(state, identity_of(model, settings))
-        found = None
-        if folder is not None:
-            # The first rank's file holds for all: what is trained is the same on every rank.
-            found = processes.together(folder.read if processes.here().is_first else _nothing)[0]
-        before = guards.Snapshot(model)
-        first = None if found else _point(model, monitor, forward, 0, 0, None)
-        try:
-            with (
-                guards.modes_kept(model),
-                training_norms(model, recipe),
-                trainable_weights(layers, "channel", _START) as leaves,
-                guards.only_these_require_grad(model, run.start(leaves)),
-            ):
-                course = _Course(model, run, before, first, folder)
-                course.resume_(found)
-                with course.saved_on_interrupt() as check:
-                    while run.step < run.n_steps:
-                        k = len(course.points) - 1
-                        with guards.state_kept(model, but=run.follow) as changed:
-                            loss = run.one_epoch(partial(runtime.pass_of, batches, k), check)
-                        run.changed.update(dict.fromkeys(changed))
-                        with run.averaged():
-                            if after_epoch is not None:
-                                after_epoch(model)
-                            point = _point(model, monitor, forward, k + 1, run.step, loss)
-                            course.add(point)
-                        course.save()
-                course.best.restore_()
-        except BaseException:
-            before.restore_()
-            raise
-    best_epoch = course.best_epoch
-    if best_epoch:
-        for name, layer in layers.items():
-            set_example_weight_(layer, leaves[name])
-    return Finetuning(
-        trained=recipe.train + (" and example weights" if layers else ""),
-        n_parameters=sum(p.numel() for p in run.parameters),
-        curve=tuple(course.points),
-        best_epoch=best_epoch,
-        n_steps=run.n_taken,
-        n_skipped_steps=run.n_skipped,
-        seconds=time.perf_counter() - started,
-        changed_by_forward=tuple(run.changed),
-    )
-
-
-def _nothing() -> None:
-    """What a rank reads that leaves the file to the first one."""
 
 
 class _Course:
@@ -223,164 +205,168 @@ class _Course:
     def __init__(
         self,
         model: nn.Module,
-        run: Run,
-        before: guards.Snapshot,
-        first: TrainingPoint | None,
+        monitor: Iterable[Any],
+        forward: runtime.Forward | None,
         folder: StateFolder | None,
     ) -> None:
-        self.model, self.run, self.folder = model, run, folder
-        self.points = [] if first is None else [first]
-        self.best, self.best_epoch = before, 0
+        self._model, self._folder = model, folder
+        self._evaluate = partial(score, model, monitor, forward=forward)
+        self.points: list[TrainingPoint] = []
+        self.changed: dict[str, None] = {}
+        self.before = self._best = guards.Snapshot(model)
+        self.best_epoch = 0
         self._best_values: dict[str, Any] | None = None
 
-    def add(self, point: TrainingPoint) -> None:
-        """Note an epoch, and keep the model if it is the best so far."""
-        self.points.append(point)
-        if point.nll < self.points[self.best_epoch].nll:
-            self.best, self.best_epoch = guards.Snapshot(self.model), point.epoch
-            if self.folder is not None:
-                self._best_values = values_of(self.model)
+    def go(
+        self,
+        run: Run,
+        found: dict[str, Any] | None,
+        batches: runtime.Batches,
+        after_epoch: Callable[[nn.Module], None] | None,
+    ) -> None:
+        """Train from the start, or from a state found, to the end; leave the best epoch's model."""
+        if found is not None:
+            self._resume_(run, found)
+        with self._saved_on_interrupt(run) as check:
+            while run.count.step < run.how.n_steps:
+                k = len(self.points) - 1
+                with guards.state_kept(self._model, but=followed(self._model)) as changed:
+                    loss = run.one_epoch(partial(runtime.pass_of, batches, k), check)
+                self.changed.update(dict.fromkeys(changed))
+                with run.averaged():
+                    if after_epoch is not None:
+                        after_epoch(self._model)
+                    self.add(k + 1, run.count.step, loss)
+                self._save(run)
+        self._best.restore_()
 
-    def save(self, random: Any = None) -> None:
+    def add(self, epoch: int, step: int, loss: float | None) -> None:
+        """Evaluate at the end of an epoch, and keep the model if it is the best so far."""
+        try:
+            now = self._evaluate()
+        except NumericError as error:
+            if epoch == 0:
+                raise
+            raise NumericError(
+                f"fine-tuning: after epoch {epoch} the outputs are not finite. Lower --lr."
+            ) from error
+        self.points.append(
+            TrainingPoint(epoch=epoch, step=step, loss=loss, nll=now.nll, top1=now.top1)
+        )
+        if now.nll < self.points[self.best_epoch].nll:
+            self._best, self.best_epoch = guards.Snapshot(self._model), epoch
+            if self._folder is not None:
+                self._best_values = values_of(self._model)
+
+    def _save(self, run: Run, random: Any = None) -> None:
         """Write the state, if there is a folder for it."""
-        if self.folder is not None and processes.here().is_first:
-            self.folder.write({
-                "model": values_of(self.model),
-                "run": self.run.state(),
+        if self._folder is not None and processes.here().is_first:
+            self._folder.write({
+                "model": values_of(self._model),
+                "run": run.state(),
                 "points": [list(astuple(point)) for point in self.points],
                 "best": [self.best_epoch, self._best_values],
                 "random": random_state() if random is None else random,
             })  # fmt: skip
 
-    def resume_(self, found: dict[str, Any] | None) -> None:
-        """Go on from a state."""
-        if found is None or self.folder is None:
-            return
+    def _resume_(self, run: Run, found: dict[str, Any]) -> None:
         try:
             self.points = [TrainingPoint(*point) for point in found["points"]]
             self.best_epoch, self._best_values = found["best"]
             if self._best_values is not None:
-                set_values_(self.model, self._best_values)
-                self.best = guards.Snapshot(self.model)
-            set_values_(self.model, found["model"])
-            self.run.set_state_(found["run"])
+                set_values_(self._model, self._best_values)
+                self._best = guards.Snapshot(self._model)
+            set_values_(self._model, found["model"])
+            run.set_state_(found["run"])
             set_random_state_(found["random"])
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-            raise self.folder.damaged(error) from error
+            if self._folder is None:
+                raise
+            raise self._folder.damaged(error) from error
 
     @contextmanager
-    def saved_on_interrupt(self) -> Iterator[Callable[[], None] | None]:
+    def _saved_on_interrupt(self, run: Run) -> Iterator[Callable[[], None] | None]:
         """Write the state when a pass over the batches is interrupted, but not within a step."""
-        if self.folder is None:
+        if self._folder is None:
             yield None
             return
         with interrupts_held() as check:
             try:
                 yield check
             except KeyboardInterrupt as interrupt:
-                epoch = self.run.epoch
-                if self.run.busy or epoch is None:
+                if run.busy or run.epoch is None:
                     raise
-                self.save(epoch["random"])
+                self._save(run, run.epoch["random"])
                 raise KeyboardInterrupt(
-                    f"interrupted; {self.folder.path} holds the state: the same command goes on "
+                    f"interrupted; {self._folder.path} holds the state: the same command goes on "
                     "from it."
                 ) from interrupt
 
 
-def _what(
+def _learned(
     model: nn.Module,
     recipe: FinetuneRecipe,
     weighable: dict[str, GeneralizedBatchNorm] | None,
     monitor: Iterable[Any],
     forward: runtime.Forward | None,
-) -> tuple[list[dict[str, Any]], dict[str, GeneralizedBatchNorm]]:
-    """Parameter groups, and the layers whose weights are learned; a batch may be run to see."""
-    learn = recipe.example_weight == "learn" and weighable is None
-    n_classes, linear, positions = 0, list[nn.Module](), dict[int, int]()
-    if learn or "head" in recipe.train:
-        n_classes, linear, positions = _look(model, monitor, forward)
-    groups = parameter_groups(
-        model,
-        lr=recipe.peak_lr,
-        weight_decay=recipe.weight_decay,
-        norm_decay=recipe.norm_decay,
-        train=recipe.train,
-        head=head_of(linear, n_classes) if "head" in recipe.train else None,
-    )
-    if not learn:
-        return groups, (weighable or {}) if recipe.example_weight == "learn" else {}
-    layers = {
-        name: layer
-        for name, layer in generalized_norms(model)
-        if layer.running_mean is not None and not layer.frozen and positions.get(id(layer), 0) > 1
-    }
+) -> dict[str, GeneralizedBatchNorm]:
+    """The layers whose weights are learned; a batch is run to see which can be."""
+    if recipe.example_weight != "learn":
+        return {}
+    if weighable is not None:
+        return weighable
+    found, _ = weighable_layers(model, monitor, forward)
+    layers = {name: layer for name, layer in found.items() if not layer.frozen}
     if not layers:
         raise NormError(
             "--example-weight learn: no GeneralizedBatchNorm with statistics and more than one "
             "position a map. Call swap_norms_(model) first, or use --example-weight keep."
         )
-    return groups, layers
+    return layers
 
 
-def _look(
-    model: nn.Module, batches: Iterable[Any], forward: runtime.Forward | None
-) -> tuple[int, list[nn.Module], dict[int, int]]:
-    """Number of classes, linear layers in the order of their calls, positions at each norm."""
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
+def _groups(
+    model: nn.Module,
+    recipe: FinetuneRecipe,
+    batches: Iterable[Any],
+    forward: runtime.Forward | None,
+) -> list[dict[str, Any]]:
+    """Parameter groups; a batch is run to see which layer is the head, where that matters."""
+    head = None
+    if "head" in recipe.train:
+        modules = dict(model.named_modules())
 
-    def own() -> tuple[int, list[str], dict[str, int]] | None:
-        linear: list[str] = []
-        positions: dict[str, int] = {}
+        def look() -> tuple[int, list[str]] | None:
+            called: list[str] = []
+            batch = next(iter(batches), None)
+            if batch is None:
+                return None
+            with guards.inference(model), guards.hooks() as handles:
+                for name, module in modules.items():
+                    if isinstance(module, nn.Linear | nn.Conv2d):
+                        note = partial(_note, called, name)
+                        handles.append(module.register_forward_hook(note))
+                output = runtime.run(model, batch, runtime.device_of(model), forward)
+            logits = runtime.logits_of(output)
+            # One logit an example was made two: the head has one output.
+            made = all(tensor is not logits for tensor in runtime.tensors_in(output))
+            return 1 if made else logits.shape[1], called
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            name = names[id(module)]
-            if isinstance(module, GeneralizedBatchNorm):
-                seen = output[0, 0].numel() if len(output) else 0
-                positions[name] = min(seen, positions.get(name, seen))
-            else:
-                linear.append(name)
-
-        batch = next(iter(batches), None)
-        if batch is None:
-            return None
-        with guards.inference(model), guards.hooks() as handles:
-            for module in modules.values():
-                if isinstance(module, nn.Linear | nn.Conv2d | GeneralizedBatchNorm):
-                    handles.append(module.register_forward_hook(note))
-            output = runtime.run(model, batch, runtime.device_of(model), forward)
-        logits = runtime.logits_of(output)
-        # One logit an example was made two: the head has one output.
-        made = all(tensor is not logits for tensor in runtime.tensors_in(output))
-        return 1 if made else logits.shape[1], linear, positions
-
-    # A rank may have no batch; the first that has one says what all of them use.
-    found = next((found for found in processes.together(own) if found is not None), None)
-    if found is None:
-        raise DataError("fine-tuning: no examples. Give at least one batch.")
-    n_classes, linear, positions = found
-    return (
-        n_classes,
-        [modules[name] for name in linear],
-        {id(modules[name]): n for name, n in positions.items()},
+        # A rank may have no batch; the first that has one says which layer all of them use.
+        found = next((found for found in processes.together(look) if found is not None), None)
+        if found is None:
+            raise DataError("fine-tuning: no examples. Give at least one batch.")
+        n_classes, called = found
+        head = head_of([modules[name] for name in called], n_classes)
+    return parameter_groups(
+        model,
+        lr=recipe.peak_lr,
+        weight_decay=recipe.weight_decay,
+        norm_decay=recipe.norm_decay,
+        train=recipe.train,
+        head=head,
     )
 
 
-def _point(
-    model: nn.Module,
-    monitor: Iterable[Any],
-    forward: runtime.Forward | None,
-    epoch: int,
-    step: int,
-    loss: float | None,
-) -> TrainingPoint:
-    try:
-        found = score(model, monitor, forward=forward)
-    except NumericError as error:
-        if epoch == 0:
-            raise
-        raise NumericError(
-            f"fine-tuning: after epoch {epoch} the outputs are not finite. Lower --lr."
-        ) from error
-    return TrainingPoint(epoch=epoch, step=step, loss=loss, nll=found.nll, top1=found.top1)
+def _note(called: list[str], name: str, *_: Any) -> None:
+    called.append(name)
