@@ -22,11 +22,7 @@ from bnfix.errors import ModelError, one_line
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Give what runs inside torch's generator at seed 0, and put its state back.
-
-    Yields:
-        Nothing.
-    """
+    """Give what runs inside torch's generator at seed 0, and put its state back."""
     with torch.random.fork_rng(devices=[]):
         # Only this generator: torch.manual_seed would touch those of other devices, too.
         torch.default_generator.manual_seed(0)
@@ -35,14 +31,7 @@ def seeded() -> Iterator[None]:
 
 @contextmanager
 def importable(folder: str | None) -> Iterator[None]:
-    """Let what runs inside import from a folder first.
-
-    Args:
-        folder: its path; None for no folder.
-
-    Yields:
-        Nothing.
-    """
+    """Let what runs inside import from a folder first."""
     # First, as `python -m` and `python file.py` have it; the code may import on when it is called.
     if folder is None:
         yield
@@ -101,18 +90,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
 
 
 def import_callable(spec: str) -> tuple[Callable[..., Any], str]:
-    """Import what a spec of the user's names; this runs the user's code.
-
-    Args:
-        spec: ``package.module:callable`` (also from the current folder), or
-            ``path/to/file.py:callable``.
-
-    Returns:
-        What the name stands for, and the folder from which its code may import on.
-
-    Raises:
-        ModelError: if there is no such module or name, or importing fails.
-    """
+    """Import what a spec of the user's names; this runs the user's code."""
     where, _, attribute = spec.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     folder = str(Path(where).resolve().parent if is_file else Path.cwd())
@@ -134,17 +112,7 @@ def _attribute(spec: str, module: ModuleType, dotted: str) -> Any:
 
 
 def import_forward(spec: str) -> Callable[..., Any]:
-    """Import what is called with a model and a batch; this runs the user's code.
-
-    Args:
-        spec: ``package.module:callable`` or ``path/to/file.py:callable``, from the command line.
-
-    Returns:
-        The callable.
-
-    Raises:
-        ModelError: if it cannot be had, or is none.
-    """
+    """Import what is called with a model and a batch; this runs the user's code."""
     where, _, attribute = spec.rpartition(":")
     if not where or not attribute:
         raise ModelError(
@@ -162,18 +130,7 @@ def import_forward(spec: str) -> Callable[..., Any]:
 
 
 def import_library(name: str, spec: str) -> ModuleType:
-    """Import a library that is an extra of this package.
-
-    Args:
-        name: of the library and of the extra.
-        spec: what needs it, for the message.
-
-    Returns:
-        The module.
-
-    Raises:
-        ModelError: if it is not installed.
-    """
+    """Import a library that is an extra of this package."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -79,23 +79,7 @@ def build_model(
     arguments: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Build the model that a spec names, with fresh weights, on the CPU, in evaluation mode.
-
-    Args:
-        spec: ``torchvision:NAME``, ``timm:NAME``, ``transformers:DIR``,
-            ``package.module:callable`` (also from the current folder) or
-            ``path/to/file.py:callable``. The latter two run the user's code.
-        arguments: keyword arguments of the builder.
-        tensors: a checkpoint's tensors; given, the number of classes is read off them where the
-            builder takes one and ``arguments`` do not say it.
-
-    Returns:
-        The model. The random state of torch is left as found.
-
-    Raises:
-        ModelError: if the spec is not known, its code fails, an argument is unknown or missing, or
-            no model comes out.
-    """
+    """Build the model that a spec names, with fresh weights, on the CPU, in evaluation mode."""
     builder, given = _resolved(spec, arguments, tensors)
     return _build(builder, given, torch.device("cpu"))
 
@@ -103,33 +87,14 @@ def build_model(
 def builder_arguments(
     spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """All arguments that `build_model` would call the builder with.
-
-    Args:
-        spec: as for `build_model`.
-        arguments: keyword arguments of the builder.
-        tensors: a checkpoint's, off which the number of classes is read.
-
-    Returns:
-        Keyword arguments, those that bnfix sets itself included.
-    """
+    """All arguments that `build_model` would call the builder with."""
     return _resolved(spec, arguments, tensors)[1]
 
 
 def build_skeleton(
     spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
 ) -> nn.Module | None:
-    """Build a model without memory for its tensors, to be filled with a checkpoint's own.
-
-    Args:
-        spec: as for `build_model`.
-        arguments: keyword arguments of the builder.
-        tensors: the checkpoint's, under the model's own names.
-
-    Returns:
-        The model on the meta device; ``None`` where it cannot be had so, or would not be whole
-        with those tensors.
-    """
+    """Build a model without memory for its tensors, to be filled with a checkpoint's own."""
     builder, given = _resolved(spec, arguments, tensors)
     found = _with_state(builder, given, "meta")
     if found is None:
@@ -161,26 +126,12 @@ def _resolved(
 
 
 def from_file_allowed(spec: str) -> bool:
-    """Say whether a spec may be built because a file says so: no code but the two libraries' runs.
-
-    Args:
-        spec: a model spec.
-
-    Returns:
-        True for ``torchvision:NAME`` and ``timm:NAME``.
-    """
+    """Say whether a spec may be built because a file says so: no code but the two libraries' runs."""
     return re.fullmatch(r"(torchvision|timm):[A-Za-z0-9_.\-]+", spec) is not None
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Find how many channels a model's input has.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The input channels of its first convolution; None if there is none.
-    """
+    """Find how many channels a model's input has."""
     # By the class: some networks have an attribute that shadows `modules`.
     for module in nn.Module.modules(model):
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels > 0:

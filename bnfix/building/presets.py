@@ -15,17 +15,7 @@ from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 
 def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, str] | None:
-    """Look up what the authors of a published model feed it; nothing is downloaded.
-
-    Args:
-        spec: a model spec.
-        sha256: of the checkpoint's file; torchvision's own files are known by it.
-
-    Returns:
-        The preprocessing, with a note that says whose: for ``torchvision:NAME`` that of the very
-        weights, or of the model's first ImageNet weights; for ``transformers:DIR`` the folder's.
-        None for other specs, and where there is none.
-    """
+    """Look up what the authors of a published model feed it; nothing is downloaded."""
     kind, _, name = spec.partition(":")
     if kind == "transformers":
         own = folder_preprocessing(spec, name)
@@ -44,15 +34,7 @@ def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, s
 
 
 def published_weights(spec: str, sha256: str) -> Any | None:
-    """Recognize a file that torchvision publishes: its name there ends in its digest's digits.
-
-    Args:
-        spec: a model spec.
-        sha256: of the file.
-
-    Returns:
-        The member of torchvision's enumeration of weights; None if it is no such file.
-    """
+    """Recognize a file that torchvision publishes: its name there ends in its digest's digits."""
     kind, _, name = spec.partition(":")
     if kind != "torchvision" or not sha256 or name not in torchvision.models.list_models():
         return None
@@ -64,45 +46,18 @@ def published_weights(spec: str, sha256: str) -> Any | None:
 
 
 def published_arguments(spec: str, sha256: str) -> dict[str, Any]:
-    """What torchvision gives a builder together with its own weights, which the file does not say.
-
-    Args:
-        spec: a model spec.
-        sha256: of the file.
-
-    Returns:
-        Arguments by name; none for a file that torchvision does not publish.
-    """
+    """What torchvision gives a builder together with its own weights, which the file does not say."""
     known = wants_transformed_input(spec) and published_weights(spec, sha256) is not None
     return {"transform_input": True} if known else {}
 
 
 def wants_transformed_input(spec: str) -> bool:
-    """Say whether a model's published weights expect inputs normalized in another way.
-
-    Args:
-        spec: a model spec.
-
-    Returns:
-        True for torchvision's GoogLeNet and Inception, which have an option for it.
-    """
+    """Say whether a model's published weights expect inputs normalized in another way."""
     return spec in ("torchvision:googlenet", "torchvision:inception_v3")
 
 
 def preset_preprocessing(preset: str) -> Preprocessing:
-    """Look up a named preprocessing; nothing is downloaded.
-
-    Args:
-        preset: ``torchvision:WEIGHTS_NAME``, as in
-            ``torchvision:ResNet50_Weights.IMAGENET1K_V2``, or ``timm:NAME``.
-
-    Returns:
-        The preprocessing.
-
-    Raises:
-        ConfigError: if there is no such preset, or it is not one of image classification.
-        ModelError: if timm is asked and not installed.
-    """
+    """Look up a named preprocessing; nothing is downloaded."""
     kind, _, name = preset.partition(":")
     if kind == "torchvision":
         try:

@@ -144,18 +144,7 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:
-    """Read how a folder says that its images are prepared.
-
-    Args:
-        spec: as the user gave it, for messages.
-        folder: with a ``preprocessor_config.json``, or without.
-
-    Returns:
-        The preprocessing; None where the folder does not say.
-
-    Raises:
-        ModelError: if what it says cannot be used.
-    """
+    """Read how a folder says that its images are prepared."""
     path = Path(folder) / _PREPROCESSOR
     if not path.is_file():
         return None

@@ -23,17 +23,6 @@ def mean_of(
 ) -> dict[str, Tensor]:
     """The weighted mean of state dicts.
 
-    Args:
-        states: at least one; the mean of a tensor is over those that have it, and one that is not
-            floating is of the first that has it.
-        weights: one each, positive; none for equal ones.
-
-    Returns:
-        Floating tensors, summed in float64 and stored in the first's types; all else as it was.
-
-    Raises:
-        NumericError: if the mean of a tensor is not finite.
-
     Example:
         >>> mean_of([{"w": torch.zeros(1)}, {"w": torch.ones(1)}], (1, 3))["w"].item()
         0.75
@@ -64,18 +53,6 @@ def average_into_(
     loaded: Loaded, recipe: AverageRecipe, model: ModelRecipe
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Put the mean of a loaded checkpoint and others into its model.
-
-    Args:
-        loaded: the first checkpoint; its norm layers may have been swapped since.
-        recipe: the other files, and the weights of all.
-        model: how the files' names are nested and prefixed.
-
-    Returns:
-        File, hash and weight of each, and notes for the user.
-
-    Raises:
-        CheckpointError: if any of the others cannot be read, or does not fit the first; all
-            problems of all files at once.
 
     Changes:
         Every floating tensor of the model; population moments too, which then hold the mean of

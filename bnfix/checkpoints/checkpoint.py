@@ -76,22 +76,6 @@ def read_checkpoint(
 
     Tensors of ``.safetensors`` and of torch's archives are mapped, not read: they take memory as
     they are used.
-
-    Args:
-        path: ``.safetensors``, a file of torch.save, the ``.index.json`` of a sharded one, or a
-            folder that holds one of these under a usual name.
-        key: the dotted nesting of the state dict; None looks under the usual names.
-        prefix: what to strip from the names (names without it are left out), empty for nothing;
-            None strips the usual wrappers' prefixes.
-        expected: the model's own names; given, the stripping that matches most of them is chosen.
-        prefer_ema: take the running mean of the weights, which must then be there.
-
-    Returns:
-        The tensors on the CPU, with notes on how they were found.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, hostile or newer than this program, or
-            ``key``, ``prefix`` or the running mean are not in it.
     """
     path = file_in_folder(Path(path))
     require_file(path)
@@ -141,13 +125,6 @@ def key_problems(
     """List every way in which tensors do not fit a model.
 
     A missing ``num_batches_tracked`` is no problem: old files have none, and nothing depends on it.
-
-    Args:
-        shapes: shape of each tensor of the model, by name.
-        tensors: the checkpoint's tensors, by name.
-
-    Returns:
-        One sentence a problem: missing, misshapen (in the model's order), then unexpected.
     """
     problems = []
     for name, shape in shapes.items():
@@ -163,16 +140,7 @@ def key_problems(
 
 
 def check_output(path: str | Path, *, force: bool) -> None:
-    """Check, before any work, that a checkpoint may be written.
-
-    Args:
-        path: the file to write.
-        force: whether an existing file may be replaced.
-
-    Raises:
-        CheckpointError: if the file exists and ``force`` is off, if its name does not end in
-            ``.safetensors``, or if its folder is missing or cannot be written to.
-    """
+    """Check, before any work, that a checkpoint may be written."""
     path = Path(path)
     shown = plain(path)
     if path.suffix != ".safetensors":
@@ -196,14 +164,7 @@ def check_output(path: str | Path, *, force: bool) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Check that the folder of a file to write is there and open to writing.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: if it is not.
-    """
+    """Check that the folder of a file to write is there and open to writing."""
     folder = path.parent
     shown = plain(path)
     try:
@@ -223,14 +184,7 @@ def check_folder(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder to write into, and those above it; one that is there is left.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        CheckpointError: if it cannot be made.
-    """
+    """Make a folder to write into, and those above it; one that is there is left."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -247,17 +201,7 @@ def write_checkpoint(
     *,
     force: bool,
 ) -> None:
-    """Write tensors and the ``bnfix`` header to one file: whole, or not at all.
-
-    Args:
-        path: the file, ending in ``.safetensors``.
-        tensors: by name; those that share memory are written under each name.
-        metadata: the header, with an integer ``format``; numbers that are not finite become null.
-        force: whether an existing file may be replaced.
-
-    Raises:
-        CheckpointError: if the file may not be written, or something in it cannot be stored.
-    """
+    """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
     path = Path(path)
     shown = plain(path)
     check_output(path, force=force)
@@ -294,25 +238,12 @@ def write_checkpoint(
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all; an existing file is replaced.
-
-    Args:
-        path: the file.
-        text: what to write.
-    """
+    """Write a text as UTF-8, whole or not at all; an existing file is replaced."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file's content, whole or not at all; an existing file is replaced.
-
-    Args:
-        path: the file.
-        content: what to write.
-
-    Raises:
-        CheckpointError: if the folder is missing or closed, or the disk is full.
-    """
+    """Write a file's content, whole or not at all; an existing file is replaced."""
     path = Path(path)
     check_folder(path)
     try:
@@ -322,17 +253,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Compute the SHA-256 of a file (of a sharded one: of the index, then its shards by name).
-
-    Args:
-        path: the file.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        CheckpointError: if the file cannot be read.
-    """
+    """Compute the SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
     path = Path(path)
     digest = hashlib.sha256()
     parts = [path]
@@ -354,12 +275,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure.
-
-    Args:
-        path: what comes to be whole, or stays as it was.
-        write: called with the temporary name.
-    """
+    """Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure."""
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
     try:
         temporary.touch()

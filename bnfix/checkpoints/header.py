@@ -23,18 +23,7 @@ def _no_constant(name: str) -> None:
 
 
 def parse_header(text: str, path: Path) -> dict[str, Any]:
-    """Parse the text under ``bnfix`` in a file's metadata.
-
-    Args:
-        text: as found.
-        path: of the file, for messages.
-
-    Returns:
-        An object of JSON values, nested no deeper than recursion can follow.
-
-    Raises:
-        CheckpointError: if it is no such text, or of a newer format.
-    """
+    """Parse the text under ``bnfix`` in a file's metadata."""
     shown = plain(path)
     if len(text) > TEXT_LIMIT:
         raise CheckpointError(
@@ -92,14 +81,7 @@ def _is_deeper(value: Any, depth: int) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """Copy JSON values with numbers that JSON cannot express as null.
-
-    Args:
-        value: mappings, lists, tuples and plain values.
-
-    Returns:
-        The copy.
-    """
+    """Copy JSON values with numbers that JSON cannot express as null."""
     if isinstance(value, Mapping):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

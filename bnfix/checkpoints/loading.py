@@ -73,28 +73,7 @@ def load_ready(
     lenders: Sequence[str] = (),
     borrows: bool = True,
 ) -> Loaded:
-    """Read a checkpoint, build its model, load it strictly, and set its norm layers.
-
-    Args:
-        path: the file.
-        spec: the model to build; by default the one that the file names.
-        arguments: of the builder.
-        model: used instead of building one; changed in place.
-        key: nesting inside the file, if it is not to be found by itself.
-        prefix: prefix of the names, if it is not to be found by itself.
-        prefer_ema: take the running mean of the weights, which must then be there.
-        unfreeze: make trainable layers of Batch Norms that are constants by their class.
-        mapped: let the model use the file's own tensors where that can be, instead of copies: it
-            then takes memory as they are used, and the file must stay as it is meanwhile.
-        lenders: files of the same network, whose statistics serve where the file has none.
-        borrows: take statistics of another set in the file where the set has none, and note it.
-
-    Returns:
-        The model and where it came from.
-
-    Raises:
-        CheckpointError: if the file does not fit the model; all problems at once.
-    """
+    """Read a checkpoint, build its model, load it strictly, and set its norm layers."""
     checkpoint = first = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
     origin = stated_origin(checkpoint)
     if spec is not None:

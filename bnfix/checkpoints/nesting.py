@@ -150,18 +150,7 @@ def _bare(name: str) -> str:
 
 
 def only_tensors(found: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Take the tensors out of a state dict.
-
-    Args:
-        found: the dict.
-        path: of the file, for messages.
-
-    Returns:
-        Tensors by name, without gradients; and notes on what was left out.
-
-    Raises:
-        CheckpointError: if some are no plain dense tensors.
-    """
+    """Take the tensors out of a state dict."""
     tensors: dict[str, torch.Tensor] = {}
     ignored: list[str] = []
     bad: list[str] = []
@@ -193,15 +182,7 @@ def only_tensors(found: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[
 
 
 def storable(name: object, tensor: object) -> bool:
-    """Say whether an entry is a dense tensor under a name, as a file can hold it.
-
-    Args:
-        name: of the entry.
-        tensor: the entry.
-
-    Returns:
-        True if it is.
-    """
+    """Say whether an entry is a dense tensor under a name, as a file can hold it."""
     return (
         type(name) is str
         and isinstance(tensor, torch.Tensor)
@@ -213,14 +194,7 @@ def storable(name: object, tensor: object) -> bool:
 
 
 def versions_in(found: Any) -> dict[str, int]:
-    """Read the versions of modules' state that torch keeps beside a state dict.
-
-    Args:
-        found: a state dict from a file.
-
-    Returns:
-        Version by dotted module name; empty where the file states none that are such.
-    """
+    """Read the versions of modules' state that torch keeps beside a state dict."""
     stated = getattr(found, "__dict__", {}).get("_metadata")
     return {
         name: version
@@ -236,19 +210,7 @@ def versions_in(found: Any) -> dict[str, int]:
 def strip_given(
     tensors: dict[str, torch.Tensor], prefix: str, path: Path
 ) -> tuple[dict[str, torch.Tensor], str, list[str]]:
-    """Strip a stated prefix, and leave out names that do not have it.
-
-    Args:
-        tensors: by name.
-        prefix: with or without its last dot; empty for none.
-        path: of the file, for messages.
-
-    Returns:
-        Tensors by their shorter names, the prefix with its dot, and notes in words.
-
-    Raises:
-        CheckpointError: if no name has it.
-    """
+    """Strip a stated prefix, and leave out names that do not have it."""
     if prefix and not prefix.endswith("."):
         prefix += "."
     kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -268,15 +230,7 @@ def strip_given(
 def strip_found(
     tensors: dict[str, torch.Tensor], expected: Collection[str] | None
 ) -> tuple[dict[str, torch.Tensor], str, list[str]]:
-    """Strip what wrappers put into names: what all share, or what fits a model's names best.
-
-    Args:
-        tensors: by name.
-        expected: the model's own names, if known.
-
-    Returns:
-        Tensors by their shorter names, the prefix stripped, and notes in words.
-    """
+    """Strip what wrappers put into names: what all share, or what fits a model's names best."""
     notes = []
     counter = tensors.get("n_averaged")
     if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):

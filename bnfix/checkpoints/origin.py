@@ -35,30 +35,13 @@ class Origin:
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """Where a model came from.
-
-    Args:
-        model: from `load`, or any other.
-
-    Returns:
-        Its origin; an empty one for a model that was not loaded by bnfix.
-    """
+    """Where a model came from."""
     found = model.__dict__.get("_bnfix_origin")
     return found if isinstance(found, Origin) else Origin()
 
 
 def stated_origin(checkpoint: Checkpoint) -> Origin:
-    """Read what a header says, its types checked: files are hostile until proven otherwise.
-
-    Args:
-        checkpoint: the file.
-
-    Returns:
-        The origin; an empty one for a file without a header of ours.
-
-    Raises:
-        CheckpointError: if a part of it is of the wrong type.
-    """
+    """Read what a header says, its types checked: files are hostile until proven otherwise."""
     metadata = checkpoint.metadata
     if metadata is None:
         return Origin()
@@ -104,15 +87,7 @@ def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessi
 
 
 def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
-    """Check that a file names a model that may be built from what a file says.
-
-    Args:
-        checkpoint: the file.
-        origin: what it says.
-
-    Raises:
-        ModelError: if it names none, or somebody's code.
-    """
+    """Check that a file names a model that may be built from what a file says."""
     name = checkpoint.path.name
     if origin.spec is None:
         raise ModelError(

@@ -40,16 +40,7 @@ _ORDER: Final = {dtype: place for place, dtype in enumerate(_TYPES)}
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write tensors to a file; those that share memory are written under each name.
-
-    Args:
-        path: the file, written anew.
-        tensors: dense ones on the CPU, by name.
-        metadata: texts by name.
-
-    Raises:
-        TypeError: if the format has no name for a tensor's type.
-    """
+    """Write tensors to a file; those that share memory are written under each name."""
     unknown = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in _TYPES]
     if unknown:
         raise TypeError(f"no type of the format: {', '.join(unknown[:5])}")

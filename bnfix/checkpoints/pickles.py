@@ -101,11 +101,7 @@ class Inert:
     itemsize = 0
 
     def __new__(cls, *_arguments: Any, **_options: Any) -> Inert:
-        """Accept whatever arguments the file gives.
-
-        Returns:
-            A stand-in that remembers nothing.
-        """
+        """Accept whatever arguments the file gives."""
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -115,19 +111,11 @@ class Inert:
         return
 
     def __call__(self, *_arguments: Any) -> Inert:
-        """Be called with anything.
-
-        Returns:
-            Itself.
-        """
+        """Be called with anything."""
         return self
 
     def append(self, item: Any) -> None:
-        """Take an item, as a list or set would, and drop it.
-
-        Args:
-            item: dropped.
-        """
+        """Take an item, as a list or set would, and drop it."""
 
     extend = add = append
 
@@ -201,17 +189,7 @@ def _load(path: Path, blocked: list[str], mapped: bool) -> Any:
 
 
 def read_zip(path: Path) -> Any:
-    """Read an archive of torch.save, as it has been written since torch 1.6.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        What it holds, of tensors and plain containers only.
-
-    Raises:
-        CheckpointError: if it is damaged, no archive of torch.save, or needs unpickling.
-    """
+    """Read an archive of torch.save, as it has been written since torch 1.6."""
     shown = plain(path)
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -277,17 +255,7 @@ def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
 
 
 def read_legacy(path: Path) -> Any:
-    """Read a file of torch.save, as it was written before torch 1.6.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        What it holds, of tensors and plain containers only.
-
-    Raises:
-        CheckpointError: if it is damaged, no file of torch.save, or needs unpickling.
-    """
+    """Read a file of torch.save, as it was written before torch 1.6."""
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,

@@ -31,26 +31,12 @@ _PICKLE_MAGIC: Final = tuple(b"\x80" + bytes([protocol]) for protocol in range(2
 
 
 def is_index(path: Path) -> bool:
-    """Say whether a file lists the shards of a checkpoint.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True by its name.
-    """
+    """Say whether a file lists the shards of a checkpoint."""
     return path.name.endswith(INDEX_SUFFIX)
 
 
 def file_in_folder(path: Path) -> Path:
-    """Find the checkpoint in a folder that has one under a usual name.
-
-    Args:
-        path: a folder, or a file.
-
-    Returns:
-        The file in the folder; the path itself where it is no such folder.
-    """
+    """Find the checkpoint in a folder that has one under a usual name."""
     try:
         found = [path / name for name in _USUAL_NAMES if (path / name).is_file()]
     except (OSError, ValueError):  # a name that no file can have: said where it is opened
@@ -59,14 +45,7 @@ def file_in_folder(path: Path) -> Path:
 
 
 def require_file(path: Path) -> None:
-    """Check that a path is an ordinary file with something in it.
-
-    Args:
-        path: the file.
-
-    Raises:
-        CheckpointError: if it is missing, a folder, a device or empty.
-    """
+    """Check that a path is an ordinary file with something in it."""
     shown = plain(path)
     try:
         if path.is_dir():
@@ -82,18 +61,7 @@ def require_file(path: Path) -> None:
 
 
 def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
-    """Read a file by its suffix, or by its first bytes where the suffix says nothing.
-
-    Args:
-        path: an ordinary file.
-
-    Returns:
-        What the file holds (a dict of tensors for safetensors), the text of the ``bnfix`` header
-        if there is one, and notes in words.
-
-    Raises:
-        CheckpointError: if the file is damaged, hostile, of another kind, or needs unpickling.
-    """
+    """Read a file by its suffix, or by its first bytes where the suffix says nothing."""
     shown = plain(path)
     try:
         if is_index(path):
@@ -179,17 +147,7 @@ def _read_index(path: Path) -> tuple[dict[str, torch.Tensor], None, list[str]]:
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """Read which tensor is in which shard.
-
-    Args:
-        path: an ``.index.json``.
-
-    Returns:
-        File name of the shard for each tensor's name.
-
-    Raises:
-        CheckpointError: if it is no such index, or names files outside its folder.
-    """
+    """Read which tensor is in which shard."""
     shown = plain(path)
     if path.stat().st_size > TEXT_LIMIT:
         raise CheckpointError(

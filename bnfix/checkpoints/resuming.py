@@ -36,14 +36,7 @@ class StateFolder:
         self.path, self.identity = Path(folder) / file, identity
 
     def read(self) -> dict[str, Any] | None:
-        """Read the state, by the restricted loader only.
-
-        Returns:
-            What `write` was given; ``None`` if there is no state yet.
-
-        Raises:
-            CheckpointError: if the file is not a state, or that of another run.
-        """
+        """Read the state, by the restricted loader only."""
         if not self.path.exists():
             return None
         content = read_file(self.path)[0]
@@ -62,14 +55,7 @@ class StateFolder:
         return content
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """Replace the state, whole or not at all.
-
-        Args:
-            content: plain containers, numbers, texts and tensors.
-
-        Raises:
-            CheckpointError: if it cannot be written.
-        """
+        """Replace the state, whole or not at all."""
         whole = {"format": _FORMAT, "identity": self.identity, **content}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +67,7 @@ class StateFolder:
             ) from error
 
     def damaged(self, error: Exception) -> CheckpointError:
-        """Say that a state does not fit the run although it claims to.
-
-        Args:
-            error: what went wrong.
-
-        Returns:
-            The error to raise.
-        """
+        """Say that a state does not fit the run although it claims to."""
         return CheckpointError(
             f"{plain(self.path)}: is damaged ({plain(error)}). Remove it to start anew.",
             path=self.path,
@@ -96,15 +75,7 @@ class StateFolder:
 
 
 def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """Tell a run from every other: by its settings and every number of the model at its start.
-
-    Args:
-        model: before the first step.
-        settings: JSON values.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """Tell a run from every other: by its settings and every number of the model at its start."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in values_of(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -113,14 +84,7 @@ def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every parameter and buffer, those that a state dict leaves out included.
-
-    Args:
-        model: any module.
-
-    Returns:
-        Copies by name, tied ones once.
-    """
+    """Copy every parameter and buffer, those that a state dict leaves out included."""
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in named}
 
@@ -128,13 +92,6 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def set_values_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put back what `values_of` has copied.
-
-    Args:
-        model: the same.
-        values: one for every name.
-
-    Raises:
-        ValueError: if names or shapes are not the model's.
 
     Changes:
         Every parameter and buffer, in place.
@@ -147,19 +104,12 @@ def set_values_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def random_state() -> list[Tensor]:
-    """Copy the state of torch's generators.
-
-    Returns:
-        That of the CPU, then those of the CUDA devices.
-    """
+    """Copy the state of torch's generators."""
     return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
 
 
 def set_random_state_(state: list[Tensor]) -> None:
     """Put back what `random_state` has copied.
-
-    Args:
-        state: of as many devices.
 
     Changes:
         torch's generators.
@@ -175,9 +125,6 @@ def interrupts_held() -> Iterator[Callable[[], None]]:
 
     Elsewhere than in the main thread, or where the program handles interrupts itself, nothing is
     held.
-
-    Yields:
-        What raises KeyboardInterrupt if one is waiting; to be called at convenient moments.
 
     Restores:
         The handler of the signal.

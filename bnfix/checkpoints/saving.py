@@ -56,16 +56,7 @@ def metadata_of(
     entry: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> dict[str, Any]:
-    """What the header of a model's file says: settings of the norm layers, where it came from.
-
-    Args:
-        model: with or without generalized layers.
-        entry: added to the history.
-        preprocessing: by default what the model came with.
-
-    Returns:
-        JSON values.
-    """
+    """What the header of a model's file says: settings of the norm layers, where it came from."""
     origin = origin_of(model)
     preprocessing = preprocessing or origin.preprocessing
     norms = {}
@@ -93,12 +84,6 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Statistics that would lose more than 1e-3 in the file's half type (of their deviation, or of
     themselves) are float32.
-
-    Args:
-        model: any module.
-
-    Returns:
-        CPU tensors by name, in the stock model's order.
     """
     dtypes = origin_of(model).dtypes
     state = model.state_dict()
@@ -121,9 +106,6 @@ def round_as_stored_(model: nn.Module) -> None:
     """Give every tensor the value that `save` would write for it.
 
     What is measured after this is what the file will do, also where its type is a half one.
-
-    Args:
-        model: any module.
 
     Changes:
         Parameters and buffers, by rounding to the type of the file they came from.
@@ -160,11 +142,7 @@ def history_entry(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers depend on.
-
-    Returns:
-        By name: bnfix, python, torch.
-    """
+    """Versions of what numbers depend on."""
     return {
         "bnfix": __version__,
         "python": platform.python_version(),
