@@ -14,8 +14,8 @@ from torch import nn
 
 from bnfix import guards
 from bnfix.building.models import input_channels
-from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded
+from bnfix.checkpoints.reading import check_room
 from bnfix.checkpoints.saving import history_entry, round_as_stored_, versions
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record, history_digests

@@ -97,6 +97,16 @@ def plain(text: object, limit: int = 200) -> str:
     return line if isinstance(text, Path) or len(line) <= limit else line[: limit - 3] + "..."
 
 
+def file_error(path: str | Path, text: str) -> CheckpointError:
+    """A `CheckpointError` that begins with the file that it concerns."""
+    return CheckpointError(f"{plain(Path(path))}: {text}", path=path)
+
+
+def model_error(spec: str, text: str) -> ModelError:
+    """A `ModelError` that begins with the model specification that it concerns."""
+    return ModelError(f"{spec}: {text}", name=spec)
+
+
 def one_line(error: BaseException) -> str:
     """Somebody else's error: type, text (cut to 300 characters), and the user's own file:line."""
     text = plain(str(error), 300)

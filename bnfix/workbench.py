@@ -18,8 +18,8 @@ from bnfix import guards, processes, runtime
 from bnfix.building.importing import import_forward
 from bnfix.building.models import input_channels
 from bnfix.building.presets import default_preprocessing, preset_preprocessing
-from bnfix.checkpoints.header import check_room
 from bnfix.checkpoints.loading import Loaded, load_ready
+from bnfix.checkpoints.reading import check_room
 from bnfix.data.batches import Batch, Batches, max_bad_of
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen

@@ -82,7 +82,6 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "building.pretrained": {"building.importing"},
-        "checkpoints.header": {"checkpoints.reading"},
         "data.batches": {"data.corruptions", "data.images", "data.tensors"},
         "data.callables": {"building.importing", "data.images", "data.tensors"},
         "data.image_sets": {"data.images", "data.mat"},
@@ -101,8 +100,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "building.models": {"building.importing", "building.pretrained", "layers.sites"},
         "building.presets": {"building.importing", "building.pretrained"},
         "checkpoints.checkpoint": {
-            "checkpoints.header", "checkpoints.nesting", "checkpoints.packing",
-            "checkpoints.reading",
+            "checkpoints.nesting", "checkpoints.packing", "checkpoints.reading",
         },
         "data.augmentation": {"data.batches"},
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
@@ -184,8 +182,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.checkpoint", "checkpoints.loading", "checkpoints.nesting",
         },
         "checkpoints.saving": {
-            "checkpoints.checkpoint", "checkpoints.header", "checkpoints.loading",
-            "checkpoints.origin", "layers.norms",
+            "checkpoints.checkpoint", "checkpoints.loading", "checkpoints.nesting",
+            "checkpoints.origin", "checkpoints.reading", "layers.norms",
         },
         "statistics.calibration": {
             "checkpoints.resuming", "layers.sites", "processes", "runtime",
@@ -197,8 +195,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "runtime", "tuning.parameters", "tuning.training", "weighing.example_weight",
         },
         "workbench": {
-            "building.importing", "building.models", "building.presets", "checkpoints.header",
-            "checkpoints.loading", "data.batches", "data.corruptions", "data.fingerprints",
+            "building.importing", "building.models", "building.presets", "checkpoints.loading",
+            "checkpoints.reading", "data.batches", "data.corruptions", "data.fingerprints",
             "data.first_look", "data.images", "data.opening", "data.tensors", "guards", "memory",
             "plan", "processes", "runtime", "tracking",
         },
@@ -224,7 +222,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "weighing.label_free", "workbench",
         },
         "production.plain_files": {
-            "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
+            "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
             "production", "production.folding", "production.plain",
         },
         "reporting.layer_rows": {

@@ -23,7 +23,7 @@ from torch import nn
 
 from bnfix.checkpoints.checkpoint import (
     check_output,
-    key_problems,
+    misfits_of,
     read_checkpoint,
     sha256_of,
     write_checkpoint,
@@ -274,15 +274,16 @@ def test_prefix_says_otherwise(tmp_path):
 # --- keys ---
 
 
-def test_all_key_problems_at_once():
+def test_all_misfits_at_once():
     shapes = {n: torch.Size([2]) for n in ("a", "b", "bn.num_batches_tracked", "c")}
     found = {"a": torch.ones(2), "b": torch.ones(3, 1), "z": torch.ones(1)}
-    assert key_problems(shapes, found) == [
-        "b: (3, 1) in the file, (2,) in the model",
-        "c: missing from the file",
-        "z: not in the model",
-    ]
-    assert key_problems({"a": torch.Size([2])}, {"a": torch.ones(2)}) == []
+    misfits = misfits_of(shapes, found)
+    assert (misfits.missing, misfits.unexpected) == (["c"], ["z"])
+    assert len(misfits) == 3
+    assert str(misfits) == (
+        "c: missing from the file; b: (3, 1) in the file, (2,) in the model; z: not in the model"
+    )
+    assert not misfits_of({"a": torch.Size([2])}, {"a": torch.ones(2)})
 
 
 # --- the header ---
@@ -329,7 +330,7 @@ def test_bad_headers_are_refused(tmp_path, text, match):
 
 
 def test_an_overlong_header_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnfix.checkpoints.header.TEXT_LIMIT", 100)
+    monkeypatch.setattr("bnfix.checkpoints.reading.TEXT_LIMIT", 100)
     text = json.dumps(HEADER | {"x": "y" * 100})
     with pytest.raises(CheckpointError, match="characters, more than 100"):
         read_checkpoint(headed(tmp_path / "a.safetensors", text))

@@ -301,7 +301,7 @@ def test_a_history_lists_no_more_images_than_it_has_room_for(files, monkeypatch)
 def test_a_history_without_room_is_refused_before_the_work(files, cli, tmp_path, monkeypatch):
     out = tmp_path / "first.safetensors"
     assert cli("convert", files.stale, "--model", files.spec, "-o", out).code == 0
-    monkeypatch.setattr("bnfix.checkpoints.header._ROOM", TEXT_LIMIT)
+    monkeypatch.setattr("bnfix.checkpoints.reading._ROOM", TEXT_LIMIT)
     words = ("--data", "nowhere", "-o", tmp_path / "x.safetensors", "--model", files.spec)
     for command in (("calibrate", out, *words), ("convert", out, "--to", "group", *words)):
         outcome = cli(*command)

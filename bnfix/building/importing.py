@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bnfix.errors import ModelError, one_line
+from bnfix.errors import ModelError, model_error, one_line
 
 
 @contextmanager
@@ -47,18 +47,18 @@ def importable(folder: str | None) -> Iterator[None]:
 
 def _import_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
-        raise ModelError(f"{spec}: no such file. Give the path to a Python file.", name=spec)
+        raise model_error(spec, "no such file. Give the path to a Python file.")
     # By content: the same file gives the same classes, a changed one does not meet the old ones.
     try:
         identity = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes())
     except OSError as error:
-        raise ModelError(f"{spec}: cannot be read ({error.strerror}).", name=spec) from error
+        raise model_error(spec, f"cannot be read ({error.strerror}).") from error
     name = f"_bnfix_{re.sub(r'[^0-9A-Za-z]', '_', path.stem)}_{identity.hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     described = importlib.util.spec_from_file_location(name, path)
     if described is None or described.loader is None:
-        raise ModelError(f"{spec}: is not a Python file. Give a name ending in .py.", name=spec)
+        raise model_error(spec, "is not a Python file. Give a name ending in .py.")
     module = importlib.util.module_from_spec(described)
     sys.modules[name] = module
     try:
@@ -67,9 +67,7 @@ def _import_file(spec: str, path: Path) -> ModuleType:
         del sys.modules[name]
         if not isinstance(error, Exception | SystemExit):
             raise
-        raise ModelError(
-            f"{spec}: importing {path} failed ({one_line(error)}).", name=spec
-        ) from error
+        raise model_error(spec, f"importing {path} failed ({one_line(error)}).") from error
     return module
 
 
@@ -79,14 +77,12 @@ def _import_module(spec: str, name: str) -> ModuleType:
     except (Exception, SystemExit) as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name is not None
         if absent and (name == error.name or name.startswith(f"{error.name}.")):  # type: ignore[union-attr]
-            raise ModelError(
-                f"{spec}: there is no module {name}, neither installed nor in the current folder. "
+            raise model_error(
+                spec,
+                f"there is no module {name}, neither installed nor in the current folder. "
                 "Expected package.module:callable or path/to/file.py:callable.",
-                name=spec,
             ) from error
-        raise ModelError(
-            f"{spec}: importing {name} failed ({one_line(error)}).", name=spec
-        ) from error
+        raise model_error(spec, f"importing {name} failed ({one_line(error)}).") from error
 
 
 def import_callable(spec: str) -> tuple[Callable[..., Any], str]:
@@ -106,7 +102,7 @@ def _attribute(spec: str, module: ModuleType, dotted: str) -> Any:
             names = [name for name, value in vars(found).items() if callable(value)]
             close = difflib.get_close_matches(part, names, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
-            raise ModelError(f"{spec}: there is no {part} in it.{hint}", name=spec)
+            raise model_error(spec, f"there is no {part} in it.{hint}")
         found = getattr(found, part)
     return found
 
@@ -136,7 +132,6 @@ def import_library(name: str, spec: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
-        raise ModelError(
-            f"{spec}: needs {name}, which is not installed ({error}). pip install 'bnfix[{name}]'.",
-            name=spec,
+        raise model_error(
+            spec, f"needs {name}, which is not installed ({error}). pip install 'bnfix[{name}]'."
         ) from error

@@ -24,7 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.building.importing import import_callable, import_library, importable, seeded
 from bnfix.building.pretrained import build_pretrained
-from bnfix.errors import ModelError, one_line, some
+from bnfix.errors import ModelError, model_error, one_line, some
 from bnfix.layers.sites import remember_frozen_
 
 #: What builders call the number of classes.
@@ -126,7 +126,7 @@ def _resolved(
 
 
 def from_file_allowed(spec: str) -> bool:
-    """Say whether a spec may be built because a file says so: no code but the two libraries' runs."""
+    """Whether a spec may be built because a file names it: only the two libraries' code runs."""
     return re.fullmatch(r"(torchvision|timm):[A-Za-z0-9_.\-]+", spec) is not None
 
 
@@ -160,14 +160,10 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
                 return model.eval() if device.type == "meta" else model.to(device).eval()
     except (Exception, SystemExit) as error:
         hint = " Check --model-arg key=value." if isinstance(error, TypeError) else ""
-        raise ModelError(
-            f"{builder.spec}: building the model failed ({one_line(error)}).{hint}",
-            name=builder.spec,
+        raise model_error(
+            builder.spec, f"building the model failed ({one_line(error)}).{hint}"
         ) from error
-    raise ModelError(
-        f"{builder.spec}: returned {type(model).__name__}, expected a torch.nn.Module.",
-        name=builder.spec,
-    )
+    raise model_error(builder.spec, f"returned {type(model).__name__}, expected a torch.nn.Module.")
 
 
 def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
@@ -207,10 +203,9 @@ def _with_classes(
     if len(found) == 1:
         return arguments | {name: found.pop()}
     if needed:
-        raise ModelError(
-            f"{builder.spec}: needs {name}, and the checkpoint does not show it. "
-            f"Give --model-arg {name}=N.",
-            name=builder.spec,
+        raise model_error(
+            builder.spec,
+            f"needs {name}, and the checkpoint does not show it. Give --model-arg {name}=N.",
         )
     return arguments
 
@@ -247,11 +242,11 @@ def _check_size(
     if size > max(_SIZE_LIMIT * held, _SIZE_FLOOR):
         missing = [name for name in state if name not in tensors]
         unexpected = [name for name in tensors if name not in state]
-        raise ModelError(
-            f"{builder.spec}: has {size} values, the checkpoint only {held}; "
+        raise model_error(
+            builder.spec,
+            f"has {size} values, the checkpoint only {held}; "
             f"missing from the file: {some(missing) or 'none'}; "
             f"not in the model: {some(unexpected) or 'none'}. Check --model and its arguments.",
-            name=builder.spec,
         )
 
 
@@ -295,10 +290,7 @@ def _check_arguments(builder: _Builder, given: dict[str, Any], readable: bool) -
     missing = [name for name in _required(builder) if name not in known]
     problems += [f"argument {some(missing)} is missing"] if missing else []
     if problems:
-        raise ModelError(
-            f"{builder.spec}: {'; '.join(problems)}. Change --model-arg key=value.",
-            name=builder.spec,
-        )
+        raise model_error(builder.spec, f"{'; '.join(problems)}. Change --model-arg key=value.")
 
 
 # --- resolving ---
@@ -312,10 +304,10 @@ def _resolve(
     if kind in ("torchvision", "timm") and name:
         forbidden = [argument for argument in given if argument in _WEIGHT_ARGUMENTS]
         if forbidden:
-            raise ModelError(
-                f"{spec}: argument {some(forbidden)} is not taken, weights come from the "
+            raise model_error(
+                spec,
+                f"argument {some(forbidden)} is not taken, weights come from the "
                 "checkpoint. Leave it out.",
-                name=spec,
             )
         return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
     if kind == "transformers" and name:
@@ -327,21 +319,19 @@ def _resolve(
     if not where or not attribute:
         close = difflib.get_close_matches(spec, torchvision.models.list_models(), 1)
         hint = f" Did you mean torchvision:{close[0]}?" if close else ""
-        raise ModelError(f"{spec}: is not a model, expected {_FORMS}.{hint}", name=spec)
+        raise model_error(spec, f"is not a model, expected {_FORMS}.{hint}")
     near = difflib.get_close_matches(kind, ("torchvision", "timm", "transformers"), 1, 0.7)
     if near and name and kind.isidentifier() and find_spec(kind) is None:
-        raise ModelError(f"{spec}: no such kind. Did you mean {near[0]}:{name}?", name=spec)
+        raise model_error(spec, f"no such kind. Did you mean {near[0]}:{name}?")
     call, folder = import_callable(spec)
     if isinstance(call, nn.Module):
-        raise ModelError(
-            f"{spec}: is a model, expected a class or function that returns one. Name that.",
-            name=spec,
+        raise model_error(
+            spec, "is a model, expected a class or function that returns one. Name that."
         )
     if not callable(call):
-        raise ModelError(
-            f"{spec}: is of type {type(call).__name__}, expected a class or function that "
-            "returns a model.",
-            name=spec,
+        raise model_error(
+            spec,
+            f"is of type {type(call).__name__}, expected a class or function that returns a model.",
         )
     builder = _Builder(spec, call, folder=folder)
     signature = _signature(builder)
@@ -352,7 +342,7 @@ def _resolve(
 def _unknown_name(spec: str, name: str, names: Sequence[str], library: str) -> ModelError:
     close = difflib.get_close_matches(name, names, 3)
     hint = f"Did you mean {', '.join(close)}?" if close else f"See {library}'s list of models."
-    return ModelError(f"{spec}: {library} has no model of that name. {hint}", name=spec)
+    return model_error(spec, f"{library} has no model of that name. {hint}")
 
 
 def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | None) -> _Builder:

@@ -46,7 +46,7 @@ def published_weights(spec: str, sha256: str) -> Any | None:
 
 
 def published_arguments(spec: str, sha256: str) -> dict[str, Any]:
-    """What torchvision gives a builder together with its own weights, which the file does not say."""
+    """Arguments that torchvision gives a builder beside its own weights; the file lacks them."""
     known = wants_transformed_input(spec) and published_weights(spec, sha256) is not None
     return {"transform_input": True} if known else {}
 

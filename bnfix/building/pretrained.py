@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bnfix.building.importing import import_library
-from bnfix.errors import ConfigError, ModelError, one_line, plain
+from bnfix.errors import ConfigError, ModelError, model_error, one_line, plain
 from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -36,27 +36,27 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
     config = _read(spec, Path(folder) / _CONFIG)
     foreign = [name for name in ("auto_map", "custom_pipelines") if config.get(name)]
     if foreign:
-        raise ModelError(
-            f"{spec}: its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
+        raise model_error(
+            spec,
+            f"its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
             "Where you trust it, give a callable that builds it: --model path/to/file.py:callable.",
-            name=spec,
         )
     transformers = import_library("transformers", spec)
     elsewhere = [name for name, value in config.items() if str(value).startswith(_ELSEWHERE)]
     if isinstance(config.get("backbone"), str) and not config.get("use_timm_backbone"):
         elsewhere.append("backbone")
     if elsewhere:
-        raise ModelError(
-            f"{spec}: its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is "
+        raise model_error(
+            spec,
+            f"its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is "
             "fetched. Give a callable that builds it: --model path/to/file.py:callable.",
-            name=spec,
         )
     if "num_labels" in arguments:
         config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")}
     config = _without_fetching(config | arguments)
     kind = config.pop("model_type", None)
     if not isinstance(kind, str):
-        raise ModelError(f"{spec}: its {_CONFIG} names no model_type.", name=spec)
+        raise model_error(spec, f"its {_CONFIG} names no model_type.")
     found = _class_of(spec, transformers, config.get("architectures"))
     try:
         with warnings.catch_warnings():
@@ -72,13 +72,13 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
                 raise TypeError(f"it does not take the configuration of {kind}")
     except Exception as error:
         what = "image classifier" if found is None else found.__name__
-        raise ModelError(
-            f"{spec}: no {what} of transformers comes out of its {_CONFIG} "
+        raise model_error(
+            spec,
+            f"no {what} of transformers comes out of its {_CONFIG} "
             f"({one_line(error)}). Check the folder and --model-arg.",
-            name=spec,
         ) from error
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{spec}: transformers built no torch.nn.Module.", name=spec)
+        raise model_error(spec, "transformers built no torch.nn.Module.")
     return model
 
 
@@ -89,11 +89,11 @@ def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
     name = stated[0] if isinstance(stated, list) else stated
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
-        raise ModelError(
-            f"{spec}: its {_CONFIG} names the architecture {plain(name)!r}, which transformers "
+        raise model_error(
+            spec,
+            f"its {_CONFIG} names the architecture {plain(name)!r}, which transformers "
             f"{transformers.__version__} does not have. Install one that has it, or give a "
             "callable that builds it: --model path/to/file.py:callable.",
-            name=spec,
         )
     return found
 
@@ -152,29 +152,29 @@ def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:
     try:
         return _preprocessing(found)
     except (ConfigError, TypeError, ValueError, KeyError, LookupError, OverflowError) as error:
-        raise ModelError(
-            f"{spec}: its {_PREPROCESSOR} cannot be used ({one_line(error)}). "
+        raise model_error(
+            spec,
+            f"its {_PREPROCESSOR} cannot be used ({one_line(error)}). "
             "Give --resize, --crop, --mean and --std, or correct it.",
-            name=spec,
         ) from error
 
 
 def _read(spec: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ModelError(
-            f"{spec}: there is no {path.name} in {plain(path.parent)}. Give the folder that "
+        raise model_error(
+            spec,
+            f"there is no {path.name} in {plain(path.parent)}. Give the folder that "
             "save_pretrained wrote.",
-            name=spec,
         )
     try:
         text = path.read_bytes() if path.stat().st_size <= _TEXT_LIMIT else b""
         found = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{spec}: {plain(path)} cannot be read as JSON ({plain(error)}).", name=spec
+        raise model_error(
+            spec, f"{plain(path)} cannot be read as JSON ({plain(error)})."
         ) from error
     if not isinstance(found, dict):
-        raise ModelError(f"{spec}: {plain(path)} is no JSON object.", name=spec)
+        raise model_error(spec, f"{plain(path)} is no JSON object.")
     return found
 
 

@@ -1,27 +1,26 @@
-"""The mean of the weights of several checkpoints; its statistics have to be computed anew after."""
+"""The mean of the weights of several checkpoints; its statistics have to be measured afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
+from bnfix.checkpoints.checkpoint import Checkpoint, misfits_of, read_checkpoint
 from bnfix.checkpoints.loading import Loaded
-from bnfix.checkpoints.nesting import BUFFERS
-from bnfix.errors import CheckpointError, NumericError, some
+from bnfix.checkpoints.nesting import BUFFERS, STATISTICS
+from bnfix.errors import CheckpointError, NumericError, file_error, some
 from bnfix.recipe import AverageRecipe, ModelRecipe
-
-_COUNTER = "num_batches_tracked"
 
 
 def mean_of(
     states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] = ()
 ) -> dict[str, Tensor]:
-    """The weighted mean of state dicts.
+    """The weighted mean of state dicts, summed in float64 and stored in the first's types.
+
+    A tensor's mean is over the states that have it; one that is not floating is the first's.
 
     Example:
         >>> mean_of([{"w": torch.zeros(1)}, {"w": torch.ones(1)}], (1, 3))["w"].item()
@@ -30,21 +29,21 @@ def mean_of(
     parts = list(weights) or [1.0] * len(states)
     mean = {name: tensor for state in reversed(states) for name, tensor in state.items()}
     for name, first in mean.items():
-        if first.is_floating_point():
-            having = [(w, s[name]) for w, s in zip(parts, states, strict=True) if name in s]
-            whole = sum(weight for weight, _ in having)
-            total = torch.zeros_like(first, dtype=torch.float64)
-            for weight, tensor in having:
-                total += weight / whole * tensor.double()
-            mean[name] = total.to(first.dtype)
-            # Statistics are measured anew after, whatever they are here.
-            computed = name.endswith(("running_mean", "running_var"))
-            if not computed and not bool(mean[name].isfinite().all()):
-                raise NumericError(
-                    f"{name}: the mean of the checkpoints is not finite. Leave out the one that "
-                    "is broken.",
-                    name=name,
-                )
+        if not first.is_floating_point():
+            continue
+        having = [(w, s[name]) for w, s in zip(parts, states, strict=True) if name in s]
+        whole = sum(weight for weight, _ in having)
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for weight, tensor in having:
+            total += weight / whole * tensor.double()
+        mean[name] = total.to(first.dtype)
+        # Statistics are measured on the mean afterwards, so broken ones do no harm here.
+        if not name.endswith(STATISTICS) and not bool(mean[name].isfinite().all()):
+            raise NumericError(
+                f"{name}: the mean of the checkpoints is not finite. Leave out the one that is "
+                "broken.",
+                name=name,
+            )
     return mean
 
 
@@ -52,11 +51,9 @@ def mean_of(
 def average_into_(
     loaded: Loaded, recipe: AverageRecipe, model: ModelRecipe
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Put the mean of a loaded checkpoint and others into its model.
+    """Put the mean of a loaded checkpoint and others into its model; a record of each, and notes.
 
-    Changes:
-        Every floating tensor of the model; population moments too, which then hold the mean of
-        the files' moments and not those of the mean.
+    Its population moments are then the mean of the files' moments, not those of the mean.
     """
     first = loaded.checkpoint
     shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
@@ -76,19 +73,19 @@ def average_into_(
         found.append(other)
         # Statistics are measured on the mean afterwards; counters are of no effect.
         present = {n: s for n, s in shapes.items() if n in other.tensors or _last(n) not in BUFFERS}
-        known = {n: t for n, t in other.tensors.items() if n in shapes or _last(n) != _COUNTER}
-        misfits = key_problems(present, known)
+        known = {n: t for n, t in other.tensors.items() if n in shapes or _last(n) != BUFFERS[-1]}
+        misfits = misfits_of(present, known)
         if misfits:
-            problems.append(f"{other.path.name}: {len(misfits)} misfits ({some(misfits)})")
+            problems.append(f"{other.path.name}: {len(misfits)} misfits ({misfits})")
     if problems:
-        raise CheckpointError(
-            f"{first.path.name}: {len(problems)} of the other files cannot be averaged with it: "
+        raise file_error(
+            first.path,
+            f"{len(problems)} of the other files cannot be averaged with it: "
             f"{'; '.join(problems)}. Give checkpoints of one network.",
-            path=first.path,
         )
     state = loaded.model.state_dict()
     for name, tensor in mean_of([c.tensors for c in found], recipe.weights).items():
-        if name in state:
+        if name in state:  # the norm layers may have been swapped since
             state[name].copy_(tensor)
     weights = recipe.weights or (1.0,) * len(found)
     records = [
@@ -110,7 +107,7 @@ def _notes(found: Sequence[Checkpoint]) -> list[str]:
             f"the settings of the norm layers are those of {found[0].path.name}; not all of the "
             "files have the same."
         )
-    names = {c.sha256: Path(c.path).name for c in found}
+    names = {c.sha256: c.path.name for c in found}
     if len(names) < len(found):
         notes.append(
             f"{len(found)} files were averaged, but only {len(names)} of them differ: "

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from bnfix.checkpoints.header import finite, parse_header
 from bnfix.checkpoints.nesting import (
     find_state_dict,
     is_average,
@@ -27,41 +26,30 @@ from bnfix.checkpoints.nesting import (
 from bnfix.checkpoints.packing import write_tensors
 from bnfix.checkpoints.reading import (
     file_in_folder,
+    finite,
     is_index,
+    parse_header,
     read_file,
     read_weight_map,
     require_file,
 )
-from bnfix.errors import CheckpointError, Note, plain, some
+from bnfix.errors import file_error, plain, some
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict as found in a file, and how it was found.
-
-    Attributes:
-        path: the file.
-        tensors: CPU tensors by name, prefixes stripped.
-        metadata: the parsed ``bnfix`` header of a bnfix file, else None.
-        key: the nesting followed, for example ``state_dict``; empty at top level.
-        prefix: the prefix stripped, for example ``module.``; empty for none.
-        sha256: of the file's bytes (of a sharded file: of the index and then its shards by name).
-        notes: what was found and done, in words, for the report.
-        versions: of modules' state by dotted name, where the file states them.
-        others: nestings of other sets in the file that have all of its parameters.
-        borrowed: whether its statistics come from another set, as its own has none.
-    """
+    """A state dict as found in a file, and how it was found."""
 
     path: Path
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, Any] | None
-    key: str
-    prefix: str
-    sha256: str
-    notes: tuple[str, ...]
-    versions: dict[str, int] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
-    borrowed: bool = False
+    tensors: dict[str, torch.Tensor]  # on the CPU, prefixes stripped
+    metadata: dict[str, Any] | None  # the parsed header of a file that bnfix wrote
+    key: str  # the nesting followed, for example "state_dict"; empty at top level
+    prefix: str  # stripped, for example "module."; empty for none
+    sha256: str  # of the bytes; of a sharded file: of the index, then its shards by name
+    notes: tuple[str, ...]  # in words, for the report
+    versions: dict[str, int] = field(default_factory=dict)  # of modules' state, where stated
+    others: tuple[str, ...] = ()  # nestings of other sets that have all of its parameters
+    borrowed: bool = False  # its statistics are those of another set, as its own has none
 
 
 def read_checkpoint(
@@ -74,113 +62,114 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read the state dict in a file, without running anything the file says.
 
-    Tensors of ``.safetensors`` and of torch's archives are mapped, not read: they take memory as
-    they are used.
+    Tensors are mapped, not read: they take memory as they are used. ``expected`` are the model's
+    own names; given, the prefix that matches most of them is stripped.
     """
     path = file_in_folder(Path(path))
     require_file(path)
     content, header, notes = read_file(path)
     metadata = None if header is None else parse_header(header, path)
-    found, key, others, remarks = find_state_dict(content, key, path, prefer_ema=prefer_ema)
-    notes += remarks
-    tensors, remarks = only_tensors(found, path)
-    notes += remarks
+    found, key, others = find_state_dict(content, key, path, notes, prefer_ema=prefer_ema)
+    tensors = only_tensors(found, path, notes)
     averaged = is_average(key)
     if prefix is not None:
-        tensors, prefix, remarks = strip_given(tensors, prefix, path)
+        tensors, prefix = strip_given(tensors, prefix, path, notes)
     elif metadata is not None and expected is None:
-        prefix, remarks = "", []  # a bnfix file has the model's own names, whatever they begin with
+        prefix = ""  # a bnfix file has the model's own names, whatever they begin with
     else:
-        tensors, parted, remarks = split_averages(tensors, expected, prefer_ema=prefer_ema)
-        averaged, notes = averaged or parted, notes + remarks
-        tensors, prefix, remarks = strip_found(tensors, expected)
+        tensors, parted = split_averages(tensors, expected, notes, prefer_ema=prefer_ema)
+        averaged = averaged or parted
+        tensors, prefix = strip_found(tensors, expected, notes)
     if prefer_ema and not averaged:
-        raise CheckpointError(
-            f"{plain(path)}: --prefer-ema: no running mean of the weights was found in it, neither "
-            "under a usual name nor as a part of the model. Leave the option out, or give --key.",
-            path=path,
+        raise file_error(
+            path,
+            "--prefer-ema: no running mean of the weights was found in it, neither under a usual "
+            "name nor as a part of the model. Leave the option out, or give --key.",
         )
     versions = {
         f"{name}.".removeprefix(prefix).rstrip("."): version
         for name, version in versions_in(found).items()
     }
-    notes += remarks
-    digest = sha256_of(path)
     return Checkpoint(
         path=path,
         tensors=tensors,
         metadata=metadata,
         key=key,
         prefix=prefix,
-        sha256=digest,
+        sha256=sha256_of(path),
         notes=tuple(notes),
         versions=versions,
         others=tuple(others),
     )
 
 
-def key_problems(
-    shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]
-) -> list[Note]:
-    """List every way in which tensors do not fit a model.
+@dataclass(frozen=True)
+class Misfits:
+    """Tensors that do not fit a model; false where there are none."""
 
-    A missing ``num_batches_tracked`` is no problem: old files have none, and nothing depends on it.
-    """
-    problems = []
-    for name, shape in shapes.items():
-        if name not in tensors:
-            if name.rpartition(".")[2] != "num_batches_tracked":
-                problems.append(Note(f"{plain(name)}: missing from the file", "missing"))
-        elif tensors[name].shape != shape:
-            found = tuple(tensors[name].shape)
-            both = f"{found} in the file, {tuple(shape)} in the model"
-            problems.append(Note(f"{plain(name)}: {both}", "shape"))
-    others = [name for name in tensors if name not in shapes]
-    return [*problems, *(Note(f"{plain(name)}: not in the model", "unexpected") for name in others)]
+    missing: list[str]  # names of the model that the file lacks
+    misshapen: list[str]  # a text each
+    unexpected: list[str]  # names in the file that the model lacks
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.misshapen) + len(self.unexpected)
+
+    def __str__(self) -> str:
+        kinds = (
+            [f"{plain(name)}: missing from the file" for name in self.missing],
+            self.misshapen,
+            [f"{plain(name)}: not in the model" for name in self.unexpected],
+        )
+        # Some of every kind: many of one must not hide another.
+        return "; ".join(some(kind, 8) for kind in kinds if kind)
+
+
+def misfits_of(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]) -> Misfits:
+    """Every way in which a file's tensors do not fit a model's shapes."""
+    # A missing num_batches_tracked is none: old files have none, and nothing depends on it.
+    missing = [n for n in shapes if n not in tensors and not n.endswith("num_batches_tracked")]
+    misshapen = [
+        f"{plain(name)}: {tuple(tensors[name].shape)} in the file, {tuple(shape)} in the model"
+        for name, shape in shapes.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    return Misfits(missing, misshapen, [name for name in tensors if name not in shapes])
 
 
 def check_output(path: str | Path, *, force: bool) -> None:
-    """Check, before any work, that a checkpoint may be written."""
+    """Refuse, before any work, a path where no checkpoint may be written."""
     path = Path(path)
-    shown = plain(path)
     if path.suffix != ".safetensors":
         better = plain(path.with_suffix(".safetensors").name) if path.name else "out.safetensors"
-        raise CheckpointError(
-            f"{shown}: expected a name that ends in .safetensors, the one kind that is written. "
+        raise file_error(
+            path,
+            "expected a name that ends in .safetensors, the one kind that is written. "
             f"Use {better}.",
-            path=path,
         )
     check_folder(path)
     try:
         if path.is_dir():
-            raise CheckpointError(f"{shown}: is a folder, expected a file to write.", path=path)
+            raise file_error(path, "is a folder, expected a file to write.")
         # A link that leads nowhere does not "exist", but would be replaced all the same.
         if not force and (path.exists() or path.is_symlink()):
-            raise CheckpointError(
-                f"{shown}: already exists. Give another name, or --force to replace it.", path=path
-            )
+            raise file_error(path, "already exists. Give another name, or --force to replace it.")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown}: cannot be written ({plain(error)}).", path=path) from error
+        raise file_error(path, f"cannot be written ({plain(error)}).") from error
 
 
 def check_folder(path: Path) -> None:
-    """Check that the folder of a file to write is there and open to writing."""
+    """Refuse a file to write whose folder is missing or closed to writing."""
     folder = path.parent
-    shown = plain(path)
     try:
         if not folder.exists():
-            raise CheckpointError(
-                f"{shown}: its folder {plain(folder)} does not exist. Create it first.", path=path
-            )
+            raise file_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
         if not folder.is_dir():
-            raise CheckpointError(f"{shown}: {plain(folder)} is not a folder.", path=path)
+            raise file_error(path, f"{plain(folder)} is not a folder.")
         # The superuser passes os.access everywhere; a folder closed to all is still meant closed.
         if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
-            raise CheckpointError(
-                f"{shown}: its folder {plain(folder)} is read-only. Choose another.", path=path
-            )
+            raise file_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{shown}: cannot be written ({plain(error)}).", path=path) from error
+        raise file_error(path, f"cannot be written ({plain(error)}).") from error
 
 
 def make_folder(folder: Path) -> None:
@@ -188,10 +177,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise CheckpointError(
-            f"{plain(folder)}: cannot be made ({reason}).", path=folder
-        ) from error
+        raise file_error(folder, f"cannot be made ({plain(error)}).") from error
 
 
 def write_checkpoint(
@@ -203,38 +189,32 @@ def write_checkpoint(
 ) -> None:
     """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
     path = Path(path)
-    shown = plain(path)
     check_output(path, force=force)
     try:
-        text = json.dumps(finite(metadata), allow_nan=False, ensure_ascii=True)
+        text = json.dumps(finite(metadata), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{shown}: not written, its metadata is not JSON ({plain(error)}).", path=path
+        raise file_error(
+            path, f"not written, its metadata is not JSON ({plain(error)})."
         ) from error
     parse_header(text, path)
-    bad = [
-        plain(name)
-        for name, tensor in tensors.items()
-        # The format keeps that name for itself, but its writer does not mind.
-        if name == "__metadata__" or not storable(name, tensor)
-    ]
+    # The format keeps the name __metadata__ for itself, but its writer does not mind.
+    bad = [plain(n) for n, t in tensors.items() if n == "__metadata__" or not storable(n, t)]
     if bad:
-        raise CheckpointError(
-            f"{shown}: not written, {some(bad)} cannot be stored. Expected dense tensors by name.",
-            path=path,
+        raise file_error(
+            path, f"not written, {some(bad)} cannot be stored. Expected dense tensors by name."
         )
     ready = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
     def save(temporary: Path) -> None:
         # One key only: the order of several differs from run to run, and so would the bytes.
         write_tensors(temporary, ready, {"bnfix": text})
-        if not force:
+        if not force:  # another program may have written it meanwhile
             check_output(path, force=False)
 
     try:
         replace_whole(path, save)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{shown}: not written ({plain(error)}).", path=path) from error
+        raise file_error(path, f"not written ({plain(error)}).") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -249,29 +229,21 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     try:
         replace_whole(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
-        raise CheckpointError(f"{plain(path)}: not written ({plain(error)}).", path=path) from error
+        raise file_error(path, f"not written ({plain(error)}).") from error
 
 
-def sha256_of(path: str | Path) -> str:
-    """Compute the SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
-    path = Path(path)
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
     digest = hashlib.sha256()
-    parts = [path]
     try:
-        if is_index(path):
-            parts += [path.parent / shard for shard in sorted(set(read_weight_map(path).values()))]
-        for part in parts:
+        shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
+        for part in (path, *(path.parent / shard for shard in shards)):
             with part.open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
     except OSError as error:
-        raise CheckpointError(
-            f"{plain(path)}: cannot be read ({plain(error)}).", path=path
-        ) from error
+        raise file_error(path, f"cannot be read ({plain(error)}).") from error
     return digest.hexdigest()
-
-
-# --- writing ---
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -287,7 +259,7 @@ def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    _sync(path.parent)  # else a power cut may forget the new name
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,19 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.building.models import build_model, build_skeleton
 from bnfix.building.presets import published_arguments, published_weights, wants_transformed_input
 from bnfix.building.pretrained import renamed
-from bnfix.checkpoints.checkpoint import Checkpoint, key_problems, read_checkpoint
+from bnfix.checkpoints.checkpoint import Checkpoint, Misfits, misfits_of, read_checkpoint
 from bnfix.checkpoints.nesting import STATISTICS
 from bnfix.checkpoints.origin import Origin, require_buildable, stated_origin
-from bnfix.errors import BnfixError, CheckpointError, Note, plain, some
+from bnfix.errors import BnfixError, CheckpointError, file_error, plain, some
 from bnfix.layers.norms import set_example_weight_
 from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import Change, plan_swap, swap_planned_, unfreeze_
+from bnfix.layers.surgery import plan_swap, swap_planned_, unfreeze_
 from bnfix.recipe import SwapRecipe
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, and the file it came from.
-
-    Args:
-        model: in evaluation mode, on the CPU.
-        checkpoint: the file's tensors and how they were found.
-        origin: spec, preprocessing, history.
-    """
+    """A model ready to run, in evaluation mode on the CPU, and the file it came from."""
 
     model: nn.Module
     checkpoint: Checkpoint
@@ -73,47 +68,41 @@ def load_ready(
     lenders: Sequence[str] = (),
     borrows: bool = True,
 ) -> Loaded:
-    """Read a checkpoint, build its model, load it strictly, and set its norm layers."""
-    checkpoint = first = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
+    """Read a checkpoint, build its model, load it strictly, and set its norm layers.
+
+    ``mapped`` models take the file's own memory where they can; ``lenders`` are further files whose
+    statistics parameters without any may take, if it ``borrows``.
+    """
+    checkpoint = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
     origin = stated_origin(checkpoint)
+    notes: list[str] = []
     if spec is not None:
         origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
     elif model is None:
         require_buildable(checkpoint, origin)
-    if model is None and origin.spec is not None:
-        checkpoint = _with_published_arguments_(origin, checkpoint)
-        model = (
-            build_skeleton(origin.spec, origin.arguments, checkpoint.tensors) if mapped else None
-        )
     if model is None:
-        model = build_model(origin.spec or "", origin.arguments, checkpoint.tensors)
+        model = _built(origin, checkpoint, notes, mapped=mapped)
     thawed = unfreeze_(model) if unfreeze else []
     if unfreeze:
         found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, f"--unfreeze: {found}"))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    # Once unfrozen, a file has counters, which layers that are constants load and drop.
-    for site in find_norms(model):
-        if site.frozen:
-            shapes.setdefault(f"{site.name}.num_batches_tracked", torch.Size())
-    stock = {name: s for name, s in shapes.items() if not is_weight_buffer(name, model)}
-    problems = key_problems(stock, checkpoint.tensors)
-    if problems and prefix is None:
-        added = [note for note in checkpoint.notes if note not in first.notes]
-        checkpoint = read_checkpoint(path, key=key, expected=set(stock), prefer_ema=prefer_ema)
-        checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *added))
-        problems = key_problems(stock, checkpoint.tensors)
+        notes.append(f"--unfreeze: {found}")
+    shapes = _stock_shapes(model)
+    misfits = misfits_of(shapes, checkpoint.tensors)
+    if misfits and prefix is None:
+        # Known names may make another prefix the better one.
+        checkpoint = read_checkpoint(path, key=key, expected=set(shapes), prefer_ema=prefer_ema)
+        misfits = misfits_of(shapes, checkpoint.tensors)
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     if (origin.spec or "").startswith("transformers:"):
-        checkpoint, problems = _as_transformers_loads(checkpoint, model, stock, problems)
-    if problems and borrows and _lacks_statistics(model, checkpoint, len(problems)):
-        checkpoint = _with_statistics(checkpoint, stock, lenders)
-        problems = []
-    if problems:
+        checkpoint, misfits = _as_transformers_loads(checkpoint, model, shapes, misfits)
+    if borrows and _lacks_statistics(model, checkpoint, misfits):
+        checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders)
+    elif misfits:
         where = origin.spec or type(model).__name__
-        raise CheckpointError(
-            f"{Path(path).name}: does not fit {where}, {len(problems)} problems: "
-            f"{_listed(problems)}. Give the --model that it was trained as.",
-            path=path,
+        raise file_error(
+            path,
+            f"does not fit {where}, {len(misfits)} problems: {misfits}. Give the --model that it "
+            "was trained as.",
         )
     _fill_(model, checkpoint)
     published = published_weights(origin.spec or "", checkpoint.sha256)
@@ -122,43 +111,77 @@ def load_ready(
             if isinstance(module, FrozenBatchNorm2d) or module in thawed:
                 module.__dict__["eps"] = 0.0  # as torchvision sets it beside these weights
     origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
-    if checkpoint.metadata is not None:
-        _apply_norms(model, checkpoint)
+    _apply_norms(model, checkpoint)
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
     return Loaded(model, checkpoint, origin)
 
 
+def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: bool) -> nn.Module:
+    """The model that a spec names, with the arguments that belong to weights of its library."""
+    spec = origin.spec or ""
+    if wants_transformed_input(spec) and "transform_input" not in origin.arguments:
+        found = published_arguments(spec, checkpoint.sha256)
+        origin.arguments = {**found, **origin.arguments}
+        if checkpoint.metadata is None:
+            notes.append(
+                "transform_input=true, as torchvision builds it with these weights of its own"
+                if found
+                else "built without transform_input; weights that come from torchvision's need "
+                "--model-arg transform_input=true"
+            )
+    tensors = checkpoint.tensors
+    skeleton = build_skeleton(spec, origin.arguments, tensors) if mapped else None
+    return build_model(spec, origin.arguments, tensors) if skeleton is None else skeleton
+
+
+def _stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the tensors that a file for the model has, by name."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # Once unfrozen, a file has counters, which layers that are constants load and drop.
+    for site in find_norms(model):
+        if site.frozen:
+            shapes.setdefault(f"{site.name}.num_batches_tracked", torch.Size())
+    own = weight_buffers(model)
+    return {name: shape for name, shape in shapes.items() if name not in own}
+
+
+def weight_buffers(model: nn.Module) -> set[str]:
+    """The keys of the example weights of bnfix's layers, which stock layers do not have."""
+    return {
+        f"{name}.example_weight".removeprefix(".")  # the model may be a layer itself
+        for site in find_norms(model)
+        for name in (site.name, *site.aliases)
+        if hasattr(site.module, "channel_groups")
+    }
+
+
 def _as_transformers_loads(
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    shapes: Mapping[str, torch.Size],
-    problems: list[Note],
-) -> tuple[Checkpoint, list[Note]]:
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, torch.Size], misfits: Misfits
+) -> tuple[Checkpoint, Misfits]:
     """A checkpoint whose names are those of transformers' files, under the model's names."""
     notes = [f"{type(model).__name__} of transformers was built, as the folder says"]
-    tensors = renamed(model, checkpoint.tensors) if problems else {}
+    tensors = renamed(model, checkpoint.tensors) if misfits else {}
     if tensors:
         n = sum(name not in tensors for name in checkpoint.tensors)
         notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
-        checkpoint, problems = replace(checkpoint, tensors=tensors), key_problems(shapes, tensors)
-    return replace(checkpoint, notes=(*checkpoint.notes, *notes)), problems
+        checkpoint, misfits = replace(checkpoint, tensors=tensors), misfits_of(shapes, tensors)
+    return replace(checkpoint, notes=(*checkpoint.notes, *notes)), misfits
 
 
-def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, n_problems: int) -> bool:
+def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, misfits: Misfits) -> bool:
     """Whether a set has all parameters and no statistics, as running means of weights often do."""
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    missing = [name for name in buffers - set(checkpoint.tensors) if _is_needed(name)]
     has_some = any(name in checkpoint.tensors for name in buffers if name.endswith(STATISTICS))
-    return len(missing) == n_problems and not has_some
-
-
-def _is_needed(name: str) -> bool:
-    return name.rpartition(".")[2] not in ("num_batches_tracked", "example_weight")
+    missing = set(misfits.missing)
+    return bool(missing) and missing <= buffers and len(misfits) == len(missing) and not has_some
 
 
 def _with_statistics(
-    checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], lenders: Sequence[str]
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    misfits: Misfits,
+    lenders: Sequence[str],
 ) -> Checkpoint:
     """Parameters without statistics, completed by those of another set, or refused."""
     missing = [name for name in shapes if name not in checkpoint.tensors]
@@ -168,7 +191,7 @@ def _with_statistics(
             other = read_checkpoint(path, key=key, expected=frozenset(shapes))
         except CheckpointError:
             continue
-        if any(_is_needed(name) and name not in other.tensors for name in missing):
+        if not set(misfits.missing) <= set(other.tensors):
             continue
         tensors = {name: other.tensors[name] for name in missing if name in other.tensors}
         lender = f"{other.path.name}, {other.key or other.prefix or 'top level'}"
@@ -183,36 +206,17 @@ def _with_statistics(
             notes=(*checkpoint.notes, note),
             borrowed=True,
         )
-    raise CheckpointError(
-        f"{checkpoint.path.name}: has the parameters of the model, but none of its "
-        f"{len(missing)} buffers ({some(missing)}), nor does another set in the file. Give the "
-        "file that has them too.",
-        path=checkpoint.path,
+    raise file_error(
+        checkpoint.path,
+        f"has the parameters of the model, but none of its {len(missing)} buffers "
+        f"({some(missing)}), nor does another set in the file. Give the file that has them too.",
     )
-
-
-def _with_published_arguments_(origin: Origin, checkpoint: Checkpoint) -> Checkpoint:
-    """Complete a builder's arguments by what belongs to weights known by their digest."""
-    spec = origin.spec or ""
-    if not wants_transformed_input(spec) or "transform_input" in origin.arguments:
-        return checkpoint
-    found = published_arguments(spec, checkpoint.sha256)
-    origin.arguments = {**found, **origin.arguments}
-    if checkpoint.metadata is not None:
-        return checkpoint
-    note = (
-        "transform_input=true, as torchvision builds it with these weights of its own"
-        if found
-        else "built without transform_input; weights that come from torchvision's need "
-        "--model-arg transform_input=true"
-    )
-    return replace(checkpoint, notes=(*checkpoint.notes, note))
 
 
 def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Load a fitting state dict; a model without memory takes the file's own tensors."""
     own = model.state_dict()
-    empty = {name for name, tensor in own.items() if tensor.is_meta}
+    empty = any(tensor.is_meta for tensor in own.values())
     state: OrderedDict[str, Tensor] = OrderedDict()
     for name, tensor in own.items():
         if name in checkpoint.tensors:
@@ -227,69 +231,17 @@ def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
             versions[name] = {**versions[name], "version": version}
     state._metadata = versions  # type: ignore[attr-defined]
     try:
-        model.load_state_dict(state, strict=True, assign=bool(empty))
+        model.load_state_dict(state, strict=True, assign=empty)
     except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: cannot be loaded into {type(model).__name__}: {plain(error)}",
-            path=checkpoint.path,
-        ) from error
-
-
-def _listed(problems: Sequence[Note]) -> str:
-    """Some of every kind of problem: many of one kind must not hide another."""
-    kinds = dict.fromkeys(problem.kind for problem in problems)
-    return "; ".join(some([p for p in problems if p.kind == kind], 8) for kind in kinds)
-
-
-def is_weight_buffer(name: str, model: nn.Module) -> bool:
-    """Whether a key is the example weight of one of bnfix's layers."""
-    if name != "example_weight" and not name.endswith(".example_weight"):
-        return False
-    owner = name.rpartition(".")[0]
-    return any(owner == layer for layer, _ in _all_names(model))
-
-
-def _all_names(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, site.module)
-        for site in find_norms(model)
-        for name in (site.name, *site.aliases)
-        if hasattr(site.module, "channel_groups")
-    ]
-
-
-def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Swap the layers that the header lists and give them its settings."""
-    norms = (checkpoint.metadata or {}).get("norms")
-    if not isinstance(norms, dict) or not norms:
-        return
-    sites = {n: site.name for site in find_norms(model) for n in (site.name, *site.aliases)}
-    unknown = [name for name in norms if name not in sites]
-    if unknown:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: its header sets norm layers that the model lacks: "
-            f"{some([plain(name) for name in unknown])}.",
-            path=checkpoint.path,
-        )
-    try:
-        settings = {sites[name]: _Settings(**_known(value)) for name, value in norms.items()}
-        plan = plan_swap(model, SwapRecipe(layers=tuple(_literal(name) for name in settings)))
-        changes = tuple(_with(change, settings[change.name]) for change in plan.changes)
-        swap_planned_(model, replace(plan, changes=changes))
-        for name, setting in settings.items():
-            layer = model.get_submodule(name)
-            layer.__dict__["eps"] = float(setting.eps)
-            set_example_weight_(layer, setting.example_weight)
-    except (BnfixError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: the norm settings in its header cannot be used: "
-            f"{plain(error)}",
-            path=checkpoint.path,
+        raise file_error(
+            checkpoint.path, f"cannot be loaded into {type(model).__name__}: {plain(error)}"
         ) from error
 
 
 @dataclass(frozen=True)
 class _Settings:
+    """Settings of a layer in a header, of the right types; files are hostile until checked."""
+
     channel_groups: int
     ghost_size: int | None
     example_weight: Any
@@ -307,21 +259,41 @@ class _Settings:
             raise ValueError("eps is a number of at least 0")
 
 
-def _known(value: Any) -> dict[str, Any]:
+def _settings(value: Any) -> _Settings:
     if not isinstance(value, dict):
         raise TypeError("an entry is not an object")
-    return {name: value.get(name) for name in _Settings.__dataclass_fields__}
+    stated: dict[str, Any] = {field.name: value.get(field.name) for field in fields(_Settings)}
+    return _Settings(**stated)
 
 
-def _with(change: Change, setting: _Settings) -> Change:
-    return replace(
-        change,
-        channel_groups=setting.channel_groups,
-        ghost_size=setting.ghost_size,
-        example_weight=0.0,
-    )
-
-
-def _literal(name: str) -> str:
-    """A glob that matches this name only."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Swap the layers that the header lists and give them its settings."""
+    norms: dict[str, Any] = (checkpoint.metadata or {}).get("norms") or {}
+    if not norms:
+        return
+    sites = {n: site.name for site in find_norms(model) for n in (site.name, *site.aliases)}
+    unknown = [plain(name) for name in norms if name not in sites]
+    if unknown:
+        raise file_error(
+            checkpoint.path, f"its header sets norm layers that the model lacks: {some(unknown)}."
+        )
+    try:
+        settings = {sites[name]: _settings(value) for name, value in norms.items()}
+        plan = plan_swap(model, SwapRecipe(layers=tuple(escape(name) for name in settings)))
+        changes = []
+        for change in plan.changes:
+            to = settings[change.name]
+            groups, size = to.channel_groups, to.ghost_size
+            # Without weights, whose swap changes outputs by intent; they are set after.
+            changes.append(
+                replace(change, channel_groups=groups, ghost_size=size, example_weight=0.0)
+            )
+        swap_planned_(model, replace(plan, changes=tuple(changes)))
+        for name, to in settings.items():
+            layer = model.get_submodule(name)
+            layer.__dict__["eps"] = float(to.eps)
+            set_example_weight_(layer, to.example_weight)
+    except (BnfixError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise file_error(
+            checkpoint.path, f"the norm settings in its header cannot be used: {plain(error)}"
+        ) from error

@@ -9,24 +9,12 @@ from typing import Any, Final
 
 import torch
 
-from bnfix.errors import CheckpointError, plain, some
+from bnfix.errors import file_error, plain, some
 
 #: Where training programs put the state dict, the trained weights before their running means.
-NESTS: Final = (
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "model_state",
-    "net",
-    "network",
-    "params",
-    "ema",
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema_model",
-    "params_ema",
-    "module",
+NESTS: Final = tuple(
+    "state_dict model model_state_dict model_state net network params ema state_dict_ema model_ema "
+    "ema_state_dict ema_model params_ema module".split()
 )
 #: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
 _AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
@@ -81,31 +69,22 @@ def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
 
 # The value at a dotted key, where a part may have dots of its own; None if not there.
 def _follow(content: Any, key: str) -> Any:
-    if not key:
-        return content
-    for name, value in _items(content):
-        if name == key:
-            return value
-    for name, value in _items(content):
-        if type(name) is str and key.startswith(name + "."):
-            below = _follow(value, key[len(name) + 1 :])
-            if below is not None:
-                return below
-    return None
+    entries = {name: value for name, value in _items(content) if type(name) is str}
+    if not key or key in entries:
+        return entries[key] if key else content
+    belows = (_follow(v, key[len(n) + 1 :]) for n, v in entries.items() if key.startswith(n + "."))
+    return next((below for below in belows if below is not None), None)
 
 
 def find_state_dict(
-    content: Any, key: str | None, path: Path, *, prefer_ema: bool = False
-) -> tuple[Any, str, list[str], list[str]]:
-    """The state dict in a file's content, the nesting followed, other complete ones, and notes."""
+    content: Any, key: str | None, path: Path, notes: list[str], *, prefer_ema: bool = False
+) -> tuple[Any, str, list[str]]:
+    """The state dict in a file's content, its nesting, and the nestings of other complete ones."""
     nests = _nests(content)
     listed = f"found under {some([plain(n) for n in nests])}" if nests else "found none"
     base = _follow(content, key or "")
     if base is None and key:
-        raise CheckpointError(
-            f"{plain(path)}: has no {plain(key)!r}; state dicts {listed}. Give one as --key.",
-            path=path,
-        )
+        raise file_error(path, f"has no {plain(key)!r}; state dicts {listed}. Give one as --key.")
     found = key or ""
     if key is None or not _has_tensors(base):
         at = f"{key}." if key else ""
@@ -118,20 +97,20 @@ def find_state_dict(
         likely += unusual if len(unusual) == 1 else []
         likely = [*(means if prefer_ema else []), *likely]
         if not likely:
-            what = f" under {plain(key)!r}" if key else ""
-            hint = " Give it as --key." if nests else " Save model.state_dict() with torch.save."
-            raise CheckpointError(
-                f"{plain(path)}: holds no state dict (names to tensors){what}; {listed}.{hint}",
-                path=path,
+            under = f" under {plain(key)!r}" if key else ""
+            hint = "Give it as --key." if nests else "Save model.state_dict() with torch.save."
+            raise file_error(
+                path, f"holds no state dict (names to tensors){under}; {listed}. {hint}"
             )
         found = at + likely[0] if likely[0] else found
         base = _follow(base, likely[0])
-    notes = [f"state dict found under {plain(found)!r}"] if found and key is None else []
     complete = [n for n in nests if n != found and _covers(_follow(content, n), base)]
     others = [n for n in nests if (n != found and n.rpartition(".")[2] in NESTS) or n in complete]
-    if others and key is None:
-        notes.append(f"not used: {some([plain(n) for n in others])} (--key chooses)")
-    return base, found, complete, notes
+    if key is None:
+        notes += [f"state dict found under {plain(found)!r}"] if found else []
+        if others:
+            notes.append(f"not used: {some([plain(n) for n in others])} (--key chooses)")
+    return base, found, complete
 
 
 # Whether one set of tensors has all parameters of another, in wrappers or not.
@@ -144,45 +123,43 @@ def _covers(one: Any, other: Any) -> bool:
     return bool(wanted) and wanted <= names[0]
 
 
-def _bare(name: str) -> str:
-    unwrapped = _unwrapped(name)
-    return unwrapped.removeprefix(_prefix_run(unwrapped))
-
-
-def only_tensors(found: Any, path: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Take the tensors out of a state dict."""
+def only_tensors(found: Any, path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, all plain dense ones, without gradients."""
     tensors: dict[str, torch.Tensor] = {}
     ignored: list[str] = []
     bad: list[str] = []
     for name, value in _items(found):
         if type(name) is not str or not isinstance(value, torch.Tensor):
             ignored.append(plain(name))
-        elif storable(name, value) and value.device.type == "cpu":
-            tensor = value.detach()
-            size = tensor.numel() * tensor.element_size()
-            repeats = size > max(_REPEATED_LIMIT, 16 * tensor.untyped_storage().nbytes())
-            (bad.append(plain(name)) if repeats else tensors.__setitem__(name, tensor))
-        else:
+        elif not storable(name, value) or value.device.type != "cpu" or _repeats(value):
             bad.append(plain(name))
+        else:
+            tensors[name] = value.detach()
     if bad:
-        raise CheckpointError(
-            f"{plain(path)}: {some(bad)}: expected dense tensors that fill their memory, found "
-            "sparse, quantized, wrapped, unallocated or endlessly repeated ones. Save plain ones.",
-            path=path,
+        raise file_error(
+            path,
+            f"{some(bad)}: expected dense tensors that fill their memory, found sparse, quantized, "
+            "wrapped, unallocated or endlessly repeated ones. Save plain ones.",
         )
     flat = [plain(name) for name in tensors if name.rpartition(".")[2].startswith("_flat_param")]
     if flat:
-        raise CheckpointError(
-            f"{plain(path)}: {some(flat)}: flattened parameters of FSDP, whose names and shapes "
-            "are lost. Where it was made, save it with StateDictType.FULL_STATE_DICT.",
-            path=path,
+        raise file_error(
+            path,
+            f"{some(flat)}: flattened parameters of FSDP, whose names and shapes are lost. Where "
+            "it was made, save it with StateDictType.FULL_STATE_DICT.",
         )
-    notes = [f"{len(ignored)} entries that are not tensors ignored: {some(ignored)}"]
-    return tensors, notes if ignored else []
+    if ignored:
+        notes.append(f"{len(ignored)} entries that are not tensors ignored: {some(ignored)}")
+    return tensors
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    size = tensor.numel() * tensor.element_size()
+    return size > max(_REPEATED_LIMIT, 16 * tensor.untyped_storage().nbytes())
 
 
 def storable(name: object, tensor: object) -> bool:
-    """Say whether an entry is a dense tensor under a name, as a file can hold it."""
+    """Whether an entry is a dense tensor under a name, as a file can hold it."""
     return (
         type(name) is str
         and isinstance(tensor, torch.Tensor)
@@ -194,11 +171,10 @@ def storable(name: object, tensor: object) -> bool:
 
 
 def versions_in(found: Any) -> dict[str, int]:
-    """Read the versions of modules' state that torch keeps beside a state dict."""
-    stated = getattr(found, "__dict__", {}).get("_metadata")
+    """The versions of modules' state that torch keeps beside a state dict, by module."""
     return {
         name: version
-        for name, value in _items(stated)
+        for name, value in _items(getattr(found, "__dict__", {}).get("_metadata"))
         for key, version in _items(value)
         if type(name) is str and key == "version" and type(version) is int
     }
@@ -208,30 +184,29 @@ def versions_in(found: Any) -> dict[str, int]:
 
 
 def strip_given(
-    tensors: dict[str, torch.Tensor], prefix: str, path: Path
-) -> tuple[dict[str, torch.Tensor], str, list[str]]:
-    """Strip a stated prefix, and leave out names that do not have it."""
+    tensors: dict[str, torch.Tensor], prefix: str, path: Path, notes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors whose names begin with a stated prefix, without it; and the prefix with a dot."""
     if prefix and not prefix.endswith("."):
         prefix += "."
     kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not kept:
         heads = list(dict.fromkeys(plain(name.partition(".")[0]) for name in tensors))
-        raise CheckpointError(
-            f"{plain(path)}: no name begins with {plain(prefix)!r}; they begin with {some(heads)}. "
+        raise file_error(
+            path,
+            f"no name begins with {plain(prefix)!r}; they begin with {some(heads)}. "
             "Change --prefix, or leave it out.",
-            path=path,
         )
     lost = [plain(name) for name in tensors if not name.startswith(prefix)]
-    notes = [f"prefix {plain(prefix)!r} stripped"] if prefix else []
+    notes += [f"prefix {plain(prefix)!r} stripped"] if prefix else []
     notes += [f"{len(lost)} names without that prefix left out: {some(lost)}"] if lost else []
-    return kept, prefix, notes
+    return kept, prefix
 
 
 def strip_found(
-    tensors: dict[str, torch.Tensor], expected: Collection[str] | None
-) -> tuple[dict[str, torch.Tensor], str, list[str]]:
-    """Strip what wrappers put into names: what all share, or what fits a model's names best."""
-    notes = []
+    tensors: dict[str, torch.Tensor], expected: Collection[str] | None, notes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Names without what wrappers put into them: what all share, or what fits a model best."""
     counter = tensors.get("n_averaged")
     if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):
         tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
@@ -241,15 +216,17 @@ def strip_found(
     if wrapped and len(inner) == len(tensors):
         tensors = inner
         notes.append(f"parts that wrappers put into {wrapped} names stripped")
-    chosen = _shared_prefix(tensors)
+    runs = dict.fromkeys(run for name in tensors for run in _prefix_runs(name))
+    chosen = max((r for r in runs if all(n.startswith(r) for n in tensors)), key=len, default="")
     if expected:
         wanted = frozenset(expected)
-        candidates = [chosen, *_possible_prefixes(tensors), *_unusual_prefixes(tensors, wanted)]
+        candidates = [chosen, *runs, *_unusual_prefixes(tensors, wanted)]
         matches = {c: sum(n.removeprefix(c) in wanted for n in tensors) for c in candidates}
-        # At a tie the shared prefix, which comes first, stands.
+        # At a tie the shared prefix wins, since it comes first.
         chosen = max(matches, key=lambda candidate: matches[candidate])
         parameters = {name for name in wanted if name.rpartition(".")[2] not in BUFFERS}
-        for other in candidates if chosen == _prefix_run(chosen) else ():
+        # An unusual prefix was chosen for want of a usual one: then nothing is left out.
+        for other in candidates if chosen == _prefix_runs(chosen)[-1] else ():
             second = {name for name in tensors if name.startswith(other)}
             if other in ("", chosen) or not parameters <= {n.removeprefix(other) for n in second}:
                 continue
@@ -257,18 +234,20 @@ def strip_found(
             notes.append(f"a second set of the weights under {plain(other)!r} left out (--prefix)")
     stripped = {name.removeprefix(chosen): tensor for name, tensor in tensors.items()}
     if len(stripped) < len(tensors):  # two names became one: rather none than one lost
-        return tensors, "", notes
-    if chosen:
-        notes.append(f"prefix {plain(chosen)!r} stripped")
-    return stripped, chosen, notes
+        return tensors, ""
+    notes += [f"prefix {plain(chosen)!r} stripped"] if chosen else []
+    return stripped, chosen
 
 
 def split_averages(
-    tensors: dict[str, torch.Tensor], expected: Collection[str] | None, *, prefer_ema: bool
-) -> tuple[dict[str, torch.Tensor], bool, list[str]]:
-    """A model's tensors, or the running mean of them that it keeps as a part of itself."""
+    tensors: dict[str, torch.Tensor],
+    expected: Collection[str] | None,
+    notes: list[str],
+    *,
+    prefer_ema: bool,
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """A model's own tensors, or the running mean of them that it keeps as a part of itself."""
     heads = dict.fromkeys(f"{name.partition('.')[0]}." for name in tensors)
-    notes: list[str] = []
     for prefix in filter(is_average, heads):
         averages = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         own = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
@@ -277,12 +256,13 @@ def split_averages(
         if not own or asked_for or not (known or _covers(averages, own)):
             continue
         if prefer_ema:
-            return averages, True, [f"running mean of the weights taken from {plain(prefix)!r}"]
+            notes.append(f"running mean of the weights taken from {plain(prefix)!r}")
+            return averages, True
         tensors = own
         notes.append(
             f"running mean of the weights under {plain(prefix)!r} left out (--prefer-ema takes it)"
         )
-    return tensors, False, notes
+    return tensors, False
 
 
 def is_average(key: str) -> bool:
@@ -290,41 +270,28 @@ def is_average(key: str) -> bool:
     return any(_AVERAGE.search(part) for part in key.split("."))
 
 
+# A name without wrappers' parts, but with the usual prefixes before it.
 def _unwrapped(name: str) -> str:
-    """A name without wrappers' parts, but with the usual prefixes before it."""
-    head = _prefix_run(name)
+    head = _prefix_runs(name)[-1]
     parts = name[len(head) :].split(".")
     return head + ".".join(part for part in parts if part not in _WRAPPERS)
 
 
-def _prefix_run(name: str) -> str:
-    run = ""
-    while head := next((p for p in PREFIXES if name.startswith(p, len(run))), ""):
-        run += head
-    return run
+# A name without either.
+def _bare(name: str) -> str:
+    unwrapped = _unwrapped(name)
+    return unwrapped.removeprefix(_prefix_runs(unwrapped)[-1])
 
 
-def _shared_prefix(tensors: Mapping[str, torch.Tensor]) -> str:
-    shared = ""
-    while True:
-        longer = [p for p in PREFIXES if all(name.startswith(shared + p) for name in tensors)]
-        if not longer or not tensors:
-            return shared
-        shared += longer[0]
+# All runs of the usual prefixes that a name begins with, from none to the longest.
+def _prefix_runs(name: str) -> list[str]:
+    runs = [""]
+    while head := next((p for p in PREFIXES if name.startswith(p, len(runs[-1]))), ""):
+        runs.append(runs[-1] + head)
+    return runs
 
 
-# All runs of the usual prefixes that some name begins with, the empty one first.
-def _possible_prefixes(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    found = {"": None}
-    for name in tensors:
-        run = ""
-        while head := next((p for p in PREFIXES if name.startswith(p, len(run))), ""):
-            run += head
-            found[run] = None
-    return list(found)
-
-
-# What stands before one of the model's own names, such as the attribute that a trainer gave it.
+# Text before one of the model's own names, such as the attribute that a trainer gave the model.
 def _unusual_prefixes(tensors: Mapping[str, torch.Tensor], wanted: frozenset[str]) -> list[str]:
     longest = max(sorted(wanted), key=lambda name: name.count("."))
     found = [name.removesuffix(longest) for name in tensors if name.endswith(f".{longest}")]

@@ -11,66 +11,50 @@ from torch import nn
 
 from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint
-from bnfix.errors import BnfixError, CheckpointError, ModelError, plain, some
+from bnfix.errors import BnfixError, ModelError, file_error, plain, some
 from bnfix.preprocessing import Preprocessing
 
 
 @dataclass
 class Origin:
-    """Where a model came from; travels with it as an attribute, so that saving knows.
-
-    Args:
-        spec: the model specification, if it was built from one.
-        arguments: of the builder.
-        preprocessing: what its inputs go through, if known.
-        history: one entry a command.
-        dtypes: the file's type of each tensor.
-    """
+    """Where a model came from; travels with it as an attribute, so that saving knows."""
 
     spec: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the builder
     preprocessing: Preprocessing | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry a command
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the file's tensors
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """Where a model came from."""
+    """Where a model came from; an empty origin for one that bnfix did not load."""
     found = model.__dict__.get("_bnfix_origin")
     return found if isinstance(found, Origin) else Origin()
 
 
 def stated_origin(checkpoint: Checkpoint) -> Origin:
-    """Read what a header says, its types checked: files are hostile until proven otherwise."""
-    metadata = checkpoint.metadata
-    if metadata is None:
-        return Origin()
+    """The origin in a header, its types checked: files are hostile until proven otherwise."""
+    metadata = checkpoint.metadata or {}
     model: Any = metadata.get("model") or {}
-    spec: Any = model.get("spec") if isinstance(model, dict) else model
-    arguments: Any = (model.get("arguments") or {}) if isinstance(model, dict) else model
+    is_object = isinstance(model, dict)
+    spec: Any = model.get("spec") if is_object else None
+    arguments: Any = (model.get("arguments") or {}) if is_object else {}
     preprocessing, history = metadata.get("preprocessing"), metadata.get("history") or []
-    wrong = [
-        name
-        for name, fits in (
-            ("model", all(isinstance(v, t) for v, t in ((spec, str | None), (arguments, dict)))),
-            ("preprocessing", isinstance(preprocessing, dict | None)),
-            ("norms", isinstance(metadata.get("norms"), dict | None)),
-            ("history", isinstance(history, list) and all(isinstance(e, dict) for e in history)),
-        )
-        if not fits
-    ]
+    fits = {
+        "model": is_object and isinstance(spec, str | None) and isinstance(arguments, dict),
+        "preprocessing": isinstance(preprocessing, dict | None),
+        "norms": isinstance(metadata.get("norms"), dict | None),
+        "history": isinstance(history, list) and all(isinstance(e, dict) for e in history),
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: its bnfix header holds values of the wrong type under "
-            f"{some(wrong)}. It was not written by bnfix; fetch the file again.",
-            path=checkpoint.path,
+        raise file_error(
+            checkpoint.path,
+            f"its bnfix header holds values of the wrong type under {some(wrong)}. It was not "
+            "written by bnfix; fetch the file again.",
         )
-    return Origin(
-        spec,
-        arguments,
-        None if preprocessing is None else _preprocessing(preprocessing, checkpoint),
-        history,
-    )
+    known = None if preprocessing is None else _preprocessing(preprocessing, checkpoint)
+    return Origin(spec, arguments, known, history)
 
 
 def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessing:
@@ -79,15 +63,13 @@ def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessi
     try:
         return Preprocessing(**values)
     except (BnfixError, TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path.name}: the preprocessing in its header cannot be used: "
-            f"{plain(error)}",
-            path=checkpoint.path,
+        raise file_error(
+            checkpoint.path, f"the preprocessing in its header cannot be used: {plain(error)}"
         ) from error
 
 
 def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
-    """Check that a file names a model that may be built from what a file says."""
+    """Refuse a file that names no model, or one that only somebody's code could build."""
     name = checkpoint.path.name
     if origin.spec is None:
         raise ModelError(

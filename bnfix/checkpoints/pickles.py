@@ -11,48 +11,22 @@ import mmap
 import pickle
 import pickletools
 import struct
-import tarfile
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
-from bnfix.errors import CheckpointError, plain, some
+from bnfix.errors import file_error, plain, some
 
 #: torch stores its archives uncompressed: what inflates further than this is a bomb.
 _INFLATION_LIMIT: Final = 100
 _INFLATED_FLOOR: Final = 16 * 2**20
 
 _TORCH_MAGIC_NUMBER: Final = 0x1950A86A20F9469CFC6C  # first pickle of files before torch 1.6
-
-#: What a damaged or hostile file has been seen, or may be expected, to raise in a reader.
-READ_ERRORS: Final = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SystemError,
-    TypeError,
-    ValueError,
-    SafetensorError,
-    pickle.PickleError,
-    struct.error,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 _NUMPY_CORES: Final = ("numpy.core.multiarray", "numpy._core.multiarray")
 #: Objects that checkpoints often carry beside their tensors. They are never built: a stand-in is.
@@ -64,23 +38,13 @@ INERT_NAMES: Final = (
     *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
 )
 #: Names that torch's restricted loader knows by itself; only used to word a refusal.
-_TORCH_NAMES: Final = (
-    "torch._utils._rebuild",
-    "torch._tensor._rebuild_from_type_v2",
-    "torch.nn.parameter.Parameter",
-    "torch.serialization._get_layout",
-    "torch.storage.",
-    "torch.cuda.",
-    "collections.OrderedDict",
-    "collections.Counter",
-    "_codecs.encode",
-    "builtins.bytearray",
-    "builtins.complex",
-    "builtins.set",
-    "__builtin__.bytearray",
-    "__builtin__.complex",
-    "__builtin__.set",
+_TORCH_NAMES: Final = tuple(
+    "torch._utils._rebuild torch._tensor._rebuild_from_type_v2 torch.nn.parameter.Parameter "
+    "torch.serialization._get_layout torch.storage. torch.cuda. collections.OrderedDict "
+    "collections.Counter _codecs.encode builtins.bytearray builtins.complex builtins.set "
+    "__builtin__.bytearray __builtin__.complex __builtin__.set".split()
 )
+#: Bytes of an element by its type of storage; the others have 1.
 _ITEM_SIZES: Final = {
     "ComplexDoubleStorage": 16,
     "ComplexFloatStorage": 8,
@@ -104,20 +68,11 @@ class Inert:
         """Accept whatever arguments the file gives."""
         return super().__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
-        return
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        return
-
     def __call__(self, *_arguments: Any) -> Inert:
-        """Be called with anything."""
+        """Be called, filled and set with anything, and drop it."""
         return self
 
-    def append(self, item: Any) -> None:
-        """Take an item, as a list or set would, and drop it."""
-
-    extend = add = append
+    __setstate__ = __setitem__ = append = extend = add = __call__
 
 
 class _Survey(pickle.Unpickler):
@@ -168,8 +123,8 @@ class _Survey(pickle.Unpickler):
         )
 
 
-# Call torch's restricted loader; word its refusal by the names a survey has found.
-def _load(path: Path, blocked: list[str], mapped: bool) -> Any:
+# Call torch's restricted loader; word its refusal by the names that a survey has found.
+def _load(path: Path, survey: _Survey, *, mapped: bool) -> Any:
     try:
         with (
             warnings.catch_warnings(),
@@ -178,51 +133,48 @@ def _load(path: Path, blocked: list[str], mapped: bool) -> Any:
             # torch's remarks (protocols, typed storages, alignment) are not the user's business.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except READ_ERRORS as error:
+    except Exception as error:
+        blocked = survey.blocked()
         if not blocked:
             raise
-        raise CheckpointError(
-            f"{plain(path)}: not loaded, it holds pickled objects ({some(blocked)}) that would run "
-            "code. Where it was made, save model.state_dict() alone, or give a .safetensors file.",
-            path=path,
+        raise file_error(
+            path,
+            f"not loaded, it holds pickled objects ({some(blocked)}) that would run code. Where it "
+            "was made, save model.state_dict() alone, or give a .safetensors file.",
         ) from error
 
 
 def read_zip(path: Path) -> Any:
-    """Read an archive of torch.save, as it has been written since torch 1.6."""
-    shown = plain(path)
+    """The content of an archive of torch.save, as it has been written since torch 1.6."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         compressed = _check_entries(path, archive.infolist())
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
         roots = [root for root in roots if root.count("/") == 1]
         if len(roots) != 1:
-            raise CheckpointError(
-                f"{shown}: is a zip archive, but not one that torch.save writes.", path=path
-            )
+            raise file_error(path, "is a zip archive, but not one that torch.save writes.")
         root = roots[0]
         if root + "constants.pkl" in entries:
-            raise CheckpointError(
-                f"{shown}: is a TorchScript archive, which holds code. "
-                "Load it with torch.jit.load where you trust it and save its state_dict().",
-                path=path,
+            raise file_error(
+                path,
+                "is a TorchScript archive, which holds code. Load it with torch.jit.load where you "
+                "trust it and save its state_dict().",
             )
         survey = _Survey(_entry_bytes(path, archive, entries[root + "data.pkl"]))
     for key, claimed in survey.storages.items():
         entry = entries.get(f"{root}data/{key}")
         held = 0 if entry is None else entry.file_size
         if held < claimed:
-            raise CheckpointError(
-                f"{shown}: damaged, storage {plain(key)} claims {claimed} bytes and holds {held}. "
-                "Fetch it again or save it anew.",
-                path=path,
+            raise file_error(
+                path,
+                f"damaged, storage {plain(key)} claims {claimed} bytes and holds {held}. Fetch it "
+                "again or save it anew.",
             )
-    return _load(path, survey.blocked(), mapped=not compressed)
+    return _load(path, survey, mapped=not compressed)
 
 
 # Refuse sizes that cannot be, before anything is inflated; say if anything is compressed.
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
-    size = path.stat().st_size
     squeezed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     stored = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
     inflated = sum(entry.file_size for entry in squeezed)
@@ -230,15 +182,15 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
     odd = (
         len({entry.filename for entry in entries}) != len(entries)
         or any(entry.file_size != entry.compress_size for entry in stored)
-        or sum(entry.file_size for entry in stored) + packed > size
-        or any(entry.flag_bits & 1 for entry in entries)
+        or sum(entry.file_size for entry in stored) + packed > path.stat().st_size
+        or any(entry.flag_bits & 1 for entry in entries)  # encrypted
     )
     if odd or inflated > max(_INFLATED_FLOOR, _INFLATION_LIMIT * packed):
-        what = "sizes or names that contradict the file" if odd else f"{inflated} bytes compressed"
-        raise CheckpointError(
-            f"{plain(path)}: not loaded, its zip directory claims {what}. "
+        claim = "sizes or names that contradict the file" if odd else f"{inflated} bytes compressed"
+        raise file_error(
+            path,
+            f"not loaded, its zip directory claims {claim}. "
             "Fetch it again, or save it anew with torch.save.",
-            path=path,
         )
     return bool(squeezed)
 
@@ -255,7 +207,7 @@ def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
 
 
 def read_legacy(path: Path) -> Any:
-    """Read a file of torch.save, as it was written before torch 1.6."""
+    """The content of a file of torch.save, as it was written before torch 1.6."""
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -263,27 +215,23 @@ def read_legacy(path: Path) -> Any:
         parts = _pickles(content)
         first = _Survey(next(parts))
         if first.result != _TORCH_MAGIC_NUMBER:
-            raise CheckpointError(
-                f"{plain(path)}: is a pickle, but not one that torch.save writes"
-                f"{_naming(first.blocked())}. Where it was made, save it by torch.save, or give a "
-                ".safetensors file.",
-                path=path,
+            holds = f" (it holds {some(first.blocked())})" if first.blocked() else ""
+            raise file_error(
+                path,
+                f"is a pickle, but not one that torch.save writes{holds}. Where it was made, save "
+                "it by torch.save, or give a .safetensors file.",
             )
         next(parts), next(parts)  # protocol version and the writer's byte order
         survey = _Survey(next(parts))
-        claimed = sum(survey.storages.values())
         size = len(content)
+    claimed = sum(survey.storages.values())
     if claimed > size:
-        raise CheckpointError(
-            f"{plain(path)}: damaged, it claims {claimed} bytes of tensors in {size}. "
+        raise file_error(
+            path,
+            f"damaged, it claims {claimed} bytes of tensors in {size}. "
             "Fetch it again or save it anew.",
-            path=path,
         )
-    return _load(path, survey.blocked(), mapped=False)
-
-
-def _naming(blocked: list[str]) -> str:
-    return f" (it holds {some(blocked)})" if blocked else ""
+    return _load(path, survey, mapped=False)
 
 
 # Cut the pickles at the head of a file one by one, without building anything.
@@ -293,5 +241,4 @@ def _pickles(content: mmap.mmap) -> Iterator[bytes]:
         # An mmap reads like a file, but clamps a claimed length to what there is.
         for _ in pickletools.genops(cast(IO[bytes], content)):
             pass
-        end = content.tell()
-        yield content[start:end]
+        yield content[start : content.tell()]

@@ -17,40 +17,32 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import replace_whole
 from bnfix.checkpoints.reading import read_file
-from bnfix.errors import CheckpointError, plain
+from bnfix.errors import CheckpointError, file_error, plain
 
 _FORMAT = 1
-_FILE = "finetuning.pt"
 
 
 class StateFolder:
-    """A folder with the state of one run.
+    """The file of one run's state in a folder; that of a run of another identity is refused."""
 
-    Args:
-        folder: made when a state is first written.
-        identity: of the run, from `identity_of`; the state of any other is refused.
-        file: its name in the folder.
-    """
-
-    def __init__(self, folder: str | Path, identity: str, file: str = _FILE) -> None:
+    def __init__(self, folder: str | Path, identity: str, file: str = "finetuning.pt") -> None:
         self.path, self.identity = Path(folder) / file, identity
 
     def read(self) -> dict[str, Any] | None:
-        """Read the state, by the restricted loader only."""
+        """The content that `write` was given, by the restricted loader only; None if none yet."""
         if not self.path.exists():
             return None
         content = read_file(self.path)[0]
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise CheckpointError(
-                f"{plain(self.path)}: is not the state of a run that this version "
-                "wrote. Give another --state DIR.",
-                path=self.path,
+            raise file_error(
+                self.path,
+                "is not the state of a run that this version wrote. Give another --state DIR.",
             )
         if content.get("identity") != self.identity:
-            raise CheckpointError(
-                f"{plain(self.path)}: is the state of another run (other options, data or input). "
-                "Give the same ones, or another --state DIR.",
-                path=self.path,
+            raise file_error(
+                self.path,
+                "is the state of another run (other options, data or input). Give the same ones, "
+                "or another --state DIR.",
             )
         return content
 
@@ -61,21 +53,17 @@ class StateFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
         except OSError as error:
-            raise CheckpointError(
-                f"{plain(self.path)}: cannot be written ({error}). Give another --state DIR.",
-                path=self.path,
+            raise file_error(
+                self.path, f"cannot be written ({plain(error)}). Give another --state DIR."
             ) from error
 
     def damaged(self, error: Exception) -> CheckpointError:
-        """Say that a state does not fit the run although it claims to."""
-        return CheckpointError(
-            f"{plain(self.path)}: is damaged ({plain(error)}). Remove it to start anew.",
-            path=self.path,
-        )
+        """The error of a state that does not fit the run although it claims to."""
+        return file_error(self.path, f"is damaged ({plain(error)}). Remove it to start again.")
 
 
 def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """Tell a run from every other: by its settings and every number of the model at its start."""
+    """A digest of a run's settings and of every number of the model at its start."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in values_of(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -91,11 +79,7 @@ def values_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_values_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put back what `values_of` has copied.
-
-    Changes:
-        Every parameter and buffer, in place.
-    """
+    """Put back the parameters and buffers that `values_of` has copied."""
     named = dict((*model.named_parameters(), *model.named_buffers()))
     if named.keys() != values.keys() or any(named[k].shape != values[k].shape for k in named):
         raise ValueError("its tensors are not those of the model")
@@ -109,11 +93,7 @@ def random_state() -> list[Tensor]:
 
 
 def set_random_state_(state: list[Tensor]) -> None:
-    """Put back what `random_state` has copied.
-
-    Changes:
-        torch's generators.
-    """
+    """Put back the state of torch's generators."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state_all(state[1:])
@@ -121,16 +101,10 @@ def set_random_state_(state: list[Tensor]) -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Let a first interrupt (Ctrl-C) wait for a convenient moment; a second one acts at once.
-
-    Elsewhere than in the main thread, or where the program handles interrupts itself, nothing is
-    held.
-
-    Restores:
-        The handler of the signal.
-    """
+    """Let a first interrupt (Ctrl-C) wait for a convenient moment; a second one acts at once."""
     previous = signal.getsignal(signal.SIGINT)
     in_main = threading.current_thread() is threading.main_thread()
+    # Only the main thread may set a handler, and a program's own one is left to it.
     if not in_main or previous is not signal.default_int_handler:
         yield lambda: None
         return

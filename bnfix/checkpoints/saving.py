@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import Checkpoint, write_checkpoint
-from bnfix.checkpoints.header import FORMAT
-from bnfix.checkpoints.loading import is_weight_buffer
+from bnfix.checkpoints.loading import weight_buffers
+from bnfix.checkpoints.nesting import STATISTICS
 from bnfix.checkpoints.origin import origin_of
+from bnfix.checkpoints.reading import FORMAT
 from bnfix.layers.norms import generalized_norms
 from bnfix.preprocessing import Preprocessing
 from bnfix.version import __version__
@@ -34,7 +35,7 @@ def save(
     """Write a model as one ``.safetensors`` whose tensors are exactly the stock state dict.
 
     Plain PyTorch loads it with ``strict=True`` and gets the same model with example weight 0; what
-    bnfix knows besides (settings of the norm layers, history) stands in the header.
+    bnfix knows besides (settings of the norm layers, history) is in the header.
 
     Args:
         model: with or without generalized layers.
@@ -56,9 +57,9 @@ def metadata_of(
     entry: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> dict[str, Any]:
-    """What the header of a model's file says: settings of the norm layers, where it came from."""
+    """The header of a model's file: settings of the norm layers, and where the model came from."""
     origin = origin_of(model)
-    preprocessing = preprocessing or origin.preprocessing
+    known = preprocessing or origin.preprocessing
     norms = {}
     for name, layer in generalized_norms(model):
         weight = layer.example_weight
@@ -73,9 +74,9 @@ def metadata_of(
         "format": FORMAT,
         "bnfix": __version__,
         "model": {"spec": origin.spec, "arguments": origin.arguments},
-        "preprocessing": None if preprocessing is None else asdict(preprocessing),
+        "preprocessing": None if known is None else asdict(known),
         "norms": norms,
-        "history": [*origin.history, *([dict(entry)] if entry is not None else [])],
+        "history": [*origin.history, *([] if entry is None else [dict(entry)])],
     }
 
 
@@ -85,14 +86,12 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
     Statistics that would lose more than 1e-3 in the file's half type (of their deviation, or of
     themselves) are float32.
     """
-    dtypes = origin_of(model).dtypes
-    state = model.state_dict()
+    dtypes, own = origin_of(model).dtypes, weight_buffers(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
     tensors = {}
     for name, tensor in state.items():
-        if is_weight_buffer(name, model):
-            continue
         dtype = dtypes.get(name, tensor.dtype)
-        if dtype in _HALF and name.endswith(("running_mean", "running_var")):
+        if dtype in _HALF and name.endswith(STATISTICS):
             spread = state.get(name.removesuffix("mean").removesuffix("var") + "var", tensor)
             if _loss(tensor, dtype, spread, is_mean=name.endswith("mean")) > _LARGEST_HALF_LOSS:
                 dtype = torch.float32
@@ -103,13 +102,7 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_as_stored_(model: nn.Module) -> None:
-    """Give every tensor the value that `save` would write for it.
-
-    What is measured after this is what the file will do, also where its type is a half one.
-
-    Changes:
-        Parameters and buffers, by rounding to the type of the file they came from.
-    """
+    """Round every tensor as `save` would, so that the model is measured as the file holds it."""
     own = model.state_dict(keep_vars=True)
     for name, stored in stock_tensors(model).items():
         if stored.dtype != own[name].dtype:
@@ -127,14 +120,13 @@ def history_entry(
     command_line: str = "",
 ) -> dict[str, Any]:
     """One entry of an output's history, JSON values; the command line is as typed, or empty."""
+    origin = checkpoint and {"file": checkpoint.path.name, "sha256": checkpoint.sha256}
     return {
         "command": command,
         "command_line": command_line,
         "options": dict(options),
         "seed": seed,
-        "input": None
-        if checkpoint is None
-        else {"file": checkpoint.path.name, "sha256": checkpoint.sha256},
+        "input": origin,
         "data": None if data is None else dict(data),
         "versions": versions(),
         "results": dict(results or {}),
@@ -142,14 +134,12 @@ def history_entry(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
-    return {
-        "bnfix": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+    """The versions that numbers depend on."""
+    python = platform.python_version()
+    return {"bnfix": __version__, "python": python, "torch": torch.__version__}
 
 
+# The largest error of rounding statistics, in deviations for a mean, relative for a variance.
 def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> float:
     stored = tensor.to(dtype).double()
     error = torch.where(stored.isnan() & tensor.isnan(), 0.0, (stored - tensor.double()).abs())

@@ -12,8 +12,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from bnfix.building.models import builder_arguments, from_file_allowed
-from bnfix.checkpoints.header import finite
 from bnfix.checkpoints.loading import Loaded
+from bnfix.checkpoints.reading import finite
 from bnfix.checkpoints.saving import metadata_of, stock_tensors
 from bnfix.production import plain as plain_module
 from bnfix.production.folding import Folding
