@@ -266,7 +266,7 @@ FLOORS: list[dict[str, set[str]]] = [
     {
         "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
-            "building.models", "checkpoints.header", "checkpoints.loading", "checkpoints.saving",
+            "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
             "data.batches", "data.fingerprints", "data.first_look", "guards", "layers.norms",
             "layers.refitting", "layers.sites", "layers.surgery", "reporting.layer_rows",
             "reporting.report", "reporting.result", "runtime", "tracking",
