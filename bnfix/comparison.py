@@ -75,11 +75,11 @@ def evaluate_files(
     Raises:
         ConfigError: if there is no checkpoint, or options exclude each other.
     """
-    if not checkpoints:
-        raise ConfigError("eval: no checkpoint given.")
     check_seed(seed)
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     source, run, also = source or DataRecipe(), run or RunOptions(), also or EvaluationRecipe()
+    if not checkpoints:
+        raise ConfigError("eval: no checkpoint given.")
     if also.corruptions and source.corrupt is not None:
         raise ConfigError("--corruptions: not together with --corrupt. Leave one of them out.")
     functions = [import_metric(spec) for spec in also.metric]
@@ -95,59 +95,73 @@ def evaluate_files(
         entrants = hasten(entrants, run.precision, seed, notes)
     arena = Arena(entrants, source, run, seed, track)
     found = arena.outputs("evaluating", corruption_of(source.corrupt, seed), bool(functions))
-    metrics = [measured(one, seed) for one in found]
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)
-    last = entrants[-1]
-    record, skipped = data_record(last.images), describe_skipped(arena.passes)
-    history = [entry for one in entrants for entry in one.loaded.origin.history]
-    first_statistics, last_statistics = (
-        statistics_of(one.loaded.model) for one in (entrants[0], last)
-    )
-    notes += describe_unlisted(history)
     if source.corrupt is not None:
         notes.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
-    return Report(
-        command="eval",
-        data=DataUsed(
-            record["spec"],
-            metrics[0].n_examples,
-            record["fingerprint"],
-            last.images.class_names,
-            {},
-            skipped,
-            len(skipped),
-            source.corrupt,
-        ),
-        models=tuple(
-            Evaluated(
-                one.name,
-                one.path,
-                one.loaded.checkpoint.sha256,
-                m,
-                n_live(one.loaded.model),
-                custom,
-                outputs.classified,
-            )
-            for one, m, custom, outputs in zip(entrants, metrics, own, found, strict=True)
-        ),
-        layers=layer_rows(last.loaded.model, drifts_between(first_statistics, last_statistics), {}),
-        assumptions=tuple(
-            dict.fromkeys([*notes, *arena.notes, *(f"{n}." for n in last.images.notes)])
-        ),
-        n_seen=seen_before(last.images, np.arange(len(last.images)), history),
-        options={
-            "preprocessing": last.preprocessing and dataclasses.asdict(last.preprocessing),
-            **({"corrupt": source.corrupt} if source.corrupt else {}),
-            **{name: value for name, value in dataclasses.asdict(also).items() if value},
-        },
+    models = tuple(
+        Evaluated(
+            name=one.name,
+            file=one.path,
+            sha256=one.loaded.checkpoint.sha256,
+            metrics=measured(outputs, seed),
+            n_live=n_live(one.loaded.model),
+            custom=custom,
+            classified=outputs.classified,
+        )
+        for one, custom, outputs in zip(entrants, own, found, strict=True)
+    )
+    last = entrants[-1].preprocessing
+    options = {
+        "preprocessing": last and dataclasses.asdict(last),
+        **({"corrupt": source.corrupt} if source.corrupt else {}),
+        **{name: value for name, value in dataclasses.asdict(also).items() if value},
+    }
+    report = _report(entrants, arena, models, notes, source.corrupt)
+    return dataclasses.replace(
+        report,
+        options=options,
         seed=seed,
         command_line=command_line,
-        versions=versions(),
         corruptions=tuple(arena.shifted()) if also.corruptions else (),
         invariance=tuple(arena.invariance()) if also.compare_batch_sizes else (),
     )
+
+
+def _report(
+    entrants: Sequence[Entrant],
+    arena: Arena,
+    models: tuple[Evaluated, ...],
+    notes: Sequence[str],
+    corruption: str | None,
+) -> Report:
+    """The report on models that went through the same examples; layers are those of the last."""
+    images, record = entrants[-1].images, data_record(entrants[-1].images)
+    skipped = describe_skipped(arena.passes)
+    history = [entry for one in entrants for entry in one.loaded.origin.history]
+    first, last = (one.loaded.model for one in (entrants[0], entrants[-1]))
+    return Report(
+        command="eval",
+        data=DataUsed(
+            spec=record["spec"],
+            n_examples=models[0].metrics.n_examples,
+            fingerprint=record["fingerprint"],
+            class_names=images.class_names,
+            skipped=skipped,
+            n_skipped=len(skipped),
+            corruption=corruption,
+        ),
+        models=models,
+        layers=layer_rows(last, drifts_between(statistics_of(first), statistics_of(last)), {}),
+        assumptions=tuple(
+            dict.fromkeys([
+                *notes, *describe_unlisted(history), *arena.notes, *(f"{n}." for n in images.notes)
+            ])
+        ),
+        n_seen=seen_before(images, np.arange(len(images)), history),
+        versions=versions(),
+    )  # fmt: skip
 
 
 def plan_evaluation(

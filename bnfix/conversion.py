@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,14 @@ from bnfix.errors import ModelError, one_line
 from bnfix.layers.norms import generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, Refitting, refit_
 from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import plan_swap, swap_planned_
+from bnfix.layers.surgery import SwapPlan, plan_swap, swap_planned_
+from bnfix.measuring.movement import all_outputs
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
 from bnfix.reporting.layer_rows import layer_rows
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
-from bnfix.runtime import device_of, has_forward, tensors_in
+from bnfix.runtime import device_of, has_forward
 from bnfix.runtime import run as run_model
 from bnfix.tracking import Track, Tracked, describe_skipped, silent
 from bnfix.weighing.example_weight import weighable_layers
@@ -98,48 +98,14 @@ def convert(
     source = source or DataRecipe()
     stated, _ = resolve_preprocessing(loaded, source)
     example = example_input(loaded.model, input_shape, known_shape(loaded.model, stated))
-    made_up = example is not None
+    where = "normal random input"
     if example is None and data is not None:
-        example = _first_inputs(loaded, data, source, seed)
-    before = None if example is None else _outputs(loaded.model, example)
-    was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
+        example, where = _first_inputs(loaded, data, source, seed), "examples of the data"
     planned = plan_swap(loaded.model, swap)
     weighs = any(change.example_weight for change in planned.changes)
     original = copy.deepcopy(loaded.model) if weighs and data is not None else None
-    plan = swap_planned_(loaded.model, planned)
-    notes = list(loaded.checkpoint.notes)
-    if swap.example_weight or swap.to == "group":
-        notes += _zero_pointwise(loaded.model, example)
-    round_as_stored_(loaded.model)
-    is_half = any(d.is_floating_point and d.itemsize < 4 for d in loaded.origin.dtypes.values())
-    difference = None
-    if before is None or example is None:
-        notes.append(
-            "the whole model could not be run on a made-up input, so only its layers were compared "
-            "one by one; give --input-shape C,H,W."
-        )
-    else:
-        after = _outputs(loaded.model, example)
-        if after.shape != before.shape:
-            raise ModelError(
-                "model: gives outputs of other shapes after the swap. It may hold norm layers "
-                "that are reached in ways that cannot be seen; use --skip."
-            )
-        # A network that is broken already gives NaN, and may give the same NaN.
-        same = (before == after) | (before.isnan() & after.isnan())
-        gap = torch.where(same, 0.0, (after - before).abs()).max()
-        difference = float(gap / before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1))
-        live = was_live or any(layer.live for _, layer in generalized_norms(loaded.model))
-        if not live and not difference <= (_HALF_TOLERANCE if is_half else _TOLERANCE):
-            raise ModelError(
-                f"model: its outputs changed by {difference:.2g} in the swap, more than rounding. "
-                "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
-            )
-        shape = "x".join(map(str, example.shape))
-        notes.append(
-            f"on {'normal random input' if made_up else 'examples of the data'} of {shape} the "
-            f"largest output difference is {difference:.2g} (relative to the largest output)."
-        )
+    plan, difference, notes = _swapped(loaded, planned, swap, example, where)
+    notes = [*loaded.checkpoint.notes, *notes]
     preprocessing, used, refitting = loaded.origin.preprocessing, None, None
     live = any(layer.live for _, layer in generalized_norms(loaded.model))
     if original is not None and data is not None and live:
@@ -159,6 +125,7 @@ def convert(
         "swap": dataclasses.asdict(swap),
         "data": dataclasses.asdict(source),
     }
+    residuals = refitting and {layer.name: layer.residual for layer in refitting.layers}
     entry = history_entry(
         "convert",
         options={**options, "samples": samples},
@@ -166,13 +133,7 @@ def convert(
         checkpoint=loaded.checkpoint,
         data=used,
         command_line=command_line,
-        results={
-            "difference": difference,
-            "n_layers": len(plan.changes),
-            "residuals": None
-            if refitting is None
-            else {layer.name: layer.residual for layer in refitting.layers},
-        },
+        results={"difference": difference, "n_layers": len(plan.changes), "residuals": residuals},
     )
     report = Report(
         command="convert",
@@ -186,6 +147,54 @@ def convert(
         versions=versions(),
     )
     return Result(loaded.model, report, entry, preprocessing)
+
+
+def _swapped(
+    loaded: Loaded, planned: SwapPlan, swap: SwapRecipe, example: torch.Tensor | None, where: str
+) -> tuple[SwapPlan, float | None, list[str]]:
+    """Swap, and compare the whole network's outputs; they may change at weights above 0 only."""
+    before = None if example is None else _outputs(loaded.model, example)
+    was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
+    plan = swap_planned_(loaded.model, planned)
+    notes: list[str] = []
+    if swap.example_weight or swap.to == "group":
+        notes += _zero_pointwise(loaded.model, example)
+    round_as_stored_(loaded.model)
+    if before is None or example is None:
+        notes.append(
+            "the whole model could not be run on a made-up input, so only its layers were compared "
+            "one by one; give --input-shape C,H,W."
+        )
+        return plan, None, notes
+    difference = _difference(loaded, before, _outputs(loaded.model, example), was_live=was_live)
+    notes.append(
+        f"on {where} of {'x'.join(map(str, example.shape))} the largest output difference is "
+        f"{difference:.2g} (relative to the largest output)."
+    )
+    return plan, difference, notes
+
+
+def _difference(
+    loaded: Loaded, before: torch.Tensor, after: torch.Tensor, *, was_live: bool
+) -> float:
+    """Largest difference of the outputs by the largest output, refused where it is no rounding."""
+    if after.shape != before.shape:
+        raise ModelError(
+            "model: gives outputs of other shapes after the swap. It may hold norm layers "
+            "that are reached in ways that cannot be seen; use --skip."
+        )
+    # A network that is broken already gives NaN, and may give the same NaN.
+    same = (before == after) | (before.isnan() & after.isnan())
+    gap = torch.where(same, 0.0, (after - before).abs()).max()
+    difference = float(gap / before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1))
+    live = was_live or any(layer.live for _, layer in generalized_norms(loaded.model))
+    is_half = any(d.is_floating_point and d.itemsize < 4 for d in loaded.origin.dtypes.values())
+    if not live and not difference <= (_HALF_TOLERANCE if is_half else _TOLERANCE):
+        raise ModelError(
+            f"model: its outputs changed by {difference:.2g} in the swap, more than rounding. "
+            "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
+        )
+    return difference
 
 
 def _refit(
@@ -286,19 +295,13 @@ def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
 
 def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
     """All tensors of the output, flat, in float64; of a detector those of its backbone."""
-    features: list[Any] = []
-    backbone = getattr(model, "backbone", None)
-    with guards.inference(model), guards.hooks() as handles:
-        if isinstance(backbone, nn.Module):
-            handles.append(backbone.register_forward_hook(lambda *call: features.append(call[-1])))
+
+    def call() -> Any:
         if has_forward(model):
-            output = run_model(model, _batch_of(example), example.device)
-        else:
-            output = model(example)
-    # Which boxes a detector keeps, and in which order, can turn on a rounding.
-    if _is_detections(output) and features:
-        output = features
-    found = tensors_in(output)
+            return run_model(model, _batch_of(example), example.device)
+        return model(example)
+
+    found, _ = all_outputs(model, call)
     if not found:
         raise TypeError("the output holds no tensor")
     return torch.cat([tensor.double().flatten() for tensor in found])
@@ -306,10 +309,6 @@ def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
 
 def _batch_of(example: torch.Tensor) -> Batch:
     return Batch(example, None, np.arange(len(example)))
-
-
-def _is_detections(output: Any) -> bool:
-    return isinstance(output, list) and all(isinstance(o, Mapping) and "boxes" in o for o in output)
 
 
 def _zero_pointwise(model: nn.Module, example: torch.Tensor | None) -> list[str]:

@@ -268,8 +268,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "conversion": {
             "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
             "data.batches", "data.fingerprints", "data.first_look", "guards", "layers.norms",
-            "layers.refitting", "layers.sites", "layers.surgery", "reporting.layer_rows",
-            "reporting.report", "reporting.result", "runtime", "tracking",
+            "layers.refitting", "layers.sites", "layers.surgery", "measuring.movement",
+            "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
             "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,17 +41,17 @@ class Moved:
         return (self.relative_rms or 0.0) > _LARGE_RMS or (self.top1_changed or 0.0) > _LARGE_TOP1
 
 
-def all_outputs(model: nn.Module, batch: Any) -> tuple[list[Tensor], Any]:
-    """The floating tensors of the output, of a detector those of its backbone, and the output."""
+def all_outputs(model: nn.Module, call: Callable[[], Any]) -> tuple[list[Tensor], Any]:
+    """All tensors of the output, of a detector those of its backbone, and the output itself."""
     features: list[Any] = []
     backbone = getattr(model, "backbone", None)
     with guards.seeded(0), guards.inference(model), guards.hooks() as handles:
         if isinstance(backbone, nn.Module):
             handles.append(backbone.register_forward_hook(lambda *call: features.append(call[-1])))
-        output = runtime.run(model, batch, runtime.device_of(model))
+        output = call()
     # Which boxes a detector keeps, and in which order, can turn on a rounding.
     of = features if features and _is_detections(output) else output
-    return [t for t in runtime.tensors_in(of) if t.is_floating_point()], output
+    return runtime.tensors_in(of), output
 
 
 def _is_detections(output: Any) -> bool:
@@ -71,8 +72,9 @@ def record(model: nn.Module, batches: Iterable[Any], precision: str) -> Recorded
     found, n_bytes = Recorded([], [], 0), 0
     for batch in batches:
         with runtime.autocast(runtime.device_of(model), precision):
-            tensors, output = all_outputs(model, batch)
-        found.tensors.append([t.float().cpu() for t in tensors])
+            call = partial(runtime.run, model, batch, runtime.device_of(model))
+            tensors, output = all_outputs(model, call)
+        found.tensors.append([t.float().cpu() for t in tensors if t.is_floating_point()])
         found.n += runtime.n_examples_of(batch)
         try:
             logits = runtime.logits_of(output)
