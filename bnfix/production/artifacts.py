@@ -26,11 +26,7 @@ _ONNX_LIMIT = 2**31 - 2**20
 
 
 def require_onnx() -> None:
-    """Check that what writes, checks and runs ONNX is installed.
-
-    Raises:
-        ConfigError: if a package is missing.
-    """
+    """Check that what writes, checks and runs ONNX is installed."""
     missing = []
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
@@ -45,15 +41,7 @@ def require_onnx() -> None:
 
 
 def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
-    """All tensors of a model's output by name, in order.
-
-    Args:
-        output: a tensor, or a nest of mappings, lists and tuples.
-        name: of the place in the nest.
-
-    Returns:
-        ``output`` for a tensor by itself, else dotted keys and positions.
-    """
+    """All tensors of a model's output by name, in order."""
     if isinstance(output, Tensor):
         return {name or "output": output}
     items: list[tuple[Any, Any]] = []
@@ -68,27 +56,13 @@ def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def versions(to: str) -> dict[str, str]:
-    """Versions of the packages behind a form.
-
-    Args:
-        to: the form.
-
-    Returns:
-        By name.
-    """
+    """Versions of the packages behind a form."""
     used = ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ()
     return {name: importlib.metadata.version(name) for name in used}
 
 
 def torch_runner(model: nn.Module) -> Runner:
-    """Run a model as it is.
-
-    Args:
-        model: in evaluation mode.
-
-    Returns:
-        Inputs to outputs.
-    """
+    """Run a model as it is."""
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -98,17 +72,7 @@ def torch_runner(model: nn.Module) -> Runner:
 
 
 def pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
-    """Write an exported program.
-
-    Args:
-        program: from `bnfix.production.dataflow.export_program`.
-
-    Returns:
-        The content of a ``.pt2`` file.
-
-    Raises:
-        ModelError: if it cannot be written.
-    """
+    """Write an exported program."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             # Paths of the machine that exported are nobody else's business.
@@ -125,14 +89,7 @@ def pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
 
 
 def pt2_runner(content: bytes) -> Runner:
-    """Load an exported program and run it.
-
-    Args:
-        content: of a ``.pt2`` file that this program has written.
-
-    Returns:
-        Inputs to outputs.
-    """
+    """Load an exported program and run it."""
     with quiet():
         module = torch.export.load(io.BytesIO(content)).module()
     return torch_runner(module)
@@ -141,19 +98,7 @@ def pt2_runner(content: bytes) -> Runner:
 def onnx_bytes(
     program: torch.export.ExportedProgram, names: list[str] | None, opset: int
 ) -> tuple[bytes, dict[str, int]]:
-    """Translate an exported program to ONNX.
-
-    Args:
-        program: from `bnfix.production.dataflow.export_program`.
-        names: of its outputs; torch chooses where there are none.
-        opset: of the operators.
-
-    Returns:
-        The content of an ``.onnx`` file, and how many operators it has of each kind.
-
-    Raises:
-        ModelError: if an operator has no counterpart in ONNX, or the model is over 2 GB.
-    """
+    """Translate an exported program to ONNX."""
     if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > _ONNX_LIMIT:
         raise ModelError("export: the model is over 2 GB, which one ONNX file cannot hold.")
     if names is not None:
@@ -192,17 +137,7 @@ def onnx_bytes(
 
 
 def onnx_runner(content: bytes) -> Runner:
-    """Load an ONNX model into ONNX Runtime on the CPU, with as many threads as torch has.
-
-    Args:
-        content: of an ``.onnx`` file that this program has written.
-
-    Returns:
-        Inputs to outputs.
-
-    Raises:
-        ModelError: if ONNX Runtime does not take it.
-    """
+    """Load an ONNX model into ONNX Runtime on the CPU, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -45,17 +45,6 @@ def sources_of(
 
     torch.fx traces for all inputs at once. Where that fails (branches on sizes, for example) and
     there is an example, torch.export follows the way that inputs of its size take.
-
-    Args:
-        model: in evaluation mode.
-        norms: its norm layers.
-        example: inputs of the usual size.
-
-    Returns:
-        Sources by the norm's dotted name, and the tool that found them.
-
-    Raises:
-        ModelError: if the model cannot be traced.
     """
     graph = _graph(model, norms)
     if isinstance(graph, fx.Graph):
@@ -76,18 +65,7 @@ def sources_of(
 
 
 def graph_of(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph:
-    """Trace a model for all inputs at once, its norm layers and torch's own layers as they are.
-
-    Args:
-        model: in evaluation mode.
-        norms: its norm layers.
-
-    Returns:
-        The graph of its operations.
-
-    Raises:
-        ModelError: if torch.fx cannot trace it.
-    """
+    """Trace a model for all inputs at once, its norm layers and torch's own layers as they are."""
     graph = _graph(model, norms)
     if isinstance(graph, str):
         raise ModelError(f"model: cannot be traced by torch.fx ({graph}).")
@@ -108,19 +86,7 @@ def _graph(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
 def export_program(
     model: nn.Module, example: Tensor, *, free_size: bool = False
 ) -> torch.export.ExportedProgram:
-    """Export a model with a free batch size, and a free height and width if asked for.
-
-    Args:
-        model: in evaluation mode.
-        example: inputs, at least 2 of them: a size of 1 would be taken for a constant.
-        free_size: leave all sizes behind the channels free.
-
-    Returns:
-        The program.
-
-    Raises:
-        ModelError: if it cannot be traced, or is bound to one size.
-    """
+    """Export a model with a free batch size, and a free height and width if asked for."""
     free = {0: torch.export.Dim("batch", min=1, max=2**20)}
     if free_size:
         free |= dict.fromkeys(range(2, example.ndim), torch.export.Dim.DYNAMIC)

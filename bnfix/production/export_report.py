@@ -71,25 +71,12 @@ class Export:
 
     @staticmethod
     def files(to: str, path: Path) -> tuple[Path, ...]:
-        """The files of an export, without its reports.
-
-        Args:
-            to: the form.
-            path: as asked for.
-
-        Returns:
-            That, and the file beside it where the form has two.
-        """
+        """The files of an export, without its reports."""
         other = _COMPANIONS.get(to)
         return (path,) if other is None else (path, path.with_name(path.stem + other))
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the file, the one beside it, and three reports; each whole or not at all.
-
-        Args:
-            path: ends as the form wants.
-            force: replace existing files.
-        """
+        """Write the file, the one beside it, and three reports; each whole or not at all."""
         path = Path(path)
         check_exports(self.to, path, force=force)
         texts = self.texts()
@@ -106,11 +93,7 @@ class Export:
             write_bytes(place, text.encode("utf-8", errors="backslashreplace"))
 
     def texts(self) -> tuple[str, str, str]:
-        """Write out the report in all three forms.
-
-        Returns:
-            JSON, Markdown and the page.
-        """
+        """Write out the report in all three forms."""
         as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         values = {
             "e": self,
@@ -123,11 +106,7 @@ class Export:
         return as_json, render("export.md.j2", **values), render("export.html.j2", **values)
 
     def to_json(self) -> dict[str, Any]:
-        """Put everything into plain containers.
-
-        Returns:
-            The keys of every report, and ``export``.
-        """
+        """Put everything into plain containers."""
         content = self.report.to_json()
         folding = self.folding
         content["verdict_sentence"] = self.sentence()
@@ -151,11 +130,7 @@ class Export:
         return {key: plain_json(value) for key, value in content.items()}
 
     def sentence(self) -> str:
-        """Say what came out.
-
-        Returns:
-            One sentence.
-        """
+        """Say what came out."""
         a = self.agreement
         what = "images" if self.inputs == "images" else "inputs of seeded noise"
         sizes = " and ".join(map(str, a.batch_sizes))
@@ -167,11 +142,7 @@ class Export:
         )
 
     def remarks(self) -> list[str]:
-        """What else a user should know, one sentence each.
-
-        Returns:
-            Sentences.
-        """
+        """What else a user should know, one sentence each."""
         told = []
         if self.to in ("onnx", "pt2"):
             size, *more = ("x".join(map(str, s)) for s in (self.input_shape, self.other_shape) if s)
@@ -221,18 +192,7 @@ class Export:
 def check_exports(
     to: str, path: str | Path, *, force: bool, checkpoint: str | Path | None = None
 ) -> None:
-    """Check before any work that an export's files may be written.
-
-    Args:
-        to: the form.
-        path: as asked for.
-        checkpoint: what is exported; it is replaced under no circumstances.
-        force: whether existing files may be replaced.
-
-    Raises:
-        CheckpointError: if the name does not end as the form wants, or a file exists, or the folder
-            cannot be written to.
-    """
+    """Check before any work that an export's files may be written."""
     path = Path(path)
     if path.suffix != SUFFIXES[to]:
         raise CheckpointError(

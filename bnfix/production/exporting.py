@@ -73,11 +73,7 @@ class ExportRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ConfigError: if a value is out of range.
-        """
+        """Check ranges."""
         if self.to not in SUFFIXES:
             listed = ", ".join(SUFFIXES)
             raise ConfigError(f"--to: {self.to!r} is not known. Use one of: {listed}.", name="to")
@@ -222,18 +218,7 @@ def plan_export(
     recipe: ExportRecipe,
     data: str | None = None,
 ) -> dict[str, Any]:
-    """What `export` would do, without doing it.
-
-    Args:
-        checkpoint: the file.
-        output: where to.
-        model: which model it is.
-        recipe: all options of the form.
-        data: DATA.
-
-    Returns:
-        JSON values.
-    """
+    """What `export` would do, without doing it."""
     net = load_one(checkpoint, model, RunOptions("cpu")).model
     n_examples = None if data is None else len(open_images(data, labels="none"))
     return {

@@ -108,19 +108,6 @@ def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
     and listed: live ones, those after something else, and those whose convolution is shared, used
     elsewhere, hooked or of an unknown kind.
 
-    Args:
-        model: in evaluation mode; inputs have a batch axis.
-        example: a few inputs on the model's device; each fold is then checked on its own
-            activations. Without it folds are checked on seeded normal values, and linear layers,
-            whose output's axes nobody knows, are left alone.
-
-    Returns:
-        What was folded and what was left.
-
-    Raises:
-        ModelError: if the model is in training mode, its dataflow cannot be traced, or its outputs
-            would change; it is then as it was.
-
     Changes:
         Weights and biases of the layers (new parameters); the norms become ``nn.Identity``.
 

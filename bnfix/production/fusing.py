@@ -113,18 +113,7 @@ class FusedNorm(nn.Module):
         self.norm, self._activation, self.overwrite = norm, activation, overwrite
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalize, add, activate.
-
-        Args:
-            input: ``(N, C, *spatial)``.
-            residual: broadcastable, or ``None``; of the same shape and dtype it costs least.
-
-        Returns:
-            ``activation(norm(input) + residual)``.
-
-        Raises:
-            ModelError: if the layer is in training mode or gradients are asked for.
-        """
+        """Normalize, add, activate."""
         if self.norm.training or (torch.is_grad_enabled() and input.requires_grad):
             raise ModelError("fused network: it is for inference. Train the model it was made of.")
         terms = self.norm._terms()
@@ -144,22 +133,7 @@ def fused(
     channels_last: bool | None = None,
     prepack: bool | None = None,
 ) -> tuple[nn.Module, Fusion]:
-    """Make a copy of a model that evaluates faster, and check that it gives the same outputs.
-
-    Args:
-        model: in evaluation mode; left as it is.
-        example: a batch of the usual size, in any form.
-        channels_last: whether to run on channels last; by default where inputs have two spatial
-            axes, on CPUs, where convolutions are faster so.
-        prepack: whether to keep weights of convolutions in the layout that the CPU's library
-            computes with; by default with ``channels_last`` outside autocast.
-
-    Returns:
-        A network of the same inputs and outputs, and what was done to it.
-
-    Raises:
-        ModelError: if the model is in training mode, or the outputs would change.
-    """
+    """Make a copy of a model that evaluates faster, and check that it gives the same outputs."""
     if any(m.training for m in model.modules()):
         raise ModelError("fused network: the model is in training mode. Call model.eval() first.")
     before = _outputs(model, example)

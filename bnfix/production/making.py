@@ -52,14 +52,7 @@ class Making:
         self.net = copy.deepcopy(loaded.model)
 
     def run(self) -> tuple[bytes, bytes | None, Runner]:
-        """Make the form.
-
-        Returns:
-            The content of the file, that of the file beside it if there is one, and how it runs.
-
-        Raises:
-            ModelError: if the model cannot be had in this form.
-        """
+        """Make the form."""
         if self.to == "plain":
             text, weights = plain_files.plain(self.loaded)
             return text, weights, self._loaded_by(text, weights)
@@ -79,15 +72,7 @@ class Making:
         return content, None, self._runner(content)
 
     def suspect(self, x: Tensor, atol: float) -> str:
-        """Find the layer at which the form parts from the model.
-
-        Args:
-            x: two inputs that show it.
-            atol: what counts as a difference.
-
-        Returns:
-            The layer in words.
-        """
+        """Find the layer at which the form parts from the model."""
         if self.to not in ("onnx", "pt2"):
             return "one of those folded" if self.to == "folded" else "none, it is the loader"
         return suspect_layer(self.net, lambda net: self._runner(self._write(net, None)), x, atol)
@@ -119,9 +104,6 @@ class Making:
 
 def standard_(model: nn.Module) -> None:
     """Put the plain layer, which is made of standard operators only, in place of live ones.
-
-    Args:
-        model: in evaluation mode.
 
     Changes:
         The live layers of the model.

@@ -59,14 +59,7 @@ class ExampleNorm(nn.Module):
         self.register_buffer("example_weight", a, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize.
-
-        Args:
-            x: ``(N, C)`` or ``(N, C, *spatial)``.
-
-        Returns:
-            The same shape and dtype.
-        """
+        """Normalize."""
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         axes = tuple(range(2, x.dim()))
         one = (1, -1, *(1 for _ in axes))
@@ -106,14 +99,7 @@ class ExampleNorm(nn.Module):
 
 
 def build() -> nn.Module:
-    """Build the stock model, where it is torchvision's or timm's.
-
-    Returns:
-        The model with fresh weights.
-
-    Raises:
-        ValueError: if it is neither's.
-    """
+    """Build the stock model, where it is torchvision's or timm's."""
     if MODEL is None:
         raise ValueError("The model is your own code: build it, and call load(model).")
     library, name, arguments = MODEL
@@ -158,17 +144,7 @@ def load(model: nn.Module | None = None, weights: str | Path | None = None) -> n
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Read a ``.safetensors`` file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its tensors by name, and its metadata.
-
-    Raises:
-        ValueError: if it is not such a file.
-    """
+    """Read a ``.safetensors`` file."""
     with Path(path).open("rb") as file:
         n = int.from_bytes(file.read(8), "little")
         if n > 100_000_000:

@@ -24,15 +24,7 @@ _NAME: Final = "@weights@"
 
 
 def plain(loaded: Loaded) -> tuple[bytes, bytes]:
-    """The plain file of a model, and its weights.
-
-    Args:
-        loaded: the model, its layers as they are to be.
-
-    Returns:
-        Python, and a ``.safetensors`` whose tensors are the stock model's, its norms' settings in
-        the header.
-    """
+    """The plain file of a model, and its weights."""
     metadata = {"bnfix": json.dumps(finite(metadata_of(loaded.model)))}
     return _python(loaded), save(_ready(stock_tensors(loaded.model)), metadata=metadata)
 
@@ -42,14 +34,6 @@ def folded(loaded: Loaded, net: nn.Module, folding: Folding) -> tuple[bytes, byt
 
     Weights that were folded are float32 also where the checkpoint has a half type: rounded twice
     they would be off by a thousandth.
-
-    Args:
-        loaded: the model before.
-        net: the folded one.
-        folding: what was done.
-
-    Returns:
-        A ``.safetensors``, and Python.
     """
     tensors = stock_tensors(net)
     state = net.state_dict()
@@ -69,29 +53,12 @@ def folded(loaded: Loaded, net: nn.Module, folding: Folding) -> tuple[bytes, byt
 
 
 def named(text: bytes, weights: Path) -> bytes:
-    """A generated Python file that knows the name of its weights.
-
-    Args:
-        text: of the file.
-        weights: beside it.
-
-    Returns:
-        The text.
-    """
+    """A generated Python file that knows the name of its weights."""
     return text.replace(repr(_NAME).encode(), json.dumps(weights.name).encode())
 
 
 def run_loader(text: bytes, weights: bytes, stock: nn.Module) -> nn.Module:
-    """Load weights with a generated Python file, as its users will.
-
-    Args:
-        text: of the Python file that this program has written.
-        weights: of the file beside it.
-        stock: the stock model; changed in place.
-
-    Returns:
-        The loaded model.
-    """
+    """Load weights with a generated Python file, as its users will."""
     names: dict[str, Any] = {"__name__": "bnfix_plain", "__file__": "plain.py"}
     exec(compile(text, "plain.py", "exec"), names)  # our own text, written a moment ago
     with tempfile.TemporaryDirectory() as folder:

@@ -35,28 +35,12 @@ class PrepackedConv(nn.Module):
         self._weight = packed_weight(conv.weight.detach(), *self._how, list(size))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Convolve.
-
-        Args:
-            input: ``(N, C, H, W)``.
-
-        Returns:
-            ``(N, K, H', W')``.
-        """
+        """Convolve."""
         return packed_convolution(input, self._weight, self.bias, *self._how)
 
 
 def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
-    """The prepacked form of a convolution, tried on an input.
-
-    Args:
-        conv: any module.
-        example: an input of it.
-
-    Returns:
-        The module; ``None`` where it is no plain convolution over two axes in float32 on the CPU,
-        or where the operators are not there or give something else.
-    """
+    """The prepacked form of a convolution, tried on an input."""
     available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not available or not _is_plain(conv, example):
         return None

@@ -64,22 +64,7 @@ def agreement(
     timed: bool = True,
     batch_sizes: tuple[int, ...] = BATCH_SIZES,
 ) -> Agreement:
-    """Run two models on all inputs at several batch sizes and compare all outputs.
-
-    Args:
-        reference: what the other is compared against.
-        other: what is judged.
-        inputs: ``(N, ...)``.
-        names: of the outputs.
-        timed: measure the time too, in alternating runs.
-        batch_sizes: those run.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        ModelError: if the number or the shapes of outputs differ.
-    """
+    """Run two models on all inputs at several batch sizes and compare all outputs."""
     n = len(inputs)
     sizes = tuple(sorted({min(size, n) for size in batch_sizes}))
     worst, largest = dict.fromkeys(names, (0.0, 0)), dict.fromkeys(names, 0.0)
@@ -123,15 +108,6 @@ def suspect_layer(
 
     The model is exported once more with the outputs of all its layers, so one run shows where the
     two part.
-
-    Args:
-        model: in evaluation mode.
-        export: from a model to how its exported form runs.
-        x: the inputs that differ, at least 2.
-        atol: differences above this, relative where outputs are above 1, count, but for rounding.
-
-    Returns:
-        The layer in words, for a message; "" if every layer agrees.
     """
     probed = _Probed(model)
     with guards.hooks() as handles:
@@ -218,18 +194,7 @@ def _times(reference: Runner, other: Runner, x: Tensor) -> tuple[float, float]:
 
 
 def names_of(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of a model's outputs.
-
-    Args:
-        model: in evaluation mode.
-        x: inputs.
-
-    Returns:
-        In order.
-
-    Raises:
-        ModelError: if its output holds no tensor.
-    """
+    """Names of a model's outputs."""
     with guards.inference(model):
         found = outputs_of(model(x))
     if not found:

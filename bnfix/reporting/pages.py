@@ -25,15 +25,7 @@ class _Code(str):
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill a template; every printed text is cleaned and escaped for the template's language.
-
-    Args:
-        template: file name under ``templates``; ``*.html.j2`` or ``*.md.j2``.
-        **values: what it may print.
-
-    Returns:
-        The page.
-    """
+    """Fill a template; every printed text is cleaned and escaped for the template's language."""
     html = ".html" in template
 
     def finalize(value: Any) -> Any:
@@ -60,67 +52,28 @@ def _on_one_line(text: object) -> str:
 
 
 def clean(text: object, limit: int = 500) -> str:
-    """Put a text of unknown origin on one line, without control characters.
-
-    Args:
-        text: a name from a file, for example.
-        limit: longest text that is not cut.
-
-    Returns:
-        The line.
-    """
+    """Put a text of unknown origin on one line, without control characters."""
     line = "".join(sign if sign.isprintable() else "?" for sign in _on_one_line(text))
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def count(n: float) -> str:
-    """Write a count.
-
-    Args:
-        n: for example 5000.
-
-    Returns:
-        For example ``5,000``.
-    """
+    """Write a count."""
     return f"{n:,.0f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """Write a fraction in percent.
-
-    Args:
-        value: for example 0.762.
-        digits: after the point.
-
-    Returns:
-        For example ``76.2%``; a dash for what is not there.
-    """
+    """Write a fraction in percent."""
     return _NONE if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Write a number with fixed digits.
-
-    Args:
-        value: for example a loss.
-        digits: after the point.
-
-    Returns:
-        For example ``0.481``; a dash for what is not there.
-    """
+    """Write a number with fixed digits."""
     return _NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def ends(d: Difference, points: bool) -> tuple[str, str, str]:
-    """Write a difference and its interval, with the digits it takes to keep the ends off 0.
-
-    Args:
-        d: a paired difference.
-        points: in percentage points, not in its own unit.
-
-    Returns:
-        The difference, the lower end, the upper end.
-    """
+    """Write a difference and its interval, with the digits it takes to keep the ends off 0."""
     if not math.isfinite(d.difference):
         return _NONE, _NONE, _NONE
     scale, digits = (100, 1) if points else (1, 3)
@@ -133,42 +86,19 @@ def ends(d: Difference, points: bool) -> tuple[str, str, str]:
 
 
 def difference(d: Difference, *, points: bool = False) -> str:
-    """Write a difference in words.
-
-    Args:
-        d: a paired difference.
-        points: in percentage points, not in its own unit.
-
-    Returns:
-        For example ``4.8 points, 95% interval 3.9 to 5.7``.
-    """
+    """Write a difference in words."""
     value, low, high = ends(d, points)
     return f"{value}{' points' if points else ''}, 95% interval {low} to {high}"
 
 
 def direction(d: Difference) -> str:
-    """Say which way a paired difference goes, if that is sure.
-
-    Args:
-        d: a paired difference.
-
-    Returns:
-        A verb with its complement.
-    """
+    """Say which way a paired difference goes, if that is sure."""
     low, high = d.interval
     return "is higher" if low > 0 else "is lower" if high < 0 else "does not differ measurably"
 
 
 def plain_json(value: Any) -> Any:
-    """Turn a value into what strict JSON can hold.
-
-    Args:
-        value: nested containers, numbers, texts, numpy's too.
-
-    Returns:
-        The same in plain containers; a number that is not finite becomes ``None``, what JSON does
-        not know its text.
-    """
+    """Turn a value into what strict JSON can hold."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, (float, np.floating)):
@@ -183,15 +113,7 @@ def plain_json(value: Any) -> Any:
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Name nested options by dotted names; those that were left open are left out.
-
-    Args:
-        options: nested mappings.
-        prefix: before every name.
-
-    Yields:
-        Name and value, as text.
-    """
+    """Name nested options by dotted names; those that were left open are left out."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -89,27 +89,13 @@ class LayerRow:
 
 
 def data_json(data: DataUsed) -> dict[str, Any]:
-    """What the JSON says of the data.
-
-    Args:
-        data: the record.
-
-    Returns:
-        All but the classes' names.
-    """
+    """What the JSON says of the data."""
     values = {f.name: getattr(data, f.name) for f in dataclasses.fields(data)}
     return {key: value for key, value in values.items() if key != "class_names"}
 
 
 def model_json(model: Evaluated) -> dict[str, Any]:
-    """What the JSON says of a model.
-
-    Args:
-        model: the record.
-
-    Returns:
-        By name; ``custom`` only where there are metrics of the user's.
-    """
+    """What the JSON says of a model."""
     m = model.metrics
     names = ("top1", "top5", "nll", "nll_temperature_scaled", "temperature", "brier", "ece")
     return {
@@ -133,31 +119,14 @@ def _custom_json(custom: Custom) -> dict[str, Any]:
 
 
 def paired_json(name: str, against: str, paired: Paired | None) -> dict[str, Any]:
-    """What the JSON says of a pair.
-
-    Args:
-        name: of the model that is judged.
-        against: name of the other.
-        paired: the record, if there is one.
-
-    Returns:
-        By name; all ``None`` without a record.
-    """
+    """What the JSON says of a pair."""
     shown = ("top1", "nll", "nll_temperature_scaled", "verdict", "temperature_only")
     values = without(paired) or dict.fromkeys(shown)
     return {"name": name, "against": against, **{key: values[key] for key in shown}}
 
 
 def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
-    """What the JSON says of a model on corrupted images.
-
-    Args:
-        row: the record.
-        against: name of the first model.
-
-    Returns:
-        By name; ``paired`` is ``None`` for the first model.
-    """
+    """What the JSON says of a model on corrupted images."""
     found = without(row, "paired") or {}
     paired = None
     if row.paired is not None:
@@ -166,15 +135,7 @@ def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
 
 
 def without(record: Any, *names: str) -> dict[str, Any] | None:
-    """A record's fields by name, some left out.
-
-    Args:
-        record: a dataclass, or ``None``.
-        names: what to leave out.
-
-    Returns:
-        The rest; ``None`` for ``None``.
-    """
+    """A record's fields by name, some left out."""
     if record is None:
         return None
     return {key: value for key, value in dataclasses.asdict(record).items() if key not in names}

@@ -111,11 +111,7 @@ class Report:
         return last is not None and last.temperature_only
 
     def verdict_sentence(self) -> str:
-        """Say in plain words what came out, how sure it is, and what it is worth.
-
-        Returns:
-            A few sentences; the first begins with the verdict.
-        """
+        """Say in plain words what came out, how sure it is, and what it is worth."""
         findings = self._findings()
         sentences = " ".join([findings.headline(), *findings.remarks()])
         if self.verdict is None:
@@ -123,11 +119,7 @@ class Report:
         return f"{self.verdict}: {sentences}"
 
     def to_json(self) -> dict[str, Any]:
-        """Put everything into plain containers; numbers that are not finite become ``None``.
-
-        Returns:
-            What ``report.json`` holds.
-        """
+        """Put everything into plain containers; numbers that are not finite become ``None``."""
         content = {
             "bnfix": __version__,
             "command": self.command,
@@ -182,38 +174,20 @@ class Report:
         return result and {**(without(result, *left_out) or {}), "kept": kept}
 
     def to_markdown(self) -> str:
-        """Write the tables and sentences as Markdown.
-
-        Returns:
-            The text; names cannot break out of their place.
-        """
+        """Write the tables and sentences as Markdown."""
         return self._render("report.md.j2", ())
 
     def to_html(self) -> str:
-        """Write one page, complete in itself, for light, dark, phone and print.
-
-        Returns:
-            The text; names cannot break out of their place.
-        """
+        """Write one page, complete in itself, for light, dark, phone and print."""
         return self._render("report.html.j2", self._pictures())
 
     def save(self, json_path: Path, md_path: Path, html_path: Path) -> None:
-        """Write the three files, each whole or not at all.
-
-        Args:
-            json_path: for the numbers.
-            md_path: for the Markdown.
-            html_path: for the page.
-        """
+        """Write the three files, each whole or not at all."""
         for path, text in zip((json_path, md_path, html_path), self.texts(), strict=True):
             write_text(path, text)
 
     def texts(self) -> tuple[str, str, str]:
-        """Write out all three forms.
-
-        Returns:
-            JSON, Markdown and the page.
-        """
+        """Write out all three forms."""
         as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         return as_json, self.to_markdown(), self.to_html()
 
@@ -297,14 +271,7 @@ class Report:
 
 
 def report_paths(out: Path) -> tuple[Path, Path, Path]:
-    """The report's files beside an output file.
-
-    Args:
-        out: for example ``net.safetensors``.
-
-    Returns:
-        ``net.safetensors.report.json``, ``.md`` and ``.html``.
-    """
+    """The report's files beside an output file."""
     json_path, md_path, html_path = (
         out.with_name(f"{out.name}.report.{kind}") for kind in ("json", "md", "html")
     )

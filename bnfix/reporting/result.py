@@ -74,29 +74,13 @@ class Result:
 
 
 def check_outputs(path: str | Path, *, force: bool) -> None:
-    """Check before any work that the checkpoint and its reports may be written.
-
-    Args:
-        path: of the checkpoint.
-        force: whether existing files may be replaced.
-
-    Raises:
-        CheckpointError: if one of them exists, or the folder cannot be written to.
-    """
+    """Check before any work that the checkpoint and its reports may be written."""
     check_output(path, force=force)
     check_reports(report_paths(Path(path)), force=force)
 
 
 def check_reports(paths: Iterable[Path], *, force: bool) -> None:
-    """Check before any work that the files of a report may be written.
-
-    Args:
-        paths: of the files.
-        force: whether existing ones may be replaced.
-
-    Raises:
-        CheckpointError: if one exists, or is a folder.
-    """
+    """Check before any work that the files of a report may be written."""
     for path in paths:
         if path.is_dir():
             raise CheckpointError(f"{path}: is a folder, expected a file to write.", path=path)

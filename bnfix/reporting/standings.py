@@ -54,15 +54,7 @@ class ClassRow:
 
 
 def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
-    """Rank models that were measured on the same labelled examples.
-
-    Args:
-        models: in the order given.
-        paired: each further model against the first.
-
-    Returns:
-        Best first; empty for fewer than two with metrics.
-    """
+    """Rank models that were measured on the same labelled examples."""
     keys = [
         (m.metrics.nll, -m.metrics.top1, i)
         for i, m in enumerate(models)
@@ -80,15 +72,7 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
 
 
 def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
-    """Top-1 of every class that has examples, one number a model.
-
-    Args:
-        models: measured on the same examples.
-        names: of the classes, as far as they are known.
-
-    Returns:
-        By index; empty without labels.
-    """
+    """Top-1 of every class that has examples, one number a model."""
     examples = [model.metrics.examples for model in models]
     if not examples or examples[0] is None:
         return []
@@ -108,15 +92,7 @@ def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassR
 
 
 def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
-    """Standard error of each class's change from the first model to the last.
-
-    Args:
-        models: measured on the same examples.
-        rows: their classes.
-
-    Returns:
-        One number a class; ``None`` without labels.
-    """
+    """Standard error of each class's change from the first model to the last."""
     first, last = models[0].metrics.examples, models[-1].metrics.examples
     if first is None or last is None:
         return None

@@ -47,11 +47,7 @@ class Findings:
     moved: Moved | None = None
 
     def headline(self) -> str:
-        """The first sentence, without the verdict's word.
-
-        Returns:
-            The sentence, its first letter small where words may stand before it.
-        """
+        """The first sentence, without the verdict's word."""
         if not self.models:
             n = self.n_swapped
             done = f"{count(n)} norm {'layer' if n == 1 else 'layers'} swapped; " if n else ""
@@ -175,11 +171,7 @@ class Findings:
         return f" ({number(first.value)} {self._reference()})"
 
     def badge(self) -> str:
-        """One or two words for the head of the page.
-
-        Returns:
-            ``Better``, ``Same``, ``Worse``, ``Measured``, ``Not proven`` or ``Done``.
-        """
+        """One or two words for the head of the page."""
         last = self.paired[-1] if self.paired else None
         if last is not None:
             return _BADGES[last.verdict] + (", no proof" if self.n_seen else "")
@@ -201,19 +193,7 @@ def done(
     decisions: Sequence[Decision],
     refused: Sequence[Any] = (),
 ) -> list[str]:
-    """Say what was done, one sentence each.
-
-    Args:
-        swap: of layers.
-        calibration: of the population statistics.
-        choice: of the example weight.
-        finetunings: every run tried.
-        decisions: of the gate.
-        refused: those of the results that the output does not hold.
-
-    Returns:
-        The sentences.
-    """
+    """Say what was done, one sentence each."""
     told = []
 
     def lost(result: Any) -> str:
@@ -264,19 +244,7 @@ def left_out(
     choice: WeightChoice | None,
     finetunings: Sequence[Finetuning],
 ) -> list[str]:
-    """Say what was assumed or skipped, one sentence each.
-
-    Args:
-        assumptions: of the command.
-        data: with the examples that could not be read.
-        swap: of layers.
-        calibration: of the population statistics.
-        choice: of the example weight.
-        finetunings: every run tried.
-
-    Returns:
-        The sentences, each once.
-    """
+    """Say what was assumed or skipped, one sentence each."""
     told = list(assumptions)
     if swap:
         told += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
