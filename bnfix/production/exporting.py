@@ -282,7 +282,7 @@ def _inputs(
         raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
     with guards.inference(loaded.model):
         runtime.run(loaded.model, x[:2], torch.device("cpu"))
-    return _Inputs(x, images, index, preprocessing, notes)
+    return _Inputs(x=x, images=images, index=index, preprocessing=preprocessing, notes=notes)
 
 
 def _noise(
@@ -310,7 +310,15 @@ def _noise(
     )
     words = " and ".join("x".join(map(str, made)) for made in shapes)
     notes = [f"verified on seeded noise of {words}, since no --data was given."]
-    inputs = _Inputs(x, None, np.arange(0), preprocessing, notes, more[0] if free else None, shape)
+    inputs = _Inputs(
+        x=x,
+        images=None,
+        index=np.arange(0),
+        preprocessing=preprocessing,
+        notes=notes,
+        other=more[0] if free else None,
+        usual=shape,
+    )
     with _free_size(inputs):
         for some_inputs in (x, *more):
             names_of(model, some_inputs[:2])
@@ -390,7 +398,9 @@ def _zero_(
             inputs.images, index, inputs.preprocessing, source, workers, stage, track
         )
         metrics = evaluate(net, batches, seed=seed)
-        models.append(Evaluated(name, None, None, metrics, n_live(net)))
+        models.append(
+            Evaluated(name=name, file=None, sha256=None, metrics=metrics, n_live=n_live(net))
+        )
     return cost, tuple(models)
 
 

@@ -124,7 +124,7 @@ def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
         )
     live = tuple(site.name for site in sites if _is_live(site.module))
     if not sites:
-        return Folding((), {}, (), "nothing", "nothing")
+        return Folding(folded=(), left={}, live=(), checked_on="nothing", traced_by="nothing")
     sources, traced_by = sources_of(model, [site.module for site in sites], example)
     left: dict[str, str] = {}
     candidates: list[_Candidate] = []
@@ -152,7 +152,13 @@ def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
         folded.append(Fold(one.site.name, one.name, kind, difference))
     _apply_(model, accepted, example)
     order = {site.name: left[site.name] for site in sites if site.name in left}
-    return Folding(tuple(folded), order, live, "noise" if example is None else "example", traced_by)
+    return Folding(
+        folded=tuple(folded),
+        left=order,
+        live=live,
+        checked_on="noise" if example is None else "example",
+        traced_by=traced_by,
+    )
 
 
 def _weight(layer: nn.Module) -> Tensor:
@@ -196,7 +202,7 @@ def _candidate(
     activated = is_timm_act(norm) or hasattr(norm, "act") or hasattr(norm, "drop")
     after = _Rest(norm) if activated else nn.Identity()
     after.eval()
-    return _Candidate(site, source.layer, layer, new, after)
+    return _Candidate(site=site, name=source.layer, layer=layer, new=new, after=after)
 
 
 def _norm_problem(site: NormSite) -> str | None:

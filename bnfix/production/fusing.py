@@ -172,9 +172,15 @@ def fused(
             "without --fast; look at the statistics with `bnfix inspect`."
         )
     return net, Fusion(
-        folding, names, overwriting, len(live), n_prepacked, channels_last, difference,
-        tuple(notes),
-    )  # fmt: skip
+        folding=folding,
+        fused=names,
+        overwriting=overwriting,
+        live=len(live),
+        prepacked=n_prepacked,
+        channels_last=channels_last,
+        difference=difference,
+        notes=tuple(notes),
+    )
 
 
 class _ChannelsLast(nn.Module):

@@ -54,15 +54,15 @@ def layer_rows(
         record = errors.get(site.name)
         rows.append(
             LayerRow(
-                site.name,
-                site.kind,
-                int(getattr(site.module, "num_features", 0)),
-                weights.get(site.name, 0.0),
-                shift,
-                ratio,
-                fresh[site.name][0] if site.name in fresh else None,
-                None if record is None else record.mean_se,
-                None if record is None else record.var_se,
+                name=site.name,
+                kind=site.kind,
+                channels=int(getattr(site.module, "num_features", 0)),
+                example_weight=weights.get(site.name, 0.0),
+                mean_shift=shift,
+                log_var_ratio=ratio,
+                residual=fresh[site.name][0] if site.name in fresh else None,
+                mean_se=None if record is None else record.mean_se,
+                var_se=None if record is None else record.var_se,
             )
         )
     return tuple(rows)

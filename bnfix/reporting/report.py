@@ -206,7 +206,13 @@ class Report:
     def _findings(self) -> wording.Findings:
         n_swapped = len(self.swap.changes) if self.swap else 0
         return wording.Findings(
-            self.command, self.data, self.models, self.paired, self.n_seen, n_swapped, self.moved
+            command=self.command,
+            data=self.data,
+            models=self.models,
+            paired=self.paired,
+            n_seen=self.n_seen,
+            n_swapped=n_swapped,
+            moved=self.moved,
         )
 
     def _pictures(self) -> list[Picture]:

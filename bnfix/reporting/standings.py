@@ -65,7 +65,11 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
     values = [key[:2] for key in sorted(keys)]
     return [
         Rank(
-            values.index((nll, top1)) + 1, models[i].name, nll, -top1, paired[i - 1] if i else None
+            rank=values.index((nll, top1)) + 1,
+            name=models[i].name,
+            nll=nll,
+            top1=-top1,
+            paired=paired[i - 1] if i else None,
         )
         for nll, top1, i in sorted(keys)
     ]
