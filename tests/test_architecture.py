@@ -57,8 +57,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "layers.kernels": {"layers", "layers.rows", "moments"},
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
-        "production.artifacts": set(),
-        "production.prepacked": set(),
         "recipe": set(),
         "statistics.accumulating": {"layers.rows", "moments"},
     },
@@ -76,8 +74,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
         "plan": set(),
         "preprocessing": set(),
-        "production.dataflow": {"production.artifacts"},
-        "production.verification": {"guards", "production.artifacts"},
+        "production.dataflow": set(),
+        "production.verification": {"guards"},
         "runtime": {"processes"},
     },
     {
@@ -115,8 +113,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "measuring.pairing", "runtime",
         },
         "production.folding": {
-            "guards", "layers.norms", "layers.sites", "moments", "production.artifacts",
-            "production.dataflow", "runtime",
+            "guards", "layers.norms", "layers.sites", "moments", "production.dataflow", "runtime",
         },
         "reporting.pages": {"measuring.pairing"},
         "statistics.collecting": {
@@ -140,8 +137,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "layers.norms", "layers.sites", "moments", "runtime", "statistics.collecting",
         },
         "production.fusing": {
-            "guards", "layers.kernels", "layers.norms", "production.artifacts",
-            "production.dataflow", "production.folding", "production.prepacked", "runtime",
+            "guards", "layers.kernels", "layers.norms", "production.dataflow",
+            "production.folding", "runtime",
         },
         "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
         "reporting.records": {
@@ -221,10 +218,6 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.calibration", "tracking", "tuning.finetuning", "weighing.example_weight",
             "weighing.label_free", "workbench",
         },
-        "production.plain_files": {
-            "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
-            "production", "production.folding", "production.plain",
-        },
         "reporting.layer_rows": {
             "layers.norms", "layers.sites", "reporting.records", "statistics.calibration",
             "weighing.example_weight",
@@ -240,10 +233,10 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "production.making": {
-            "building.models", "checkpoints.loading", "guards", "layers.norms", "production",
-            "production.artifacts", "production.dataflow", "production.folding", "production.plain",
-            "production.plain_files", "production.verification",
+        "production.forms": {
+            "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
+            "guards", "layers.norms", "production", "production.dataflow", "production.folding",
+            "production.plain", "production.verification",
         },
         "reporting.report": {
             "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.movement",
@@ -277,7 +270,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "measuring.temperature", "reporting.result",
         },
         "production.export_report": {
-            "checkpoints.checkpoint", "production", "production.folding", "production.plain_files",
+            "checkpoints.checkpoint", "production", "production.folding", "production.forms",
             "production.verification", "reporting.pages", "reporting.report", "reporting.result",
         },
         "run": {
@@ -304,8 +297,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "production.exporting": {
             "checkpoints.loading", "checkpoints.saving", "conversion", "data.batches",
             "data.corruptions", "data.fingerprints", "data.images", "data.opening", "estimating",
-            "guards", "layers.norms", "measuring.evaluation", "production", "production.artifacts",
-            "production.export_report", "production.making", "production.verification",
+            "guards", "layers.norms", "measuring.evaluation", "production",
+            "production.export_report", "production.forms", "production.verification",
             "reporting.layer_rows", "reporting.records", "reporting.report", "runtime", "tracking",
             "workbench",
         },
@@ -367,9 +360,9 @@ DOORS = {
     "triton": set(),
     "matplotlib": {"reporting.svg"},
     "jinja2": {"reporting.pages"},
-    "onnxruntime": {"production.artifacts"},
+    "onnxruntime": {"production.forms"},
     "safetensors": {
-        "checkpoints.pickles", "checkpoints.reading", "production.plain_files",
+        "checkpoints.pickles", "checkpoints.reading", "production.forms",
     },
     "pickle": {"checkpoints.pickles"},
     "PIL": {

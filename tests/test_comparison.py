@@ -531,7 +531,7 @@ def test_fast_copies_give_the_same_numbers_and_say_what_they_are(cli, files, com
         assert mine["top1"] == theirs["top1"]
         assert mine["nll"] == pytest.approx(theirs["nll"], abs=1e-5)
         assert mine["n_live"] == theirs["n_live"]
-    notes = [note for note in found["assumptions"] if "evaluated on a faster copy" in note]
+    notes = [note for note in found["assumptions"] if "evaluated on an optimized copy" in note]
     assert len(notes) == 2
     assert all("folded into the layers before them" in note for note in notes)
     assert all("outputs differ by at most" in note for note in notes)

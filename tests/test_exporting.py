@@ -21,10 +21,10 @@ import bnfix
 from bnfix import ConfigError, ModelError
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.preprocessing import Preprocessing
-from bnfix.production import artifacts
-from bnfix.production.artifacts import outputs_of
+from bnfix.production import forms
 from bnfix.production.exporting import ExportRecipe, export
 from bnfix.production.plain import ExampleNorm, build, read
+from bnfix.production.verification import outputs_of
 from bnfix.recipe import DataRecipe, ModelRecipe
 from tests import nets
 from tests.conftest import Files, Outcome, environment
@@ -181,9 +181,9 @@ def test_onnx_runs_at_any_batch_size_in_standard_operators(folder):
     )
     made.save(folder / "live.onnx")
     assert made.live == ("bn",)
-    assert made.agreement.max_difference < ATOL
-    assert made.agreement.batch_sizes == (1, 7)
-    assert made.agreement.top1_agreement == 1
+    assert made.verified.agreement.max_difference < ATOL
+    assert made.verified.agreement.batch_sizes == (1, 7)
+    assert made.verified.agreement.top1_agreement == 1
     proto = onnx.load(folder / "live.onnx")
     onnx.checker.check_model(proto, full_check=True)
     assert [(o.domain, o.version) for o in proto.opset_import] == [("", 18)]
@@ -376,7 +376,7 @@ def scaler(folder: Path) -> Path:
 
 
 def test_a_difference_between_layers_is_not_called_rounding(folder):
-    with pytest.raises(ModelError, match=r"agrees by itself, so suspect what is computed between"):
+    with pytest.raises(ModelError, match=r"agrees by itself, so suspect the operations between"):
         export(
             folder / "live.safetensors",
             model=spec(folder, "late"),
@@ -388,7 +388,7 @@ def test_a_difference_is_judged_by_the_size_of_its_output(folder, scaler):
     """Rounding of outputs in the thousands is above 1e-4, and nothing to refuse."""
     recipe = ExportRecipe("pt2", samples=8, input_shape=SHAPE)
     made = export(scaler, model=spec(folder, "upscaler"), recipe=recipe)
-    found = made.agreement
+    found = made.verified.agreement
     assert found.largest_output > 1e3
     assert found.max_difference > ATOL
     assert found.relative_difference == found.max_difference / found.largest_output
@@ -406,9 +406,9 @@ def test_a_difference_is_judged_by_the_size_of_its_output(folder, scaler):
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_an_unknown_height_and_width_are_left_free(folder, scaler, to):
     made = export(scaler, model=spec(folder, "upscaler"), recipe=ExportRecipe(to, samples=2))
-    assert (made.input_shape, made.other_shape) == ((3, 64, 96), (3, 96, 128))
+    assert (made.verified.input_shape, made.verified.other_shape) == ((3, 64, 96), (3, 96, 128))
     assert "any height and width (checked on 3x64x96 and 3x96x128)" in made.remarks()[0]
-    run = (artifacts.onnx_runner if to == "onnx" else artifacts.pt2_runner)(made.content)
+    run = (forms.onnx_runner if to == "onnx" else forms.pt2_runner)(made.content)
     assert run(torch.randn(3, 3, 17, 23))[0].shape == (3, 3, 34, 46)
 
 
@@ -443,10 +443,10 @@ def test_stored_preprocessing_says_the_size(folder, tmp_path, options, shape):
     )
     recipe = ExportRecipe("pt2", samples=2)
     made = export(path, model=spec(folder), recipe=recipe)
-    assert (made.input_shape, made.other_shape) == (shape, None)
+    assert (made.verified.input_shape, made.verified.other_shape) == (shape, None)
     source = DataRecipe(labels="none", **options)
     made = export(folder / "live.safetensors", model=spec(folder), recipe=recipe, source=source)
-    assert made.input_shape == shape
+    assert made.verified.input_shape == shape
 
 
 def test_a_librarys_dump_stays_off_the_terminal(folder, tmp_path, cli):

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from bnfix import ModelError, find_norms, set_example_weight_, swap_norms_
 from bnfix.layers import kernels
 from bnfix.layers.kernels import Finish
-from bnfix.production.fusing import FusedNorm, fused
-from bnfix.production.prepacked import PrepackedConv, prepacked
+from bnfix.production.fusing import FusedNorm, PrepackedConv, fused, prepacked
 from bnfix.runtime import set_forward_
 from tests import nets
 from tests.test_kernels import LAYOUTS, laid_out, oracle, terms_for
@@ -238,7 +237,7 @@ def test_refusals():
     with pytest.raises(ModelError, match=r"training mode. Call model.eval"):
         fused(copy.deepcopy(model).train(), x)
     net, _ = fused(model, x)
-    with pytest.raises(ModelError, match=r"it is for inference. Train the model"):
+    with pytest.raises(ModelError, match=r"it is for inference. Train the original"):
         net(x.clone().requires_grad_())
 
     class Random(nn.Module):
@@ -248,6 +247,18 @@ def test_refusals():
     torch.manual_seed(0)
     with pytest.raises(ModelError, match=r"outputs differ by .* Evaluate without --fast"):
         fused(nn.Sequential(model, Random()).eval(), x)
+
+
+def test_outputs_that_become_nan_are_a_difference():
+    class Picky(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.is_contiguous() else x + float("nan")
+
+    x = images(2, 8, 6).abs()
+    model = live(nn.Sequential(Block("modules"), Picky()))
+    fused(model, x, channels_last=False)
+    with pytest.raises(ModelError, match=r"outputs differ by .* Evaluate without --fast"):
+        fused(model, x, channels_last=True)
 
 
 # --- the parts ---
@@ -330,7 +341,7 @@ def test_only_what_nobody_else_reads_is_written_over():
     torch.testing.assert_close(run(net, x), run(model, x), rtol=1e-4, atol=1e-5)
     assert torch.equal(x, before)
     torch.testing.assert_close(seen[-2], seen[-1], rtol=1e-4, atol=1e-5)
-    assert "2 written over their input" in found.text
+    assert "2 of them in place" in found.text
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])

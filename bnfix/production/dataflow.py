@@ -1,10 +1,14 @@
-"""Where the input of a norm layer comes from, and who else sees it: torch.fx, or torch.export."""
+"""Trace a model with torch.fx or torch.export, and find the layer before each norm layer."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +16,20 @@ import torch
 from torch import Tensor, fx, nn
 
 from bnfix._torch_private import ConvBase
-from bnfix.errors import ModelError
-from bnfix.production.artifacts import quiet, root_line
+from bnfix.errors import ModelError, one_line
 
-#: What running a stranger's forward on symbols is known to raise.
+#: Errors that a stranger's forward is known to raise on symbols.
 _TRACE_ERRORS = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NameError,
     ArithmeticError,
 )  # fmt: skip
-#: Modules that hand their input on, in evaluation.
+#: Modules that return their input unchanged in evaluation mode.
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 @dataclass(frozen=True)
 class Source:
-    """What comes before a norm layer.
-
-    Args:
-        layer: dotted name of the module whose output is the layer's input, if it is a module's and
-            nothing else sees it.
-        problem: otherwise what it is, or who else sees it; "" if there is none.
-    """
+    """The module whose output a norm layer alone reads, or the reason why there is none."""
 
     layer: str | None
     problem: str = ""
@@ -41,10 +38,10 @@ class Source:
 def sources_of(
     model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None = None
 ) -> tuple[dict[str, Source], str]:
-    """Find what comes before each norm layer.
+    """The source of each norm layer by dotted name, and the tool that found it.
 
-    torch.fx traces for all inputs at once. Where that fails (branches on sizes, for example) and
-    there is an example, torch.export follows the way that inputs of its size take.
+    torch.fx traces for all inputs at once. If it fails (on a branch that depends on a size, for
+    example) and there is an example, torch.export follows the path of inputs of its size.
     """
     graph = _graph(model, norms)
     if isinstance(graph, fx.Graph):
@@ -65,28 +62,20 @@ def sources_of(
 
 
 def graph_of(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph:
-    """Trace a model for all inputs at once, its norm layers and torch's own layers as they are."""
+    """Trace a model for all inputs at once; norm layers and torch's own layers stay calls."""
     graph = _graph(model, norms)
     if isinstance(graph, str):
         raise ModelError(f"model: cannot be traced by torch.fx ({graph}).")
     return graph
 
 
-def _graph(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
-    """The graph, or why there is none."""
-    reasons = []
-    for coarse in (False, True):
-        try:
-            return _Tracer(model, norms, coarse).trace(model, _defaults(model))
-        except _TRACE_ERRORS as error:
-            reasons.append(root_line(error))
-    return reasons[0]
-
-
 def export_program(
     model: nn.Module, example: Tensor, *, free_size: bool = False
 ) -> torch.export.ExportedProgram:
-    """Export a model with a free batch size, and a free height and width if asked for."""
+    """Export with a free batch size, and if asked a free height and width, from at least 2 inputs.
+
+    A single input would not do: torch.export takes a size of 1 for a constant.
+    """
     free = {0: torch.export.Dim("batch", min=1, max=2**20)}
     if free_size:
         free |= dict.fromkeys(range(2, example.ndim), torch.export.Dim.DYNAMIC)
@@ -103,17 +92,55 @@ def export_program(
         ) from error
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep exporters from printing, warning and logging; real problems are checked or raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def root_line(error: BaseException) -> str:
+    """The innermost reason of a library's error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error).rstrip(".")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether forward hooks could see or change the module's input or output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _graph(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
+    """The graph, or why there is none."""
+    reasons = []
+    for coarse in (False, True):
+        try:
+            return _Tracer(model, norms, coarse).trace(model, _defaults(model))
+        except _TRACE_ERRORS as error:
+            reasons.append(root_line(error))
+    return reasons[0]
+
+
 class _Tracer(fx.Tracer):
-    """Norms and torch's own layers are leaves; coarse: whatever holds no norm is one too."""
+    """Norms and torch's own layers are leaves; coarse: any module without a norm is one too."""
 
     def __init__(self, model: nn.Module, norms: Sequence[nn.Module], coarse: bool) -> None:
         super().__init__()
-        known = {id(norm) for norm in norms}
-        self._norms = known
+        self._coarse, self._norms = coarse, {id(norm) for norm in norms}
         self._with_norms = {
-            id(m) for m in model.modules() if any(id(part) in known for part in m.modules())
+            id(m) for m in model.modules() if any(id(part) in self._norms for part in m.modules())
         }
-        self._coarse = coarse
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if id(m) in self._norms or isinstance(m, ConvBase | nn.Linear):
@@ -124,58 +151,55 @@ class _Tracer(fx.Tracer):
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Arguments that a call with one input leaves at their defaults; symbols would mislead."""
+    """Defaults of the further arguments; as symbols they would take the wrong branches."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     return {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
 
 
+def _first_names(model: nn.Module) -> dict[int, str]:
+    return {id(module): name for name, module in model.named_modules()}
+
+
 def _sources(graph: fx.Graph, model: nn.Module, norms: Sequence[nn.Module]) -> dict[str, Source]:
-    names = dict(model.named_modules(remove_duplicate=False))
-    first = {id(module): name for name, module in model.named_modules()}
+    """Each norm's source in a graph of torch.fx."""
+    modules, first = dict(model.named_modules(remove_duplicate=False)), _first_names(model)
     known = {id(norm) for norm in norms}
-    calls = Counter(id(names[str(node.target)]) for node in graph.nodes if node.op == "call_module")
+    called = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
+    calls = Counter(id(module) for module in called.values())
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    found: dict[str, Source] = {}
-    for node in graph.nodes:
-        if node.op != "call_module" or id(names[str(node.target)]) not in known:
-            continue
-        norm = names[str(node.target)]
-        if calls[id(norm)] > 1:
-            found[first[id(norm)]] = Source(None, f"is called {calls[id(norm)]} times a pass")
-            continue
-        given = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
-        found[first[id(norm)]] = _source(given, node, names, first, calls, read)
-    return found
+
+    def source(user: fx.Node) -> Source:
+        n_calls = calls[id(called[user])]
+        if n_calls > 1:
+            return Source(None, f"is called {n_calls} times a pass")
+        given = user.args[0] if user.args else next(iter(user.kwargs.values()), None)
+        while (
+            isinstance(given, fx.Node)
+            and given in called
+            and _is_silent(called[given])
+            and set(given.users) == {user}
+            and given.args
+        ):
+            user, given = given, given.args[0]
+        if not isinstance(given, fx.Node) or given not in called:
+            return _follows(getattr(given, "name", "a constant"))
+        name, n_calls = first[id(called[given])], calls[id(called[given])]
+        return _alone(name, n_calls, seen=set(given.users) != {user}, read=name in read)
+
+    return {first[id(module)]: source(n) for n, module in called.items() if id(module) in known}
 
 
-def _source(
-    given: Any,
-    user: fx.Node,
-    names: dict[str, nn.Module],
-    first: dict[int, str],
-    calls: Counter[int],
-    read: set[str],
-) -> Source:
-    while (
-        isinstance(given, fx.Node)
-        and given.op == "call_module"
-        and _is_silent(names[str(given.target)])
-        and set(given.users) == {user}
-        and given.args
-    ):
-        user, given = given, given.args[0]
-    if not isinstance(given, fx.Node) or given.op != "call_module":
-        what = getattr(given, "name", "a constant")
-        return Source(None, f"follows {what}, not a convolution or linear layer")
-    module = names[str(given.target)]
-    name = first[id(module)]
-    if set(given.users) != {user}:
+def _follows(name: str) -> Source:
+    return Source(None, f"follows {name}, not a convolution or linear layer")
+
+
+def _alone(name: str, n_calls: int, *, seen: bool, read: bool) -> Source:
+    """The layer as a source, unless its output or its weights serve something else too."""
+    if seen:
         return Source(None, f"the output of {name} is used elsewhere too")
-    if calls[id(module)] > 1:
-        return Source(None, f"{name} is shared: it is called {calls[id(module)]} times a pass")
-    if name in read:
-        return Source(None, f"the weights of {name} are used elsewhere too")
-    return Source(name)
+    if n_calls > 1:
+        return Source(None, f"{name} is shared: it is called {n_calls} times a pass")
+    return Source(None, f"the weights of {name} are used elsewhere too") if read else Source(name)
 
 
 def _is_silent(module: nn.Module) -> bool:
@@ -185,67 +209,54 @@ def _is_silent(module: nn.Module) -> bool:
 def _module_of(node: fx.Node) -> str | None:
     """Dotted name of the module call that a node of an exported program belongs to."""
     stack = node.meta.get("nn_module_stack")
+    if node.op != "call_function" or not stack:
+        return None
     # A second call of the same module has its number after an @.
-    return list(stack.values())[-1][0] + _suffix(list(stack)[-1]) if stack else None
-
-
-def _suffix(key: str) -> str:
-    return "@" + key.rpartition("@")[2] if "@" in key else ""
+    key, (name, _) = list(stack.items())[-1]
+    return str(name) + ("@" + key.rpartition("@")[2] if "@" in key else "")
 
 
 def _exported_sources(
     program: torch.export.ExportedProgram, model: nn.Module, norms: Sequence[nn.Module]
 ) -> dict[str, Source]:
-    first = {id(module): name for name, module in model.named_modules()}
+    """Each norm's source in an exported program, whose nodes name the module they came from."""
+    first = _first_names(model)
     owner = {n: first[id(m)] for n, m in model.named_modules(remove_duplicate=False)}
-    tensors = {str(n) for n in program.graph_signature.inputs_to_parameters} | {
-        str(n) for n in program.graph_signature.inputs_to_buffers
-    }
-    inside: dict[str, list[fx.Node]] = {}
+    signature = program.graph_signature
+    tensors = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+    inside: dict[str, set[fx.Node]] = {}
     calls: dict[str, set[str]] = {}
     for node in program.graph.nodes:
-        where = _module_of(node) if node.op == "call_function" else None
-        if where is not None:
+        if (where := _module_of(node)) is not None:
             plain = owner.get(where.partition("@")[0], where.partition("@")[0])
-            inside.setdefault(plain, []).append(node)
+            inside.setdefault(plain, set()).add(node)
             calls.setdefault(plain, set()).add(where)
-    return {
-        first[id(norm)]: _exported_source(first[id(norm)], inside, calls, tensors, model)
-        for norm in norms
-        if first[id(norm)] in inside
-    }
-
-
-def _exported_source(
-    name: str,
-    inside: dict[str, list[fx.Node]],
-    calls: dict[str, set[str]],
-    tensors: set[str],
-    model: nn.Module,
-) -> Source:
-    own = set(inside[name])
-    if len(calls[name]) > 1:
-        return Source(None, f"is called {len(calls[name])} times a pass")
 
     def inputs(nodes: set[fx.Node]) -> set[fx.Node]:
         outside = {given for node in nodes for given in node.all_input_nodes} - nodes
         return {given for given in outside if given.name not in tensors}
 
-    users, sources = own, inputs(own)
-    while len(sources) == 1:
-        (given,) = sources
-        where = next((plain for plain, nodes in inside.items() if given in nodes), None)
-        if where is None or any(True for _ in model.get_submodule(where).children()):
-            return Source(None, f"follows {given.name}, not a convolution or linear layer")
-        if not set(given.users) <= users:
-            return Source(None, f"the output of {where} is used elsewhere too")
-        if len(calls[where]) > 1:
-            return Source(None, f"{where} is shared: it is called {len(calls[where])} times a pass")
-        nodes = set(inside[where])
-        weights = {w for n in nodes for w in n.all_input_nodes if w.name in tensors}
-        if any(not set(weight.users) <= nodes for weight in weights):
-            return Source(None, f"the weights of {where} are used elsewhere too")
-        if not _is_silent(model.get_submodule(where)):
-            return Source(where)
-        users, sources = nodes, inputs(nodes)
-    return Source(None, "has no single input")
+    def source(norm: str) -> Source:
+        if len(calls[norm]) > 1:
+            return Source(None, f"is called {len(calls[norm])} times a pass")
+        users = inside[norm]
+        while len(given := inputs(users)) == 1:
+            (node,) = given
+            where = next((name for name, nodes in inside.items() if node in nodes), None)
+            # A module with children computes more than its own formula.
+            if where is None or any(True for _ in model.get_submodule(where).children()):
+                return _follows(node.name)
+            nodes = inside[where]
+            weights = {w for n in nodes for w in n.all_input_nodes if w.name in tensors}
+            found = _alone(
+                where,
+                len(calls[where]),
+                seen=not set(node.users) <= users,
+                read=any(not set(weight.users) <= nodes for weight in weights),
+            )
+            if found.layer is None or not _is_silent(model.get_submodule(where)):
+                return found
+            users = nodes
+        return Source(None, "has no single input")
+
+    return {first[id(norm)]: source(first[id(norm)]) for norm in norms if first[id(norm)] in inside}

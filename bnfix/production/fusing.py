@@ -1,10 +1,11 @@
-"""A network made fast for evaluation: what follows a live norm layer is done in the cache.
+"""A copy of a network that evaluates faster, for `eval --fast`.
 
-Layers of weight 0 go into the convolutions before them (`folding`). A live layer cannot, but what
-follows it, the addition of a residual and the activation, can be done by its own kernel, which wins
-back the reading that its look at the example costs; and where nobody else reads what a convolution
-gave it, it writes over that, while it is in the cache. The result is for inference: it shares its
-other tensors with the model that it was made of, and takes no part in training or surgery.
+Layers of weight 0 are folded into the convolutions before them (`folding`). A live layer cannot be
+folded, because it has to read its input for the example's statistics. Its kernel instead does the
+residual addition and the activation that follow it, which saves their reads; and where nothing else
+reads a convolution's output, it overwrites that while it is still in the cache. On CPUs,
+convolutions use channels-last inputs and prepacked weights. The copy is for inference only: it
+shares tensors with its original and cannot be trained.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from bnfix import guards, runtime
-from bnfix._torch_private import tree_map
+from bnfix._torch_private import packed_convolution, packed_weight, tree_map
 from bnfix.errors import ModelError
 from bnfix.layers.kernels import (
     Activation,
@@ -32,10 +33,8 @@ from bnfix.layers.kernels import (
     silu_,
 )
 from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, generalized_norms
-from bnfix.production.artifacts import outputs_of
-from bnfix.production.dataflow import graph_of
-from bnfix.production.folding import Folding, optimize_
-from bnfix.production.prepacked import PrepackedConv, prepacked
+from bnfix.production.dataflow import graph_of, hooked
+from bnfix.production.folding import Folding, optimize_, outputs_on, relative_change
 
 #: Functions and methods of torch that change each value by itself, without further arguments.
 _FUNCTIONS: dict[Any, Activation] = {
@@ -43,67 +42,49 @@ _FUNCTIONS: dict[Any, Activation] = {
     F.silu: silu_, F.hardswish: hardswish_, "relu": torch.relu_, "relu_": torch.relu_,
 }  # fmt: skip
 _ADDITIONS = (operator.add, torch.add, "add")
-#: Those that change their first operand, which others may look at too unless it is the norm's.
+#: These change their first operand, which others may read too unless it is the norm's output.
 _IN_PLACE = (operator.iadd, "add_")
 _CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-#: Largest difference of outputs, by the largest output where that is above 1.
+#: Largest difference of outputs, relative to the largest output where that is above 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+#: Errors of an operator that this torch lacks, or that does not support a convolution.
+_FAILURES = (RuntimeError, AttributeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """What was made faster, and how.
+    """How a network was made faster."""
 
-    Args:
-        folding: layers of weight 0 in the convolutions before them; ``None`` where the dataflow
-            could not be followed.
-        fused: dotted names of the live layers that do what follows them.
-        overwriting: number of live layers that write over their input.
-        live: number of live layers.
-        prepacked: convolutions whose weights wait in the layout that the CPU computes with.
-        channels_last: whether the network runs on channels last.
-        difference: largest |output after - output before| on the example, relative to the largest
-            output where that is above 1.
-        notes: why something was not done.
-    """
-
-    folding: Folding | None
-    fused: tuple[str, ...]
-    overwriting: int
+    folding: Folding | None  # None where the dataflow could not be traced
+    fused: tuple[str, ...]  # live layers that also do the operations after them
+    overwriting: int  # live layers that overwrite their input
     live: int
-    prepacked: int
+    prepacked: int  # convolutions
     channels_last: bool
-    difference: float
+    difference: float  # largest |after - before| on the example, see `relative_change`
     notes: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """What was done, as a clause for reports."""
+        """A clause for reports."""
         n_folded = 0 if self.folding is None else len(self.folding.folded)
-        parts = [
-            f"{n_folded} norm layers folded into the layers before them",
-            f"{len(self.fused)} of {self.live} live ones fused with what follows them, "
-            f"{self.overwriting} written over their input",
-            f"{self.prepacked} convolutions prepacked",
-        ]
-        layout = "channels last" if self.channels_last else "memory format as it was"
+        layout = "channels last" if self.channels_last else "memory format unchanged"
         notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
         return (
-            f"evaluated on a faster copy ({', '.join(parts)}, {layout}{notes}), whose outputs "
-            f"differ by at most {self.difference:.1e}"
+            f"evaluated on an optimized copy ({n_folded} norm layers folded, {len(self.fused)} of "
+            f"{self.live} live layers fused with the add and activation after them, "
+            f"{self.overwriting} of them in place, {self.prepacked} convolutions prepacked, "
+            f"{layout}{notes}); its outputs differ by at most {self.difference:.1e}"
         )
 
 
 class FusedNorm(nn.Module):
     """A live norm layer in evaluation, the addition of a residual, and an activation.
 
-    Args:
-        norm: the layer; its tensors stay its own.
-        activation: changes a tensor in place; ``None`` for none.
-        overwrite: whether the output may take the input's memory.
+    The activation works in place. With ``overwrite`` the output may take the input's memory.
     """
 
     def __init__(
@@ -113,9 +94,9 @@ class FusedNorm(nn.Module):
         self.norm, self._activation, self.overwrite = norm, activation, overwrite
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalize, add, activate."""
+        """``activation(norm(input) + residual)``, input ``(N, C, *spatial)``."""
         if self.norm.training or (torch.is_grad_enabled() and input.requires_grad):
-            raise ModelError("fused network: it is for inference. Train the model it was made of.")
+            raise ModelError("fused network: it is for inference. Train the original model.")
         terms = self.norm._terms()
         if residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype):
             finish = Finish(residual, self._activation)
@@ -133,28 +114,32 @@ def fused(
     channels_last: bool | None = None,
     prepack: bool | None = None,
 ) -> tuple[nn.Module, Fusion]:
-    """Make a copy of a model that evaluates faster, and check that it gives the same outputs."""
+    """Make a copy of a model that evaluates faster, and check its outputs on a batch.
+
+    ``channels_last`` is by default on for inputs with two spatial axes on CPUs, where convolutions
+    are faster so. ``prepack`` follows it, and must be False under autocast. The example is a batch
+    of the usual size, in any form. A ModelError is raised in training mode, or where the outputs
+    would change.
+    """
     if any(m.training for m in model.modules()):
         raise ModelError("fused network: the model is in training mode. Call model.eval() first.")
-    before = _outputs(model, example)
+    before = outputs_on(model, _copied(example))
     net, notes = copy.deepcopy(model), []
     device = runtime.device_of(model)
     # Where the user states how the model is called, only that knows what the inputs are.
     x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
     folding = None
     try:
-        folding = optimize_(net, _own(x).to(device) if isinstance(x, Tensor) else None)
+        folding = optimize_(net, _copied(x).to(device) if isinstance(x, Tensor) else None)
     except ModelError as error:
         notes.append(str(error))
-    live = [layer for _, layer in generalized_norms(net) if layer.live]
+    n_live = sum(layer.live for _, layer in generalized_norms(net))
     names: tuple[str, ...] = ()
-    overwriting = 0
-    if live:
+    if n_live:
         try:
             net, names = _fused(net)
-            overwriting = sum(isinstance(m, FusedNorm) and m.overwrite for m in net.modules())
         except ModelError as error:
-            notes.append(f"what follows the live layers is not done by them: {error}")
+            notes.append(f"the live layers are not fused: {error}")
     if channels_last is None:
         channels_last = isinstance(x, Tensor) and x.ndim == 4 and device.type == "cpu"
     n_prepacked = 0
@@ -162,9 +147,10 @@ def fused(
         n_prepacked = _prepack_(net, example)
     if channels_last:
         net = _ChannelsLast(net.to(memory_format=torch.channels_last)).eval()
-    difference = 0.0
-    for old, new in zip(before, _outputs(net, example), strict=True):
-        difference = max(difference, float((new - old).abs().max() / old.abs().max().clamp_min(1)))
+    pairs = zip(before, outputs_on(net, _copied(example)), strict=True)
+    # A value that is NaN before and after is no difference.
+    changes = [relative_change(old.nan_to_num(), new.nan_to_num()) for old, new in pairs]
+    difference = max(changes, default=0.0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     if not difference <= _TOLERANCE.get(dtype, 1e-3):
         raise ModelError(
@@ -174,8 +160,8 @@ def fused(
     return net, Fusion(
         folding=folding,
         fused=names,
-        overwriting=overwriting,
-        live=len(live),
+        overwriting=sum(isinstance(m, FusedNorm) and m.overwrite for m in net.modules()),
+        live=n_live,
         prepacked=n_prepacked,
         channels_last=channels_last,
         difference=difference,
@@ -184,13 +170,12 @@ def fused(
 
 
 class _ChannelsLast(nn.Module):
-    """A network whose inputs come with their channels last in memory."""
+    """A network that converts its inputs to channels last."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        if runtime.has_forward(net):
-            runtime.set_forward_(self, net.__dict__[runtime.FORWARD])
+        _call_alike_(self, net)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Tensor) and x.ndim == 4:
@@ -198,8 +183,52 @@ class _ChannelsLast(nn.Module):
         return self.net(x, *args, **kwargs)
 
 
+class PrepackedConv(nn.Module):
+    """A convolution with its weights in the layout of the CPU's library, for inference.
+
+    Eager PyTorch converts the weights at each call, which can take a quarter of a single image's
+    time. `size` is that of the usual inputs; others work too. Outputs are channels last.
+    """
+
+    def __init__(self, conv: nn.Conv2d, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self._how = [list(cast("tuple[int, ...]", conv.padding)), list(conv.stride),
+                     list(conv.dilation), conv.groups]  # fmt: skip
+        self.bias = None if conv.bias is None else conv.bias.detach()
+        # Not a buffer: it has no strides, and can neither be copied nor saved.
+        self._weight = packed_weight(conv.weight.detach(), *self._how, list(size))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, K, H', W')``."""
+        return packed_convolution(input, self._weight, self.bias, *self._how)
+
+
+def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
+    """The prepacked form of a plain float32 convolution on the CPU, if it gives the same outputs.
+
+    The operators are those of torch's compiler and undocumented, so each convolution is tried.
+    """
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    tensors = [t for t in (example, conv.weight, conv.bias) if t is not None]
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        return None
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not available or example.ndim != 4 or not example.numel() or type(example) is not Tensor:
+        return None
+    try:
+        made = PrepackedConv(conv, tuple(example.shape)).eval()
+        with torch.no_grad():
+            # The class's method, not a call: hooks must not fire again.
+            mine, expected = made(example), nn.Conv2d.forward(conv, example)
+    except _FAILURES:
+        return None
+    scale = expected.abs().max().clamp_min(1.0) if expected.numel() else 1.0
+    return made if torch.allclose(mine / scale, expected / scale, rtol=0, atol=1e-5) else None
+
+
 def _prepack_(net: nn.Module, example: Any) -> int:
-    """Prepack the convolutions that the example reaches; how many there were."""
+    """Prepack the convolutions that the example reaches; return how many there were."""
     found: dict[int, tuple[nn.Module, PrepackedConv]] = {}
 
     def hook(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -207,29 +236,28 @@ def _prepack_(net: nn.Module, example: Any) -> int:
         if made is not None:
             found[id(conv)] = conv, made
 
-    convs = [module for module in net.modules() if type(module) is nn.Conv2d]
-    plain = [c for c in convs if not (c._forward_hooks or c._forward_pre_hooks)]
+    convs = [m for m in net.modules() if type(m) is nn.Conv2d and not hooked(m)]
     with guards.hooks() as handles:
-        handles += [conv.register_forward_pre_hook(hook) for conv in plain]
-        _outputs(net, example)
+        handles += [conv.register_forward_pre_hook(hook) for conv in convs]
+        outputs_on(net, _copied(example))
     for conv, made in found.values():
         guards.exchange_(conv, made)
     return len(found)
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
-    with guards.inference(model):
-        output = runtime.run(model, _own(example), runtime.device_of(model))
-    return [t.double() for t in outputs_of(output).values() if t.is_floating_point() and t.numel()]
-
-
-def _own(example: Any) -> Any:
+def _copied(example: Any) -> Any:
     """A copy of an example, since some models write into their inputs."""
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
 
 
+def _call_alike_(net: nn.Module, original: nn.Module) -> None:
+    """Keep the user's way to call a network for the one that replaces it."""
+    if runtime.has_forward(original):
+        runtime.set_forward_(net, original.__dict__[runtime.FORWARD])
+
+
 def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network as a graph in which live layers do what follows them."""
+    """The network as a graph with fused live layers, and the names of those."""
     layers = dict(generalized_norms(net))
     graph = graph_of(net, list(layers.values()))
     modules = dict(net.named_modules(remove_duplicate=False))
@@ -241,12 +269,12 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(layer, GeneralizedBatchNorm) or not layer.live or calls[id(layer)] > 1:
             continue
-        if len(node.args) != 1 or node.kwargs or _hooked(layer):
+        if len(node.args) != 1 or node.kwargs or hooked(layer):
             continue
         residual, activation, last = _what_follows(node, layer, modules)
-        overwrite = _gives_what_nobody_else_reads(node.args[0], modules)
+        overwrite = _may_be_overwritten(node.args[0], modules)
         if last is None:
-            # An activation of its own that is not known stays the layer's.
+            # Nothing to take over; an unknown activation of timm's stays with its layer.
             if not overwrite or isinstance(layer, GeneralizedBatchNormAct):
                 continue
             last = node
@@ -258,7 +286,7 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             given = (node.args[0],) if residual is None else (node.args[0], residual)
             new = graph.call_module(name, given)
         last.replace_all_uses_with(new)
-        # These alone: what else seems unused may change a tensor in place.
+        # Not eliminate_dead_code: other unused nodes may change a tensor in place.
         while last is not node:
             gone, last = last, next(n for n in last.all_input_nodes if n is not residual)
             graph.erase_node(gone)
@@ -268,16 +296,14 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     graph.lint()
     made = fx.GraphModule(net, graph).eval()
     made.delete_all_unused_submodules()
-    for key, value in net.__dict__.items():
-        if key == runtime.FORWARD:
-            runtime.set_forward_(made, value)
+    _call_alike_(made, net)
     return made, tuple(done)
 
 
 def _what_follows(
     node: fx.Node, layer: GeneralizedBatchNorm, modules: dict[str, nn.Module]
 ) -> tuple[fx.Node | None, Activation | None, fx.Node | None]:
-    """The residual, the activation and the last node of what one layer can do."""
+    """The residual, the activation and the last node that one layer can take over."""
     last, residual = node, None
     if isinstance(layer, GeneralizedBatchNormAct):
         own = activation_of(layer.act)
@@ -295,12 +321,12 @@ def _what_follows(
     return (residual, activation, last) if last is not node else (None, None, None)
 
 
-def _gives_what_nobody_else_reads(node: object, modules: dict[str, nn.Module]) -> bool:
-    """Whether it is a convolution, which answers in memory of its own, with one reader."""
+def _may_be_overwritten(node: object, modules: dict[str, nn.Module]) -> bool:
+    """Whether it is a convolution's output, which is fresh memory, with a single reader."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return False
     module = modules[str(node.target)]
-    return type(module) in _CONVOLUTIONS and not _hooked(module)
+    return type(module) in _CONVOLUTIONS and not hooked(module)
 
 
 def _adds(node: fx.Node, norm: fx.Node) -> bool:
@@ -316,11 +342,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
     if node.op == "call_module":
         module = modules[str(node.target)]
-        return None if _hooked(module) else activation_of(module)
+        return None if hooked(module) else activation_of(module)
     if node.op in ("call_function", "call_method") and len(node.args) == 1:
         return _FUNCTIONS.get(node.target) if set(node.kwargs) <= {"inplace"} else None
     return None
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -1,4 +1,4 @@
-"""An exported model against the one it came from: outputs, top-1, time, and where they part."""
+"""Compare an exported model with its original: outputs, top-1, time, and the first odd layer."""
 
 from __future__ import annotations
 
@@ -15,44 +15,69 @@ from torch import Tensor, nn
 
 from bnfix import guards
 from bnfix.errors import ModelError
-from bnfix.production.artifacts import Runner, outputs_of
+
+#: Inputs to outputs, in the order of `outputs_of`.
+Runner = Callable[[Tensor], list[Tensor]]
 
 #: Batch sizes that are run: one, and an odd one.
 BATCH_SIZES = (1, 7)
 #: Differences of one layer below this, relative to its output, are rounding in float32.
 _ROUNDING = 1e-5
 _ROUNDS = 5
-_LONGEST = 3.0
+_LONGEST = 3.0  # seconds of timing, for one batch size
 
 
 @dataclass(frozen=True)
 class Agreement:
     """How two models agree on the same inputs.
 
-    Args:
-        n_examples: inputs.
-        batch_sizes: at which all of them were run.
-        relative_difference: largest |output - output of the first model| of any output, relative to
-            that output's largest value where that is above 1; infinite where only one of both is
-            not finite.
-        max_difference: the same difference as it is.
-        worst_output: name of the output where that is.
-        worst_example: its position among the inputs.
-        largest_output: largest finite value of that output in the first model.
-        top1_agreement: fraction of examples with the same largest logit; ``None`` unless exactly
-            one output is ``(N, C)``.
-        seconds: median time of a batch by batch size: the first model's, the second's.
+    Differences are |output - output of the first model|. The relative one is divided by that
+    output's largest value where that is above 1; it is infinite if only one of both is not finite.
     """
 
     n_examples: int
-    batch_sizes: tuple[int, ...]
-    relative_difference: float
-    max_difference: float
+    batch_sizes: tuple[int, ...]  # all inputs were run at each
+    relative_difference: float  # largest of any output
+    max_difference: float  # the same, not divided
     worst_output: str
-    worst_example: int
-    largest_output: float
-    top1_agreement: float | None
-    seconds: Mapping[int, tuple[float, float]]
+    worst_example: int  # its position among the inputs
+    largest_output: float  # largest finite value of the worst output in the first model
+    top1_agreement: float | None  # None unless exactly one output is (N, C)
+    seconds: Mapping[int, tuple[float, float]]  # median of a batch, by its size: first, second
+
+
+def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors of a model's output in order: ``output``, or dotted keys and positions."""
+    if isinstance(output, Tensor):
+        return {name or "output": output}
+    items: list[tuple[Any, Any]] = []
+    if isinstance(output, Mapping):
+        items = list(output.items())
+    elif isinstance(output, list | tuple):
+        items = list(enumerate(output))
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        found |= outputs_of(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def names_of(model: nn.Module, x: Tensor) -> list[str]:
+    """Names of a model's outputs, in order."""
+    with guards.inference(model):
+        found = outputs_of(model(x))
+    if not found:
+        raise ModelError("export: the model's output holds no tensor by name or position.")
+    return list(found)
+
+
+def torch_runner(model: nn.Module) -> Runner:
+    """Run a model in evaluation mode."""
+
+    def run(x: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return list(outputs_of(model(x)).values())
+
+    return run
 
 
 def agreement(
@@ -64,7 +89,7 @@ def agreement(
     timed: bool = True,
     batch_sizes: tuple[int, ...] = BATCH_SIZES,
 ) -> Agreement:
-    """Run two models on all inputs at several batch sizes and compare all outputs."""
+    """Run two models on all inputs at several batch sizes and compare all their outputs."""
     n = len(inputs)
     sizes = tuple(sorted({min(size, n) for size in batch_sizes}))
     worst, largest = dict.fromkeys(names, (0.0, 0)), dict.fromkeys(names, 0.0)
@@ -82,12 +107,12 @@ def agreement(
                 if float(gaps.max()) > worst[name][0]:
                     worst[name] = float(gaps.max()), start + int(gaps.argmax())
             logits = [i for i, a in enumerate(wanted) if a.ndim == 2 and a.shape[1] > 1]
+            # Two outputs of that shape could be an auxiliary head's, or two tasks'.
             if len(logits) == 1:
                 n_same += int((wanted[logits[0]].argmax(1) == found[logits[0]].argmax(1)).sum())
                 n_logits += len(wanted[logits[0]])
     relative = {name: worst[name][0] / max(1.0, largest[name]) for name in names}
     place = max(names, key=lambda name: relative[name])
-    seconds = {size: _times(reference, other, inputs[:size]) for size in sizes} if timed else {}
     return Agreement(
         n_examples=n,
         batch_sizes=sizes,
@@ -97,17 +122,16 @@ def agreement(
         worst_example=worst[place][1],
         largest_output=largest[place],
         top1_agreement=n_same / n_logits if n_logits else None,
-        seconds=seconds,
+        seconds={s: _times(reference, other, inputs[:s]) for s in sizes} if timed else {},
     )
 
 
 def suspect_layer(
     model: nn.Module, export: Callable[[nn.Module], Runner], x: Tensor, atol: float
 ) -> str:
-    """Find the first layer whose output an exported form of the model gets wrong.
+    """The first layer whose output an exported form gets wrong, in words; "" if all agree.
 
-    The model is exported once more with the outputs of all its layers, so one run shows where the
-    two part.
+    The model is exported once more with the outputs of all its layers, so one run tells.
     """
     probed = _Probed(model)
     with guards.hooks() as handles:
@@ -191,12 +215,3 @@ def _times(reference: Runner, other: Runner, x: Tensor) -> tuple[float, float]:
         if time.perf_counter() - begun > _LONGEST:
             break
     return statistics.median(taken[0]), statistics.median(taken[1])
-
-
-def names_of(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of a model's outputs."""
-    with guards.inference(model):
-        found = outputs_of(model(x))
-    if not found:
-        raise ModelError("export: the model's output holds no tensor by name or position.")
-    return list(found)

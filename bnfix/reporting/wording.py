@@ -20,7 +20,7 @@ from bnfix.tuning.finetuning import Finetuning
 from bnfix.weighing.example_weight import WeightChoice
 
 #: Commands whose first model is the same network before the work.
-_BEFORE = ("fix", "convert", "calibrate", "finetune", "demo")
+_BEFORE = ("fix", "convert", "calibrate", "finetune", "demo", "export")
 _BADGES = {"better": "Better", "same": "Same", "worse": "Worse"}
 
 
