@@ -52,7 +52,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "checkpoints.nesting": set(),
         "checkpoints.pickles": set(),
         "cli.parsing": set(),
-        "data.columns": set(),
         "data.images": set(),
         "layers.kernels": {"layers", "layers.rows", "moments"},
         "measuring.temperature": {"measuring.intervals"},
@@ -66,7 +65,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "data.corruptions": set(),
         "data.fingerprints": {"data.images"},
         "data.mat": {"data.images"},
-        "data.parquet": {"data.columns", "data.images"},
+        "data.parquet": {"data.images"},
         "data.shards": {"data.images"},
         "data.tensors": {"data.images"},
         "diagnosing.advice": {"diagnosing.diagnosis"},
@@ -82,7 +81,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "building.pretrained": {"building.importing"},
         "data.batches": {"data.corruptions", "data.images", "data.tensors"},
         "data.callables": {"building.importing", "data.images", "data.tensors"},
-        "data.image_sets": {"data.images", "data.mat"},
         "demo": set(),
         "layers.sites": {"layers.norms"},
         "measuring.evaluation": {
@@ -102,7 +100,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "data.augmentation": {"data.batches"},
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
-        "data.named_sets": {"data.image_sets", "data.images"},
+        "data.named_sets": {"data.images", "data.mat"},
         "layers.surgery": {"guards", "layers.norms", "layers.sites", "moments"},
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",

@@ -321,7 +321,7 @@ def test_imagenet_says_what_is_missing(tmp_path: Path) -> None:
         opened("imagenet", tmp_path, "val")
     (folder / "meta.mat").unlink()
     with pytest.raises(
-        DataError, match=r"looked for .*meta\.mat, which tells the devkit's numbers"
+        DataError, match=r"looked for .*meta\.mat, which gives the devkit's numbers"
     ):
         opened("imagenet", tmp_path, "val")
     layouts.devkit(tmp_path, labels[:-1])

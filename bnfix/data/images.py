@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
 from io import BufferedReader, BytesIO
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -308,3 +308,17 @@ def list_images(folder: Path) -> tuple[list[str], list[str], int]:
             else:
                 n_others += 1
     return sorted(files), sorted(folders), n_others
+
+
+def is_inside(name: str) -> bool:
+    """Whether a path stays inside the folder that it is relative to, on any system."""
+    path = PureWindowsPath(name)  # it takes / and \ for separators
+    return bool(name) and not path.anchor and ".." not in path.parts
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; not, where no file can have the name."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False

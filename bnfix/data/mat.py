@@ -1,7 +1,7 @@
-"""MATLAB's version 5 files (.mat): arrays of numbers, texts, structures and cells, sizes checked.
+"""ImageNet's devkit holds its classes in a MATLAB file, version 5: numbers, texts and structures.
 
-A compressed variable is inflated up to a stated size only, and every claimed size is held against
-the bytes that there are, before an array is made of them.
+SciPy's reader is not made for files from strangers. Here a compressed variable is inflated up to a
+stated size, and every claimed size is held against the bytes there are before memory is taken.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _STORED: Final = {
 _CLASSES: Final = {
     6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8",
 }  # fmt: skip
-_CELL, _STRUCT, _CHAR = 1, 2, 4
+_STRUCT, _CHAR = 2, 4
 _MATRIX, _COMPRESSED = 14, 15
 _MAX_DEPTH = 8
 _MAX_ITEMS = 100_000
 
 
 def read_mat(path: Path, names: tuple[str, ...], limit: int) -> dict[str, Any]:
-    """Read some variables of a .mat file."""
+    """Some variables of a .mat file: arrays, str, or lists of dicts for structures."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -40,21 +40,14 @@ def read_mat(path: Path, names: tuple[str, ...], limit: int) -> dict[str, Any]:
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
         raise ValueError("no MATLAB version 5 file by its first bytes")
-    found: dict[str, Any] = {}
-    view = memoryview(content)
-    for kind, data in _elements(view[128:], order, packed=True):
-        whole = data
+    variables: dict[str, Any] = {}
+    for kind, data in _elements(memoryview(content)[128:], order, packed=True):
         if kind == _COMPRESSED:
-            whole = _inflated(data, limit)
-            inner = list(_elements(whole, order, packed=True))
-            if len(inner) != 1:
-                raise ValueError("a compressed variable is not one")
-            kind, whole = inner[0]
+            kind, data = _next(_elements(_inflated(data, limit), order, packed=True))
         if kind == _MATRIX:
-            name, value = _matrix(whole, order, 0, names)
-            if name in names:
-                found[name] = value
-    return found
+            name, value = _matrix(data, order, 0, names)
+            variables |= {name: value} if name in names else {}
+    return variables
 
 
 def _inflated(data: memoryview, limit: int) -> memoryview:
@@ -70,10 +63,10 @@ def _inflated(data: memoryview, limit: int) -> memoryview:
     return memoryview(whole)
 
 
-# Type and content of each data element in a row; top-level ones are not padded when compressed.
 def _elements(
     data: memoryview, order: str, *, packed: bool = False
 ) -> Iterator[tuple[int, memoryview]]:
+    """Type and content of each data element; top-level ones are not padded when compressed."""
     at = 0
     while at + 8 <= len(data):
         head, size = (int(n) for n in np.frombuffer(data[at : at + 8], dtype=f"{order}u4"))
@@ -90,10 +83,10 @@ def _elements(
         at += step
 
 
-# Name and value of one array; the value only where the name is wanted.
 def _matrix(
     data: memoryview, order: str, depth: int, names: tuple[str, ...] = ()
 ) -> tuple[str, Any]:
+    """Name and value of one array; the value only where the name is wanted."""
     if depth > _MAX_DEPTH:
         raise ValueError("nested too deeply")
     if not data:
@@ -104,27 +97,26 @@ def _matrix(
     name = bytes(_next(parts)[1]).decode("latin-1")
     if len(flags) < 1 or not 1 <= len(shape) <= 8 or min(shape) < 0:
         raise ValueError("an array's head is damaged")
-    what = int(flags[0]) & 0xFF
+    kind = int(flags[0]) & 0xFF
     if names and name not in names:
         return name, None
-    if what in _CLASSES:
-        return name, _array(_next(parts), order, shape, _CLASSES[what])
-    if what == _CHAR:
+    if kind in _CLASSES:
+        values = _numbers(_next(parts), order)
+        if len(values) != prod(shape):
+            raise ValueError(f"an array of {shape} has {len(values):,} values")
+        return name, values.astype(order + _CLASSES[kind]).reshape(shape, order="F")
+    if kind == _CHAR:
         codes = _numbers(_next(parts), order)
         return name, "".join(chr(int(code)) for code in codes[:_MAX_ITEMS])
-    if what not in (_CELL, _STRUCT):
+    if kind != _STRUCT:
         return name, None
-    if prod(shape) > _MAX_ITEMS:
-        raise ValueError(f"{prod(shape):,} cells")
-    if what == _CELL:
-        return name, [_matrix(_inner(parts), order, depth + 1)[1] for _ in range(prod(shape))]
     width = int(_numbers(_next(parts), order)[0])
     text = bytes(_next(parts)[1]).decode("latin-1")
-    if not 1 <= width <= 1024:
-        raise ValueError("a structure's field names are damaged")
+    if not 1 <= width <= 1024 or prod(shape) > _MAX_ITEMS:
+        raise ValueError(f"a structure of {prod(shape):,} rows is damaged")
     fields = [text[k : k + width].rstrip("\0") for k in range(0, len(text), width)]
     return name, [
-        {key: _matrix(_inner(parts), order, depth + 1)[1] for key in fields}
+        {field: _matrix(_inner(parts), order, depth + 1)[1] for field in fields}
         for _ in range(prod(shape))
     ]
 
@@ -138,7 +130,7 @@ def _next(parts: Iterator[tuple[int, memoryview]]) -> tuple[int, memoryview]:
 def _inner(parts: Iterator[tuple[int, memoryview]]) -> memoryview:
     kind, data = _next(parts)
     if kind != _MATRIX:
-        raise ValueError("a cell or field holds no array")
+        raise ValueError("a field holds no array")
     return data
 
 
@@ -147,12 +139,3 @@ def _numbers(element: tuple[int, memoryview], order: str) -> np.ndarray:
     if kind not in _STORED:
         raise ValueError(f"numbers of type {kind}")
     return np.frombuffer(data, dtype=order + _STORED[kind])
-
-
-def _array(
-    element: tuple[int, memoryview], order: str, shape: tuple[int, ...], kind: str
-) -> np.ndarray:
-    values = _numbers(element, order)
-    if len(values) != prod(shape):
-        raise ValueError(f"an array of {shape} has {len(values):,} values")
-    return values.astype(order + kind, copy=False).reshape(shape, order="F")

@@ -2,39 +2,60 @@
 
 torchvision's classes of CIFAR, SVHN and Flowers-102 compare the MD5 of every file with that of the
 file that its authors distribute, before they unpickle or load it. That is why pickles and .mat
-files are read here at all: changed ones are refused.
+files are read here at all: changed ones are refused. Its classes of the other sets check no MD5,
+and that of ImageNet unpacks archives into the folder.
 """
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import numpy as np
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
-from bnfix.data.image_sets import (
-    find_root,
-    open_caltech256,
-    open_cub2011,
-    open_imagenet,
-    require_files,
+from bnfix.data.images import (
+    ArrayImages,
+    FileImages,
+    Images,
+    is_file,
+    is_inside,
+    list_images,
+    open_regular,
 )
-from bnfix.data.images import ArrayImages, FileImages, Images
+from bnfix.data.mat import read_mat
 from bnfix.errors import DataError, some
 
 #: Images, and the class of each by name or number; None where there are none.
 Opened = tuple[Images, list[str] | np.ndarray | None]
 
 _MAX_ARCHIVE_BYTES: Final = 400_000_000
+_MAX_LIST_BYTES: Final = 100_000_000
 _PIXELS: Final = 3072
 _TAR_ERRORS: Final = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, RecursionError)
+#: The names of the classes in CIFAR's binary versions.
+_TEXTS: Final = {"cifar-10": "batches.meta.txt", "cifar-100": "fine_label_names.txt"}
+#: Caltech-256 has no split of its own: of each class this part is for training, drawn by name.
+_TRAIN_FRAC: Final = 0.8
+_CATEGORY: Final = re.compile(r"([0-9]{3})\.(.+)")
+_CLUTTER: Final = 257
+#: Where ImageNet lies inside the folder given, and the answers of its flat validation folder.
+_INSIDE: Final = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "ILSVRC2012", "imagenet")
+_DEVKIT: Final = ("ILSVRC2012_devkit_t12/data", "devkit/data", "data", ".")
+_TRUTH: Final = "ILSVRC2012_validation_ground_truth.txt"
+_TABLES: Final = ("LOC_val_solution.csv", "val.csv", "val/labels.csv")
 
 
 class _Layout(NamedTuple):
@@ -45,12 +66,12 @@ class _Layout(NamedTuple):
 
 
 def is_dataset(spec: str) -> bool:
-    """Say whether a spec begins with a known name and a colon."""
+    """Whether a spec begins with a known name and a colon."""
     return spec.partition(":")[0] in DATASETS and ":" in spec
 
 
 def near_dataset(spec: str) -> str:
-    """Ask whether a spec meant a data set of nearly that name; empty where none is near."""
+    """A question for a spec that misspells a known name; empty for others."""
     kind, colon, root = spec.partition(":")
     close = get_close_matches(kind, DATASETS, n=1, cutoff=0.7)
     if not colon or not kind.isidentifier() or not close or find_spec(kind) is not None:
@@ -63,30 +84,36 @@ def open_dataset(spec: str, channels: int) -> Opened:
     name, _, place = spec.partition(":")
     layout = DATASETS[name]
     place, mark, split = place.rpartition("#") if "#" in place else (place, "", "")
+    held_out, root = layout.splits[-1], Path(place).expanduser()
     if mark and split not in layout.splits:
-        raise DataError(
-            f"DATA {spec}: no split {split!r}; {name} comes with "
-            f"{' and '.join(f'#{one}' for one in layout.splits)}. Give one of these.",
-            name=spec,
-        )
+        known = " and ".join(f"#{one}" for one in layout.splits)
+        message = f"DATA {spec}: no split {split!r}; {name} comes with {known}. Give one of these."
+        raise DataError(message, name=spec)
     if not place:
-        raise DataError(f"DATA {spec}: no folder. Give {name}:ROOT#{layout.splits[-1]}.", name=spec)
-    root = Path(place).expanduser()
+        raise DataError(f"DATA {spec}: no folder. Give {name}:ROOT#{held_out}.", name=spec)
     if not root.exists():
-        raise DataError(
-            f"DATA {spec}: there is no {root}. Give the folder that holds the data set.", path=root
-        )
-    images, classes = layout.open(root, split or layout.splits[-1], channels, f"DATA {spec}")
+        message = f"DATA {spec}: there is no {root}. Give the folder that holds the data set."
+        raise DataError(message, path=root)
+    images, classes = layout.open(root, split or held_out, channels, f"DATA {spec}")
     images.kind = name
     if not mark:
         others = " or ".join(f"#{one}" for one in layout.splits[:-1])
-        images.notes.append(f"no split named, so {layout.splits[-1]} is used ({others} to change)")
+        images.notes.append(f"no split named, so {held_out} is used ({others} to change)")
     return images, classes
 
 
-# A root in which torchvision finds a folder under the only name that it looks for.
+def _broken(
+    where: str, found: str, path: Path, todo: str = "Fetch the data set again."
+) -> DataError:
+    return DataError(f"{where}: {found}. {todo}", path=path)
+
+
+# --- CIFAR, SVHN and Flowers-102: by torchvision's classes ---
+
+
 @contextmanager
 def _root_with(folder: Path, name: str) -> Iterator[Path]:
+    """A root in which torchvision finds the folder under the only name that it looks for."""
     if folder.resolve().name == name:
         yield folder.resolve().parent
         return
@@ -95,66 +122,36 @@ def _root_with(folder: Path, name: str) -> Iterator[Path]:
         yield Path(temporary)
 
 
-# By one of torchvision's classes, which loads nothing but files of the right MD5.
 def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path], where: str) -> Any:
+    """Load by one of torchvision's classes, which load nothing but files of the right MD5."""
     try:
         return load()
     except (RuntimeError, OSError) as error:
         missing = [path.name for path in needed if not path.is_file()]
-        found = (
-            f"{some(missing, 6)} {'is' if len(missing) == 1 else 'are'} not there"
-            if missing
-            else "its files are not those that are distributed (by their MD5)"
-        )
-        raise DataError(
-            f"{where}: {place}: {found}. Fetch the data set again; changed images can be given as "
-            "class folders or .npz.",
-            path=place,
-        ) from error
+        found = f"{some(missing, 6)} {'is' if len(missing) == 1 else 'are'} not there"
+        if not missing:
+            found = "its files are not those that are distributed (by their MD5)"
+        todo = "Fetch the data set again; changed images can be given as class folders or .npz."
+        raise _broken(where, f"{place}: {found}", place, todo) from error
 
 
-def _open_cifar10(root: Path, split: str, channels: int, where: str) -> Opened:
-    from torchvision.datasets import CIFAR10
-
-    return _open_cifar(CIFAR10, root, split, channels, where)
-
-
-def _open_cifar100(root: Path, split: str, channels: int, where: str) -> Opened:
-    from torchvision.datasets import CIFAR100
-
-    return _open_cifar(CIFAR100, root, split, channels, where)
-
-
-# The Python version or the binary one, unpacked or as the archive.
 def _open_cifar(kind: Any, root: Path, split: str, channels: int, where: str) -> Opened:
+    """The Python version or the binary one, unpacked or as the archive."""
     stem = kind.filename.partition("-python")[0]
-    every = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
     parts = [name for name, _ in (kind.train_list if split == "train" else kind.test_list)]
-    folders = {
-        "python": [root / f"{stem}-batches-py", root / f"{stem}-python", root],
-        "binary": [root / f"{stem}-batches-bin", root / f"{stem}-binary", root],
-    }
-    for version, places in folders.items():
-        for place in places:
-            there = [p for p in parts if (place / (p + ".bin" * (version == "binary"))).is_file()]
-            if there and version == "python":
-                with _root_with(place, kind.base_folder) as top:
-                    return _python(kind, top, place, split, channels, where)
-            if there:
-                return _binary(kind, place, parts, place, channels, where)
-    for version in folders:
-        archive = root / f"{stem}-{version}.tar.gz"
-        if root.is_file() and version in root.name:
-            archive = root
-        if not archive.is_file():
-            continue
-        with TemporaryDirectory() as top:
-            folder = Path(top) / kind.base_folder
-            if version == "python":
-                _unpack(archive, every, folder, where)
-                return _python(kind, Path(top), archive, split, channels, where)
-            _unpack(archive, [*(f"{p}.bin" for p in parts), _TEXTS[stem]], folder, where)
-            return _binary(kind, folder, parts, archive, channels, where)
+    versions = (("python", "py", "", _python), ("binary", "bin", ".bin", _binary))
+    for version, short, suffix, read in versions:
+        for place in (root / f"{stem}-batches-{short}", root / f"{stem}-{version}", root):
+            if any((place / f"{part}{suffix}").is_file() for part in parts):
+                return read(kind, place, place, split, channels, where)
+    for version, _, _, read in versions:
+        is_given = root.is_file() and version in root.name
+        archive = root if is_given else root / f"{stem}-{version}.tar.gz"
+        if archive.is_file():
+            with TemporaryDirectory() as top:
+                folder = Path(top) / kind.base_folder
+                _unpack(archive, folder, where)
+                return read(kind, folder, archive, split, channels, where)
     raise DataError(
         f"{where}: looked in {root} for {stem}-batches-py/, {stem}-python/, "
         f"{stem}-batches-bin/, {stem}-binary/ or {parts[0]}, and for the archives "
@@ -164,51 +161,40 @@ def _open_cifar(kind: Any, root: Path, split: str, channels: int, where: str) ->
     )
 
 
-#: The names of the classes in the binary versions.
-_TEXTS: Final = {"cifar-10": "batches.meta.txt", "cifar-100": "fine_label_names.txt"}
-
-
-def _python(kind: Any, top: Path, place: Path, split: str, channels: int, where: str) -> Opened:
+def _python(kind: Any, folder: Path, place: Path, split: str, channels: int, where: str) -> Opened:
     files = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
-    needed = [top / kind.base_folder / name for name in files]
-    held = _checked(lambda: kind(top, train=split == "train"), place, needed, where)
+    needed = [folder / name for name in files]
+    with _root_with(folder, kind.base_folder) as top:
+        held = _checked(lambda: kind(top, train=split == "train"), place, needed, where)
     images = ArrayImages(str(place), np.ascontiguousarray(held.data), channels)
     images.class_names = tuple(held.classes)
     return images, np.asarray(held.targets, dtype=np.int64)
 
 
-def _binary(
-    kind: Any, folder: Path, parts: Sequence[str], place: Path, channels: int, where: str
-) -> Opened:
+def _binary(kind: Any, folder: Path, place: Path, split: str, channels: int, where: str) -> Opened:
+    """Rows of labels and pixels, which no MD5 has to vouch for."""
     stem = kind.filename.partition("-python")[0]
     n_classes = int(stem.rpartition("-")[2])
     head = 1 if n_classes == 10 else 2  # CIFAR-100 has the coarse label first
     rows = []
-    for part in parts:
+    for part, _ in kind.train_list if split == "train" else kind.test_list:
         path = folder / f"{part}.bin"
-        try:
-            content = path.read_bytes() if path.stat().st_size <= _MAX_ARCHIVE_BYTES else b""
-        except OSError as error:
-            raise DataError(
-                f"{where}: looked for {path.name} in {place}; {path.name} is not there. "
-                "Fetch the data set again.",
-                path=place,
-            ) from error
+        if not path.is_file():
+            found = f"looked for {path.name} in {place}; {path.name} is not there"
+            raise _broken(where, found, place)
+        content = path.read_bytes() if path.stat().st_size <= _MAX_ARCHIVE_BYTES else b""
         if not content or len(content) % (head + _PIXELS):
-            raise DataError(
-                f"{where}: {place}/{path.name}: not a batch of {stem.upper()} ({len(content):,} "
-                f"bytes, expected a multiple of {head + _PIXELS:,}). Fetch the data set again.",
-                path=place,
+            found = (
+                f"{place}/{path.name}: not a batch of {stem.upper()} ({len(content):,} bytes, "
+                f"expected a multiple of {head + _PIXELS:,})"
             )
+            raise _broken(where, found, place)
         rows.append(np.frombuffer(content, dtype=np.uint8).reshape(-1, head + _PIXELS))
     whole = np.concatenate(rows)
     labels = whole[:, head - 1].astype(np.int64)
     if labels.max() >= n_classes:
-        raise DataError(
-            f"{where}: {place}: not {stem.upper()} (labels from {labels.min()} to {labels.max()} "
-            f"of {n_classes} classes). Fetch the data set again.",
-            path=place,
-        )
+        span = f"labels from {labels.min()} to {labels.max()} of {n_classes} classes"
+        raise _broken(where, f"{place}: not {stem.upper()} ({span})", place)
     pixels = whole[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = ArrayImages(str(place), np.ascontiguousarray(pixels), channels)
     text = folder / _TEXTS[stem]
@@ -217,8 +203,12 @@ def _binary(
     return images, labels
 
 
-# The named files of an archive, wherever they lie in it, in one pass.
-def _unpack(archive: Path, names: Sequence[str], folder: Path, where: str) -> None:
+def _unpack(archive: Path, folder: Path, where: str) -> None:
+    """CIFAR's files, wherever they lie in an archive, in one pass."""
+    kinds = (CIFAR10, CIFAR100)
+    parts = {name for kind in kinds for name, _ in (*kind.train_list, *kind.test_list)}
+    meta = {kind.meta["filename"] for kind in kinds}
+    names = {*parts, *meta, *(f"{part}.bin" for part in parts), *_TEXTS.values()}
     folder.mkdir()
     total = 0
     try:
@@ -232,15 +222,11 @@ def _unpack(archive: Path, names: Sequence[str], folder: Path, where: str) -> No
                 if content is not None:
                     (folder / name).write_bytes(content.read())
     except _TAR_ERRORS as error:
-        raise DataError(
-            f"{where}: {archive}: truncated or damaged archive ({error}). Fetch it again.",
-            path=archive,
-        ) from error
+        found = f"{archive}: truncated or damaged archive ({error})"
+        raise _broken(where, found, archive, "Fetch it again.") from error
 
 
 def _open_svhn(root: Path, split: str, channels: int, where: str) -> Opened:
-    from torchvision.datasets import SVHN
-
     name = f"{split}_32x32.mat"
     path = next((p for p in (root / name, root / "svhn" / name) if p.is_file()), None)
     if path is None:
@@ -257,25 +243,236 @@ def _open_svhn(root: Path, split: str, channels: int, where: str) -> Opened:
 
 
 def _open_flowers102(root: Path, split: str, channels: int, where: str) -> Opened:
-    from torchvision.datasets import Flowers102
-
-    folder = find_root(root, ("flowers-102", "flowers102"), "jpg", where)
+    folder = _find_root(root, ("flowers-102", "flowers102"), "jpg", where)
     needed = [folder / "setid.mat", folder / "imagelabels.mat"]
     with _root_with(folder, "flowers-102") as top:
         held = _checked(lambda: Flowers102(top, split, loader=Path), folder, needed, where)
     listed = [held[i] for i in range(len(held))]
-    files = [f"jpg/{path.name}" for path, _ in listed]
-    require_files(folder, files, where)
-    images = FileImages(folder, "flowers102", files, channels)
+    images = _files(folder, [f"jpg/{path.name}" for path, _ in listed], channels, where)
     return images, np.asarray([label for _, label in listed], dtype=np.int64)
 
 
+# --- Folders of image files and the lists beside them ---
+
+
+def _find_root(root: Path, folders: Sequence[str], needed: str, where: str) -> Path:
+    """Where a data set lies: in the folder given, or in its usual place inside."""
+    places = [root, *(root / folder for folder in folders)]
+    for place in places:
+        if (place / needed).exists():
+            return place
+    packed = (".tar", ".tgz", ".tar.gz", ".zip")
+    inside = [] if root.is_file() else sorted(path.name for path in root.iterdir())
+    archives = [root.name] if root.is_file() else [n for n in inside if n.endswith(packed)]
+    todo = "Give the folder that holds the data set."
+    found = f"looked for {some([str(place / needed) for place in places])}; not there"
+    if archives:
+        found += f", but {some(archives)} is"
+        todo = "Unpack it (tar xf) and give the folder."
+    raise _broken(where, found, root, todo)
+
+
+def _files(root: Path, files: Sequence[str], channels: int, where: str) -> FileImages:
+    """Listed files of a folder, once all are known to be in it."""
+    outside = [name for name in files if not is_inside(name)]
+    missing = [name for name in files if is_inside(name) and not is_file(root / name)]
+    found = [
+        f"{len(names):,} of {len(files):,} images {fault} ({some(names)})"
+        for fault, names in (("lead out of the folder", outside), ("are missing", missing))
+        if names
+    ]
+    if found or not files:
+        found = found or ["no images in this split"]
+        todo = "Fetch or unpack the data set again."
+        raise _broken(where, f"{'; '.join(found)}, in {root}", root, todo)
+    return FileImages(root, "", files, channels)
+
+
+def _read_list(path: Path, where: str) -> str:
+    try:
+        with open_regular(path) as file:
+            content = file.read(_MAX_LIST_BYTES + 1)
+        if len(content) > _MAX_LIST_BYTES:
+            raise ValueError(f"larger than {_MAX_LIST_BYTES:,} bytes")
+        return content.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise _broken(where, f"looked for {path}; not there", path) from error
+    except (OSError, ValueError) as error:
+        raise _broken(where, f"{path}: cannot be read ({error})", path) from error
+
+
+def _open_caltech256(root: Path, split: str, channels: int, where: str) -> Opened:
+    """Folders ``256_ObjectCategories/001.ak47/...``."""
+    inside = ("256_ObjectCategories", "caltech256/256_ObjectCategories")
+    folder = _find_root(root, inside, "001.ak47", where)
+    matches = [_CATEGORY.fullmatch(name) for name in list_images(folder)[1]]
+    categories = {int(match[1]): match for match in reversed(matches) if match}
+    n = sum(match is not None for match in matches)
+    if sorted(categories) != list(range(1, n + 1)):
+        found = f"the class folders in {folder} are not numbered 001 to {n:03d}, each once"
+        raise _broken(where, found, folder, "Unpack the data set again.")
+    files: list[str] = []
+    labels: list[int] = []
+    for number, match in sorted(categories.items()):
+        order = sorted(
+            (f"{match[0]}/{file}" for file in list_images(folder / match[0])[0]), key=_draw
+        )
+        n_train = round(_TRAIN_FRAC * len(order))
+        chosen = order[:n_train] if split == "train" else order[n_train:]
+        files += sorted(chosen)
+        labels += [number - 1] * len(chosen)
+    images = _files(folder, files, channels, where)
+    images.class_names = tuple(match[2] for _, match in sorted(categories.items()))
+    images.notes.append(
+        f"split drawn by file name, {_TRAIN_FRAC:.0%} of each class for training, since "
+        "Caltech-256 comes with none"
+    )
+    if n == _CLUTTER:
+        images.notes.append("the class clutter is the last of 257; remove its folder for 256")
+    return images, np.asarray(labels, dtype=np.int64)
+
+
+def _draw(name: str) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+
+
+def _open_cub2011(root: Path, split: str, channels: int, where: str) -> Opened:
+    """A folder ``images/`` and the lists beside it."""
+    folder = _find_root(root, ("CUB_200_2011",), "images", where)
+    names = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        found = f"looked for {some(names)} in {folder}; {some(absent)} is not there"
+        raise _broken(where, found, folder)
+    paths, parts, labels, classes = (_by_id(folder / name, where) for name in names)
+    n = len(classes)
+    wrong = [
+        *(f"{key} of images.txt" for key in paths if key not in parts or key not in labels),
+        *(f"{key} in the split" for key, part in parts.items() if part not in ("0", "1")),
+        *(f"{key} of class {k[:20]}" for key, k in labels.items() if k not in classes),
+        *(f"class {k[:20]}" for k in classes if not (k.isdecimal() and 1 <= int(k[:9]) <= n)),
+    ]
+    if wrong:
+        raise _broken(where, f"the lists in {folder} do not agree: {some(wrong)}", folder)
+    chosen = [key for key in paths if parts[key] == ("1" if split == "train" else "0")]
+    images = _files(folder, [f"images/{paths[key]}" for key in chosen], channels, where)
+    images.class_names = tuple(
+        classes[k].partition(".")[2] or classes[k] for k in sorted(classes, key=int)
+    )
+    return images, np.asarray([int(labels[key]) - 1 for key in chosen], dtype=np.int64)
+
+
+def _by_id(path: Path, where: str) -> dict[str, str]:
+    """Rows of a number and a value."""
+    lines = [line for line in _read_list(path, where).splitlines() if line.strip()]
+    rows = [line.split(maxsplit=1) for line in lines]
+    short = [" ".join(row)[:40] for row in rows if len(row) < 2]
+    values = {row[0]: row[1].strip() for row in rows if len(row) == 2}
+    if short or len(values) < len(rows) or not values:
+        found = f"{path}: {len(rows)} lines, {len(values)} of them a number of its own and a value"
+        found += f", not: {some(short)}" if short else ""
+        raise _broken(where, found, path, "Fetch it again.")
+    return values
+
+
+# --- ImageNet ---
+
+
+def _open_imagenet(root: Path, split: str, channels: int, where: str) -> Opened:
+    """``train/`` in class folders, ``val/`` so or flat, ``test/`` without labels."""
+    top = _find_root(root, _INSIDE, split, where)
+    folder = top / split
+    loose, folders, _ = list_images(folder)
+    files = [f"{name}/{file}" for name in folders for file in list_images(folder / name)[0]]
+    images = FileImages(folder, "imagenet", files or loose, channels)
+    if files and not loose:
+        images.classes = tuple(folders)
+        return images, None if split == "test" else [file.partition("/")[0] for file in files]
+    if files or not loose or split == "train":
+        found = f"{len(loose)} images {'beside class folders' if files else 'loose'}"
+        expected = "folders named by WordNet ids" + (
+            "" if split == "train" else ", or images alone"
+        )
+        found = f"{found if loose else 'no images'} in {folder}, expected {expected}"
+        todo = "Unpack each archive into a folder of its own."
+        raise _broken(where, found, folder, todo)
+    if split == "test":
+        return images, None
+    ids, images.classes = _answers(root, top, loose, where)
+    return images, ids
+
+
+def _answers(
+    root: Path, top: Path, files: list[str], where: str
+) -> tuple[list[str], tuple[str, ...]]:
+    """The id of each image of the flat validation folder, and all ids there are."""
+    for path in (place / name for place in (top, root) for name in _TABLES):
+        if path.is_file():
+            return _by_table(path, files, where)
+    for kit in (place / name for place in (top, root) for name in _DEVKIT):
+        if (kit / _TRUTH).is_file():
+            return _by_devkit(kit, files, where)
+    raise DataError(
+        f"{where}: {top / 'val'} is flat, and its answers were not found: looked in {root} for "
+        f"{_DEVKIT[0]}/{_TRUTH} (with meta.mat), {some(_TABLES)}. Add one, or sort the images "
+        "into folders named by WordNet ids.",
+        path=top,
+    )
+
+
+def _by_table(path: Path, files: list[str], where: str) -> tuple[list[str], tuple[str, ...]]:
+    try:
+        rows = list(csv.reader(io.StringIO(_read_list(path, where), newline="")))
+    except csv.Error as error:
+        raise _broken(where, f"{path}: cannot be read ({error})", path) from error
+    # Kaggle's second column goes on with boxes; its first has no suffix.
+    ids = {
+        Path(row[0].strip()).stem: row[1].split()[0]
+        for row in rows[1:]
+        if row[1:] and row[1].strip()
+    }
+    missing = [name for name in files if Path(name).stem not in ids]
+    if missing:
+        found = f"{path}: {len(missing):,} of {len(files):,} images are not in it: {some(missing)}"
+        raise _broken(where, found, path, "Give the whole table.")
+    return [ids[Path(name).stem] for name in files], tuple(sorted(set(ids.values())))
+
+
+def _by_devkit(kit: Path, files: list[str], where: str) -> tuple[list[str], tuple[str, ...]]:
+    answers = dict(enumerate(_read_list(kit / _TRUTH, where).split(), 1))
+    ids = _synsets(kit / "meta.mat", where)
+    digits = {name: Path(name).stem.rpartition("_")[2] for name in files}
+    numbers = {name: int(text[:9]) for name, text in digits.items() if text.isdecimal()}
+    wrong = [name for name in files if answers.get(numbers.get(name, 0)) not in ids]
+    if wrong:
+        found = (
+            f"{len(wrong):,} of {len(files):,} images in val have no answer among the "
+            f"{len(answers):,} of {kit / _TRUTH}: {some(wrong)}"
+        )
+        raise _broken(where, found, kit, "Give the files that belong together.")
+    return [ids[answers[numbers[name]]] for name in files], tuple(sorted(ids.values()))
+
+
+def _synsets(path: Path, where: str) -> dict[str, str]:
+    """WordNet id by the devkit's own number, of the 1000 classes themselves."""
+    try:
+        held: Any = read_mat(path, ("synsets",), _MAX_LIST_BYTES).get("synsets")
+        leaves = [row for row in held if int(row["num_children"].reshape(-1)[0]) == 0]
+        return {str(int(row["ILSVRC2012_ID"].reshape(-1)[0])): str(row["WNID"]) for row in leaves}
+    except FileNotFoundError as error:
+        found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
+        raise _broken(where, found, path, "Unpack the whole devkit.") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = f"{path}: not the devkit's meta.mat ({error})"
+        raise _broken(where, found, path, "Unpack it again.") from error
+
+
 DATASETS: Final = {
-    "cifar10": _Layout(_open_cifar10, ("train", "test")),
-    "cifar100": _Layout(_open_cifar100, ("train", "test")),
+    "cifar10": _Layout(partial(_open_cifar, CIFAR10), ("train", "test")),
+    "cifar100": _Layout(partial(_open_cifar, CIFAR100), ("train", "test")),
     "svhn": _Layout(_open_svhn, ("train", "test")),
-    "caltech256": _Layout(open_caltech256, ("train", "test")),
+    "caltech256": _Layout(_open_caltech256, ("train", "test")),
     "flowers102": _Layout(_open_flowers102, ("train", "val", "test")),
-    "cub2011": _Layout(open_cub2011, ("train", "test")),
-    "imagenet": _Layout(open_imagenet, ("train", "test", "val")),
+    "cub2011": _Layout(_open_cub2011, ("train", "test")),
+    "imagenet": _Layout(_open_imagenet, ("train", "test", "val")),
 }

@@ -1,10 +1,9 @@
-"""DATA opened: what kind it is, its images listed, each with its class.
+"""DATA opened: its kind found out, its images listed, each with its class.
 
-Kinds: a folder of class folders, a folder with ``labels.csv``, a flat folder, an ``.npz`` file;
-named data sets, tables, tar shards and callables have rooms of their own. All of it may come from
+Folders and ``.npz`` files are read here, other kinds in files of their own. All may come from
 strangers: sizes are checked before memory is taken, nothing is unpickled but the distributed files
-of named sets, known by their MD5, and no path leads out of the folder by its name. Only a callable
-named in the spec itself is imported.
+of named sets, known by their MD5, and no path leads out of its folder. Only a callable named in the
+spec itself is imported.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import zipfile
 import zlib
 from collections import Counter
 from math import prod
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,8 @@ from bnfix.data.images import (
     ArrayImages,
     FileImages,
     Images,
+    is_file,
+    is_inside,
     list_images,
     open_regular,
 )
@@ -73,29 +74,9 @@ def open_images(
     if channels not in (1, 3):
         raise ConfigError(f"channels: {channels}, expected 1 or 3.", name="channels")
     mapping = None if class_map is None else read_class_map(Path(class_map))
-    path, wanted = Path(spec), labels == "auto"
-    images: Images
-    classes: Classes
+    wanted = labels == "auto"
     try:
-        if is_dataset(spec) and not path.exists():
-            images, classes = open_dataset(spec, channels)
-        elif "#" in spec and not path.exists():
-            folder, _, split = spec.rpartition("#")
-            images, classes = _open_split(Path(folder), split, wanted, channels, spec)
-        elif path.is_dir():
-            images, classes = _open_split(path, "", wanted, channels, spec)
-        elif path.suffix.lower() == ".npz" and path.is_file():
-            images, classes = _open_npz(path, wanted, channels)
-        elif path.suffix.lower() in (".tar", ".parquet"):
-            images, classes = _open_files(spec, wanted, channels)
-        elif not path.exists() and (hint := near_dataset(spec)):
-            raise DataError(f"DATA {spec}: no such kind. {hint}", path=spec)
-        elif not path.exists() and is_callable(spec):
-            images, classes = open_callable(spec, wanted, channels)
-        elif path.exists() or ":" in spec:
-            raise DataError(f"DATA {spec}: not of a kind that is known. Give {_KINDS}.", path=spec)
-        else:
-            raise DataError(f"DATA {spec}: no such file or folder. Give {_KINDS}.", path=spec)
+        images, classes = _open(spec, wanted, channels)
     except (OSError, ValueError) as error:
         raise DataError(f"DATA {spec}: cannot be read ({error}).", path=spec) from error
     images.spec = spec
@@ -111,8 +92,31 @@ def open_images(
     return images
 
 
+def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
+    path = Path(spec)
+    if path.is_dir():
+        return _open_split(path, "", wanted, channels, spec)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return _open_npz(path, wanted, channels)
+    if not path.exists():
+        if is_dataset(spec):
+            return open_dataset(spec, channels)
+        if "#" in spec:
+            folder, _, split = spec.rpartition("#")
+            return _open_split(Path(folder), split, wanted, channels, spec)
+    if path.suffix.lower() in (".tar", ".parquet"):
+        return _open_files(spec, wanted, channels)
+    if not path.exists() and (hint := near_dataset(spec)):
+        raise DataError(f"DATA {spec}: no such kind. {hint}", path=spec)
+    if not path.exists() and is_callable(spec):
+        return open_callable(spec, wanted, channels)
+    is_other = path.exists() or ":" in spec
+    reason = "not of a kind that is known" if is_other else "no such file or folder"
+    raise DataError(f"DATA {spec}: {reason}. Give {_KINDS}.", path=spec)
+
+
 def for_outputs(images: Images, n_classes: int) -> Images:
-    """Number the classes of opened data anew, for a model with so many outputs."""
+    """The same images with classes numbered for a model of so many outputs; nothing is reread."""
     again = object.__new__(type(images))
     again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
     if images.classes_given is not None:
@@ -122,21 +126,20 @@ def for_outputs(images: Images, n_classes: int) -> Images:
     return again
 
 
-# Turn each image's class, a name or a number, into its index.
 def _set_labels(
     images: Images, classes: list[str] | np.ndarray, mapping: dict[str, int] | None, n: int | None
 ) -> None:
+    """Turn each image's class, a name or a number, into its index."""
     where = images.spec + ("/labels.csv" if images.kind == "labels.csv" else "")
     if mapping is None and images.kind == "labels.csv":
-        numbers = [name for name in classes if _INTEGER.fullmatch(name)]
         odd = [name for name in dict.fromkeys(classes) if not _INTEGER.fullmatch(name)]
-        if odd and (numbers or any(_NUMBER.fullmatch(name) for name in odd)):
+        if not odd:
+            classes = np.asarray([int(name) for name in classes], dtype=np.int64)
+        elif any(_NUMBER.fullmatch(name) for name in classes):
             raise DataError(
                 f"{where}: some labels are numbers, but not whole ones or not all: {some(odd)}. "
                 "Give whole numbers only, class names only, or --class-map FILE.json."
             )
-        if numbers:
-            classes = np.asarray([int(name) for name in numbers], dtype=np.int64)
     known = images.class_names
     if isinstance(classes, np.ndarray) and mapping is not None and known is not None:
         classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
@@ -157,17 +160,17 @@ def _set_labels(
     images.class_names = tuple(" + ".join(held.get(k, [str(k)])) for k in range(count))
 
 
-# A folder of any kind, or one split in it.
 def _open_split(
     path: Path, split: str, wanted: bool, channels: int, spec: str
 ) -> tuple[Images, Classes]:
+    """A folder of any kind, or one split in it."""
     if (path / "labels.csv").exists() and not split:
         return _open_csv(path, wanted, channels)
     tables = find_tables(path) if path.is_dir() else []
     if tables:
-        chosen, note = choose_split(path, tables, split, f"DATA {spec}")
+        chosen, notes = choose_split(path, tables, split, f"DATA {spec}")
         images, classes = open_tables(chosen, wanted, channels, f"DATA {spec}")
-        images.notes += [] if note is None else [note]
+        images.notes += notes
         return images, classes
     inside = path / split
     if split and not inside.is_dir():
@@ -180,8 +183,8 @@ def _open_split(
     return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
 
 
-# Tar shards or parquet files, one or a range of them.
 def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
+    """Tar shards or parquet files, one or a range of them."""
     paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -194,21 +197,18 @@ def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes
     return (open_tables if by_row else open_shards)(paths, wanted, channels, f"DATA {spec}")
 
 
-# A folder of class folders, or a flat folder; class names where they are wanted.
 def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
+    """A folder of class folders, or a flat folder."""
     loose, folders, n_others = list_images(path)
-    files, classes, empty = [], [], []
+    by_class: dict[str, list[str]] = {}
     for folder in folders:
         inside, deeper, n = list_images(path / folder)
-        n_others += n
-        found = [f"{folder}/{name}" for name in inside]
-        for sub in deeper:
-            nested, _, n = list_images(path / folder / sub)
-            n_others += n
-            found += [f"{folder}/{sub}/{name}" for name in nested]
-        files += found
-        classes += [folder] * len(found)
-        empty += [] if found else [folder]
+        nested = {sub: list_images(path / folder / sub) for sub in deeper}
+        n_others += n + sum(n for _, _, n in nested.values())
+        inside += [f"{sub}/{name}" for sub, (names, _, _) in nested.items() for name in names]
+        by_class[folder] = [f"{folder}/{name}" for name in inside]
+    files = [name for names in by_class.values() for name in names]
+    empty = [folder for folder, names in by_class.items() if not names]
     if not loose and not files:
         raise DataError(
             f"DATA {path}: no images; looked for {' '.join(SUFFIXES)} in it and its folders.",
@@ -233,11 +233,12 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[
         images.notes.append(f"{n_others} files without an image's suffix passed over")
     if empty:
         images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
+    classes = [folder for folder, names in by_class.items() for _ in names]
     return images, classes if files and wanted else None
 
 
-# A folder with ``labels.csv``; its rows' labels as text, where they are wanted.
 def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
+    """A folder with ``labels.csv``; its labels as text."""
     where = path / "labels.csv"
     if where.stat().st_size > MAX_CSV_BYTES:
         raise DataError(f"{where}: larger than {MAX_CSV_BYTES // 10**6} MB.", path=where)
@@ -260,18 +261,12 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
         raise DataError(f"{where}: no images; there is no line after the header.", path=where)
     short = [f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]]
     files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
-    outside = {
-        name
-        for name in files
-        if ".." in PurePosixPath(name).parts
-        or PurePosixPath(name).is_absolute()
-        or PureWindowsPath(name).drive
-    }
+    outside = {name for name in files if not is_inside(name)}
     problems = {
         "without a file or label": short,
         "listed more than once": [name for name, n in Counter(files).items() if n > 1],
         "leading out of the folder": sorted(outside),
-        "missing": [n for n in dict.fromkeys(files) if n not in outside and not _is_file(path / n)],
+        "missing": [n for n in dict.fromkeys(files) if n not in outside and not is_file(path / n)],
     }
     found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
     if found:
@@ -283,15 +278,8 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     return images, [row[column[1]] for row in rows] if wanted else None
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False  # a name that no file can have
-
-
-# An ``.npz`` file: headers first, then memory, then the arrays.
 def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarray | None]:
+    """An ``.npz`` file: headers first, then memory, then the arrays."""
     try:
         with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
             warnings.simplefilter("ignore")  # of headers that another numpy has written
@@ -325,10 +313,10 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
     return images, labels
 
 
-# Inputs of any shape, which are no images and go to the network as they are.
 def _open_inputs(
     archive: zipfile.ZipFile, path: Path, wanted: bool
 ) -> tuple[Images, np.ndarray | None]:
+    """Inputs of any shape, which are no images and go to the network as they are."""
     shape, dtype = _npy_header(archive, path, "inputs")
     if dtype.kind not in "fiub" or not shape or min(shape) == 0:
         raise DataError(
@@ -341,8 +329,8 @@ def _open_inputs(
     return images, labels
 
 
-# Class indices, one an item, where the archive has them.
 def _npz_labels(archive: zipfile.ZipFile, path: Path, n: int) -> np.ndarray | None:
+    """Class indices, one an item, where the archive has them."""
     if "labels.npy" not in archive.namelist():
         return None
     shape, dtype = _npy_header(archive, path, "labels")
@@ -354,8 +342,8 @@ def _npz_labels(archive: zipfile.ZipFile, path: Path, n: int) -> np.ndarray | No
     return _npy(archive, "labels")
 
 
-# Shape and dtype of an array in the archive, once its declared size has been believed.
 def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, np.dtype[Any]]:
+    """Shape and dtype of an array in the archive, once its declared size is believed."""
     members = archive.namelist()
     if members.count(f"{name}.npy") != 1:
         raise DataError(

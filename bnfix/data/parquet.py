@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
+import json
 import re
-from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bnfix.data.columns import Columns, find_columns
 from bnfix.data.images import EncodedImages
-from bnfix.errors import DataError, some
+from bnfix.errors import DataError, plain, some
 
-SUFFIXES: Final = (".parquet", ".arrow")
+_IMAGE_COLUMNS: Final = ("image", "img", "png", "jpg", "jpeg", "webp", "picture")
+_LABEL_COLUMNS: Final = ("label", "fine_label", "labels", "cls", "target", "class", "class_id")
+_LABEL_TYPES: Final = ("int", "uint", "string", "large_string", "dictionary<values=string")
 _MAX_ROWS: Final = 20_000_000
 _MAX_GROUP_BYTES: Final = 512 << 20
 _KEPT_BYTES: Final = 128 << 20
 _MAX_SCHEMA_BYTES: Final = 64 << 20
-#: The same split by another name, and the order in which one is taken where none is named.
+#: Other names of a split, and the order in which one is taken where none is named.
 _ALIASES: Final = {"validation": "val", "valid": "val", "dev": "val", "training": "train",
                    "testing": "test"}  # fmt: skip
 _HELD_OUT: Final = ("test", "val", "train")
@@ -36,84 +35,85 @@ _SHARD: Final = re.compile(r"[-._]?[0-9]{1,9}(-of-[0-9]{1,9})?(-[0-9a-f]{6,40})?
 
 
 def find_tables(folder: Path) -> list[Path]:
-    """Find a folder's parquet files, or the .arrow files that ``save_to_disk`` writes."""
-    for suffix in SUFFIXES:
+    """A folder's parquet files, or the .arrow files of ``save_to_disk``, up to two levels down."""
+    for suffix in (".parquet", ".arrow"):
         found = [p for depth in ("*", "*/*", "*/*/*") for p in folder.glob(depth + suffix)]
-        found = [
+        # Beside others' .arrow files, as caches are, there is no state.json.
+        tables = [
             path
             for path in found
-            if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+            if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+            and (suffix == ".parquet" or (path.parent / "state.json").is_file())
         ]
-        if suffix == ".arrow":
-            found = [p for p in found if (p.parent / "state.json").is_file()]
-        if found:
-            return sorted(found)
+        if tables:
+            return sorted(tables)
     return []
 
 
 def choose_split(
     folder: Path, tables: Sequence[Path], split: str, where: str
-) -> tuple[list[Path], str | None]:
-    """Choose the files of one split by their names: ``train-00000-of-00002``, ``test/0000``."""
+) -> tuple[list[Path], list[str]]:
+    """Files of one split by their names, ``train-00000-of-00002`` or ``test/0000``, and notes."""
     by_split: dict[str, list[Path]] = {}
     for path in tables:
         stem = _SHARD.sub("", path.stem)
         is_plain = stem in ("", "data", "part", "shard")
         name = (path.parent.name if path.parent != folder else "") if is_plain else stem
-        name = _ALIASES.get(name.lower(), name.lower())
-        by_split.setdefault(name, []).append(path)
+        by_split.setdefault(_ALIASES.get(name.lower(), name.lower()), []).append(path)
     names = sorted(by_split)
     wanted = _ALIASES.get(split.lower(), split.lower())
+    known = [name for name in _HELD_OUT if name in by_split]
     if wanted and wanted not in by_split:
         raise DataError(
             f"{where}: no split {split!r} among {some(names)} in {folder}. Give one of these.",
             path=folder,
         )
-    known = [name for name in _HELD_OUT if name in by_split]
     if not wanted and len(names) > 1 and not known:
         raise DataError(
             f"{where}: several splits in {folder}: {some(names)}. Name one, {folder}#{names[0]}.",
             path=folder,
         )
     chosen = wanted or (names[0] if len(names) == 1 else known[0])
-    paths = by_split[chosen]
-    folders = sorted({str(path.parent.relative_to(folder)) for path in paths})
+    folders = sorted({str(path.parent.relative_to(folder)) for path in by_split[chosen]})
     if len(folders) > 1:
         raise DataError(
             f"{where}: {chosen or 'files'} in several folders ({some(folders)}), so several "
             f"configurations. Give one of them, for example {folder / folders[0]}.",
             path=folder,
         )
-    note = None
-    if not wanted and len(names) > 1:
-        note = f"no split named, so {chosen} is used (of {some(names)})"
-    return paths, note
+    is_named = wanted or len(names) == 1
+    note = f"no split named, so {chosen} is used (of {some(names)})"
+    return by_split[chosen], [] if is_named else [note]
 
 
 def open_tables(
     paths: Sequence[Path], wanted: bool, channels: int, where: str
 ) -> tuple[EncodedImages, list[str] | np.ndarray | None]:
-    """Open parquet or .arrow files of one layout, one after the other."""
-    arrow = _pyarrow(where)
+    """Open parquet or .arrow files of one layout; labels are numbers, names or None."""
+    try:
+        arrow: Any = importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise DataError(
+            f"{where}: needs pyarrow, which is not installed ({error}). "
+            "pip install 'bnfix[parquet]'."
+        ) from error
     errors = (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError,
               OverflowError, AttributeError, RecursionError)  # fmt: skip
-    path = paths[0]
-    labels: list[Any] = []
+    path, labels = paths[0], []
+    images = TableImages(paths, channels)
     try:
-        kind = ParquetImages if path.suffix == ".parquet" else ArrowImages
-        images = kind(paths, channels)
         for path in paths:
             labels += images.add(path, wanted)
     except errors as error:
-        what = " ".join(str(error).split())[:300] or type(error).__name__
         raise DataError(
-            f"{where}: {path}: cannot be read ({what}). Fetch it again, or write it with an image "
-            "column (bytes, path) and a label column.",
+            f"{where}: {path}: cannot be read ({plain(str(error), 300) or type(error).__name__}). "
+            "Fetch it again, or write it with an image column (bytes, path) and a label column.",
             path=path,
         ) from error
     if not len(images):
-        raise DataError(f"{where}: no images, there are no rows in {some([str(path)])}.", path=path)
-    if not wanted or images.columns is None or images.columns.label is None:
+        raise DataError(f"{where}: no images, there are no rows in {path}.", path=path)
+    if not labels:
         return images, None
     bare = [images.name(i) for i, label in enumerate(labels) if label is None or label == ""]
     if bare:
@@ -122,192 +122,181 @@ def open_tables(
             "Remove them, or give --labels none.",
             path=path,
         )
-    images.class_names = images.columns.names
+    images.class_names = images.columns[0].names
     if all(type(label) is int for label in labels):
         return images, np.asarray(labels, dtype=np.int64)
     return images, [str(label) for label in labels]
 
 
-def _pyarrow(where: str) -> ModuleType:
-    try:
-        return importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise DataError(
-            f"{where}: needs pyarrow, which is not installed ({error}). "
-            "pip install 'bnfix[parquet]'."
-        ) from error
-
-
 class TableImages(EncodedImages):
-    """Images in a column of tables; ``columns`` says which."""
-
-    kind = "parquet"
+    """Images in a column of tables, part by part: a row group each, or a whole .arrow file."""
 
     def __init__(self, paths: Sequence[Path], channels: int) -> None:
         super().__init__(str(paths[0]), channels)
-        self.columns: Columns | None = None
-        self._files: list[Path] = []
-        self._starts: list[int] = []
+        self.kind = paths[0].suffix.removeprefix(".")
+        self.columns: list[Columns] = []  # of the first file; all others have the same
+        self._parts: list[tuple[Path, int, int]] = []  # file, row group, its first row in the file
+        self._starts: list[int] = []  # position of each part's first image
         self._n = 0
+        self._kept: OrderedDict[int, tuple[int, Any]] = OrderedDict()  # part: bytes, column
+        self._mapped: dict[Path, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_kept": OrderedDict(), "_mapped": {}}
 
     def __len__(self) -> int:
         return self._n
 
     def add(self, path: Path, wanted: bool) -> list[Any]:
-        """Append the rows of one file."""
-        schema, n = self._describe(path)
+        """Append the rows of one file; give its labels where they are wanted."""
+        schema, sizes = self._describe(path)
         columns = find_columns(schema)
-        if self.columns is not None and columns != self.columns:
+        if self.columns and self.columns != [columns]:
             raise ValueError("its columns or classes are not those of the files before")
-        if self._n + n > _MAX_ROWS:
+        if self._n + sum(sizes) > _MAX_ROWS:
             raise ValueError(f"more than {_MAX_ROWS:,} rows")
-        self.columns = columns
-        self._files.append(path)
-        self._starts.append(self._n)
-        self._n += n
-        if not wanted or columns.label is None:
+        self.columns, first = [columns], self._n
+        for group, size in enumerate(sizes):
+            self._parts.append((path, group, self._n - first))
+            self._starts.append(self._n)
+            self._n += size
+        if not wanted or columns.label is None or self._n == first:
             return []
-        labels = self._column(path, columns.label)
-        if len(labels) != n:
-            raise ValueError(f"{len(labels):,} labels for {n:,} rows")
+        labels: list[Any] = self._column(path, columns.label).to_pylist()
+        if len(labels) != self._n - first:
+            raise ValueError(f"{len(labels):,} labels for {self._n - first:,} rows")
         return labels
-
-    def _place(self, i: int) -> tuple[int, int]:
-        k = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return k, i - self._starts[k]
 
     def name(self, i: int) -> str:
         """Its file and row."""
-        k, row = self._place(int(i))
-        return f"{self._files[k].name}[{row}]"
+        path, _, first = self._parts[self._part(i)]
+        return f"{path.name}[{first + i - self._starts[self._part(i)]}]"
 
     def _path(self, i: int) -> Path:
-        return self._files[self._place(int(i))[0]]
+        return self._parts[self._part(i)][0]
+
+    def _part(self, i: int) -> int:
+        return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _stream(self, i: int) -> io.BytesIO:
-        arrow = importlib.import_module("pyarrow")
+        arrow: Any = importlib.import_module("pyarrow")
+        k = self._part(i)
         try:
-            content = self._bytes(*self._place(int(i)))
+            content = self._images(k)[int(i) - self._starts[k]].as_py()
         except (arrow.ArrowException, LookupError, TypeError) as error:
             raise OSError(str(error)) from error
+        if isinstance(content, dict):
+            content = content.get("bytes")
         if not isinstance(content, bytes) or not content:
             raise OSError("no bytes in the table")
         return io.BytesIO(content)
 
-    @abstractmethod
-    def _describe(self, path: Path) -> tuple[Any, int]: ...
+    def _images(self, k: int) -> Any:
+        """The image column of one part; the parts read last are kept."""
+        if k not in self._kept:
+            path, group, _ = self._parts[k]
+            (columns,) = self.columns
+            inner = ".bytes" if columns.nested and path.suffix == ".parquet" else ""
+            column = self._column(path, columns.image + inner, group)
+            # A file mapped into memory takes none of its own.
+            self._kept[k] = 0 if path in self._mapped else column.nbytes, column
+        self._kept.move_to_end(k)
+        while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > _KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return self._kept[k][1]
 
-    @abstractmethod
-    def _column(self, path: Path, name: str) -> list[Any]: ...
+    def _column(self, path: Path, name: str, group: int | None = None) -> Any:
+        """One column of a file, or of one of its row groups."""
+        if path.suffix == ".arrow":
+            return self._table(path).column(name)
+        arrow: Any = importlib.import_module("pyarrow")
+        groups = None if group is None else [group]
+        with importlib.import_module("pyarrow.parquet").ParquetFile(
+            path, read_dictionary=[name]
+        ) as file:
+            batches = file.iter_batches(4096, row_groups=groups, columns=[name], use_threads=False)
+            return arrow.chunked_array([batch.column(0) for batch in batches])
 
-    @abstractmethod
-    def _bytes(self, k: int, row: int) -> Any: ...
+    def _table(self, path: Path) -> Any:
+        if path not in self._mapped:
+            arrow: Any = importlib.import_module("pyarrow")
+            with arrow.memory_map(str(path)) as source:
+                table = arrow.ipc.open_stream(source).read_all()
+            # Offsets come from the file, and arrow follows them unchecked.
+            table.validate(full=True)
+            self._mapped[path] = table
+        return self._mapped[path]
 
-
-class ParquetImages(TableImages):
-    """Images in parquet files: the row groups read last are kept."""
-
-    def __init__(self, paths: Sequence[Path], channels: int) -> None:
-        super().__init__(paths, channels)
-        self._ends: list[np.ndarray] = []  # of each file's row groups
-        self._kept: OrderedDict[tuple[int, int, int], Any] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_kept": OrderedDict()}
-
-    def _describe(self, path: Path) -> tuple[Any, int]:
-        parquet = importlib.import_module("pyarrow.parquet")
+    def _describe(self, path: Path) -> tuple[Any, list[int]]:
+        """Schema and rows of each part, once the sizes that the file claims are believed."""
+        if path.suffix == ".arrow":
+            return self._table(path).schema, [self._table(path).num_rows]
         limits = {"thrift_string_size_limit": _MAX_SCHEMA_BYTES,
                   "thrift_container_size_limit": _MAX_ROWS}  # fmt: skip
-        with parquet.ParquetFile(path, **limits) as file:
-            meta = file.metadata
-            groups = [meta.row_group(g) for g in range(meta.num_row_groups)]
+        with importlib.import_module("pyarrow.parquet").ParquetFile(path, **limits) as file:
+            groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
             sizes = [group.num_rows for group in groups]
-            if min(sizes, default=0) < 0 or sum(sizes) != meta.num_rows:
+            if min(sizes, default=0) < 0 or sum(sizes) != file.metadata.num_rows:
                 raise ValueError("its row groups do not add up to its rows")
             for group in groups:
                 for j in range(group.num_columns):
                     _check_size(group.column(j), path.stat().st_size)
-            self._ends.append(np.cumsum(sizes, dtype=np.int64))
-            return file.schema_arrow, sum(sizes)
-
-    def _column(self, path: Path, name: str) -> list[Any]:
-        parquet = importlib.import_module("pyarrow.parquet")
-        labels: list[Any] = []
-        with parquet.ParquetFile(path, read_dictionary=[name]) as file:
-            for batch in file.iter_batches(65_536, columns=[name], use_threads=False):
-                labels += _values(batch.column(0))
-        return labels
-
-    def _bytes(self, k: int, row: int) -> Any:
-        ends = self._ends[k]
-        g = int(np.searchsorted(ends, row, side="right"))
-        chunks = self._group(k, g)
-        row -= int(ends[g - 1]) if g else 0
-        for chunk in chunks:
-            if row < len(chunk):
-                return chunk[row].as_py()
-            row -= len(chunk)
-        raise LookupError("the row group has fewer rows than it says")
-
-    def _group(self, k: int, g: int) -> Any:
-        # A forked worker must not use what its parent has opened.
-        key = os.getpid(), k, g
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        if self.columns is None:
-            raise LookupError("not opened")
-        parquet = importlib.import_module("pyarrow.parquet")
-        name = ".".join(filter(None, (self.columns.image, self.columns.field)))
-        chunks = []
-        with parquet.ParquetFile(self._files[k], read_dictionary=[name]) as file:
-            for batch in file.iter_batches(4096, row_groups=[g], columns=[name], use_threads=False):
-                column = batch.column(0)
-                chunks.append(column if self.columns.field is None else column.flatten()[0])
-        self._kept[key] = chunks
-        sizes = {key: sum(c.nbytes for c in chunks) for key, chunks in self._kept.items()}
-        while len(self._kept) > 1 and sum(sizes.values()) > _KEPT_BYTES:
-            del sizes[self._kept.popitem(last=False)[0]]
-        return chunks
+            return file.schema_arrow, sizes
 
 
-class ArrowImages(TableImages):
-    """Images in .arrow files as Hugging Face's ``save_to_disk`` writes them, mapped into memory."""
+class Columns(NamedTuple):
+    """The columns of images and labels, and the classes' names."""
 
-    kind = "arrow"
+    image: str
+    nested: bool  # a structure with a field `bytes`
+    label: str | None
+    names: tuple[str, ...] | None
 
-    def __init__(self, paths: Sequence[Path], channels: int) -> None:
-        super().__init__(paths, channels)
-        self._tables: dict[Path, Any] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_tables": {}}
+def find_columns(schema: Any) -> Columns:
+    """Find a table's columns: by Hugging Face's own description, else by type and name."""
+    features = _features(schema.metadata)
+    types = {field.name: field.type for field in schema}
+    described = [n for n in types if features.get(n, {}).get("_type") == "Image"]
+    images = [n for n in types if _holds_bytes(types[n])]
+    image = next((n for n in (*described, *_IMAGE_COLUMNS) if n in images), None)
+    if image is None and len(images) == 1:
+        image = images[0]
+    if image is None:
+        raise ValueError(
+            f"no image column among {some(list(types))}: expected bytes, or a structure of bytes "
+            f"and path, named {', '.join(_IMAGE_COLUMNS[:2])}"
+        )
+    classed = [n for n in types if features.get(n, {}).get("_type") == "ClassLabel"]
+    usable = [n for n in types if str(types[n]).startswith(_LABEL_TYPES)]
+    label = next((n for n in _LABEL_COLUMNS if n in usable), None)
+    if label is None and len(classed) > 1:
+        raise ValueError(f"several label columns: {some(classed)}; name the one meant label")
+    if label is None and classed:
+        label = classed[0]
+    names = features.get(label or "", {}).get("names")
+    is_listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return Columns(
+        image,
+        nested=str(types[image]).startswith("struct"),
+        label=label,
+        names=tuple(names) if is_listed and names else None,
+    )
 
-    def _table(self, path: Path) -> Any:
-        if path not in self._tables:
-            arrow = importlib.import_module("pyarrow")
-            with arrow.memory_map(str(path)) as source:
-                table = arrow.ipc.open_stream(source).read_all()
-            # Offsets come from the file, and are followed without a look.
-            table.validate(full=True)
-            self._tables[path] = table
-        return self._tables[path]
 
-    def _describe(self, path: Path) -> tuple[Any, int]:
-        table = self._table(path)
-        return table.schema, table.num_rows
+def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, Any]]:
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: value for name, value in features.items() if isinstance(value, dict)}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}  # of any form, if the file is hostile
 
-    def _column(self, path: Path, name: str) -> list[Any]:
-        return [v for chunk in self._table(path).column(name).chunks for v in _values(chunk)]
 
-    def _bytes(self, k: int, row: int) -> Any:
-        if self.columns is None:
-            raise LookupError("not opened")
-        value = self._table(self._files[k]).column(self.columns.image)[row].as_py()
-        if isinstance(value, dict) and self.columns.field is not None:
-            return value.get(self.columns.field)
-        return value
+def _holds_bytes(kind: Any) -> bool:
+    if str(kind).startswith("struct"):
+        fields = [kind.field(j) for j in range(kind.num_fields)]
+        return any(f.name == "bytes" and str(f.type) in ("binary", "large_binary") for f in fields)
+    return str(kind) in ("binary", "large_binary")
 
 
 def _check_size(chunk: Any, held: int) -> None:
@@ -320,8 +309,3 @@ def _check_size(chunk: Any, held: int) -> None:
             f"a row group has {size:,} bytes of {name}, at most {_MAX_GROUP_BYTES:,} are read at "
             "once; write it with smaller row groups"
         )
-
-
-def _values(column: Any) -> list[Any]:
-    values: list[Any] = column.to_pylist()
-    return values

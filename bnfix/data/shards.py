@@ -1,8 +1,7 @@
 """Tar shards (WebDataset's layout): images and their labels beside each other, ``key.jpg key.cls``.
 
 A shard is walked once, for where each image begins; images are then read from there in any order.
-Nothing is unpacked to disk and no member's name is ever used as a path: names only tell which
-members belong together, and what is no ordinary file with an ordinary name is passed over.
+Nothing is unpacked to disk and no member's name is used as a path: names only group the members.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import numpy as np
 
 from bnfix.data.images import MAX_IMAGE_BYTES, SUFFIXES, EncodedImages, open_regular
-from bnfix.errors import DataError, some
+from bnfix.errors import DataError, plain, some
 
 MAX_SHARDS: Final = 100_000
 _MAX_MEMBERS: Final = 20_000_000
@@ -38,20 +38,16 @@ _TAR_ERRORS: Final = (
 def expand_braces(spec: str) -> list[str]:
     """Expand ranges in a name: ``shard-{000..123}.tar`` stands for 124 files."""
     parts = _RANGE.split(spec)
-    ranges = []
-    n = 1
-    for first, last in zip(parts[1::3], parts[2::3], strict=True):
-        n *= max(0, int(last) - int(first) + 1)
+    choices: list[Sequence[str]] = [[parts[0]]]
+    for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        n = prod(map(len, choices)) * max(0, int(last) - int(first) + 1)
         if not 0 < n <= MAX_SHARDS:
             raise DataError(
                 f"DATA {spec}: {{{first}..{last}}} makes {n:,} files, expected 1 to {MAX_SHARDS:,}."
             )
-        ranges.append([f"{k:0{len(first)}d}" for k in range(int(first), int(last) + 1)])
-    texts = parts[::3]
-    return [
-        texts[0] + "".join(number + text for number, text in zip(chosen, texts[1:], strict=True))
-        for chosen in product(*ranges)
-    ]
+        numbers = range(int(first), int(last) + 1)
+        choices.append([f"{k:0{len(first)}d}{text}" for k in numbers])
+    return ["".join(chosen) for chosen in product(*choices)]
 
 
 class ShardImages(EncodedImages):
@@ -62,9 +58,8 @@ class ShardImages(EncodedImages):
 
     def __init__(self, paths: Sequence[Path], places: np.ndarray, names: list[str], channels: int):
         super().__init__(str(paths[0]), channels)
-        self._paths = list(paths)
+        self._paths, self._names = list(paths), names
         self._places = places  # (n, 3) int64: shard, offset, size
-        self._names = names
 
     def __len__(self) -> int:
         return len(self._names)
@@ -85,13 +80,14 @@ class ShardImages(EncodedImages):
             return io.BytesIO(file.read(size))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Sample:
-    """The members of one key."""
+    """The members of one key, in one shard."""
 
+    shard: int
     name: str
     offset: int = 0
-    size: int = -1
+    size: int = -1  # no image so far
     label: str | None = None
 
 
@@ -102,45 +98,38 @@ class _Seen:
     passed: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, what: str, name: str) -> None:
-        self.passed.setdefault(what, []).append(name)
+    def add(self, kind: str, name: str) -> None:
+        self.passed.setdefault(kind, []).append(name)
 
 
 def open_shards(
     paths: Sequence[Path], wanted: bool, channels: int, where: str
 ) -> tuple[ShardImages, list[str] | np.ndarray | None]:
-    """Index tar shards.
-
-    A label is a number or a name in ``key.cls``, or stands in ``key.json``.
-    """
+    """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
     seen = _Seen()
-    rows: list[tuple[int, int, int]] = []
-    names: list[str] = []
-    labels: list[str | None] = []
-    for k, path in enumerate(paths):
-        for sample in _samples(path, wanted, seen, where):
-            if sample.size < 0:
-                seen.add("keys without an image", sample.name)
-                continue
-            rows.append((k, sample.offset, sample.size))
-            names.append(sample.name)
-            labels.append(sample.label)
-    if not rows:
+    found = [
+        sample for k in range(len(paths)) for sample in _samples(k, paths[k], wanted, seen, where)
+    ]
+    samples = [sample for sample in found if sample.size >= 0]
+    if len(samples) < len(found):
+        seen.passed["keys without an image"] = [one.name for one in found if one.size < 0]
+    if not samples:
         raise DataError(
             f"{where}: no images; looked for members named {', '.join(sorted(_IMAGE_KINDS))} "
             f"after their key, in {len(paths)} shards.",
             path=paths[0],
         )
-    images = ShardImages(paths, np.asarray(rows, dtype=np.int64), names, channels)
+    places = np.asarray([(one.shard, one.offset, one.size) for one in samples], dtype=np.int64)
+    images = ShardImages(paths, places, [one.name for one in samples], channels)
     images.notes += seen.notes
-    images.notes += [f"{len(v)} {what} passed over: {some(v)}" for what, v in seen.passed.items()]
-    held = [label for label in labels if label is not None]
+    images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in seen.passed.items()]
+    held = [one.label for one in samples if one.label is not None]
     if not wanted or not held:
         return images, None
-    bare = [images.name(i) for i, label in enumerate(labels) if label is None]
-    if bare:
+    if len(held) < len(samples):
+        bare = [images.name(i) for i, one in enumerate(samples) if one.label is None]
         raise DataError(
-            f"{where}: {len(bare)} of {len(labels)} images have no label ({some(bare)}), expected "
+            f"{where}: {len(bare)} of {len(samples)} images have no label ({some(bare)}), expected "
             f"key.cls, or key.json with one of {', '.join(_JSON_KEYS)}. Add them, or give "
             "--labels none.",
             path=paths[0],
@@ -150,18 +139,15 @@ def open_shards(
     return images, held
 
 
-# Samples of one shard, in order; members of a key stand beside each other.
-def _samples(path: Path, wanted: bool, seen: _Seen, where: str) -> Iterator[_Sample]:
+def _samples(k: int, path: Path, wanted: bool, seen: _Seen, where: str) -> Iterator[_Sample]:
+    """Samples of one shard, in order: neighbours of one key."""
     current: _Sample | None = None
     key = None
+    # A handle of its own: labels are read between two steps of the walk.
     with open_regular(path) as file:
-        for member in _members(path, file, seen, where):
+        for member in _members(path, seen, where):
             name = " ".join(member.name.split())[:200]
             folder = PurePosixPath(member.name)
-            if not member.isreg() or member.issparse():
-                if not member.isdir():
-                    seen.add("members that are links or no ordinary files", name)
-                continue
             if folder.is_absolute() or ".." in folder.parts or not member.name.isprintable():
                 seen.add("members with paths that lead out", name)
                 continue
@@ -171,38 +157,33 @@ def _samples(path: Path, wanted: bool, seen: _Seen, where: str) -> Iterator[_Sam
             if current is None or key != (folder.parent, stem):
                 if current is not None:
                     yield current
-                key, current = (folder.parent, stem), _Sample(str(folder.with_name(stem)))
+                key, current = (folder.parent, stem), _Sample(k, str(folder.with_name(stem)))
             if kind.lower() in _IMAGE_KINDS:
                 if current.size >= 0:
                     seen.add("second images of a key", name)
-                    continue
-                current.name, current.offset, current.size = name, member.offset_data, member.size
+                else:
+                    current.name = name
+                    current.offset, current.size = member.offset_data, member.size
             elif wanted and kind.lower() in ("cls", "json"):
-                found = _label(path, file, member, kind.lower(), where)
-                current.label = found if current.label is None else current.label
+                label = _label(path, file, member, kind.lower(), where)
+                current.label = label if current.label is None else current.label
     if current is not None:
         yield current
 
 
-# Members one after another, each wholly inside the file and behind the one before.
-def _members(
-    path: Path, file: io.BufferedReader, seen: _Seen, where: str
-) -> Iterator[tarfile.TarInfo]:
-    size = path.stat().st_size
-    if file.read(2) == b"\x1f\x8b":
-        raise DataError(
-            f"{where}: {path}: compressed, so its images cannot be read in any order. "
-            "Uncompress it (gunzip).",
-            path=path,
-        )
-    file.seek(0)
-    last, n = -1, 0
+def _members(path: Path, seen: _Seen, where: str) -> Iterator[tarfile.TarInfo]:
+    """Ordinary files one after another, each wholly inside the shard and behind the one before."""
+    size, last, n = path.stat().st_size, -1, 0
     try:
-        # A second handle: labels are read between two steps of the walk.
-        with (
-            open_regular(path) as walked,
-            tarfile.open(fileobj=walked, mode="r:", errorlevel=2) as archive,
-        ):
+        with open_regular(path) as file:
+            if file.read(2) == b"\x1f\x8b":
+                raise DataError(
+                    f"{where}: {path}: compressed, so its images cannot be read in any order. "
+                    "Uncompress it (gunzip).",
+                    path=path,
+                )
+            file.seek(0)
+            archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)
             while (member := archive.next()) is not None:
                 n += 1
                 # Or every header would stay in memory.
@@ -211,18 +192,21 @@ def _members(
                 if member.size < 0 or member.offset <= last or end > size or n > _MAX_MEMBERS:
                     raise tarfile.ReadError(f"member {n} does not lie inside the file")
                 last = member.offset
-                yield member
-            if not _has_end(walked, archive.offset, size):
+                if member.isreg() and not member.issparse():
+                    yield member
+                elif not member.isdir():
+                    name = " ".join(member.name.split())[:200]
+                    seen.add("members that are links or no ordinary files", name)
+            if not _has_end(file, archive.offset, size):
                 seen.notes.append(f"{path.name} ends without an end mark: it may have been cut")
     except _TAR_ERRORS as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(
-            f"{where}: {path}: not a whole tar archive ({what}). Fetch it again.", path=path
-        ) from error
+        reason = plain(str(error)) or type(error).__name__
+        message = f"{where}: {path}: not a whole tar archive ({reason}). Fetch it again."
+        raise DataError(message, path=path) from error
 
 
-# An archive ends with blocks of zeros; other bytes there are a member's that was cut.
 def _has_end(file: io.BufferedReader, offset: int, size: int) -> bool:
+    """Whether blocks of zeros end the archive; other bytes there are a member that was cut."""
     file.seek(min(offset, size))
     rest = file.read(512)
     if rest.strip(b"\0"):
@@ -233,19 +217,15 @@ def _has_end(file: io.BufferedReader, offset: int, size: int) -> bool:
 def _label(
     path: Path, file: io.BufferedReader, member: tarfile.TarInfo, kind: str, where: str
 ) -> str | None:
+    place = f"{where}: {path}/{member.name[:200]}"
     if member.size > _MAX_LABEL_BYTES:
-        raise DataError(
-            f"{where}: {path}/{member.name[:200]}: {member.size:,} bytes for a label.", path=path
-        )
+        raise DataError(f"{place}: {member.size:,} bytes for a label.", path=path)
     file.seek(member.offset_data)
-    content = file.read(member.size)
     try:
-        text = content.decode("utf-8").strip()
+        text = file.read(member.size).decode("utf-8").strip()
         value: Any = json.loads(text) if kind == "json" else text
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: {path}/{member.name[:200]}: cannot be read ({str(error)[:200]}).", path=path
-        ) from error
+        raise DataError(f"{place}: cannot be read ({str(error)[:200]}).", path=path) from error
     if isinstance(value, dict):
         value = next((value[key] for key in _JSON_KEYS if key in value), None)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
