@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 #: Where code lies that is not the user's: this package, the standard library, what is installed.
@@ -102,9 +104,29 @@ def file_error(path: str | Path, text: str) -> CheckpointError:
     return CheckpointError(f"{plain(Path(path))}: {text}", path=path)
 
 
+@contextmanager
+def file_errors(
+    path: str | Path,
+    problem: str,
+    advice: str = "",
+    kinds: tuple[type[Exception], ...] = (OSError, ValueError),
+) -> Iterator[None]:
+    """Turn the errors of other code in a block into one that says what is wrong with a file."""
+    try:
+        yield
+    except kinds as error:
+        raise file_error(path, f"{problem} ({plain(error)}).{advice}") from error
+
+
 def model_error(spec: str, text: str) -> ModelError:
     """A `ModelError` that begins with the model specification that it concerns."""
     return ModelError(f"{spec}: {text}", name=spec)
+
+
+def did_you_mean(word: str, names: Sequence[str], limit: int = 1) -> str:
+    """The end of a message about an unknown name: the names like it, or nothing."""
+    close = get_close_matches(word, names, limit)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def one_line(error: BaseException) -> str:

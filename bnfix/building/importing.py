@@ -1,8 +1,7 @@
-"""A callable that the user names, imported; and the usual reasons why that fails."""
+"""Callables that the user names, and optional libraries, imported; and why that may fail."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -17,12 +16,12 @@ from typing import Any
 
 import torch
 
-from bnfix.errors import ModelError, model_error, one_line
+from bnfix.errors import ModelError, did_you_mean, model_error, one_line
 
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Give what runs inside torch's generator at seed 0, and put its state back."""
+    """Run a block with torch's generator at seed 0, and put its state back."""
     with torch.random.fork_rng(devices=[]):
         # Only this generator: torch.manual_seed would touch those of other devices, too.
         torch.default_generator.manual_seed(0)
@@ -31,7 +30,7 @@ def seeded() -> Iterator[None]:
 
 @contextmanager
 def importable(folder: str | None) -> Iterator[None]:
-    """Let what runs inside import from a folder first."""
+    """Let a block import from a folder first."""
     # First, as `python -m` and `python file.py` have it; the code may import on when it is called.
     if folder is None:
         yield
@@ -60,7 +59,7 @@ def _import_file(spec: str, path: Path) -> ModuleType:
     if described is None or described.loader is None:
         raise model_error(spec, "is not a Python file. Give a name ending in .py.")
     module = importlib.util.module_from_spec(described)
-    sys.modules[name] = module
+    sys.modules[name] = module  # before it runs, as its classes may be pickled while it does
     try:
         described.loader.exec_module(module)
     except BaseException as error:
@@ -86,7 +85,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
 
 
 def import_callable(spec: str) -> tuple[Callable[..., Any], str]:
-    """Import what a spec of the user's names; this runs the user's code."""
+    """Import the callable that the user names, running the user's code; and its folder."""
     where, _, attribute = spec.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     folder = str(Path(where).resolve().parent if is_file else Path.cwd())
@@ -100,36 +99,30 @@ def _attribute(spec: str, module: ModuleType, dotted: str) -> Any:
     for part in dotted.split("."):
         if not hasattr(found, part):
             names = [name for name, value in vars(found).items() if callable(value)]
-            close = difflib.get_close_matches(part, names, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise model_error(spec, f"there is no {part} in it.{hint}")
+            raise model_error(spec, f"there is no {part} in it.{did_you_mean(part, names)}")
         found = getattr(found, part)
     return found
 
 
 def import_forward(spec: str) -> Callable[..., Any]:
-    """Import what is called with a model and a batch; this runs the user's code."""
+    """Import the function that is called with a model and a batch, running the user's code."""
     where, _, attribute = spec.rpartition(":")
-    if not where or not attribute:
-        raise ModelError(
-            f"--forward {spec}: expected package.module:callable or path/to/file.py:callable.",
-            name="forward",
-        )
-    found, _ = import_callable(spec)
-    if not callable(found) or isinstance(found, type):
-        raise ModelError(
-            f"--forward {spec}: is of type {type(found).__name__}, expected a function that is "
-            "called with the model and a batch.",
-            name="forward",
-        )
-    return found
+    found = import_callable(spec)[0] if where and attribute else None
+    if callable(found) and not isinstance(found, type):
+        return found
+    problem = (
+        f"is of type {type(found).__name__}, expected a function that is called with the model and "
+        "a batch."
+        if where and attribute
+        else "expected package.module:callable or path/to/file.py:callable."
+    )
+    raise ModelError(f"--forward {spec}: {problem}", name="forward")
 
 
 def import_library(name: str, spec: str) -> ModuleType:
     """Import a library that is an extra of this package."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return importlib.import_module(name)
     except ImportError as error:
         raise model_error(

@@ -12,7 +12,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Final
@@ -24,7 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.building.importing import import_callable, import_library, importable, seeded
 from bnfix.building.pretrained import build_pretrained
-from bnfix.errors import ModelError, model_error, one_line, some
+from bnfix.errors import ModelError, did_you_mean, model_error, one_line, some
 from bnfix.layers.sites import remember_frozen_
 
 #: What builders call the number of classes.
@@ -32,16 +32,9 @@ CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
 #: Two numbers of classes to probe with: small, and unlike the usual counts.
 _PROBES: Final = (11, 13)
 #: Arguments of torchvision's and timm's builders that fetch or read weights, or speak of it.
-_WEIGHT_ARGUMENTS: Final = (
-    "weights",
-    "weights_backbone",
-    "pretrained",
-    "pretrained_backbone",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "checkpoint_path",
-    "cache_dir",
-    "progress",
+_WEIGHT_ARGUMENTS: Final = frozenset(
+    "weights weights_backbone pretrained pretrained_backbone pretrained_cfg pretrained_cfg_overlay "
+    "checkpoint_path cache_dir progress".split()
 )
 #: Parts that a torchvision model has or has not: the argument, and how the part's tensors begin.
 _AUXILIARY: Final = {
@@ -57,21 +50,38 @@ _FORMS: Final = (
     "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
     "path/to/file.py:callable"
 )
-#: torchvision's detectors, which are trained with Batch Norms that are constants.
+#: torchvision's detectors, which are trained with constant Batch Norms.
 _DETECTORS: Final = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
+
+
+#: The parameters of a callable that does not say its own.
+_ANY: Final = inspect.signature(lambda **_: None).parameters
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """A callable that returns a model, with what it is known to take."""
+    """A callable that returns a model, and its arguments."""
 
     spec: str
     call: Callable[..., Any]
     class_argument: str | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
-    folder: str | None = None
+    folder: str | None = None  # its code may import from here
     quiet: bool = False
-    finish: Callable[[nn.Module], None] | None = None
+    finish: Callable[[nn.Module], None] | None = None  # applied to the model
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        try:
+            return inspect.signature(self.call).parameters
+        except (TypeError, ValueError):  # written in C, or hides it
+            return _ANY
+
+    @property
+    def required(self) -> list[str]:
+        free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = self.parameters.items()
+        return [n for n, p in parameters if p.default is p.empty and p.kind not in free]
 
 
 def build_model(
@@ -131,7 +141,7 @@ def from_file_allowed(spec: str) -> bool:
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Find how many channels a model's input has."""
+    """The channels of a model's input, by its first convolution."""
     # By the class: some networks have an attribute that shadows `modules`.
     for module in nn.Module.modules(model):
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels > 0:
@@ -144,18 +154,13 @@ def input_channels(model: nn.Module) -> int | None:
 
 def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -> nn.Module:
     try:
-        with (
-            seeded(),
-            importable(builder.folder),
-            warnings.catch_warnings(),
-            device,
-        ):
+        with seeded(), importable(builder.folder), warnings.catch_warnings(), device:
             if builder.quiet or device.type == "meta":
                 warnings.simplefilter("ignore")
             model = builder.call(**copy.deepcopy(arguments))
-            if isinstance(model, nn.Module) and builder.finish is not None:
-                builder.finish(model)
             if isinstance(model, nn.Module):
+                if builder.finish is not None:
+                    builder.finish(model)
                 remember_frozen_(model)
                 return model.eval() if device.type == "meta" else model.to(device).eval()
     except (Exception, SystemExit) as error:
@@ -166,8 +171,8 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
     raise model_error(builder.spec, f"returned {type(model).__name__}, expected a torch.nn.Module.")
 
 
+# Shapes of the model's state dict, without memory where that works; None if it does not build.
 def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
-    # Shapes of the model's state dict, without memory where that works; None if it does not build.
     for device in ("meta", "cpu"):
         found = _with_state(builder, arguments, device)
         if found is not None:
@@ -175,11 +180,11 @@ def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Siz
     return None
 
 
+# A model and its state dict; None if it does not build there: torch raises NotImplementedError
+# where code asks tensors without memory for their values.
 def _with_state(
     builder: _Builder, arguments: dict[str, Any], device: str
 ) -> tuple[nn.Module, dict[str, Any]] | None:
-    # A model and its state dict; None if it does not build there: torch raises NotImplementedError
-    # where code asks tensors without memory for their values.
     try:
         model = _build(builder, arguments, torch.device(device))
         return model, model.state_dict(keep_vars=True)
@@ -193,7 +198,7 @@ def _with_classes(
     name = builder.class_argument
     if name is None or any(other in arguments for other in CLASS_ARGUMENTS):
         return arguments
-    needed = name in _required(builder)
+    needed = name in builder.required
     if not needed:
         usual = _shapes(builder, arguments)
         if usual is None or all(tensors[n].shape == s for n, s in usual.items() if n in tensors):
@@ -210,22 +215,21 @@ def _with_classes(
     return arguments
 
 
+# Every number of classes that some tensor's size means, given the sizes at two probes.
 def _solve(
     first: dict[str, torch.Size],
     second: dict[str, torch.Size],
     tensors: Mapping[str, torch.Tensor],
 ) -> set[int]:
-    # Every number of classes that some tensor's size stands for, given the sizes at two probes.
     low, high = _PROBES
     found: set[int] = set()
     for name, a in first.items():
-        b = second.get(name, a)
-        if a == b or len(a) != len(b) or name not in tensors or tensors[name].dim() != len(a):
+        sizes = [a, second.get(name, a), tensors[name].shape if name in tensors else a]
+        if len({len(size) for size in sizes}) > 1:
             continue
-        for size_a, size_b, size in zip(a, b, tensors[name].shape, strict=True):
-            if size_a != size_b:
-                slope = (size_b - size_a) / (high - low)
-                classes = low + (size - size_a) / slope
+        for size_a, size_b, size in zip(*sizes, strict=True):
+            if size_a != size_b and name in tensors:
+                classes = low + (size - size_a) * (high - low) / (size_b - size_a)
                 found.add(int(classes) if classes == int(classes) and classes >= 1 else 0)
     return found if 0 not in found else set()
 
@@ -235,7 +239,7 @@ def _check_size(
 ) -> None:
     found = _with_state(builder, arguments, "meta")
     if found is None:
-        return  # it cannot be had without memory: then it is the user's own code, or fails below
+        return  # the user's own code, which needs memory, or it fails later
     _, state = found
     size = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.is_meta)
     held = sum(tensor.numel() for tensor in tensors.values())
@@ -250,44 +254,18 @@ def _check_size(
         )
 
 
-# --- arguments ---
-
-
-def _signature(builder: _Builder) -> inspect.Signature | None:
-    try:
-        return inspect.signature(builder.call)
-    except (TypeError, ValueError):
-        return None  # written in C, or hides it
-
-
-def _required(builder: _Builder) -> list[str]:
-    signature = _signature(builder)
-    return [
-        name
-        for name, parameter in (signature.parameters.items() if signature else ())
-        if parameter.default is parameter.empty
-        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-
-
-def _check_arguments(builder: _Builder, given: dict[str, Any], readable: bool) -> None:
-    # All that is unknown or missing; the number of classes may be readable off a checkpoint.
-    signature = _signature(builder)
-    if signature is None:
-        return
-    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    named = [
-        name
-        for name, kind in kinds.items()
-        if kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    ]
+# All that is unknown or missing; the number of classes may be readable off a checkpoint.
+def _check_arguments(builder: _Builder, given: dict[str, Any], *, readable: bool) -> None:
+    kinds = {name: parameter.kind for name, parameter in builder.parameters.items()}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [name for name, kind in kinds.items() if kind in by_name]
     problems = []
     if inspect.Parameter.VAR_KEYWORD not in kinds.values():
         unknown = [name for name in given if name not in named]
         takes = f"takes {some(named, 12)}" if named else "takes no arguments"
         problems += [f"unknown argument {some(unknown)} ({takes})"] if unknown else []
     known = {*given, *builder.fixed, *([builder.class_argument] if readable else [])}
-    missing = [name for name in _required(builder) if name not in known]
+    missing = [name for name in builder.required if name not in known]
     problems += [f"argument {some(missing)} is missing"] if missing else []
     if problems:
         raise model_error(builder.spec, f"{'; '.join(problems)}. Change --model-arg key=value.")
@@ -306,16 +284,17 @@ def _resolve(
         if forbidden:
             raise model_error(
                 spec,
-                f"argument {some(forbidden)} is not taken, weights come from the "
-                "checkpoint. Leave it out.",
+                f"argument {some(forbidden)} is not taken, weights come from the checkpoint. "
+                "Leave it out.",
             )
         return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
     if kind == "transformers" and name:
-
-        def pretrained(**arguments: Any) -> nn.Module:
-            return build_pretrained(spec, name, arguments)
-
-        return _Builder(spec, pretrained, "num_labels", quiet=True)
+        return _Builder(
+            spec,
+            lambda **arguments: build_pretrained(spec, name, arguments),
+            class_argument="num_labels",
+            quiet=True,
+        )
     if not where or not attribute:
         close = difflib.get_close_matches(spec, torchvision.models.list_models(), 1)
         hint = f" Did you mean torchvision:{close[0]}?" if close else ""
@@ -324,25 +303,19 @@ def _resolve(
     if near and name and kind.isidentifier() and find_spec(kind) is None:
         raise model_error(spec, f"no such kind. Did you mean {near[0]}:{name}?")
     call, folder = import_callable(spec)
-    if isinstance(call, nn.Module):
+    if isinstance(call, nn.Module) or not callable(call):
+        found = "a model" if isinstance(call, nn.Module) else f"of type {type(call).__name__}"
         raise model_error(
-            spec, "is a model, expected a class or function that returns one. Name that."
-        )
-    if not callable(call):
-        raise model_error(
-            spec,
-            f"is of type {type(call).__name__}, expected a class or function that returns a model.",
+            spec, f"is {found}, expected a class or function that returns a model. Name that."
         )
     builder = _Builder(spec, call, folder=folder)
-    signature = _signature(builder)
-    takes = [name for name in CLASS_ARGUMENTS if signature and name in signature.parameters]
-    return _Builder(spec, call, class_argument=takes[0] if takes else None, folder=folder)
+    takes = (name for name in CLASS_ARGUMENTS if name in builder.parameters)
+    return replace(builder, class_argument=next(takes, None))
 
 
 def _unknown_name(spec: str, name: str, names: Sequence[str], library: str) -> ModelError:
-    close = difflib.get_close_matches(name, names, 3)
-    hint = f"Did you mean {', '.join(close)}?" if close else f"See {library}'s list of models."
-    return model_error(spec, f"{library} has no model of that name. {hint}")
+    hint = did_you_mean(name, names, 3) or f" See {library}'s list of models."
+    return model_error(spec, f"{library} has no model of that name.{hint}")
 
 
 def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | None) -> _Builder:
@@ -367,10 +340,8 @@ def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | Non
 
 
 def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a detector constant Batch Norms where its file has no counters, as theirs have none.
-
-    The builder decides that by whether it is told to fetch weights, which it is not here.
-    """
+    """Give a detector constant Batch Norms where its file has no counters, as theirs have none."""
+    # The builder does so only if it fetches weights, which is never asked of it here.
     norms = {n: m for n, m in model.named_modules() if type(m) is nn.BatchNorm2d}
     stored = [name for name in norms if f"{name}.running_var" in tensors]
     if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
@@ -386,6 +357,5 @@ def _timm(spec: str, name: str) -> _Builder:
     # Names such as hf-hub:... or local-dir:... would fetch files.
     if not timm.is_model(name) or not from_file_allowed(spec):
         raise _unknown_name(spec, name, timm.list_models(), "timm")
-    return _Builder(
-        spec, partial(timm.create_model, name), "num_classes", {"pretrained": False}, quiet=True
-    )
+    call = partial(timm.create_model, name)
+    return _Builder(spec, call, "num_classes", {"pretrained": False}, quiet=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
@@ -10,23 +9,21 @@ import torchvision
 
 from bnfix.building.importing import import_library
 from bnfix.building.pretrained import folder_preprocessing
-from bnfix.errors import ConfigError
+from bnfix.errors import ConfigError, did_you_mean
 from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 
 def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, str] | None:
-    """Look up what the authors of a published model feed it; nothing is downloaded."""
+    """The preprocessing of a published model's authors, and whose; nothing is downloaded."""
     kind, _, name = spec.partition(":")
     if kind == "transformers":
         own = folder_preprocessing(spec, name)
         return None if own is None else (own, f"preprocessing of {spec}")
     if kind != "torchvision" or name not in torchvision.models.list_models():
         return None
-    published = published_weights(spec, sha256)
-    for weights in (
-        *([published] if published else []),
-        *torchvision.models.get_model_weights(name),
-    ):
+    # A file's own weights are known by its digest; else the first ImageNet weights are taken.
+    published = filter(None, [published_weights(spec, sha256)])
+    for weights in (*published, *torchvision.models.get_model_weights(name)):
         found = _of_transforms(weights)
         if found is not None and "IMAGENET1K" in weights.name:
             return found, f"preprocessing of torchvision's {type(weights).__name__}.{weights.name}"
@@ -34,7 +31,7 @@ def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, s
 
 
 def published_weights(spec: str, sha256: str) -> Any | None:
-    """Recognize a file that torchvision publishes: its name there ends in its digest's digits."""
+    """The published weights that a file is, by its digest, whose digits torchvision's URL has."""
     kind, _, name = spec.partition(":")
     if kind != "torchvision" or not sha256 or name not in torchvision.models.list_models():
         return None
@@ -52,37 +49,38 @@ def published_arguments(spec: str, sha256: str) -> dict[str, Any]:
 
 
 def wants_transformed_input(spec: str) -> bool:
-    """Say whether a model's published weights expect inputs normalized in another way."""
+    """Whether a model's published weights expect inputs normalized in another way."""
     return spec in ("torchvision:googlenet", "torchvision:inception_v3")
 
 
 def preset_preprocessing(preset: str) -> Preprocessing:
-    """Look up a named preprocessing; nothing is downloaded."""
+    """The preprocessing that a preset names; nothing is downloaded."""
     kind, _, name = preset.partition(":")
     if kind == "torchvision":
         try:
             found = _of_transforms(torchvision.models.get_weight(name))
         except (AttributeError, KeyError, ValueError) as error:
-            close = difflib.get_close_matches(name, _weight_names(), 2)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise ConfigError(
-                f"--preset {preset}: torchvision has no such weights.{hint}", name="preset"
-            ) from error
+            hint = did_you_mean(name, _weight_names(), 2)
+            raise _unusable(preset, f"torchvision has no such weights.{hint}") from error
     elif kind == "timm":
         found = _of_timm(preset, name)
     else:
-        raise ConfigError(
-            f"--preset {preset}: expected torchvision:WEIGHTS_NAME (for example "
+        raise _unusable(
+            preset,
+            "expected torchvision:WEIGHTS_NAME (for example "
             "torchvision:ResNet50_Weights.IMAGENET1K_V2) or timm:NAME.",
-            name="preset",
         )
     if found is None:
-        raise ConfigError(
-            f"--preset {preset}: does not preprocess for image classification. "
-            "Give --resize, --crop, --mean and --std.",
-            name="preset",
+        raise _unusable(
+            preset,
+            "does not preprocess for image classification. Give --resize, --crop, --mean and "
+            "--std.",
         )
     return found
+
+
+def _unusable(preset: str, text: str) -> ConfigError:
+    return ConfigError(f"--preset {preset}: {text}", name="preset")
 
 
 def _weight_names() -> list[str]:
@@ -111,9 +109,8 @@ def _of_timm(preset: str, name: str) -> Preprocessing | None:
     except RuntimeError:  # a tag that the model does not have
         config = None
     if config is None:
-        close = difflib.get_close_matches(name, timm.list_models(), 2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"--preset {preset}: timm has no such model.{hint}", name="preset")
+        hint = did_you_mean(name, timm.list_models(), 2)
+        raise _unusable(preset, f"timm has no such model.{hint}")
     channels, height, width = config.input_size
     if channels not in (1, 3) or config.crop_mode == "border":
         return None

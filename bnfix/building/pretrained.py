@@ -1,7 +1,7 @@
 """A network in a local folder as transformers saves it; nothing is fetched or trusted.
 
-Only ``config.json`` says what is built, out of the classes that transformers itself has; code
-beside it is never run. How inputs are prepared stands in ``preprocessor_config.json``.
+Only ``config.json`` names the model, out of the classes that transformers itself has; code beside
+it is never run. The preprocessing is in ``preprocessor_config.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bnfix.building.importing import import_library
-from bnfix.errors import ConfigError, ModelError, model_error, one_line, plain
+from bnfix.errors import ModelError, model_error, one_line, plain
 from bnfix.preprocessing import INTERPOLATIONS, Preprocessing
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -32,7 +32,7 @@ _FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Module:
-    """Build what a folder's configuration names, with fresh weights and the entries overridden."""
+    """Build the model of a folder's configuration, its entries overridden, with fresh weights."""
     config = _read(spec, Path(folder) / _CONFIG)
     foreign = [name for name in ("auto_map", "custom_pipelines") if config.get(name)]
     if foreign:
@@ -48,8 +48,8 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
     if elsewhere:
         raise model_error(
             spec,
-            f"its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is "
-            "fetched. Give a callable that builds it: --model path/to/file.py:callable.",
+            f"its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is fetched. "
+            "Give a callable that builds it: --model path/to/file.py:callable.",
         )
     if "num_labels" in arguments:
         config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")}
@@ -59,8 +59,7 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         raise model_error(spec, f"its {_CONFIG} names no model_type.")
     found = _class_of(spec, transformers, config.get("architectures"))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             described = type(transformers.AutoConfig.for_model(kind)).from_dict(config)
             if found is None:
                 model = transformers.AutoModelForImageClassification.from_config(
@@ -71,10 +70,10 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
             else:
                 raise TypeError(f"it does not take the configuration of {kind}")
     except Exception as error:
-        what = "image classifier" if found is None else found.__name__
+        kind = "image classifier" if found is None else found.__name__
         raise model_error(
             spec,
-            f"no {what} of transformers comes out of its {_CONFIG} "
+            f"no {kind} of transformers comes out of its {_CONFIG} "
             f"({one_line(error)}). Check the folder and --model-arg.",
         ) from error
     if not isinstance(model, nn.Module):
@@ -100,13 +99,8 @@ def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
 
 def _without_fetching(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration that fetches no weights, which the checkpoint would replace at once."""
-    off = ("use_pretrained_backbone", "pretrained")
-    return {
-        name: _without_fetching(value)
-        if isinstance(value, dict)
-        else (False if name in off and value else value)
-        for name, value in config.items()
-    }
+    off = {name: False for name in ("use_pretrained_backbone", "pretrained") if config.get(name)}
+    return {n: _without_fetching(v) if isinstance(v, dict) else v for n, v in config.items()} | off
 
 
 def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -119,8 +113,7 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
             loaded, found = kind.from_pretrained(
                 None, config=config, state_dict=dict(tensors), output_loading_info=True
             )
@@ -133,25 +126,22 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     missing = {name for name in found["missing_keys"] if not name.endswith("num_batches_tracked")}
     if missing or any(found[name] for name in ("unexpected_keys", "mismatched_keys")):
         return {}
+    state = {n: t for n, t in loaded.state_dict().items() if n not in found["missing_keys"]}
     types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    return {
-        name: tensor.to(next(iter(types)))
-        if len(types) == 1 and tensor.is_floating_point()
-        else tensor
-        for name, tensor in loaded.state_dict().items()
-        if name not in found["missing_keys"]
-    }
+    # from_pretrained gives all tensors the model's type; the file's is kept where it has only one.
+    kept = types.pop() if len(types) == 1 else None
+    return {n: t.to(kept) if kept and t.is_floating_point() else t for n, t in state.items()}
 
 
 def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:
-    """Read how a folder says that its images are prepared."""
+    """The preprocessing that a folder states, if it states one."""
     path = Path(folder) / _PREPROCESSOR
     if not path.is_file():
         return None
     found = _read(spec, path)
     try:
         return _preprocessing(found)
-    except (ConfigError, TypeError, ValueError, KeyError, LookupError, OverflowError) as error:
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
         raise model_error(
             spec,
             f"its {_PREPROCESSOR} cannot be used ({one_line(error)}). "
@@ -167,8 +157,7 @@ def _read(spec: str, path: Path) -> dict[str, Any]:
             "save_pretrained wrote.",
         )
     try:
-        text = path.read_bytes() if path.stat().st_size <= _TEXT_LIMIT else b""
-        found = json.loads(text)
+        found = json.loads(path.read_bytes() if path.stat().st_size <= _TEXT_LIMIT else b"")
     except (OSError, ValueError, RecursionError) as error:
         raise model_error(
             spec, f"{plain(path)} cannot be read as JSON ({plain(error)})."

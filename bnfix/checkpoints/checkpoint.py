@@ -33,7 +33,7 @@ from bnfix.checkpoints.reading import (
     read_weight_map,
     require_file,
 )
-from bnfix.errors import file_error, plain, some
+from bnfix.errors import file_error, file_errors, plain, some
 
 
 @dataclass(frozen=True)
@@ -147,20 +147,18 @@ def check_output(path: str | Path, *, force: bool) -> None:
             f"Use {better}.",
         )
     check_folder(path)
-    try:
+    with file_errors(path, "cannot be written"):
         if path.is_dir():
             raise file_error(path, "is a folder, expected a file to write.")
         # A link that leads nowhere does not "exist", but would be replaced all the same.
         if not force and (path.exists() or path.is_symlink()):
             raise file_error(path, "already exists. Give another name, or --force to replace it.")
-    except (OSError, ValueError) as error:
-        raise file_error(path, f"cannot be written ({plain(error)}).") from error
 
 
 def check_folder(path: Path) -> None:
     """Refuse a file to write whose folder is missing or closed to writing."""
     folder = path.parent
-    try:
+    with file_errors(path, "cannot be written"):
         if not folder.exists():
             raise file_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
         if not folder.is_dir():
@@ -168,16 +166,12 @@ def check_folder(path: Path) -> None:
         # The superuser passes os.access everywhere; a folder closed to all is still meant closed.
         if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
             raise file_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
-    except (OSError, ValueError) as error:
-        raise file_error(path, f"cannot be written ({plain(error)}).") from error
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder to write into, and those above it; one that is there is left."""
-    try:
+    with file_errors(folder, "cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise file_error(folder, f"cannot be made ({plain(error)}).") from error
 
 
 def write_checkpoint(
@@ -190,12 +184,9 @@ def write_checkpoint(
     """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
     path = Path(path)
     check_output(path, force=force)
-    try:
-        text = json.dumps(finite(metadata), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise file_error(
-            path, f"not written, its metadata is not JSON ({plain(error)})."
-        ) from error
+    wrong = (TypeError, ValueError, RecursionError)
+    with file_errors(path, "not written, its metadata is not JSON", kinds=wrong):
+        text = json.dumps(finite(metadata))
     parse_header(text, path)
     # The format keeps the name __metadata__ for itself, but its writer does not mind.
     bad = [plain(n) for n, t in tensors.items() if n == "__metadata__" or not storable(n, t)]
@@ -211,10 +202,8 @@ def write_checkpoint(
         if not force:  # another program may have written it meanwhile
             check_output(path, force=False)
 
-    try:
+    with file_errors(path, "not written", kinds=(OSError, RuntimeError, TypeError, ValueError)):
         replace_whole(path, save)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise file_error(path, f"not written ({plain(error)}).") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -226,23 +215,19 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file's content, whole or not at all; an existing file is replaced."""
     path = Path(path)
     check_folder(path)
-    try:
+    with file_errors(path, "not written"):
         replace_whole(path, lambda temporary: temporary.write_bytes(content))
-    except OSError as error:
-        raise file_error(path, f"not written ({plain(error)}).") from error
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
     digest = hashlib.sha256()
-    try:
+    with file_errors(path, "cannot be read"):
         shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
         for part in (path, *(path.parent / shard for shard in shards)):
             with part.open("rb") as file:
                 while block := file.read(2**20):
                     digest.update(block)
-    except OSError as error:
-        raise file_error(path, f"cannot be read ({plain(error)}).") from error
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from bnfix.building.pretrained import renamed
 from bnfix.checkpoints.checkpoint import Checkpoint, Misfits, misfits_of, read_checkpoint
 from bnfix.checkpoints.nesting import STATISTICS
 from bnfix.checkpoints.origin import Origin, require_buildable, stated_origin
-from bnfix.errors import BnfixError, CheckpointError, file_error, plain, some
+from bnfix.errors import BnfixError, CheckpointError, file_error, file_errors, plain, some
 from bnfix.layers.norms import set_example_weight_
 from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import plan_swap, swap_planned_, unfreeze_
@@ -230,12 +230,9 @@ def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
         if name in versions:
             versions[name] = {**versions[name], "version": version}
     state._metadata = versions  # type: ignore[attr-defined]
-    try:
+    problem = f"cannot be loaded into {type(model).__name__}"
+    with file_errors(checkpoint.path, problem, kinds=(RuntimeError, ValueError)):
         model.load_state_dict(state, strict=True, assign=empty)
-    except (RuntimeError, ValueError) as error:
-        raise file_error(
-            checkpoint.path, f"cannot be loaded into {type(model).__name__}: {plain(error)}"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -277,7 +274,10 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise file_error(
             checkpoint.path, f"its header sets norm layers that the model lacks: {some(unknown)}."
         )
-    try:
+    wrong = (BnfixError, TypeError, ValueError, OverflowError, RuntimeError)
+    with file_errors(
+        checkpoint.path, "the norm settings in its header cannot be used", kinds=wrong
+    ):
         settings = {sites[name]: _settings(value) for name, value in norms.items()}
         plan = plan_swap(model, SwapRecipe(layers=tuple(escape(name) for name in settings)))
         changes = []
@@ -293,7 +293,3 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
             layer = model.get_submodule(name)
             layer.__dict__["eps"] = float(to.eps)
             set_example_weight_(layer, to.example_weight)
-    except (BnfixError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise file_error(
-            checkpoint.path, f"the norm settings in its header cannot be used: {plain(error)}"
-        ) from error

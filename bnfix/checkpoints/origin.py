@@ -11,7 +11,7 @@ from torch import nn
 
 from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint
-from bnfix.errors import BnfixError, ModelError, file_error, plain, some
+from bnfix.errors import ModelError, file_error, file_errors, plain, some
 from bnfix.preprocessing import Preprocessing
 
 
@@ -60,12 +60,9 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
 def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessing:
     known = {name: found[name] for name in Preprocessing.__dataclass_fields__ if name in found}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
-    try:
+    problem = "the preprocessing in its header cannot be used"
+    with file_errors(checkpoint.path, problem, kinds=(TypeError, ValueError, OverflowError)):
         return Preprocessing(**values)
-    except (BnfixError, TypeError, ValueError, OverflowError) as error:
-        raise file_error(
-            checkpoint.path, f"the preprocessing in its header cannot be used: {plain(error)}"
-        ) from error
 
 
 def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from bnfix.checkpoints.pickles import read_legacy, read_zip
-from bnfix.errors import CheckpointError, file_error, plain, some
+from bnfix.errors import CheckpointError, file_error, file_errors, plain, some
 
 TORCH_SUFFIXES: Final = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
 #: Usual names of the checkpoint in a folder, the safer form first.
@@ -47,7 +47,7 @@ def file_in_folder(path: Path) -> Path:
 
 def require_file(path: Path) -> None:
     """Refuse a path that is not an ordinary file with something in it."""
-    try:
+    with file_errors(path, "cannot be opened"):
         if path.is_dir():
             raise file_error(path, "is a folder, expected a checkpoint file.")
         if not path.exists():
@@ -56,8 +56,6 @@ def require_file(path: Path) -> None:
             raise file_error(path, "is not an ordinary file.")
         if path.stat().st_size == 0:
             raise file_error(path, "is empty (0 bytes), expected a checkpoint.")
-    except (OSError, ValueError) as error:
-        raise file_error(path, f"cannot be opened ({plain(error)}).") from error
 
 
 def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
@@ -138,11 +136,9 @@ def read_weight_map(path: Path) -> dict[str, str]:
     """The shard of each tensor; every shard lies beside the index."""
     if path.stat().st_size > TEXT_LIMIT:
         raise file_error(path, f"is larger than {TEXT_LIMIT} bytes, no index is.")
-    try:
+    with file_errors(path, "is not an index", kinds=(Exception,)):
         places = json.loads(path.read_bytes())["weight_map"]
         ok = all(isinstance(shard, str) for shard in places.values())
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise file_error(path, f"is not an index ({plain(error)}).") from error
     if not ok or not places:
         raise file_error(path, "is not an index, its weight_map names no files.")
     kinds = (".safetensors",) if ".safetensors" in path.name else (".safetensors", ".bin")
@@ -169,10 +165,8 @@ def parse_header(text: str, path: Path) -> dict[str, Any]:
         raise file_error(
             path, f"its bnfix header has {len(text)} characters, more than {TEXT_LIMIT}."
         )
-    try:
+    with file_errors(path, "its bnfix header is not JSON", kinds=(ValueError, RecursionError)):
         header = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise file_error(path, f"its bnfix header is not JSON ({plain(error)}).") from error
     version = header.get("format") if isinstance(header, dict) else None
     if not isinstance(header, dict) or type(version) is not int or version < 1:
         raise file_error(path, "its bnfix header is not an object with an integer `format`.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import replace_whole
 from bnfix.checkpoints.reading import read_file
-from bnfix.errors import CheckpointError, file_error, plain
+from bnfix.errors import CheckpointError, file_error, file_errors, plain
 
 _FORMAT = 1
 
@@ -49,13 +49,9 @@ class StateFolder:
     def write(self, content: Mapping[str, Any]) -> None:
         """Replace the state, whole or not at all."""
         whole = {"format": _FORMAT, "identity": self.identity, **content}
-        try:
+        with file_errors(self.path, "cannot be written", " Give another --state DIR."):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
-        except OSError as error:
-            raise file_error(
-                self.path, f"cannot be written ({plain(error)}). Give another --state DIR."
-            ) from error
 
     def damaged(self, error: Exception) -> CheckpointError:
         """The error of a state that does not fit the run although it claims to."""
