@@ -24,7 +24,8 @@ from bnfix.data.batches import Batches
 from bnfix.data.opening import open_images
 from bnfix.layers.sites import find_norms
 from bnfix.preprocessing import Preprocessing
-from bnfix.statistics.collecting import Collector
+from bnfix.statistics.collecting import Collector, Source
+from bnfix.statistics.feeding import one_pass
 
 try:
     with warnings.catch_warnings():
@@ -193,9 +194,10 @@ def one_of_several(out: Path, rounds: int) -> None:
             recalibrate_(net, mine)
             seconds.append(max(processes.gather(time.perf_counter() - start)))
     if place.is_first:
-        collector = Collector(list(find_norms(net)), by_batch=True)
-        collector.one_pass(net, mine, None, None)
-        sent = len(pickle.dumps(collector.state(summed=True)))
+        source = Source(net, mine)
+        collector = Collector(list(find_norms(net)), source.cost, by_batch=True)
+        one_pass(source, collector)
+        sent = len(pickle.dumps(collector.sums.state(summed=True)))
         out.write_text(json.dumps({"seconds": float(np.median(seconds[1:])), "bytes": sent}))
 
 

@@ -81,7 +81,7 @@ def everything():
         model = net()
         made = recalibrate_(model, dealt(), feed=feed, memory_bytes=memory)
         key = f"{feed} {made.how}"
-        assert (made.n_examples, made.n_processes) == (N, processes.here().size)
+        assert (made.n_examples, made.effort.n_processes) == (N, processes.here().size)
         found |= {f"{key} {name}": value for name, value in statistics(model).items()}
         errors = [(layer.mean_se, layer.var_se, layer.n_values) for layer in made.layers]
         found[f"{key} errors"] = np.array(errors)

@@ -42,7 +42,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting.svg": set(),
         "starting": set(),
         "statistics": set(),
-        "statistics.costs": set(),
         "tuning": set(),
         "version": set(),
         "weighing": set(),
@@ -57,7 +56,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
         "recipe": set(),
-        "statistics.accumulating": {"layers.rows", "moments"},
     },
     {
         "checkpoints.reading": {"checkpoints.pickles"},
@@ -76,6 +74,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "production.dataflow": set(),
         "production.verification": {"guards"},
         "runtime": {"processes"},
+        "statistics.accumulating": {"layers.rows", "moments", "processes"},
     },
     {
         "building.pretrained": {"building.importing"},
@@ -115,8 +114,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "reporting.pages": {"measuring.pairing"},
         "statistics.collecting": {
-            "guards", "layers.norms", "layers.sites", "moments", "processes", "runtime",
-            "statistics.accumulating", "statistics.costs",
+            "layers.norms", "layers.sites", "moments", "processes", "runtime",
+            "statistics.accumulating",
         },
         "tuning.parameters": {"layers.sites"},
         "weighing.weight_search": {
@@ -162,11 +161,10 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
-            "layers.sites", "processes", "runtime", "statistics.accumulating",
-            "statistics.collecting", "statistics.costs", "statistics.settling",
+            "checkpoints.resuming", "guards", "layers.sites", "processes", "runtime",
+            "statistics.accumulating", "statistics.collecting", "statistics.settling",
             "statistics.walking",
         },
-        "statistics.keeping": {"checkpoints.resuming", "processes", "statistics.collecting"},
         "tuning.training": {
             "checkpoints.resuming", "layers.norms", "layers.sites", "measuring.evaluation",
             "processes", "runtime", "tuning.parameters",
@@ -182,8 +180,8 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "statistics.calibration": {
             "checkpoints.resuming", "layers.sites", "processes", "runtime",
-            "statistics.accumulating", "statistics.collecting", "statistics.costs",
-            "statistics.feeding", "statistics.keeping", "statistics.settling",
+            "statistics.accumulating", "statistics.collecting", "statistics.feeding",
+            "statistics.settling",
         },
         "tuning.finetuning": {
             "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",

@@ -559,9 +559,9 @@ def test_layers_that_are_passed_over_are_listed(feed, swapped):
     before = {name: t.clone() for name, t in net.state_dict().items()}
     done = recalibrate_(net, [images(4), images(3, seed=1)], feed=feed)
     assert [record.name for record in done.layers] == ["bn", "last"]
-    assert done.never_reached == ("unused",)
-    assert done.left_alone == ("frozen", "plain", "stranger")
-    assert done.called_again == ()
+    assert done.exceptions.never_reached == ("unused",)
+    assert done.exceptions.left_alone == ("frozen", "plain", "stranger")
+    assert done.exceptions.called_again == ()
     for name, value in net.state_dict().items():
         changed = name.split(".")[0] in ("bn", "last") and name.endswith(("mean", "var", "tracked"))
         assert torch.equal(value, before[name]) != changed, name
@@ -577,7 +577,7 @@ def test_patterns_choose_layers():
     before = copy.deepcopy(net.state_dict())
     done = recalibrate_(net, [images(4)], layers=["layer*"], skip=["*.bn2"])
     assert [r.name for r in done.layers] == ["layer1.bn1", "layer2.bn1"]
-    assert done.left_alone == ("bn1", "layer1.bn2", "layer2.bn2")
+    assert done.exceptions.left_alone == ("bn1", "layer1.bn2", "layer2.bn2")
     for name, value in net.state_dict().items():
         changed = name.startswith(("layer1.bn1.running", "layer2.bn1.running"))
         assert torch.equal(value, before[name]) != changed, name
@@ -608,7 +608,7 @@ def test_calls_of_one_layer_are_pooled_and_listed():
     expected = oracle(net, batches)
     done = recalibrate_(net, batches)
     assert_statistics(net, expected, 1e-10)
-    assert done.called_again == ("first.bn",)
+    assert done.exceptions.called_again == ("first.bn",)
     assert [(r.name, r.n_calls, r.n_values) for r in done.layers] == [("first.bn", 2, 2 * 7 * 36)]
     assert describe_missing(done) == [
         "first.bn: called more than once a forward pass; their calls are pooled."
@@ -658,7 +658,7 @@ def test_sequential_follows_every_route():
     batches = routed_batches()
     done = recalibrate_(net, batches, feed="sequential")
     assert [r.name for r in done.layers] == ["first", "extra", "last"]
-    assert done.never_reached == ()
+    assert done.exceptions.never_reached == ()
     for name, residual in residuals(net, batches).items():
         assert max(residual) < 1e-10, name
 
@@ -838,12 +838,12 @@ def test_auto_stops_where_every_layer_is_known_well_enough(feed):
     x = x[torch.randperm(4000, generator=torch.Generator().manual_seed(0))]
     net = some_net(nets.plain)
     done = recalibrate_(net, list(x.split(20)), feed=feed, samples="auto", tolerance=0.1)
-    assert done.is_enough
+    assert done.trust.is_enough
     assert 40 < done.n_examples < 2000
-    assert done.slowest in ("bn1", "bn2")
+    assert done.trust.slowest in ("bn1", "bn2")
     assert describe_missing(done)[0] == (
         f"population statistics: {done.n_examples} examples were enough; the last layer to be "
-        f"known well was {done.slowest}."
+        f"known well was {done.trust.slowest}."
     )
     same = some_net(nets.plain)
     recalibrate_(same, list(x[: done.n_examples].split(20)), feed=feed)
@@ -856,8 +856,8 @@ def test_auto_stops_where_every_layer_is_known_well_enough(feed):
 def test_auto_with_too_few_examples_says_so():
     net = some_net(nets.plain)
     done = recalibrate_(net, [images(9)], samples="auto", tolerance=1e-3)
-    assert (done.n_examples, done.is_enough) == (9, False)
-    assert done.slowest
+    assert (done.n_examples, done.trust.is_enough) == (9, False)
+    assert done.trust.slowest
     assert "9 examples are all there are, and not enough" in describe_missing(done)[0]
 
 
@@ -867,7 +867,7 @@ def test_dead_channels_are_known_at_once():
     x = images(400, 3)
     x[:, 0] = 0
     done = recalibrate_(net, list(x.split(10)), samples="auto", tolerance=0.2)
-    assert done.is_enough
+    assert done.trust.is_enough
     assert 10 <= done.n_examples < 400
 
 
@@ -1187,16 +1187,18 @@ def test_what_a_network_keeps_on_itself_is_not_another_batchs(make, sizes, way):
     before = copy.deepcopy(net.__dict__.get("skip")), copy.deepcopy(dict(net.named_buffers()))
     done = recalibrate_(net, batches, feed="sequential")
     assert done.how == "passes"
-    assert done.disturbed == (way == "walk")
-    assert any("keeps activations" in note for note in describe_missing(done)) == done.disturbed
+    assert done.trust.disturbed == (way == "walk")
+    assert (
+        any("keeps activations" in note for note in describe_missing(done)) == done.trust.disturbed
+    )
     if not isinstance(net, CarriesOver):
         assert max(max(pair) for pair in residuals(net, batches).values()) < 1e-9
         assert_statistics(net, oracle(net, [torch.cat(batches)]), 1e-9)
         assert net.skip is before[0] or net.hooked
-        assert done.changed_by_forward == (() if net.hooked else ("skip",))
+        assert done.trust.changed_by_forward == (() if net.hooked else ("skip",))
     else:
         assert torch.equal(net.input_mean, before[1]["input_mean"])
-        assert done.changed_by_forward == ("input_mean",)
+        assert done.trust.changed_by_forward == ("input_mean",)
 
 
 def test_a_network_that_writes_to_itself_and_is_right_still_walks(way):
@@ -1212,7 +1214,7 @@ def test_a_network_that_writes_to_itself_and_is_right_still_walks(way):
     net = Counts()
     done = recalibrate_(net, split(images(8), (4, 4)), feed="sequential")
     assert done.how == ("walk" if way == "walk" else "passes")
-    assert (done.disturbed, done.changed_by_forward, net.n) == (False, ("n",), 0)
+    assert (done.trust.disturbed, done.trust.changed_by_forward, net.n) == (False, ("n",), 0)
 
 
 def test_a_batch_that_fails_by_itself_says_so(way):
@@ -1252,7 +1254,7 @@ def test_a_layer_of_many_calls_settles(steps, gain, between):
     done = recalibrate_(net, batches, feed="sequential")
     left = max(max(pair) for pair in residuals(net, batches).values())
     assert left < 1e-5, (left, done.passes)
-    assert done.residual < 1e-5
+    assert done.trust.residual < 1e-5
 
 
 def test_a_layer_that_does_not_settle_is_no_worse_than_the_batch_feed(monkeypatch):
@@ -1265,7 +1267,7 @@ def test_a_layer_that_does_not_settle_is_no_worse_than_the_batch_feed(monkeypatc
     done = recalibrate_(net, batches, feed="sequential")
     worst = [max(residuals(n, batches)["bn"]) for n in (net, other)]
     assert worst[0] <= worst[1]
-    assert done.residual == pytest.approx(worst[0], rel=1e-6)
+    assert done.trust.residual == pytest.approx(worst[0], rel=1e-6)
     assert any("did not settle" in note for note in describe_missing(done))
 
 
@@ -1295,7 +1297,7 @@ def test_one_value_a_channel_is_refused_under_the_batch_feed():
 
 def test_batches_of_one_example_are_refused_under_the_batch_feed():
     ones = split(images(6), (1,) * 6)
-    with pytest.raises(DataError, match=r"6, and each holds one example, .* feed sequential"):
+    with pytest.raises(DataError, match=r"6, and each holds one example, .* \(--feed sequential\)"):
         recalibrate_(some_net(nets.plain), ones)
     net = some_net(nets.plain)
     recalibrate_(net, ones, feed="sequential")
@@ -1347,23 +1349,23 @@ def test_frozen_layers_are_left_alone_and_listed(feed):
     net.layer2.bn1.requires_grad_(False)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     done = recalibrate_(net, split(images(8), (4, 4)), feed=feed)
-    assert done.frozen == ("bn1", "layer1.bn2")
-    assert set(done.frozen) <= set(done.left_alone)
+    assert done.exceptions.frozen == ("bn1", "layer1.bn2")
+    assert set(done.exceptions.frozen) <= set(done.exceptions.left_alone)
     (note,) = [note for note in describe_missing(done) if "frozen" in note]
     assert note.startswith("bn1, layer1.bn2: frozen (evaluation mode, no gradients); left alone.")
     assert "--include-frozen" in note
     for name, value in net.state_dict().items():
         if name.endswith("running_mean"):
-            left = name.removesuffix(".running_mean") in done.frozen
+            left = name.removesuffix(".running_mean") in done.exceptions.frozen
             assert torch.equal(value, before[name]) == left
     done = recalibrate_(net, split(images(8), (4, 4)), feed=feed, include_frozen=True)
-    assert done.frozen == done.left_alone == ()
+    assert done.exceptions.frozen == done.exceptions.left_alone == ()
     assert not torch.equal(net.bn1.running_mean, before["bn1.running_mean"])
 
 
 def test_a_model_for_inference_is_not_frozen():
     net = some_net(nets.plain).eval().requires_grad_(False)
-    assert recalibrate_(net, [images(8)]).frozen == ()
+    assert recalibrate_(net, [images(8)]).exceptions.frozen == ()
 
 
 def test_nothing_but_frozen_layers_is_refused():

@@ -9,7 +9,7 @@ from torch import nn
 
 from bnfix.reporting.wording import done
 from bnfix.statistics.calibration import recalibrate_
-from bnfix.statistics.costs import Clock, Cost
+from bnfix.statistics.collecting import Cost
 
 NAP = 0.02
 N_BATCHES = 4
@@ -59,15 +59,15 @@ def whole(cost):
 @pytest.mark.parametrize(("options", "n_passes"), WAYS)
 def test_waiting_for_data_is_data_in_every_pass(options, n_passes):
     found = recalibrate_(net(), SlowBatches(), **options)
-    assert found.cost.data >= n_passes * N_BATCHES * NAP
-    assert whole(found.cost) <= found.seconds
+    assert found.effort.cost.data >= n_passes * N_BATCHES * NAP
+    assert whole(found.effort.cost) <= found.effort.seconds
 
 
 @pytest.mark.parametrize(("options", "n_passes"), WAYS)
 def test_a_slow_network_is_forward(options, n_passes):
     found = recalibrate_(net(Slow()), SlowBatches(nap=0), **options)
-    assert found.cost.forward >= n_passes * N_BATCHES * NAP
-    assert whole(found.cost) <= found.seconds
+    assert found.effort.cost.forward >= n_passes * N_BATCHES * NAP
+    assert whole(found.effort.cost) <= found.effort.seconds
 
 
 @pytest.mark.parametrize(("options", "n_passes"), WAYS)
@@ -75,8 +75,8 @@ def test_many_values_are_statistics_and_little_is_left_over(options, n_passes):
     torch.manual_seed(0)
     layers = nn.Sequential(nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)).eval()
     found = recalibrate_(layers, [torch.randn(8, 8, 128, 128) for _ in range(4)], **options)
-    assert found.cost.statistics > 0.02 * found.seconds
-    assert 0.5 * found.seconds < whole(found.cost) <= found.seconds
+    assert found.effort.cost.statistics > 0.02 * found.effort.seconds
+    assert 0.5 * found.effort.seconds < whole(found.effort.cost) <= found.effort.seconds
 
 
 def test_measuring_changes_no_bit_of_the_order_and_asks_for_no_batch_too_many():
@@ -95,21 +95,23 @@ def test_measuring_changes_no_bit_of_the_order_and_asks_for_no_batch_too_many():
 def test_examples_a_second_count_every_pass():
     found = recalibrate_(net(), SlowBatches(), feed="sequential", memory_bytes=0)
     assert found.passes == 2.0
-    assert found.examples_per_second == pytest.approx(2 * found.n_examples / found.seconds)
+    assert found.effort.examples_per_second == pytest.approx(
+        2 * found.n_examples / found.effort.seconds
+    )
 
 
 def test_a_run_that_goes_on_from_another_states_no_speed(tmp_path):
     recalibrate_(net(), SlowBatches(), state=tmp_path)
     again = recalibrate_(net(), SlowBatches(), state=tmp_path)
-    assert again.n_resumed == 3 * N_BATCHES
-    assert again.examples_per_second is None
+    assert again.effort.n_resumed == 3 * N_BATCHES
+    assert again.effort.examples_per_second is None
     assert "images a second" not in " ".join(done(None, again, None, (), ()))
     # Nothing was read again, and nothing run.
-    assert again.cost.data == again.cost.forward == 0
+    assert again.effort.cost.data == again.effort.cost.forward == 0
 
 
 def test_an_interrupted_pass_is_counted_up_to_there():
-    clock = Clock()
+    cost = Cost()
 
     def broken():
         time.sleep(NAP)
@@ -118,10 +120,9 @@ def test_an_interrupted_pass_is_counted_up_to_there():
         raise OSError("disk")
 
     with pytest.raises(OSError, match="disk"):
-        list(clock.reading(broken()))
-    with pytest.raises(OSError, match="disk"), clock.running(), clock.measuring():
+        list(cost.reading(broken()))
+    with pytest.raises(OSError, match="disk"), cost.running(), cost.measuring():
         list(broken())
-    cost = clock.cost()
     assert cost.data >= 2 * NAP
     assert cost.statistics >= 2 * NAP
     assert 0 <= cost.forward < cost.statistics
@@ -130,7 +131,7 @@ def test_an_interrupted_pass_is_counted_up_to_there():
 def test_nothing_is_said_of_what_was_not_measured():
     found = recalibrate_(net(), SlowBatches())
     assert "forward passes" in " ".join(done(None, found, None, (), ()))
-    object.__setattr__(found, "cost", Cost())
+    object.__setattr__(found.effort, "cost", Cost())
     assert "forward passes" not in " ".join(done(None, found, None, (), ()))
 
 

@@ -472,4 +472,4 @@ def test_layers_that_the_builder_freezes_stay_frozen(tmp_path):
     for arguments, frozen in (({}, ("1",)), ({"rest": "no"}, ())):
         model = build_model(f"{tmp_path}/built.py:net", arguments)
         done = recalibrate_(model, [torch.randn(4, 3, 6, 6)])
-        assert done.frozen == frozen
+        assert done.exceptions.frozen == frozen

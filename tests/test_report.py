@@ -27,7 +27,7 @@ from bnfix.reporting import pages
 from bnfix.reporting.plots import SHADE
 from bnfix.reporting.records import DataUsed, Evaluated, LayerRow
 from bnfix.reporting.report import Report, report_paths
-from bnfix.statistics.calibration import Calibration
+from bnfix.statistics.calibration import Calibration, Effort, Exceptions
 from bnfix.tuning.finetuning import Finetuning, TrainingPoint
 from bnfix.weighing.example_weight import WeightChoice
 from bnfix.weighing.weight_search import CurvePoint
@@ -83,7 +83,10 @@ def full_report(name: str = "net", n_layers: int = 4, n_channels: int = 6, k: in
         ),
         layers,
         (decision, dataclasses.replace(decision, admitted=False, reason=name)),
-        Calibration(name, name, 900, 8, 1.0, (), (name,), (name,), (name,), 1.0),
+        Calibration(
+            name, name, 900, 8, 1.0, name, (), Exceptions((name,), (name,), (name,)),
+            effort=Effort(1.0),
+        ),
         WeightChoice(
             (), "channel", tuple(CurvePoint(a, 1 - a, 0.7) for a in (0.0, 0.1, 0.3)), {}, (name,),
             4, 3.0, 1.0,

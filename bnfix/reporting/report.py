@@ -135,9 +135,9 @@ class Report:
             ],
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "decisions": [dataclasses.asdict(d) for d in self._decisions()],
-            "calibration": without(self.calibration, "layers"),
+            "calibration": self.calibration and self.calibration.to_json(),
             "calibrations_refused": [
-                without(one, "layers") for one in self.refused if isinstance(one, Calibration)
+                one.to_json() for one in self.refused if isinstance(one, Calibration)
             ],
             "choice": self._tried_json(self.choice, "curve", "decisions", "weights"),
             "curve": [dataclasses.asdict(point) for point in self.choice.curve]

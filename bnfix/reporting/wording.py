@@ -210,7 +210,8 @@ def done(
         told.append(
             f"Population statistics ({c.target}, {c.feed} feed) were measured on "
             f"{count(c.n_examples)} images in {count(c.n_batches)} batches: "
-            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.seconds:.1f} s.{_spent(c)}{lost(c)}"
+            f"{len(c.layers)} layers, {_passes(c.passes)}, {c.effort.seconds:.1f} s."
+            f"{_spent(c)}{lost(c)}"
         )
     if w := choice:
         chosen = {"keep": "kept as it was", "global": "one for the model"}.get(w.chosen)
@@ -249,9 +250,11 @@ def left_out(
     if swap:
         told += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
     if c := calibration:
-        told += _grouped("Statistics left as they were, never reached", c.never_reached)
-        told += _grouped("Statistics left as they were, frozen or excluded", c.left_alone)
-        told += _grouped("Called more than once a pass, calls pooled", c.called_again)
+        told += _grouped("Statistics left as they were, never reached", c.exceptions.never_reached)
+        told += _grouped(
+            "Statistics left as they were, frozen or excluded", c.exceptions.left_alone
+        )
+        told += _grouped("Called more than once a pass, calls pooled", c.exceptions.called_again)
     if choice:
         told += _grouped("Example weight left as it was", choice.excluded)
     for run in finetunings:
@@ -274,10 +277,11 @@ def _passes(n: float) -> str:
 
 def _spent(calibration: Calibration) -> str:
     """Where the time went, where it was measured."""
-    cost, rate = calibration.cost, calibration.examples_per_second
+    effort = calibration.effort
+    cost, rate = effort.cost, effort.examples_per_second
     if not cost.data + cost.forward + cost.statistics > 0:
         return ""
-    whose = " of the first process's time" if calibration.n_processes > 1 else ""
+    whose = " of the first process's time" if effort.n_processes > 1 else ""
     speed = "" if rate is None else f"; {rate:,.{0 if rate >= 100 else 2}f} images a second"
     return (
         f" Reading data took {cost.data:.2f} s{whose}, forward passes {cost.forward:.2f} s, "

@@ -1,21 +1,22 @@
-"""Moments of a layer's inputs, streamed: of all values, and of the examples for the errors."""
+"""Moments of layers' inputs, streamed: of all values, and of the examples for the errors."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bnfix import processes
 from bnfix.layers.rows import LOST, mean_squares
 from bnfix.moments import Moments, mix, pool
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
 _WAITING = 1 << 18
-
-
 #: Numbers that are centred at once on the CPU, so that they stay in its caches.
 _CHUNK = 1 << 19
 
@@ -130,6 +131,84 @@ class Accumulator:
         # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
         var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
         return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
+
+
+class Sums:
+    """The sums of all layers, and how often and in which order batches have called them."""
+
+    def __init__(self, devices: Mapping[str, torch.device]) -> None:
+        self._devices = devices
+        self.measured: dict[str, Accumulator] = {}
+        self.n_calls: dict[str, int] = {}  # by one batch, at most
+        #: Layers from the first call to the last of one that is called again.
+        self.looped: set[str] = set()
+        self.most_examples = 0
+        self._before: dict[str, set[str]] = {}
+        self._calls: Counter[str] = Counter()
+
+    def new_batch(self) -> None:
+        """Calls from now on belong to another batch."""
+        self._calls.clear()
+
+    def count(self, name: str) -> None:
+        """Note a call of a layer, and which one came before it."""
+        if not self._calls[name]:
+            last = [key for key, n in self._calls.items() if n][-1:]
+            self._before.setdefault(name, set()).update(last)
+        else:
+            so_far = list(self._calls)
+            self.looped.update(so_far[so_far.index(name) :])
+        self._calls[name] += 1
+        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
+
+    def order(self) -> list[str]:
+        """The layers measured, each after all that came before it in any batch."""
+        try:
+            return list(TopologicalSorter(self._before).static_order())
+        except CycleError:
+            return list(self.measured)
+
+    def is_first(self, name: str) -> bool:
+        """Whether no other layer measured ever came before this one."""
+        return not self._before[name]
+
+    def state(self, *, summed: bool = False) -> dict[str, Any]:
+        """What was measured, to be sent to other ranks or written."""
+        return {
+            "measured": {name: found.state(summed=summed) for name, found in self.measured.items()},
+            "n_calls": dict(self.n_calls),
+            "looped": sorted(self.looped),
+            "most_examples": self.most_examples,
+            "before": {name: sorted(names) for name, names in self._before.items()},
+        }
+
+    def set_states_(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Replace what was measured by what others have, taken together."""
+        parts: dict[str, list[Accumulator]] = {}
+        self.n_calls, self._before = {}, {}
+        for state in states:
+            self.looped.update(state["looped"])
+            self.most_examples = max(self.most_examples, int(state["most_examples"]))
+            for name, n in state["n_calls"].items():
+                self.n_calls[name] = max(int(n), self.n_calls.get(name, 0))
+            for name, names in state["before"].items():
+                self._before.setdefault(name, set()).update(names)
+            for name, sums in state["measured"].items():
+                part = Accumulator.of_state(sums, self._devices[name])
+                parts.setdefault(name, []).append(part)
+        # One part stays as it is, with what still waits: so a run goes on bit for bit.
+        self.measured = {
+            name: first if not rest else first.merged(rest)
+            for name, (first, *rest) in parts.items()
+        }
+
+    def everyones(self) -> dict[str, Accumulator]:
+        """What all ranks together have measured so far; a collective call."""
+        if not processes.here().shared:
+            return self.measured
+        together = Sums(self._devices)
+        together.set_states_(processes.gather(self.state(summed=True)))
+        return together.measured
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ evaluation. The model's own buffers are not touched until the end, when all are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,14 @@ from bnfix.checkpoints.resuming import identity_of
 from bnfix.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.layers.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
 from bnfix.statistics.accumulating import Accumulator
-from bnfix.statistics.collecting import Collector, as_stored, over_groups
-from bnfix.statistics.costs import Cost
-from bnfix.statistics.feeding import Enough, collect
-from bnfix.statistics.keeping import Kept
+from bnfix.statistics.collecting import (
+    Collector,
+    Cost,
+    Source,
+    as_stored,
+    over_groups,
+)
+from bnfix.statistics.feeding import Enough, Found, Kept, collect, one_pass
 from bnfix.statistics.settling import drift, eps_of
 
 #: Residual that is worth a word.
@@ -33,95 +37,88 @@ _SMALL = 1e-3
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What was measured at one layer. Channel means are plain means over the channels.
-
-    Args:
-        name: dotted name.
-        kind: class name.
-        channels: C.
-        n_values: values a channel behind the statistics.
-        n_calls: calls of the layer in a forward pass, the most there were.
-        mean_shift: mean over channels of |new mean - old mean| / sqrt(new var + eps).
-        log_var_ratio: mean over channels of |log((new var + eps) / (old var + eps))|.
-        mean_se: largest standard error of a mean, in units of sqrt(var + eps); infinite from one
-            example.
-        var_se: largest standard error of a variance, relative to var + eps; likewise.
-    """
+    """What was measured at one layer. Channel means are plain means over the channels."""
 
     name: str
     kind: str
     channels: int
-    n_values: int
-    n_calls: int
-    mean_shift: float
-    log_var_ratio: float
+    n_values: int  # a channel
+    n_calls: int  # in a forward pass, the most there were
+    mean_shift: float  # mean over channels of |new mean - old mean| / sqrt(new var + eps)
+    log_var_ratio: float  # mean over channels of |log((new var + eps) / (old var + eps))|
+    #: Largest standard error of a mean, by sqrt(var + eps); infinite from one example.
     mean_se: float
-    var_se: float
+    var_se: float  # likewise of a variance, by var + eps
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """Layers that were not measured, or more than once a pass, by name."""
+
+    called_again: tuple[str, ...] = ()  # their calls are pooled
+    never_reached: tuple[str, ...] = ()  # their statistics are as they were
+    #: Frozen, excluded, without statistics, or with something of that name but no Batch Norm.
+    left_alone: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  # those left alone since the user froze them by their modes
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the statistics can be relied on."""
+
+    slowest: str = ""  # with samples="auto", the layer whose error was last to be small enough
+    is_enough: bool = True  # whether it became so before the data ended
+    #: In a walk the first batches met other moments than by themselves, since the network keeps
+    #: something on itself while it runs; so batches ran one after the other.
+    disturbed: bool = False
+    #: How far the statistics are from those that a pass with them meets, where they did not settle
+    #: or where ``disturbed``.
+    residual: float = 0.0
+    changed_by_forward: tuple[str, ...] = ()  # buffers and attributes; put back
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What it took."""
+
+    seconds: float = 0.0
+    cost: Cost = field(default_factory=Cost)  # of this process
+    n_processes: int = 1
+    n_resumed: int = 0  # examples whose moments an earlier run had measured and kept
+    #: Examples times passes by the seconds, all processes together; None after an earlier run.
+    examples_per_second: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """What `recalibrate_` did.
+    """What `recalibrate_` did."""
 
-    Args:
-        target: ``population`` or ``train-batch B``.
-        feed: ``batch`` or ``sequential``.
-        n_examples: examples used.
-        n_batches: batches used.
-        passes: passes over the data, in full forward passes; a shortened one counts as its part
-            of the layers.
-        layers: one record a layer, in order of first call.
-        called_again: layers called more than once in a forward pass; their calls are pooled.
-        never_reached: layers that the data never came to; their statistics are as they were.
-        frozen: layers that the user froze; left alone, unless they were to be included.
-        left_alone: layers that are frozen, excluded, keep no statistics, or hold something of that
-            name without being Batch Norm.
-        seconds: wall-clock time.
-        how: ``walk``, all batches together in one pass; or ``passes``, one after the other.
-        slowest: with ``samples="auto"``, the layer whose error was last to be small enough; empty
-            without.
-        is_enough: whether it became so before the data ended; true without ``auto``.
-        n_processes: how many shared the batches.
-        n_resumed: examples whose moments an earlier run had measured and kept.
-        cost: what this process spent its part of the seconds on.
-        disturbed: the first batches met other moments in a walk than by themselves, since the
-            network keeps something on itself while it runs; so batches ran one after the other.
-        residual: how far the statistics still are from those that a pass with them meets, where
-            they were found by repeated passes and did not settle, or where ``disturbed``.
-        changed_by_forward: buffers and attributes that forward passes changed by themselves; they
-            are as they were.
-        examples_per_second: examples times passes by the seconds, all processes together; ``None``
-            where an earlier run had measured a part.
-    """
-
-    target: str
+    target: str  # population or train-batch B
     feed: str
     n_examples: int
     n_batches: int
-    passes: float
-    layers: tuple[LayerStatistics, ...]
-    called_again: tuple[str, ...]
-    never_reached: tuple[str, ...]
-    left_alone: tuple[str, ...]
-    seconds: float
-    how: str = "passes"
-    slowest: str = ""
-    is_enough: bool = True
-    n_processes: int = 1
-    n_resumed: int = 0
-    cost: Cost = field(default_factory=Cost)
-    examples_per_second: float | None = None
-    disturbed: bool = False
-    residual: float = 0.0
-    changed_by_forward: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    passes: float  # full forward passes; a shortened one counts as its part of the layers
+    how: str  # walk: all batches together in one pass; passes: one after the other
+    layers: tuple[LayerStatistics, ...]  # in order of first call
+    exceptions: Exceptions = field(default_factory=Exceptions)
+    trust: Trust = field(default_factory=Trust)
+    effort: Effort = field(default_factory=Effort)
 
     def __repr__(self) -> str:
-        missed = f", {len(self.never_reached)} never reached" if self.never_reached else ""
+        n_missed = len(self.exceptions.never_reached)
+        missed = f", {n_missed} never reached" if n_missed else ""
         return (
             f"Calibration({self.target}, {self.feed} feed: {len(self.layers)} layers from "
-            f"{self.n_examples:,} examples{missed}, {self.seconds:.3g} s)"
+            f"{self.n_examples:,} examples{missed}, {self.effort.seconds:.3g} s)"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the layers, on one level."""
+        values = asdict(self)
+        del values["layers"]
+        for part in ("exceptions", "trust", "effort"):
+            values |= values.pop(part)
+        return values
 
 
 def recalibrate_(
@@ -152,7 +149,7 @@ def recalibrate_(
     Args:
         model: stock or generalized norm layers, on the device to run on.
         batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``; with ``feed="sequential"`` it is
-            gone through more than once.
+            read more than once.
         target: ``population``, the total variance; or ``train-batch``, what a training batch saw
             on average: var - Vm / B, Vm the variance over examples of the per-example mean.
         train_batch_size: B of ``train-batch``.
@@ -221,6 +218,66 @@ def recalibrate_(
             name="samples",
         )
     started = time.perf_counter()
+    sites, frozen = _sites(model, layers, skip, include_frozen)
+    size = train_batch_size if target == "train-batch" else None
+    auto = Enough(tolerance) if samples == "auto" else None
+    keeper = None
+    if state is not None:
+        settings = {
+            "target": target, "size": size, "feed": feed, "samples": samples, "of": identity,
+            "tolerance": tolerance, "layers": [site.name for site in sites],
+            **({} if precision == "fp32" else {"precision": precision}),
+        }  # fmt: skip
+        keeper = Kept(state, identity_of(model, settings))
+    source = Source(
+        model=model,
+        batches=batches,
+        forward=forward,
+        samples=samples if isinstance(samples, int) else None,
+        train_batch_size=size,
+    )
+    with runtime.autocast(runtime.device_of(model), precision):
+        found = collect(source, sites, feed, auto, memory_bytes, keeper)
+    records = _written(source, found)
+    seconds = time.perf_counter() - started
+    n_resumed = 0 if keeper is None else keeper.n_resumed
+    rate = found.seen.n_examples * found.passes / max(seconds, 1e-9)
+    reached, names = {record.name for record in records}, [site.name for site in sites]
+    return Calibration(
+        target=target if size is None else f"train-batch {size}",
+        feed=feed,
+        n_examples=found.seen.n_examples,
+        n_batches=found.seen.n_batches,
+        passes=found.passes,
+        how=found.how,
+        layers=records,
+        exceptions=Exceptions(
+            called_again=tuple(record.name for record in records if record.n_calls > 1),
+            never_reached=tuple(name for name in names if name not in reached),
+            left_alone=tuple(s.name for s in find_norms(model) if s.name not in names),
+            frozen=frozen,
+        ),
+        trust=Trust(
+            slowest="" if auto is None else auto.slowest,
+            is_enough=auto is None or auto.is_enough,
+            disturbed=found.disturbed,
+            residual=found.error,
+            changed_by_forward=tuple(source.changed),
+        ),
+        effort=Effort(
+            seconds=seconds,
+            cost=source.cost,
+            n_processes=processes.here().size,
+            n_resumed=n_resumed,
+            examples_per_second=None if n_resumed else rate,
+        ),
+    )
+
+
+def _sites(
+    model: nn.Module, layers: Sequence[str], skip: Sequence[str], include_frozen: bool
+) -> tuple[list[NormSite], tuple[str, ...]]:
+    """The layers to recalibrate, and those left alone since the user froze them."""
     every = find_norms(model)
     problems = unmatched(every, (*layers, *skip)) + unmeasurable(every, layers, skip)
     if problems:
@@ -233,62 +290,37 @@ def recalibrate_(
         why = f" ({some(frozen)}: frozen; --unfreeze makes BatchNorm2d of them)" if frozen else ""
         if at_rest:
             why = f" ({some(at_rest)}: frozen; --include-frozen, include_frozen= takes them in)"
-        raise NormError(f"model: no norm layer with statistics to compute anew{why}.")
-    size = train_batch_size if target == "train-batch" else None
-    auto = Enough(tolerance) if samples == "auto" else None
-    keeper = None
-    if state is not None:
-        settings = {
-            "target": target, "size": size, "feed": feed, "samples": samples, "of": identity,
-            "tolerance": tolerance, "layers": [site.name for site in sites],
-            **({} if precision == "fp32" else {"precision": precision}),
-        }  # fmt: skip
-        keeper = Kept(state, identity_of(model, settings))
-    with runtime.autocast(runtime.device_of(model), precision):
-        found = collect(
-            model, sites, batches, forward, samples, auto, feed, size, memory_bytes, keeper
-        )
-    measured, collector = found.measured, found.collector
-    by_name = {site.name: site for site in sites}
-    with collector.clock.measuring():
+        raise NormError(f"model: no norm layer with statistics to recalibrate{why}.")
+    return sites, at_rest
+
+
+def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
+    """Write all layers' new moments, after checking that all fit; their records."""
+    sites, measured = found.collector.by_name, found.collector.sums.measured
+    with source.cost.measuring():
         new = {
-            name: found.nearest.get(name) or accumulator.statistics(size)
-            for name, accumulator in measured.items()
+            name: found.nearest.get(name) or sums.statistics(source.train_batch_size)
+            for name, sums in measured.items()
         }
-    stored = {name: as_stored(by_name[name], *moments) for name, moments in new.items()}
-    _check_stored(stored)
+    stored = {name: as_stored(sites[name], *moments) for name, moments in new.items()}
+    for name, (mean, var) in stored.items():
+        if not bool((mean + var).isfinite().all()):
+            raise NumericError(
+                f"{name}: its moments are beyond {str(mean.dtype).removeprefix('torch.')}. "
+                "Recalibrate in float32.",
+                name=name,
+            )
     records = tuple(
-        _record(by_name[name], accumulator, new[name], collector.n_calls[name])
-        for name, accumulator in measured.items()
+        _record(sites[name], sums, new[name], found.calls[name]) for name, sums in measured.items()
     )
-    for name, moments in stored.items():
-        _write(by_name[name].module, *moments, found.n_batches)
-    seconds = time.perf_counter() - started
-    n_resumed = 0 if keeper is None else keeper.n_resumed
-    rate = found.n_examples * found.passes / max(seconds, 1e-9)
-    return Calibration(
-        target=target if size is None else f"train-batch {size}",
-        feed=feed,
-        n_examples=found.n_examples,
-        n_batches=found.n_batches,
-        passes=found.passes,
-        layers=records,
-        called_again=tuple(record.name for record in records if record.n_calls > 1),
-        never_reached=tuple(name for name in by_name if name not in measured),
-        left_alone=tuple(site.name for site in every if site.name not in by_name),
-        seconds=seconds,
-        how=found.how,
-        slowest="" if auto is None else auto.slowest,
-        is_enough=auto is None or auto.is_enough,
-        n_processes=processes.here().size,
-        n_resumed=n_resumed,
-        cost=collector.clock.cost(),
-        examples_per_second=None if n_resumed else rate,
-        disturbed=found.disturbed,
-        residual=found.error,
-        changed_by_forward=tuple(collector.changed),
-        frozen=at_rest,
-    )
+    for name, (mean, var) in stored.items():
+        buffers: Any = sites[name].module._buffers
+        buffers["running_mean"].copy_(mean)
+        buffers["running_var"].copy_(var)
+        tracked = buffers.get("num_batches_tracked")
+        if tracked is not None and int(tracked) == 0:
+            tracked.fill_(found.seen.n_batches)
+    return records
 
 
 def residuals(
@@ -313,14 +345,14 @@ def residuals(
     """
     # Frozen layers too: whether their constants fit the data is worth knowing.
     sites = [site for site in find_norms(model) if site.has_statistics and _is_comparable(site)]
-    collector = Collector(sites, by_batch=False)
-    n_examples, _ = collector.one_pass(model, batches, forward, None)
-    if n_examples == 0:
+    source = Source(model, batches, forward)
+    collector = Collector(sites, source.cost, by_batch=False)
+    if one_pass(source, collector).n_examples == 0:
         raise DataError("residuals: no examples. Give at least one batch.")
-    found = {}
+    found, measured = {}, collector.sums.measured
     for site in sites:
-        if site.name in collector.measured:
-            fresh = collector.measured[site.name].statistics(None)
+        if site.name in measured:
+            fresh = measured[site.name].statistics(None)
             mean_shift, log_var_ratio = drift(_own_moments(site), fresh, eps_of(site))
             found[site.name] = (log_var_ratio, mean_shift)
     return found
@@ -378,60 +410,46 @@ def _record(
     )
 
 
-def _check_stored(stored: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (mean, var) in stored.items():
-        if not bool((mean + var).isfinite().all()):
-            raise NumericError(
-                f"{name}: its moments are beyond {str(mean.dtype).removeprefix('torch.')}. "
-                "Recalibrate in float32.",
-                name=name,
-            )
-
-
-def _write(module: nn.Module, mean: Tensor, var: Tensor, n_batches: int) -> None:
-    buffers: Any = module._buffers
-    buffers["running_mean"].copy_(mean)
-    buffers["running_var"].copy_(var)
-    tracked = buffers.get("num_batches_tracked")
-    if tracked is not None and int(tracked) == 0:
-        tracked.fill_(n_batches)
-
-
 def describe_missing(calibration: Calibration) -> list[str]:
     """Sentences for the report on layers that were passed over."""
+    trust, layers, n_resumed = (
+        calibration.trust,
+        calibration.exceptions,
+        calibration.effort.n_resumed,
+    )
     sentences = []
-    if calibration.n_resumed:
+    if n_resumed:
         sentences.append(
-            f"population statistics: {calibration.n_resumed} examples were not run again; an "
-            "interrupted run had kept what they measured."
+            f"{n_resumed} examples were not run again; an interrupted run had kept what they "
+            "measured."
         )
-    if calibration.slowest:
-        reached = "were enough" if calibration.is_enough else "are all there are, and not enough"
+    if trust.slowest:
+        reached = "were enough" if trust.is_enough else "are all there are, and not enough"
         sentences.append(
-            f"population statistics: {calibration.n_examples} examples {reached}; the last layer "
-            f"to be known well was {calibration.slowest}."
+            f"{calibration.n_examples} examples {reached}; the last layer to be known well was "
+            f"{trust.slowest}."
         )
-    if calibration.disturbed:
+    if trust.disturbed:
         sentences.append(
-            "population statistics: the network keeps activations or counts on itself while it "
-            "runs, or is random, so the batches ran one after the other, not together."
+            "the network keeps activations or counts on itself while it runs, or is random, so the "
+            "batches ran one after the other, not together."
         )
-    if calibration.residual > _SMALL:
+    if trust.residual > _SMALL:
         sentences.append(
-            "population statistics: they did not settle; a pass with them meets others, by "
-            f"{calibration.residual:.2g} of a deviation at the worst layer."
+            f"they did not settle; a pass with them meets others, by {trust.residual:.2g} of a "
+            "deviation at the worst layer."
         )
-    others = tuple(name for name in calibration.left_alone if name not in calibration.frozen)
-    for names, text in (
+    others = [name for name in layers.left_alone if name not in layers.frozen]
+    listed = (
         (
-            calibration.frozen,
+            layers.frozen,
             "frozen (evaluation mode, no gradients); left alone. --include-frozen "
             "(from Python include_frozen=True) takes them in",
         ),
-        (calibration.called_again, "called more than once a forward pass; their calls are pooled"),
-        (calibration.never_reached, "never reached by the data; their statistics are as they were"),
+        (layers.called_again, "called more than once a forward pass; their calls are pooled"),
+        (layers.never_reached, "never reached by the data; their statistics are as they were"),
         (others, "frozen, excluded, without statistics or not known; left alone"),
-    ):
-        if names:
-            sentences.append(f"{some(names)}: {text}.")
-    return sentences
+    )
+    return [f"population statistics: {sentence}" for sentence in sentences] + [
+        f"{some(names)}: {text}." for names, text in listed if names
+    ]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from graphlib import CycleError, TopologicalSorter
-from itertools import islice
-from typing import Any, Protocol
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bnfix import guards, processes, runtime
+from bnfix import processes, runtime
 from bnfix.errors import DataError, NormError, NumericError
 from bnfix.layers.norms import GeneralizedBatchNorm
 from bnfix.layers.sites import NormSite
 from bnfix.moments import mix, over_channel_groups
-from bnfix.statistics.accumulating import Accumulator, precise_moments
-from bnfix.statistics.costs import Clock
+from bnfix.statistics.accumulating import Accumulator, Sums, precise_moments
+
+_T = TypeVar("_T")
 
 #: Numbers that may wait, by device, to be looked at for what is not finite: a look makes the host
 #: wait for the device, which on a CPU costs nothing.
@@ -29,6 +29,66 @@ TRACED = 2
 MOST_UNCOUNTED = 100_000
 
 
+@dataclass
+class Cost:
+    """Seconds of one process, summed over passes; what is left to the whole is none of these.
+
+    By the host's clock, without waiting for the device: CUDA's time is counted where the host waits
+    for it, mostly under ``forward``.
+    """
+
+    data: float = 0.0  # waiting for batches: reading, decoding, scaling
+    forward: float = 0.0  # the network, its layers' normalizing included
+    statistics: float = 0.0  # measuring what the norm layers meet, and adding it up
+
+    def reading(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """Go through batches, and count the time that each is waited for."""
+        started = time.perf_counter()
+        iterator = iter(batches)
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.data += time.perf_counter() - started
+            yield batch
+            del batch  # not held while the next one is read
+            started = time.perf_counter()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what is done inside as forward passes, less the statistics measured meanwhile."""
+        started, before = time.perf_counter(), self.statistics
+        try:
+            yield
+        finally:
+            self.forward += time.perf_counter() - started - (self.statistics - before)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Count what is done inside as statistics."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.statistics += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model and the batches that passes run over, and what the passes leave behind."""
+
+    model: nn.Module
+    batches: runtime.Batches
+    forward: runtime.Forward | None = None
+    samples: int | None = None  # of this rank
+    train_batch_size: int | None = None  # of the train-batch target
+    cost: Cost = field(default_factory=Cost)
+    #: Buffers and attributes that forward passes changed by themselves.
+    changed: dict[str, None] = field(default_factory=dict)
+
+
 class StopHereError(BaseException):
     """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
 
@@ -37,33 +97,21 @@ class Collector:
     """Hooks on the sites: measure inputs; decide what each layer normalizes by."""
 
     def __init__(
-        self, sites: Sequence[NormSite], *, by_batch: bool, clock: Clock | None = None
+        self, sites: Sequence[NormSite], cost: Cost, *, by_batch: bool, is_strict: bool = False
     ) -> None:
-        self.clock = clock or Clock()
         self.sites = {id(site.module): site for site in sites}
+        self.by_name = {site.name: site for site in sites}
+        self.sums = Sums({site.name: device_of_site(site) for site in sites})
         self.by_batch = by_batch
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
-        self.measured: dict[str, Accumulator] = {}
-        self.n_calls: dict[str, int] = {}
+        #: Layers to measure, all by default, and whether a pass ends at the first of them.
         self.wanted: frozenset[str] | None = None
         self.stops = False
-        #: Layers from the first call to the last of one that is called again.
-        self.looped: set[str] = set()
-        self.most_examples = 0
-        #: Refuse batches that give a layer one value a channel; the first of those.
-        self.is_strict = False
-        self._single: tuple[str, int] | None = None
-        #: Buffers and attributes that forward passes changed by themselves.
-        self.changed: dict[str, None] = {}
         #: Moments of the first batches, call by call.
         self.traces: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
-        self._before: dict[str, set[str]] = {}
-        self._calls: Counter[str] = Counter()
-        #: Examples of the last pass that this rank has run.
-        self.n_own = 0
-        self.batch_index = 0
-        self._to_check: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
-        self._n_to_check = 0
+        self._cost = cost
+        self._checks = _Checks(is_strict)
+        self._batch_index = 0
         self._own: dict[int, tuple[Any, Any]] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,72 +140,19 @@ class Collector:
         if own is not None:
             module._buffers["running_mean"], module._buffers["running_var"] = own
 
-    def state(self, *, summed: bool = False) -> dict[str, Any]:
-        """What was measured, to be sent to other ranks or written."""
-        return {
-            "measured": {name: found.state(summed=summed) for name, found in self.measured.items()},
-            "n_calls": dict(self.n_calls),
-            "looped": sorted(self.looped),
-            "most_examples": self.most_examples,
-            "before": {name: sorted(names) for name, names in self._before.items()},
-        }
-
-    def set_states_(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Replace what was measured by what others have, taken together.
-
-        Changes:
-            What was measured and counted; not what layers normalize by.
-        """
-        devices = {site.name: device_of_site(site) for site in self.sites.values()}
-        parts: dict[str, list[Accumulator]] = {}
-        self.n_calls, self._before = {}, {}
-        for state in states:
-            self.looped.update(state["looped"])
-            self.most_examples = max(self.most_examples, int(state["most_examples"]))
-            for name, n in state["n_calls"].items():
-                self.n_calls[name] = max(int(n), self.n_calls.get(name, 0))
-            for name, names in state["before"].items():
-                self._before.setdefault(name, set()).update(names)
-            for name, sums in state["measured"].items():
-                part = Accumulator.of_state(sums, devices[name])
-                parts.setdefault(name, []).append(part)
-        # One part stays as it is, with what still waits: so a run goes on bit for bit.
-        self.measured = {
-            name: first if not rest else first.merged(rest)
-            for name, (first, *rest) in parts.items()
-        }
-
-    def everyones(self) -> dict[str, Accumulator]:
-        """What all ranks together have measured so far; a collective call."""
-        if not processes.here().shared:
-            return self.measured
-        together = Collector(list(self.sites.values()), by_batch=self.by_batch)
-        together.set_states_(processes.gather(self.state(summed=True)))
-        return together.measured
-
-    def order(self) -> list[str]:
-        """The layers measured, each after all that came before it in any batch."""
-        try:
-            return list(TopologicalSorter(self._before).static_order())
-        except CycleError:
-            return list(self.measured)
-
-    def is_first(self, name: str) -> bool:
-        """Whether no other layer measured ever came before this one."""
-        return not self._before[name]
-
     def new_batch(self, index: int) -> None:
         """Calls from now on belong to this batch."""
-        self.batch_index = index
-        self._calls.clear()
+        self._batch_index = index
+        self.sums.new_batch()
 
     def measure(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
         """Count a call and add its input to the layer's sums; return the input's own moments."""
-        with self.clock.measuring():
+        with self._cost.measuring():
             return self._measured(site, x)
 
     def _measured(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._count(site.name)
+        sums, index = self.sums, self._batch_index
+        sums.count(site.name)
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         own = site.module._buffers["running_mean"]
         if own is None or own.shape != values.shape[1:2]:
@@ -169,17 +164,41 @@ class Collector:
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
         mean, var = over_groups(site, *precise_moments(values))
         mixed = mix(mean, var, dim=0)
-        self.most_examples = max(self.most_examples, len(values))
-        if self.batch_index < TRACED and not self.by_batch:
-            self.traces.setdefault(self.batch_index, []).append((site.name, *mixed))
-        self._to_check.append((self.batch_index, site.name, mean, var, mixed[1]))
-        self._n_to_check += 2 * mean.numel()
-        if site.name not in self.measured:
-            self.measured[site.name] = Accumulator(mixed[0])
-        self.measured[site.name].add(mean, var, values.shape[2])
-        if len(values) * values.shape[2] == 1:
-            self._single = self._single or (site.name, self.batch_index)
-        if self.is_strict and self._single and len(self.measured) > 1:
+        sums.most_examples = max(sums.most_examples, len(values))
+        if index < TRACED and not self.by_batch:
+            self.traces.setdefault(index, []).append((site.name, *mixed))
+        self._checks.add(index, site.name, mean, var, mixed[1])
+        if site.name not in sums.measured:
+            sums.measured[site.name] = Accumulator(mixed[0])
+        sums.measured[site.name].add(mean, var, values.shape[2])
+        is_single = len(values) * values.shape[2] == 1
+        self._checks.refuse_single(site.name, index, is_single, len(sums.measured))
+        return mixed
+
+    def check_finite(self, at_most: int = 0) -> None:
+        """Raise if an input was not finite; numbers that wait for it may be left for later."""
+        self._checks.check_finite(at_most)
+
+
+class _Checks:
+    """What is refused of inputs: values that are not finite, one value a channel by itself."""
+
+    def __init__(self, is_strict: bool) -> None:
+        self._is_strict = is_strict
+        self._calls: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
+        self._n_waiting = 0
+        self._single: tuple[str, int] | None = None
+
+    def add(self, index: int, name: str, mean: Tensor, var: Tensor, mixed_var: Tensor) -> None:
+        """Remember a call, to be looked at later: a look makes the host wait for the device."""
+        self._calls.append((index, name, mean, var, mixed_var))
+        self._n_waiting += 2 * mean.numel()
+
+    def refuse_single(self, name: str, index: int, is_single: bool, n_layers: int) -> None:
+        """Refuse batches that give a layer one value a channel, if another layer is above it."""
+        if is_single and self._single is None:
+            self._single = name, index
+        if self._is_strict and self._single is not None and n_layers > 1:
             name, index = self._single
             raise NormError(
                 f"{name}: gets one value a channel in batch {_of_all(index)} (counted from 0), "
@@ -187,23 +206,14 @@ class Collector:
                 "end, or the sequential feed (--feed sequential).",
                 name=name,
             )
-        return mixed
 
-    def _count(self, name: str) -> None:
-        if not self._calls[name]:
-            last = [key for key, n in self._calls.items() if n][-1:]
-            self._before.setdefault(name, set()).update(last)
-        else:
-            so_far = list(self._calls)
-            self.looped.update(so_far[so_far.index(name) :])
-        self._calls[name] += 1
-        self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
-
-    def check_finite(self) -> None:
-        """One synchronization for all calls since the last check: raise if any was not finite."""
-        calls, self._to_check, self._n_to_check = self._to_check, [], 0
+    def check_finite(self, at_most: int) -> None:
+        """One synchronization for all calls since the last check."""
+        if self._n_waiting <= at_most:
+            return
+        calls, self._calls, self._n_waiting = self._calls, [], 0
         # What is not finite in any example is not finite in the mixture either.
-        if not calls or bool(torch.cat([mixed for *_, mixed in calls]).isfinite().all()):
+        if bool(torch.cat([mixed for *_, mixed in calls]).isfinite().all()):
             return
         index, name, mean, var, _ = next(c for c in calls if not bool(c[-1].isfinite().all()))
         bad = ~(mean + var).isfinite().all(1)
@@ -213,134 +223,6 @@ class Collector:
             "use fp32.",
             name=name,
         )
-
-    def one_pass(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: runtime.Forward | None,
-        samples: int | None,
-        enough: Callable[[int], bool] | None = None,
-        keeper: Keeper | None = None,
-    ) -> tuple[int, int]:
-        """Run the batches until they end, or are enough; return examples and batches seen.
-
-        Of several processes each runs its own batches; all end with what all have measured.
-        """
-        # What earlier passes have measured is everyone's already.
-        earlier, self.measured = self.measured, {}
-        found = None if keeper is None else keeper.finished(self)
-        if found is None:
-            found = self._whole_pass(model, batches, forward, samples, enough, keeper)
-        self.measured = {**earlier, **self.measured}
-        return found
-
-    def _whole_pass(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: runtime.Forward | None,
-        samples: int | None,
-        enough: Callable[[int], bool] | None,
-        keeper: Keeper | None,
-    ) -> tuple[int, int]:
-        """All ranks' parts of a pass, put together."""
-        seen = processes.together(
-            lambda: self._run(model, batches, forward, samples, enough, keeper)
-        )
-        if processes.here().shared:
-            self.set_states_(processes.gather(self.state(summed=True)))
-        self.n_own = seen[processes.here().rank][0]
-        n_examples, n_batches = (sum(counts) for counts in zip(*seen, strict=True))
-        if keeper is not None:
-            keeper.finish(self, n_examples, n_batches)
-        return n_examples, n_batches
-
-    def _run(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: runtime.Forward | None,
-        samples: int | None,
-        enough: Callable[[int], bool] | None,
-        keeper: Keeper | None,
-    ) -> tuple[int, int]:
-        """This rank's part of a pass."""
-        device = runtime.device_of(model)
-        n_examples, n_batches, n_gone = (0, 0, 0) if keeper is None else keeper.resume_(self)
-        left = None if samples is None else samples - n_examples
-        rest = self.clock.reading(after(batches, n_gone))
-        counted = left is not None or enough is not None or has_length(batches)
-        most = None if counted else MOST_UNCOUNTED
-        rest = up_to(rest, left, most) if left is None or left > 0 else iter(())
-        looks = enough is not None and processes.here().shared
-        # What is kept or decided by must be finite.
-        at_once = enough is not None or keeper is not None
-        with (
-            guards.inference(model) as changed,
-            guards.hooks() as handles,
-            # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
-            torch.compiler.set_stance("force_eager"),
-        ):
-            for site in self.sites.values():
-                handles.append(site.module.register_forward_pre_hook(self.before, with_kwargs=True))
-                handles.append(site.module.register_forward_hook(self.after, always_call=True))
-            for index, batch in enumerate(processes.in_step(rest) if looks else rest, n_gone):
-                measure = partial(self._one, model, batch, index, device, forward, at_once)
-                n = processes.together(measure)[processes.here().rank] if looks else measure()
-                n_examples, n_batches = n_examples + n, n_batches + (n > 0)
-                if keeper is not None:
-                    keeper.after_batch(self, n_examples, n_batches, index + 1)
-                if enough is not None:
-                    n_seen = sum(processes.gather(n_examples)) if looks else n_examples
-                    if enough(n_seen):
-                        break
-        self.changed.update(dict.fromkeys(changed))
-        self.check_finite()
-        return n_examples, n_batches
-
-    def _one(
-        self,
-        model: nn.Module,
-        batch: Any,
-        index: int,
-        device: torch.device,
-        forward: runtime.Forward | None,
-        at_once: bool,
-    ) -> int:
-        """Measure one batch; how many examples it has."""
-        if batch is None:
-            return 0
-        self.new_batch(index)
-        with self.clock.running():
-            try:
-                runtime.run(model, batch, device, forward)
-            except StopHereError:
-                pass
-            finally:
-                for site in self.sites.values():
-                    self.after(site.module, None, None)
-            if at_once or self._n_to_check > UNCHECKED.get(device.type, 0):
-                self.check_finite()
-        return runtime.n_examples_of(batch)
-
-
-class Keeper(Protocol):
-    """Keeps what passes have measured, for a run that goes on after a crash."""
-
-    def finished(self, collector: Collector) -> tuple[int, int] | None:
-        """Begin a pass; where it was finished before, give its result, examples and batches."""
-
-    def resume_(self, collector: Collector) -> tuple[int, int, int]:
-        """What a begun pass has come to: examples, batches, and batches to leave out."""
-
-    def after_batch(
-        self, collector: Collector, n_examples: int, n_batches: int, n_gone: int
-    ) -> None:
-        """Write now and then."""
-
-    def finish(self, collector: Collector, n_examples: int, n_batches: int) -> None:
-        """Write what the whole pass has measured."""
 
 
 def over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -360,25 +242,6 @@ def device_of_site(site: NormSite) -> torch.device:
     """Where a layer's statistics are."""
     own: Any = site.module._buffers["running_mean"]
     return torch.device("cpu") if own is None else own.device
-
-
-def after(batches: Iterable[Any], n: int) -> Iterable[Any]:
-    """Batches without the first ones, which are not read where that can be helped."""
-    if not n:
-        return batches
-    if hasattr(batches, "starting_at"):
-        rest: Iterable[Any] = batches.starting_at(n)
-        return rest
-    return islice(batches, n, None)
-
-
-def has_length(batches: Any) -> bool:
-    """Whether the number of batches is known, so that they have an end."""
-    try:
-        len(batches)
-    except (TypeError, NotImplementedError):
-        return False
-    return True
 
 
 def up_to(batches: Iterable[Any], samples: int | None, most: int | None = None) -> Iterator[Any]:

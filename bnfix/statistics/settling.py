@@ -36,11 +36,6 @@ class Settled:
         self.collector, self.passes, self.error = collector, 0.0, 0.0
         #: Moments of layers that did not settle: those that came nearest.
         self.nearest: _Moments = {}
-        self._sites = {site.name: site for site in collector.sites.values()}
-
-    def site(self, name: str) -> NormSite:
-        """The place of a layer."""
-        return self._sites[name]
 
 
 @dataclass
@@ -66,7 +61,8 @@ def settle(
     Source: Anderson, "Iterative Procedures for Nonlinear Integral Equations", 1965.
     """
     found.collector.stops = False
-    use, space = found.collector.use, _Space([found.site(name) for name in names], found)
+    use, sites = found.collector.use, [found.collector.by_name[name] for name in names]
+    space = _Space(sites, use)
     best = last = _one_round(found, names, measure)
     history, part, enough = [last], 1.0, _SETTLED
     step = last.met
@@ -94,7 +90,7 @@ def settle(
         step, last = space.mixed(history, part), now
     found.error = max(found.error, best.error)
     use.update(best.used)
-    found.collector.measured.update(best.measured)
+    found.collector.sums.measured.update(best.measured)
     found.nearest.update(best.used)
 
 
@@ -105,18 +101,19 @@ def _one_round(
     used = {name: collector.use[name] for name in names}
     found.passes += 1.0
     met = measure(names)
-    errors = [max(drift(used[name], met[name], eps_of(found.site(name)))) for name in names]
+    eps = {name: eps_of(collector.by_name[name]) for name in names}
+    errors = [max(drift(used[name], met[name], eps[name])) for name in names]
     n_settled = next((i for i, error in enumerate(errors) if not error < _SETTLED), len(errors))
-    measured = {name: collector.measured[name] for name in names}
+    measured = {name: collector.sums.measured[name] for name in names}
     return _Round(error=max(errors), used=used, met=met, measured=measured, n_settled=n_settled)
 
 
 class _Space:
     """Moments as one vector: means in units of a scale, logarithms of variances with eps."""
 
-    def __init__(self, sites: Sequence[NormSite], found: Settled) -> None:
+    def __init__(self, sites: Sequence[NormSite], use: _Moments) -> None:
         self._sites = sites
-        variances = [found.collector.use[site.name][1].double() for site in sites]
+        variances = [use[site.name][1].double() for site in sites]
         self._scales = [(v + eps_of(s)).sqrt() for v, s in zip(variances, sites, strict=True)]
 
     def stored(self, moments: _Moments) -> _Moments:

@@ -27,6 +27,7 @@ from bnfix.statistics.accumulating import Accumulator
 from bnfix.statistics.collecting import (
     TRACED,
     Collector,
+    Source,
     StopHereError,
     as_stored,
     device_of_site,
@@ -54,86 +55,62 @@ def default_memory(device: torch.device) -> int:
 
 
 class Walk:
-    """One walk of all batches.
+    """One walk of all batches of a source; its collector holds what was measured afterwards."""
 
-    Args:
-        model: on its device.
-        collector: over the layers to measure; holds what was measured afterwards.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        train_batch_size: of the train-batch target.
-        memory_bytes: activations that may be held, by the first batch's; ``None`` for the default.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        collector: Collector,
-        forward: runtime.Forward | None,
-        train_batch_size: int | None,
-        memory_bytes: int | None,
-    ) -> None:
-        self._model, self._collector, self._forward = model, collector, forward
-        self._train_batch_size = train_batch_size
-        self._device = runtime.device_of(model)
+    def __init__(self, source: Source, collector: Collector, memory_bytes: int | None) -> None:
+        self._source, self._collector = source, collector
+        self._device = runtime.device_of(source.model)
+        # Activations that may be held, by what the first batch holds.
         self._limit = default_memory(self._device) if memory_bytes is None else memory_bytes
         self._walkers: list[_Walker] = []
         self._running: _Walker | None = None
         self._back = threading.Semaphore(0)
-        self._ending = False
-        self._impossible = False
-        #: A batch failed while it ran among others.
-        self.disturbed = False
-        #: The first batches, as they came.
-        self.first: list[Any] = []
-        self._sizes = 0
+        self._ending = self._impossible = False
+        self.disturbed = False  # a batch failed while it ran among others
+        self.first: list[Any] = []  # the first batches, as they came
         self.n_examples = self.n_batches = self.n_steps = 0
 
-    def go(self, batches: runtime.Batches, samples: int | None) -> bool:
+    def go(self) -> bool:
         """Walk the batches; whether all got to the end.
 
         They do not where their activations do not fit, where they meet layers in different orders,
-        or where a layer's output comes back to its input.
+        or where a layer's output comes back to its input. Then the collector is of no use.
         """
         if self._limit <= 0 or has_modes():
             return False
-        sites = [site.module for site in self._collector.sites.values()]
-        enter, clock = _thread_state(self._device), self._collector.clock
+        source, collector = self._source, self._collector
+        enter = _thread_state(self._device)
         # Buffers that are lent when the walk is given up come back with all other state.
         with (
-            guards.inference(self._model) as changed,
+            guards.inference(source.model) as changed,
             guards.hooks() as handles,
             torch.compiler.set_stance("force_eager"),
             # Threads are made as they are needed: no walker ends before all have begun.
             ThreadPoolExecutor(_MOST_BATCHES) as pool,
         ):
-            for module in sites:
+            for module in [site.module for site in collector.sites.values()]:
                 handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-                handles.append(
-                    module.register_forward_hook(self._collector.after, always_call=True)
-                )
+                handles.append(module.register_forward_hook(collector.after, always_call=True))
             try:
-                processes.together(
-                    lambda: self._start(
-                        up_to(clock.reading(runtime.pass_of(batches, 0)), samples), pool, enter
-                    )
-                )
+                processes.together(lambda: self._start(pool, enter))
                 self._step_by_step()
             finally:
                 self._end()
         if not self._impossible:
-            self._collector.changed.update(dict.fromkeys(changed))
+            source.changed.update(dict.fromkeys(changed))
         return not self._impossible
 
-    def _start(self, batches: Iterator[Any], pool: ThreadPoolExecutor, enter: _State) -> None:
+    def _start(self, pool: ThreadPoolExecutor, enter: _State) -> None:
         """Bring every batch to its first norm layer."""
-        for index, batch in enumerate(batches):
+        source = self._source
+        batches = source.cost.reading(runtime.pass_of(source.batches, 0))
+        for index, batch in enumerate(up_to(batches, source.samples)):
             if index < TRACED:
                 # Forward may write to its input.
                 copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
                 self.first.append(copied)
             walker = _Walker(index, batch)
-            self._sizes += walker.size
-            if index >= _MOST_BATCHES or not self._fits():
+            if index >= _MOST_BATCHES or not self._fits(walker.size):
                 self._impossible = True
                 return
             context = contextvars.copy_context()
@@ -147,7 +124,7 @@ class Walk:
 
     def _step_by_step(self) -> None:
         """Make the layer final at which all wait, on every rank, and bring all to their next."""
-        collector = self._collector
+        collector, sums = self._collector, self._collector.sums
         while True:
             found = processes.together(self._look)
             places = {name for name, _, _ in found if name is not None}
@@ -156,19 +133,18 @@ class Walk:
                 break
             name = places.pop()
             if processes.here().shared:
-                collector.measured[name] = self._everyones(name, [sums for _, sums, _ in found])
-            moments = collector.measured[name].statistics(self._train_batch_size)
-            site = next(site for site in collector.sites.values() if site.name == name)
-            collector.use[name] = as_stored(site, *moments)
+                sums.measured[name] = self._everyones(name, [state for _, state, _ in found])
+            moments = sums.measured[name].statistics(self._source.train_batch_size)
+            collector.use[name] = as_stored(collector.by_name[name], *moments)
             self.n_steps += 1
             processes.together(self._go_on)
         n_examples = processes.gather((self.n_examples, self.n_batches))
         self.n_examples, self.n_batches = map(sum, zip(*n_examples, strict=True))
         if processes.here().shared and not self._impossible:
             # All have the same sums already; what is still to be agreed on is order and calls.
-            measured = collector.measured
-            collector.set_states_(processes.gather({**collector.state(), "measured": {}}))
-            collector.measured = measured
+            measured = sums.measured
+            sums.set_states_(processes.gather({**sums.state(), "measured": {}}))
+            sums.measured = measured
 
     def _look(self) -> tuple[str | None, Any, bool]:
         """The layer at which this rank's batches wait, what they measured, whether it fails."""
@@ -181,12 +157,11 @@ class Walk:
             return None, None, len(places) > 1
         name = places.pop()
         shared = processes.here().shared
-        return name, collector.measured[name].state(summed=True) if shared else None, False
+        return name, collector.sums.measured[name].state(summed=True) if shared else None, False
 
     def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
         """What all ranks have measured at a layer."""
-        site = next(site for site in self._collector.sites.values() if site.name == name)
-        device = device_of_site(site)
+        device = device_of_site(self._collector.by_name[name])
         first, *rest = (Accumulator.of_state(part, device) for part in sums if part is not None)
         return first.merged(rest)
 
@@ -196,18 +171,18 @@ class Walk:
             if self._impossible:
                 return
 
-    def _fits(self) -> bool:
+    def _fits(self, more: int = 0) -> bool:
         """Whether the activations of all batches so far would, by what the first one holds."""
         if not self._walkers:
             return True
-        first = self._walkers[0]
-        return first.live.bytes * (self._sizes / max(1, first.size)) <= self._limit
+        first, sizes = self._walkers[0], more + sum(walker.size for walker in self._walkers)
+        return first.live.bytes * (sizes / max(1, first.size)) <= self._limit
 
     def _resume(self, walker: _Walker) -> None:
         """Let one batch run until it waits again, or ends."""
         self._collector.new_batch(walker.index)
         self._running, walker.at = walker, None
-        with self._collector.clock.running():
+        with self._source.cost.running():
             walker.go.release()
             self._back.acquire()
         self._running = None
@@ -234,12 +209,13 @@ class Walk:
             wait([walker.done])
 
     def _walk(self, walker: _Walker, enter: _State) -> None:
-        """What the thread of a batch does."""
+        """Run a batch, in its thread."""
         walker.go.acquire()
         try:
             if not self._ending:
                 with enter(), walker.live if walker.index == 0 else ExitStack():
-                    runtime.run(self._model, walker.batch, self._device, self._forward)
+                    source = self._source
+                    runtime.run(source.model, walker.batch, self._device, source.forward)
         except StopHereError:
             pass
         finally:
