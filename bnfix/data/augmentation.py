@@ -1,9 +1,8 @@
 """Random variants of training images, the same again for one seed, epoch and image.
 
-``light``: mirrored left to right by chance, and shifted by up to an eighth of the size; what comes
-in at the edge is mirrored too. ``standard``: mirrored by chance, and a random part, a half to all
-of the area and its sides at 3:4 to 4:3, resized to the whole. Mirroring makes digits, text and
-whatever tells left from right into something else, so nothing is the default.
+``light``: mirrored left to right by chance, and shifted by up to an eighth of the size, with the
+edge mirrored in. ``standard``: mirrored by chance, and a random part (half to all of the area,
+sides 3:4 to 4:3) resized to the whole. The default is none: mirroring damages digits and text.
 """
 
 from __future__ import annotations
@@ -21,17 +20,13 @@ from bnfix.errors import ConfigError
 def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:
     """Go through batches with their images varied."""
     if kind not in ("none", "light", "standard"):
-        raise ConfigError(
-            f"--augment: {kind!r} is not known. Use one of: none, light, standard.", name="augment"
-        )
-    transform: v2.Compose | None = None
+        message = f"--augment: {kind!r} is not known. Use one of: none, light, standard."
+        raise ConfigError(message, name="augment")
     for batch in batches:
         if kind == "none":
             yield batch
             continue
-        if transform is None:
-            transform = _transform(kind, *batch.x.shape[-2:])
-        varied = []
+        transform, varied = _transform(kind, *batch.x.shape[-2:]), []
         # torchvision draws from torch's own generator, which the run must find as it left it.
         with torch.random.fork_rng(devices=()):
             for image, position in zip(batch.x, batch.index, strict=True):
@@ -50,7 +45,5 @@ def _transform(kind: str, height: int, width: int) -> v2.Compose:
         padding = (width // 8, height // 8)
         place: v2.Transform = v2.RandomCrop((height, width), padding, padding_mode="reflect")
     else:
-        place = v2.RandomResizedCrop(
-            (height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3), antialias=True
-        )
+        place = v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3))
     return v2.Compose([v2.RandomHorizontalFlip(), place])

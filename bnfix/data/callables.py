@@ -1,7 +1,6 @@
 """Data from the user's own code: a callable that returns (input, label) pairs or a Dataset.
 
-The name comes from the command line, so importing it is what the user asks for; a name that comes
-out of a file never gets here.
+Only a name on the command line is imported, never one that comes out of a file.
 """
 
 from __future__ import annotations
@@ -64,43 +63,39 @@ def open_callable(
 ) -> tuple[Images, list[str] | np.ndarray | None]:
     """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
     where = f"DATA {spec}"
-    items: list[Any] = []
-    labels: list[Any] = []
+    pairs: list[tuple[Any, Any]] = []
     try:
         call, folder = import_callable(spec)
         with importable(folder):
-            source = call() if callable(call) else call
-            for item in _items(source, where):
-                inputs, label = _pair(item, f"{where}: item {len(items)}")
-                items.append(inputs)
-                labels.append(label)
+            for item in _items(call() if callable(call) else call, where):
+                pairs.append(_pair(item, f"{where}: item {len(pairs)}"))
     except ModelError as error:
         raise DataError(f"DATA {error}", name=spec) from error
     except DataError:
         raise
     except Exception as error:
         raise DataError(
-            f"{where}: its code failed at item {len(items)} ({one_line(error)}). It gives items "
+            f"{where}: its code failed at item {len(pairs)} ({one_line(error)}). It gives items "
             "one by one, each (input, label) or an input.",
             name=spec,
         ) from error
-    if not items:
+    if not pairs:
         raise DataError(f"{where}: gave no images, expected pairs of image and label.", name=spec)
-    images = _opened(spec, items, channels, where)
+    labels = [label for _, label in pairs]
+    images = _opened(spec, [inputs for inputs, _ in pairs], channels, where)
     bare = [label is None for label in labels]
     if not wanted or all(bare):
         return images, None
     if any(bare):
-        raise DataError(
-            f"{where}: item {bare.index(True)} has no label, others have. Give each one.", name=spec
-        )
+        message = f"{where}: item {bare.index(True)} has no label, others have. Give each one."
+        raise DataError(message, name=spec)
     if all(isinstance(label, int) for label in labels):
         return images, np.asarray(labels, dtype=np.int64)
     return images, [str(label) for label in labels]
 
 
-# All items are images, arrays of pixels, or all are inputs of one nesting, made of tensors.
 def _opened(spec: str, items: list[Any], channels: int, where: str) -> Images:
+    """Items that are all images, arrays of pixels, or all inputs of one nesting of tensors."""
     kinds = [None if isinstance(item, np.ndarray) else nesting_of(item) for item in items]
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if odd is not None:
@@ -114,8 +109,8 @@ def _opened(spec: str, items: list[Any], channels: int, where: str) -> Images:
     return TensorItems(spec, items, "callable")
 
 
-# A Dataset is indexed up to its length: many never raise IndexError, which iteration waits for.
 def _items(source: Any, where: str) -> Iterator[Any]:
+    # Iteration waits for an IndexError, which many a Dataset with a length never raises.
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         for i in range(len(source)):
             yield source[i]
@@ -128,8 +123,8 @@ def _items(source: Any, where: str) -> Iterator[Any]:
         )
 
 
-# Pixels of an image, or tensors of any other input; and the label.
 def _pair(item: Any, where: str) -> tuple[Any, Any]:
+    """Pixels of an image, or tensors of any other input; and the label."""
     inputs, label = item, None
     if isinstance(item, dict):
         name = next((name for name in _LABELS if name in item), None)
@@ -158,8 +153,8 @@ def _pair(item: Any, where: str) -> tuple[Any, Any]:
         raise DataError(f"{where} is {error}") from error
 
 
-# An image's pixels: of Pillow, or 8-bit numbers (H, W[, C]) as an array or (C, H, W) as a tensor.
 def _pixels(image: Any) -> np.ndarray | None:
+    """Pixels of a Pillow image, or of 8 bits: (H, W[, C]) as an array, (C, H, W) as a tensor."""
     if isinstance(image, Image.Image):
         return pixels_of(image, 1 if image.mode in ("1", "L") else 3)
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:

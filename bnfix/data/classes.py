@@ -81,13 +81,12 @@ def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, i
 def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.ndarray:
     """Check that integer labels can be outputs of the model."""
     limit = MAX_CLASSES if n_classes is None else n_classes
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= limit:
-        n_bad = int(((labels < 0) | (labels >= limit)).sum())
-        what = "" if n_classes is None else f", the model's {n_classes} outputs"
+    outside = int(((labels < 0) | (labels >= limit)).sum())
+    if outside:
+        of_model = "" if n_classes is None else f", the model's {n_classes} outputs"
         raise DataError(
-            f"{where}: labels from {low} to {high}, {n_bad} of {len(labels)} outside "
-            f"0 to {limit - 1}{what}. Correct the labels, or give --class-map FILE.json."
+            f"{where}: labels from {labels.min()} to {labels.max()}, {outside} of {len(labels)} "
+            f"outside 0 to {limit - 1}{of_model}. Correct them, or give --class-map FILE.json."
         )
     return labels.astype(np.int64)
 

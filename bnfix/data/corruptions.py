@@ -1,8 +1,8 @@
 """Common corruptions of images: noise, blur, JPEG, brightness, contrast, pixelate; 3 severities.
 
-They are applied to the pixels that the network would see: after resize and crop, as 8-bit integers,
-and before scale, mean and deviation. What happens to an image depends on the kind, the severity,
-the seed and its position in the data alone; not on its batch, the order or the processes.
+They change the pixels that the network sees: after resize and crop, as 8-bit integers, before
+scale, mean and deviation. The result depends on the kind, the severity, the seed and the image's
+position in the data alone; not on its batch, the order or the processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from bnfix.recipe import CORRUPTIONS, SEVERITIES, check_corruption
 
-#: How strong each severity is; in the words of `strength_in_words`.
+#: How strong each severity is, in the units of `_WORDS`.
 STRENGTHS: Final[dict[str, tuple[float, float, float]]] = {
     "noise": (0.02, 0.04, 0.08),
     "blur": (0.08, 0.12, 0.16),
@@ -39,20 +39,14 @@ _WORDS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to spoil images.
-
-    Args:
-        kind: ``noise``, ``blur``, ``jpeg``, ``brightness``, ``contrast`` or ``pixelate``.
-        severity: 1, 2 or 3.
-        seed: of the noise.
-    """
+    """One way to spoil images: kind, severity 1 to 3, seed of the noise."""
 
     kind: str
     severity: int
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check kind and severity."""
+        """Refuse kinds and severities that there are not."""
         check_corruption(self.text, "corruption")
 
     @property
@@ -81,20 +75,16 @@ class Corruption:
     def _noisy(self, pixels: np.ndarray, position: int) -> np.ndarray:
         key = f"{self.seed}:{self.text}:{position}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
-        noise = np.random.Generator(np.random.PCG64(seed)).standard_normal(
-            pixels.shape, dtype=np.float32
-        )
+        drawn = np.random.Generator(np.random.PCG64(seed))
+        noise = drawn.standard_normal(pixels.shape, dtype=np.float32)
         noise *= 255 * self._strength
         noise += pixels
         return np.rint(noise).clip(0, 255).astype(np.uint8)
 
 
 def corruption_of(text: str | None, seed: int = 0) -> Corruption | None:
-    """Read what ``--corrupt`` says."""
-    if text is None:
-        return None
-    kind, severity = check_corruption(text)
-    return Corruption(kind, severity, seed)
+    """The corruption of ``--corrupt``, ``kind:severity``."""
+    return None if text is None else Corruption(*check_corruption(text), seed)
 
 
 def every_corruption(seed: int = 0) -> list[Corruption]:
@@ -114,14 +104,6 @@ def _recompressed(image: Image.Image, quality: float) -> Image.Image:
         return again.convert(image.mode)
 
 
-def _brighter(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Brightness(image).enhance(factor)
-
-
-def _flatter(image: Image.Image, factor: float) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(factor)
-
-
 def _pixelated(image: Image.Image, part: float) -> Image.Image:
     small = (max(1, round(part * image.width)), max(1, round(part * image.height)))
     coarse = image.resize(small, Image.Resampling.BOX)
@@ -131,7 +113,7 @@ def _pixelated(image: Image.Image, part: float) -> Image.Image:
 _BY_KIND: Final[dict[str, Callable[[Image.Image, float], Image.Image]]] = {
     "blur": _blurred,
     "jpeg": _recompressed,
-    "brightness": _brighter,
-    "contrast": _flatter,
+    "brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
+    "contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
     "pixelate": _pixelated,
 }
