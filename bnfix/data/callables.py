@@ -62,54 +62,48 @@ def open_callable(
     spec: str, wanted: bool, channels: int
 ) -> tuple[Images, list[str] | np.ndarray | None]:
     """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
-    where = f"DATA {spec}"
     pairs: list[tuple[Any, Any]] = []
     try:
         call, folder = import_callable(spec)
         with importable(folder):
-            for item in _items(call() if callable(call) else call, where):
-                pairs.append(_pair(item, f"{where}: item {len(pairs)}"))
+            for item in _items(call() if callable(call) else call):
+                pairs.append(_pair(item, f"item {len(pairs)}"))
     except ModelError as error:
-        raise DataError(f"DATA {error}", name=spec) from error
+        raise DataError(str(error).removeprefix(f"{spec}: ")) from error
     except DataError:
         raise
     except Exception as error:
         raise DataError(
-            f"{where}: its code failed at item {len(pairs)} ({one_line(error)}). It gives items "
-            "one by one, each (input, label) or an input.",
-            name=spec,
+            f"its code failed at item {len(pairs)} ({one_line(error)}). It gives items "
+            "one by one, each (input, label) or an input."
         ) from error
     if not pairs:
-        raise DataError(f"{where}: gave no images, expected pairs of image and label.", name=spec)
+        raise DataError("gave no images, expected pairs of image and label.")
     labels = [label for _, label in pairs]
-    images = _opened(spec, [inputs for inputs, _ in pairs], channels, where)
+    images = _opened(spec, [inputs for inputs, _ in pairs], channels)
     bare = [label is None for label in labels]
     if not wanted or all(bare):
         return images, None
     if any(bare):
-        message = f"{where}: item {bare.index(True)} has no label, others have. Give each one."
-        raise DataError(message, name=spec)
+        raise DataError(f"item {bare.index(True)} has no label, others have. Give each one.")
     if all(isinstance(label, int) for label in labels):
         return images, np.asarray(labels, dtype=np.int64)
     return images, [str(label) for label in labels]
 
 
-def _opened(spec: str, items: list[Any], channels: int, where: str) -> Images:
+def _opened(spec: str, items: list[Any], channels: int) -> Images:
     """Items that are all images, arrays of pixels, or all inputs of one nesting of tensors."""
     kinds = [None if isinstance(item, np.ndarray) else nesting_of(item) for item in items]
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if odd is not None:
         words = ("an image" if kinds[i] is None else f"no image ({kinds[i]})" for i in (0, odd))
-        raise DataError(
-            f"{where}: item 0 is {next(words)}, item {odd} is {next(words)}. Give one kind.",
-            name=spec,
-        )
+        raise DataError(f"item 0 is {next(words)}, item {odd} is {next(words)}. Give one kind.")
     if kinds[0] is None:
         return ItemImages(spec, items, channels)
     return TensorItems(spec, items, "callable")
 
 
-def _items(source: Any, where: str) -> Iterator[Any]:
+def _items(source: Any) -> Iterator[Any]:
     # Iteration waits for an IndexError, which many a Dataset with a length never raises.
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         for i in range(len(source)):
@@ -118,12 +112,11 @@ def _items(source: Any, where: str) -> Iterator[Any]:
         yield from source
     else:
         raise DataError(
-            f"{where}: gave a {type(source).__name__}, expected an iterable or a Dataset of "
-            "(image, label)."
+            f"gave a {type(source).__name__}, expected an iterable or a Dataset of (image, label)."
         )
 
 
-def _pair(item: Any, where: str) -> tuple[Any, Any]:
+def _pair(item: Any, place: str) -> tuple[Any, Any]:
     """Pixels of an image, or tensors of any other input; and the label."""
     inputs, label = item, None
     if isinstance(item, dict):
@@ -133,7 +126,7 @@ def _pair(item: Any, where: str) -> tuple[Any, Any]:
     elif isinstance(item, tuple | list):
         if len(item) not in (1, 2):
             raise DataError(
-                f"{where} is a {type(item).__name__} of {len(item)}, expected (input, label). "
+                f"{place} is a {type(item).__name__} of {len(item)}, expected (input, label). "
                 "Give several inputs as one tuple: ((a, b), label), or ((a, b), None)."
             )
         inputs, label = (*item, None)[:2]
@@ -141,7 +134,7 @@ def _pair(item: Any, where: str) -> tuple[Any, Any]:
         label = label.item()
     if isinstance(label, bool) or not isinstance(label, int | str | None):
         raise DataError(
-            f"{where}: its label is a {type(label).__name__}, expected a whole number, a class "
+            f"{place}: its label is a {type(label).__name__}, expected a whole number, a class "
             "name, or None. Give several inputs as one tuple: ((a, b), label)."
         )
     pixels = _pixels(inputs)
@@ -150,7 +143,7 @@ def _pair(item: Any, where: str) -> tuple[Any, Any]:
     try:
         return as_inputs(inputs), label
     except DataError as error:
-        raise DataError(f"{where} is {error}") from error
+        raise DataError(f"{place} is {error}") from error
 
 
 def _pixels(image: Any) -> np.ndarray | None:

@@ -61,7 +61,7 @@ _TABLES: Final = ("LOC_val_solution.csv", "val.csv", "val/labels.csv")
 class _Layout(NamedTuple):
     """How a data set is opened, and the splits that it comes with, the held-out one last."""
 
-    open: Callable[[Path, str, int, str], Opened]
+    open: Callable[[Path, str, int], Opened]
     splits: tuple[str, ...]
 
 
@@ -87,14 +87,12 @@ def open_dataset(spec: str, channels: int) -> Opened:
     held_out, root = layout.splits[-1], Path(place).expanduser()
     if mark and split not in layout.splits:
         known = " and ".join(f"#{one}" for one in layout.splits)
-        message = f"DATA {spec}: no split {split!r}; {name} comes with {known}. Give one of these."
-        raise DataError(message, name=spec)
+        raise DataError(f"no split {split!r}; {name} comes with {known}. Give one of these.")
     if not place:
-        raise DataError(f"DATA {spec}: no folder. Give {name}:ROOT#{held_out}.", name=spec)
+        raise DataError(f"no folder. Give {name}:ROOT#{held_out}.")
     if not root.exists():
-        message = f"DATA {spec}: there is no {root}. Give the folder that holds the data set."
-        raise DataError(message, path=root)
-    images, classes = layout.open(root, split or held_out, channels, f"DATA {spec}")
+        raise DataError(f"there is no {root}. Give the folder that holds the data set.")
+    images, classes = layout.open(root, split or held_out, channels)
     images.kind = name
     if not mark:
         others = " or ".join(f"#{one}" for one in layout.splits[:-1])
@@ -102,10 +100,8 @@ def open_dataset(spec: str, channels: int) -> Opened:
     return images, classes
 
 
-def _broken(
-    where: str, found: str, path: Path, todo: str = "Fetch the data set again."
-) -> DataError:
-    return DataError(f"{where}: {found}. {todo}", path=path)
+def _broken(found: str, todo: str = "Fetch the data set again.") -> DataError:
+    return DataError(f"{found}. {todo}")
 
 
 # --- CIFAR, SVHN and Flowers-102: by torchvision's classes ---
@@ -122,7 +118,7 @@ def _root_with(folder: Path, name: str) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path], where: str) -> Any:
+def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path]) -> Any:
     """Load by one of torchvision's classes, which load nothing but files of the right MD5."""
     try:
         return load()
@@ -132,10 +128,10 @@ def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path], where
         if not missing:
             found = "its files are not those that are distributed (by their MD5)"
         todo = "Fetch the data set again; changed images can be given as class folders or .npz."
-        raise _broken(where, f"{place}: {found}", place, todo) from error
+        raise _broken(f"{place}: {found}", todo) from error
 
 
-def _open_cifar(kind: Any, root: Path, split: str, channels: int, where: str) -> Opened:
+def _open_cifar(kind: Any, root: Path, split: str, channels: int) -> Opened:
     """The Python version or the binary one, unpacked or as the archive."""
     stem = kind.filename.partition("-python")[0]
     parts = [name for name, _ in (kind.train_list if split == "train" else kind.test_list)]
@@ -143,35 +139,34 @@ def _open_cifar(kind: Any, root: Path, split: str, channels: int, where: str) ->
     for version, short, suffix, read in versions:
         for place in (root / f"{stem}-batches-{short}", root / f"{stem}-{version}", root):
             if any((place / f"{part}{suffix}").is_file() for part in parts):
-                return read(kind, place, place, split, channels, where)
+                return read(kind, place, place, split, channels)
     for version, _, _, read in versions:
         is_given = root.is_file() and version in root.name
         archive = root if is_given else root / f"{stem}-{version}.tar.gz"
         if archive.is_file():
             with TemporaryDirectory() as top:
                 folder = Path(top) / kind.base_folder
-                _unpack(archive, folder, where)
-                return read(kind, folder, archive, split, channels, where)
+                _unpack(archive, folder)
+                return read(kind, folder, archive, split, channels)
     raise DataError(
-        f"{where}: looked in {root} for {stem}-batches-py/, {stem}-python/, "
+        f"looked in {root} for {stem}-batches-py/, {stem}-python/, "
         f"{stem}-batches-bin/, {stem}-binary/ or {parts[0]}, and for the archives "
         f"{stem}-python.tar.gz and {stem}-binary.tar.gz; none is there. "
-        "Give the folder that holds one of them.",
-        path=root,
+        "Give the folder that holds one of them."
     )
 
 
-def _python(kind: Any, folder: Path, place: Path, split: str, channels: int, where: str) -> Opened:
+def _python(kind: Any, folder: Path, place: Path, split: str, channels: int) -> Opened:
     files = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
     needed = [folder / name for name in files]
     with _root_with(folder, kind.base_folder) as top:
-        held = _checked(lambda: kind(top, train=split == "train"), place, needed, where)
+        held = _checked(lambda: kind(top, train=split == "train"), place, needed)
     images = ArrayImages(str(place), np.ascontiguousarray(held.data), channels)
     images.class_names = tuple(held.classes)
     return images, np.asarray(held.targets, dtype=np.int64)
 
 
-def _binary(kind: Any, folder: Path, place: Path, split: str, channels: int, where: str) -> Opened:
+def _binary(kind: Any, folder: Path, place: Path, split: str, channels: int) -> Opened:
     """Rows of labels and pixels, which no MD5 has to vouch for."""
     stem = kind.filename.partition("-python")[0]
     n_classes = int(stem.rpartition("-")[2])
@@ -180,21 +175,20 @@ def _binary(kind: Any, folder: Path, place: Path, split: str, channels: int, whe
     for part, _ in kind.train_list if split == "train" else kind.test_list:
         path = folder / f"{part}.bin"
         if not path.is_file():
-            found = f"looked for {path.name} in {place}; {path.name} is not there"
-            raise _broken(where, found, place)
+            raise _broken(f"looked for {path.name} in {place}; {path.name} is not there")
         content = path.read_bytes() if path.stat().st_size <= _MAX_ARCHIVE_BYTES else b""
         if not content or len(content) % (head + _PIXELS):
             found = (
                 f"{place}/{path.name}: not a batch of {stem.upper()} ({len(content):,} bytes, "
                 f"expected a multiple of {head + _PIXELS:,})"
             )
-            raise _broken(where, found, place)
+            raise _broken(found)
         rows.append(np.frombuffer(content, dtype=np.uint8).reshape(-1, head + _PIXELS))
     whole = np.concatenate(rows)
     labels = whole[:, head - 1].astype(np.int64)
     if labels.max() >= n_classes:
         span = f"labels from {labels.min()} to {labels.max()} of {n_classes} classes"
-        raise _broken(where, f"{place}: not {stem.upper()} ({span})", place)
+        raise _broken(f"{place}: not {stem.upper()} ({span})")
     pixels = whole[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = ArrayImages(str(place), np.ascontiguousarray(pixels), channels)
     text = folder / _TEXTS[stem]
@@ -203,7 +197,7 @@ def _binary(kind: Any, folder: Path, place: Path, split: str, channels: int, whe
     return images, labels
 
 
-def _unpack(archive: Path, folder: Path, where: str) -> None:
+def _unpack(archive: Path, folder: Path) -> None:
     """CIFAR's files, wherever they lie in an archive, in one pass."""
     kinds = (CIFAR10, CIFAR100)
     parts = {name for kind in kinds for name, _ in (*kind.train_list, *kind.test_list)}
@@ -223,39 +217,38 @@ def _unpack(archive: Path, folder: Path, where: str) -> None:
                     (folder / name).write_bytes(content.read())
     except _TAR_ERRORS as error:
         found = f"{archive}: truncated or damaged archive ({error})"
-        raise _broken(where, found, archive, "Fetch it again.") from error
+        raise _broken(found, "Fetch it again.") from error
 
 
-def _open_svhn(root: Path, split: str, channels: int, where: str) -> Opened:
+def _open_svhn(root: Path, split: str, channels: int) -> Opened:
     name = f"{split}_32x32.mat"
     path = next((p for p in (root / name, root / "svhn" / name) if p.is_file()), None)
     if path is None:
         raise DataError(
-            f"{where}: looked for {name} in {root}; it is not there. Give the folder that holds "
-            "the cropped digits (train_32x32.mat and test_32x32.mat).",
-            path=root,
+            f"looked for {name} in {root}; it is not there. Give the folder that holds "
+            "the cropped digits (train_32x32.mat and test_32x32.mat)."
         )
-    held = _checked(lambda: SVHN(path.parent, split), path, [path], where)
+    held = _checked(lambda: SVHN(path.parent, split), path, [path])
     pixels = np.ascontiguousarray(held.data.transpose(0, 2, 3, 1))
     images = ArrayImages(str(path), pixels, channels)
     images.class_names = tuple(str(k) for k in range(10))
     return images, np.asarray(held.labels, dtype=np.int64)
 
 
-def _open_flowers102(root: Path, split: str, channels: int, where: str) -> Opened:
-    folder = _find_root(root, ("flowers-102", "flowers102"), "jpg", where)
+def _open_flowers102(root: Path, split: str, channels: int) -> Opened:
+    folder = _find_root(root, ("flowers-102", "flowers102"), "jpg")
     needed = [folder / "setid.mat", folder / "imagelabels.mat"]
     with _root_with(folder, "flowers-102") as top:
-        held = _checked(lambda: Flowers102(top, split, loader=Path), folder, needed, where)
+        held = _checked(lambda: Flowers102(top, split, loader=Path), folder, needed)
     listed = [held[i] for i in range(len(held))]
-    images = _files(folder, [f"jpg/{path.name}" for path, _ in listed], channels, where)
+    images = _files(folder, [f"jpg/{path.name}" for path, _ in listed], channels)
     return images, np.asarray([label for _, label in listed], dtype=np.int64)
 
 
 # --- Folders of image files and the lists beside them ---
 
 
-def _find_root(root: Path, folders: Sequence[str], needed: str, where: str) -> Path:
+def _find_root(root: Path, folders: Sequence[str], needed: str) -> Path:
     """Where a data set lies: in the folder given, or in its usual place inside."""
     places = [root, *(root / folder for folder in folders)]
     for place in places:
@@ -269,10 +262,10 @@ def _find_root(root: Path, folders: Sequence[str], needed: str, where: str) -> P
     if archives:
         found += f", but {some(archives)} is"
         todo = "Unpack it (tar xf) and give the folder."
-    raise _broken(where, found, root, todo)
+    raise _broken(found, todo)
 
 
-def _files(root: Path, files: Sequence[str], channels: int, where: str) -> FileImages:
+def _files(root: Path, files: Sequence[str], channels: int) -> FileImages:
     """Listed files of a folder, once all are known to be in it."""
     outside = [name for name in files if not is_inside(name)]
     missing = [name for name in files if is_inside(name) and not is_file(root / name)]
@@ -284,11 +277,11 @@ def _files(root: Path, files: Sequence[str], channels: int, where: str) -> FileI
     if found or not files:
         found = found or ["no images in this split"]
         todo = "Fetch or unpack the data set again."
-        raise _broken(where, f"{'; '.join(found)}, in {root}", root, todo)
+        raise _broken(f"{'; '.join(found)}, in {root}", todo)
     return FileImages(root, "", files, channels)
 
 
-def _read_list(path: Path, where: str) -> str:
+def _read_list(path: Path) -> str:
     try:
         with open_regular(path) as file:
             content = file.read(_MAX_LIST_BYTES + 1)
@@ -296,21 +289,21 @@ def _read_list(path: Path, where: str) -> str:
             raise ValueError(f"larger than {_MAX_LIST_BYTES:,} bytes")
         return content.decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise _broken(where, f"looked for {path}; not there", path) from error
+        raise _broken(f"looked for {path}; not there") from error
     except (OSError, ValueError) as error:
-        raise _broken(where, f"{path}: cannot be read ({error})", path) from error
+        raise _broken(f"{path}: cannot be read ({error})") from error
 
 
-def _open_caltech256(root: Path, split: str, channels: int, where: str) -> Opened:
+def _open_caltech256(root: Path, split: str, channels: int) -> Opened:
     """Folders ``256_ObjectCategories/001.ak47/...``."""
     inside = ("256_ObjectCategories", "caltech256/256_ObjectCategories")
-    folder = _find_root(root, inside, "001.ak47", where)
+    folder = _find_root(root, inside, "001.ak47")
     matches = [_CATEGORY.fullmatch(name) for name in list_images(folder)[1]]
     categories = {int(match[1]): match for match in reversed(matches) if match}
     n = sum(match is not None for match in matches)
     if sorted(categories) != list(range(1, n + 1)):
         found = f"the class folders in {folder} are not numbered 001 to {n:03d}, each once"
-        raise _broken(where, found, folder, "Unpack the data set again.")
+        raise _broken(found, "Unpack the data set again.")
     files: list[str] = []
     labels: list[int] = []
     for number, match in sorted(categories.items()):
@@ -321,7 +314,7 @@ def _open_caltech256(root: Path, split: str, channels: int, where: str) -> Opene
         chosen = order[:n_train] if split == "train" else order[n_train:]
         files += sorted(chosen)
         labels += [number - 1] * len(chosen)
-    images = _files(folder, files, channels, where)
+    images = _files(folder, files, channels)
     images.class_names = tuple(match[2] for _, match in sorted(categories.items()))
     images.notes.append(
         f"split drawn by file name, {_TRAIN_FRAC:.0%} of each class for training, since "
@@ -336,15 +329,14 @@ def _draw(name: str) -> bytes:
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 
-def _open_cub2011(root: Path, split: str, channels: int, where: str) -> Opened:
+def _open_cub2011(root: Path, split: str, channels: int) -> Opened:
     """A folder ``images/`` and the lists beside it."""
-    folder = _find_root(root, ("CUB_200_2011",), "images", where)
+    folder = _find_root(root, ("CUB_200_2011",), "images")
     names = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        found = f"looked for {some(names)} in {folder}; {some(absent)} is not there"
-        raise _broken(where, found, folder)
-    paths, parts, labels, classes = (_by_id(folder / name, where) for name in names)
+        raise _broken(f"looked for {some(names)} in {folder}; {some(absent)} is not there")
+    paths, parts, labels, classes = (_by_id(folder / name) for name in names)
     n = len(classes)
     wrong = [
         *(f"{key} of images.txt" for key in paths if key not in parts or key not in labels),
@@ -353,34 +345,34 @@ def _open_cub2011(root: Path, split: str, channels: int, where: str) -> Opened:
         *(f"class {k[:20]}" for k in classes if not (k.isdecimal() and 1 <= int(k[:9]) <= n)),
     ]
     if wrong:
-        raise _broken(where, f"the lists in {folder} do not agree: {some(wrong)}", folder)
+        raise _broken(f"the lists in {folder} do not agree: {some(wrong)}")
     chosen = [key for key in paths if parts[key] == ("1" if split == "train" else "0")]
-    images = _files(folder, [f"images/{paths[key]}" for key in chosen], channels, where)
+    images = _files(folder, [f"images/{paths[key]}" for key in chosen], channels)
     images.class_names = tuple(
         classes[k].partition(".")[2] or classes[k] for k in sorted(classes, key=int)
     )
     return images, np.asarray([int(labels[key]) - 1 for key in chosen], dtype=np.int64)
 
 
-def _by_id(path: Path, where: str) -> dict[str, str]:
+def _by_id(path: Path) -> dict[str, str]:
     """Rows of a number and a value."""
-    lines = [line for line in _read_list(path, where).splitlines() if line.strip()]
+    lines = [line for line in _read_list(path).splitlines() if line.strip()]
     rows = [line.split(maxsplit=1) for line in lines]
     short = [" ".join(row)[:40] for row in rows if len(row) < 2]
     values = {row[0]: row[1].strip() for row in rows if len(row) == 2}
     if short or len(values) < len(rows) or not values:
         found = f"{path}: {len(rows)} lines, {len(values)} of them a number of its own and a value"
         found += f", not: {some(short)}" if short else ""
-        raise _broken(where, found, path, "Fetch it again.")
+        raise _broken(found, "Fetch it again.")
     return values
 
 
 # --- ImageNet ---
 
 
-def _open_imagenet(root: Path, split: str, channels: int, where: str) -> Opened:
+def _open_imagenet(root: Path, split: str, channels: int) -> Opened:
     """``train/`` in class folders, ``val/`` so or flat, ``test/`` without labels."""
-    top = _find_root(root, _INSIDE, split, where)
+    top = _find_root(root, _INSIDE, split)
     folder = top / split
     loose, folders, _ = list_images(folder)
     files = [f"{name}/{file}" for name in folders for file in list_images(folder / name)[0]]
@@ -395,36 +387,33 @@ def _open_imagenet(root: Path, split: str, channels: int, where: str) -> Opened:
         )
         found = f"{found if loose else 'no images'} in {folder}, expected {expected}"
         todo = "Unpack each archive into a folder of its own."
-        raise _broken(where, found, folder, todo)
+        raise _broken(found, todo)
     if split == "test":
         return images, None
-    ids, images.classes = _answers(root, top, loose, where)
+    ids, images.classes = _answers(root, top, loose)
     return images, ids
 
 
-def _answers(
-    root: Path, top: Path, files: list[str], where: str
-) -> tuple[list[str], tuple[str, ...]]:
+def _answers(root: Path, top: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
     """The id of each image of the flat validation folder, and all ids there are."""
     for path in (place / name for place in (top, root) for name in _TABLES):
         if path.is_file():
-            return _by_table(path, files, where)
+            return _by_table(path, files)
     for kit in (place / name for place in (top, root) for name in _DEVKIT):
         if (kit / _TRUTH).is_file():
-            return _by_devkit(kit, files, where)
+            return _by_devkit(kit, files)
     raise DataError(
-        f"{where}: {top / 'val'} is flat, and its answers were not found: looked in {root} for "
+        f"{top / 'val'} is flat, and its answers were not found: looked in {root} for "
         f"{_DEVKIT[0]}/{_TRUTH} (with meta.mat), {some(_TABLES)}. Add one, or sort the images "
-        "into folders named by WordNet ids.",
-        path=top,
+        "into folders named by WordNet ids."
     )
 
 
-def _by_table(path: Path, files: list[str], where: str) -> tuple[list[str], tuple[str, ...]]:
+def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
     try:
-        rows = list(csv.reader(io.StringIO(_read_list(path, where), newline="")))
+        rows = list(csv.reader(io.StringIO(_read_list(path), newline="")))
     except csv.Error as error:
-        raise _broken(where, f"{path}: cannot be read ({error})", path) from error
+        raise _broken(f"{path}: cannot be read ({error})") from error
     # Kaggle's second column goes on with boxes; its first has no suffix.
     ids = {
         Path(row[0].strip()).stem: row[1].split()[0]
@@ -434,13 +423,13 @@ def _by_table(path: Path, files: list[str], where: str) -> tuple[list[str], tupl
     missing = [name for name in files if Path(name).stem not in ids]
     if missing:
         found = f"{path}: {len(missing):,} of {len(files):,} images are not in it: {some(missing)}"
-        raise _broken(where, found, path, "Give the whole table.")
+        raise _broken(found, "Give the whole table.")
     return [ids[Path(name).stem] for name in files], tuple(sorted(set(ids.values())))
 
 
-def _by_devkit(kit: Path, files: list[str], where: str) -> tuple[list[str], tuple[str, ...]]:
-    answers = dict(enumerate(_read_list(kit / _TRUTH, where).split(), 1))
-    ids = _synsets(kit / "meta.mat", where)
+def _by_devkit(kit: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
+    answers = dict(enumerate(_read_list(kit / _TRUTH).split(), 1))
+    ids = _synsets(kit / "meta.mat")
     digits = {name: Path(name).stem.rpartition("_")[2] for name in files}
     numbers = {name: int(text[:9]) for name, text in digits.items() if text.isdecimal()}
     wrong = [name for name in files if answers.get(numbers.get(name, 0)) not in ids]
@@ -449,11 +438,11 @@ def _by_devkit(kit: Path, files: list[str], where: str) -> tuple[list[str], tupl
             f"{len(wrong):,} of {len(files):,} images in val have no answer among the "
             f"{len(answers):,} of {kit / _TRUTH}: {some(wrong)}"
         )
-        raise _broken(where, found, kit, "Give the files that belong together.")
+        raise _broken(found, "Give the files that belong together.")
     return [ids[answers[numbers[name]]] for name in files], tuple(sorted(ids.values()))
 
 
-def _synsets(path: Path, where: str) -> dict[str, str]:
+def _synsets(path: Path) -> dict[str, str]:
     """WordNet id by the devkit's own number, of the 1000 classes themselves."""
     try:
         held: Any = read_mat(path, ("synsets",), _MAX_LIST_BYTES).get("synsets")
@@ -461,10 +450,9 @@ def _synsets(path: Path, where: str) -> dict[str, str]:
         return {str(int(row["ILSVRC2012_ID"].reshape(-1)[0])): str(row["WNID"]) for row in leaves}
     except FileNotFoundError as error:
         found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
-        raise _broken(where, found, path, "Unpack the whole devkit.") from error
+        raise _broken(found, "Unpack the whole devkit.") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        found = f"{path}: not the devkit's meta.mat ({error})"
-        raise _broken(where, found, path, "Unpack it again.") from error
+        raise _broken(f"{path}: not the devkit's meta.mat ({error})", "Unpack it again.") from error
 
 
 DATASETS: Final = {

@@ -77,8 +77,12 @@ def open_images(
     wanted = labels == "auto"
     try:
         images, classes = _open(spec, wanted, channels)
+    except DataError as error:
+        # The kinds say the fault alone; here it gets its place.
+        raise DataError(f"DATA {spec}: {error}", name=spec, path=spec) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"DATA {spec}: cannot be read ({error}).", path=spec) from error
+        message = f"DATA {spec}: cannot be read ({error})."
+        raise DataError(message, name=spec, path=spec) from error
     images.spec = spec
     if classes is not None and wanted:
         images.classes_given = classes, mapping, tuple(images.notes)
@@ -107,12 +111,12 @@ def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
     if path.suffix.lower() in (".tar", ".parquet"):
         return _open_files(spec, wanted, channels)
     if not path.exists() and (hint := near_dataset(spec)):
-        raise DataError(f"DATA {spec}: no such kind. {hint}", path=spec)
+        raise DataError(f"no such kind. {hint}")
     if not path.exists() and is_callable(spec):
         return open_callable(spec, wanted, channels)
     is_other = path.exists() or ":" in spec
     reason = "not of a kind that is known" if is_other else "no such file or folder"
-    raise DataError(f"DATA {spec}: {reason}. Give {_KINDS}.", path=spec)
+    raise DataError(f"{reason}. Give {_KINDS}.")
 
 
 def for_outputs(images: Images, n_classes: int) -> Images:
@@ -168,16 +172,15 @@ def _open_split(
         return _open_csv(path, wanted, channels)
     tables = find_tables(path) if path.is_dir() else []
     if tables:
-        chosen, notes = choose_split(path, tables, split, f"DATA {spec}")
-        images, classes = open_tables(chosen, wanted, channels, f"DATA {spec}")
+        chosen, notes = choose_split(path, tables, split)
+        images, classes = open_tables(chosen, wanted, channels)
         images.notes += notes
         return images, classes
     inside = path / split
     if split and not inside.is_dir():
         raise DataError(
-            f"DATA {spec}: looked for a folder {split} or parquet files of that split in {path}; "
-            "neither is there.",
-            path=path,
+            f"looked for a folder {split} or parquet files of that split in {path}; "
+            "neither is there."
         )
     by_file = (inside / "labels.csv").exists()
     return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
@@ -189,12 +192,11 @@ def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(
-            f"DATA {spec}: {len(missing)} of {len(paths)} files are missing: {some(missing)}. "
-            "Fetch them, or give the range that is there.",
-            path=missing[0],
+            f"{len(missing)} of {len(paths)} files are missing: {some(missing)}. "
+            "Fetch them, or give the range that is there."
         )
     by_row = paths[0].suffix.lower() == ".parquet"
-    return (open_tables if by_row else open_shards)(paths, wanted, channels, f"DATA {spec}")
+    return (open_tables if by_row else open_shards)(paths, wanted, channels)
 
 
 def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
@@ -210,21 +212,16 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[
     files = [name for names in by_class.values() for name in names]
     empty = [folder for folder, names in by_class.items() if not names]
     if not loose and not files:
-        raise DataError(
-            f"DATA {path}: no images; looked for {' '.join(SUFFIXES)} in it and its folders.",
-            path=path,
-        )
+        raise DataError(f"no images; looked for {' '.join(SUFFIXES)} in it and its folders.")
     if loose and files:
         raise DataError(
-            f"DATA {path}: {len(loose)} images beside folders with images ({some(folders)}), so "
-            "neither flat nor class folders. Move one of them away.",
-            path=path,
+            f"{len(loose)} images beside folders with images ({some(folders)}), so "
+            "neither flat nor class folders. Move one of them away."
         )
     if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
         raise DataError(
-            f"DATA {path}: its folders are splits, not classes ({some(folders)}). "
-            f"Give one of them, for example {path / folders[0]}.",
-            path=path,
+            f"its folders are splits, not classes ({some(folders)}). "
+            f"Give one of them, for example {path / folders[0]}."
         )
     kind = "class folders" if files else "flat folder"
     images = FileImages(path, kind, files or loose, channels)
@@ -241,24 +238,23 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     """A folder with ``labels.csv``; its labels as text."""
     where = path / "labels.csv"
     if where.stat().st_size > MAX_CSV_BYTES:
-        raise DataError(f"{where}: larger than {MAX_CSV_BYTES // 10**6} MB.", path=where)
+        raise DataError(f"labels.csv: larger than {MAX_CSV_BYTES // 10**6} MB.")
     with open_regular(where) as raw:
         content = raw.read(MAX_CSV_BYTES)
     try:
         rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{where}: not a readable CSV file ({error}).", path=where) from error
+        raise DataError(f"labels.csv: not a readable CSV file ({error}).") from error
     rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
     header = rows[0] if rows else []
     if "file" not in header or (wanted and "label" not in header):
         raise DataError(
-            f"{where}: its first line is {','.join(header)[:100]!r}, expected file,label.",
-            path=where,
+            f"labels.csv: its first line is {','.join(header)[:100]!r}, expected file,label."
         )
     column = header.index("file"), header.index("label") if "label" in header else 0
     rows = rows[1:]
     if not rows:
-        raise DataError(f"{where}: no images; there is no line after the header.", path=where)
+        raise DataError("labels.csv: no images; there is no line after the header.")
     short = [f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]]
     files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
     outside = {name for name in files if not is_inside(name)}
@@ -270,7 +266,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     }
     found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
     if found:
-        raise DataError(f"{where}: {found}. Correct the file.", path=where)
+        raise DataError(f"labels.csv: {found}. Correct the file.")
     images = FileImages(path, "labels.csv", files, channels)
     unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
@@ -290,17 +286,16 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
             image_shape = (*shape, 1) if len(shape) == 3 else shape
             if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
                 raise DataError(
-                    f"{path}: images are {dtype} {shape}, expected uint8 (N, H, W) or "
-                    "(N, H, W, C) with 1, 3 or 4 channels last.",
-                    path=path,
+                    f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
+                    "(N, H, W, C) with 1, 3 or 4 channels last."
                 )
             if min(shape) == 0:
-                raise DataError(f"{path}: no images; their shape is {shape}.", path=path)
+                raise DataError(f"no images; their shape is {shape}.")
             labels = _npz_labels(archive, path, shape[0]) if wanted else None
             pixels = _npy(archive, "images").reshape(image_shape)
             others = [n for n in members if n not in ("images.npy", "labels.npy")]
     except _ARCHIVE_ERRORS as error:
-        raise DataError(f"{path}: not a readable .npz file ({error}).", path=path) from error
+        raise DataError(f"not a readable .npz file ({error}).") from error
     images = ArrayImages(str(path), pixels, channels)
     if others:
         images.notes.append(f"arrays passed over: {some(others)}")
@@ -319,9 +314,7 @@ def _open_inputs(
     """Inputs of any shape, which are no images and go to the network as they are."""
     shape, dtype = _npy_header(archive, path, "inputs")
     if dtype.kind not in "fiub" or not shape or min(shape) == 0:
-        raise DataError(
-            f"{path}: inputs are {dtype} {shape}, expected numbers of shape (N, ...).", path=path
-        )
+        raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
     labels = _npz_labels(archive, path, shape[0]) if wanted else None
     images = TensorItems(str(path), as_inputs(_npy(archive, "inputs")), "npz")
     others = [n for n in archive.namelist() if n not in ("inputs.npy", "labels.npy")]
@@ -335,10 +328,7 @@ def _npz_labels(archive: zipfile.ZipFile, path: Path, n: int) -> np.ndarray | No
         return None
     shape, dtype = _npy_header(archive, path, "labels")
     if dtype.kind not in "iu" or shape != (n,):
-        raise DataError(
-            f"{path}: labels are {dtype} {shape}, expected whole numbers ({n},), one an image.",
-            path=path,
-        )
+        raise DataError(f"labels are {dtype} {shape}, expected whole numbers ({n},), one an image.")
     return _npy(archive, "labels")
 
 
@@ -347,16 +337,14 @@ def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, n
     members = archive.namelist()
     if members.count(f"{name}.npy") != 1:
         raise DataError(
-            f"{path}: arrays {some(members) or 'none'}, expected one named {name}"
-            f"{', or inputs for what is no image' if name == 'images' else ''}.",
-            path=path,
+            f"arrays {some(members) or 'none'}, expected one named {name}"
+            f"{', or inputs for what is no image' if name == 'images' else ''}."
         )
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > max(_GIB, 100 * info.compress_size):
         raise DataError(
-            f"{path}: {name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
-            "more than 100 times and 1 GiB. Save it again with numpy.savez.",
-            path=path,
+            f"{name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
+            "more than 100 times and 1 GiB. Save it again with numpy.savez."
         )
     with archive.open(info) as file:
         version = np.lib.format.read_magic(file)
@@ -369,9 +357,8 @@ def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, n
         n_bytes = file.tell() + prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
         raise DataError(
-            f"{path}: {name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
-            f"{info.file_size:,} are stored.",
-            path=path,
+            f"{name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
+            f"{info.file_size:,} are stored."
         )
     return shape, dtype
 

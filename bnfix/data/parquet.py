@@ -51,9 +51,7 @@ def find_tables(folder: Path) -> list[Path]:
     return []
 
 
-def choose_split(
-    folder: Path, tables: Sequence[Path], split: str, where: str
-) -> tuple[list[Path], list[str]]:
+def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list[Path], list[str]]:
     """Files of one split by their names, ``train-00000-of-00002`` or ``test/0000``, and notes."""
     by_split: dict[str, list[Path]] = {}
     for path in tables:
@@ -65,22 +63,17 @@ def choose_split(
     wanted = _ALIASES.get(split.lower(), split.lower())
     known = [name for name in _HELD_OUT if name in by_split]
     if wanted and wanted not in by_split:
-        raise DataError(
-            f"{where}: no split {split!r} among {some(names)} in {folder}. Give one of these.",
-            path=folder,
-        )
+        raise DataError(f"no split {split!r} among {some(names)} in {folder}. Give one of these.")
     if not wanted and len(names) > 1 and not known:
         raise DataError(
-            f"{where}: several splits in {folder}: {some(names)}. Name one, {folder}#{names[0]}.",
-            path=folder,
+            f"several splits in {folder}: {some(names)}. Name one, {folder}#{names[0]}."
         )
     chosen = wanted or (names[0] if len(names) == 1 else known[0])
     folders = sorted({str(path.parent.relative_to(folder)) for path in by_split[chosen]})
     if len(folders) > 1:
         raise DataError(
-            f"{where}: {chosen or 'files'} in several folders ({some(folders)}), so several "
-            f"configurations. Give one of them, for example {folder / folders[0]}.",
-            path=folder,
+            f"{chosen or 'files'} in several folders ({some(folders)}), so several "
+            f"configurations. Give one of them, for example {folder / folders[0]}."
         )
     is_named = wanted or len(names) == 1
     note = f"no split named, so {chosen} is used (of {some(names)})"
@@ -88,15 +81,14 @@ def choose_split(
 
 
 def open_tables(
-    paths: Sequence[Path], wanted: bool, channels: int, where: str
+    paths: Sequence[Path], wanted: bool, channels: int
 ) -> tuple[EncodedImages, list[str] | np.ndarray | None]:
     """Open parquet or .arrow files of one layout; labels are numbers, names or None."""
     try:
         arrow: Any = importlib.import_module("pyarrow")
     except ImportError as error:
         raise DataError(
-            f"{where}: needs pyarrow, which is not installed ({error}). "
-            "pip install 'bnfix[parquet]'."
+            f"needs pyarrow, which is not installed ({error}). pip install 'bnfix[parquet]'."
         ) from error
     errors = (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError,
               OverflowError, AttributeError, RecursionError)  # fmt: skip
@@ -107,20 +99,18 @@ def open_tables(
             labels += images.add(path, wanted)
     except errors as error:
         raise DataError(
-            f"{where}: {path}: cannot be read ({plain(str(error), 300) or type(error).__name__}). "
-            "Fetch it again, or write it with an image column (bytes, path) and a label column.",
-            path=path,
+            f"{path}: cannot be read ({plain(str(error), 300) or type(error).__name__}). "
+            "Fetch it again, or write it with an image column (bytes, path) and a label column."
         ) from error
     if not len(images):
-        raise DataError(f"{where}: no images, there are no rows in {path}.", path=path)
+        raise DataError(f"no images, there are no rows in {path}.")
     if not labels:
         return images, None
     bare = [images.name(i) for i, label in enumerate(labels) if label is None or label == ""]
     if bare:
         raise DataError(
-            f"{where}: {len(bare)} of {len(labels)} rows have no label: {some(bare)}. "
-            "Remove them, or give --labels none.",
-            path=path,
+            f"{len(bare)} of {len(labels)} rows have no label: {some(bare)}. "
+            "Remove them, or give --labels none."
         )
     images.class_names = images.columns[0].names
     if all(type(label) is int for label in labels):

@@ -42,9 +42,7 @@ def expand_braces(spec: str) -> list[str]:
     for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         n = prod(map(len, choices)) * max(0, int(last) - int(first) + 1)
         if not 0 < n <= MAX_SHARDS:
-            raise DataError(
-                f"DATA {spec}: {{{first}..{last}}} makes {n:,} files, expected 1 to {MAX_SHARDS:,}."
-            )
+            raise DataError(f"{{{first}..{last}}} makes {n:,} files, expected 1 to {MAX_SHARDS:,}.")
         numbers = range(int(first), int(last) + 1)
         choices.append([f"{k:0{len(first)}d}{text}" for k in numbers])
     return ["".join(chosen) for chosen in product(*choices)]
@@ -103,21 +101,18 @@ class _Seen:
 
 
 def open_shards(
-    paths: Sequence[Path], wanted: bool, channels: int, where: str
+    paths: Sequence[Path], wanted: bool, channels: int
 ) -> tuple[ShardImages, list[str] | np.ndarray | None]:
     """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
     seen = _Seen()
-    found = [
-        sample for k in range(len(paths)) for sample in _samples(k, paths[k], wanted, seen, where)
-    ]
+    found = [sample for k in range(len(paths)) for sample in _samples(k, paths[k], wanted, seen)]
     samples = [sample for sample in found if sample.size >= 0]
     if len(samples) < len(found):
         seen.passed["keys without an image"] = [one.name for one in found if one.size < 0]
     if not samples:
         raise DataError(
-            f"{where}: no images; looked for members named {', '.join(sorted(_IMAGE_KINDS))} "
-            f"after their key, in {len(paths)} shards.",
-            path=paths[0],
+            f"no images; looked for members named {', '.join(sorted(_IMAGE_KINDS))} "
+            f"after their key, in {len(paths)} shards."
         )
     places = np.asarray([(one.shard, one.offset, one.size) for one in samples], dtype=np.int64)
     images = ShardImages(paths, places, [one.name for one in samples], channels)
@@ -129,23 +124,22 @@ def open_shards(
     if len(held) < len(samples):
         bare = [images.name(i) for i, one in enumerate(samples) if one.label is None]
         raise DataError(
-            f"{where}: {len(bare)} of {len(samples)} images have no label ({some(bare)}), expected "
+            f"{len(bare)} of {len(samples)} images have no label ({some(bare)}), expected "
             f"key.cls, or key.json with one of {', '.join(_JSON_KEYS)}. Add them, or give "
-            "--labels none.",
-            path=paths[0],
+            "--labels none."
         )
     if all(_WHOLE.fullmatch(label) for label in held):
         return images, np.asarray([int(label) for label in held], dtype=np.int64)
     return images, held
 
 
-def _samples(k: int, path: Path, wanted: bool, seen: _Seen, where: str) -> Iterator[_Sample]:
+def _samples(k: int, path: Path, wanted: bool, seen: _Seen) -> Iterator[_Sample]:
     """Samples of one shard, in order: neighbours of one key."""
     current: _Sample | None = None
     key = None
     # A handle of its own: labels are read between two steps of the walk.
     with open_regular(path) as file:
-        for member in _members(path, seen, where):
+        for member in _members(path, seen):
             name = " ".join(member.name.split())[:200]
             folder = PurePosixPath(member.name)
             if folder.is_absolute() or ".." in folder.parts or not member.name.isprintable():
@@ -165,22 +159,21 @@ def _samples(k: int, path: Path, wanted: bool, seen: _Seen, where: str) -> Itera
                     current.name = name
                     current.offset, current.size = member.offset_data, member.size
             elif wanted and kind.lower() in ("cls", "json"):
-                label = _label(path, file, member, kind.lower(), where)
+                label = _label(path, file, member, kind.lower())
                 current.label = label if current.label is None else current.label
     if current is not None:
         yield current
 
 
-def _members(path: Path, seen: _Seen, where: str) -> Iterator[tarfile.TarInfo]:
+def _members(path: Path, seen: _Seen) -> Iterator[tarfile.TarInfo]:
     """Ordinary files one after another, each wholly inside the shard and behind the one before."""
     size, last, n = path.stat().st_size, -1, 0
     try:
         with open_regular(path) as file:
             if file.read(2) == b"\x1f\x8b":
                 raise DataError(
-                    f"{where}: {path}: compressed, so its images cannot be read in any order. "
-                    "Uncompress it (gunzip).",
-                    path=path,
+                    f"{path}: compressed, so its images cannot be read in any order. "
+                    "Uncompress it (gunzip)."
                 )
             file.seek(0)
             archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)
@@ -201,8 +194,7 @@ def _members(path: Path, seen: _Seen, where: str) -> Iterator[tarfile.TarInfo]:
                 seen.notes.append(f"{path.name} ends without an end mark: it may have been cut")
     except _TAR_ERRORS as error:
         reason = plain(str(error)) or type(error).__name__
-        message = f"{where}: {path}: not a whole tar archive ({reason}). Fetch it again."
-        raise DataError(message, path=path) from error
+        raise DataError(f"{path}: not a whole tar archive ({reason}). Fetch it again.") from error
 
 
 def _has_end(file: io.BufferedReader, offset: int, size: int) -> bool:
@@ -214,18 +206,16 @@ def _has_end(file: io.BufferedReader, offset: int, size: int) -> bool:
     return bool(rest)
 
 
-def _label(
-    path: Path, file: io.BufferedReader, member: tarfile.TarInfo, kind: str, where: str
-) -> str | None:
-    place = f"{where}: {path}/{member.name[:200]}"
+def _label(path: Path, file: io.BufferedReader, member: tarfile.TarInfo, kind: str) -> str | None:
+    place = f"{path}/{member.name[:200]}"
     if member.size > _MAX_LABEL_BYTES:
-        raise DataError(f"{place}: {member.size:,} bytes for a label.", path=path)
+        raise DataError(f"{place}: {member.size:,} bytes for a label.")
     file.seek(member.offset_data)
     try:
         text = file.read(member.size).decode("utf-8").strip()
         value: Any = json.loads(text) if kind == "json" else text
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: cannot be read ({str(error)[:200]}).", path=path) from error
+        raise DataError(f"{place}: cannot be read ({str(error)[:200]}).") from error
     if isinstance(value, dict):
         value = next((value[key] for key in _JSON_KEYS if key in value), None)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
