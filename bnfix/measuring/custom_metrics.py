@@ -46,17 +46,7 @@ class Custom:
 
 
 def import_metric(spec: str) -> tuple[str, MetricFunction]:
-    """Import a metric that the user names; this runs the user's code.
-
-    Args:
-        spec: ``package.module:callable`` or ``path/to/file.py:callable``.
-
-    Returns:
-        The callable's name, and the callable.
-
-    Raises:
-        ConfigError: if there is no such callable.
-    """
+    """Import a metric that the user names; this runs the user's code."""
     where, _, name = spec.rpartition(":")
     if not where or not name:
         raise ConfigError(
@@ -80,19 +70,7 @@ def import_metric(spec: str) -> tuple[str, MetricFunction]:
 def custom_metrics(
     functions: Sequence[tuple[str, MetricFunction]], found: Sequence[Outputs], *, seed: int = 0
 ) -> list[tuple[Custom, ...]]:
-    """Compute the user's metrics of several models on the same examples.
-
-    Args:
-        functions: name and callable; each returns a number, or numbers by name.
-        found: what each model gives.
-        seed: of the bootstrap, whose samples are the same for all models.
-
-    Returns:
-        For each model its numbers.
-
-    Raises:
-        ConfigError: if a callable fails, or returns anything else.
-    """
+    """Compute the user's metrics of several models on the same examples."""
     every: list[tuple[Custom, ...]] = []
     first: dict[str, Custom] = {}
     for one in found:
@@ -170,4 +148,11 @@ def _against(first: Custom, last: Custom) -> Custom:
     interval = None
     if first.resampled and last.resampled:
         interval = middle(np.subtract(last.resampled, first.resampled), difference)
-    return Custom(last.name, last.value, last.interval, difference, interval, last.resampled)
+    return Custom(
+        name=last.name,
+        value=last.value,
+        interval=last.interval,
+        difference=difference,
+        difference_interval=interval,
+        resampled=last.resampled,
+    )

@@ -117,20 +117,7 @@ def score(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> Score:
-    """Measure loss and accuracy only, without the cost of intervals; for searches.
-
-    Args:
-        model: on the device to run on; modes are left as found.
-        batches: any iterable of ``(x, y)``.
-        forward: called as ``forward(model, batch)`` and returns logits, for unusual batches.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-
-    Returns:
-        The same NLL and top-1 as `evaluate`.
-
-    Raises:
-        DataError: if there are no examples, or no labels, or labels do not fit.
-    """
+    """Measure loss and accuracy only, without the cost of intervals; for searches."""
     (found,) = collect([model], batches, forward=forward, precision=precision)
     logits, labels = found.outputs, found.labels
     if labels is None:
@@ -159,21 +146,7 @@ def collect(
     precision: str = "fp32",
     any_task: bool = False,
 ) -> list[Outputs]:
-    """Run several models over the same batches, which are gone through once.
-
-    Args:
-        models: each on the device to run on; modes are left as found.
-        batches: any iterable that ``runtime.unpack`` or ``forward`` understands.
-        forward: called as ``forward(model, batch)``, for unusual batches.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        any_task: take outputs of any shape with one row an example, and labels as they are.
-
-    Returns:
-        The outputs of each model, in order.
-
-    Raises:
-        DataError: if there are no examples, or some batches have labels and others not.
-    """
+    """Run several models over the same batches, which are gone through once."""
     gathered = [_Gathered(model, any_task) for model in models]
 
     def own_share() -> list[_Gathered]:

@@ -66,19 +66,6 @@ def judge(
     own. On few examples more is demanded than ``z``: `gain_t` must be as improbable by Student's t
     as ``z`` is by the normal distribution. Ties go to the incumbent, and so do fewer than 20
     examples. What cannot be evaluated (`Metrics.problem`) loses to all that can.
-
-    Args:
-        stage: what is being decided.
-        candidate: name and metrics.
-        incumbent: name and metrics.
-        z: standard errors demanded, at least 0.
-
-    Returns:
-        The decision.
-
-    Raises:
-        ConfigError: if z is below 0.
-        DataError: if the two were not measured on the same labelled examples.
     """
     if not z >= 0:
         raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")

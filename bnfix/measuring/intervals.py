@@ -15,15 +15,7 @@ _CHUNK = 2**20  # counts worked on at a time
 
 
 def resampled_means(values: Array, seed: int) -> Array:
-    """Means over bootstrap samples of the rows.
-
-    Args:
-        values: ``(N, M)``.
-        seed: the same one draws the same rows for the same N.
-
-    Returns:
-        ``(N_RESAMPLES, M)``.
-    """
+    """Means over bootstrap samples of the rows."""
     n = len(values)
     rng = np.random.default_rng(seed)
     means = np.empty((N_RESAMPLES, values.shape[1]))
@@ -36,14 +28,6 @@ def resampled_means(values: Array, seed: int) -> Array:
 
 
 def middle(resampled: Array, point: float) -> Interval:
-    """The middle 95%; always with the estimate in it, which rounding could leave out.
-
-    Args:
-        resampled: of one number.
-        point: its estimate.
-
-    Returns:
-        Both ends.
-    """
+    """The middle 95%; always with the estimate in it, which rounding could leave out."""
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return min(float(low), float(point)), max(float(high), float(point))

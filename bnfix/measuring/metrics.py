@@ -132,20 +132,7 @@ def without_metrics(
 def measure(
     logits: Array, labels: Array | None, *, images_per_second: float = 0.0, seed: int = 0
 ) -> Metrics:
-    """Metrics of given logits.
-
-    Args:
-        logits: ``(N, K)``.
-        labels: ``(N,)``, integers in [0, K); ``None`` leaves only the counts.
-        images_per_second: passed through.
-        seed: of the bootstrap and of the halves for the temperature.
-
-    Returns:
-        The metrics with 95% intervals.
-
-    Raises:
-        DataError: if there are no examples, or labels do not fit the logits.
-    """
+    """Metrics of given logits."""
     if logits.ndim != 2 or not logits.size:
         raise DataError(
             f"logits: shape {logits.shape}, expected (examples, classes), both above 0."
@@ -202,19 +189,7 @@ def refuse_not_finite(logits: Array) -> None:
 
 
 def checked_labels(labels: Any, n: int, k: int) -> Array:
-    """Labels of any kind as plain class indices.
-
-    Args:
-        labels: a tensor, an array or a list.
-        n: examples.
-        k: classes.
-
-    Returns:
-        ``(n,)`` int64 in [0, k).
-
-    Raises:
-        DataError: if they are no such labels.
-    """
+    """Labels of any kind as plain class indices."""
     try:
         array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
     except (TypeError, ValueError) as error:

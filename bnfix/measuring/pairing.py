@@ -120,18 +120,7 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
-    """The examples of two metrics, checked to be the same ones.
-
-    Args:
-        before: one model's metrics.
-        after: another's.
-
-    Returns:
-        Both, row by row of the same examples.
-
-    Raises:
-        DataError: if the examples differ or have no labels.
-    """
+    """The examples of two metrics, checked to be the same ones."""
     if before.examples is None or after.examples is None:
         raise DataError("comparison: the examples have no labels, so nothing can be compared.")
     if not np.array_equal(before.examples.labels, after.examples.labels):

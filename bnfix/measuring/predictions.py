@@ -22,15 +22,7 @@ SUFFIXES = (".csv", ".parquet")
 
 
 def check_predictions(path: Path, *, force: bool) -> None:
-    """Refuse, before any work, a file that could not be written.
-
-    Args:
-        path: where predictions are to go.
-        force: replace what is there.
-
-    Raises:
-        ConfigError: if it is neither CSV nor Parquet, or pyarrow is missing.
-    """
+    """Refuse, before any work, a file that could not be written."""
     if path.suffix.lower() not in SUFFIXES:
         raise ConfigError(
             f"--predictions: {plain(path)}, expected a name ending in {' or '.join(SUFFIXES)}.",
@@ -45,16 +37,7 @@ def check_predictions(path: Path, *, force: bool) -> None:
 def table_of(
     names: Sequence[str], examples: Sequence[str], found: Sequence[Outputs]
 ) -> dict[str, list[Any] | Array]:
-    """Columns of the table: file, label, and for each model prediction, confidence, NLL.
-
-    Args:
-        names: of the models.
-        examples: name of each example, its file or its position.
-        found: what each model gives for them, logits.
-
-    Returns:
-        Column by name; labels and NLL only where there are labels.
-    """
+    """Columns of the table: file, label, and for each model prediction, confidence, NLL."""
     labels = found[0].labels
     columns: dict[str, list[Any] | Array] = {"file": list(examples)}
     if labels is not None:
@@ -71,15 +54,7 @@ def table_of(
 
 
 def write_predictions(path: Path, columns: dict[str, list[Any] | Array]) -> None:
-    """Write the table, whole or not at all; an existing file is replaced.
-
-    Args:
-        path: ``.csv`` or ``.parquet``.
-        columns: by name, all of one length.
-
-    Raises:
-        CheckpointError: if it cannot be written.
-    """
+    """Write the table, whole or not at all; an existing file is replaced."""
     if path.suffix.lower() == ".csv":
         text = io.StringIO(newline="")
         writer = csv.writer(text, lineterminator="\n")

@@ -52,20 +52,7 @@ class Shifted:
 def shifted(
     names: Sequence[str], found: Sequence[Outputs], corruption: Corruption, *, seed: int = 0
 ) -> list[Shifted]:
-    """Judge several models by their logits for the same corrupted images.
-
-    Args:
-        names: of the models.
-        found: what each gives, with labels.
-        corruption: what was done to the images.
-        seed: of intervals and temperature.
-
-    Returns:
-        One row a model.
-
-    Raises:
-        DataError: if there are no labels.
-    """
+    """Judge several models by their logits for the same corrupted images."""
     measured = [measure(one.outputs, one.labels, seed=seed) for one in found]
     rows = []
     for i, (name, m) in enumerate(zip(names, measured, strict=True)):
@@ -75,10 +62,17 @@ def shifted(
         paired = compare(measured[0], m, seed=seed) if i else None
         rows.append(
             Shifted(
-                name, corruption.kind, corruption.severity, m.n_examples, m.top1, m.nll,
-                m.nll_temperature_scaled, kept, paired,
+                model=name,
+                kind=corruption.kind,
+                severity=corruption.severity,
+                n_examples=m.n_examples,
+                top1=m.top1,
+                nll=m.nll,
+                nll_temperature_scaled=m.nll_temperature_scaled,
+                interval=kept,
+                paired=paired,
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -129,25 +123,7 @@ def batch_invariance(
     precision: str = "fp32",
     seed: int = 0,
 ) -> list[BatchInvariance]:
-    """Compare each example's logits in its batch, alone, and in a permuted batch.
-
-    Args:
-        names: of the models.
-        models: on the device to run on; modes are left as found.
-        batches_of: gives the batches of positions in their order, at a batch size; of at least one
-            example, each of one row an example.
-        index: positions to compare, at least 1.
-        batch_size: of the batches.
-        forward: for unusual batches.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        seed: of the permutation.
-
-    Returns:
-        One record a model.
-
-    Raises:
-        DataError: if the three passes do not give the same number of examples.
-    """
+    """Compare each example's logits in its batch, alone, and in a permuted batch."""
     order = np.random.default_rng(seed).permutation(len(index))
 
     def run(positions: np.ndarray, size: int) -> list[torch.Tensor]:
@@ -165,11 +141,20 @@ def batch_invariance(
                 f"--compare-batch-sizes: {len(a)}, {len(b)} and {len(c)} outputs for {len(index)} "
                 "examples. Expected one row an example in every batch."
             )
-        companies = _company(a, b), _company(a, c[back])
+        by_itself, permuted = _company(a, b), _company(a, c[back])
         largest = float(a.abs().max())
-        worst = max(company.largest_difference for company in companies)
-        invariant = worst <= TOLERANCES[precision] * max(largest, 1e-6)
-        rows.append(BatchInvariance(name, len(index), batch_size, *companies, largest, invariant))
+        worst = max(by_itself.largest_difference, permuted.largest_difference)
+        rows.append(
+            BatchInvariance(
+                model=name,
+                n_examples=len(index),
+                batch_size=batch_size,
+                alone=by_itself,
+                permuted=permuted,
+                largest_logit=largest,
+                invariant=worst <= TOLERANCES[precision] * max(largest, 1e-6),
+            )
+        )
     return rows
 
 

@@ -12,44 +12,20 @@ _CHUNK = 2**20  # logits worked on at a time in float64: 50,000 x 1,000 of them 
 
 
 def chunks(logits: Array) -> Iterator[slice]:
-    """Rows to work on at a time.
-
-    Args:
-        logits: ``(N, K)``.
-
-    Returns:
-        Slices of the rows, in order.
-    """
+    """Rows to work on at a time."""
     size = max(1, _CHUNK // logits.shape[1])
     return (slice(start, start + size) for start in range(0, len(logits), size))
 
 
 def log_softmax(logits: Array, inverse_temperature: float = 1.0) -> Array:
-    """Log-probabilities.
-
-    Args:
-        logits: ``(N, K)``.
-        inverse_temperature: what they are multiplied by.
-
-    Returns:
-        ``(N, K)``, float64.
-    """
+    """Log-probabilities."""
     scaled = logits.astype(np.float64) * inverse_temperature
     scaled -= scaled.max(1, keepdims=True)
     return np.asarray(scaled - np.log(np.exp(scaled).sum(1, keepdims=True)))
 
 
 def nll_of(logits: Array, labels: Array, inverse_temperature: float = 1.0) -> Array:
-    """Negative log-likelihood of each example, nats.
-
-    Args:
-        logits: ``(N, K)``.
-        labels: ``(N,)``, integers in [0, K).
-        inverse_temperature: what the logits are multiplied by.
-
-    Returns:
-        ``(N,)``, float64.
-    """
+    """Negative log-likelihood of each example, nats."""
     losses = np.empty(len(labels))
     for part in chunks(logits):
         log_p = log_softmax(logits[part], inverse_temperature)
@@ -58,16 +34,7 @@ def nll_of(logits: Array, labels: Array, inverse_temperature: float = 1.0) -> Ar
 
 
 def scaled_losses(logits: Array, labels: Array, seed: int) -> tuple[Array, float]:
-    """NLL of each example under the temperature fitted on the half that it is not in.
-
-    Args:
-        logits: ``(N, K)``.
-        labels: ``(N,)``, integers in [0, K).
-        seed: of the halves.
-
-    Returns:
-        ``(N,)`` float64, and the geometric mean of both temperatures.
-    """
+    """NLL of each example under the temperature fitted on the half that it is not in."""
     half = np.zeros(len(labels), dtype=bool)
     half[np.random.default_rng(seed).permutation(len(labels))[: len(labels) // 2]] = True
     losses = np.empty(len(labels))
