@@ -325,7 +325,9 @@ class ModelRecipe:
         "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
         "path/to/file.py:callable; needed until a checkpoint carries one.",
     )
-    arguments: tuple[tuple[str, Any], ...] = option((), "Arguments of the builder.")
+    arguments: tuple[tuple[str, Any], ...] = option(
+        (), "Argument of the builder, a JSON value; repeatable."
+    )
     key: str | None = option(None, "Dotted nesting of the state dict in the file.")
     prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
     prefer_ema: bool = option(

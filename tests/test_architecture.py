@@ -23,7 +23,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "building": set(),
         "checkpoints": set(),
         "checkpoints.packing": set(),
-        "cli.grouping": set(),
         "cli.usage": set(),
         "data": set(),
         "demo.network": set(),
@@ -50,7 +49,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "building.importing": set(),
         "checkpoints.nesting": set(),
         "checkpoints.pickles": set(),
-        "cli.parsing": set(),
         "data.images": set(),
         "layers.kernels": {"layers", "layers.rows", "moments"},
         "measuring.temperature": {"measuring.intervals"},
@@ -247,13 +245,11 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "cli.tables": {"reporting.pages", "reporting.report"},
         "reporting.result": {
             "checkpoints.checkpoint", "checkpoints.saving", "processes", "reporting.report",
         },
     },
     {
-        "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
         "conversion": {
             "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
             "data.batches", "data.fingerprints", "data.first_look", "guards", "layers.norms",
@@ -278,7 +274,6 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "cli.options": {"cli.parsing", "cli.terminal"},
         "comparison": {
             "checkpoints.reading", "checkpoints.saving", "data.corruptions", "data.fingerprints",
             "entrants", "estimating", "measuring.custom_metrics", "measuring.evaluation",
@@ -307,38 +302,31 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.calibration", "tuning.finetuning", "tuning.parameters",
             "weighing.example_weight",
         },
-        "cli.demo": {
-            "checkpoints.checkpoint", "cli.options", "cli.terminal", "demo", "plan", "run",
-        },
-        "cli.export": {
-            "cli.options", "cli.parsing", "cli.terminal", "cli.usage", "production.export_report",
-            "production.exporting",
-        },
-        "cli.showing": {
-            "cli.tables", "cli.terminal", "diagnosing.diagnosis", "diagnosing.examination",
-            "diagnosing.inspection", "reporting.result",
+        "cli.tables": {
+            "diagnosing.diagnosis", "diagnosing.examination", "diagnosing.inspection",
+            "layers.surgery", "reporting.pages", "reporting.report",
         },
     },
     {
-        "cli.convert": {
-            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "cli.usage", "conversion",
-            "estimating", "layers.refitting", "reporting.result",
+        "cli.terminal": {"cli.tables", "processes", "reporting.report", "tracking"},
+    },
+    {
+        "cli.flags": {"cli.terminal"},
+    },
+    {
+        "cli.commands": {
+            "checkpoints.checkpoint", "checkpoints.reading", "cli.flags", "cli.tables",
+            "cli.terminal", "cli.usage", "comparison", "conversion", "diagnosing.inspection",
+            "estimating", "layers.refitting", "measuring.predictions", "processes",
+            "production.export_report", "production.exporting", "reporting.result",
         },
-        "cli.eval": {
-            "checkpoints.checkpoint", "cli.options", "cli.showing", "cli.terminal", "cli.usage",
-            "comparison", "measuring.predictions", "processes", "reporting.result",
-        },
-        "cli.inspect": {"cli.options", "cli.showing", "cli.terminal", "diagnosing.inspection"},
         "cli.planned": {
-            "cli.options", "cli.parsing", "cli.showing", "cli.terminal", "cli.usage", "plan",
+            "checkpoints.checkpoint", "cli.flags", "cli.tables", "cli.usage", "demo", "plan",
             "replay", "reporting.result", "run",
         },
     },
     {
-        "cli": {
-            "cli.convert", "cli.demo", "cli.eval", "cli.export", "cli.grouping", "cli.inspect",
-            "cli.planned", "cli.usage", "runtime", "starting",
-        },
+        "cli": {"cli.commands", "cli.flags", "cli.planned", "cli.usage", "runtime", "starting"},
     },
     {
         "__main__": {"cli"},

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bnfix.cli.showing import duration_words
+from bnfix.cli.tables import duration_words
 from bnfix.estimating import Work, estimated
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, RunOptions, StatisticsRecipe

@@ -10,13 +10,9 @@ from typing import Annotated
 import typer
 
 from bnfix import starting
-from bnfix.cli.convert import convert
-from bnfix.cli.demo import demo
-from bnfix.cli.eval import evaluate
-from bnfix.cli.export import export
-from bnfix.cli.grouping import grouped
-from bnfix.cli.inspect import inspect
-from bnfix.cli.planned import average, calibrate, finetune, fix
+from bnfix.cli.commands import convert, evaluate, export, inspect
+from bnfix.cli.flags import flattened
+from bnfix.cli.planned import average, calibrate, demo, finetune, fix
 from bnfix.cli.usage import OneLineGroup
 from bnfix.runtime import exact_float32, keep_freed_memory
 from bnfix.version import __version__
@@ -33,7 +29,8 @@ app = typer.Typer(
 )
 
 for command in (fix, calibrate, finetune, average, convert, export, evaluate, inspect, demo):
-    app.command("eval" if command is evaluate else command.__name__)(grouped(command))
+    flat = flattened(command, many=command in (fix, calibrate, finetune, average, evaluate))
+    app.command("eval" if command is evaluate else command.__name__)(flat)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Words and tables for the terminal: results to standard output, all else to standard error."""
+"""The terminal: results to standard output, progress, notes and errors to standard error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ from bnfix.errors import BnfixError, ConfigError, one_line, some
 from bnfix.reporting.report import Report
 from bnfix.tracking import Track, silent
 
-#: Whether the traceback of an error is shown before its message.
-with_traceback: ContextVar[bool] = ContextVar("with_traceback", default=False)
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
 _UNBOUNDED = 1000
 #: Columns below which a progress line leaves out all but the stage and the time left.
@@ -52,7 +49,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 @dataclasses.dataclass
 class Terminal:
-    """Where a command's words go: results to standard output, all else to standard error."""
+    """Where a command prints: results to standard output, all else to standard error."""
 
     as_json: bool
     quiet: bool
@@ -82,7 +79,7 @@ class Terminal:
             yield track
 
     def show(self, report: Report, written: Path | None = None) -> None:
-        """The result, in the form that was asked for."""
+        """Print a report: tables and verdict, or JSON."""
         if self.as_json:
             content = report.to_json()
             content["output"] = None if written is None else str(written)
@@ -97,24 +94,17 @@ class Terminal:
             if written is not None:
                 self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
 
-    def show_demo_plan(self, output: str) -> None:
-        """What the demonstration would do."""
-        if self.as_json:
-            self.print_json({"command": "demo", "plan": True, "output": output})
-        else:
-            self.say(f"demo: would fix the embedded digits and write {output}; nothing was done")
-
     def say(self, text: str) -> None:
-        """One line on standard output, as it is."""
+        """Print one line of any origin."""
         self.out.print(shown_text(text), soft_wrap=True, highlight=False)
 
     def notes(self, notes: Iterable[str]) -> None:
-        """What a user should know besides, on standard error."""
+        """Print notes of any origin on standard error."""
         for note in notes:
             self.err.print(shown_text(f"note: {note}"), soft_wrap=True, highlight=False)
 
     def print_json(self, content: Any) -> None:
-        """One JSON object on standard output."""
+        """Print one JSON object."""
         if processes.speaks():
             sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
             sys.stdout.flush()
@@ -131,8 +121,8 @@ class _RateColumn(ProgressColumn):
 
 
 def _columns(width: int) -> tuple[ProgressColumn, ...]:
-    """What fits: stage and time left always, then count and rate, then the bar."""
-    # What stands beside the words has a width of its own; a long stage gives way, not the time.
+    """The columns that fit: stage and time left always, then count and rate, then the bar."""
+    # The other columns have fixed widths: a long stage is cut, not the time.
     bar = BarColumn(max(10, width // 4)) if width >= 2 * _NARROW else None
     room = width - 14 if width < _NARROW else width - 40 - (bar.bar_width or 0 if bar else 0)
     words = TextColumn(
@@ -168,50 +158,49 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stated(*, many: bool = False) -> Iterator[None]:
-    """Turn stated errors into one line and an exit code: 1, 2 for wrong usage, 130 interrupted."""
-    with _translated(), contextlib.ExitStack() as stack:
+def stated(*, many: bool = False, debug: bool = False) -> Iterator[None]:
+    """Print a stated error as one line, and exit with 1, 2 for wrong usage, 130 interrupted."""
+    with _translated(debug), contextlib.ExitStack() as stack:
         if many:
             stack.enter_context(processes.joined())
         elif processes.launched().shared:
             raise ConfigError("this command works in one process. Start it without torchrun.")
-        # Inside: which of several processes speaks is still to be settled with the others.
-        stack.enter_context(_translated())
+        # Inside, since the processes still have to agree on which of them prints the error.
+        stack.enter_context(_translated(debug))
         yield
 
 
 @contextlib.contextmanager
-def _translated() -> Iterator[None]:
+def _translated(debug: bool) -> Iterator[None]:
     try:
         yield
-    except ConfigError as error:
-        _fail(error, 2)
-    except BnfixError as error:
-        _fail(error, 1)
-    except torch.OutOfMemoryError as error:
-        message = str(error).splitlines()[0]
-        _fail(error, 1, f"out of memory: {message} Lower --batch-size, or use --device cpu.")
-    except KeyboardInterrupt as interrupt:
-        _fail(interrupt, 130, str(interrupt) or "interrupted.")
     except (typer.Exit, typer.Abort):
         raise
-    except Exception as error:  # noqa: BLE001 - a library's dump is nothing for a terminal
+    except KeyboardInterrupt as interrupt:
+        _fail(interrupt, 130, str(interrupt) or "interrupted.", debug)
+    except BnfixError as error:
+        _fail(error, 2 if isinstance(error, ConfigError) else 1, str(error), debug)
+    except torch.OutOfMemoryError as error:
+        message = str(error).splitlines()[0]
+        hint = "Lower --batch-size, or use --device cpu."
+        _fail(error, 1, f"out of memory: {message} {hint}", debug)
+    except Exception as error:  # noqa: BLE001 - a library's traceback says nothing to most users
         hint = "Its traceback: --debug. If it is not of your own code, report it with that."
-        _fail(error, 1, f"unexpected {one_line(error)}. {hint}")
+        _fail(error, 1, f"unexpected {one_line(error)}. {hint}", debug)
 
 
-def _fail(error: BaseException, code: int, message: str | None = None) -> None:
+def _fail(error: BaseException, code: int, message: str, debug: bool) -> None:
     if processes.first_to_fail():
-        if with_traceback.get():
+        if debug:
             traceback.print_exception(error)
-        text = shown_text(f"bnfix: {message or error}")
+        text = shown_text(f"bnfix: {message}")
         Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     raise typer.Exit(code)
 
 
 def _noteworthy(report: Report) -> list[str]:
-    """What was assumed, and which images were left out."""
-    skipped = report.data.skipped if report.data else ()
-    n = report.data.n_skipped if report.data else 0
-    left_out = f"unreadable images left out, {n}: {some(skipped, 3)}"
-    return [*report.assumptions, *([left_out] if n else [])]
+    """The assumptions of a report, and the images that were left out."""
+    if report.data is None or not report.data.n_skipped:
+        return list(report.assumptions)
+    left_out = f"unreadable images left out, {report.data.n_skipped}"
+    return [*report.assumptions, f"{left_out}: {some(report.data.skipped, 3)}"]

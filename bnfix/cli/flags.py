@@ -1,0 +1,267 @@
+"""Command-line options made from the fields of recipes, and their texts read into values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from bnfix.cli.terminal import Terminal, stated
+from bnfix.errors import ConfigError
+from bnfix.preprocessing import Preprocessing
+from bnfix.recipe import (
+    DataRecipe,
+    GateRecipe,
+    ModelRecipe,
+    RunOptions,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+    option,
+)
+
+MODEL, DATA, RUN = "Model and file", "Data and preprocessing", "How to run"
+NORM, TRAIN, ALSO, OUT = "Normalization", "Training", "What else is measured", "Output"
+
+_FLAGS = {
+    "arguments": ("--model-arg",),
+    "as_json": ("--json",),
+    "logits_output": ("--output", "--logits-output"),
+    "quiet": ("--quiet", "-q"),
+    "show_plan": ("--plan",),
+}
+_METAVARS = {
+    "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
+    "input_shape": "C,H,W", "logits_output": "NAME|INDEX",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Out:
+    """The options of what a command writes and prints."""
+
+    as_json: bool = option(False, "The result as one JSON object on standard output.")
+    quiet: bool = option(False, "Only the verdict.")
+    debug: bool = option(False, "Show the traceback of an error.")
+    force: bool = option(False, "Replace existing outputs.")
+    show_plan: bool = option(False, "Print the plan and do nothing.")
+
+    def terminal(self) -> Terminal:
+        """Where the command prints."""
+        return Terminal(self.as_json, self.quiet)
+
+
+# --- texts to values ---
+
+
+def numbers(text: str, flag: str) -> tuple[float, ...]:
+    """Comma-separated numbers; a fraction such as 1/255 is one."""
+    try:
+        return tuple(_fraction(part) for part in text.replace(" ", ",").split(",") if part)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{flag}: {text!r}, expected a number, or several with commas between.", name=flag[2:]
+        ) from error
+
+
+def _fraction(text: str) -> float:
+    above, slash, below = text.partition("/")
+    return float(above) / float(below) if slash else float(above)
+
+
+def _number(text: str, flag: str) -> float:
+    found = numbers(text, flag)
+    if len(found) != 1:
+        raise ConfigError(f"{flag}: {text!r}, expected one number.", name=flag[2:])
+    return found[0]
+
+
+def sizes(text: str, flag: str) -> tuple[int, ...]:
+    """One or more sizes, such as 224 or 224x320."""
+    try:
+        return tuple(int(part) for part in text.lower().replace(",", "x").split("x"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{flag}: {text!r}, expected one size or HEIGHTxWIDTH, such as 224 or 224x320.",
+            name=flag[2:],
+        ) from error
+
+
+def _or_word(kind: type[int] | type[float], text: str, _: str) -> int | float | str:
+    try:
+        return kind(text)
+    except ValueError:
+        return text  # the recipe knows which words there are
+
+
+def _many(texts: list[str], _: str) -> tuple[str, ...]:
+    return tuple(texts)
+
+
+def _arguments(pairs: list[str], flag: str) -> tuple[tuple[str, Any], ...]:
+    found = []
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"{flag}: {pair!r}, expected KEY=VALUE.", name="model_arg")
+        try:
+            found.append((name, json.loads(value)))
+        except ValueError:
+            found.append((name, value))  # a bare word is a string
+    return tuple(found)
+
+
+#: The annotation and the reader of fields that Typer has no type for, by type or name.
+_READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
+    tuple[int, ...] | None: (str | None, sizes),
+    tuple[float, ...] | None: (str | None, numbers),
+    tuple[str, ...]: (list[str] | None, _many),
+    tuple[tuple[str, Any], ...]: (list[str] | None, _arguments),
+    int | str | None: (str | None, functools.partial(_or_word, int)),
+    str | float: (str, functools.partial(_or_word, float)),
+    "scale": (str | None, _number),
+}
+
+
+# --- fields to options ---
+
+
+def option_of(recipe: type, name: str, panel: str) -> Any:
+    """The option of a recipe's field, for ``Annotated``; the recipe has its help."""
+    fields: Any = recipe.__dataclass_fields__  # type: ignore[attr-defined]
+    own = fields[name].metadata or Preprocessing.__dataclass_fields__[name].metadata
+    metavar = "N|auto" if "int | str" in str(fields[name].type) else _METAVARS.get(name)
+    return about(own["help"], panel, metavar, *_flags(name))
+
+
+def about(help: str, panel: str, metavar: str | None = None, *flags: str) -> Any:
+    """An option that is no field of a recipe, for ``Annotated``."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar)
+
+
+def _flags(name: str) -> tuple[str, ...]:
+    return _FLAGS.get(name, ("--" + name.replace("_", "-"),))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A command's parameter that is a recipe, made from one option a field."""
+
+    base: Any  # the recipe of the defaults
+    parts: dict[str, Any]  # panel: names of fields; in a plan, name of a recipe: its type
+
+    def options(self) -> Iterator[inspect.Parameter]:
+        """The options of the fields."""
+        for part, own in self.parts.items():
+            if not isinstance(own, str):
+                yield from self._inner(part).options()
+                continue
+            for name in own.split():
+                annotation, reader = self._typed(name)
+                default = getattr(self.base, name)
+                yield inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default if reader is None or isinstance(default, str) else None,
+                    annotation=Annotated[annotation, option_of(type(self.base), name, part)],
+                )
+
+    def take(self, values: dict[str, Any]) -> Any:
+        """Take its options out of a command's, and make the recipe; ``None`` is a default."""
+        taken = {}
+        for part, own in self.parts.items():
+            if not isinstance(own, str):
+                taken[part] = self._inner(part).take(values)
+                continue
+            for name in own.split():
+                value, reader = values.pop(name), self._typed(name)[1]
+                if value is not None:
+                    taken[name] = value if reader is None else reader(value, _flags(name)[0])
+        return dataclasses.replace(self.base, **taken)
+
+    def _inner(self, part: str) -> _Group:
+        return _Group(getattr(self.base, part), self.parts[part].__metadata__[0])
+
+    def _typed(self, name: str) -> tuple[Any, Callable[[Any, str], Any] | None]:
+        hint = get_type_hints(type(self.base))[name]
+        return _READ.get(name) or _READ.get(hint) or (hint, None)
+
+
+def flattened(command: Callable[..., None], *, many: bool = False) -> Callable[..., None]:
+    """A command for Typer: one option a field of its recipes, and errors as one line.
+
+    A parameter ``name: Annotated[Recipe, {panel: "field field"}] = Recipe(...)`` is such a recipe.
+    With ``many`` the command can work in several processes, started by torchrun.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, _Group] = {}
+    flat: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        hint = hints[name]
+        parts = getattr(hint, "__metadata__", (None,))[0]
+        if not isinstance(parts, dict):
+            flat.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=hint))
+            continue
+        bare = parameter.default is parameter.empty
+        groups[name] = _Group(hint.__origin__() if bare else parameter.default, parts)
+        flat += groups[name].options()
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        with stated(many=many, debug=values["debug"]):
+            for name, group in groups.items():
+                values[name] = group.take(values)
+            command(**values)
+
+    wrapped: Any = run
+    wrapped.__signature__ = inspect.Signature(flat)
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return run
+
+
+# --- options that several commands have ---
+
+INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
+Data = Annotated[
+    str,
+    about(
+        "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, "
+        "parquet or a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable.",
+        *(DATA, "DATA"),
+    ),
+]
+Output = Annotated[Path, about("The .safetensors to write.", OUT, "OUT", "-o", "--out")]
+State = Annotated[
+    str | None,
+    about(
+        "Folder for the state of the run; interrupted, the same command goes on from it.",
+        *(RUN, "DIR"),
+    ),
+]
+Model = Annotated[
+    ModelRecipe,
+    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output"},
+]
+Inputs = Annotated[DataRecipe, {DATA: INPUT}]
+Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}"}]
+Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} test"}]
+Layers = Annotated[SwapRecipe, {NORM: "layers skip"}]
+Statistics = Annotated[
+    StatisticsRecipe,
+    {NORM: "statistics train_batch_size feed samples tolerance include_frozen"},
+]
+Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
+Weight = Annotated[WeightRecipe, {NORM: "example_weight granularity pointwise thin"}]
+Gate = Annotated[GateRecipe, {NORM: "z", RUN: "seed"}]
+Seed = Annotated[GateRecipe, {RUN: "seed"}]
+Run = Annotated[RunOptions, {RUN: "device workers precision batch_size"}]
+Writes = Annotated[Out, {OUT: "as_json quiet debug force show_plan"}]
