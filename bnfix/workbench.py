@@ -264,17 +264,7 @@ def load_one(
         The loaded model.
     """
     device = runtime.resolve_device(run.device)
-    loaded = load_ready(
-        checkpoint,
-        spec=recipe.model,
-        arguments=dict(recipe.arguments),
-        key=recipe.key,
-        prefix=recipe.prefix,
-        prefer_ema=recipe.prefer_ema,
-        unfreeze=recipe.unfreeze,
-        mapped=mapped,
-        lenders=lenders,
-    )
+    loaded = load_ready(checkpoint, recipe, mapped=mapped, lenders=lenders)
     if recipe.forward is not None:
         runtime.set_forward_(loaded.model, import_forward(recipe.forward))
     if recipe.logits_output is not None:

@@ -84,7 +84,9 @@ def test_it_is_among_the_assumptions(files: Files) -> None:
 @needs_data
 @pytest.mark.data
 def test_real_images() -> None:
-    model = load_ready(DATA / "mobilenet_v2-b0353104.pth", spec="torchvision:mobilenet_v2").model
+    model = load_ready(
+        DATA / "mobilenet_v2-b0353104.pth", ModelRecipe(model="torchvision:mobilenet_v2")
+    ).model
     images = open_images(str(DATA / "imagenet-val"))
     right = Preprocessing(crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     for preprocessing, fires in ((right, False), (Preprocessing(crop=(224, 224)), True)):

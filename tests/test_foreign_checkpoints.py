@@ -22,6 +22,7 @@ from bnfix.checkpoints.loading import load, load_ready
 from bnfix.checkpoints.packing import write_tensors
 from bnfix.checkpoints.saving import save
 from bnfix.errors import CheckpointError, ModelError
+from bnfix.recipe import ModelRecipe
 
 NETS = """
 import torch
@@ -129,7 +130,7 @@ def layouts(w: dict[str, torch.Tensor]) -> dict[str, Any]:
 def test_a_layout_is_found_by_itself(layout, spec, tmp_path):
     wanted = state(spec)
     torch.save(layouts(wanted)[layout], tmp_path / "net.pth")
-    found = load_ready(tmp_path / "net.pth", spec=spec).model.state_dict()
+    found = load_ready(tmp_path / "net.pth", ModelRecipe(model=spec)).model.state_dict()
     assert set(found) == set(wanted)
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
@@ -142,7 +143,7 @@ def test_a_layout_is_found_by_itself(layout, spec, tmp_path):
 def test_the_running_mean_is_taken_where_it_is_preferred(layout, spec, tmp_path):
     wanted = state(spec)
     torch.save(layouts(wanted)[layout], tmp_path / "net.pth")
-    found = load_ready(tmp_path / "net.pth", spec=spec, prefer_ema=True)
+    found = load_ready(tmp_path / "net.pth", ModelRecipe(model=spec, prefer_ema=True))
     assert torch.equal(found.model.conv.weight, 2 * wanted["conv.weight"])
     assert any(re.search("ema|swa|averaged", note) for note in found.checkpoint.notes)
     assert found.checkpoint.borrowed == layout.startswith("parameters")
@@ -150,7 +151,7 @@ def test_the_running_mean_is_taken_where_it_is_preferred(layout, spec, tmp_path)
         found.model.bn.running_var,
         wanted["bn.running_var"] * (1 if found.checkpoint.borrowed else 2),
     )
-    plain = load_ready(tmp_path / "net.pth", spec=spec)
+    plain = load_ready(tmp_path / "net.pth", ModelRecipe(model=spec))
     assert any(
         re.search(r"\(--prefer-ema takes it\)|not used: \w+ \(--key chooses\)", note)
         for note in plain.checkpoint.notes
@@ -160,9 +161,9 @@ def test_the_running_mean_is_taken_where_it_is_preferred(layout, spec, tmp_path)
 def test_a_second_set_inside_is_named(spec, tmp_path):
     wanted = state(spec)
     torch.save(layouts(wanted)["teacher inside"], tmp_path / "net.pth")
-    notes = load_ready(tmp_path / "net.pth", spec=spec).checkpoint.notes
+    notes = load_ready(tmp_path / "net.pth", ModelRecipe(model=spec)).checkpoint.notes
     assert "a second set of the weights under 'teacher.' left out (--prefix)" in notes
-    other = load_ready(tmp_path / "net.pth", spec=spec, prefix="teacher")
+    other = load_ready(tmp_path / "net.pth", ModelRecipe(model=spec, prefix="teacher"))
     assert torch.equal(other.model.conv.weight, 2 * wanted["conv.weight"])
 
 
@@ -182,11 +183,11 @@ def test_parameters_alone_are_refused_in_words(spec, tmp_path):
     torch.save({"ema": parameters_of(state(spec))}, tmp_path / "net.pth")
     match = r"net\.pth: has the parameters of the model, but none of its 3 buffers \(bn\.running"
     with pytest.raises(CheckpointError, match=match):
-        load_ready(tmp_path / "net.pth", spec=spec)
+        load_ready(tmp_path / "net.pth", ModelRecipe(model=spec))
     broken = {n: t for n, t in state(spec).items() if n != "bn.running_var"}
     torch.save(broken, tmp_path / "broken.pth")
     with pytest.raises(CheckpointError, match=r"1 problems: bn\.running_var: missing from"):
-        load_ready(tmp_path / "broken.pth", spec=spec)
+        load_ready(tmp_path / "broken.pth", ModelRecipe(model=spec))
 
 
 def test_python_gets_no_statistics_of_other_weights_without_a_word(spec, tmp_path):
@@ -247,7 +248,10 @@ def test_types_and_layouts_of_tensors_are_kept(spec, tmp_path):
     tensors["conv.weight"] = tensors["conv.weight"].transpose(0, 1).contiguous().transpose(0, 1)
     del tensors["bn.num_batches_tracked"]
     torch.save(tensors, tmp_path / "net.pth")
-    save(load_ready(tmp_path / "net.pth", spec=spec).model, tmp_path / "out.safetensors")
+    save(
+        load_ready(tmp_path / "net.pth", ModelRecipe(model=spec)).model,
+        tmp_path / "out.safetensors",
+    )
     found = load_file(tmp_path / "out.safetensors")
     assert found.pop("bn.num_batches_tracked").dtype == torch.int64
     assert {name: t.dtype for name, t in found.items()} == {n: t.dtype for n, t in tensors.items()}
@@ -260,7 +264,7 @@ def test_the_version_of_a_modules_state_is_kept(tmp_path):
     torch.save(model.state_dict(), tmp_path / "net.pth")
     found = read_checkpoint(tmp_path / "net.pth")
     assert found.versions[""] == 2
-    loaded = load_ready(tmp_path / "net.pth", spec="torchvision:mnasnet0_5").model
+    loaded = load_ready(tmp_path / "net.pth", ModelRecipe(model="torchvision:mnasnet0_5")).model
     assert torch.equal(
         loaded.state_dict()["layers.0.weight"], model.state_dict()["layers.0.weight"]
     )
@@ -277,7 +281,7 @@ def test_a_model_takes_the_files_own_tensors_where_it_then_is_whole(name, whole,
     tensors = {key: tensor.clone() for key, tensor in state(spec).items()}
     assert (build_skeleton(spec, {}, tensors) is not None) == whole
     save_file(tensors, tmp_path / "net.safetensors")
-    loaded = load_ready(tmp_path / "net.safetensors", spec=spec, mapped=True)
+    loaded = load_ready(tmp_path / "net.safetensors", ModelRecipe(model=spec), mapped=True)
     found = loaded.model.state_dict()
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
     shared = loaded.model.conv.weight.data_ptr()
@@ -324,9 +328,11 @@ def test_inception_says_what_published_weights_would_need(tmp_path):
     torch.save(
         build_model(spec, {"num_classes": 3, "aux_logits": False}).state_dict(), tmp_path / "g.pth"
     )
-    found = load_ready(tmp_path / "g.pth", spec=spec)
+    found = load_ready(tmp_path / "g.pth", ModelRecipe(model=spec))
     assert any("--model-arg transform_input=true" in note for note in found.checkpoint.notes)
-    given = load_ready(tmp_path / "g.pth", spec=spec, arguments={"transform_input": True})
+    given = load_ready(
+        tmp_path / "g.pth", ModelRecipe(model=spec, arguments=(("transform_input", True),))
+    )
     assert not any("transform_input" in note for note in given.checkpoint.notes)
     assert given.model.transform_input
 

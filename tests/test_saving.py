@@ -21,7 +21,7 @@ from bnfix.conversion import convert
 from bnfix.errors import CheckpointError, ModelError
 from bnfix.layers.norms import generalized_norms
 from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import SwapRecipe
+from bnfix.recipe import ModelRecipe, SwapRecipe
 from bnfix.version import __version__
 from tests.conftest import Files, images_of, inputs_of
 from tests.nets import lived_in, plain, shared_norm
@@ -148,7 +148,7 @@ def test_what_a_half_file_does_is_what_was_measured(files, tmp_path, cli, x):
         tmp_path / "half.safetensors", model=files.spec, swap=SwapRecipe(to="batch-group")
     )
     result.save(tmp_path / "out.safetensors")
-    loaded = load_ready(tmp_path / "out.safetensors", spec=files.spec).model
+    loaded = load_ready(tmp_path / "out.safetensors", ModelRecipe(model=files.spec)).model
     with torch.no_grad():
         assert torch.equal(loaded(x), result.model(x))
 
@@ -233,7 +233,7 @@ def test_saving_refuses_to_replace_unless_told(tmp_path):
 
 
 def test_loading_gives_the_logits_of_the_model_in_memory_bit_for_bit(calibrated, files, x):
-    loaded = load_ready(calibrated, spec=files.spec).model
+    loaded = load_ready(calibrated, ModelRecipe(model=files.spec)).model
     again = bnfix.load(calibrated, model=files.model())
     assert type(dict(generalized_norms(again))["bn1"]) is bnfix.GeneralizedBatchNorm
     with torch.no_grad():

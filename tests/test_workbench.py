@@ -52,7 +52,7 @@ def bench_of(files: Files, fractions=(0.6, 0.2, 0.2), **changed: object) -> Work
 
 @pytest.fixture
 def loaded(files: Files) -> Loaded:
-    return load_ready(files.net, spec=files.spec)
+    return load_ready(files.net, ModelRecipe(model=files.spec))
 
 
 def test_without_a_word_imagenets_numbers_are_assumed_and_said(loaded):
@@ -181,7 +181,7 @@ def test_half_precision_is_worked_on_in_float32(files, tmp_path):
 
 def test_an_input_that_cannot_be_run_is_named(files, tmp_path):
     np.savez(tmp_path / "big.npz", images=np.zeros((3, 320, 310, 3), np.uint8))
-    model = load_ready(files.net, spec=files.spec).model
+    model = load_ready(files.net, ModelRecipe(model=files.spec)).model
     with pytest.raises(
         ModelError, match=r"1x3x320x310 \(ValueError: images of more than 300 pixels"
     ):
@@ -191,7 +191,7 @@ def test_an_input_that_cannot_be_run_is_named(files, tmp_path):
 def test_labels_that_the_model_has_no_output_for(files, tmp_path):
     images, labels = images_of(12, 0)
     np.savez(tmp_path / "many.npz", images=images, labels=labels + 1)
-    model = load_ready(files.net, spec=files.spec).model
+    model = load_ready(files.net, ModelRecipe(model=files.spec)).model
     with pytest.raises(DataError, match=r"many\.npz.*3"):
         open_checked(str(tmp_path / "many.npz"), model, SOURCE, Preprocessing())
 
@@ -200,7 +200,7 @@ def test_more_bad_images_than_usual_may_be_allowed_from_the_start(files, tmp_pat
     for i in range(8):
         (tmp_path / f"a{i}.png").write_text("no image")
     (tmp_path / "b.png").write_bytes((files.flat / "000.png").read_bytes())
-    model = load_ready(files.net, spec=files.spec).model
+    model = load_ready(files.net, ModelRecipe(model=files.spec)).model
     with pytest.raises(DataError, match="--max-bad"):
         open_checked(str(tmp_path), model, SOURCE, Preprocessing())
     images, size = open_checked(str(tmp_path), model, DataRecipe(max_bad=8), Preprocessing())
@@ -249,7 +249,7 @@ def test_blue_first(files, cli, tmp_path):
     assert cli("calibrate", files.net, *words, *keep, *mean, *std, "-o", other).code == 0
     for name, tensor in load_file(out).items():
         torch.testing.assert_close(tensor, load_file(other)[name], msg=name)
-    stored = load_ready(out, spec=files.spec).origin.preprocessing
+    stored = load_ready(out, ModelRecipe(model=files.spec)).origin.preprocessing
     assert stored is not None
     assert (stored.bgr, stored.mean) == (True, (0.406, 0.456, 0.485))
     with pytest.raises(ConfigError, match="--bgr: not for a grey input"):

@@ -1,1 +1,1 @@
-"""A model from a spec, and what is known about published ones."""
+"""A model from a spec, and the preprocessing of published ones."""

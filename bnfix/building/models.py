@@ -1,7 +1,7 @@
 """A model from a spec.
 
 The number of classes is read off the checkpoint: the model is built twice without memory, with two
-numbers of classes, and the shapes that move with that number are solved for what the file has.
+numbers of classes, and the shapes that move with that number are solved for the file's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bnfix.building.pretrained import build_pretrained
 from bnfix.errors import ModelError, did_you_mean, model_error, one_line, some
 from bnfix.layers.sites import remember_frozen_
 
-#: What builders call the number of classes.
+#: Names that builders give to the number of classes.
 CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
 #: Two numbers of classes to probe with: small, and unlike the usual counts.
 _PROBES: Final = (11, 13)
@@ -113,7 +113,7 @@ def build_skeleton(
     known = {id(tensor) for tensor in state.values()}
     if len(known) < len(state):
         return None  # tensors under two names would no longer be one
-    # What is no part of the state dict would stay empty: buffers that are not saved, plain fields.
+    # Tensors outside the state dict would stay empty: buffers that are not saved, plain fields.
     for module in nn.Module.modules(model):
         own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         held = (i for v in own for i in (v if isinstance(v, list | tuple) else [v]))

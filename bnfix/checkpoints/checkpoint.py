@@ -1,4 +1,4 @@
-"""File to state dict and back: how it was found, what fits, atomic writing."""
+"""File to state dict and back: nesting and prefixes found, misfits named, atomic writing."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from bnfix.errors import BnfixError, CheckpointError, file_error, file_errors, p
 from bnfix.layers.norms import set_example_weight_
 from bnfix.layers.sites import find_norms
 from bnfix.layers.surgery import plan_swap, swap_planned_, unfreeze_
-from bnfix.recipe import SwapRecipe
+from bnfix.recipe import ModelRecipe, SwapRecipe
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 
 def load_ready(
     path: str | Path,
+    recipe: ModelRecipe = ModelRecipe(),
     *,
-    spec: str | None = None,
-    arguments: Mapping[str, Any] | None = None,
     model: nn.Module | None = None,
-    key: str | None = None,
-    prefix: str | None = None,
-    prefer_ema: bool = False,
-    unfreeze: bool = False,
     mapped: bool = False,
     lenders: Sequence[str] = (),
     borrows: bool = True,
@@ -73,22 +68,23 @@ def load_ready(
     ``mapped`` models take the file's own memory where they can; ``lenders`` are further files whose
     statistics parameters without any may take, if it ``borrows``.
     """
-    checkpoint = read_checkpoint(path, key=key, prefix=prefix, prefer_ema=prefer_ema)
+    key, prefer_ema = recipe.key, recipe.prefer_ema
+    checkpoint = read_checkpoint(path, key=key, prefix=recipe.prefix, prefer_ema=prefer_ema)
     origin = stated_origin(checkpoint)
     notes: list[str] = []
-    if spec is not None:
-        origin = replace(origin, spec=spec, arguments=dict(arguments or {}))
+    if recipe.model is not None:
+        origin = replace(origin, spec=recipe.model, arguments=dict(recipe.arguments))
     elif model is None:
         require_buildable(checkpoint, origin)
     if model is None:
         model = _built(origin, checkpoint, notes, mapped=mapped)
-    thawed = unfreeze_(model) if unfreeze else []
-    if unfreeze:
+    thawed = unfreeze_(model) if recipe.unfreeze else []
+    if recipe.unfreeze:
         found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
         notes.append(f"--unfreeze: {found}")
     shapes = _stock_shapes(model)
     misfits = misfits_of(shapes, checkpoint.tensors)
-    if misfits and prefix is None:
+    if misfits and recipe.prefix is None:
         # Known names may make another prefix the better one.
         checkpoint = read_checkpoint(path, key=key, expected=set(shapes), prefer_ema=prefer_ema)
         misfits = misfits_of(shapes, checkpoint.tensors)

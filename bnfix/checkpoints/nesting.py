@@ -1,4 +1,4 @@
-"""The state dict inside what a file holds: nesting, and the prefixes of wrappers."""
+"""The state dict in the content of a file: its nesting, and the prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NESTS: Final = tuple(
 #: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
 _AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
 STATISTICS: Final = ("running_mean", "running_var")
-#: What a running mean of the weights may come without.
+#: Parts that a running mean of the weights may lack.
 BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
-#: What wrappers put before every name: DataParallel, torch.compile, Lightning and the like.
+#: Prefixes of every name in wrappers: DataParallel, torch.compile, Lightning and the like.
 PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
 #: Parts of names that wrappers put anywhere: no module is called so by its author.
 _WRAPPERS: Final = frozenset(
@@ -206,7 +206,7 @@ def strip_given(
 def strip_found(
     tensors: dict[str, torch.Tensor], expected: Collection[str] | None, notes: list[str]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Names without what wrappers put into them: what all share, or what fits a model best."""
+    """Names without the parts of wrappers and the prefix that all share, or that fits a model."""
     counter = tensors.get("n_averaged")
     if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):
         tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}

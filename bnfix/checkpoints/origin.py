@@ -1,4 +1,4 @@
-"""Where a model came from: what travels with it, and what a file says of it."""
+"""The origin of a model: its record, which travels with it, and the one in a file's header."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from bnfix.building.models import from_file_allowed
 from bnfix.checkpoints.checkpoint import Checkpoint
-from bnfix.errors import ModelError, file_error, file_errors, plain, some
+from bnfix.errors import file_error, file_errors, model_error, plain, some
 from bnfix.preprocessing import Preprocessing
 
 
@@ -69,14 +69,14 @@ def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
     """Refuse a file that names no model, or one that only somebody's code could build."""
     name = checkpoint.path.name
     if origin.spec is None:
-        raise ModelError(
-            f"{name}: does not say what model it is. Give --model, for example "
-            "torchvision:resnet50, package.module:callable or path/to/file.py:callable.",
-            path=checkpoint.path,
+        raise model_error(
+            name,
+            "does not say what model it is. Give --model, for example torchvision:resnet50, "
+            "package.module:callable or path/to/file.py:callable.",
         )
     if not from_file_allowed(origin.spec):
-        raise ModelError(
-            f"{name}: names the model {plain(origin.spec)!r}, and code that a file names is "
-            f"not run. If you trust it, give --model {shlex.quote(plain(origin.spec))}",
-            path=checkpoint.path,
+        raise model_error(
+            name,
+            f"names the model {plain(origin.spec)!r}, and code that a file names is not run. If "
+            f"you trust it, give --model {shlex.quote(plain(origin.spec))}",
         )

@@ -11,7 +11,6 @@ import mmap
 import pickle
 import pickletools
 import struct
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 
 from bnfix.errors import file_error, plain, some
 
-#: torch stores its archives uncompressed: what inflates further than this is a bomb.
+#: torch stores its archives uncompressed: inflating further than this is a bomb.
 _INFLATION_LIMIT: Final = 100
 _INFLATED_FLOOR: Final = 16 * 2**20
 
@@ -44,19 +43,6 @@ _TORCH_NAMES: Final = tuple(
     "collections.Counter _codecs.encode builtins.bytearray builtins.complex builtins.set "
     "__builtin__.bytearray __builtin__.complex __builtin__.set".split()
 )
-#: Bytes of an element by its type of storage; the others have 1.
-_ITEM_SIZES: Final = {
-    "ComplexDoubleStorage": 16,
-    "ComplexFloatStorage": 8,
-    "DoubleStorage": 8,
-    "LongStorage": 8,
-    "FloatStorage": 4,
-    "IntStorage": 4,
-    "QInt32Storage": 4,
-    "BFloat16Storage": 2,
-    "HalfStorage": 2,
-    "ShortStorage": 2,
-}
 
 
 class Inert:
@@ -96,8 +82,8 @@ class _Survey(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name.endswith("Storage") and module_name.split(".")[0] == "torch":
-            kind = Inert()
-            kind.itemsize = _ITEM_SIZES.get(global_name, 1)
+            storage, kind = getattr(torch, global_name, None), Inert()
+            kind.itemsize = getattr(storage, "dtype", torch.uint8).itemsize
             return kind
         self.names.add(f"{module_name}.{global_name}")
         return Inert
@@ -126,12 +112,7 @@ class _Survey(pickle.Unpickler):
 # Call torch's restricted loader; word its refusal by the names that a survey has found.
 def _load(path: Path, survey: _Survey, *, mapped: bool) -> Any:
     try:
-        with (
-            warnings.catch_warnings(),
-            torch.serialization.safe_globals([(Inert, name) for name in INERT_NAMES]),
-        ):
-            # torch's remarks (protocols, typed storages, alignment) are not the user's business.
-            warnings.simplefilter("ignore")
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT_NAMES]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         blocked = survey.blocked()
@@ -168,7 +149,7 @@ def read_zip(path: Path) -> Any:
             raise file_error(
                 path,
                 f"damaged, storage {plain(key)} claims {claimed} bytes and holds {held}. Fetch it "
-                "again or save it anew.",
+                "again or save it again.",
             )
     return _load(path, survey, mapped=not compressed)
 
@@ -190,7 +171,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
         raise file_error(
             path,
             f"not loaded, its zip directory claims {claim}. "
-            "Fetch it again, or save it anew with torch.save.",
+            "Fetch it again, or save it again with torch.save.",
         )
     return bool(squeezed)
 
@@ -229,7 +210,7 @@ def read_legacy(path: Path) -> Any:
         raise file_error(
             path,
             f"damaged, it claims {claimed} bytes of tensors in {size}. "
-            "Fetch it again or save it anew.",
+            "Fetch it again or save it again.",
         )
     return _load(path, survey, mapped=False)
 

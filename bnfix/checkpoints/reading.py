@@ -69,9 +69,8 @@ def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 return tensors, (file.metadata() or {}).get("bnfix"), []
         if kind:
-            with warnings.catch_warnings():
-                # A damaged pickle's odd escapes are the file's business, not this program's.
-                warnings.simplefilter("ignore")
+            # Odd escapes in a pickle and torch's remarks on typed storages tell a user nothing.
+            with warnings.catch_warnings(action="ignore"):
                 return (read_zip if kind == "zip" else read_legacy)(path), None, []
         if path.suffix == ".tar" and tarfile.is_tarfile(path):
             raise file_error(
@@ -86,7 +85,7 @@ def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
         raise file_error(
             path,
             f"cannot be read, it is damaged or not a checkpoint ({reason}). "
-            "Fetch it again or save it anew.",
+            "Fetch it again or save it again.",
         ) from error
     expected = "torch" if path.suffix in TORCH_SUFFIXES else "torch or safetensors"
     raise file_error(
