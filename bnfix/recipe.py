@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,18 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
     return kind, int(severity)
 
 
-def one_of(value: Any, choices: tuple[str, ...], name: str) -> None:
+def one_of(value: Any, choices: Collection[str], name: str) -> None:
     """Refuse a setting that is none of the choices."""
     listed = ", ".join(choices)
     require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
+
+
+def in_range(recipe: Any, low: float, high: float, *names: str) -> None:
+    """Refuse settings that are numbers outside of [low, high)."""
+    for name in names:
+        value, flag = getattr(recipe, name), "--" + name.replace("_", "-")
+        span = f"at least {low}" if high > 1 else f"{low} to 1, 1 excluded"
+        require(value is None or low <= value < high, f"{flag}: {value}, expected {span}.", name)
 
 
 @dataclass(frozen=True)
@@ -83,15 +92,12 @@ class SwapRecipe:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        one_of(self.to, tuple(KINDS), "--to")
+        one_of(self.to, KINDS, "--to")
         a = self.example_weight
         require(
             a is None or 0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight"
         )
-        for name in ("ghost_size", "channel_groups"):
-            n = getattr(self, name)
-            flag = "--" + name.replace("_", "-")
-            require(n is None or n >= 1, f"{flag}: {n}, expected at least 1.", name)
+        in_range(self, 1, math.inf, "ghost_size", "channel_groups")
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class AverageRecipe:
 
 @dataclass(frozen=True)
 class StatisticsRecipe:
-    """How population statistics are computed anew, or that they are not."""
+    """Whether and how running statistics are recalibrated."""
 
     statistics: str = option("auto", "auto, keep, population or train-batch.")
     train_batch_size: int | None = option(
@@ -149,14 +155,9 @@ class StatisticsRecipe:
         """Check ranges and combinations."""
         one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
         one_of(self.feed, ("batch", "sequential"), "--feed")
-        b = self.train_batch_size
+        in_range(self, 1, math.inf, "train_batch_size", "batch_size")
         require(
-            b is None or b >= 1,
-            f"--train-batch-size: {b}, expected at least 1.",
-            "train_batch_size",
-        )
-        require(
-            self.statistics != "train-batch" or b is not None,
+            self.statistics != "train-batch" or self.train_batch_size is not None,
             "--statistics train-batch: the batch size is missing. Give --train-batch-size B.",
             "train_batch_size",
         )
@@ -165,7 +166,6 @@ class StatisticsRecipe:
         require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
         t = self.tolerance
         require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
-        require(self.batch_size >= 1, f"--batch-size: {self.batch_size}, expected 1 or more.", "b")
 
 
 @dataclass(frozen=True)
@@ -200,20 +200,13 @@ class WeightRecipe:
         else:
             require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
         one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
-        require(0 <= self.thin < 1, f"--thin: {self.thin}, expected 0 to 1.", "thin")
+        in_range(self, 0, 1, "thin")
 
 
 @dataclass(frozen=True)
-class FinetuneRecipe:
-    """A short training run on top of a trained checkpoint."""
+class OptimizerRecipe:
+    """How the steps of a training run are taken."""
 
-    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
-    statistics: str = option(
-        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
-    )
-    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
-    epochs: int = option(2, "Passes over the fit examples.")
-    steps: int | None = option(None, "Number of steps, instead of epochs.")
     optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
     lr: float | None = option(
         None,
@@ -221,16 +214,11 @@ class FinetuneRecipe:
     )
     weight_lr: float = option(0.02, "Peak rate for learned example weights.")
     warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
-    batch_size: int | None = option(
-        None, "Batch size of training (default 64, less for large inputs)."
-    )
-    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
     weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
     norm_decay: float = option(0.0, "Decay of gamma and beta, decoupled from the gradient.")
     norm_decay_target: str = option(
         "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
     )
-    label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
     clip: float | None = option(
         None, "Largest norm of the gradient over all that is trained; a larger one is shortened."
     )
@@ -242,6 +230,34 @@ class FinetuneRecipe:
         "Evaluate and keep an exponential moving average of what is trained: its decay, such as "
         "0.99 (less at the start, where a step t counts as min(decay, (1+t)/(10+t))).",
     )
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
+        one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
+        in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay", "norm_decay")
+        in_range(self, 0, 1, "warmup", "ema")
+        clip = self.clip
+        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
+        in_range(self, 1, math.inf, "accumulate")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(OptimizerRecipe):
+    """A short training run on top of a trained checkpoint."""
+
+    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
+    statistics: str = option(
+        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
+    )
+    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
+    epochs: int = option(2, "Passes over the fit examples.")
+    steps: int | None = option(None, "Number of steps, instead of epochs.")
+    batch_size: int | None = option(
+        None, "Batch size of training (default 64, less for large inputs)."
+    )
+    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
+    label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
     augment: str = option(
         "none",
         "Training images: none; light (mirror, shift by up to 1/8); standard (mirror, random crop "
@@ -249,27 +265,15 @@ class FinetuneRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges and combinations."""
+        """Check choices and ranges."""
+        super().__post_init__()
         one_of(self.train, TRAINED, "--train")
         one_of(self.statistics, ("frozen", "train"), "--statistics")
         one_of(self.example_weight, ("keep", "learn"), "--example-weight")
-        one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
-        one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
         one_of(self.augment, ("none", "light", "standard"), "--augment")
-        lows = {"epochs": 0, "steps": 0, "batch_size": 1, "ghost_size": 1, "accumulate": 1}
-        for name, low in lows.items():
-            n = getattr(self, name)
-            flag = "--" + name.replace("_", "-")
-            require(n is None or n >= low, f"{flag}: {n}, expected at least {low}.", name)
-        for name in ("lr", "weight_lr", "weight_decay", "norm_decay"):
-            v = getattr(self, name)
-            flag = "--" + name.replace("_", "-")
-            require(v is None or 0 <= v < 1e3, f"{flag}: {v}, expected 0 or more.", name)
-        require(0 <= self.warmup < 1, f"--warmup: {self.warmup}, expected 0 to 1.", "warmup")
-        require(0 <= self.label_smoothing < 1, "--label-smoothing: expected 0 to 1.", "smoothing")
-        clip, ema = self.clip, self.ema
-        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
-        require(ema is None or 0 <= ema < 1, f"--ema: {ema}, expected 0 to 1 (1 excluded).", "ema")
+        in_range(self, 0, math.inf, "epochs", "steps")
+        in_range(self, 1, math.inf, "batch_size", "ghost_size")
+        in_range(self, 0, 1, "label_smoothing")
 
     @property
     def peak_lr(self) -> float:
@@ -290,8 +294,7 @@ class GateRecipe:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        ok = self.z >= 0 and math.isfinite(self.z)
-        require(ok, f"--z: {self.z}, expected 0 or more standard errors.", "z")
+        in_range(self, 0, math.inf, "z")
         check_seed(self.seed)
         ok = min(self.fit, self.select, 1 - self.fit - self.select) >= 0
         require(ok, f"fit {self.fit}, select {self.select}: expected parts of 1.", "fit")
@@ -311,9 +314,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         """Check ranges."""
         one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
-        b = self.batch_size
-        require(b is None or b >= 1, f"--batch-size: {b}, expected 1 or more.", "batch_size")
-        require(self.workers >= -1, f"--workers: {self.workers}, expected 0 or more.", "workers")
+        in_range(self, 1, math.inf, "batch_size")
+        require(self.workers >= -1, f"--workers: {self.workers}, expected at least 0.", "workers")
 
 
 @dataclass(frozen=True)
@@ -372,15 +374,12 @@ class EvaluationRecipe:
 
 
 @dataclass(frozen=True)
-class DataRecipe:
-    """Which examples are used, and how they become inputs.
+class InputRecipe:
+    """How examples become inputs, where the checkpoint or the model has it otherwise.
 
     Resize and crop belong together: one given replaces both. The rest replaces one by one.
     """
 
-    test: str | None = option(None, "Examples for the claim, used for nothing else.")
-    class_map: str | None = option(None, "JSON file: folder name to class index.")
-    labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
     preset: str | None = option(
         None, "Preprocessing of torchvision:WEIGHTS_NAME or timm:NAME, to start from."
     )
@@ -391,6 +390,15 @@ class DataRecipe:
     std: tuple[float, ...] | None = None
     scale: float | None = None
     bgr: bool = False
+
+
+@dataclass(frozen=True)
+class DataRecipe(InputRecipe):
+    """Which examples are used, and how they become inputs."""
+
+    test: str | None = option(None, "Examples for the claim, used for nothing else.")
+    class_map: str | None = option(None, "JSON file: folder name to class index.")
+    labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
     max_bad: float | None = option(
         None, "Bad images that a pass may meet (default: 1%, and at least 5)."
     )
