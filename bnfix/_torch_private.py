@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
     "BatchNormBase", "ConvBase", "ConvTransposeBase", "InstanceNormBase", "LazyNormBase",
@@ -59,28 +60,26 @@ else:
     TorchDispatchMode = _find("torch.utils._python_dispatch", "TorchDispatchMode") or _NoMode
 
 
-def _map(fn: Callable[[Any], Any], nest: Any) -> Any:
+def tree_map(fn: Callable[[Any], Any], nest: Any) -> Any:
+    """A nest of mappings, lists and tuples with fn of every leaf; torch's is private."""
+    # A packed sequence is a named tuple too, but its lengths must stay on the CPU.
+    if isinstance(nest, PackedSequence):
+        return fn(nest)
     if isinstance(nest, Mapping):
-        return {key: _map(fn, value) for key, value in nest.items()}
+        return {key: tree_map(fn, value) for key, value in nest.items()}
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(_map(fn, value) for value in nest))
+        return type(nest)(*(tree_map(fn, value) for value in nest))
     if isinstance(nest, list | tuple):
-        return type(nest)(_map(fn, value) for value in nest)
+        return type(nest)(tree_map(fn, value) for value in nest)
     return fn(nest)
 
 
-def _leaves(nest: Any) -> list[Any]:
-    found: list[Any] = []
-    _map(found.append, nest)
-    return found
+def tree_leaves(nest: Any) -> list[Any]:
+    """The leaves of a nest, in order."""
+    leaves: list[Any] = []
+    tree_map(leaves.append, nest)
+    return leaves
 
-
-#: ``tree_map(fn, nest)``: the nest with fn of every leaf.
-tree_map: Callable[[Callable[[Any], Any], Any], Any] = (
-    _find("torch.utils._pytree", "tree_map") or _map
-)
-#: ``tree_leaves(nest)``: its leaves, in order.
-tree_leaves: Callable[[Any], list[Any]] = _find("torch.utils._pytree", "tree_leaves") or _leaves
 
 _transformed = _find("torch._C", "_are_functorch_transforms_active")
 _function_modes = _find("torch._C", "_len_torch_function_stack")

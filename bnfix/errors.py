@@ -1,13 +1,4 @@
-"""Every error that bnfix states on purpose.
-
-    BnfixError
-    ├── ConfigError      an option or argument that cannot be right (also a ValueError)
-    ├── CheckpointError  a file that cannot be read, does not fit, or may not be written
-    ├── ModelError       a model that cannot be built or called
-    ├── NormError        a normalization layer that cannot be found, swapped or set
-    ├── DataError        images or labels that cannot be used
-    ├── NumericError     a computation that met NaN, infinity or too little data
-    └── ProcessError     another process of the same run that has ended or cannot be reached
+"""Every error that bnfix states on purpose, all of them a `BnfixError`.
 
 A message reads: where: what was found, what was expected. What to do.
 """
@@ -137,8 +128,8 @@ def one_line(error: BaseException) -> str:
     return words if place is None else f"{words}, at {place}"
 
 
-# The innermost line that is the user's, for example `nets/forward.py:12`.
 def _own_line(error: BaseException) -> str | None:
+    """The innermost line that is the user's, for example `nets/forward.py:12`."""
     if isinstance(error, SyntaxError) and error.filename:
         return None  # its text says the file and the line
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):

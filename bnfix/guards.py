@@ -19,11 +19,7 @@ _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module's training flag back on leaving, each as it was.
-
-    Restores:
-        ``training`` of each module, also after an exception.
-    """
+    """Put every module's training flag back on leaving, each as it was."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -49,11 +45,7 @@ def tensors_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[list[str]]:
-    """Evaluation mode without gradients; all state of model and torch is put back on leaving.
-
-    Restores:
-        ``training`` of each module, buffers, attributes, torch's random state.
-    """
+    """Evaluation without gradients; modes, state and torch's random state are put back after."""
     with modes_kept(model), random_kept(model), state_kept(model) as changed, torch.no_grad():
         model.eval()
         yield changed
@@ -86,12 +78,7 @@ def state_kept(model: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[list
 
 @contextmanager
 def only_these_require_grad(model: nn.Module, wanted: list[Tensor]) -> Iterator[None]:
-    """Gradients for some of a model's tensors only.
-
-    Restores:
-        ``requires_grad`` and gradient of every parameter, and of those wanted that are none; what
-        is gathered inside is dropped.
-    """
+    """Gradients for some tensors only; all gradients and ``requires_grad`` are put back after."""
     tensors = list({id(t): t for t in (*model.parameters(), *wanted)}.values())
     before = [(t, t.requires_grad, t.grad) for t in tensors]
     try:
@@ -130,22 +117,14 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeded torch randomness inside, the state from before outside.
-
-    Restores:
-        The state of torch's CPU and CUDA generators.
-    """
+    """Seeded torch randomness inside, the state from before outside, on the CPU and CUDA."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
 
 class Snapshot:
-    """A model's parameters, buffers and plain settings, to go back to.
-
-    Args:
-        model: copied now, tied tensors once.
-    """
+    """A copy of a model's parameters (tied ones once), buffers and plain settings to go back to."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
@@ -157,11 +136,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put every value back into the very tensors that held it, and those into their places.
-
-        Changes:
-            Parameters, buffers and plain settings (numbers, flags) of the model; not its modes.
-        """
+        """Put all but modes back: values into the very tensors, and those into their places."""
         for tensor, value in self._values:
             tensor.copy_(value)
         for table, own in self._tables:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bnfix._torch_private import default_store
-from bnfix.errors import BnfixError, ConfigError, ProcessError
+from bnfix.errors import BnfixError, ConfigError, ProcessError, plain
 
 T = TypeVar("T")
 
@@ -30,19 +30,12 @@ _PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those that work together.
-
-    Args:
-        rank: from 0.
-        size: how many there are.
-        on_machine: this process among those of its machine.
-        per_machine: how many share this machine, and its memory.
-    """
+    """This process among those that work together."""
 
     rank: int = 0
     size: int = 1
-    on_machine: int = 0
-    per_machine: int = 1
+    on_machine: int = 0  # its rank among those of its machine
+    per_machine: int = 1  # how many share this machine and its memory
 
     @property
     def is_first(self) -> bool:
@@ -68,7 +61,7 @@ def here() -> Place:
 
 
 def launched() -> Place:
-    """What the launcher (torchrun) says about this process, before it has joined the others."""
+    """This process as the launcher (torchrun) describes it, before it has joined the others."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     try:
         place = Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
@@ -92,9 +85,6 @@ def joined() -> Iterator[Place]:
 
     Inside, `recalibrate_`, `evaluate`, `choose_example_weight_` and `finetune_` take the batches of
     all ranks together: each rank gives its own, and all get the same answer.
-
-    Restores:
-        The process group, if it was made here.
     """
     global _here, _n_joined, _store
     place = launched()
@@ -122,8 +112,8 @@ def joined() -> Iterator[Place]:
             _n_joined += 1
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
-                f"processes: rank {place.rank} cannot reach the others ({_reason(error)}). Start "
-                "with torchrun."
+                f"processes: rank {place.rank} cannot reach the others ({plain(error, 120)}). "
+                "Start with torchrun."
             ) from error
     _here = place
     try:
@@ -162,7 +152,7 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def in_step(batches: Iterable[T]) -> Iterator[T | None]:
-    """Go through this rank's batches side by side with the others'."""
+    """This rank's batches; it ends, on all ranks at once, when every rank's have ended."""
     if not _here.shared:
         yield from batches
         return
@@ -178,11 +168,7 @@ def in_step(batches: Iterable[T]) -> Iterator[T | None]:
 
 @torch.no_grad()
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """Sum tensors over the ranks.
-
-    Changes:
-        The tensors.
-    """
+    """Sum tensors over the ranks, in place."""
     if not _here.shared or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -194,11 +180,7 @@ def sum_(tensors: Sequence[Tensor]) -> None:
 def backward_(
     losses: Sequence[Callable[[], Tensor]], counts: Sequence[int], tensors: Iterable[Tensor]
 ) -> float:
-    """Gradients of the mean loss over the examples of all ranks.
-
-    Changes:
-        ``grad`` of the tensors.
-    """
+    """Set ``grad`` of the tensors to that of the mean loss over the examples of all ranks."""
     wanted = list(tensors)
     for tensor in wanted:
         tensor.grad = None
@@ -226,7 +208,7 @@ def backward_(
 
 
 def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
-    """What was dealt one by one, put together again."""
+    """Put together again, in order, a sequence that was dealt one by one."""
     longest = max(map(len, parts), default=0)
     return [part[k] for k in range(longest) for part in parts if k < len(part)]
 
@@ -250,11 +232,6 @@ def _with_others(exchange: Callable[[], Any]) -> None:
         exchange()
     except RuntimeError as error:
         raise ProcessError(
-            f"processes: rank {_here.rank} lost the others ({_reason(error)}). One of them has "
+            f"processes: rank {_here.rank} lost the others ({plain(error, 120)}). One of them has "
             "ended; nothing was written."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:120]

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from bnfix import processes
+from bnfix._torch_private import tree_map
 from bnfix.errors import BnfixError, ConfigError, DataError, ModelError, one_line, some
 
 #: How a model is run on one batch of the user's own form.
 Forward = Callable[[nn.Module, Any], Any]
-#: Batches, or what gives the batches of the k-th pass (so that each pass can be shuffled anew).
+#: Batches, or a function that gives those of the k-th pass, so that each can be shuffled.
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
 #: The attribute of a model that says how it is called.
@@ -57,16 +58,12 @@ def resolve_device(text: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for reuse instead of giving it back to the system.
+    """Let glibc keep freed memory for reuse; for a program's start, a library should not decide it.
 
     Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
     unmaps each large one, and first touches of fresh pages can cost more than the arithmetic.
-    Threads share one arena, since those of their own hold up to 64 MiB and map what is larger
-    whatever the threshold. For a program's start; a library should not decide this. Where there
-    is no glibc, nothing happens.
-
-    Changes:
-        glibc's thresholds for mapping and trimming, and its number of arenas, for this process.
+    Threads share one arena, since those of their own hold up to 64 MiB and map larger pieces
+    whatever the threshold.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -76,11 +73,7 @@ def keep_freed_memory() -> None:
 
 
 def exact_float32() -> None:
-    """Turn TF32 off: metrics on CPU and CUDA are to agree to rounding.
-
-    Changes:
-        torch's settings for matrix products and convolutions on CUDA.
-    """
+    """Turn TF32 off, so that metrics on CPU and CUDA agree to rounding."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 
@@ -184,21 +177,18 @@ def _like_labels(value: Any) -> bool:
     return kind.startswith(("int", "uint", "bool")) and getattr(value, "ndim", 0) == 1
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Move tensors inside tuples, lists and mappings; leave the rest."""
-    # A packed sequence is a named tuple too, but its lengths must stay on the CPU.
-    if isinstance(value, Tensor | PackedSequence):
-        movable: Any = value
+def move(nest: Any, device: torch.device) -> Any:
+    """Move the tensors in a nest; leave the rest."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor | PackedSequence):
+            return leaf
+        movable: Any = leaf
         if device.type == "cuda" and not movable.is_cuda:
             movable = movable.pin_memory()  # or the copy would make the host wait
         return movable.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: move(item, device) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(move(item, device) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(move(item, device) for item in value)
-    return value
+
+    return tree_map(moved, nest)
 
 
 def set_forward_(model: nn.Module, forward: Forward) -> None:
@@ -256,7 +246,7 @@ def described(value: Any) -> str:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in a model's output, in order; whatever else is in it is passed over."""
+    """All tensors in a model's output, in order."""
     return list(outputs_by_name(output).values())
 
 
@@ -369,7 +359,7 @@ def pass_of(batches: Batches, k: int) -> Iterable[Any]:
 
 
 def again(batches: Batches) -> Batches:
-    """Batches that can be gone through more than once."""
+    """Batches that can be read more than once."""
     # Not `iter(batches) is batches`: asking a loader for an iterator starts its workers.
     return list(batches) if isinstance(batches, Iterator) else batches
 

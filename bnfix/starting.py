@@ -22,10 +22,7 @@ _SPINS = "2000"
 def begin() -> None:
     """State an interrupt in one line and end with 130; let waiting threads soon sleep.
 
-    Changes:
-        ``sys.excepthook``, the handler of SIGINT until the command line runs, and
-        ``OMP_WAIT_POLICY`` with ``GOMP_SPINCOUNT`` if neither is set, where the process was started
-        as ``bnfix`` or ``python -m bnfix``.
+    Only where the process was started as ``bnfix`` or ``python -m bnfix``.
     """
     words = sys.orig_argv
     as_module = ("-m", "bnfix") in itertools.pairwise(words)

@@ -90,7 +90,9 @@ FLOORS: list[dict[str, set[str]]] = [
         "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
     },
     {
-        "building.models": {"building.importing", "building.pretrained", "layers.sites"},
+        "building.models": {
+            "building.importing", "building.pretrained", "guards", "layers.sites",
+        },
         "building.presets": {"building.importing", "building.pretrained"},
         "checkpoints.checkpoint": {
             "checkpoints.nesting", "checkpoints.packing", "checkpoints.reading",

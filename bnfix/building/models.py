@@ -25,6 +25,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.building.importing import import_callable, import_library, importable, seeded
 from bnfix.building.pretrained import build_pretrained
 from bnfix.errors import ModelError, did_you_mean, model_error, one_line, some
+from bnfix.guards import exchange_
 from bnfix.layers.sites import remember_frozen_
 
 #: Names that builders give to the number of classes.
@@ -347,9 +348,8 @@ def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
     if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
         return
     for name in stored:
-        parent, _, last = name.rpartition(".")
-        frozen = FrozenBatchNorm2d(norms[name].num_features, norms[name].eps)
-        setattr(model.get_submodule(parent), last, frozen)
+        norm = norms[name]
+        exchange_(norm, FrozenBatchNorm2d(norm.num_features, norm.eps))
 
 
 def _timm(spec: str, name: str) -> _Builder:
