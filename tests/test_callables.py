@@ -171,7 +171,7 @@ def test_a_module_of_the_current_folder(
     ("name", "said"),
     [
         ("none", "gave no images"),
-        ("some", "item 1 has no label, others have"),
+        ("some", r"1 of 2 images have no label \(item 1\)\. Add them"),
         ("triple", r"item 0 is a tuple of 3, expected \(input, label\)\. Give several inputs as o"),
         ("target", r"item 0: its label is a Tensor, expected a whole number.*\(\(a, b\), label\)"),
         ("words", "item 0 is a str, expected floating-point or whole numbers .*recalibrate_"),

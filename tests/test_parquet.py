@@ -143,7 +143,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
     cases = {
         "no image column among id": arrow.table({"id": [1, 2]}),
         "there are no rows": table().slice(0, 0),
-        r"1 of 24 rows have no label: a\.parquet\[3\]": table().set_column(
+        r"1 of 24 images have no label \(a\.parquet\[3\]\)": table().set_column(
             1, "label", arrow.array([None if k == 3 else 0 for k in range(24)], arrow.int64())
         ),
         r"labels from -1 to -1, 24 of 24 outside": table().set_column(1, "label", [[-1] * 24]),

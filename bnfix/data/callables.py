@@ -33,18 +33,9 @@ class ItemImages(Images):
     def __len__(self) -> int:
         return len(self.items)
 
-    def name(self, i: int) -> str:
-        """Its place in the data."""
-        return f"item {i}"
-
     def read(self, i: int) -> np.ndarray:
         """The pixels as they were given, in the channels asked for."""
         return pixels_of(Image.fromarray(self.items[i]), self.channels)
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        """By the pixels."""
-        height, width = self.items[i].shape[:2]
-        return height, width
 
     def _hash(self, i: int) -> bytes:
         return digest_of(self.items[i])
@@ -58,9 +49,7 @@ def is_callable(spec: str) -> bool:
     return where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
 
 
-def open_callable(
-    spec: str, wanted: bool, channels: int
-) -> tuple[Images, list[str] | np.ndarray | None]:
+def open_callable(spec: str, channels: int) -> tuple[Images, list[Any]]:
     """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
     pairs: list[tuple[Any, Any]] = []
     try:
@@ -79,16 +68,8 @@ def open_callable(
         ) from error
     if not pairs:
         raise DataError("gave no images, expected pairs of image and label.")
-    labels = [label for _, label in pairs]
     images = _opened(spec, [inputs for inputs, _ in pairs], channels)
-    bare = [label is None for label in labels]
-    if not wanted or all(bare):
-        return images, None
-    if any(bare):
-        raise DataError(f"item {bare.index(True)} has no label, others have. Give each one.")
-    if all(isinstance(label, int) for label in labels):
-        return images, np.asarray(labels, dtype=np.int64)
-    return images, [str(label) for label in labels]
+    return images, [label for _, label in pairs]
 
 
 def _opened(spec: str, items: list[Any], channels: int) -> Images:

@@ -11,12 +11,27 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.data.images import open_regular
+from bnfix.data.images import Images, open_regular
 from bnfix.errors import DataError, some
 
 MAX_CLASSES = 1_000_000
 MAX_CLASS_MAP_BYTES = 10_000_000
 _IMAGENET_ID = re.compile(r"n[0-9]{8}")
+
+
+def given_classes(images: Images, labels: Sequence[Any]) -> list[str] | np.ndarray | None:
+    """Labels as numbers, or all as names; None where no image has any."""
+    bare = [images.name(i) for i, label in enumerate(labels) if label in (None, "")]
+    if len(bare) == len(labels):
+        return None
+    if bare:
+        raise DataError(
+            f"{len(bare)} of {len(labels)} images have no label ({some(bare)}). Add them, or give "
+            "--labels none."
+        )
+    if all(isinstance(label, int) for label in labels):
+        return np.asarray(labels, dtype=np.int64)
+    return [str(label) for label in labels]
 
 
 def map_classes(

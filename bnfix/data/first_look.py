@@ -28,7 +28,7 @@ _DEAD = 1e-3  # of the median variance: such channels say nothing
 
 
 class _Seen(BaseException):
-    """Ends a pass once the layer has been reached; not to be taken for an error of the model's."""
+    """Ends a pass once the layer is reached; no Exception, which the model might catch."""
 
 
 def first_batch(images: Images, preprocessing: Preprocessing | None, seed: int) -> Batch | None:
@@ -44,7 +44,7 @@ def first_batch(images: Images, preprocessing: Preprocessing | None, seed: int) 
 
 
 def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> str | None:
-    """Hold the first images against the moments that the model's first norm layer has stored.
+    """A sentence where the first images do not fit the running statistics of the first norm layer.
 
     Per channel: z = (batch_mean - mean) / sqrt(var + eps), r = (batch_var + eps) / (var + eps), all
     biased, over N, H and W, in float64. A mismatch is rms(z) > 1 or median(|log r|) > log 4.
@@ -53,8 +53,10 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
     if site is None or runtime.n_examples_of(batch) < _FEWEST:
         return None
     mean, var = (getattr(site.module, name) for name in ("running_mean", "running_var"))
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor) or _is_fresh(mean, var):
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
         return None
+    if not bool(mean.any()) and bool((var == 1).all()):
+        return None  # never updated
     inputs: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -62,12 +64,9 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
             inputs.append(arguments[0].detach())
         raise _Seen
 
-    handle = site.module.register_forward_pre_hook(keep)
-    try:
-        with guards.inference(model), suppress(_Seen):
-            runtime.run(model, batch, runtime.device_of(model))
-    finally:
-        handle.remove()
+    with guards.inference(model), guards.hooks() as hooks, suppress(_Seen):
+        hooks.append(site.module.register_forward_pre_hook(keep))
+        runtime.run(model, batch, runtime.device_of(model))
     if not inputs or inputs[0].ndim < 2 or inputs[0].shape[1] != len(mean):
         return None
     eps = float(getattr(site.module, "eps", 1e-5))
@@ -89,7 +88,7 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
 
 
 def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> str | None:
-    """Hold the size of the inputs against the size that the model is known to be made for."""
+    """A sentence where the inputs are of another size than the published weights are for."""
     if expected is None or len(shape) < 4 or min(*shape[-2:], *expected) < 1:
         return None
     ratio = max(shape[-2] / expected[0], expected[0] / shape[-2])
@@ -99,10 +98,6 @@ def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> st
         f"inputs are {shape[-2]}x{shape[-1]}, the model's published weights are for "
         f"{expected[0]}x{expected[1]} (--resize and --crop, or --preset, to change)."
     )
-
-
-def _is_fresh(mean: Tensor, var: Tensor) -> bool:
-    return not bool(mean.any()) and bool((var == 1).all())
 
 
 def _distance(inputs: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[float, float]:

@@ -82,17 +82,18 @@ class Images(ABC):
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
     def name(self, i: int) -> str:
         """Image ``i`` in messages and reports."""
+        return f"item {i}"
 
-    @abstractmethod
     def read(self, i: int) -> np.ndarray:
         """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
+        raise DataError(f"{self.spec}: item {i} is no image.")
 
-    @abstractmethod
     def size_of(self, i: int) -> tuple[int, int]:
-        """Height and width, upright, without decoding pixels; bad images as in ``read``."""
+        """Height and width, upright; bad images as in ``read``."""
+        height, width = self.read(i).shape[:2]
+        return height, width
 
     @abstractmethod
     def _hash(self, i: int) -> bytes: ...
@@ -127,7 +128,7 @@ class EncodedImages(Images):
             return pixels_of(image, self.channels)
 
     def size_of(self, i: int) -> tuple[int, int]:
-        """By the head of the file."""
+        """By the head of the file, without decoding pixels."""
         with self._open(i) as image:
             # Pillow itself has turned a TIFF's size already.
             turned = image.format != "TIFF" and _orientation(image) >= 5
@@ -229,10 +230,6 @@ class ArrayImages(Images):
         """Slice the array."""
         image: np.ndarray = self.take(np.asarray([i]))[0]
         return image
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        """The same for all."""
-        return int(self.array.shape[1]), int(self.array.shape[2])
 
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from bnfix.data.callables import is_callable, open_callable
-from bnfix.data.classes import check_range, map_classes, read_class_map
+from bnfix.data.classes import check_range, given_classes, map_classes, read_class_map
 from bnfix.data.images import (
     SUFFIXES,
     ArrayImages,
@@ -40,8 +40,8 @@ from bnfix.data.shards import expand_braces, open_shards
 from bnfix.data.tensors import TensorItems, as_inputs
 from bnfix.errors import ConfigError, DataError, Note, some
 
-#: The class of each image by name or by number; None where there are none.
-Classes = list[str] | np.ndarray | None
+#: The label of each image, a name or a number; None where there are none.
+Labels = list[Any] | np.ndarray | None
 MAX_CSV_BYTES = 500_000_000
 _KINDS = (
     "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
@@ -77,6 +77,8 @@ def open_images(
     wanted = labels == "auto"
     try:
         images, classes = _open(spec, wanted, channels)
+        if isinstance(classes, list) and wanted:
+            classes = given_classes(images, classes)
     except DataError as error:
         # The kinds say the fault alone; here it gets its place.
         raise DataError(f"DATA {spec}: {error}", name=spec, path=spec) from error
@@ -96,7 +98,7 @@ def open_images(
     return images
 
 
-def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
+def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
     path = Path(spec)
     if path.is_dir():
         return _open_split(path, "", wanted, channels, spec)
@@ -113,7 +115,7 @@ def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
     if not path.exists() and (hint := near_dataset(spec)):
         raise DataError(f"no such kind. {hint}")
     if not path.exists() and is_callable(spec):
-        return open_callable(spec, wanted, channels)
+        return open_callable(spec, channels)
     is_other = path.exists() or ":" in spec
     reason = "not of a kind that is known" if is_other else "no such file or folder"
     raise DataError(f"{reason}. Give {_KINDS}.")
@@ -166,7 +168,7 @@ def _set_labels(
 
 def _open_split(
     path: Path, split: str, wanted: bool, channels: int, spec: str
-) -> tuple[Images, Classes]:
+) -> tuple[Images, Labels]:
     """A folder of any kind, or one split in it."""
     if (path / "labels.csv").exists() and not split:
         return _open_csv(path, wanted, channels)
@@ -186,7 +188,7 @@ def _open_split(
     return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
 
 
-def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Classes]:
+def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
     """Tar shards or parquet files, one or a range of them."""
     paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -231,7 +233,7 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[
     if empty:
         images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
     classes = [folder for folder, names in by_class.items() for _ in names]
-    return images, classes if files and wanted else None
+    return images, classes if files else None
 
 
 def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
@@ -271,7 +273,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
         images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
-    return images, [row[column[1]] for row in rows] if wanted else None
+    return images, [row[column[1]] for row in rows]
 
 
 def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarray | None]:

@@ -82,8 +82,8 @@ def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list
 
 def open_tables(
     paths: Sequence[Path], wanted: bool, channels: int
-) -> tuple[EncodedImages, list[str] | np.ndarray | None]:
-    """Open parquet or .arrow files of one layout; labels are numbers, names or None."""
+) -> tuple[EncodedImages, list[Any] | None]:
+    """Open parquet or .arrow files of one layout; with the labels, if they are wanted."""
     try:
         arrow: Any = importlib.import_module("pyarrow")
     except ImportError as error:
@@ -104,18 +104,8 @@ def open_tables(
         ) from error
     if not len(images):
         raise DataError(f"no images, there are no rows in {path}.")
-    if not labels:
-        return images, None
-    bare = [images.name(i) for i, label in enumerate(labels) if label is None or label == ""]
-    if bare:
-        raise DataError(
-            f"{len(bare)} of {len(labels)} rows have no label: {some(bare)}. "
-            "Remove them, or give --labels none."
-        )
     images.class_names = images.columns[0].names
-    if all(type(label) is int for label in labels):
-        return images, np.asarray(labels, dtype=np.int64)
-    return images, [str(label) for label in labels]
+    return images, labels or None
 
 
 class TableImages(EncodedImages):

@@ -102,7 +102,7 @@ class _Seen:
 
 def open_shards(
     paths: Sequence[Path], wanted: bool, channels: int
-) -> tuple[ShardImages, list[str] | np.ndarray | None]:
+) -> tuple[ShardImages, list[Any]]:
     """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
     seen = _Seen()
     found = [sample for k in range(len(paths)) for sample in _samples(k, paths[k], wanted, seen)]
@@ -118,19 +118,9 @@ def open_shards(
     images = ShardImages(paths, places, [one.name for one in samples], channels)
     images.notes += seen.notes
     images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in seen.passed.items()]
-    held = [one.label for one in samples if one.label is not None]
-    if not wanted or not held:
-        return images, None
-    if len(held) < len(samples):
-        bare = [images.name(i) for i, one in enumerate(samples) if one.label is None]
-        raise DataError(
-            f"{len(bare)} of {len(samples)} images have no label ({some(bare)}), expected "
-            f"key.cls, or key.json with one of {', '.join(_JSON_KEYS)}. Add them, or give "
-            "--labels none."
-        )
-    if all(_WHOLE.fullmatch(label) for label in held):
-        return images, np.asarray([int(label) for label in held], dtype=np.int64)
-    return images, held
+    labels = [one.label for one in samples]
+    whole = all(label is None or _WHOLE.fullmatch(label) for label in labels)
+    return images, [int(label) if whole and label else label for label in labels]
 
 
 def _samples(k: int, path: Path, wanted: bool, seen: _Seen) -> Iterator[_Sample]:

@@ -45,18 +45,6 @@ class TensorItems(Images):
                 "--batch-size 1."
             ) from error
 
-    def name(self, i: int) -> str:
-        """Its place in the data."""
-        return f"item {i}"
-
-    def read(self, i: int) -> np.ndarray:
-        """Refuse: there are no pixels."""
-        raise DataError(f"{self.spec}: item {i} is no image.")
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        """Refuse: there are no pixels."""
-        raise DataError(f"{self.spec}: item {i} is no image.")
-
     def _hash(self, i: int) -> bytes:
         digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
         for leaf in tree_leaves(self.items[i]):
