@@ -93,7 +93,7 @@ def everything():
     found["logits"] = metrics.logits
     found["metrics"] = np.array([metrics.top1, metrics.nll, metrics.ece, metrics.brier])
     before = recalibrate_(net(), dealt(), samples="auto", tolerance=0.3)
-    assert before.is_enough
+    assert before.trust.is_enough
     assert before.n_examples <= N
     choice = choose_example_weight_(
         model, sliced, select=dealt(), monitor=dealt(), recipe=WeightRecipe(thin=0.0), z=0.0

@@ -87,7 +87,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.movement": {"guards", "runtime"},
         "measuring.pairing": {"measuring.intervals", "measuring.metrics"},
         "memory": {"guards", "processes", "runtime"},
-        "weighing.label_free": {"guards", "layers.norms", "moments", "runtime"},
     },
     {
         "building.models": {
@@ -151,6 +150,9 @@ FLOORS: list[dict[str, set[str]]] = [
         "weighing.example_weight": {
             "guards", "layers.norms", "measuring.evaluation", "measuring.gate", "measuring.metrics",
             "processes", "runtime", "weighing.weight_search",
+        },
+        "weighing.label_free": {
+            "guards", "layers.norms", "moments", "runtime", "weighing.weight_search",
         },
     },
     {

@@ -1,15 +1,16 @@
 """`choose_example_weight_`: candidates in rising freedom, each before the gate.
 
 keep; one weight for the model by bracketed search; one a layer; one a channel, by gradient. Every
-level starts from what stands, is fitted on the fit batches (a part of them watches for the right
-moment to stop), and takes over only if the gate lets it on the select batches.
+level starts from the last that was admitted, is fitted on the fit batches (a part of them decides
+when to stop), and takes over only if the gate admits it on the select batches.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from bnfix.measuring.metrics import Metrics
 from bnfix.recipe import WeightRecipe
 from bnfix.weighing.weight_search import CurvePoint, WeightSearch
 
-LEVELS = ("global", "layer", "channel")
+#: In rising freedom.
 _LABELS = {
     "global": "one example weight",
     "layer": "example weight per layer",
@@ -37,30 +38,19 @@ _LABELS = {
 
 @dataclass(frozen=True, repr=False)
 class WeightChoice:
-    """What was tried, what won, by how much.
+    """The candidates, the one that won, and by how much."""
 
-    Args:
-        decisions: one a level tried.
-        chosen: the level that won: ``keep``, ``global``, ``layer`` or ``channel``.
-        curve: the search over one weight for the model, sorted by weight.
-        weights: the weight of every layer after the choice, a number or one a channel.
-        excluded: layers that keep their weight: a single position a map, or no statistics.
-        n_live: layers with a weight above 0.
-        passes: what it cost, in evaluation passes over all examples given: those learned from,
-            those that say when to stop, and the gate's. One with gradients counts as 3.
-        seconds: wall-clock time.
-        clock_passes: the same time in such passes, as long as they took here with weight 0;
-            ``None`` if nothing was tried.
-    """
-
-    decisions: tuple[Decision, ...]
-    chosen: str
-    curve: tuple[CurvePoint, ...]
-    weights: dict[str, float | list[float]]
-    excluded: tuple[str, ...]
-    n_live: int
+    decisions: tuple[Decision, ...]  # one a level tried
+    chosen: str  # the level that won: keep, global, layer or channel
+    curve: tuple[CurvePoint, ...]  # the search over one weight for the model, by weight
+    weights: dict[str, float | list[float]]  # of every layer afterwards, a number or one a channel
+    excluded: tuple[str, ...]  # layers that keep theirs: a single position a map, or no statistics
+    n_live: int  # layers with a weight above 0
+    #: In evaluation passes over all examples given: those learned from, those that say when to
+    #: stop, and the gate's. One with gradients counts as 3.
     passes: float
     seconds: float
+    #: The same time in passes as long as they took here with weight 0; None if nothing was tried.
     clock_passes: float | None = None
 
     def __repr__(self) -> str:
@@ -124,51 +114,24 @@ def choose_example_weight_(
     if metrics.examples is None and not metrics.problem:
         raise DataError("example weight: the select batches have no labels to choose by.")
     search = WeightSearch(model, layers, watched, learn, forward, precision)
-
-    def judged(level: str, incumbent: tuple[str, Metrics]) -> tuple[Decision, Metrics]:
-        found = evaluate(model, chosen_on, forward=forward, precision=precision)
-        search.n_run += found.n_examples
-        return judge("example weight", (_LABELS[level], found), incumbent, z), found
-
-    below, squares = (name, metrics), dict[str, dict[str, Tensor]]()
-    decisions: list[Decision] = []
-    curve: tuple[CurvePoint, ...] = ()
-    chosen = "keep"
-    at_first = standing = guards.Snapshot(nn.ModuleList(layers.values()))
+    levels = _Levels(search, partial(evaluate, model, chosen_on), recipe, z, (name, metrics))
+    before = guards.Snapshot(nn.ModuleList(layers.values()))
     try:
-        for level in LEVELS[: LEVELS.index(recipe.granularity) + 1] if layers else ():
-            if level == "global":
-                curve = search.one_weight()
-            else:
-                squares[level] = search.learned(level, recipe)
-            if level == recipe.granularity != "global":
-                search.thin(recipe.thin, squares[level])
-            decision, candidate = judged(level, (name, metrics))
-            decisions.append(decision)
-            if decision.admitted:
-                below = name, metrics
-                chosen, name, metrics = level, _LABELS[level], candidate
-                standing = guards.Snapshot(nn.ModuleList(layers.values()))
-            else:
-                standing.restore_()
-        if chosen == "layer" != recipe.granularity:
-            # Thinning was left for the finer level, which was not admitted.
-            search.thin(recipe.thin, squares["layer"])
-            decision, _ = judged("layer", below)
-            if decision.admitted:
-                decisions[-2] = decision
-            else:
-                standing.restore_()
+        for level in _LABELS if layers else ():
+            levels.try_(level)
+            if level == recipe.granularity:
+                break
+        levels.thin_later()
     except BaseException:
-        at_first.restore_()
+        before.restore_()
         raise
     seconds = time.perf_counter() - started
-    n_given = search.n_examples + search.n_watched + metrics.n_examples
+    n_given = search.n_examples + search.n_watched + levels.incumbent[1].n_examples
     pass_seconds = search.seconds_an_example * n_given
     return WeightChoice(
-        decisions=tuple(decisions),
-        chosen=chosen,
-        curve=curve,
+        decisions=tuple(levels.decisions.values()),
+        chosen=levels.chosen,
+        curve=levels.curve,
         weights=weights_of(model),
         excluded=tuple(excluded),
         n_live=sum(layer.live for _, layer in generalized_norms(model)),
@@ -176,6 +139,62 @@ def choose_example_weight_(
         seconds=seconds,
         clock_passes=seconds / pass_seconds if pass_seconds else None,
     )
+
+
+class _Levels:
+    """Candidates in rising freedom: each starts from the last that was admitted."""
+
+    def __init__(
+        self,
+        search: WeightSearch,
+        evaluated: Callable[..., Metrics],
+        recipe: WeightRecipe,
+        z: float,
+        incumbent: tuple[str, Metrics],
+    ) -> None:
+        self._search, self._recipe, self._z = search, recipe, z
+        self._evaluated = partial(evaluated, forward=search.forward, precision=search.precision)
+        self.incumbent = self._below = incumbent
+        self.decisions: dict[str, Decision] = {}
+        self.chosen, self.curve = "keep", tuple[CurvePoint, ...]()
+        self._squares: dict[str, dict[str, Tensor]] = {}
+        self._admitted = self._snapshot()
+
+    def _snapshot(self) -> guards.Snapshot:
+        return guards.Snapshot(nn.ModuleList(self._search.layers.values()))
+
+    def _judge(self, level: str, incumbent: tuple[str, Metrics]) -> tuple[Decision, Metrics]:
+        found = self._evaluated()
+        self._search.n_run += found.n_examples
+        return judge("example weight", (_LABELS[level], found), incumbent, self._z), found
+
+    def try_(self, level: str) -> None:
+        """Fit a level, and keep it if the gate admits it."""
+        if level == "global":
+            self.curve = self._search.one_weight()
+        else:
+            self._squares[level] = self._search.learned(level, self._recipe)
+        if level == self._recipe.granularity != "global":
+            self._search.thin(self._recipe.thin, self._squares[level])
+        decision, metrics = self._judge(level, self.incumbent)
+        self.decisions[level] = decision
+        if decision.admitted:
+            self._below, self.incumbent = self.incumbent, (_LABELS[level], metrics)
+            self.chosen, self._admitted = level, self._snapshot()
+        else:
+            self._admitted.restore_()
+
+    def thin_later(self) -> None:
+        """Thin the layers' weights, if that was left for a finer level that was not admitted."""
+        if self.chosen != "layer" or self._recipe.granularity == "layer":
+            return
+        self._search.thin(self._recipe.thin, self._squares["layer"])
+        # Against what the layers' weights were admitted against, of which thinning gives up a part.
+        decision, _ = self._judge("layer", self._below)
+        if decision.admitted:
+            self.decisions["layer"] = decision
+        else:
+            self._admitted.restore_()
 
 
 def weights_of(model: nn.Module) -> dict[str, float | list[float]]:
@@ -196,34 +215,34 @@ def weighable_layers(
     non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with ``pointwise``. A layer
     that is called more than once counts by its smallest map, one that is not reached never.
     """
-    positions: dict[str, int] = {}
     everything = dict(generalized_norms(model))
-    names = {id(layer): name for name, layer in everything.items()}
 
-    def look(module: nn.Module, args: Any, output: Tensor) -> None:
-        seen = output[0, 0].numel() if len(output) else 0
-        name = names[id(module)]
-        positions[name] = min(seen, positions.get(name, seen))
+    def look_at_one() -> dict[str, int] | None:
+        positions: dict[str, int] = {}
 
-    def look_at_one() -> bool:
+        def look(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            seen = output[0, 0].numel() if len(output) else 0
+            positions[name] = min(seen, positions.get(name, seen))
+
         batch = next(iter(batches), None)
         if batch is None:
-            return False
+            return None
         with guards.inference(model), guards.hooks() as handles:
-            for layer in everything.values():
-                handles.append(layer.register_forward_hook(look))
+            for name, layer in everything.items():
+                handles.append(layer.register_forward_hook(partial(look, name)))
             runtime.run(model, batch, runtime.device_of(model), forward)
-        return True
+        return positions
 
-    if not any(processes.together(look_at_one)):
+    ranks = [seen for seen in processes.together(look_at_one) if seen is not None]
+    if not ranks:
         raise DataError("example weight: no examples. Give at least one batch.")
-    for seen in processes.gather(positions):
-        for name, n in seen.items():
-            positions[name] = min(n, positions.get(name, n))
+    positions = {
+        name: min((seen[name] for seen in ranks if name in seen), default=0) for name in everything
+    }
     taking_part = {
         name: layer
         for name, layer in everything.items()
-        if layer.running_mean is not None and positions.get(name, 0) > (0 if pointwise else 1)
+        if layer.running_mean is not None and positions[name] > (not pointwise)
     }
     return taking_part, [name for name in everything if name not in taking_part]
 
@@ -231,7 +250,7 @@ def weighable_layers(
 def _divide(
     batches: runtime.Batches, select: Iterable[Any] | None, monitor: Iterable[Any] | None
 ) -> tuple[runtime.Batches, Iterable[Any], Iterable[Any]]:
-    """Batches to learn from, to stop by, and for the gate; each can be gone through repeatedly."""
+    """Batches to learn from, to stop by, and for the gate; each can be read repeatedly."""
     if select is None or monitor is None:
         batches = list(runtime.pass_of(batches, 0))
         least = 1 + (select is None) + (monitor is None)

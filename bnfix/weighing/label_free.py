@@ -19,7 +19,6 @@ layer, kept only where it does better on examples that it was not fitted on.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,9 +35,9 @@ from bnfix.layers.norms import (
     GeneralizedBatchNorm,
     generalized_norms,
     set_example_weight_,
-    trainable_weights,
 )
 from bnfix.moments import example_moments, mix, over_channel_groups
+from bnfix.weighing.weight_search import best_root, descent
 
 #: Examples that the fits look at, at most: one or two numbers a layer need no more.
 MOST_EXAMPLES = 1024
@@ -53,21 +51,14 @@ _Pairs = list[tuple[Any, Tensor]]
 
 @dataclass(frozen=True)
 class LabelFree:
-    """What a fit without labels found; the weights are set.
+    """A fit without labels; the weights are set."""
 
-    Args:
-        how: ``fit-moments`` or ``fit-predictions``.
-        train_batch_size: B.
-        n_examples: examples looked at.
-        weights: by layer.
-        divergence: KL from the mean training-mode prediction, nats, on held-out examples: with
-            weight 0, and with the weights found; ``None`` for ``fit-moments``.
-    """
-
-    how: str
+    how: str  # fit-moments or fit-predictions
     train_batch_size: int
     n_examples: int
-    weights: dict[str, float]
+    weights: dict[str, float]  # by layer
+    #: KL from the mean training-mode prediction, nats, on held-out examples: with weight 0, and
+    #: with the weights found; None for fit-moments.
     divergence: tuple[float, float] | None = None
 
     def describe(self) -> str:
@@ -308,45 +299,23 @@ def _mean(parts: Iterable[Tensor]) -> float:
 
 def _one_weight(loss: Callable[[float], float]) -> float:
     """The best weight for all layers, by bracketed search over its root."""
-    tried = {root: loss(root**2) for root in (0.0, 0.15, 0.3, 0.5, 0.7, 0.9)}
-    order = sorted(tried)
-    i = order.index(min(order, key=lambda root: tried[root]))
-    low, high = order[max(i - 1, 0)], order[i + 1] if i + 1 < len(order) else 1.0
-    found = minimize_scalar(
-        lambda root: tried.setdefault(float(root), loss(float(root) ** 2)),
-        bounds=(low, high),
-        method="bounded",
-        options={"maxiter": 6, "xatol": 0.01},
-    )
-    tried[float(found.x)] = float(found.fun)
-    return min(tried, key=lambda root: tried[root]) ** 2
+    losses = {root: loss(root**2) for root in (0.0, 0.15, 0.3, 0.5, 0.7, 0.9)}
+    root, _ = best_root(loss, losses, n_steps=6)
+    return root**2
 
 
 def _descent(
     model: nn.Module, layers: Mapping[str, GeneralizedBatchNorm], pairs: _Pairs
 ) -> Iterator[dict[str, Tensor]]:
     """One weight a layer by projected Adam; gives the weights after every epoch."""
-    start = {name: layer.example_weight.detach().clone() for name, layer in layers.items()}
+    before = {name: layer.example_weight.detach().clone() for name, layer in layers.items()}
     ends: list[dict[str, Tensor]] = []
-    with (
-        guards.modes_kept(model),
-        guards.state_kept(model, but=list(layers.values())),
-        trainable_weights(layers, "layer", _START) as leaves,
-        guards.only_these_require_grad(model, list(leaves.values())),
-    ):
-        model.eval()
-        optimizer = torch.optim.Adam(leaves.values(), lr=_LR)
-        n_steps = _EPOCHS * len(pairs)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-        for _, (x, target) in itertools.product(range(_EPOCHS), pairs):
-            optimizer.zero_grad()
-            _divergence(model, x, target).mean().backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for leaf in leaves.values():
-                    leaf.clamp_(0, 1)
-            if schedule.last_epoch % len(pairs) == 0:
-                ends.append({name: leaf.detach().clone() for name, leaf in leaves.items()})
-    set_example_weight_(model, start)
+    n_steps = _EPOCHS * len(pairs)
+    with descent(model, layers, "layer", _START, _LR, n_steps) as (leaves, step):
+        for _ in range(_EPOCHS):
+            for x, target in pairs:
+                _divergence(model, x, target).mean().backward()  # type: ignore[no-untyped-call]
+                step()
+            ends.append({name: leaf.detach().clone() for name, leaf in leaves.items()})
+    set_example_weight_(model, before)
     yield from ends

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,20 +27,14 @@ from bnfix.measuring.evaluation import Score, labels_of, score
 from bnfix.measuring.intervals import Array
 from bnfix.recipe import WeightRecipe
 
-#: Batches on which a fit of few numbers stands at least.
+#: Batches that a fit of few numbers uses at least.
 _LEAST_BATCHES = 8
 _COARSE = (0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The loss at one global weight, on the fit examples.
-
-    Args:
-        example_weight: a.
-        nll: mean NLL.
-        top1: fraction right.
-    """
+    """The loss at one weight for the model, on the fit examples."""
 
     example_weight: float
     nll: float
@@ -47,16 +42,7 @@ class CurvePoint:
 
 
 class WeightSearch:
-    """The two ways to find weights on labelled examples; counts what they cost.
-
-    Args:
-        model: with generalized layers, on the device to run on.
-        layers: those that take part, by name.
-        monitor: batches that say when to stop, and which layers matter.
-        learn: batches to learn from, or what gives those of the k-th pass.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        precision: of evaluation.
-    """
+    """Finds weights of some layers on labelled examples, and counts what that costs."""
 
     def __init__(
         self,
@@ -65,7 +51,7 @@ class WeightSearch:
         monitor: Iterable[Any],
         learn: runtime.Batches,
         forward: runtime.Forward | None,
-        precision: str,
+        precision: str,  # of evaluation; learning is in fp32
     ) -> None:
         self.model, self.layers, self.forward, self.precision = model, layers, forward, precision
         self.monitor, self.learn = monitor, learn
@@ -76,7 +62,6 @@ class WeightSearch:
     def one_weight(self) -> tuple[CurvePoint, ...]:
         """One weight for all layers by bracketed search; leaves the best one set."""
         points: dict[float, CurvePoint] = {}
-
         self._count()
 
         def loss(a: float) -> float:
@@ -93,18 +78,7 @@ class WeightSearch:
         self.seconds_an_example = (time.perf_counter() - started) / max(self.n_run, 1)
         for a in _COARSE:
             loss(a)
-        tried = sorted(points)
-        best = min(tried, key=lambda a: points[a].nll)
-        low = max([a for a in tried if a < best], default=0.0)
-        high = min([a for a in tried if a > best], default=1.0)
-        minimize_scalar(
-            lambda root: loss(
-                float(root) ** 2
-            ),  # the curve is flatter, resolution finer, in sqrt(a)
-            bounds=(low**0.5, high**0.5),
-            method="bounded",
-            options={"maxiter": 5, "xatol": 0.01},
-        )
+        best_root(loss, {a**0.5: point.nll for a, point in points.items()}, n_steps=5)
         best = min(points, key=lambda a: points[a].nll)
         set_example_weight_(self.model, dict.fromkeys(self.layers, best))
         return tuple(points[a] for a in sorted(points))
@@ -153,23 +127,17 @@ class WeightSearch:
         squares: dict[str, Tensor] = {}
         # One number a layer needs fewer examples than one a channel.
         part = self.n_batches if granularity == "channel" else self._part(2)
+        epochs = recipe.epochs if granularity == "channel" else min(1, recipe.epochs)
         with (
-            guards.modes_kept(self.model),
             guards.random_kept(self.model),
-            guards.state_kept(self.model, but=list(self.layers.values())),
-            trainable_weights(self.layers, granularity, recipe.start) as leaves,
-            guards.only_these_require_grad(self.model, list(leaves.values())),
+            descent(
+                self.model, self.layers, granularity, recipe.start, recipe.lr, part * epochs
+            ) as (leaves, step),
         ):
-            self.model.eval()
-            optimizer = torch.optim.Adam(leaves.values(), lr=recipe.lr)
-            epochs = recipe.epochs if granularity == "channel" else min(1, recipe.epochs)
-            n_steps = max(1, part * epochs)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
             for epoch in range(epochs):
                 squares = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-                steps = itertools.islice(runtime.pass_of(self.learn, epoch), part)
-                for batch in processes.in_step(steps):
-                    optimizer.zero_grad()
+                batches = itertools.islice(runtime.pass_of(self.learn, epoch), part)
+                for batch in processes.in_step(batches):
                     n = 0 if batch is None else runtime.n_examples_of(batch)
                     loss = partial(self._loss, batch, device)
                     if processes.here().shared:
@@ -179,11 +147,7 @@ class WeightSearch:
                     for name, leaf in leaves.items():
                         if leaf.grad is not None:
                             squares[name] += leaf.grad.square()
-                    optimizer.step()
-                    schedule.step()
-                    with torch.no_grad():
-                        for leaf in leaves.values():
-                            leaf.clamp_(0, 1)
+                    step()
                 now = self._score(self.monitor).nll
                 if now < best_loss:
                     best_loss = now
@@ -226,3 +190,53 @@ class WeightSearch:
             self.n_batches = max(n for n, *_ in counts)
             self.n_examples = sum(n for _, n, _ in counts)
             self.n_watched = sum(n for *_, n in counts)
+
+
+def best_root(
+    loss: Callable[[float], float], losses: Mapping[float, float], n_steps: int
+) -> tuple[float, float]:
+    """The root of the best weight, and its loss, by steps between the neighbours of the best root.
+
+    Over the root of the weight the curve is flatter, and the resolution near 0 finer.
+    """
+    best = min(losses, key=lambda root: losses[root])
+    low = max((root for root in losses if root < best), default=0.0)
+    high = min((root for root in losses if root > best), default=1.0)
+    found = minimize_scalar(
+        lambda root: loss(float(root) ** 2),
+        bounds=(low, high),
+        method="bounded",
+        options={"maxiter": n_steps, "xatol": 0.01},
+    )
+    return min((losses[best], best), (float(found.fun), float(found.x)))[::-1]
+
+
+@contextmanager
+def descent(
+    model: nn.Module,
+    layers: Mapping[str, GeneralizedBatchNorm],
+    granularity: str,
+    start: float,
+    lr: float,
+    n_steps: int,
+) -> Iterator[tuple[dict[str, Tensor], Callable[[], None]]]:
+    """Example weights as leaves, in evaluation, and a step of Adam on them, projected to [0, 1]."""
+    with (
+        guards.modes_kept(model),
+        guards.state_kept(model, but=list(layers.values())),
+        trainable_weights(dict(layers), granularity, start) as leaves,
+        guards.only_these_require_grad(model, list(leaves.values())),
+    ):
+        model.eval()
+        optimizer = torch.optim.Adam(leaves.values(), lr=lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, n_steps))
+
+        @torch.no_grad()
+        def step() -> None:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            for leaf in leaves.values():
+                leaf.clamp_(0, 1)
+
+        yield leaves, step
