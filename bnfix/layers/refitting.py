@@ -28,7 +28,7 @@ from bnfix.errors import DataError, NormError, NumericError, some
 from bnfix.layers.norms import GeneralizedBatchNorm, generalized_norms
 from bnfix.layers.sites import find_norms
 from bnfix.moments import Moments, pool
-from bnfix.statistics.collecting import up_to
+from bnfix.statistics.collecting import StopHereError, up_to
 
 #: Examples that are plenty for two numbers a channel; more cost a pass a layer each.
 REFIT_SAMPLES = 256
@@ -133,10 +133,6 @@ def refit_(
     )
 
 
-class _StopHereError(BaseException):
-    """Ends a forward pass at the layer measured; no `except Exception` may catch it."""
-
-
 @dataclass
 class _Fit:
     """Passes over the data that measure both nets."""
@@ -229,13 +225,13 @@ class _Fit:
             last = len(met) + 1 == n_calls
             met.append(x if last else x.clone())  # later layers may work in place
             if last:
-                raise _StopHereError
+                raise StopHereError
 
         # Compiled code would not see the hook.
         eager = torch.compiler.set_stance("force_eager")
         with guards.inference(model), guards.hooks() as handles, eager:
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-            with suppress(_StopHereError):
+            with suppress(StopHereError):
                 self._run(model, batch)
         return [x for x in met if x.numel()]
 
