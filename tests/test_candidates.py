@@ -89,6 +89,18 @@ def test_example_weights_are_chosen_on_the_network_before_fine_tuning(files):
     assert len(losses[0]) > 1
 
 
+def test_example_weights_are_chosen_on_the_statistics_that_were_kept(files):
+    """So their losses are the same whether these statistics were a candidate or stated."""
+    weight = WeightRecipe(granularity="global")
+    found = [
+        fixed(files, files.stale, finetune=None, statistics=statistics, weight=weight)
+        for statistics in (StatisticsRecipe(batch_size=180), POPULATION)
+    ]
+    tables = [one.report.decisions for one in found]
+    assert tables[0][0].admitted
+    assert tables[0][-1].nll == tables[1][-1].nll
+
+
 def test_trained_statistics_are_what_example_weights_are_chosen_on(files):
     """Fine-tuning in training mode changes the statistics, so the choice starts from its result."""
     recipe = dataclasses.replace(TUNED, statistics="train", example_weight="keep")
@@ -104,7 +116,9 @@ def test_trained_statistics_are_what_example_weights_are_chosen_on(files):
 
 def test_what_was_refused_is_said_and_credited_to_no_layer(files, tmp_path):
     found = fixed(files, files.stale, gate=GateRecipe(z=1000.0))
-    report = found.report.to_json()
+    report, original = found.report.to_json(), torch.load(files.stale, weights_only=True)
+    state = found.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
     assert report["calibration"] is None
     assert [one["target"] for one in report["calibrations_refused"]] == ["population"]
     assert all(layer["mean_se"] is layer["var_se"] is None for layer in report["layers"])
