@@ -6,14 +6,12 @@ No example is in two splits: what is fitted on *fit* is judged on *select*; the 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from torch import nn
 
 from bnfix import guards, processes
@@ -24,28 +22,26 @@ from bnfix.data.fingerprints import (
     history_digests,
     seen_before,
 )
-from bnfix.errors import DataError, NumericError
+from bnfix.errors import NumericError
 from bnfix.estimating import estimated
 from bnfix.fits import Fits, Fitted, State
-from bnfix.layers.norms import generalized_norms
 from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import Change, plan_swap, swap_planned_
 from bnfix.measuring.gate import Decision, judge
 from bnfix.measuring.metrics import Metrics
 from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.measuring.pairing import compare
 from bnfix.plan import Plan
-from bnfix.recipe import FinetuneRecipe, SwapRecipe
+from bnfix.recipe import FinetuneRecipe
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
 from bnfix.statistics.calibration import Calibration, residuals
-from bnfix.steps import STATISTICS, Step, is_gated, resolve, work_of
+from bnfix.steps import STATISTICS, Step, is_gated, open_plan, resolve, work_of
 from bnfix.tracking import Track, describe_skipped, silent
 from bnfix.tuning.finetuning import Finetuning
 from bnfix.weighing.example_weight import WeightChoice
-from bnfix.workbench import Workbench, open_workbench
+from bnfix.workbench import Workbench
 
 ORIGINAL = "as it was"
 _T = TypeVar("_T")
@@ -125,88 +121,6 @@ def finetune(
     """
     plan = dataclasses.replace(plan or Plan(finetune=FinetuneRecipe()), command="finetune")
     return execute(open_plan(plan, checkpoint, data, model, track))
-
-
-def fractions(plan: Plan) -> tuple[float, float, float]:
-    """Fit, select and test parts of the data."""
-    given, gate = plan.source.test is not None, plan.gate
-    if plan.command == "finetune":
-        return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
-    if plan.average is not None and not given and plan.source.labels != "none":
-        return 0.8, 0.0, 0.2
-    if not is_gated(resolve(plan)) or plan.source.labels == "none":
-        return 1.0, 0.0, 0.0
-    return (0.75, 0.25, 0.0) if given else (gate.fit, gate.select, 1 - gate.fit - gate.select)
-
-
-def open_plan(
-    plan: Plan, checkpoint: str | Path, data: str, model: str | None, track: Track
-) -> Workbench:
-    """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
-    if model is not None:
-        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, model=model))
-    bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
-    if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":
-        # Its statistics belong to other weights.
-        measured = dataclasses.replace(plan.statistics, statistics="population")
-        plan = bench.plan = dataclasses.replace(plan, statistics=measured)
-    notes, split, none = bench.assumptions, bench.split, bench.split.test[:0]
-    tune = plan.finetune
-    if tune is not None and not bench.labelled:
-        if plan.command != "fix":
-            raise DataError(
-                f"{data}: has no labels, and fine-tuning needs them. Give labelled data."
-            )
-        notes.append("fine-tuning was not tried: the data has no labels.")
-    if plan.average is not None and not bench.labelled and plan.source.test is None:
-        bench.split = dataclasses.replace(split, fit=_joined(split.fit, split.test), test=none)
-    if is_gated(resolve(plan)) and plan.command != "finetune" and not bench.labelled:
-        notes.append(
-            "without labels nothing can be proven, so `auto` keeps what is there. These act: "
-            "--statistics population, --statistics train-batch --train-batch-size B, "
-            "--example-weight match, fit-moments, fit-predictions or a number."
-        )
-        if split.select.size:
-            fit = _joined(split.fit, split.select, split.test)
-            bench.split = dataclasses.replace(split, fit=fit, select=none, test=none)
-    if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
-        notes.append(
-            "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
-            "normalized by batches; --statistics train does that."
-        )
-    _swap_(bench, plan.swap)
-    return bench
-
-
-def _joined(*parts: np.ndarray) -> np.ndarray:
-    return np.sort(np.concatenate(parts))
-
-
-def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
-    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
-    swapped = plan_swap(bench.model, swap)
-    layers = dict(generalized_norms(bench.model))
-    if layers:
-        if dataclasses.replace(swap, layers=(), skip=()) == SwapRecipe():
-            return
-
-        def keeping(change: Change) -> Change:
-            layer = layers.get(change.name)
-            if layer is None or swap.to != SwapRecipe().to:
-                return change
-            return dataclasses.replace(
-                change,
-                channel_groups=swap.channel_groups or layer.channel_groups,
-                ghost_size=swap.ghost_size or layer.ghost_size,
-                example_weight=swap.example_weight,
-            )
-
-        swapped = dataclasses.replace(swapped, changes=tuple(map(keeping, swapped.changes)))
-    live = any(layer.live for layer in layers.values())
-    if not live and any(change.example_weight for change in swapped.changes):
-        bench.original = copy.deepcopy(bench.model)
-    swapped = swap_planned_(bench.model, swapped)
-    bench.assumptions += [*swapped.notes, *swapped.skipped]
 
 
 def describe(bench: Workbench, output: str | None) -> dict[str, Any]:

@@ -7,20 +7,28 @@ The cheaper candidate at inference comes first, so it wins ties.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
+
+from bnfix.errors import DataError
 from bnfix.estimating import Work
 from bnfix.fits import Fits, Fitted, State
+from bnfix.layers.norms import generalized_norms
 from bnfix.layers.refitting import REFIT_SAMPLES
 from bnfix.layers.sites import find_norms
+from bnfix.layers.surgery import Change, plan_swap, swap_planned_
 from bnfix.measuring.movement import MOST_IMAGES
 from bnfix.plan import Plan
-from bnfix.recipe import LABEL_FREE, FinetuneRecipe, StatisticsRecipe, WeightRecipe
-from bnfix.workbench import Workbench
+from bnfix.recipe import LABEL_FREE, FinetuneRecipe, StatisticsRecipe, SwapRecipe, WeightRecipe
+from bnfix.tracking import Track
+from bnfix.workbench import Workbench, open_workbench
 
 STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
 #: The search of one global weight tries so many, each on a third of the examples.
@@ -101,6 +109,88 @@ def work_of(plan: Plan, bench: Workbench) -> list[Work]:
         work += [Work("test: the input", n_test, 1), Work("test: the output", n_test, 1, "live")]
     n_moved = min(MOST_IMAGES, len(bench.everything))
     return [*work, Work("how far the outputs moved", n_moved, 2, "live")]
+
+
+def fractions(plan: Plan) -> tuple[float, float, float]:
+    """Fit, select and test parts of the data."""
+    given, gate = plan.source.test is not None, plan.gate
+    if plan.command == "finetune":
+        return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
+    if plan.average is not None and not given and plan.source.labels != "none":
+        return 0.8, 0.0, 0.2
+    if not is_gated(resolve(plan)) or plan.source.labels == "none":
+        return 1.0, 0.0, 0.0
+    return (0.75, 0.25, 0.0) if given else (gate.fit, gate.select, 1 - gate.fit - gate.select)
+
+
+def open_plan(
+    plan: Plan, checkpoint: str | Path, data: str, model: str | None, track: Track
+) -> Workbench:
+    """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
+    if model is not None:
+        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, model=model))
+    bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
+    if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":
+        # Its statistics belong to other weights.
+        measured = dataclasses.replace(plan.statistics, statistics="population")
+        plan = bench.plan = dataclasses.replace(plan, statistics=measured)
+    notes, split, none = bench.assumptions, bench.split, bench.split.test[:0]
+    tune = plan.finetune
+    if tune is not None and not bench.labelled:
+        if plan.command != "fix":
+            raise DataError(
+                f"{data}: has no labels, and fine-tuning needs them. Give labelled data."
+            )
+        notes.append("fine-tuning was not tried: the data has no labels.")
+    if plan.average is not None and not bench.labelled and plan.source.test is None:
+        bench.split = dataclasses.replace(split, fit=_joined(split.fit, split.test), test=none)
+    if is_gated(resolve(plan)) and plan.command != "finetune" and not bench.labelled:
+        notes.append(
+            "without labels nothing can be proven, so `auto` keeps what is there. These act: "
+            "--statistics population, --statistics train-batch --train-batch-size B, "
+            "--example-weight match, fit-moments, fit-predictions or a number."
+        )
+        if split.select.size:
+            fit = _joined(split.fit, split.select, split.test)
+            bench.split = dataclasses.replace(split, fit=fit, select=none, test=none)
+    if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
+        notes.append(
+            "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
+            "normalized by batches; --statistics train does that."
+        )
+    _swap_(bench, plan.swap)
+    return bench
+
+
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    return np.sort(np.concatenate(parts))
+
+
+def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
+    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
+    swapped = plan_swap(bench.model, swap)
+    layers = dict(generalized_norms(bench.model))
+    if layers:
+        if dataclasses.replace(swap, layers=(), skip=()) == SwapRecipe():
+            return
+
+        def keeping(change: Change) -> Change:
+            layer = layers.get(change.name)
+            if layer is None or swap.to != SwapRecipe().to:
+                return change
+            return dataclasses.replace(
+                change,
+                channel_groups=swap.channel_groups or layer.channel_groups,
+                ghost_size=swap.ghost_size or layer.ghost_size,
+                example_weight=swap.example_weight,
+            )
+
+        swapped = dataclasses.replace(swapped, changes=tuple(map(keeping, swapped.changes)))
+    live = any(layer.live for layer in layers.values())
+    if not live and any(change.example_weight for change in swapped.changes):
+        bench.original = copy.deepcopy(bench.model)
+    swapped = swap_planned_(bench.model, swapped)
+    bench.assumptions += [*swapped.notes, *swapped.skipped]
 
 
 def _sizes(plan: Plan, bench: Workbench) -> _Sizes:

@@ -53,6 +53,8 @@ FLOORS: list[dict[str, set[str]]] = [
         "layers.kernels": {"layers", "layers.rows", "moments"},
         "measuring.temperature": {"measuring.intervals"},
         "processes": set(),
+        "production.dataflow": set(),
+        "production.verification": {"guards"},
         "recipe": set(),
     },
     {
@@ -69,15 +71,17 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.metrics": {"measuring.intervals", "measuring.temperature"},
         "plan": set(),
         "preprocessing": set(),
-        "production.dataflow": set(),
-        "production.verification": {"guards"},
         "runtime": {"processes"},
         "statistics.accumulating": {"layers.rows", "moments", "processes"},
     },
     {
         "building.pretrained": {"building.importing"},
+        "checkpoints.checkpoint": {
+            "checkpoints.nesting", "checkpoints.packing", "checkpoints.reading",
+        },
         "data.batches": {"data.corruptions", "data.images", "data.tensors"},
         "data.callables": {"building.importing", "data.images", "data.tensors"},
+        "data.named_sets": {"data.images", "data.mat"},
         "demo": set(),
         "layers.sites": {"layers.norms"},
         "measuring.evaluation": {
@@ -93,12 +97,13 @@ FLOORS: list[dict[str, set[str]]] = [
             "building.importing", "building.pretrained", "guards", "layers.sites",
         },
         "building.presets": {"building.importing", "building.pretrained"},
-        "checkpoints.checkpoint": {
-            "checkpoints.nesting", "checkpoints.packing", "checkpoints.reading",
-        },
+        "checkpoints.resuming": {"checkpoints.checkpoint", "checkpoints.reading"},
         "data.augmentation": {"data.batches"},
         "data.first_look": {"data.batches", "data.images", "guards", "layers.sites", "runtime"},
-        "data.named_sets": {"data.images", "data.mat"},
+        "data.opening": {
+            "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
+            "data.shards", "data.tensors",
+        },
         "layers.surgery": {"guards", "layers.norms", "layers.sites", "moments"},
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
@@ -124,17 +129,12 @@ FLOORS: list[dict[str, set[str]]] = [
     },
     {
         "checkpoints.origin": {"building.models", "checkpoints.checkpoint"},
-        "checkpoints.resuming": {"checkpoints.checkpoint", "checkpoints.reading"},
-        "data.opening": {
-            "data.callables", "data.classes", "data.images", "data.named_sets", "data.parquet",
-            "data.shards", "data.tensors",
-        },
         "layers.refitting": {
             "guards", "layers.norms", "layers.sites", "moments", "runtime", "statistics.collecting",
         },
         "production.fusing": {
-            "guards", "layers.kernels", "layers.norms", "production.dataflow",
-            "production.folding", "runtime",
+            "guards", "layers.kernels", "layers.norms", "production.dataflow", "production.folding",
+            "runtime",
         },
         "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
         "reporting.records": {
@@ -147,6 +147,10 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.collecting",
         },
         "tracking": {"data.augmentation", "data.batches", "data.tensors", "processes"},
+        "tuning.training": {
+            "checkpoints.resuming", "layers.norms", "layers.sites", "measuring.evaluation",
+            "processes", "runtime", "tuning.parameters",
+        },
         "weighing.example_weight": {
             "guards", "layers.norms", "measuring.evaluation", "measuring.gate", "measuring.metrics",
             "processes", "runtime", "weighing.weight_search",
@@ -167,9 +171,9 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.accumulating", "statistics.collecting", "statistics.settling",
             "statistics.walking",
         },
-        "tuning.training": {
-            "checkpoints.resuming", "layers.norms", "layers.sites", "measuring.evaluation",
-            "processes", "runtime", "tuning.parameters",
+        "tuning.finetuning": {
+            "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",
+            "runtime", "tuning.parameters", "tuning.training", "weighing.example_weight",
         },
     },
     {
@@ -180,14 +184,14 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.checkpoint", "checkpoints.loading", "checkpoints.nesting",
             "checkpoints.origin", "checkpoints.reading", "layers.norms",
         },
+        "reporting.plots": {
+            "measuring.gate", "measuring.intervals", "measuring.metrics", "measuring.robustness",
+            "reporting.pages", "reporting.svg", "tuning.finetuning", "weighing.weight_search",
+        },
         "statistics.calibration": {
             "checkpoints.resuming", "layers.sites", "processes", "runtime",
             "statistics.accumulating", "statistics.collecting", "statistics.feeding",
             "statistics.settling",
-        },
-        "tuning.finetuning": {
-            "checkpoints.resuming", "guards", "layers.norms", "measuring.evaluation", "processes",
-            "runtime", "tuning.parameters", "tuning.training", "weighing.example_weight",
         },
         "workbench": {
             "building.importing", "building.models", "building.presets", "checkpoints.loading",
@@ -216,13 +220,14 @@ FLOORS: list[dict[str, set[str]]] = [
             "statistics.calibration", "tracking", "tuning.finetuning", "weighing.example_weight",
             "weighing.label_free", "workbench",
         },
+        "production.forms": {
+            "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
+            "guards", "layers.norms", "production", "production.dataflow", "production.folding",
+            "production.plain", "production.verification",
+        },
         "reporting.layer_rows": {
             "layers.norms", "layers.sites", "reporting.records", "statistics.calibration",
             "weighing.example_weight",
-        },
-        "reporting.plots": {
-            "measuring.gate", "measuring.intervals", "measuring.metrics", "measuring.robustness",
-            "reporting.pages", "reporting.svg", "tuning.finetuning", "weighing.weight_search",
         },
         "reporting.wording": {
             "layers.surgery", "measuring.custom_metrics", "measuring.gate", "measuring.movement",
@@ -231,11 +236,6 @@ FLOORS: list[dict[str, set[str]]] = [
         },
     },
     {
-        "production.forms": {
-            "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
-            "guards", "layers.norms", "production", "production.dataflow", "production.folding",
-            "production.plain", "production.verification",
-        },
         "reporting.report": {
             "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.movement",
             "measuring.pairing", "measuring.robustness", "reporting", "reporting.pages",
@@ -244,8 +244,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "weighing.example_weight",
         },
         "steps": {
-            "estimating", "fits", "layers.refitting", "layers.sites", "measuring.movement", "plan",
-            "workbench",
+            "estimating", "fits", "layers.norms", "layers.refitting", "layers.sites",
+            "layers.surgery", "measuring.movement", "plan", "tracking", "workbench",
         },
     },
     {
@@ -271,10 +271,10 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "run": {
             "checkpoints.saving", "data.fingerprints", "estimating", "fits", "guards",
-            "layers.norms", "layers.sites", "layers.surgery", "measuring.gate", "measuring.metrics",
-            "measuring.movement", "measuring.pairing", "plan", "processes", "reporting.layer_rows",
-            "reporting.records", "reporting.report", "reporting.result", "statistics.calibration",
-            "steps", "tracking", "tuning.finetuning", "weighing.example_weight", "workbench",
+            "layers.sites", "measuring.gate", "measuring.metrics", "measuring.movement",
+            "measuring.pairing", "plan", "processes", "reporting.layer_rows", "reporting.records",
+            "reporting.report", "reporting.result", "statistics.calibration", "steps", "tracking",
+            "tuning.finetuning", "weighing.example_weight", "workbench",
         },
     },
     {
@@ -326,7 +326,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "cli.planned": {
             "checkpoints.checkpoint", "cli.flags", "cli.tables", "cli.usage", "demo", "plan",
-            "replay", "reporting.result", "run",
+            "replay", "reporting.result", "run", "steps",
         },
     },
     {

@@ -11,9 +11,9 @@ from bnfix.cli.tables import duration_words
 from bnfix.estimating import Work, estimated
 from bnfix.plan import Plan
 from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, RunOptions, StatisticsRecipe
-from bnfix.run import execute, open_plan
+from bnfix.run import execute
 from bnfix.runtime import n_examples_of
-from bnfix.steps import work_of
+from bnfix.steps import open_plan, work_of
 from bnfix.tracking import silent
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)

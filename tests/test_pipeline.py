@@ -25,7 +25,7 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.run import fractions
+from bnfix.steps import fractions
 from bnfix.tracking import silent
 from tests.conftest import Files, Outcome, images_of, inputs_of
 

@@ -55,7 +55,8 @@ from bnfix.recipe import (
 )
 from bnfix.replay import replayed_plan
 from bnfix.reporting.result import check_outputs
-from bnfix.run import describe, execute, open_plan
+from bnfix.run import describe, execute
+from bnfix.steps import open_plan
 
 #: Options that `--recipe` leaves to the command line.
 _BESIDE_A_RECIPE = {
