@@ -46,11 +46,7 @@ from bnfix.measuring.predictions import check_predictions
 from bnfix.production.export_report import Export, check_exports
 from bnfix.production.exporting import ExportRecipe, plan_export
 from bnfix.production.exporting import export as export_file
-from bnfix.recipe import (
-    EvaluationRecipe,
-    RunOptions,
-    SwapRecipe,
-)
+from bnfix.recipe import EvaluationRecipe, RunOptions, SwapRecipe
 from bnfix.reporting.result import Result, check_outputs, check_reports
 
 
@@ -68,7 +64,8 @@ def convert(
         about(
             "Input of the check of the whole model (default: the size that the preprocessing "
             "leaves, else usual sizes, the small first).",
-            *(MODEL, "C,H,W"),
+            MODEL,
+            metavar="C,H,W",
         ),
     ] = None,
     data: Annotated[
@@ -76,7 +73,8 @@ def convert(
         about(
             "Examples on which scale and shift are re-fitted to the original's outputs, where "
             "example weights above 0 change those (--to group); labels are not used.",
-            *(DATA, "DATA"),
+            DATA,
+            metavar="DATA",
         ),
     ] = None,
     samples: Annotated[
@@ -149,7 +147,10 @@ def export(
         Path,
         about(
             "The .onnx, .pt2, .safetensors (folded) or .py (plain) to write.",
-            *(OUT, "OUT", "-o", "--out"),
+            OUT,
+            "OUT",
+            "-o",
+            "--out",
         ),
     ],
     to: Annotated[str, option_of(ExportRecipe, "to", OUT)],
@@ -289,7 +290,8 @@ def inspect(
         str | None,
         about(
             "Examples on which stored statistics, both modes and the outputs are compared.",
-            *(DATA, "DATA"),
+            DATA,
+            metavar="DATA",
         ),
     ] = None,
     samples: Annotated[

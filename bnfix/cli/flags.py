@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -182,7 +182,7 @@ class _Group:
                 continue
             for name in own.split():
                 value, reader = values.pop(name), self._typed(name)[1]
-                if value is not None:
+                if value is not None:  # else not typed, and without a default in the help
                     taken[name] = value if reader is None else reader(value, _flags(name)[0])
         return dataclasses.replace(self.base, **taken)
 
@@ -190,8 +190,13 @@ class _Group:
         return _Group(getattr(self.base, part), self.parts[part].__metadata__[0])
 
     def _typed(self, name: str) -> tuple[Any, Callable[[Any, str], Any] | None]:
-        hint = get_type_hints(type(self.base))[name]
+        hint = _hints(self.base.__class__)[name]
         return _READ.get(name) or _READ.get(hint) or (hint, None)
+
+
+@functools.cache  # since each call evaluates all annotations of a class
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def flattened(command: Callable[..., None], *, many: bool = False) -> Callable[..., None]:
@@ -236,7 +241,8 @@ Data = Annotated[
     about(
         "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, "
         "parquet or a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable.",
-        *(DATA, "DATA"),
+        DATA,
+        metavar="DATA",
     ),
 ]
 Output = Annotated[Path, about("The .safetensors to write.", OUT, "OUT", "-o", "--out")]
@@ -244,7 +250,8 @@ State = Annotated[
     str | None,
     about(
         "Folder for the state of the run; interrupted, the same command goes on from it.",
-        *(RUN, "DIR"),
+        RUN,
+        metavar="DIR",
     ),
 ]
 Model = Annotated[

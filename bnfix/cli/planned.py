@@ -65,7 +65,6 @@ _BESIDE_A_RECIPE = {
     "forward", "logits_output",
 }  # fmt: skip
 
-
 _SHARED = {"model": Model, "source": Tested, "swap": Layers, "run": Run}
 _CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Gate}
 _KEEP = WeightRecipe("keep")
@@ -186,7 +185,7 @@ def average(
 def _carry_out(plan: Plan, checkpoint: Path, data: str, output: Path, out: Out) -> None:
     """Check the output, open, do, save, show; or show the plan."""
     terminal = out.terminal()
-    if not plan.command_line:
+    if not plan.command_line:  # the demo and a replayed plan have theirs
         # In the batch feed the batches decide what layers above see, so the recipe states them.
         size = plan.run.batch_size or plan.statistics.batch_size
         statistics = replace(plan.statistics, batch_size=size)

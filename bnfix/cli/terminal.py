@@ -41,7 +41,7 @@ _NARROW = 50
 
 
 def _console(*, stderr: bool = False) -> Console:
-    if not processes.speaks():
+    if not processes.speaks():  # of several processes the first prints for all
         return Console(file=io.StringIO())
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=_UNBOUNDED)
