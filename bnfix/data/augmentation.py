@@ -30,6 +30,7 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
         # torchvision draws from torch's own generator, which the run must find as it left it.
         with torch.random.fork_rng(devices=()):
             for image, position in zip(batch.x, batch.index, strict=True):
+                # By position: batch size and order must not change the variant of an image.
                 torch.manual_seed(_draw(seed, epoch, int(position)))
                 varied.append(transform(image))
         yield batch._replace(x=torch.stack(varied))

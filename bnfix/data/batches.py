@@ -311,6 +311,7 @@ def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:
         return index
     if seed < 0:
         raise ConfigError(f"--seed: {seed}, expected 0 or more.", name="seed")
+    # By name: numpy may change the generator behind `default_rng`.
     return np.random.Generator(np.random.PCG64(seed)).permutation(index)
 
 

@@ -54,6 +54,7 @@ def open_callable(spec: str, channels: int) -> tuple[Images, list[Any]]:
     pairs: list[tuple[Any, Any]] = []
     try:
         call, folder = import_callable(spec)
+        # A generator runs, and may import, only when its items are asked for.
         with importable(folder):
             for item in _items(call() if callable(call) else call):
                 pairs.append(_pair(item, f"item {len(pairs)}"))

@@ -48,8 +48,10 @@ def map_classes(
                 f"{some(missing)}. Add them."
             )
         indices, how = {name: class_map[name] for name in names}, "classes by the class map"
+    # With a class for each output, sorted ids are the outputs and need no list.
     elif all(_IMAGENET_ID.fullmatch(name) for name in names) and n != n_classes:
         indices, how = _imagenet_indices(names, where, ask), "classes by ImageNet id"
+    # In sorted order 10 would come before 2.
     elif all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):
         indices, how = {name: int(name) for name in names}, "classes are numbers, taken by value"
         if len(set(indices.values())) < n:

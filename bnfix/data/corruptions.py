@@ -106,6 +106,7 @@ def _recompressed(image: Image.Image, quality: float) -> Image.Image:
 
 def _pixelated(image: Image.Image, part: float) -> Image.Image:
     small = (max(1, round(part * image.width)), max(1, round(part * image.height)))
+    # Box and nearest: blocks of one colour with hard edges.
     coarse = image.resize(small, Image.Resampling.BOX)
     return coarse.resize(image.size, Image.Resampling.NEAREST)
 

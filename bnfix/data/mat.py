@@ -25,6 +25,7 @@ _CLASSES: Final = {
 }  # fmt: skip
 _STRUCT, _CHAR = 2, 4
 _MATRIX, _COMPRESSED = 14, 15
+# A structure may hold structures: the file must not choose how deep the stack goes.
 _MAX_DEPTH = 8
 _MAX_ITEMS = 100_000
 
@@ -37,6 +38,7 @@ def read_mat(path: Path, names: tuple[str, ...], limit: int) -> dict[str, Any]:
         raise ValueError(f"larger than {limit:,} bytes")
     if content[:8] == b"\x89HDF\r\n\x1a\n" or content[124:126] == b"\0\2":
         raise ValueError("MATLAB version 7.3, which is HDF5; save it with -v7")
+    # The two letters were written as one number, so their order is the byte order.
     order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
     if order is None:
         raise ValueError("no MATLAB version 5 file by its first bytes")
@@ -70,6 +72,7 @@ def _elements(
     at = 0
     while at + 8 <= len(data):
         head, size = (int(n) for n in np.frombuffer(data[at : at + 8], dtype=f"{order}u4"))
+        # Up to 4 bytes are packed beside their size, which then fills the upper half of the word.
         if head >> 16:
             kind, size, start, step = head & 0xFFFF, head >> 16, at + 4, 8
             if size > 4:
@@ -98,6 +101,7 @@ def _matrix(
     if len(flags) < 1 or not 1 <= len(shape) <= 8 or min(shape) < 0:
         raise ValueError("an array's head is damaged")
     kind = int(flags[0]) & 0xFF
+    # Others may be of kinds that are not read here.
     if names and name not in names:
         return name, None
     if kind in _CLASSES:

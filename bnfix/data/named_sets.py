@@ -74,6 +74,7 @@ def near_dataset(spec: str) -> str:
     """A question for a spec that misspells a known name; empty for others."""
     kind, colon, root = spec.partition(":")
     close = get_close_matches(kind, DATASETS, n=1, cutoff=0.7)
+    # Not where a module has the name: then a callable is meant.
     if not colon or not kind.isidentifier() or not close or find_spec(kind) is not None:
         return ""
     return f"Did you mean {close[0]}:{root}?"
@@ -206,6 +207,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     folder.mkdir()
     total = 0
     try:
+        # As a stream: a compressed archive can only be read from its beginning.
         with tarfile.open(archive, "r|gz") as members:
             for member in members:
                 total += max(0, member.size)
@@ -320,6 +322,7 @@ def _open_caltech256(root: Path, split: str, channels: int) -> Opened:
         f"split drawn by file name, {_TRAIN_FRAC:.0%} of each class for training, since "
         "Caltech-256 comes with none"
     )
+    # Published numbers are for 256 classes or for 257.
     if n == _CLUTTER:
         images.notes.append("the class clutter is the last of 257; remove its folder for 256")
     return images, np.asarray(labels, dtype=np.int64)

@@ -100,6 +100,7 @@ def open_images(
 
 def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
     path = Path(spec)
+    # What is on disk comes first: a folder may have the name of a data set.
     if path.is_dir():
         return _open_split(path, "", wanted, channels, spec)
     if path.suffix.lower() == ".npz" and path.is_file():
@@ -147,6 +148,7 @@ def _set_labels(
                 "Give whole numbers only, class names only, or --class-map FILE.json."
             )
     known = images.class_names
+    # A class map goes by names, where the data has names for its numbers.
     if isinstance(classes, np.ndarray) and mapping is not None and known is not None:
         classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
     if mapping is None and isinstance(classes, np.ndarray):
@@ -207,6 +209,7 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[
     by_class: dict[str, list[str]] = {}
     for folder in folders:
         inside, deeper, n = list_images(path / folder)
+        # One level deeper, as in Tiny ImageNet: n01443537/images/x.JPEG.
         nested = {sub: list_images(path / folder / sub) for sub in deeper}
         n_others += n + sum(n for _, _, n in nested.values())
         inside += [f"{sub}/{name}" for sub, (names, _, _) in nested.items() for name in names]
@@ -260,6 +263,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     short = [f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]]
     files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
     outside = {name for name in files if not is_inside(name)}
+    # All faults at once: each one found alone would cost the user another run.
     problems = {
         "without a file or label": short,
         "listed more than once": [name for name, n in Counter(files).items() if n > 1],
@@ -284,7 +288,7 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
             members = archive.namelist()
             if "inputs.npy" in members and "images.npy" not in members:
                 return _open_inputs(archive, path, wanted)
-            shape, dtype = _npy_header(archive, path, "images")
+            shape, dtype = _npy_header(archive, "images")
             image_shape = (*shape, 1) if len(shape) == 3 else shape
             if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
                 raise DataError(
@@ -293,7 +297,7 @@ def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarr
                 )
             if min(shape) == 0:
                 raise DataError(f"no images; their shape is {shape}.")
-            labels = _npz_labels(archive, path, shape[0]) if wanted else None
+            labels = _npz_labels(archive, shape[0]) if wanted else None
             pixels = _npy(archive, "images").reshape(image_shape)
             others = [n for n in members if n not in ("images.npy", "labels.npy")]
     except _ARCHIVE_ERRORS as error:
@@ -314,27 +318,27 @@ def _open_inputs(
     archive: zipfile.ZipFile, path: Path, wanted: bool
 ) -> tuple[Images, np.ndarray | None]:
     """Inputs of any shape, which are no images and go to the network as they are."""
-    shape, dtype = _npy_header(archive, path, "inputs")
+    shape, dtype = _npy_header(archive, "inputs")
     if dtype.kind not in "fiub" or not shape or min(shape) == 0:
         raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
-    labels = _npz_labels(archive, path, shape[0]) if wanted else None
+    labels = _npz_labels(archive, shape[0]) if wanted else None
     images = TensorItems(str(path), as_inputs(_npy(archive, "inputs")), "npz")
     others = [n for n in archive.namelist() if n not in ("inputs.npy", "labels.npy")]
     images.notes += [f"arrays passed over: {some(others)}"] if others else []
     return images, labels
 
 
-def _npz_labels(archive: zipfile.ZipFile, path: Path, n: int) -> np.ndarray | None:
+def _npz_labels(archive: zipfile.ZipFile, n: int) -> np.ndarray | None:
     """Class indices, one an item, where the archive has them."""
     if "labels.npy" not in archive.namelist():
         return None
-    shape, dtype = _npy_header(archive, path, "labels")
+    shape, dtype = _npy_header(archive, "labels")
     if dtype.kind not in "iu" or shape != (n,):
         raise DataError(f"labels are {dtype} {shape}, expected whole numbers ({n},), one an image.")
     return _npy(archive, "labels")
 
 
-def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, np.dtype[Any]]:
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
     """Shape and dtype of an array in the archive, once its declared size is believed."""
     members = archive.namelist()
     if members.count(f"{name}.npy") != 1:
@@ -343,6 +347,7 @@ def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, n
             f"{', or inputs for what is no image' if name == 'images' else ''}."
         )
     info = archive.getinfo(f"{name}.npy")
+    # Images of one colour compress 1000 times; below 1 GiB that does no harm.
     if info.file_size > max(_GIB, 100 * info.compress_size):
         raise DataError(
             f"{name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
@@ -357,6 +362,7 @@ def _npy_header(archive: zipfile.ZipFile, path: Path, name: str) -> tuple[Any, n
             read = np.lib.format.read_array_header_2_0
         shape, _, dtype = read(file)
         n_bytes = file.tell() + prod(shape) * dtype.itemsize
+    # Memory is taken for the claimed shape, so it must be that of the bytes there are.
     if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
         raise DataError(
             f"{name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "

@@ -37,6 +37,7 @@ class TensorItems(Images):
         try:
             return _stacked([self.items[i] for i in index.tolist()])
         except RuntimeError as error:
+            # torch does not say which items differ.
             shapes = [[tuple(leaf.shape) for leaf in tree_leaves(self.items[i])] for i in index]
             odd = next(k for k, shape in enumerate(shapes) if shape != shapes[0])
             raise DataError(
@@ -48,6 +49,7 @@ class TensorItems(Images):
     def _hash(self, i: int) -> bytes:
         digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
         for leaf in tree_leaves(self.items[i]):
+            # The same bytes can be other numbers, or the same in another shape.
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             digest.update(leaf.contiguous().numpy().tobytes())
         return digest.digest()
@@ -69,6 +71,7 @@ def as_inputs(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
         found = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"a {found}, expected {_EXPECTED}.")
+    # One type of each sort: networks refuse float64 and int32 beside their own.
     value = value.detach().cpu()
     if value.is_floating_point():
         return value.float()
