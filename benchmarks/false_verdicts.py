@@ -7,7 +7,6 @@ heavy-tailed and skewed ones, and networks that differ in how sharp their logits
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from bnfix.measuring.gate import judge
-from bnfix.measuring.metrics import Metrics, PerExample, without_metrics
-from bnfix.measuring.pairing import compare
+from bnfix.measuring.metrics import Metrics, PerExample
+from bnfix.measuring.pairing import compare, judge
 
 Array = NDArray[np.float64]
 #: (runs, n) -> losses before and after, right before and after, and the mean blind losses of each.
@@ -90,7 +88,7 @@ def metrics(losses: Array, right: Array, blind: float) -> Metrics:
         right=right.astype(bool),
         blind_loss=blind,
     )
-    return dataclasses.replace(without_metrics(len(losses)), examples=rows)
+    return Metrics(n_examples=len(losses), examples=rows)
 
 
 def false_rates(draw: Draw, n: int, runs: int, seed: int = 0) -> tuple[float, float]:

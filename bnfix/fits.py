@@ -14,8 +14,8 @@ from bnfix.checkpoints.averaging import average_into_
 from bnfix.layers.norms import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.layers.refitting import REFIT_SAMPLES, refit_
 from bnfix.measuring.evaluation import collect, measured
-from bnfix.measuring.gate import Decision
 from bnfix.measuring.metrics import Metrics
+from bnfix.measuring.pairing import Decision
 from bnfix.memory import BatchSize
 from bnfix.recipe import AverageRecipe, FinetuneRecipe
 from bnfix.statistics.calibration import Calibration, describe_missing, recalibrate_

@@ -26,10 +26,9 @@ from bnfix.errors import NumericError
 from bnfix.estimating import estimated
 from bnfix.fits import Fits, Fitted, State
 from bnfix.layers.sites import find_norms
-from bnfix.measuring.gate import Decision, judge
 from bnfix.measuring.metrics import Metrics
 from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
-from bnfix.measuring.pairing import compare
+from bnfix.measuring.pairing import Decision, compare, judge
 from bnfix.plan import Plan
 from bnfix.recipe import FinetuneRecipe
 from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of

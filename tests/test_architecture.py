@@ -108,7 +108,6 @@ FLOORS: list[dict[str, set[str]]] = [
         "measuring.custom_metrics": {
             "building.importing", "measuring.evaluation", "measuring.intervals",
         },
-        "measuring.gate": {"measuring.intervals", "measuring.metrics", "measuring.pairing"},
         "measuring.robustness": {
             "data.corruptions", "measuring.evaluation", "measuring.intervals", "measuring.metrics",
             "measuring.pairing", "runtime",
@@ -152,8 +151,8 @@ FLOORS: list[dict[str, set[str]]] = [
             "processes", "runtime", "tuning.parameters",
         },
         "weighing.example_weight": {
-            "guards", "layers.norms", "measuring.evaluation", "measuring.gate", "measuring.metrics",
-            "processes", "runtime", "weighing.weight_search",
+            "guards", "layers.norms", "measuring.evaluation", "measuring.metrics",
+            "measuring.pairing", "processes", "runtime", "weighing.weight_search",
         },
         "weighing.label_free": {
             "guards", "layers.norms", "moments", "runtime", "weighing.weight_search",
@@ -185,7 +184,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.origin", "checkpoints.reading", "layers.norms",
         },
         "reporting.plots": {
-            "measuring.gate", "measuring.intervals", "measuring.metrics", "measuring.robustness",
+            "measuring.pairing", "measuring.intervals", "measuring.metrics", "measuring.robustness",
             "reporting.pages", "reporting.svg", "tuning.finetuning", "weighing.weight_search",
         },
         "statistics.calibration": {
@@ -216,7 +215,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "fits": {
             "checkpoints.averaging", "guards", "layers.norms", "layers.refitting",
-            "measuring.evaluation", "measuring.gate", "measuring.metrics", "memory",
+            "measuring.evaluation", "measuring.pairing", "measuring.metrics", "memory",
             "statistics.calibration", "tracking", "tuning.finetuning", "weighing.example_weight",
             "weighing.label_free", "workbench",
         },
@@ -230,14 +229,14 @@ FLOORS: list[dict[str, set[str]]] = [
             "weighing.example_weight",
         },
         "reporting.wording": {
-            "layers.surgery", "measuring.custom_metrics", "measuring.gate", "measuring.movement",
+            "layers.surgery", "measuring.custom_metrics", "measuring.movement",
             "measuring.pairing", "reporting.pages", "reporting.records", "statistics.calibration",
             "tuning.finetuning", "weighing.example_weight",
         },
     },
     {
         "reporting.report": {
-            "checkpoints.checkpoint", "layers.surgery", "measuring.gate", "measuring.movement",
+            "checkpoints.checkpoint", "layers.surgery", "measuring.movement",
             "measuring.pairing", "measuring.robustness", "reporting", "reporting.pages",
             "reporting.plots", "reporting.records", "reporting.standings", "reporting.svg",
             "reporting.wording", "statistics.calibration", "tuning.finetuning",
@@ -271,7 +270,7 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "run": {
             "checkpoints.saving", "data.fingerprints", "estimating", "fits", "guards",
-            "layers.sites", "measuring.gate", "measuring.metrics", "measuring.movement",
+            "layers.sites", "measuring.metrics", "measuring.movement",
             "measuring.pairing", "plan", "processes", "reporting.layer_rows", "reporting.records",
             "reporting.report", "reporting.result", "statistics.calibration", "steps", "tracking",
             "tuning.finetuning", "weighing.example_weight", "workbench",

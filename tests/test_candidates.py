@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bnfix
-from bnfix.measuring.gate import Decision
+from bnfix.measuring.pairing import Decision
 from bnfix.plan import Plan
 from bnfix.recipe import (
     DataRecipe,

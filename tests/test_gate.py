@@ -8,9 +8,8 @@ import pytest
 
 from benchmarks.false_verdicts import CASES, false_rates
 from bnfix.errors import ConfigError, DataError
-from bnfix.measuring.gate import judge
-from bnfix.measuring.metrics import measure, without_metrics
-from bnfix.measuring.pairing import ROUNDING, compare
+from bnfix.measuring.metrics import Metrics, measure
+from bnfix.measuring.pairing import ROUNDING, compare, judge
 
 
 def metrics_of(losses):
@@ -148,7 +147,10 @@ def test_other_examples_are_refused():
 
 def test_what_cannot_be_evaluated_loses_to_all_that_can():
     """Whatever z is: no standard error is needed against a network that gives no numbers."""
-    fine, broken = metrics_of([0.5] * 30), without_metrics(30, problem="its logits are not finite")
+    fine, broken = (
+        metrics_of([0.5] * 30),
+        Metrics(n_examples=30, problem="its logits are not finite"),
+    )
     won = judge("s", ("new", fine), ("as it was", broken), z=1e9)
     assert won.admitted
     assert won.reason == "'as it was' cannot be evaluated: its logits are not finite"

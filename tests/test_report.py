@@ -18,9 +18,8 @@ from bnfix.errors import CheckpointError
 from bnfix.layers.surgery import Change, SwapPlan
 from bnfix.measuring.custom_metrics import Custom
 from bnfix.measuring.evaluation import Outputs
-from bnfix.measuring.gate import judge
 from bnfix.measuring.metrics import Metrics, measure
-from bnfix.measuring.pairing import Difference, compare
+from bnfix.measuring.pairing import Difference, compare, judge
 from bnfix.measuring.robustness import BatchInvariance, Company, Shifted
 from bnfix.measuring.robustness import shifted as shifted_rows
 from bnfix.reporting import pages
@@ -613,8 +612,7 @@ def test_a_model_that_looks_at_its_neighbours_is_said_to(full: Report) -> None:
 
 
 def test_outputs_that_are_no_logits_claim_nothing() -> None:
-    none = (None,) * 7
-    counted = Metrics(40, *none, {}, 10.0, (), np.zeros((0, 2)), None)  # type: ignore[arg-type]
+    counted = Metrics(n_examples=40, images_per_second=10.0)
     old, new = (
         Evaluated(name, None, None, counted, custom=(Custom("dice", value),), classified=False)
         for name, value in (("old", 0.5), ("new", 0.75))

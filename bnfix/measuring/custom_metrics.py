@@ -25,23 +25,16 @@ MetricFunction = Callable[[Array, Array | None], Any]
 
 @dataclass(frozen=True)
 class Custom:
-    """One number of the user's, for one model.
+    """One number of the user's, for one model, with 95% bootstrap intervals.
 
-    Args:
-        name: of the callable; with a dot and the key where it returns several.
-        value: over all examples.
-        interval: 95%, by bootstrap over the examples; ``None`` where a resample has no value, or
-            the outputs are too many to be copied that often.
-        difference: of this model less the first, and ``None`` for the first.
-        difference_interval: 95%, from the same resamples of both.
-        resampled: one value a resample, empty without interval.
+    There is no interval where a resample has no value, or the outputs are too large to be copied.
     """
 
-    name: str
+    name: str  # of the callable; with a dot and the key where it returns several
     value: float
     interval: Interval | None = None
-    difference: float | None = None
-    difference_interval: Interval | None = None
+    difference: float | None = None  # of this model less the first; None for the first
+    difference_interval: Interval | None = None  # from the same resamples of both
     resampled: tuple[float, ...] = field(default=(), repr=False)
 
 

@@ -14,31 +14,18 @@ from torch import Tensor, nn
 from bnfix import guards, processes, runtime
 from bnfix.errors import DataError, ModelError, NumericError
 from bnfix.measuring.intervals import Array
-from bnfix.measuring.metrics import (
-    Metrics,
-    checked_labels,
-    measure,
-    refuse_not_finite,
-    without_metrics,
-)
+from bnfix.measuring.metrics import Metrics, checked_labels, measure, refuse_not_finite
 from bnfix.measuring.temperature import nll_of
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Outputs:
-    """What one model gives for all examples.
+    """The outputs of one model for all examples, one row an example."""
 
-    Args:
-        outputs: ``(N, K)`` logits, or whatever the task has, one row an example; float32.
-        labels: one row an example, or ``None``.
-        images_per_second: through the model, without loading.
-        positions: of the examples in their data, where the batches say them.
-    """
-
-    outputs: Array
+    outputs: Array  # (N, K) logits, or (N, ...) of another task; float32
     labels: Array | None
-    images_per_second: float
-    positions: Array | None = None
+    images_per_second: float  # through the model, without loading
+    positions: Array | None = None  # of the examples in their data, where the batches say them
 
     @property
     def classified(self) -> bool:
@@ -54,14 +41,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Score:
-    """The least that says how good a model is; see `score`.
-
-    Args:
-        n_examples: examples seen.
-        nll: mean negative log-likelihood, nats.
-        top1: fraction right.
-        losses: NLL of every example.
-    """
+    """Loss and accuracy without intervals, for searches."""
 
     n_examples: int
     nll: float
@@ -107,7 +87,7 @@ def measured(found: Outputs, seed: int) -> Metrics:
             return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
         except NumericError:
             problem = "its logits are not finite"
-    return without_metrics(n, images_per_second=rate, problem=problem)
+    return Metrics(n_examples=n, images_per_second=rate, problem=problem)
 
 
 def score(

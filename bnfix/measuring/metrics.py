@@ -17,44 +17,42 @@ N_BINS = 15
 
 @dataclass(frozen=True)
 class Bin:
-    """One bin of the reliability diagram, right-closed: (low, high].
-
-    Args:
-        low: lower edge of the confidence.
-        high: upper edge.
-        n_examples: how many fell into it.
-        confidence: their mean confidence; 0 for none.
-        accuracy: the fraction of them that is right; 0 for none.
-    """
+    """The examples of confidence (low, high] in the reliability diagram."""
 
     low: float
     high: float
     n_examples: int
-    confidence: float
+    confidence: float  # mean; 0 without examples, as the accuracy is
     accuracy: float
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PerExample:
-    """What paired comparisons need, one row an example.
+    """Labels, losses in nats and hits of each example, as paired comparisons need them."""
 
-    Args:
-        labels: ``(N,)`` int64.
-        losses: NLL, nats.
-        scaled_losses: NLL after the temperature fitted on the half that the example is not in.
-        right: whether the largest logit is the label's; of equal logits the first counts as larger.
-        blind_loss: mean NLL, nats, if each label were any of the classes alike.
-    """
-
-    labels: Array
+    labels: Array  # (N,) int64
     losses: Array
-    scaled_losses: Array
+    scaled_losses: Array  # at the temperature fitted on the half that the example is not in
     right: Array
-    blind_loss: float
+    blind_loss: float  # mean NLL, nats, if each label were any of the classes alike
 
 
-@dataclass(frozen=True, repr=False)
-class Metrics:
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Scores:
+    """The numbers of labelled examples, described at `Metrics`; without labels all are `None`."""
+
+    top1: float | None = None
+    top5: float | None = None
+    nll: float | None = None
+    nll_temperature_scaled: float | None = None
+    temperature: float | None = None
+    brier: float | None = None
+    ece: float | None = None
+    interval: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Metrics(Scores):
     """What a model achieves on some examples. Fractions are fractions.
 
     Args:
@@ -80,18 +78,10 @@ class Metrics:
     """
 
     n_examples: int
-    top1: float | None
-    top5: float | None
-    nll: float | None
-    nll_temperature_scaled: float | None
-    temperature: float | None
-    brier: float | None
-    ece: float | None
-    interval: dict[str, Interval]
-    images_per_second: float
-    reliability: tuple[Bin, ...]
-    logits: Array = field(compare=False)
-    examples: PerExample | None = field(compare=False)
+    images_per_second: float = 0.0
+    reliability: tuple[Bin, ...] = ()
+    logits: Array = field(default_factory=lambda: np.empty((0, 0), np.float32), compare=False)
+    examples: PerExample | None = field(default=None, compare=False)
     problem: str = ""
 
     def __repr__(self) -> str:
@@ -101,32 +91,6 @@ class Metrics:
             f"{k}={v:.4g}" for k, v in zip(shown, values, strict=True) if v is not None
         )
         return f"Metrics(n_examples={self.n_examples}, {self.problem or text})"
-
-
-def without_metrics(
-    n_examples: int,
-    *,
-    logits: Array | None = None,
-    images_per_second: float = 0.0,
-    problem: str = "",
-) -> Metrics:
-    """Only counts: there are no labels, no logits of classes, or a ``problem``."""
-    return Metrics(
-        n_examples=n_examples,
-        top1=None,
-        top5=None,
-        nll=None,
-        nll_temperature_scaled=None,
-        temperature=None,
-        brier=None,
-        ece=None,
-        interval={},
-        images_per_second=images_per_second,
-        reliability=(),
-        logits=np.empty((0, 0), np.float32) if logits is None else logits,
-        examples=None,
-        problem=problem,
-    )
 
 
 def measure(
@@ -139,7 +103,7 @@ def measure(
         )
     refuse_not_finite(logits)
     if labels is None:
-        return without_metrics(len(logits), logits=logits, images_per_second=images_per_second)
+        return Metrics(n_examples=len(logits), logits=logits, images_per_second=images_per_second)
     n = len(logits)
     labels = checked_labels(labels, n, logits.shape[1])
     rank, losses, blind, brier, confidence = _per_example(logits, labels)

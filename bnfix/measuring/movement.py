@@ -22,17 +22,11 @@ _LARGE_RMS, _LARGE_TOP1 = 0.5, 0.2
 
 @dataclass(frozen=True)
 class Moved:
-    """How far outputs moved.
+    """How far the outputs of `n` images moved."""
 
-    Args:
-        relative_rms: root mean square of the change, relative to that of the outputs before;
-            ``None`` where those are not finite, all 0, or of other shapes.
-        top1_changed: fraction of images whose top-1 class changed; ``None`` without classes.
-        n: images.
-    """
-
+    # Root mean square of the change over that of the outputs before; None if not finite.
     relative_rms: float | None
-    top1_changed: float | None
+    top1_changed: float | None  # fraction of images; None without classes
     n: int
 
     @property

@@ -1,4 +1,4 @@
-"""Two models on the same examples: paired differences and the verdict."""
+"""Two models on the same examples: paired differences, the verdict, and the gate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import bdtr, stdtr  # as scipy.stats computes them, which takes long to import
+from scipy.special import (  # as scipy.stats computes them, which takes long to import
+    bdtr,
+    ndtr,
+    stdtr,
+)
 
-from bnfix.errors import DataError
+from bnfix.errors import ConfigError, DataError
 from bnfix.measuring.intervals import LEVEL, Array, Interval, middle, resampled_means
 from bnfix.measuring.metrics import Metrics, PerExample
 
@@ -20,17 +24,11 @@ LEAST_EXAMPLES = 20
 
 @dataclass(frozen=True, repr=False)
 class Difference:
-    """A paired difference, after less before.
-
-    Args:
-        difference: mean over the examples.
-        interval: 95%, by bootstrap over the examples.
-        p: two-sided; McNemar's exact test for top-1, `gain_t` for losses.
-    """
+    """A paired difference, mean of after less before, with a 95% bootstrap interval."""
 
     difference: float
     interval: Interval
-    p: float
+    p: float  # two-sided; McNemar's exact test for top-1, `gain_t` for losses
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -39,25 +37,18 @@ class Difference:
 
 @dataclass(frozen=True, repr=False)
 class Paired:
-    """Two models on the same examples.
+    """Two models on the same examples: better, worse or the same."""
 
-    Args:
-        top1: difference in the fraction right; above 0 is better.
-        nll: difference in NLL; below 0 is better.
-        nll_temperature_scaled: the same after temperature scaling of both.
-        verdict: ``better``: NLL or top-1 significantly better and neither significantly worse;
-            ``worse``: either significantly worse; otherwise ``same``. Significant: the interval
-            leaves out 0 (and rounding), and p < 0.05; either alone is too bold on few examples. As
-            there are two chances to be better, it takes p < 0.025 where only one is (Hochberg).
-            On fewer than 20 examples it is ``same``, and losses count where 20 of them differ.
-        temperature_only: better, but nothing of it is left after temperature scaling.
-    """
-
+    # Better: NLL or top-1 significantly better and neither significantly worse; worse: either
+    # significantly worse. Significant: the interval leaves out 0 (and rounding), and p < 0.05;
+    # either alone is too bold on few examples. As there are two chances to be better, it takes
+    # p < 0.025 where only one is (Hochberg). On fewer than 20 examples it is the same, and losses
+    # count where 20 of them differ.
     top1: Difference
     nll: Difference
     nll_temperature_scaled: Difference
     verdict: str
-    temperature_only: bool
+    temperature_only: bool  # better, but nothing of it is left after temperature scaling
 
     def __repr__(self) -> str:
         only = ", temperature_only" if self.temperature_only else ""
@@ -175,3 +166,104 @@ def _paired_p(difference: Array, blind: float) -> float:
     sign = 1 if difference.mean() < 0 else -1
     t = gain_t(sign * difference, sign * blind)
     return float(2 * stdtr(len(difference), -t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A candidate and the incumbent on the select split; `None` if it cannot be evaluated."""
+
+    n_examples: int
+    nll: float | None
+    incumbent_nll: float | None
+    top1: float | None
+    incumbent_top1: float | None
+    nll_difference: float | None  # paired mean, candidate less incumbent
+    nll_se: float | None
+    top1_difference: float | None
+    top1_se: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision(Evidence):
+    """May the candidate replace the incumbent, and why."""
+
+    stage: str  # statistics, example weight or fine-tuning
+    candidate: str
+    incumbent: str
+    z: float  # standard errors demanded
+    admitted: bool
+    reason: str
+
+
+def judge(
+    stage: str,
+    candidate: tuple[str, Metrics],
+    incumbent: tuple[str, Metrics],
+    z: float = 2.0,
+) -> Decision:
+    """Judge a candidate against the incumbent, on the same examples of the select split.
+
+    It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
+    difference (and by more than rounding), and its top-1 is not lower by more than ``z`` of its
+    own. On few examples more is demanded than ``z``: `gain_t` must be as improbable by Student's t
+    as ``z`` is by the normal distribution. Ties go to the incumbent, and so do fewer than 20
+    examples. What cannot be evaluated (`Metrics.problem`) loses to all that can.
+    """
+    if not z >= 0:
+        raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
+    (name, new), (old_name, old) = candidate, incumbent
+    nll_difference = nll_se = top1_difference = top1_se = None
+    if new.problem:
+        admitted, reason = False, f"it cannot be evaluated: {new.problem}"
+    elif old.problem:
+        admitted, reason = True, f"{old_name!r} cannot be evaluated: {old.problem}"
+    else:
+        before, after = paired_examples(old, new)
+        loss = nll_difference, nll_se = _mean_and_se(after.losses - before.losses)
+        top1 = top1_difference, top1_se = _mean_and_se(after.right * 1.0 - before.right)
+        n = len(after.losses)
+        t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
+        # z = 0 demands no proof, only a lower mean.
+        sure = z == 0 or stdtr(n, -t) < ndtr(-z)
+        admitted, reason = _admitted(n, loss, top1, z, sure=sure)
+    return Decision(
+        stage=stage,
+        candidate=name,
+        incumbent=old_name,
+        n_examples=new.n_examples,
+        nll=new.nll,
+        incumbent_nll=old.nll,
+        top1=new.top1,
+        incumbent_top1=old.top1,
+        nll_difference=nll_difference,
+        nll_se=nll_se,
+        top1_difference=top1_difference,
+        top1_se=top1_se,
+        z=z,
+        admitted=admitted,
+        reason=reason,
+    )
+
+
+def _admitted(
+    n: int, loss: tuple[float, float], top1: tuple[float, float], z: float, *, sure: bool
+) -> tuple[bool, str]:
+    """Whether mean differences with these standard errors are enough, and why."""
+    difference, se = loss
+    if n < LEAST_EXAMPLES:
+        return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
+    if not (difference < -z * se and difference < -ROUNDING):
+        return False, f"its loss is not lower by more than {z:g} standard errors"
+    if not sure:
+        return False, f"its loss is lower, but {n} examples with such differences do not prove it"
+    if top1[0] < -z * top1[1]:
+        return False, f"its top-1 is lower by more than {z:g} standard errors"
+    alike = se <= ROUNDING * abs(difference)
+    by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"
+    return True, f"its loss is lower by {-difference:.3g} nats, {by}"
+
+
+def _mean_and_se(difference: Array) -> tuple[float, float]:
+    n = len(difference)
+    se = float(difference.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
+    return float(difference.mean()), float(se)

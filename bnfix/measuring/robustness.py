@@ -24,29 +24,17 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 @dataclass(frozen=True)
 class Shifted:
-    """One model on images of one corruption.
-
-    Args:
-        model: its name.
-        kind: of the corruption.
-        severity: 1, 2 or 3.
-        n_examples: how many.
-        top1: fraction right.
-        nll: mean negative log-likelihood, nats.
-        nll_temperature_scaled: the same after temperature scaling on these images.
-        interval: 95%, of each of the three.
-        paired: against the first model on the same corrupted images; ``None`` for the first.
-    """
+    """One model on images of one corruption; numbers as in `Metrics`."""
 
     model: str
     kind: str
-    severity: int
+    severity: int  # 1, 2 or 3
     n_examples: int
     top1: float
     nll: float
     nll_temperature_scaled: float
     interval: dict[str, Interval]
-    paired: Paired | None
+    paired: Paired | None  # against the first model on the same images; None for the first
 
 
 def shifted(
@@ -78,38 +66,23 @@ def shifted(
 
 @dataclass(frozen=True)
 class Company:
-    """Logits of examples in one company against the same examples in another.
+    """Logits of examples beside some examples, against the same beside others."""
 
-    Args:
-        largest_difference: of any logit.
-        top1_agreement: fraction of the examples with the same largest logit.
-    """
-
-    largest_difference: float
-    top1_agreement: float
+    largest_difference: float  # of any logit
+    top1_agreement: float  # fraction of the examples
 
 
 @dataclass(frozen=True)
 class BatchInvariance:
-    """Whether an example's logits depend on which examples are computed beside it.
-
-    Args:
-        model: its name.
-        n_examples: drawn by the seed.
-        batch_size: of the batches.
-        alone: each example alone, against in its batch.
-        permuted: in batches of other examples in another order, against in its batch.
-        largest_logit: absolute value, to compare the differences with.
-        invariant: whether both differences are rounding.
-    """
+    """Whether an example's logits depend on which examples are computed beside it."""
 
     model: str
     n_examples: int
     batch_size: int
-    alone: Company
-    permuted: Company
-    largest_logit: float
-    invariant: bool
+    alone: Company  # each example alone, against in its batch
+    permuted: Company  # in a batch of other examples, against in its batch
+    largest_logit: float  # absolute value, to compare the differences with
+    invariant: bool  # both differences are rounding
 
 
 def batch_invariance(

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.measuring.gate import Decision
 from bnfix.measuring.intervals import Array
 from bnfix.measuring.metrics import Metrics
+from bnfix.measuring.pairing import Decision
 from bnfix.measuring.robustness import Shifted
 from bnfix.reporting.pages import clean
 from bnfix.reporting.svg import FIRST, INK, LAST, LOSS, MUTED, Picture, picture

@@ -15,9 +15,8 @@ import numpy as np
 
 from bnfix.checkpoints.checkpoint import write_text
 from bnfix.layers.surgery import SwapPlan
-from bnfix.measuring.gate import Decision
 from bnfix.measuring.movement import Moved
-from bnfix.measuring.pairing import Paired, compare
+from bnfix.measuring.pairing import Decision, Paired, compare
 from bnfix.measuring.robustness import BatchInvariance, Shifted
 from bnfix.reporting import plots, wording
 from bnfix.reporting.pages import flat, plain_json, render

@@ -10,9 +10,8 @@ from typing import Any
 from bnfix.errors import Note, some
 from bnfix.layers.surgery import SwapPlan
 from bnfix.measuring.custom_metrics import Custom
-from bnfix.measuring.gate import Decision
 from bnfix.measuring.movement import Moved
-from bnfix.measuring.pairing import Paired
+from bnfix.measuring.pairing import Decision, Paired
 from bnfix.reporting.pages import clean, count, difference, direction, number, percent
 from bnfix.reporting.records import DataUsed, Evaluated
 from bnfix.statistics.calibration import Calibration

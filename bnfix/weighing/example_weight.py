@@ -23,8 +23,8 @@ from bnfix.layers.norms import (
     require_generalized,
 )
 from bnfix.measuring.evaluation import evaluate
-from bnfix.measuring.gate import Decision, judge
 from bnfix.measuring.metrics import Metrics
+from bnfix.measuring.pairing import Decision, judge
 from bnfix.recipe import WeightRecipe
 from bnfix.weighing.weight_search import CurvePoint, WeightSearch
 
