@@ -349,6 +349,15 @@ class ModelRecipe:
         None, "Which output holds the logits: its name or index, dotted where they are nested."
     )
 
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        require(
+            self.forward is None or self.logits_output is None,
+            f"--output: {self.logits_output}, but --forward returns the logits itself. Leave one "
+            "of them out.",
+            "logits_output",
+        )
+
 
 @dataclass(frozen=True)
 class EvaluationRecipe:

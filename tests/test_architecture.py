@@ -109,7 +109,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "building.importing", "measuring.evaluation", "measuring.intervals",
         },
         "measuring.robustness": {
-            "data.corruptions", "measuring.evaluation", "measuring.intervals", "measuring.metrics",
+            "data.corruptions", "measuring.evaluation", "measuring.intervals",
             "measuring.pairing", "runtime",
         },
         "production.folding": {

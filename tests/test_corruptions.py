@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from scipy.ndimage import gaussian_filter
 
@@ -263,6 +264,31 @@ def test_eval_measures_every_corruption_as_an_archive_of_it_would(cli, files, tm
     clean = cli("eval", *both, "--data", files.test, *words).json
     assert found["models"][0]["nll"] == clean["models"][0]["nll"]
     assert clean["corruptions"] == []
+
+
+def test_a_model_that_overflows_under_corruptions_is_reported_and_the_other_measured(
+    cli, files, tmp_path
+):
+    state = torch.load(files.net, weights_only=True)
+    name = next(key for key in state if key.endswith("running_var"))
+    state[name] = torch.full_like(state[name], float("nan"))
+    torch.save(state, tmp_path / "broken.pth")
+    for first, last in ((files.net, tmp_path / "broken.pth"), (tmp_path / "broken.pth", files.net)):
+        words = ["--data", files.test, *files.common, "--corruptions", "--report", tmp_path / "out"]
+        found = cli("eval", first, last, *words, "--json", "--force").json
+        broken = [row for row in found["corruptions"] if row["model"] == "broken.pth"]
+        whole = [row for row in found["corruptions"] if row["model"] == "net.pth"]
+        assert len(broken) == len(whole) == 18
+        assert all(row["top1"] is None and row["interval"] == {} for row in broken)
+        assert all(row["top1"] > 0 for row in whole)
+        paired = whole if last == files.net else broken
+        assert {row["paired"]["verdict"] for row in paired} == {
+            "better" if last == files.net else "worse"
+        }
+        assert "not evaluable" in (tmp_path / "out" / "report.md").read_text()
+        assert "not evaluable" in (tmp_path / "out" / "report.html").read_text()
+        shown = cli("eval", first, last, *words, "--force")
+        assert shown.code == 0, shown.message
 
 
 def test_corruptions_need_labels_and_stand_alone(cli, files):

@@ -337,6 +337,14 @@ def test_inception_says_what_published_weights_would_need(tmp_path):
     assert given.model.transform_input
 
 
+def test_output_beside_forward_is_refused(cli, files):
+    said = cli(
+        "eval", files.net, "--data", files.test, *files.common, "--forward", "calls.py:half",
+        "--output", "1",
+    ).message  # fmt: skip
+    assert "--output: 1, but --forward returns the logits itself. Leave one of them out." in said
+
+
 def test_forward_says_how_a_model_is_called(cli, files, tmp_path):
     code = "def half(model, batch):\n    return {'logits': model(batch.x)}\nvalue = 3\n"
     (tmp_path / "calls.py").write_text(code)

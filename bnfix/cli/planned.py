@@ -225,7 +225,9 @@ def _only_replayed(
         )
     asked = given
     if given.model is None:
-        asked = replace(plan.model, forward=given.forward or plan.model.forward)
+        # A model is called in one way: the stated one replaces that of the file.
+        called = given if given.forward or given.logits_output else plan.model
+        asked = replace(plan.model, forward=called.forward, logits_output=called.logits_output)
     unfreeze = given.unfreeze or plan.model.unfreeze
     plan = replace(plan, model=replace(asked, unfreeze=unfreeze))
     return plan if test is None else replace(plan, source=replace(plan.source, test=test))

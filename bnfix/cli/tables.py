@@ -127,8 +127,10 @@ def _corruptions(report: Report) -> Table:
     for kind, severity in dict.fromkeys((row.kind, row.severity) for row in report.corruptions):
         found = [rows[kind, severity, name] for name in shown]
         last = found[-1].paired
-        points = "-" if last is None else "{} ({} to {})".format(*ends(last.top1, points=True))
-        table.add_row(f"{kind} {severity}", *(f"{100 * row.top1:.1f}%" for row in found), points)
+        points = "-"
+        if last is not None and math.isfinite(last.top1.difference):
+            points = "{} ({} to {})".format(*ends(last.top1, points=True))
+        table.add_row(f"{kind} {severity}", *(percent(row.top1) for row in found), points)
     models = ", ".join(f"{n}. {shown_text(name)}" for n, name in enumerate(shown, 1))
     table.caption = f"{models}; points: last less first, 95%"
     return table

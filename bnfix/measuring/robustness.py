@@ -13,9 +13,8 @@ from torch import nn
 from bnfix import runtime
 from bnfix.data.corruptions import Corruption
 from bnfix.errors import DataError
-from bnfix.measuring.evaluation import Outputs, collect
+from bnfix.measuring.evaluation import Outputs, collect, measured
 from bnfix.measuring.intervals import Interval
-from bnfix.measuring.metrics import measure
 from bnfix.measuring.pairing import Paired, compare
 
 #: Differences of logits up to this part of their largest size are rounding, by precision.
@@ -24,15 +23,15 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 @dataclass(frozen=True)
 class Shifted:
-    """One model on images of one corruption; numbers as in `Metrics`."""
+    """One model on images of one corruption; numbers as in `Metrics`, `None` if not evaluable."""
 
     model: str
     kind: str
     severity: int  # 1, 2 or 3
     n_examples: int
-    top1: float
-    nll: float
-    nll_temperature_scaled: float
+    top1: float | None
+    nll: float | None
+    nll_temperature_scaled: float | None
     interval: dict[str, Interval]
     paired: Paired | None  # against the first model on the same images; None for the first
 
@@ -41,13 +40,14 @@ def shifted(
     names: Sequence[str], found: Sequence[Outputs], corruption: Corruption, *, seed: int = 0
 ) -> list[Shifted]:
     """Judge several models by their logits for the same corrupted images."""
-    measured = [measure(one.outputs, one.labels, seed=seed) for one in found]
+    every = [measured(one, seed) for one in found]
     rows = []
-    for i, (name, m) in enumerate(zip(names, measured, strict=True)):
-        if m.top1 is None or m.nll is None or m.nll_temperature_scaled is None:
+    for i, (name, m) in enumerate(zip(names, every, strict=True)):
+        if m.examples is None and not m.problem:
             raise DataError("--corruptions: the examples have no labels. Give labels.")
-        kept = {key: m.interval[key] for key in ("top1", "nll", "nll_temperature_scaled")}
-        paired = compare(measured[0], m, seed=seed) if i else None
+        shown = ("top1", "nll", "nll_temperature_scaled")
+        kept = {key: m.interval[key] for key in shown if key in m.interval}
+        paired = compare(every[0], m, seed=seed) if i else None
         rows.append(
             Shifted(
                 model=name,

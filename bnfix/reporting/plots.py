@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from bnfix.measuring.intervals import Array
 from bnfix.measuring.metrics import Metrics
 from bnfix.measuring.pairing import Decision
 from bnfix.measuring.robustness import Shifted
-from bnfix.reporting.pages import clean
+from bnfix.reporting.pages import clean, percent
 from bnfix.reporting.svg import FIRST, INK, LAST, LOSS, MUTED, Picture, picture
 from bnfix.tuning.finetuning import Finetuning
 from bnfix.weighing.weight_search import CurvePoint
@@ -280,7 +281,12 @@ def corruptions(rows: Sequence[Shifted]) -> Picture:
     severities = sorted({row.severity for row in rows})
     first = [row for row in rows if row.model == names[0]]
     last = [row for row in rows if row.model == names[-1]] if len(names) > 1 else []
-    changes = [(row, row.paired.top1) for row in last if row.paired is not None]
+    known = [row.top1 for row in first if row.top1 is not None]
+    changes = [
+        (row, row.paired.top1)
+        for row in last
+        if row.paired is not None and math.isfinite(row.paired.top1.difference)
+    ]
 
     def cell(axis: Any, at: Shifted, color: str, alpha: float, text: str) -> None:
         x, y = severities.index(at.severity), kinds.index(at.kind)
@@ -293,7 +299,8 @@ def corruptions(rows: Sequence[Shifted]) -> Picture:
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, 2 if last else 1, squeeze=False, sharey=True)[0]
         for row in first:
-            cell(axes[0], row, MUTED, SHADE * (1 - row.top1), f"{100 * row.top1:.0f}%")
+            if row.top1 is not None:
+                cell(axes[0], row, MUTED, SHADE * (1 - row.top1), f"{100 * row.top1:.0f}%")
         largest = max([abs(d.difference) for _, d in changes], default=0) or 1.0
         for row, d in changes:
             text = f"{100 * d.difference:+.1f}{'*' * (d.interval[0] > 0 or d.interval[1] < 0)}"
@@ -309,7 +316,7 @@ def corruptions(rows: Sequence[Shifted]) -> Picture:
             axis.grid(visible=False)
             axis.tick_params(length=0)
 
-    mean = f"arker is worse; {100 * np.mean([row.top1 for row in first]):.1f}% over all of them."
+    mean = f"arker is worse; {percent(float(np.mean(known)) if known else None)} over all of them."
     said = f"D{mean}"
     if last:
         n_up, n_down = (
