@@ -239,10 +239,7 @@ def recalibrate_(
     with runtime.autocast(runtime.device_of(model), precision):
         found = collect(source, sites, feed, auto, memory_bytes, keeper)
     records = _written(source, found)
-    seconds = time.perf_counter() - started
-    n_resumed = 0 if keeper is None else keeper.n_resumed
-    rate = found.seen.n_examples * found.passes / max(seconds, 1e-9)
-    reached, names = {record.name for record in records}, [site.name for site in sites]
+    names, reached = [site.name for site in sites], found.collector.sums.measured
     return Calibration(
         target=target if size is None else f"train-batch {size}",
         feed=feed,
@@ -264,13 +261,20 @@ def recalibrate_(
             residual=found.error,
             changed_by_forward=tuple(source.changed),
         ),
-        effort=Effort(
-            seconds=seconds,
-            cost=source.cost,
-            n_processes=processes.here().size,
-            n_resumed=n_resumed,
-            examples_per_second=None if n_resumed else rate,
-        ),
+        effort=_effort(source, found, keeper, time.perf_counter() - started),
+    )
+
+
+def _effort(source: Source, found: Found, keeper: Kept | None, seconds: float) -> Effort:
+    n_resumed = 0 if keeper is None else keeper.n_resumed
+    # An earlier run's time is not known.
+    rate = found.seen.n_examples * found.passes / max(seconds, 1e-9) if not n_resumed else None
+    return Effort(
+        seconds=seconds,
+        cost=source.cost,
+        n_processes=processes.here().size,
+        n_resumed=n_resumed,
+        examples_per_second=rate,
     )
 
 
@@ -412,13 +416,9 @@ def _record(
 
 def describe_missing(calibration: Calibration) -> list[str]:
     """Sentences for the report on layers that were passed over."""
-    trust, layers, n_resumed = (
-        calibration.trust,
-        calibration.exceptions,
-        calibration.effort.n_resumed,
-    )
+    trust, layers = calibration.trust, calibration.exceptions
     sentences = []
-    if n_resumed:
+    if n_resumed := calibration.effort.n_resumed:
         sentences.append(
             f"{n_resumed} examples were not run again; an interrupted run had kept what they "
             "measured."

@@ -242,7 +242,7 @@ def weighable_layers(
     taking_part = {
         name: layer
         for name, layer in everything.items()
-        if layer.running_mean is not None and positions[name] > (not pointwise)
+        if layer.running_mean is not None and positions[name] > (0 if pointwise else 1)
     }
     return taking_part, [name for name in everything if name not in taking_part]
 
