@@ -30,8 +30,14 @@ from bnfix.recipe import (
     RunOptions,
     check_seed,
 )
-from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
-from bnfix.reporting.records import DataUsed, Evaluated
+from bnfix.reporting.records import (
+    DataUsed,
+    Evaluated,
+    drifts_between,
+    layer_rows,
+    n_live,
+    statistics_of,
+)
 from bnfix.reporting.report import Report
 from bnfix.tracking import Track, describe_skipped, silent
 from bnfix.workbench import evaluation_batch_size, input_batches

@@ -27,7 +27,7 @@ from bnfix.layers.surgery import SwapPlan, plan_swap, swap_planned_
 from bnfix.measuring.movement import all_outputs
 from bnfix.preprocessing import Preprocessing
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
-from bnfix.reporting.layer_rows import layer_rows
+from bnfix.reporting.records import layer_rows
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
 from bnfix.runtime import device_of, has_forward

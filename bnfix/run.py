@@ -31,8 +31,15 @@ from bnfix.measuring.movement import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.measuring.pairing import Decision, compare, judge
 from bnfix.plan import Plan
 from bnfix.recipe import FinetuneRecipe
-from bnfix.reporting.layer_rows import drifts_between, layer_rows, n_live, statistics_of
-from bnfix.reporting.records import DataUsed, Evaluated
+from bnfix.reporting.records import (
+    DataUsed,
+    Evaluated,
+    Trials,
+    drifts_between,
+    layer_rows,
+    n_live,
+    statistics_of,
+)
 from bnfix.reporting.report import Report
 from bnfix.reporting.result import Result
 from bnfix.statistics.calibration import Calibration, residuals
@@ -229,7 +236,9 @@ class Run:
         """Test the original and the output, never keep what is known to be worse, report."""
         bench = self.bench
         if is_gated(self.steps) and self.kept.name == ORIGINAL:
-            bench.assumptions.append("nothing was better beyond doubt, so the output is the input.")
+            bench.assumptions.append(
+                "no candidate was significantly better; the output is unchanged."
+            )
         round_as_stored_(self.model)
         models: tuple[Evaluated, ...] = ()
         if bench.test_images.labels is not None and bench.split.test.size:
@@ -260,11 +269,13 @@ class Run:
                 self._residuals(),
                 _last(results, Calibration),
             ),
-            decisions=tuple(self.decisions),
-            calibration=_last(results, Calibration),
-            choice=_last(self.tried, WeightChoice),
-            finetunings=tuple(one for one in self.tried if isinstance(one, Finetuning)),
-            refused=tuple(one for one in self.tried if id(one) not in held),
+            trials=Trials(
+                decisions=tuple(self.decisions),
+                calibration=_last(results, Calibration),
+                choice=_last(self.tried, WeightChoice),
+                finetunings=tuple(one for one in self.tried if isinstance(one, Finetuning)),
+                refused=tuple(one for one in self.tried if id(one) not in held),
+            ),
             moved=movement,
             assumptions=tuple(dict.fromkeys(bench.assumptions)),
             n_seen=seen_before(bench.test_images, bench.split.test, bench.loaded.origin.history),

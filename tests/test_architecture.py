@@ -164,7 +164,6 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.nesting", "checkpoints.origin", "layers.norms", "layers.sites",
             "layers.surgery",
         },
-        "reporting.standings": {"measuring.pairing", "reporting.records"},
         "statistics.feeding": {
             "checkpoints.resuming", "guards", "layers.sites", "processes", "runtime",
             "statistics.accumulating", "statistics.collecting", "statistics.settling",
@@ -224,10 +223,6 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "layers.norms", "production", "production.dataflow", "production.folding",
             "production.plain", "production.verification",
         },
-        "reporting.layer_rows": {
-            "layers.norms", "layers.sites", "reporting.records", "statistics.calibration",
-            "weighing.example_weight",
-        },
         "reporting.wording": {
             "layers.surgery", "measuring.custom_metrics", "measuring.movement",
             "measuring.pairing", "reporting.pages", "reporting.records", "statistics.calibration",
@@ -238,7 +233,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "reporting.report": {
             "checkpoints.checkpoint", "layers.surgery", "measuring.movement",
             "measuring.pairing", "measuring.robustness", "reporting", "reporting.pages",
-            "reporting.plots", "reporting.records", "reporting.standings", "reporting.svg",
+            "reporting.plots", "reporting.records", "reporting.svg",
             "reporting.wording", "statistics.calibration", "tuning.finetuning",
             "weighing.example_weight",
         },
@@ -257,7 +252,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "building.models", "checkpoints.loading", "checkpoints.reading", "checkpoints.saving",
             "data.batches", "data.fingerprints", "data.first_look", "guards", "layers.norms",
             "layers.refitting", "layers.sites", "layers.surgery", "measuring.movement",
-            "reporting.layer_rows", "reporting.report", "reporting.result", "runtime", "tracking",
+            "reporting.records", "reporting.report", "reporting.result", "runtime", "tracking",
             "weighing.example_weight", "workbench",
         },
         "measuring.predictions": {
@@ -271,7 +266,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "run": {
             "checkpoints.saving", "data.fingerprints", "estimating", "fits", "guards",
             "layers.sites", "measuring.metrics", "measuring.movement",
-            "measuring.pairing", "plan", "processes", "reporting.layer_rows", "reporting.records",
+            "measuring.pairing", "plan", "processes", "reporting.records",
             "reporting.report", "reporting.result", "statistics.calibration", "steps", "tracking",
             "tuning.finetuning", "weighing.example_weight", "workbench",
         },
@@ -280,7 +275,7 @@ FLOORS: list[dict[str, set[str]]] = [
         "comparison": {
             "checkpoints.reading", "checkpoints.saving", "data.corruptions", "data.fingerprints",
             "entrants", "estimating", "measuring.custom_metrics", "measuring.evaluation",
-            "measuring.metrics", "measuring.predictions", "processes", "reporting.layer_rows",
+            "measuring.metrics", "measuring.predictions", "processes", "reporting.records",
             "reporting.records", "reporting.report", "tracking", "workbench",
         },
         "diagnosing.inspection": {
@@ -293,7 +288,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "data.corruptions", "data.fingerprints", "data.images", "data.opening", "estimating",
             "guards", "layers.norms", "measuring.evaluation", "production",
             "production.export_report", "production.forms", "production.verification",
-            "reporting.layer_rows", "reporting.records", "reporting.report", "runtime", "tracking",
+            "reporting.records", "reporting.report", "runtime", "tracking",
             "workbench",
         },
     },

@@ -128,7 +128,7 @@ def test_what_was_refused_is_said_and_credited_to_no_layer(files, tmp_path):
     for text in (found.report.to_markdown(), found.report.to_html()):
         for line in text.splitlines():
             if "Population statistics (" in line or ": epoch" in line:
-                assert "does not hold this result" in line
+                assert "does not contain this result" in line
 
 
 def test_what_was_kept_is_credited(files):
@@ -144,8 +144,8 @@ def test_what_was_kept_is_credited(files):
 def test_statistics_of_an_epoch_count_only_if_that_epoch_was_kept(files, lr):
     recipe = FinetuneRecipe(train="all", statistics="train", epochs=2, lr=lr)
     found = fixed(files, files.stale, command="finetune", finetune=recipe)
-    (run,) = found.report.finetunings
-    kept = found.report.calibration
+    (run,) = found.report.trials.finetunings
+    kept = found.report.trials.calibration
     assert (kept is not None) == bool(run.best_epoch) == (lr < 1)
     if kept is not None:
         batches = [inputs_of(images_of(180, seed=2)[0])]

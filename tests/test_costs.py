@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnfix.reporting.records import Trials
 from bnfix.reporting.wording import done
 from bnfix.statistics.calibration import recalibrate_
 from bnfix.statistics.collecting import Cost
@@ -105,7 +106,7 @@ def test_a_run_that_goes_on_from_another_states_no_speed(tmp_path):
     again = recalibrate_(net(), SlowBatches(), state=tmp_path)
     assert again.effort.n_resumed == 3 * N_BATCHES
     assert again.effort.examples_per_second is None
-    assert "images a second" not in " ".join(done(None, again, None, (), ()))
+    assert "images a second" not in " ".join(done(None, Trials(calibration=again)))
     # Nothing was read again, and nothing run.
     assert again.effort.cost.data == again.effort.cost.forward == 0
 
@@ -130,9 +131,9 @@ def test_an_interrupted_pass_is_counted_up_to_there():
 
 def test_nothing_is_said_of_what_was_not_measured():
     found = recalibrate_(net(), SlowBatches())
-    assert "forward passes" in " ".join(done(None, found, None, (), ()))
+    assert "forward passes" in " ".join(done(None, Trials(calibration=found)))
     object.__setattr__(found.effort, "cost", Cost())
-    assert "forward passes" not in " ".join(done(None, found, None, (), ()))
+    assert "forward passes" not in " ".join(done(None, Trials(calibration=found)))
 
 
 def test_all_three_forms_of_the_report_say_it(files, cli, tmp_path):

@@ -222,7 +222,7 @@ def test_with_forward_outputs_need_not_be_logits(cli, files, own, tmp_path):
     assert sentence.startswith(f"On 120 images: pixels {value:.3f} (")
     assert sentence.endswith(" with stale.pth); the outputs are not the logits of classes.")
     page = (tmp_path / "report.html").read_text()
-    assert "Metrics of your own" in page
+    assert "Your own metrics" in page
     assert ">pixels<" in page
     said = cli("eval", files.net, *words, "--predictions", tmp_path / "p.csv").message
     assert "the outputs are no logits of classes" in said

@@ -152,7 +152,12 @@ def test_a_run_killed_at_any_moment_leaves_no_page_or_a_whole_one(tmp_path):
 
 def test_records_say_in_a_line_what_counts():
     report = full_report()
-    shown = [report.models[1].metrics, report.paired[0], report.calibration, report.choice]
+    shown = [
+        report.models[1].metrics,
+        report.paired[0],
+        report.trials.calibration,
+        report.trials.choice,
+    ]
     starts = ("Metrics(n_examples=", "Paired(", "Calibration(", "WeightChoice(channel: 4 of 0")
     for record, start in zip(shown, starts, strict=True):
         text = repr(record)

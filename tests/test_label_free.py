@@ -244,7 +244,7 @@ def test_calibrate_takes_them_without_labels(how, tmp_path):
     assert any(
         text.startswith(f"{how}: example weights from") for text in result.report.assumptions
     )
-    assert result.report.calibration.target == "train-batch 4"
+    assert result.report.trials.calibration.target == "train-batch 4"
 
 
 @pytest.mark.parametrize("how", ["match", "fit-moments", "fit-predictions"])

@@ -53,16 +53,16 @@ def test_the_processes_that_read_change_no_bit(first, calibrate):
     for name in old:
         assert torch.equal(old[name], new[name]), name
     assert numbers(first) == numbers(again)
-    assert first.report.choice.weights == again.report.choice.weights
+    assert first.report.trials.choice.weights == again.report.trials.choice.weights
     # And it is not the trivial answer that is repeated.
-    assert first.report.choice.chosen != "keep"
+    assert first.report.trials.choice.chosen != "keep"
 
 
 @pytest.mark.parametrize("batch_size", [7, 100])
 def test_another_batch_of_evaluation_finds_the_same(first, calibrate, batch_size):
     again = calibrate(batch_size=batch_size)
     assert [n[::3] for n in numbers(first)] == [n[::3] for n in numbers(again)]
-    assert first.report.choice.chosen == again.report.choice.chosen
+    assert first.report.trials.choice.chosen == again.report.trials.choice.chosen
     for (name, old), new in zip(
         first.model.state_dict().items(), again.model.state_dict().values(), strict=True
     ):
@@ -74,7 +74,7 @@ def test_another_seed_is_another_cut(first, calibrate):
 
 
 def test_the_cost_is_in_the_record(first):
-    choice = first.report.choice
+    choice = first.report.trials.choice
     assert 0 < choice.passes <= 15
     assert choice.clock_passes > 0
     assert choice.seconds > 0

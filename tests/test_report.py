@@ -24,7 +24,7 @@ from bnfix.measuring.robustness import BatchInvariance, Company, Shifted
 from bnfix.measuring.robustness import shifted as shifted_rows
 from bnfix.reporting import pages
 from bnfix.reporting.plots import SHADE
-from bnfix.reporting.records import DataUsed, Evaluated, LayerRow
+from bnfix.reporting.records import DataUsed, Evaluated, LayerRow, Trials
 from bnfix.reporting.report import Report, report_paths
 from bnfix.statistics.calibration import Calibration, Effort, Exceptions
 from bnfix.tuning.finetuning import Finetuning, TrainingPoint
@@ -80,26 +80,27 @@ def full_report(name: str = "net", n_layers: int = 4, n_channels: int = 6, k: in
             Evaluated(name, name, name, old, custom=(Custom(name, 0.5, (0.4, 0.6)),)),
             Evaluated(name, name, name, new, n_layers, (Custom(name, 0.7, None, 0.2, (0, 0.3)),)),
         ),
-        layers,
-        (decision, dataclasses.replace(decision, admitted=False, reason=name)),
-        Calibration(
-            name, name, 900, 8, 1.0, name, (), Exceptions((name,), (name,), (name,)),
-            effort=Effort(1.0),
+        layers=layers,
+        trials=Trials(
+            (decision, dataclasses.replace(decision, admitted=False, reason=name)),
+            Calibration(
+                name, name, 900, 8, 1.0, name, (), Exceptions((name,), (name,), (name,)),
+                effort=Effort(1.0),
+            ),
+            WeightChoice(
+                (), "channel", tuple(CurvePoint(a, 1 - a, 0.7) for a in (0.0, 0.1, 0.3)), {},
+                (name,), 4, 3.0, 1.0,
+            ),
+            (Finetuning(name, 12, points, 1, 9, 1, 1.0),),
         ),
-        WeightChoice(
-            (), "channel", tuple(CurvePoint(a, 1 - a, 0.7) for a in (0.0, 0.1, 0.3)), {}, (name,),
-            4, 3.0, 1.0,
-        ),
-        (Finetuning(name, 12, points, 1, 9, 1, 1.0),),
-        SwapPlan((Change(name, name, 6, 6, None, 0.0, 1e-7),), (), (name,), (name,)),
-        (name,),
-        0,
-        MappingProxyType({"train": name, "data": Path("x"), "z": math.inf}),
-        7,
-        f"bnfix fix {name}",
-        {"bnfix": "0.1.0"},
-        corruption_rows((name, f"{name} 2")),
-        (
+        swap=SwapPlan((Change(name, name, 6, 6, None, 0.0, 1e-7),), (), (name,), (name,)),
+        assumptions=(name,),
+        options=MappingProxyType({"train": name, "data": Path("x"), "z": math.inf}),
+        seed=7,
+        command_line=f"bnfix fix {name}",
+        versions={"bnfix": "0.1.0"},
+        corruptions=corruption_rows((name, f"{name} 2")),
+        invariance=(
             BatchInvariance(name, 256, 64, Company(2e-6, 1.0), Company(0, 1.0), 9.0, True),
             BatchInvariance(name, 256, 64, Company(0.4, 0.9), Company(0.1, 0.95), 9.0, False),
         ),
@@ -235,7 +236,7 @@ def test_without_labels_all_is_null_and_nothing_proven() -> None:
     assert found["paired"][0]["nll"] is None
     assert found["paired"][0]["verdict"] is None
     assert report.verdict_sentence() == (
-        "The 600 test images have no labels, so nothing can be proven."
+        "The 600 test images have no labels, so accuracy cannot be measured."
     )
     html = report.to_html()
     assert "Not proven" in html
@@ -277,8 +278,8 @@ def test_verdict_sentence_when_only_nll_differs_by_temperature() -> None:
     sentence = report.verdict_sentence()
     assert sentence.startswith("better: NLL ")
     assert "Top-1 does not differ measurably" in sentence
-    assert "Temperature scaling alone would do" in sentence
-    assert "temperature scaling alone would do" in report.to_html()
+    assert "Temperature scaling alone gives the same gain." in sentence
+    assert "temperature scaling alone gives the same gain" in report.to_html()
 
 
 def test_verdict_sentence_names_the_measure_that_is_worse() -> None:
@@ -326,11 +327,11 @@ def test_verdict_is_the_last_against_the_first() -> None:
 
 
 def test_nothing_evaluated_is_said() -> None:
+    alone = Report("calibrate", None, ())
+    assert alone.verdict_sentence() == "Not evaluated: there were no labelled test images."
     plan = SwapPlan((Change("bn", "BatchNorm2d", 3, 3, None, 0.0, 1e-7),), (), (), ())
     report = Report("convert", None, (), swap=plan)
-    assert report.verdict_sentence() == (
-        "1 norm layer swapped; no model was evaluated, so nothing is claimed."
-    )
+    assert report.verdict_sentence() == ("1 norm layer swapped; accuracy was not evaluated.")
     assert report.to_json()["data"] is None
     html = report.to_html()
     assert "Done" in html
@@ -468,9 +469,9 @@ TITLES = (
 def test_all_pictures_and_sections_are_there(full_html: str) -> None:
     assert all(f"<h3>{title}</h3>" in full_html for title in TITLES)
     for heading in (
-        "What was done and why", "Models compared", "Metrics of your own",
+        "Steps and decisions", "Models compared", "Your own metrics",
         "Under common corruptions", "Batch invariance", "Class by class", "Norm layers",
-        "What was assumed or skipped", "How to reproduce",
+        "Assumptions and exclusions", "How to reproduce",
     ):  # fmt: skip
         assert f">{heading}</h2>" in full_html
     assert ">Ranking</h2>" not in full_html  # of candidates for one output there is none
@@ -481,8 +482,8 @@ def test_pictures_and_sections_appear_only_when_there_is_something() -> None:
     shown = [title for title in TITLES if f"<h3>{title}</h3>" in html]
     assert shown == ["Confidence calibration: reliability"]
     for heading in (
-        "What was done", "Models compared", "Norm layers", "What was assumed", "Ranking",
-        "Metrics of your own", "corruptions", "Batch invariance",
+        "Steps and decisions", "Models compared", "Norm layers", "Assumptions", "Ranking",
+        "Your own metrics", "corruptions", "Batch invariance",
     ):  # fmt: skip
         assert heading not in html
     assert "The model" in html

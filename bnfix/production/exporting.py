@@ -33,8 +33,7 @@ from bnfix.production import forms
 from bnfix.production.export_report import SUFFIXES, Export, Verified
 from bnfix.production.verification import Agreement, agreement, names_of, torch_runner
 from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, check_seed, one_of, option, require
-from bnfix.reporting.layer_rows import layer_rows, n_live
-from bnfix.reporting.records import DataUsed, Evaluated
+from bnfix.reporting.records import DataUsed, Evaluated, layer_rows, n_live
 from bnfix.reporting.report import Report
 from bnfix.tracking import Track, Tracked, describe_skipped, silent
 from bnfix.workbench import applied, load_one, refuse_image_options, resolve_preprocessing
