@@ -136,10 +136,6 @@ FLOORS: list[dict[str, set[str]]] = [
             "runtime",
         },
         "replay": {"building.models", "checkpoints.checkpoint", "data.callables", "plan"},
-        "reporting.records": {
-            "measuring.custom_metrics", "measuring.metrics", "measuring.pairing",
-            "measuring.robustness",
-        },
         "statistics.settling": {"layers.sites", "statistics.accumulating", "statistics.collecting"},
         "statistics.walking": {
             "guards", "memory", "processes", "runtime", "statistics.accumulating",
@@ -223,23 +219,27 @@ FLOORS: list[dict[str, set[str]]] = [
             "guards", "layers.norms", "production", "production.dataflow", "production.folding",
             "production.plain", "production.verification",
         },
-        "reporting.wording": {
-            "layers.surgery", "measuring.custom_metrics", "measuring.movement",
-            "measuring.pairing", "reporting.pages", "reporting.records", "statistics.calibration",
+        "reporting.records": {
+            "layers.norms", "layers.sites", "measuring.custom_metrics", "measuring.metrics",
+            "measuring.pairing", "measuring.robustness", "statistics.calibration",
             "tuning.finetuning", "weighing.example_weight",
         },
     },
     {
-        "reporting.report": {
-            "checkpoints.checkpoint", "layers.surgery", "measuring.movement",
-            "measuring.pairing", "measuring.robustness", "reporting", "reporting.pages",
-            "reporting.plots", "reporting.records", "reporting.svg",
-            "reporting.wording", "statistics.calibration", "tuning.finetuning",
-            "weighing.example_weight",
+        "reporting.wording": {
+            "layers.surgery", "measuring.custom_metrics", "measuring.movement", "measuring.pairing",
+            "reporting.pages", "reporting.records", "statistics.calibration",
         },
         "steps": {
             "estimating", "fits", "layers.norms", "layers.refitting", "layers.sites",
             "layers.surgery", "measuring.movement", "plan", "tracking", "workbench",
+        },
+    },
+    {
+        "reporting.report": {
+            "checkpoints.checkpoint", "measuring.pairing", "measuring.robustness", "reporting",
+            "reporting.pages", "reporting.plots", "reporting.records", "reporting.svg",
+            "reporting.wording", "statistics.calibration",
         },
     },
     {
@@ -265,10 +265,10 @@ FLOORS: list[dict[str, set[str]]] = [
         },
         "run": {
             "checkpoints.saving", "data.fingerprints", "estimating", "fits", "guards",
-            "layers.sites", "measuring.metrics", "measuring.movement",
-            "measuring.pairing", "plan", "processes", "reporting.records",
-            "reporting.report", "reporting.result", "statistics.calibration", "steps", "tracking",
-            "tuning.finetuning", "weighing.example_weight", "workbench",
+            "layers.sites", "measuring.metrics", "measuring.movement", "measuring.pairing", "plan",
+            "processes", "reporting.records", "reporting.report", "reporting.result",
+            "statistics.calibration", "steps", "tracking", "tuning.finetuning",
+            "weighing.example_weight", "workbench",
         },
     },
     {
@@ -276,7 +276,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "checkpoints.reading", "checkpoints.saving", "data.corruptions", "data.fingerprints",
             "entrants", "estimating", "measuring.custom_metrics", "measuring.evaluation",
             "measuring.metrics", "measuring.predictions", "processes", "reporting.records",
-            "reporting.records", "reporting.report", "tracking", "workbench",
+            "reporting.report", "tracking", "workbench",
         },
         "diagnosing.inspection": {
             "building.models", "checkpoints.checkpoint", "checkpoints.loading", "conversion",
@@ -288,8 +288,7 @@ FLOORS: list[dict[str, set[str]]] = [
             "data.corruptions", "data.fingerprints", "data.images", "data.opening", "estimating",
             "guards", "layers.norms", "measuring.evaluation", "production",
             "production.export_report", "production.forms", "production.verification",
-            "reporting.records", "reporting.report", "runtime", "tracking",
-            "workbench",
+            "reporting.records", "reporting.report", "runtime", "tracking", "workbench",
         },
     },
     {
