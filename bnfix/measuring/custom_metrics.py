@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -141,11 +141,4 @@ def _against(first: Custom, last: Custom) -> Custom:
     interval = None
     if first.resampled and last.resampled:
         interval = middle(np.subtract(last.resampled, first.resampled), difference)
-    return Custom(
-        name=last.name,
-        value=last.value,
-        interval=last.interval,
-        difference=difference,
-        difference_interval=interval,
-        resampled=last.resampled,
-    )
+    return replace(last, difference=difference, difference_interval=interval)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnfix import guards, processes, runtime
 from bnfix.errors import DataError, ModelError, NumericError
 from bnfix.measuring.intervals import Array
-from bnfix.measuring.metrics import Metrics, checked_labels, measure, refuse_not_finite
+from bnfix.measuring.metrics import Metrics, as_array, checked_labels, measure, refuse_not_finite
 from bnfix.measuring.temperature import nll_of
 
 
@@ -80,7 +80,7 @@ def evaluate(
 
 
 def measured(found: Outputs, seed: int) -> Metrics:
-    """Metrics of logits, or what speaks against them; of other outputs only their number."""
+    """Metrics of logits, or why there are none; of other outputs only their number."""
     n, rate, problem = len(found.outputs), found.images_per_second, ""
     if found.classified:
         try:
@@ -97,7 +97,7 @@ def score(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> Score:
-    """Measure loss and accuracy only, without the cost of intervals; for searches."""
+    """Measure loss and accuracy only, without the cost of intervals."""
     (found,) = collect([model], batches, forward=forward, precision=precision)
     logits, labels = found.outputs, found.labels
     if labels is None:
@@ -112,10 +112,14 @@ def labels_of(
     batch: Any, n_examples: int, n_classes: int, *, model: nn.Module | None = None
 ) -> Array | None:
     """Labels of a batch as int64, checked against logits `(N, K)`; `model` as for `unpack`."""
+    labels = _raw_labels(batch, model)
+    return None if labels is None else checked_labels(labels, n_examples, n_classes)
+
+
+def _raw_labels(batch: Any, model: nn.Module | None = None) -> Any:
     if isinstance(batch, Mapping):
         batch = {"x": None, **batch}  # inputs may have any names where forward= is given
-    labels = runtime.unpack(batch, model)[1]
-    return None if labels is None else checked_labels(labels, n_examples, n_classes)
+    return runtime.unpack(batch, model)[1]
 
 
 def collect(
@@ -126,7 +130,7 @@ def collect(
     precision: str = "fp32",
     any_task: bool = False,
 ) -> list[Outputs]:
-    """Run several models over the same batches, which are gone through once."""
+    """Run several models over the same batches, which are read once."""
     gathered = [_Gathered(model, any_task) for model in models]
 
     def own_share() -> list[_Gathered]:
@@ -200,9 +204,11 @@ class _Gathered:
         self._check(found)
         self.found.append(found)
         caller = None if forward or runtime.has_forward(self.model) else self.model
-        self.labels.append(
-            _raw_labels(batch) if self.any_task else labels_of(batch, *found.shape, model=caller)
-        )
+        if self.any_task:
+            labels = _raw_labels(batch)
+            self.labels.append(None if labels is None else as_array(labels))
+        else:
+            self.labels.append(labels_of(batch, *found.shape, model=caller))
         index = getattr(batch, "index", None)  # of plain tuples a method
         self.positions.append(index if isinstance(index, np.ndarray) else None)
         self.n_seen += len(found)
@@ -227,12 +233,3 @@ class _Gathered:
         known = [index for index in self.positions if index is not None]
         positions = np.concatenate(known) if len(known) == len(self.found) else None
         return Outputs(np.concatenate(self.found), labels, rate, positions)
-
-
-def _raw_labels(batch: Any) -> Array | None:
-    if isinstance(batch, Mapping):
-        batch = {"x": None, **batch}
-    labels = runtime.unpack(batch)[1]
-    if labels is None:
-        return None
-    return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)

@@ -152,10 +152,15 @@ def refuse_not_finite(logits: Array) -> None:
         )
 
 
+def as_array(labels: Any) -> Array:
+    """Labels of any kind, a tensor of a device among them, as they are."""
+    return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+
+
 def checked_labels(labels: Any, n: int, k: int) -> Array:
     """Labels of any kind as plain class indices."""
     try:
-        array = np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+        array = as_array(labels)
     except (TypeError, ValueError) as error:
         raise DataError(f"labels: {error}. Give one integer an example.") from error
     if k == 2 and array.shape in ((n,), (n, 1)) and np.isin(array, (0, 1)).all():
