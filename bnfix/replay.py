@@ -49,12 +49,13 @@ def replayed_plan(
     try:
         found = entries[-1].get("options")
         options: dict[str, Any] = found if isinstance(found, dict) else {}
-        model = _recipe(ModelRecipe, options, "model")
+        # Code that a file names is never run.
+        asked = options.get("model")
+        asked = {**asked, "forward": None} if isinstance(asked, dict) else asked
+        model = _recipe(ModelRecipe, {"model": asked}, "model")
         # A model that the file names is built only where a file's word is enough for that.
         if model.model is not None and not from_file_allowed(model.model):
             model = dataclasses.replace(model, model=None, arguments=())
-        # Code that a file names is never run.
-        model = dataclasses.replace(model, forward=None)
         none = options.get("finetune") is None
         return Plan(
             command_line=command_line,

@@ -376,6 +376,23 @@ def test_a_file_does_not_say_which_code_is_called(cli, files, tmp_path):
         "-o", tmp_path / "again.safetensors",
     )  # fmt: skip
     assert again.code == 0, again.err
+    # Older files may name an output beside the forward.
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    both = {
+        k: v.replace('"logits_output": null', '"logits_output": "x"') for k, v in metadata.items()
+    }
+    assert both != metadata
+    save_file(tensors, tmp_path / "both.safetensors", both)
+    (tmp_path / "calls.py").write_text("def run(model, batch):\n    return model(batch.x)\n")
+    words = ["--recipe", tmp_path / "both.safetensors", "--model", files.spec]
+    for more in ([], ["--forward", f"{tmp_path / 'calls.py'}:run"]):
+        again = cli(
+            "fix", files.net, *words, *more, "--data", files.data, "--force",
+            "-o", tmp_path / "again.safetensors",
+        )  # fmt: skip
+        assert again.code == 0, again.err
 
 
 def test_a_model_error_is_stated_for_what_is_no_folder():
