@@ -145,7 +145,8 @@ def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
             folded.append(Fold(name, one.name, type(one.layer).__name__, difference))
     _apply_(model, accepted, example)
     order = {site.name: left[site.name] for site in sites if site.name in left}
-    return Folding(tuple(folded), order, live, "noise" if example is None else "example", traced_by)
+    checked_on = "noise" if example is None else "example"
+    return Folding(tuple(folded), order, live, checked_on=checked_on, traced_by=traced_by)
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:

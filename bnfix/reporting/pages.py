@@ -101,6 +101,7 @@ def plain_json(value: Any) -> Any:
     """Turn a value into what strict JSON can hold."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
+    # Nine digits identify a float32; more would differ between machines.
     if isinstance(value, (float, np.floating)):
         return float(f"{float(value):.9g}") if math.isfinite(value) else None
     if isinstance(value, np.generic):

@@ -170,6 +170,7 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
         for i, m in enumerate(models)
         if m.metrics.nll is not None and m.metrics.top1 is not None
     )
+    # Without the position: models with equal numbers share a rank.
     values = [key[:2] for key in keys]
     return [
         Rank(
@@ -209,6 +210,7 @@ def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -
     first, last = models[0].metrics.examples, models[-1].metrics.examples
     if first is None or last is None:
         return None
+    # The variance of a difference of paired outcomes: only images that changed contribute.
     changed = np.bincount(first.labels, first.right != last.right)[[row.index for row in rows]]
     n = np.array([row.n_examples for row in rows])
     change = np.array([row.change for row in rows])

@@ -110,6 +110,7 @@ class Report(wording.Findings):
 
     def _tried_json(self, result: Any, *left_out: str) -> dict[str, Any] | None:
         """A search or a run, and whether the output holds its result."""
+        # By identity: two runs of equal numbers are two runs, and only one is in the output.
         kept = not any(result is one for one in self.trials.refused)
         return result and {**(without(result, *left_out) or {}), "kept": kept}
 
@@ -142,6 +143,7 @@ class Report(wording.Findings):
         drifts = [[getattr(layer, name) for layer in self.layers] for name in _DRIFTS]
         drifted = any(v and math.isfinite(v) for values in drifts for v in values)
         choice = self.trials.choice
+        # A weight at which the network overflows has no place on the curve.
         points = [p for p in (choice.curve if choice else ()) if math.isfinite(p.nll)]
         runs = [run for run in self.trials.finetunings if len(run.curve) > 1]
         weights = [layer.example_weight for layer in self.layers]

@@ -165,6 +165,7 @@ class Findings:
         """Whether the verdict rests on NLL, not on top-1."""
         if (paired := self._last_pair) is None or paired.verdict == "same":
             return False
+        # The other measure may point elsewhere, so the headline names the one that is significant.
         low, high = paired.top1.interval
         return not (low > 0 if paired.verdict == "better" else high < 0)
 
@@ -209,6 +210,7 @@ def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = 
         found = [c.difference for c in swap.changes if c.difference is not None]
         exact = f"; no output changes by more than {max(found):.1g} of its range" if found else ""
         sentences.append(f"{count(len(swap.changes))} norm layers were swapped{exact}.")
+    # Refused statistics are reported too: they were measured, and are not in the file.
     for c in (trials.calibration, *trials.refused):
         if isinstance(c, Calibration):
             sentences.append(
