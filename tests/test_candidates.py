@@ -127,7 +127,7 @@ def test_what_was_refused_is_said_and_credited_to_no_layer(files, tmp_path):
     assert report["choice"]["kept"] is False
     for text in (found.report.to_markdown(), found.report.to_html()):
         for line in text.splitlines():
-            if "Population statistics (" in line or ": epoch" in line:
+            if "Running statistics (" in line or ": epoch" in line:
                 assert "does not contain this result" in line
 
 
