@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
-from bnfix.measuring.metrics import Metrics, PerExample
-from bnfix.measuring.pairing import compare, judge
+from bnfix.metrics.compare import compare, judge
+from bnfix.metrics.metrics import Metrics, PerExample
 
 Array = NDArray[np.float64]
 #: (runs, n) -> losses before and after, right before and after, and the mean blind losses of each.

@@ -48,7 +48,7 @@ save_file(state, sys.argv[2])
 IMPORTS = "import resource, bnfix.cli; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
 CONVERT = """
 import resource, sys, time
-from bnfix.conversion import convert
+from bnfix.jobs.convert import convert
 started = time.perf_counter()
 convert(sys.argv[1], model=sys.argv[2], input_shape=(3, 8, 8)).save(sys.argv[3], force=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - started)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 import bnfix
 from benchmarks.quality_cases import Batches, Case
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, FinetuneRecipe, GateRecipe, RunOptions, WeightRecipe
-from bnfix.weighing.example_weight import weighable_layers
-from bnfix.weighing.label_free import fit_moments_, fit_predictions_
+from bnfix.core.settings import DataRecipe, FinetuneRecipe, GateRecipe, RunOptions, WeightRecipe
+from bnfix.jobs.plan import Plan
+from bnfix.weights.choose import weighable_layers
+from bnfix.weights.label_free import fit_moments_, fit_predictions_
 
 AUTO = "bnfix auto per channel"
 

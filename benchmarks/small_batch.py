@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import choose_example_weight_, evaluate, recalibrate_, set_example_weight_, swap_norms_
-from bnfix.recipe import WeightRecipe
-from bnfix.weighing.example_weight import weighable_layers
-from bnfix.weighing.label_free import fit_moments_, fit_predictions_
+from bnfix.core.settings import WeightRecipe
+from bnfix.weights.choose import weighable_layers
+from bnfix.weights.label_free import fit_moments_, fit_predictions_
 from tests.nets import CifarResNet
 from tests.real import DATA
 

@@ -42,10 +42,10 @@ from torch import Tensor, nn
 from benchmarks import speed_calibration
 from benchmarks.timing import Row, Ways, alternate, line, summary
 from bnfix import set_example_weight_, swap_norms_
-from bnfix.layers import kernels
-from bnfix.layers.norms import GeneralizedBatchNorm
-from bnfix.production.fusing import fused
-from bnfix.runtime import exact_float32, keep_freed_memory
+from bnfix.core.runtime import exact_float32, keep_freed_memory
+from bnfix.deploy.fuse import fused
+from bnfix.norm import kernels
+from bnfix.norm.layer import GeneralizedBatchNorm
 
 PARTS = ("layer", "nets", "gradients", "calibration", "choice", "scaling")
 RESULTS = Path(__file__).resolve().parent / "results"

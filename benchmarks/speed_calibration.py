@@ -19,13 +19,14 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.timing import Row, Ways, alternate, line, summary
-from bnfix import choose_example_weight_, processes, recalibrate_, swap_norms_
+from bnfix import choose_example_weight_, recalibrate_, swap_norms_
+from bnfix.core import distributed
+from bnfix.core.preprocessing import Preprocessing
 from bnfix.data.batches import Batches
-from bnfix.data.opening import open_images
-from bnfix.layers.sites import find_norms
-from bnfix.preprocessing import Preprocessing
-from bnfix.statistics.collecting import Collector, Source
-from bnfix.statistics.feeding import one_pass
+from bnfix.data.open import open_images
+from bnfix.norm.sites import find_norms
+from bnfix.recalibrate.collector import Collector, Source
+from bnfix.recalibrate.passes import one_pass
 
 try:
     with warnings.catch_warnings():
@@ -185,14 +186,14 @@ def one_of_several(out: Path, rounds: int) -> None:
     torch.manual_seed(0)
     net = torchvision.models.resnet18().eval()
     every = [torch.randn(8, 3, 112, 112) for _ in range(16)]
-    with processes.joined() as place:
+    with distributed.joined() as place:
         mine = every[place.rank :: place.size]
         seconds = []
         for _ in range(rounds + 1):
-            processes.gather(None)  # all begin together
+            distributed.gather(None)  # all begin together
             start = time.perf_counter()
             recalibrate_(net, mine)
-            seconds.append(max(processes.gather(time.perf_counter() - start)))
+            seconds.append(max(distributed.gather(time.perf_counter() - start)))
     if place.is_first:
         source = Source(net, mine)
         collector = Collector(list(find_norms(net)), source.cost, by_batch=True)

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 
 from bnfix import recalibrate_
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.layers.sites import find_norms
-from bnfix.runtime import keep_freed_memory
+from bnfix.core.runtime import keep_freed_memory
+from bnfix.norm.sites import find_norms
 from tests import nets
 from tests.real import DATA
 

@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 import bnfix
 from benchmarks.statistics import checkpoint, cifar, ways
-from bnfix.measuring.pairing import compare
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, GateRecipe, StatisticsRecipe, WeightRecipe
-from bnfix.runtime import keep_freed_memory
+from bnfix.core.runtime import keep_freed_memory
+from bnfix.core.settings import DataRecipe, GateRecipe, StatisticsRecipe, WeightRecipe
+from bnfix.jobs.plan import Plan
+from bnfix.metrics.compare import compare
 from tests import nets
 from tests.real import DATA
 
@@ -102,9 +102,9 @@ def averaged(net: nn.Module, x: Tensor, labels: Tensor) -> nn.Module:
 
 def photos(data: Path, size: int) -> tuple[Tensor, Tensor]:
     """ImageNet images as torchvision's networks take them, the central part of each."""
+    from bnfix.core.preprocessing import Preprocessing
     from bnfix.data.batches import Batches
-    from bnfix.data.opening import open_images
-    from bnfix.preprocessing import Preprocessing
+    from bnfix.data.open import open_images
 
     images = open_images(str(data / "imagenet-val"))
     shape = Preprocessing(resize=(round(size * 227 / 224),), crop=(size, size), **CIFAR)
@@ -274,7 +274,7 @@ def with_test(plan: Plan, spec: str, folder: Path) -> Plan:
     """Half of the images to measure on, the other half to calibrate on, as two files."""
     import dataclasses
 
-    from bnfix.data.opening import open_images
+    from bnfix.data.open import open_images
 
     images = open_images(spec)
     order = np.random.default_rng(0).permutation(len(images))

@@ -1,11 +1,9 @@
 """bnfix: repair trained networks at their normalization layers."""
 
-import bnfix.starting as _starting  # noqa: F401  # first, since it is about the imports below
-from bnfix.checkpoints.loading import load
-from bnfix.checkpoints.saving import save
-from bnfix.comparison import evaluate_files
-from bnfix.conversion import convert
-from bnfix.errors import (
+import bnfix.core.environment as _starting  # noqa: F401  # first, since it is about the imports below
+from bnfix.checkpoints.load import load
+from bnfix.checkpoints.save import save
+from bnfix.core.errors import (
     BnfixError,
     CheckpointError,
     ConfigError,
@@ -14,20 +12,22 @@ from bnfix.errors import (
     NormError,
     NumericError,
 )
-from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
-from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import swap_norms_
-from bnfix.measuring.evaluation import evaluate
-from bnfix.measuring.metrics import Metrics
-from bnfix.measuring.pairing import compare
-from bnfix.production.exporting import export
-from bnfix.reporting.result import Result
-from bnfix.run import calibrate, finetune, fix
-from bnfix.statistics.calibration import recalibrate_, residuals
-from bnfix.tuning.finetuning import finetune_
-from bnfix.tuning.parameters import decay_norms_, parameter_groups
-from bnfix.version import __version__
-from bnfix.weighing.example_weight import choose_example_weight_
+from bnfix.core.version import __version__
+from bnfix.jobs.compare import evaluate_files
+from bnfix.jobs.convert import convert
+from bnfix.jobs.export import export
+from bnfix.jobs.run import calibrate, finetune, fix
+from bnfix.metrics.compare import compare
+from bnfix.metrics.evaluate import evaluate
+from bnfix.metrics.metrics import Metrics
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
+from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import swap_norms_
+from bnfix.recalibrate.recalibrate import recalibrate_, residuals
+from bnfix.report.result import Result
+from bnfix.training.finetune import finetune_
+from bnfix.training.parameters import decay_norms_, parameter_groups
+from bnfix.weights.choose import choose_example_weight_
 
 __all__ = [
     "BnfixError",

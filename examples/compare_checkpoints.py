@@ -5,8 +5,8 @@ from pathlib import Path
 
 import bnfix
 from bnfix import demo
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, StatisticsRecipe, WeightRecipe
+from bnfix.core.settings import DataRecipe, StatisticsRecipe, WeightRecipe
+from bnfix.jobs.plan import Plan
 
 with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import bnfix
 from bnfix import demo
+from bnfix.core.settings import DataRecipe
 from bnfix.demo.network import digits_net
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe
+from bnfix.jobs.plan import Plan
 
 with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))  # a checkpoint and two .npz files

@@ -11,14 +11,14 @@ from bnfix import (
     choose_example_weight_,
     evaluate,
     finetune_,
-    processes,
     recalibrate_,
     residuals,
     set_example_weight_,
     swap_norms_,
 )
-from bnfix.layers.sites import find_norms
-from bnfix.recipe import FinetuneRecipe, WeightRecipe
+from bnfix.core import distributed
+from bnfix.core.settings import FinetuneRecipe, WeightRecipe
+from bnfix.norm.sites import find_norms
 from tests.nets import lived_in, residual
 
 N = 101
@@ -45,14 +45,14 @@ def cut(size):
 def dealt(size=9):
     """Whole batches, each to one rank."""
     x, y = examples()
-    place = processes.here()
+    place = distributed.here()
     return [(x[i], y[i]) for i in cut(size)[place.rank :: place.size]]
 
 
 def sliced(k, size=9):
     """A part of every batch; the last one is of two examples."""
     x, y = examples()
-    place = processes.here()
+    place = distributed.here()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(k))
     found = [i[place.rank :: place.size] for i in order.split(size)]
     return [(x[i], y[i]) for i in found if len(i)]
@@ -81,7 +81,7 @@ def everything():
         model = net()
         made = recalibrate_(model, dealt(), feed=feed, memory_bytes=memory)
         key = f"{feed} {made.how}"
-        assert (made.n_examples, made.effort.n_processes) == (N, processes.here().size)
+        assert (made.n_examples, made.effort.n_processes) == (N, distributed.here().size)
         found |= {f"{key} {name}": value for name, value in statistics(model).items()}
         errors = [(layer.mean_se, layer.var_se, layer.n_values) for layer in made.layers]
         found[f"{key} errors"] = np.array(errors)
@@ -112,24 +112,24 @@ def everything():
     train = FinetuneRecipe(train="norms", statistics="train", epochs=1, batch_size=9)
     finetune_(model, sliced, monitor=dealt(), recipe=train)
     sums = torch.stack([value.double().sum() for value in model.state_dict().values()])
-    assert all(torch.equal(sums, theirs) for theirs in processes.gather(sums))
+    assert all(torch.equal(sums, theirs) for theirs in distributed.gather(sums))
     return found
 
 
 def fails():
     """One rank meets a value that is not finite: all are told the same."""
     batches = dealt()
-    if processes.here().rank == processes.here().size - 1:
+    if distributed.here().rank == distributed.here().size - 1:
         batches[-1][0][0, 0, 0, 0] = float("nan")
     for feed in ("batch", "sequential"):
         with pytest.raises(NumericError, match="not finite in batch") as caught:
             recalibrate_(net(), batches, feed=feed)
-        assert len(set(processes.gather(str(caught.value)))) == 1
+        assert len(set(distributed.gather(str(caught.value)))) == 1
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with processes.joined() as place:
+    with distributed.joined() as place:
         found = everything()
         fails()
         if place.is_first:

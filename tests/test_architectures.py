@@ -17,11 +17,11 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 import bnfix
-from bnfix.building.models import build_model
-from bnfix.conversion import convert
-from bnfix.errors import NormError
-from bnfix.recipe import ModelRecipe, SwapRecipe
-from bnfix.runtime import tensors_in
+from bnfix.core.errors import NormError
+from bnfix.core.runtime import tensors_in
+from bnfix.core.settings import ModelRecipe, SwapRecipe
+from bnfix.jobs.convert import convert
+from bnfix.models.build import build_model
 
 Case = tuple[str, int, dict[str, Any]]
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from bnfix.core.errors import ConfigError
 from bnfix.data.augmentation import augmented
 from bnfix.data.batches import Batch
-from bnfix.errors import ConfigError
 
 
 def batch(positions, size=(16, 24)):

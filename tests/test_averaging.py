@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bnfix
-from bnfix.checkpoints.averaging import average_into_, mean_of
-from bnfix.checkpoints.loading import load_ready
-from bnfix.errors import CheckpointError, ConfigError, NumericError
-from bnfix.recipe import AverageRecipe, ModelRecipe
+from bnfix.checkpoints.average import average_into_, mean_of
+from bnfix.checkpoints.load import load_ready
+from bnfix.core.errors import CheckpointError, ConfigError, NumericError
+from bnfix.core.settings import AverageRecipe, ModelRecipe
 from tests import nets
 from tests.conftest import images_of, inputs_of
 

@@ -16,13 +16,13 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.errors import ConfigError, DataError, ModelError, NormError, NumericError
-from bnfix.layers.norms import GeneralizedBatchNorm
-from bnfix.layers.sites import find_norms
-from bnfix.layers.surgery import swap_norms_
-from bnfix.statistics import collecting, feeding, settling, walking
-from bnfix.statistics.accumulating import precise_moments
-from bnfix.statistics.calibration import describe_missing, recalibrate_, residuals
+from bnfix.core.errors import ConfigError, DataError, ModelError, NormError, NumericError
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import swap_norms_
+from bnfix.recalibrate import collector, lockstep, passes, settling
+from bnfix.recalibrate.accumulator import precise_moments
+from bnfix.recalibrate.recalibrate import describe_missing, recalibrate_, residuals
 from tests import nets, reference
 
 FEEDS = ["batch", "sequential"]
@@ -33,7 +33,7 @@ def way(request):
     """Everything is tested in both ways of the sequential feed: with memory for it, and without."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "passes":
-            patch.setattr(walking, "default_memory", lambda device: 0)
+            patch.setattr(lockstep, "default_memory", lambda device: 0)
         yield request.param
 
 
@@ -497,7 +497,7 @@ def test_what_is_not_finite_is_named_and_changes_nothing(bad, feed):
 @pytest.mark.parametrize("waiting", [300, 1 << 20])
 def test_a_device_that_is_not_waited_for_names_the_same(place, waiting, monkeypatch):
     # As on CUDA, where some batches are looked at together, and all of them at the end.
-    monkeypatch.setitem(collecting.UNCHECKED, "cpu", waiting)
+    monkeypatch.setitem(collector.UNCHECKED, "cpu", waiting)
     net, batches = some_net(nets.plain), list(images(27).split(3))
     batches[place[0]][place[1], 1, 2, 3] = math.nan
     before = state_of(net)
@@ -1311,8 +1311,8 @@ def test_batches_of_one_example_are_refused_under_the_batch_feed():
 
 @pytest.mark.parametrize("feed", FEEDS)
 def test_a_source_without_an_end_asks_for_samples(feed, monkeypatch):
-    monkeypatch.setattr(collecting, "MOST_UNCOUNTED", 40)
-    monkeypatch.setattr(feeding, "MOST_UNCOUNTED", 40)
+    monkeypatch.setattr(collector, "MOST_UNCOUNTED", 40)
+    monkeypatch.setattr(passes, "MOST_UNCOUNTED", 40)
 
     class Endless(IterableDataset):
         def __iter__(self):
@@ -1328,7 +1328,7 @@ def test_a_source_without_an_end_asks_for_samples(feed, monkeypatch):
 
 
 def test_a_stream_that_does_not_fit_the_memory_is_not_kept(monkeypatch):
-    monkeypatch.setattr(feeding, "default_memory", lambda device: 5000)
+    monkeypatch.setattr(passes, "default_memory", lambda device: 5000)
     with pytest.raises(DataError, match=r"a stream of more than 0 MiB.* samples="):
         recalibrate_(some_net(nets.plain), iter([images(4)] * 5), feed="sequential")
 

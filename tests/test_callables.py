@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from bnfix.core.errors import CheckpointError, DataError
+from bnfix.core.settings import RunOptions
 from bnfix.data.batches import Batches
 from bnfix.data.callables import is_callable
-from bnfix.data.opening import open_images
+from bnfix.data.open import open_images
 from bnfix.data.tensors import TensorItems
-from bnfix.errors import CheckpointError, DataError
-from bnfix.recipe import RunOptions
-from bnfix.replay import replayed_plan
+from bnfix.jobs.replay import replayed_plan
 from tests.conftest import Files, Outcome
 
 CODE = """

@@ -14,9 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bnfix
-from bnfix.measuring.pairing import Decision
-from bnfix.plan import Plan
-from bnfix.recipe import (
+from bnfix.core.settings import (
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -25,7 +23,9 @@ from bnfix.recipe import (
     StatisticsRecipe,
     WeightRecipe,
 )
-from bnfix.reporting.result import Result
+from bnfix.jobs.plan import Plan
+from bnfix.metrics.compare import Decision
+from bnfix.report.result import Result
 from tests.conftest import images_of, inputs_of
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1, lr=0.01)

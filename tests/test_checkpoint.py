@@ -29,7 +29,7 @@ from bnfix.checkpoints.checkpoint import (
     write_checkpoint,
     write_text,
 )
-from bnfix.errors import CheckpointError
+from bnfix.core.errors import CheckpointError
 from tests.real import DATA, needs_data
 
 HEADER = {"format": 1, "bnfix": "0.1.0"}
@@ -330,7 +330,7 @@ def test_bad_headers_are_refused(tmp_path, text, match):
 
 
 def test_an_overlong_header_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnfix.checkpoints.reading.TEXT_LIMIT", 100)
+    monkeypatch.setattr("bnfix.checkpoints.read.TEXT_LIMIT", 100)
     text = json.dumps(HEADER | {"x": "y" * 100})
     with pytest.raises(CheckpointError, match="characters, more than 100"):
         read_checkpoint(headed(tmp_path / "a.safetensors", text))
@@ -448,7 +448,7 @@ def test_a_recompressed_archive_is_read(tmp_path):
 
 
 def test_a_compressed_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnfix.checkpoints.pickles._INFLATED_FLOOR", 1000)
+    monkeypatch.setattr("bnfix.checkpoints.torch_files._INFLATED_FLOOR", 1000)
     path = rezipped(tmp_path / "net.pth", zipfile.ZIP_DEFLATED, **{"0": bytes(10**6)})
     with pytest.raises(CheckpointError, match=r"directory claims 1000\d\d\d bytes compressed"):
         read_checkpoint(path)

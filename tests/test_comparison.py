@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import bnfix
-from bnfix.comparison import evaluate_files
-from bnfix.conversion import convert
+from bnfix.core.errors import CheckpointError, ConfigError, DataError
+from bnfix.core.settings import DataRecipe, EvaluationRecipe, RunOptions, SwapRecipe
+from bnfix.core.version import __version__
 from bnfix.data.images import FileImages
-from bnfix.errors import CheckpointError, ConfigError, DataError
-from bnfix.recipe import DataRecipe, EvaluationRecipe, RunOptions, SwapRecipe
-from bnfix.version import __version__
+from bnfix.jobs.compare import evaluate_files
+from bnfix.jobs.convert import convert
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import bnfix
-from bnfix.conversion import convert, example_input
-from bnfix.errors import CheckpointError, ConfigError, ModelError, NormError
-from bnfix.layers.norms import generalized_norms
-from bnfix.recipe import KINDS, DataRecipe, SwapRecipe
+from bnfix.core.errors import CheckpointError, ConfigError, ModelError, NormError
+from bnfix.core.settings import KINDS, DataRecipe, SwapRecipe
+from bnfix.jobs.convert import convert, example_input
+from bnfix.norm.layer import generalized_norms
 from tests.conftest import images_of, inputs_of
 from tests.nets import bn1d, lived_in
 

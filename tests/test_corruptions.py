@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from scipy.ndimage import gaussian_filter
 
+from bnfix.core.errors import ConfigError
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import CORRUPTIONS, SEVERITIES, DataRecipe
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import STRENGTHS, Corruption, corruption_of, every_corruption
-from bnfix.data.opening import open_images
-from bnfix.errors import ConfigError
-from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import CORRUPTIONS, SEVERITIES, DataRecipe
+from bnfix.data.open import open_images
 from tests.conftest import images_of
 
 EVERY = every_corruption(seed=3)

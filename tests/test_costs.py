@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.reporting.records import Trials
-from bnfix.reporting.wording import done
-from bnfix.statistics.calibration import recalibrate_
-from bnfix.statistics.collecting import Cost
+from bnfix.recalibrate.collector import Cost
+from bnfix.recalibrate.recalibrate import recalibrate_
+from bnfix.report.records import Trials
+from bnfix.report.wording import done
 
 NAP = 0.02
 N_BATCHES = 4

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bnfix.errors import ConfigError
-from bnfix.measuring.custom_metrics import N_RESAMPLES, custom_metrics, import_metric
-from bnfix.measuring.evaluation import Outputs
+from bnfix.core.errors import ConfigError
+from bnfix.metrics.custom import N_RESAMPLES, custom_metrics, import_metric
+from bnfix.metrics.evaluate import Outputs
 from tests.conftest import images_of, inputs_of
 
 METRICS = """
@@ -131,9 +131,7 @@ def test_a_metric_that_some_resamples_have_not_has_a_value_and_no_interval(own):
 def test_outputs_too_many_to_be_copied_that_often_have_no_interval(own, monkeypatch):
     metric = import_metric(f"{own}:wrong")
     ((bounded,),) = custom_metrics([metric], [outputs_of()])
-    monkeypatch.setattr(
-        "bnfix.measuring.custom_metrics.MOST_BYTES", outputs_of().outputs.nbytes - 1
-    )
+    monkeypatch.setattr("bnfix.metrics.custom.MOST_BYTES", outputs_of().outputs.nbytes - 1)
     ((row,),) = custom_metrics([metric], [outputs_of()])
     assert (row.value, row.interval) == (bounded.value, None)
     assert bounded.interval is not None

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from bnfix.core.errors import ConfigError, DataError
+from bnfix.core.preprocessing import Preprocessing
 from bnfix.data.batches import Batches, Skipped
 from bnfix.data.classes import map_classes
 from bnfix.data.fingerprints import cut, fingerprint
 from bnfix.data.images import ArrayImages, Images
-from bnfix.data.opening import open_images
-from bnfix.errors import ConfigError, DataError
-from bnfix.preprocessing import Preprocessing
+from bnfix.data.open import open_images
 from tests.real import DATA, needs_data
 
 RAW = Preprocessing(scale=1.0)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bnfix.core.errors import DataError
 from bnfix.data.images import Images
-from bnfix.data.opening import for_outputs, open_images
-from bnfix.errors import DataError
+from bnfix.data.open import for_outputs, open_images
 from tests import layouts
 from tests.conftest import Files, Outcome
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from benchmarks import train_demo as train
 from bnfix import demo
+from bnfix.core.errors import ConfigError
 from bnfix.demo.network import digits_net
-from bnfix.errors import ConfigError
 
 SIZES = {"train": 797, "calibration": 500, "test": 500}
 FOLDER = files("bnfix.demo")

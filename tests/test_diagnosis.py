@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bnfix.conversion import convert
-from bnfix.diagnosing.diagnosis import diagnose, read_norms
-from bnfix.recipe import SwapRecipe
+from bnfix.core.settings import SwapRecipe
+from bnfix.diagnosis.faults import diagnose, read_norms
+from bnfix.jobs.convert import convert
 from tests.nets import lived_in, plain
 from tests.real import DATA, needs_data
 

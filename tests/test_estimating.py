@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from bnfix.cli.tables import duration_words
-from bnfix.estimating import Work, estimated
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe, RunOptions, StatisticsRecipe
-from bnfix.run import execute
-from bnfix.runtime import n_examples_of
-from bnfix.steps import open_plan, work_of
-from bnfix.tracking import silent
+from bnfix.core.runtime import n_examples_of
+from bnfix.core.settings import (
+    DataRecipe,
+    FinetuneRecipe,
+    ModelRecipe,
+    RunOptions,
+    StatisticsRecipe,
+)
+from bnfix.jobs.estimate import Work, estimated
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.progress import silent
+from bnfix.jobs.run import execute
+from bnfix.jobs.steps import open_plan, work_of
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)
 

@@ -11,10 +11,10 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import ttest_1samp
 from torch import nn
 
-from bnfix.errors import BnfixError, DataError, ModelError, NumericError
-from bnfix.measuring.evaluation import Outputs, collect, evaluate, labels_of, score
-from bnfix.measuring.metrics import measure
-from bnfix.measuring.pairing import ROUNDING, compare, paired_examples
+from bnfix.core.errors import BnfixError, DataError, ModelError, NumericError
+from bnfix.metrics.compare import ROUNDING, compare, paired_examples
+from bnfix.metrics.evaluate import Outputs, collect, evaluate, labels_of, score
+from bnfix.metrics.metrics import measure
 from tests import nets
 
 METRICS = ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece")

@@ -16,16 +16,16 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.cli import app
-from bnfix.conversion import convert
-from bnfix.diagnosing.advice import read_history
-from bnfix.diagnosing.diagnosis import Finding
-from bnfix.diagnosing.examination import examine_behaviour, examine_call, examine_model
-from bnfix.diagnosing.inspection import inspect_checkpoint
-from bnfix.errors import NormError
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions, StatisticsRecipe, WeightRecipe
-from bnfix.run import calibrate
-from bnfix.statistics.calibration import recalibrate_
+from bnfix.core.errors import NormError
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions, StatisticsRecipe, WeightRecipe
+from bnfix.diagnosis.advice import read_history
+from bnfix.diagnosis.behaviour import examine_behaviour, examine_call, examine_model
+from bnfix.diagnosis.faults import Finding
+from bnfix.jobs.convert import convert
+from bnfix.jobs.inspect import inspect_checkpoint
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.run import calibrate
+from bnfix.recalibrate.recalibrate import recalibrate_
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 

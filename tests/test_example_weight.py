@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bnfix.errors import DataError, ModelError, NormError
-from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
-from bnfix.measuring.evaluation import Score, evaluate
-from bnfix.measuring.pairing import compare
-from bnfix.recipe import WeightRecipe
-from bnfix.weighing.example_weight import choose_example_weight_, weighable_layers, weights_of
-from bnfix.weighing.weight_search import WeightSearch
+from bnfix.core.errors import DataError, ModelError, NormError
+from bnfix.core.settings import WeightRecipe
+from bnfix.metrics.compare import compare
+from bnfix.metrics.evaluate import Score, evaluate
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
+from bnfix.weights.choose import choose_example_weight_, weighable_layers, weights_of
+from bnfix.weights.search import WeightSearch
 
 N_CLASSES = 4
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 import bnfix
 from bnfix import ConfigError, ModelError
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.preprocessing import Preprocessing
-from bnfix.production import forms
-from bnfix.production.exporting import ExportRecipe, export
-from bnfix.production.plain import ExampleNorm, build, read
-from bnfix.production.verification import outputs_of
-from bnfix.recipe import DataRecipe, ModelRecipe
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import DataRecipe, ModelRecipe
+from bnfix.deploy import forms
+from bnfix.deploy.plain import ExampleNorm, build, read
+from bnfix.deploy.verify import outputs_of
+from bnfix.jobs.export import ExportRecipe, export
 from tests import nets
 from tests.conftest import Files, Outcome, environment
 

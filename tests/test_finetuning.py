@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bnfix.errors import (
+from bnfix.core.errors import (
     CheckpointError,
     ConfigError,
     DataError,
@@ -20,11 +20,11 @@ from bnfix.errors import (
     NormError,
     NumericError,
 )
-from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
-from bnfix.measuring.evaluation import evaluate
-from bnfix.recipe import FinetuneRecipe
-from bnfix.tuning.finetuning import finetune_
-from bnfix.tuning.parameters import decay_norms_, parameter_groups
+from bnfix.core.settings import FinetuneRecipe
+from bnfix.metrics.evaluate import evaluate
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
+from bnfix.training.finetune import finetune_
+from bnfix.training.parameters import decay_norms_, parameter_groups
 from tests import nets
 
 N_CLASSES = 3

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import bnfix
-from bnfix.statistics.calibration import recalibrate_
+from bnfix.recalibrate.recalibrate import recalibrate_
 from tests.conftest import ROOT, environment
 from tests.test_report import full_report
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.checkpoints.loading import load_ready
+from bnfix.checkpoints.load import load_ready
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch, Batches
-from bnfix.data.first_look import look_at_inputs, look_at_size
-from bnfix.data.opening import open_images
-from bnfix.plan import Plan
-from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
-from bnfix.workbench import open_workbench
+from bnfix.data.open import open_images
+from bnfix.jobs.input_check import look_at_inputs, look_at_size
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import open_workbench
 from tests.conftest import Files
 from tests.real import DATA, needs_data
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import ModelError, set_example_weight_, swap_norms_
-from bnfix.production.folding import optimize_
+from bnfix.deploy.fold import optimize_
 from tests import nets
 
 

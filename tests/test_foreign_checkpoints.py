@@ -15,14 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bnfix.building.models import build_model, build_skeleton
-from bnfix.building.presets import default_preprocessing, published_arguments, published_weights
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.checkpoints.loading import load, load_ready
-from bnfix.checkpoints.packing import write_tensors
-from bnfix.checkpoints.saving import save
-from bnfix.errors import CheckpointError, ModelError
-from bnfix.recipe import ModelRecipe
+from bnfix.checkpoints.load import load, load_ready
+from bnfix.checkpoints.save import save
+from bnfix.checkpoints.writer import write_tensors
+from bnfix.core.errors import CheckpointError, ModelError
+from bnfix.core.settings import ModelRecipe
+from bnfix.models.build import build_model, build_skeleton
+from bnfix.models.presets import default_preprocessing, published_arguments, published_weights
 
 NETS = """
 import torch

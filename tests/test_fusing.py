@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import ModelError, find_norms, set_example_weight_, swap_norms_
-from bnfix.layers import kernels
-from bnfix.layers.kernels import Finish
-from bnfix.production.fusing import FusedNorm, PrepackedConv, fused, prepacked
-from bnfix.runtime import set_forward_
+from bnfix.core.runtime import set_forward_
+from bnfix.deploy.fuse import FusedNorm, PrepackedConv, fused, prepacked
+from bnfix.norm import kernels
+from bnfix.norm.kernels import Finish
 from tests import nets
 from tests.test_kernels import LAYOUTS, laid_out, oracle, terms_for
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from benchmarks.false_verdicts import CASES, false_rates
-from bnfix.errors import ConfigError, DataError
-from bnfix.measuring.metrics import Metrics, measure
-from bnfix.measuring.pairing import ROUNDING, compare, judge
+from bnfix.core.errors import ConfigError, DataError
+from bnfix.metrics.compare import ROUNDING, compare, judge
+from bnfix.metrics.metrics import Metrics, measure
 
 
 def metrics_of(losses):

@@ -2,16 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix import (
-    choose_example_weight_,
-    evaluate,
-    finetune_,
-    guards,
-    recalibrate_,
-    residuals,
-    swap_norms_,
-)
-from bnfix.recipe import FinetuneRecipe
+from bnfix import choose_example_weight_, evaluate, finetune_, recalibrate_, residuals, swap_norms_
+from bnfix.core import guards
+from bnfix.core.settings import FinetuneRecipe
 from tests import nets
 
 

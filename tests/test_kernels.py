@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bnfix.layers import kernels
-from bnfix.layers.kernels import NOTHING, Finish, hardswish_
-from bnfix.layers.norms import GeneralizedBatchNorm
+from bnfix.norm import kernels
+from bnfix.norm.kernels import NOTHING, Finish, hardswish_
+from bnfix.norm.layer import GeneralizedBatchNorm
 
 LAYOUTS = ("contiguous", "channels last", "strided", "transposed", "sliced channels")
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import bnfix
+from bnfix.core.errors import ConfigError, DataError, NormError
+from bnfix.core.settings import DataRecipe, RunOptions, StatisticsRecipe, WeightRecipe
 from bnfix.demo import SPEC, write_files
-from bnfix.errors import ConfigError, DataError, NormError
-from bnfix.layers.norms import GeneralizedBatchNorm
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, RunOptions, StatisticsRecipe, WeightRecipe
-from bnfix.weighing.example_weight import weighable_layers
-from bnfix.weighing.label_free import MOST_EXAMPLES, fit_moments_, fit_predictions_
+from bnfix.jobs.plan import Plan
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.weights.choose import weighable_layers
+from bnfix.weights.label_free import MOST_EXAMPLES, fit_moments_, fit_predictions_
 from tests import nets
 
 

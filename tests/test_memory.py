@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from bnfix.memory import BatchSize, Footprint, LiveBytes, footprint, free_memory
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, ModelRecipe, RunOptions
-from bnfix.workbench import open_workbench
+from bnfix.core.memory import BatchSize, Footprint, LiveBytes, footprint, free_memory
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import open_workbench
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

@@ -10,14 +10,14 @@ import torchvision
 from torch import nn
 
 from bnfix import recalibrate_
-from bnfix.building.models import (
+from bnfix.core.errors import ConfigError, ModelError
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.models.build import (
     build_model,
     from_file_allowed,
     input_channels,
 )
-from bnfix.building.presets import default_preprocessing, preset_preprocessing
-from bnfix.errors import ConfigError, ModelError
-from bnfix.preprocessing import Preprocessing
+from bnfix.models.presets import default_preprocessing, preset_preprocessing
 from tests.real import DATA, needs_data
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

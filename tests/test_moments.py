@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfix.moments import Moments, example_moments, mix, pool
-from bnfix.statistics.accumulating import precise_moments
+from bnfix.core.moments import Moments, example_moments, mix, pool
+from bnfix.recalibrate.accumulator import precise_moments
 
 
 def moments(x):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from bnfix.errors import ConfigError, NormError, NumericError
-from bnfix.layers.norms import GeneralizedBatchNorm, set_example_weight_
+from bnfix.core.errors import ConfigError, NormError, NumericError
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from tests import reference
 from tests.real import GOLDEN
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bnfix.core.errors import DataError
+from bnfix.core.preprocessing import Preprocessing
 from bnfix.data.batches import Batches
 from bnfix.data.images import Images
-from bnfix.data.opening import open_images
-from bnfix.errors import DataError
-from bnfix.preprocessing import Preprocessing
+from bnfix.data.open import open_images
 from tests import layouts
 
 arrow = pytest.importorskip("pyarrow")

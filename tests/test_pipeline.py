@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bnfix
-from bnfix.errors import ConfigError, DataError
-from bnfix.plan import Plan
-from bnfix.recipe import (
+from bnfix.core.errors import ConfigError, DataError
+from bnfix.core.settings import (
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -25,8 +24,9 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.steps import fractions
-from bnfix.tracking import silent
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.progress import silent
+from bnfix.jobs.steps import fractions
 from tests.conftest import Files, Outcome, images_of, inputs_of
 
 Run = Callable[..., tuple[dict[str, Any], Path]]

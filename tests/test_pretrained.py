@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import bnfix
-from bnfix import guards
-from bnfix.building.models import build_model
-from bnfix.building.presets import default_preprocessing
-from bnfix.building.pretrained import renamed
-from bnfix.errors import ModelError
+from bnfix.core import guards
+from bnfix.core.errors import ModelError
+from bnfix.models.build import build_model
+from bnfix.models.presets import default_preprocessing
+from bnfix.models.transformers import renamed
 from tests import nets
 
 transformers = pytest.importorskip("transformers")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bnfix import processes
-from bnfix.errors import BnfixError, ConfigError, DataError
-from bnfix.processes import interleaved, launched
+from bnfix.core import distributed
+from bnfix.core.distributed import interleaved, launched
+from bnfix.core.errors import BnfixError, ConfigError, DataError
 from tests import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,12 +220,12 @@ def test_nothing_is_shared_outside_joined(monkeypatch):
     """A program that uses torch.distributed for itself may call bnfix on one rank."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert processes.here() == processes.Place()
-    assert processes.gather("x") == ["x"]
-    assert list(processes.in_step([1, 2])) == [1, 2]
-    assert launched() == processes.Place(1, 2)
+    assert distributed.here() == distributed.Place()
+    assert distributed.gather("x") == ["x"]
+    assert list(distributed.in_step([1, 2])) == [1, 2]
+    assert launched() == distributed.Place(1, 2)
     with pytest.raises(DataError, match="as it was said"):
-        processes.together(lambda: (_ for _ in ()).throw(DataError("as it was said")))
+        distributed.together(lambda: (_ for _ in ()).throw(DataError("as it was said")))
 
 
 @pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("RANK", "2"), ("WORLD_SIZE", "")])
@@ -252,10 +252,10 @@ def test_errors_can_be_sent():
 
 def test_processes_may_join_again():
     code = """
-from bnfix import processes
+from bnfix.core import distributed
 for round in range(3):
-    with processes.joined() as place:
-        assert processes.gather((round, place.rank)) == [(round, 0), (round, 1)]
+    with distributed.joined() as place:
+        assert distributed.gather((round, place.rank)) == [(round, 0), (round, 1)]
 print("done")
 """
     codes, outputs = ended(start(2, "-c", code), seconds=60)

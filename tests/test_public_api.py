@@ -13,10 +13,8 @@ import typer
 
 import bnfix
 from bnfix.cli import app
-from bnfix.plan import TRIED
-from bnfix.preprocessing import Preprocessing
-from bnfix.production.exporting import ExportRecipe
-from bnfix.recipe import (
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import (
     DataRecipe,
     EvaluationRecipe,
     FinetuneRecipe,
@@ -27,6 +25,8 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.jobs.export import ExportRecipe
+from bnfix.jobs.plan import TRIED
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.checkpoints.loading import load
-from bnfix.errors import DataError, NormError, NumericError
-from bnfix.layers.norms import GeneralizedBatchNorm
-from bnfix.layers.refitting import refit_
-from bnfix.layers.surgery import swap_norms_
-from bnfix.measuring.evaluation import evaluate
+from bnfix.checkpoints.load import load
+from bnfix.core.errors import DataError, NormError, NumericError
+from bnfix.metrics.evaluate import evaluate
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.swap import swap_norms_
+from bnfix.recalibrate.refit import refit_
 from tests import conftest, nets
 from tests.real import DATA, needs_data
 

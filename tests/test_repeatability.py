@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import bnfix
+from bnfix.core.settings import DataRecipe, GateRecipe, RunOptions, WeightRecipe
 from bnfix.demo import SPEC, write_files
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, GateRecipe, RunOptions, WeightRecipe
+from bnfix.jobs.plan import Plan
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,23 +13,23 @@ import matplotlib
 import numpy as np
 import pytest
 
+from bnfix.core.errors import CheckpointError
 from bnfix.data.corruptions import every_corruption
-from bnfix.errors import CheckpointError
-from bnfix.layers.surgery import Change, SwapPlan
-from bnfix.measuring.custom_metrics import Custom
-from bnfix.measuring.evaluation import Outputs
-from bnfix.measuring.metrics import Metrics, measure
-from bnfix.measuring.pairing import Difference, compare, judge
-from bnfix.measuring.robustness import BatchInvariance, Company, Shifted
-from bnfix.measuring.robustness import shifted as shifted_rows
-from bnfix.reporting import pages
-from bnfix.reporting.plots import SHADE
-from bnfix.reporting.records import DataUsed, Evaluated, LayerRow, Trials
-from bnfix.reporting.report import Report, report_paths
-from bnfix.statistics.calibration import Calibration, Effort, Exceptions
-from bnfix.tuning.finetuning import Finetuning, TrainingPoint
-from bnfix.weighing.example_weight import WeightChoice
-from bnfix.weighing.weight_search import CurvePoint
+from bnfix.metrics.compare import Difference, compare, judge
+from bnfix.metrics.custom import Custom
+from bnfix.metrics.evaluate import Outputs
+from bnfix.metrics.metrics import Metrics, measure
+from bnfix.metrics.robustness import BatchInvariance, Company, Shifted
+from bnfix.metrics.robustness import shifted as shifted_rows
+from bnfix.norm.swap import Change, SwapPlan
+from bnfix.recalibrate.recalibrate import Calibration, Effort, Exceptions
+from bnfix.report import pages
+from bnfix.report.plots import SHADE
+from bnfix.report.records import DataUsed, Evaluated, LayerRow, Trials
+from bnfix.report.report import Report, report_paths
+from bnfix.training.finetune import Finetuning, TrainingPoint
+from bnfix.weights.choose import WeightChoice
+from bnfix.weights.search import CurvePoint
 
 HOSTILE = '<script>alert(1)</script>](javascript:x) | `a`\n\r"onload="x" $\\frac$ _\x00\u202e漢'
 TEMPLATES = Path(pages.__file__).parent / "templates"

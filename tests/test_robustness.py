@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.errors import DataError
-from bnfix.measuring.robustness import batch_invariance
+from bnfix.core.errors import DataError
+from bnfix.metrics.robustness import batch_invariance
 
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 3, 6, 6))).float()
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad, graph
 
-from bnfix.layers import kernels, rows
-from bnfix.layers.norms import GeneralizedBatchNorm
+from bnfix.norm import kernels, rows
+from bnfix.norm.layer import GeneralizedBatchNorm
 from tests.test_kernels import laid_out, terms_for
 
 NAMES = ("mean", "var", "example_weight", "gamma", "beta")

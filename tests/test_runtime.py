@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 import bnfix
-from bnfix import runtime
-from bnfix.errors import ConfigError, DataError, ModelError
+from bnfix.core import runtime
+from bnfix.core.errors import ConfigError, DataError, ModelError
 from tests import nets
 
 CPU = torch.device("cpu")
@@ -208,7 +208,7 @@ def test_too_little_to_hold_out_is_refused(batches):
 PAGES = """
 import resource, sys, threading
 import torch
-from bnfix.runtime import keep_freed_memory
+from bnfix.core.runtime import keep_freed_memory
 
 keeps, threaded = (argument == "yes" for argument in sys.argv[1:])
 if keeps:

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnfix
-from bnfix.checkpoints.loading import load_ready
-from bnfix.checkpoints.origin import origin_of
-from bnfix.checkpoints.saving import stock_tensors
-from bnfix.conversion import convert
-from bnfix.errors import CheckpointError, ModelError
-from bnfix.layers.norms import generalized_norms
-from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import ModelRecipe, SwapRecipe
-from bnfix.version import __version__
+from bnfix.checkpoints.load import load_ready
+from bnfix.checkpoints.provenance import origin_of
+from bnfix.checkpoints.save import stock_tensors
+from bnfix.core.errors import CheckpointError, ModelError
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import ModelRecipe, SwapRecipe
+from bnfix.core.version import __version__
+from bnfix.jobs.convert import convert
+from bnfix.norm.layer import generalized_norms
 from tests.conftest import Files, images_of, inputs_of
 from tests.nets import lived_in, plain, shared_norm
 

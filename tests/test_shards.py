@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bnfix.core.errors import DataError
+from bnfix.core.preprocessing import Preprocessing
 from bnfix.data.batches import Batches
-from bnfix.data.opening import open_images
+from bnfix.data.open import open_images
 from bnfix.data.shards import expand_braces
-from bnfix.errors import DataError
-from bnfix.preprocessing import Preprocessing
 from tests import layouts
 
 GREY = layouts.jpeg(np.full((8, 8, 3), 128, np.uint8))

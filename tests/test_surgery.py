@@ -12,13 +12,13 @@ from timm.layers.norm_act import SyncBatchNormAct, convert_sync_batchnorm
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.errors import ConfigError, NormError
-from bnfix.layers.norms import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
-from bnfix.layers.sites import find_norms, selected, sites_with_statistics, unmatched
-from bnfix.layers.surgery import plan_swap, swap_norms_, swap_planned_, unfreeze_
-from bnfix.recipe import SwapRecipe
-from bnfix.statistics.calibration import recalibrate_, residuals
-from bnfix.weighing.example_weight import choose_example_weight_
+from bnfix.core.errors import ConfigError, NormError
+from bnfix.core.settings import SwapRecipe
+from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
+from bnfix.norm.sites import find_norms, selected, sites_with_statistics, unmatched
+from bnfix.norm.swap import plan_swap, swap_norms_, swap_planned_, unfreeze_
+from bnfix.recalibrate.recalibrate import recalibrate_, residuals
+from bnfix.weights.choose import choose_example_weight_
 from tests import nets
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 
-from bnfix import _torch_private as private
-from bnfix.layers import kernels
+from bnfix.core import torch_private as private
+from bnfix.norm import kernels
 
 
 @pytest.fixture

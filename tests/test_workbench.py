@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bnfix.checkpoints.loading import Loaded, load_ready
-from bnfix.checkpoints.origin import Origin
-from bnfix.checkpoints.reading import TEXT_LIMIT
+from bnfix.checkpoints.load import Loaded, load_ready
+from bnfix.checkpoints.provenance import Origin
+from bnfix.checkpoints.read import TEXT_LIMIT
+from bnfix.core.errors import ConfigError, DataError, ModelError
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batches
 from bnfix.data.fingerprints import (
     cut,
@@ -22,13 +25,10 @@ from bnfix.data.fingerprints import (
     seen_before,
 )
 from bnfix.data.images import ArrayImages
-from bnfix.data.opening import open_images
-from bnfix.errors import ConfigError, DataError, ModelError
-from bnfix.plan import Plan
-from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import DataRecipe, GateRecipe, ModelRecipe, RunOptions
-from bnfix.tracking import describe_skipped
-from bnfix.workbench import (
+from bnfix.data.open import open_images
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.progress import describe_skipped
+from bnfix.jobs.session import (
     Workbench,
     evaluation_batch_size,
     load_one,
@@ -301,7 +301,7 @@ def test_a_history_lists_no_more_images_than_it_has_room_for(files, monkeypatch)
 def test_a_history_without_room_is_refused_before_the_work(files, cli, tmp_path, monkeypatch):
     out = tmp_path / "first.safetensors"
     assert cli("convert", files.stale, "--model", files.spec, "-o", out).code == 0
-    monkeypatch.setattr("bnfix.checkpoints.reading._ROOM", TEXT_LIMIT)
+    monkeypatch.setattr("bnfix.checkpoints.read._ROOM", TEXT_LIMIT)
     words = ("--data", "nowhere", "-o", tmp_path / "x.safetensors", "--model", files.spec)
     for command in (("calibrate", out, *words), ("convert", out, "--to", "group", *words)):
         outcome = cli(*command)

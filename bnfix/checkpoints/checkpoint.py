@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from bnfix.checkpoints.nesting import (
+from bnfix.checkpoints.read import (
+    file_in_folder,
+    finite,
+    is_index,
+    parse_header,
+    read_file,
+    read_weight_map,
+    require_file,
+)
+from bnfix.checkpoints.state_dict import (
     find_state_dict,
     is_average,
     only_tensors,
@@ -23,17 +32,8 @@ from bnfix.checkpoints.nesting import (
     strip_given,
     versions_in,
 )
-from bnfix.checkpoints.packing import write_tensors
-from bnfix.checkpoints.reading import (
-    file_in_folder,
-    finite,
-    is_index,
-    parse_header,
-    read_file,
-    read_weight_map,
-    require_file,
-)
-from bnfix.errors import file_error, file_errors, plain, some
+from bnfix.checkpoints.writer import write_tensors
+from bnfix.core.errors import file_error, file_errors, plain, some
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from bnfix import starting
 from bnfix.cli.commands import convert, evaluate, export, inspect
 from bnfix.cli.flags import flattened
 from bnfix.cli.planned import average, calibrate, demo, finetune, fix
 from bnfix.cli.usage import OneLineGroup
-from bnfix.runtime import exact_float32, keep_freed_memory
-from bnfix.version import __version__
+from bnfix.core import environment
+from bnfix.core.runtime import exact_float32, keep_freed_memory
+from bnfix.core.version import __version__
 
 app = typer.Typer(
     name="bnfix",
@@ -51,7 +51,7 @@ def _main(
 
 def main() -> None:
     """Run the command line."""
-    starting.imported()
+    environment.imported()
     keep_freed_memory()
     exact_float32()
     for stream in (sys.stdout, sys.stderr):

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bnfix import processes
 from bnfix.checkpoints.checkpoint import check_folder, make_folder
-from bnfix.checkpoints.reading import finite
+from bnfix.checkpoints.read import finite
 from bnfix.cli.flags import (
     ALSO,
     DATA,
@@ -36,18 +35,19 @@ from bnfix.cli.flags import (
 from bnfix.cli.tables import changes_table, estimate_line, inspection_lines, layers_table
 from bnfix.cli.terminal import Terminal
 from bnfix.cli.usage import command_line
-from bnfix.comparison import evaluate_files, plan_evaluation
-from bnfix.conversion import convert as convert_file
-from bnfix.diagnosing.inspection import SAMPLES, inspect_checkpoint
-from bnfix.errors import CheckpointError, ConfigError
-from bnfix.estimating import estimated_again
-from bnfix.layers.refitting import REFIT_SAMPLES
-from bnfix.measuring.predictions import check_predictions
-from bnfix.production.export_report import Export, check_exports
-from bnfix.production.exporting import ExportRecipe, plan_export
-from bnfix.production.exporting import export as export_file
-from bnfix.recipe import EvaluationRecipe, RunOptions, SwapRecipe
-from bnfix.reporting.result import Result, check_outputs, check_reports
+from bnfix.core import distributed
+from bnfix.core.errors import CheckpointError, ConfigError
+from bnfix.core.settings import EvaluationRecipe, RunOptions, SwapRecipe
+from bnfix.jobs.compare import evaluate_files, plan_evaluation
+from bnfix.jobs.convert import convert as convert_file
+from bnfix.jobs.estimate import estimated_again
+from bnfix.jobs.export import ExportRecipe, plan_export
+from bnfix.jobs.export import export as export_file
+from bnfix.jobs.inspect import SAMPLES, inspect_checkpoint
+from bnfix.recalibrate.refit import REFIT_SAMPLES
+from bnfix.report.export import Export, check_exports
+from bnfix.report.predictions import check_predictions
+from bnfix.report.result import Result, check_outputs, check_reports
 
 
 def convert(
@@ -264,7 +264,7 @@ def evaluate(
             track=track,
             command_line=command_line(),
         )
-        if report is not None and processes.here().is_first:
+        if report is not None and distributed.here().is_first:
             make_folder(report)
             found.save(*paths)
     terminal.show(found)

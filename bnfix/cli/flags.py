@@ -14,9 +14,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from bnfix.cli.terminal import Terminal, stated
-from bnfix.errors import ConfigError
-from bnfix.preprocessing import Preprocessing
-from bnfix.recipe import (
+from bnfix.core.errors import ConfigError
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import (
     DataRecipe,
     GateRecipe,
     ModelRecipe,

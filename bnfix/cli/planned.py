@@ -40,9 +40,8 @@ from bnfix.cli.flags import (
 )
 from bnfix.cli.tables import plan_lines
 from bnfix.cli.usage import command_line
-from bnfix.errors import CheckpointError, ConfigError, some
-from bnfix.plan import TRIED, Plan
-from bnfix.recipe import (
+from bnfix.core.errors import CheckpointError, ConfigError, some
+from bnfix.core.settings import (
     TRAINED,
     AverageRecipe,
     DataRecipe,
@@ -53,10 +52,11 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.replay import replayed_plan
-from bnfix.reporting.result import check_outputs
-from bnfix.run import describe, execute
-from bnfix.steps import open_plan
+from bnfix.jobs.plan import TRIED, Plan
+from bnfix.jobs.replay import replayed_plan
+from bnfix.jobs.run import describe, execute
+from bnfix.jobs.steps import open_plan
+from bnfix.report.result import check_outputs
 
 #: Options that `--recipe` leaves to the command line.
 _BESIDE_A_RECIPE = {

@@ -10,13 +10,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bnfix.diagnosing.diagnosis import Finding
-from bnfix.diagnosing.examination import Behaviour
-from bnfix.diagnosing.inspection import Inspection
-from bnfix.errors import some
-from bnfix.layers.surgery import Change
-from bnfix.reporting.pages import clean, ends, number, percent
-from bnfix.reporting.report import Report
+from bnfix.core.errors import some
+from bnfix.diagnosis.behaviour import Behaviour
+from bnfix.diagnosis.faults import Finding
+from bnfix.jobs.inspect import Inspection
+from bnfix.norm.swap import Change
+from bnfix.report.pages import clean, ends, number, percent
+from bnfix.report.report import Report
 
 #: Columns of a terminal below which tables change their form.
 _LEAST_WIDTH = 60

@@ -28,11 +28,11 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from bnfix import processes
 from bnfix.cli.tables import fitted, shown_text, tables_of
-from bnfix.errors import BnfixError, ConfigError, one_line, some
-from bnfix.reporting.report import Report
-from bnfix.tracking import Track, silent
+from bnfix.core import distributed
+from bnfix.core.errors import BnfixError, ConfigError, one_line, some
+from bnfix.jobs.progress import Track, silent
+from bnfix.report.report import Report
 
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
 _UNBOUNDED = 1000
@@ -41,7 +41,7 @@ _NARROW = 50
 
 
 def _console(*, stderr: bool = False) -> Console:
-    if not processes.speaks():  # of several processes the first prints for all
+    if not distributed.speaks():  # of several processes the first prints for all
         return Console(file=io.StringIO())
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=_UNBOUNDED)
@@ -105,7 +105,7 @@ class Terminal:
 
     def print_json(self, content: Any) -> None:
         """Print one JSON object."""
-        if processes.speaks():
+        if distributed.speaks():
             sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -162,8 +162,8 @@ def stated(*, many: bool = False, debug: bool = False) -> Iterator[None]:
     """Print a stated error as one line, and exit with 1, 2 for wrong usage, 130 interrupted."""
     with _translated(debug), contextlib.ExitStack() as stack:
         if many:
-            stack.enter_context(processes.joined())
-        elif processes.launched().shared:
+            stack.enter_context(distributed.joined())
+        elif distributed.launched().shared:
             raise ConfigError("this command works in one process. Start it without torchrun.")
         # Inside, since the processes still have to agree on which of them prints the error.
         stack.enter_context(_translated(debug))
@@ -190,7 +190,7 @@ def _translated(debug: bool) -> Iterator[None]:
 
 
 def _fail(error: BaseException, code: int, message: str, debug: bool) -> None:
-    if processes.first_to_fail():
+    if distributed.first_to_fail():
         if debug:
             traceback.print_exception(error)
         text = shown_text(f"bnfix: {message}")

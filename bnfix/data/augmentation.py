@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torchvision.transforms import v2
 
+from bnfix.core.errors import ConfigError
 from bnfix.data.batches import Batch
-from bnfix.errors import ConfigError
 
 
 def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:

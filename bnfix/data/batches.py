@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from bnfix.core.errors import ConfigError, DataError, some
+from bnfix.core.preprocessing import Preprocessing
 from bnfix.data.corruptions import Corruption
 from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
 from bnfix.data.tensors import TensorItems
-from bnfix.errors import ConfigError, DataError, some
-from bnfix.preprocessing import Preprocessing
 
 
 class Batch(NamedTuple):

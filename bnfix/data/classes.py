@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from bnfix.core.errors import DataError, some
 from bnfix.data.images import Images, open_regular
-from bnfix.errors import DataError, some
 
 MAX_CLASSES = 1_000_000
 MAX_CLASS_MAP_BYTES = 10_000_000

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from bnfix.core.errors import ConfigError, DataError
 from bnfix.data.images import DIGEST_SIZE, Images
-from bnfix.errors import ConfigError, DataError
 
 #: Images that a history lists one by one, at most; 8 characters each.
 MAX_LISTED: Final = 100_000

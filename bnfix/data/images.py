@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bnfix.errors import DataError, plain
+from bnfix.core.errors import DataError, plain
 
 # Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
 MAX_PIXELS = 50_000_000

@@ -26,6 +26,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
 
+from bnfix.core.errors import DataError, some
 from bnfix.data.images import (
     ArrayImages,
     FileImages,
@@ -36,7 +37,6 @@ from bnfix.data.images import (
     open_regular,
 )
 from bnfix.data.mat import read_mat
-from bnfix.errors import DataError, some
 
 #: Images, and the class of each by name or number; None where there are none.
 Opened = tuple[Images, list[str] | np.ndarray | None]

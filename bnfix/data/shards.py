@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from bnfix.core.errors import DataError, plain, some
 from bnfix.data.images import MAX_IMAGE_BYTES, SUFFIXES, EncodedImages, open_regular
-from bnfix.errors import DataError, plain, some
 
 MAX_SHARDS: Final = 100_000
 _MAX_MEMBERS: Final = 20_000_000

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bnfix._torch_private import tree_leaves
+from bnfix.core.errors import DataError
+from bnfix.core.torch_private import tree_leaves
 from bnfix.data.images import DIGEST_SIZE, Images
-from bnfix.errors import DataError
 
 _EXPECTED = (
     "floating-point or whole numbers (a tensor, an array, a number), or tuples and dicts of them. "

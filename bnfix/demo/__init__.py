@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfix.errors import ConfigError
-from bnfix.preprocessing import Preprocessing
+from bnfix.core.errors import ConfigError
+from bnfix.core.preprocessing import Preprocessing
 
 #: The network's model spec, as ``--model`` takes it.
 SPEC = "bnfix.demo.network:digits_net"

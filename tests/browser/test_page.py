@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from bnfix.comparison import evaluate_files
+from bnfix.core.settings import DataRecipe, FinetuneRecipe, ModelRecipe
 from bnfix.demo import SPEC, write_files
-from bnfix.plan import Plan
-from bnfix.recipe import DataRecipe, FinetuneRecipe, ModelRecipe
-from bnfix.run import fix
+from bnfix.jobs.compare import evaluate_files
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.run import fix
 from tests.browser import driving
 from tests.real import DATA, needs_data
 from tests.test_report import full_report

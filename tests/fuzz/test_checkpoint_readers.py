@@ -27,9 +27,8 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 import bnfix
-from bnfix.diagnosing.inspection import inspect_checkpoint
-from bnfix.errors import BnfixError
-from bnfix.recipe import (
+from bnfix.core.errors import BnfixError
+from bnfix.core.settings import (
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -39,7 +38,8 @@ from bnfix.recipe import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.replay import replayed_plan
+from bnfix.jobs.inspect import inspect_checkpoint
+from bnfix.jobs.replay import replayed_plan
 
 CASES = int(os.environ.get("BNFIX_FUZZ_CASES", "150"))
 SECONDS = 5.0

@@ -23,8 +23,8 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from bnfix.data.opening import open_images
-from bnfix.errors import BnfixError
+from bnfix.core.errors import BnfixError
+from bnfix.data.open import open_images
 from tests import layouts
 
 CASES = int(os.environ.get("BNFIX_FUZZ_CASES", "400"))

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import bnfix
-from bnfix import runtime
-from bnfix.layers.norms import generalized_norms
-from bnfix.recipe import WeightRecipe
+from bnfix.core import runtime
+from bnfix.core.settings import WeightRecipe
+from bnfix.norm.layer import generalized_norms
 from tests.nets import lived_in, residual
 
 pytestmark = [

@@ -1,0 +1,291 @@
+"""A file to a ready model: the model it belongs to, its tensors, its norm layers as set."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from bnfix.checkpoints.checkpoint import Checkpoint, Misfits, misfits_of, read_checkpoint
+from bnfix.checkpoints.provenance import Origin, require_buildable, stated_origin
+from bnfix.checkpoints.state_dict import STATISTICS
+from bnfix.core.errors import BnfixError, CheckpointError, file_error, file_errors, plain, some
+from bnfix.core.settings import ModelRecipe, SwapRecipe
+from bnfix.models.build import build_model, build_skeleton
+from bnfix.models.presets import published_arguments, published_weights, wants_transformed_input
+from bnfix.models.transformers import renamed
+from bnfix.norm.layer import set_example_weight_
+from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to run, in evaluation mode on the CPU, and the file it came from."""
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    origin: Origin
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Load a checkpoint into a ready model in evaluation mode.
+
+    Args:
+        path: a bnfix output, or any checkpoint if ``model`` is given.
+        model: the stock model to put it into; by default the one that the file names, if that is
+            torchvision's or timm's.
+
+    Returns:
+        The model with its norm layers swapped and their weights set as the file says.
+
+    Raises:
+        CheckpointError: if the file cannot be read or does not fit.
+        ModelError: if the file names no model that may be built from what a file says.
+    """
+    return load_ready(path, model=model, borrows=False).model
+
+
+def load_ready(
+    path: str | Path,
+    recipe: ModelRecipe = ModelRecipe(),
+    *,
+    model: nn.Module | None = None,
+    mapped: bool = False,
+    lenders: Sequence[str] = (),
+    borrows: bool = True,
+) -> Loaded:
+    """Read a checkpoint, build its model, load it strictly, and set its norm layers.
+
+    ``mapped`` models take the file's own memory where they can; ``lenders`` are further files whose
+    statistics parameters without any may take, if it ``borrows``.
+    """
+    key, prefer_ema = recipe.key, recipe.prefer_ema
+    checkpoint = read_checkpoint(path, key=key, prefix=recipe.prefix, prefer_ema=prefer_ema)
+    origin = stated_origin(checkpoint)
+    notes: list[str] = []
+    if recipe.model is not None:
+        origin = replace(origin, spec=recipe.model, arguments=dict(recipe.arguments))
+    elif model is None:
+        require_buildable(checkpoint, origin)
+    if model is None:
+        model = _built(origin, checkpoint, notes, mapped=mapped)
+    thawed = unfreeze_(model) if recipe.unfreeze else []
+    if recipe.unfreeze:
+        found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
+        notes.append(f"--unfreeze: {found}")
+    shapes = _stock_shapes(model)
+    misfits = misfits_of(shapes, checkpoint.tensors)
+    if misfits and recipe.prefix is None:
+        # Known names may make another prefix the better one.
+        checkpoint = read_checkpoint(path, key=key, expected=set(shapes), prefer_ema=prefer_ema)
+        misfits = misfits_of(shapes, checkpoint.tensors)
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
+    if (origin.spec or "").startswith("transformers:"):
+        checkpoint, misfits = _as_transformers_loads(checkpoint, model, shapes, misfits)
+    if borrows and _lacks_statistics(model, checkpoint, misfits):
+        checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders)
+    elif misfits:
+        where = origin.spec or type(model).__name__
+        raise file_error(
+            path,
+            f"does not fit {where}, {len(misfits)} problems: {misfits}. Give the --model that it "
+            "was trained as.",
+        )
+    _fill_(model, checkpoint)
+    published = published_weights(origin.spec or "", checkpoint.sha256)
+    if published is not None and published.name == "COCO_V1":
+        for module in model.modules():
+            if isinstance(module, FrozenBatchNorm2d) or module in thawed:
+                module.__dict__["eps"] = 0.0  # as torchvision sets it beside these weights
+    origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
+    _apply_norms(model, checkpoint)
+    model.eval()
+    model.__dict__["_bnfix_origin"] = origin
+    return Loaded(model, checkpoint, origin)
+
+
+def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: bool) -> nn.Module:
+    """The model that a spec names, with the arguments that belong to weights of its library."""
+    spec = origin.spec or ""
+    if wants_transformed_input(spec) and "transform_input" not in origin.arguments:
+        found = published_arguments(spec, checkpoint.sha256)
+        origin.arguments = {**found, **origin.arguments}
+        if checkpoint.metadata is None:
+            notes.append(
+                "transform_input=true, as torchvision builds it with these weights of its own"
+                if found
+                else "built without transform_input; weights that come from torchvision's need "
+                "--model-arg transform_input=true"
+            )
+    tensors = checkpoint.tensors
+    skeleton = build_skeleton(spec, origin.arguments, tensors) if mapped else None
+    return build_model(spec, origin.arguments, tensors) if skeleton is None else skeleton
+
+
+def _stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the tensors that a file for the model has, by name."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    # Once unfrozen, a file has counters, which layers that are constants load and drop.
+    for site in find_norms(model):
+        if site.frozen:
+            shapes.setdefault(f"{site.name}.num_batches_tracked", torch.Size())
+    own = weight_buffers(model)
+    return {name: shape for name, shape in shapes.items() if name not in own}
+
+
+def weight_buffers(model: nn.Module) -> set[str]:
+    """The keys of the example weights of bnfix's layers, which stock layers do not have."""
+    return {
+        f"{name}.example_weight".removeprefix(".")  # the model may be a layer itself
+        for site in find_norms(model)
+        for name in (site.name, *site.aliases)
+        if hasattr(site.module, "channel_groups")
+    }
+
+
+def _as_transformers_loads(
+    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, torch.Size], misfits: Misfits
+) -> tuple[Checkpoint, Misfits]:
+    """A checkpoint whose names are those of transformers' files, under the model's names."""
+    notes = [f"{type(model).__name__} of transformers was built, as the folder says"]
+    tensors = renamed(model, checkpoint.tensors) if misfits else {}
+    if tensors:
+        n = sum(name not in tensors for name in checkpoint.tensors)
+        notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
+        checkpoint, misfits = replace(checkpoint, tensors=tensors), misfits_of(shapes, tensors)
+    return replace(checkpoint, notes=(*checkpoint.notes, *notes)), misfits
+
+
+def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, misfits: Misfits) -> bool:
+    """Whether a set has all parameters and no statistics, as running means of weights often do."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    has_some = any(name in checkpoint.tensors for name in buffers if name.endswith(STATISTICS))
+    missing = set(misfits.missing)
+    return bool(missing) and missing <= buffers and len(misfits) == len(missing) and not has_some
+
+
+def _with_statistics(
+    checkpoint: Checkpoint,
+    shapes: Mapping[str, torch.Size],
+    misfits: Misfits,
+    lenders: Sequence[str],
+) -> Checkpoint:
+    """Parameters without statistics, completed by those of another set, or refused."""
+    missing = [name for name in shapes if name not in checkpoint.tensors]
+    places = [(checkpoint.path, key) for key in (None, *checkpoint.others)]
+    for path, key in [*places, *((Path(file), None) for file in lenders)]:
+        try:
+            other = read_checkpoint(path, key=key, expected=frozenset(shapes))
+        except CheckpointError:
+            continue
+        if not set(misfits.missing) <= set(other.tensors):
+            continue
+        tensors = {name: other.tensors[name] for name in missing if name in other.tensors}
+        lender = f"{other.path.name}, {other.key or other.prefix or 'top level'}"
+        note = (
+            f"{checkpoint.key or checkpoint.path.name} has parameters and no statistics; those of "
+            f"{plain(lender)} were taken, which belong to other weights; commands with data "
+            "measure them (--statistics population)"
+        )
+        return replace(
+            checkpoint,
+            tensors={**checkpoint.tensors, **tensors},
+            notes=(*checkpoint.notes, note),
+            borrowed=True,
+        )
+    raise file_error(
+        checkpoint.path,
+        f"has the parameters of the model, but none of its {len(missing)} buffers "
+        f"({some(missing)}), nor does another set in the file. Give the file that has them too.",
+    )
+
+
+def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a fitting state dict; a model without memory takes the file's own tensors."""
+    own = model.state_dict()
+    empty = any(tensor.is_meta for tensor in own.values())
+    state: OrderedDict[str, Tensor] = OrderedDict()
+    for name, tensor in own.items():
+        if name in checkpoint.tensors:
+            found = checkpoint.tensors[name]
+            state[name] = found.to(tensor.dtype) if empty else found
+        else:  # num_batches_tracked, which old files lack
+            state[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+    # Some modules refuse a state dict that does not say which version of theirs it is.
+    versions: Any = copy.copy(getattr(own, "_metadata", {}))
+    for name, version in checkpoint.versions.items():
+        if name in versions:
+            versions[name] = {**versions[name], "version": version}
+    state._metadata = versions  # type: ignore[attr-defined]
+    problem = f"cannot be loaded into {type(model).__name__}"
+    with file_errors(checkpoint.path, problem, kinds=(RuntimeError, ValueError)):
+        model.load_state_dict(state, strict=True, assign=empty)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Settings of a layer in a header, of the right types; files are hostile until checked."""
+
+    channel_groups: int
+    ghost_size: int | None
+    example_weight: Any
+    eps: float
+
+    def __post_init__(self) -> None:
+        integers = (self.channel_groups, 1 if self.ghost_size is None else self.ghost_size)
+        if not all(type(n) is int and n >= 1 for n in integers):
+            raise ValueError("channel_groups and ghost_size are counts of at least 1")
+        weight = self.example_weight
+        for found in weight if isinstance(weight, list) else [weight]:
+            if type(found) not in (int, float) or not 0 <= found <= 1:
+                raise ValueError("example_weight is a number from 0 to 1, or a list of such")
+        if type(self.eps) not in (int, float) or not 0 <= self.eps < 1e6:
+            raise ValueError("eps is a number of at least 0")
+
+
+def _settings(value: Any) -> _Settings:
+    if not isinstance(value, dict):
+        raise TypeError("an entry is not an object")
+    stated: dict[str, Any] = {field.name: value.get(field.name) for field in fields(_Settings)}
+    return _Settings(**stated)
+
+
+def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Swap the layers that the header lists and give them its settings."""
+    norms: dict[str, Any] = (checkpoint.metadata or {}).get("norms") or {}
+    if not norms:
+        return
+    sites = {n: site.name for site in find_norms(model) for n in (site.name, *site.aliases)}
+    unknown = [plain(name) for name in norms if name not in sites]
+    if unknown:
+        raise file_error(
+            checkpoint.path, f"its header sets norm layers that the model lacks: {some(unknown)}."
+        )
+    wrong = (BnfixError, TypeError, ValueError, OverflowError, RuntimeError)
+    with file_errors(
+        checkpoint.path, "the norm settings in its header cannot be used", kinds=wrong
+    ):
+        settings = {sites[name]: _settings(value) for name, value in norms.items()}
+        plan = plan_swap(model, SwapRecipe(layers=tuple(escape(name) for name in settings)))
+        changes = []
+        for change in plan.changes:
+            to = settings[change.name]
+            groups, size = to.channel_groups, to.ghost_size
+            # Without weights, whose swap changes outputs by intent; they are set after.
+            changes.append(
+                replace(change, channel_groups=groups, ghost_size=size, example_weight=0.0)
+            )
+        swap_planned_(model, replace(plan, changes=tuple(changes)))
+        for name, to in settings.items():
+            layer = model.get_submodule(name)
+            layer.__dict__["eps"] = float(to.eps)
+            set_example_weight_(layer, to.example_weight)

@@ -1,0 +1,298 @@
+"""The state dict in the content of a file: its nesting, and the prefixes of wrappers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from bnfix.core.errors import file_error, plain, some
+
+#: Where training programs put the state dict, the trained weights before their running means.
+NESTS: Final = tuple(
+    "state_dict model model_state_dict model_state net network params ema state_dict_ema model_ema "
+    "ema_state_dict ema_model params_ema module".split()
+)
+#: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
+_AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
+STATISTICS: Final = ("running_mean", "running_var")
+#: Parts that a running mean of the weights may lack.
+BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
+#: Prefixes of every name in wrappers: DataParallel, torch.compile, Lightning and the like.
+PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
+#: Parts of names that wrappers put anywhere: no module is called so by its author.
+_WRAPPERS: Final = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+_DEPTH: Final = 3
+#: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
+_REPEATED_LIMIT: Final = 64 * 2**20
+#: Unusual prefixes that are tried on a model's own names.
+_PREFIX_LIMIT: Final = 32
+
+
+# Entries of a dict from a file, whose own methods the file may have overwritten.
+def _items(mapping: Any) -> list[tuple[Any, Any]]:
+    return list(dict.items(mapping)) if isinstance(mapping, dict) else []
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(type(k) is str and isinstance(v, torch.Tensor) for k, v in _items(value))
+
+
+def _has_weights(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.ndim > 1 for _, v in _items(value))
+
+
+# All paths to state dicts under the usual names, the most likely first.
+def _paths(content: Any, depth: int = _DEPTH) -> Iterator[list[str]]:
+    entries = dict(_items(content))
+    for nest in NESTS if depth else ():
+        for below in _paths(entries.get(nest), depth - 1):
+            yield [nest, *below]
+    if _has_tensors(content):
+        yield []
+
+
+# Every dotted key under which there are tensors, for a message.
+def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
+    found = []
+    for name, value in _items(content):
+        if type(name) is str and isinstance(value, dict):
+            found += [at + name] if _has_tensors(value) else []
+            found += _nests(value, depth - 1, f"{at}{name}.") if depth > 1 else []
+    return found
+
+
+# The value at a dotted key, where a part may have dots of its own; None if not there.
+def _follow(content: Any, key: str) -> Any:
+    entries = {name: value for name, value in _items(content) if type(name) is str}
+    if not key or key in entries:
+        return entries[key] if key else content
+    belows = (_follow(v, key[len(n) + 1 :]) for n, v in entries.items() if key.startswith(n + "."))
+    return next((below for below in belows if below is not None), None)
+
+
+def find_state_dict(
+    content: Any, key: str | None, path: Path, notes: list[str], *, prefer_ema: bool = False
+) -> tuple[Any, str, list[str]]:
+    """The state dict in a file's content, its nesting, and the nestings of other complete ones."""
+    nests = _nests(content)
+    listed = f"found under {some([plain(n) for n in nests])}" if nests else "found none"
+    base = _follow(content, key or "")
+    if base is None and key:
+        raise file_error(path, f"has no {plain(key)!r}; state dicts {listed}. Give one as --key.")
+    found = key or ""
+    if key is None or not _has_tensors(base):
+        at = f"{key}." if key else ""
+        inside = [n.removeprefix(at) for n in nests if n.startswith(at)]
+        likely = [".".join(steps) for steps in _paths(base)]
+        means = [n for n in (*likely, *inside) if is_average(n)]
+        others = [n for n in inside if not is_average(n)]
+        # A single one with weights is meant, whatever its name; a mean if nothing else is there.
+        unusual = [n for n in others or means if _has_weights(_follow(base, n))]
+        likely += unusual if len(unusual) == 1 else []
+        likely = [*(means if prefer_ema else []), *likely]
+        if not likely:
+            under = f" under {plain(key)!r}" if key else ""
+            hint = "Give it as --key." if nests else "Save model.state_dict() with torch.save."
+            raise file_error(
+                path, f"holds no state dict (names to tensors){under}; {listed}. {hint}"
+            )
+        found = at + likely[0] if likely[0] else found
+        base = _follow(base, likely[0])
+    complete = [n for n in nests if n != found and _covers(_follow(content, n), base)]
+    others = [n for n in nests if (n != found and n.rpartition(".")[2] in NESTS) or n in complete]
+    if key is None:
+        notes += [f"state dict found under {plain(found)!r}"] if found else []
+        if others:
+            notes.append(f"not used: {some([plain(n) for n in others])} (--key chooses)")
+    return base, found, complete
+
+
+# Whether one set of tensors has all parameters of another, in wrappers or not.
+def _covers(one: Any, other: Any) -> bool:
+    names = [
+        {_bare(n) for n, v in _items(found) if type(n) is str and isinstance(v, torch.Tensor)}
+        for found in (one, other)
+    ]
+    wanted = {name for name in names[1] if name.rpartition(".")[2] not in BUFFERS}
+    return bool(wanted) and wanted <= names[0]
+
+
+def only_tensors(found: Any, path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, all plain dense ones, without gradients."""
+    tensors: dict[str, torch.Tensor] = {}
+    ignored: list[str] = []
+    bad: list[str] = []
+    for name, value in _items(found):
+        if type(name) is not str or not isinstance(value, torch.Tensor):
+            ignored.append(plain(name))
+        elif not storable(name, value) or value.device.type != "cpu" or _repeats(value):
+            bad.append(plain(name))
+        else:
+            tensors[name] = value.detach()
+    if bad:
+        raise file_error(
+            path,
+            f"{some(bad)}: expected dense tensors that fill their memory, found sparse, quantized, "
+            "wrapped, unallocated or endlessly repeated ones. Save plain ones.",
+        )
+    flat = [plain(name) for name in tensors if name.rpartition(".")[2].startswith("_flat_param")]
+    if flat:
+        raise file_error(
+            path,
+            f"{some(flat)}: flattened parameters of FSDP, whose names and shapes are lost. Where "
+            "it was made, save it with StateDictType.FULL_STATE_DICT.",
+        )
+    if ignored:
+        notes.append(f"{len(ignored)} entries that are not tensors ignored: {some(ignored)}")
+    return tensors
+
+
+def _repeats(tensor: torch.Tensor) -> bool:
+    size = tensor.numel() * tensor.element_size()
+    return size > max(_REPEATED_LIMIT, 16 * tensor.untyped_storage().nbytes())
+
+
+def storable(name: object, tensor: object) -> bool:
+    """Whether an entry is a dense tensor under a name, as a file can hold it."""
+    return (
+        type(name) is str
+        and isinstance(tensor, torch.Tensor)
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_meta
+    )
+
+
+def versions_in(found: Any) -> dict[str, int]:
+    """The versions of modules' state that torch keeps beside a state dict, by module."""
+    return {
+        name: version
+        for name, value in _items(getattr(found, "__dict__", {}).get("_metadata"))
+        for key, version in _items(value)
+        if type(name) is str and key == "version" and type(version) is int
+    }
+
+
+# --- prefixes ---
+
+
+def strip_given(
+    tensors: dict[str, torch.Tensor], prefix: str, path: Path, notes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors whose names begin with a stated prefix, without it; and the prefix with a dot."""
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not kept:
+        heads = list(dict.fromkeys(plain(name.partition(".")[0]) for name in tensors))
+        raise file_error(
+            path,
+            f"no name begins with {plain(prefix)!r}; they begin with {some(heads)}. "
+            "Change --prefix, or leave it out.",
+        )
+    lost = [plain(name) for name in tensors if not name.startswith(prefix)]
+    notes += [f"prefix {plain(prefix)!r} stripped"] if prefix else []
+    notes += [f"{len(lost)} names without that prefix left out: {some(lost)}"] if lost else []
+    return kept, prefix
+
+
+def strip_found(
+    tensors: dict[str, torch.Tensor], expected: Collection[str] | None, notes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Names without the parts of wrappers and the prefix that all share, or that fits a model."""
+    counter = tensors.get("n_averaged")
+    if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+        notes.append("n_averaged (torch's count of averaged models) left out")
+    inner = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    wrapped = sum(name not in tensors for name in inner)
+    if wrapped and len(inner) == len(tensors):
+        tensors = inner
+        notes.append(f"parts that wrappers put into {wrapped} names stripped")
+    runs = dict.fromkeys(run for name in tensors for run in _prefix_runs(name))
+    chosen = max((r for r in runs if all(n.startswith(r) for n in tensors)), key=len, default="")
+    if expected:
+        wanted = frozenset(expected)
+        candidates = [chosen, *runs, *_unusual_prefixes(tensors, wanted)]
+        matches = {c: sum(n.removeprefix(c) in wanted for n in tensors) for c in candidates}
+        # At a tie the shared prefix wins, since it comes first.
+        chosen = max(matches, key=lambda candidate: matches[candidate])
+        parameters = {name for name in wanted if name.rpartition(".")[2] not in BUFFERS}
+        # An unusual prefix was chosen for want of a usual one: then nothing is left out.
+        for other in candidates if chosen == _prefix_runs(chosen)[-1] else ():
+            second = {name for name in tensors if name.startswith(other)}
+            if other in ("", chosen) or not parameters <= {n.removeprefix(other) for n in second}:
+                continue
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in second}
+            notes.append(f"a second set of the weights under {plain(other)!r} left out (--prefix)")
+    stripped = {name.removeprefix(chosen): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors):  # two names became one: rather none than one lost
+        return tensors, ""
+    notes += [f"prefix {plain(chosen)!r} stripped"] if chosen else []
+    return stripped, chosen
+
+
+def split_averages(
+    tensors: dict[str, torch.Tensor],
+    expected: Collection[str] | None,
+    notes: list[str],
+    *,
+    prefer_ema: bool,
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """A model's own tensors, or the running mean of them that it keeps as a part of itself."""
+    heads = dict.fromkeys(f"{name.partition('.')[0]}." for name in tensors)
+    for prefix in filter(is_average, heads):
+        averages = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+        asked_for = any(name.startswith(prefix) for name in expected or ())
+        known = prefix in ("model_ema.", "ema_model.", "ema.")
+        if not own or asked_for or not (known or _covers(averages, own)):
+            continue
+        if prefer_ema:
+            notes.append(f"running mean of the weights taken from {plain(prefix)!r}")
+            return averages, True
+        tensors = own
+        notes.append(
+            f"running mean of the weights under {plain(prefix)!r} left out (--prefer-ema takes it)"
+        )
+    return tensors, False
+
+
+def is_average(key: str) -> bool:
+    """Whether a dotted nesting leads to a running mean of the weights, by its words."""
+    return any(_AVERAGE.search(part) for part in key.split("."))
+
+
+# A name without wrappers' parts, but with the usual prefixes before it.
+def _unwrapped(name: str) -> str:
+    head = _prefix_runs(name)[-1]
+    parts = name[len(head) :].split(".")
+    return head + ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+# A name without either.
+def _bare(name: str) -> str:
+    unwrapped = _unwrapped(name)
+    return unwrapped.removeprefix(_prefix_runs(unwrapped)[-1])
+
+
+# All runs of the usual prefixes that a name begins with, from none to the longest.
+def _prefix_runs(name: str) -> list[str]:
+    runs = [""]
+    while head := next((p for p in PREFIXES if name.startswith(p, len(runs[-1]))), ""):
+        runs.append(runs[-1] + head)
+    return runs
+
+
+# Text before one of the model's own names, such as the attribute that a trainer gave the model.
+def _unusual_prefixes(tensors: Mapping[str, torch.Tensor], wanted: frozenset[str]) -> list[str]:
+    longest = max(sorted(wanted), key=lambda name: name.count("."))
+    found = [name.removesuffix(longest) for name in tensors if name.endswith(f".{longest}")]
+    return found[:_PREFIX_LIMIT]

@@ -1,0 +1,380 @@
+"""Where and how the model runs: device, precision, the form of batches and outputs."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from bnfix.core import distributed
+from bnfix.core.errors import BnfixError, ConfigError, DataError, ModelError, one_line, some
+from bnfix.core.torch_private import tree_map
+
+#: How a model is run on one batch of the user's own form.
+Forward = Callable[[nn.Module, Any], Any]
+#: Batches, or a function that gives those of the k-th pass, so that each can be shuffled.
+Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
+
+#: The attribute of a model that says how it is called.
+FORWARD = "_bnfix_forward"
+#: The attribute of a model that says which of its outputs is meant.
+OUTPUT = "_bnfix_output"
+#: From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
+_LABEL_KEYS = ("labels", "label", "target", "targets", "y")
+_GIVE_FORWARD = "Give --forward (from Python forward=), called with the model and the batch."
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_device(text: str) -> torch.device:
+    """The device that an option means."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cuda" and distributed.here().shared and torch.cuda.is_available():
+        text = f"cuda:{distributed.here().on_machine % torch.cuda.device_count()}"
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"--device: {text!r} is not known. Use auto, cpu, cuda or cuda:N.", name="device"
+        ) from error
+    n = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= n):
+        raise ConfigError(
+            f"--device: {text!r} is not on this machine ({n} CUDA devices). Use cpu or auto.",
+            name="device",
+        )
+    return device
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for reuse; for a program's start, a library should not decide it.
+
+    Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
+    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic.
+    Threads share one arena, since those of their own hold up to 64 MiB and map larger pieces
+    whatever the threshold.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def exact_float32() -> None:
+    """Turn TF32 off, so that metrics on CPU and CUDA agree to rounding."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's tensors lie."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """The context for a precision."""
+    if precision == "fp32":
+        return nullcontext()
+    if precision not in _AUTOCAST:
+        raise ConfigError(
+            f"--precision: {precision!r} is not known. Use one of: fp32, {', '.join(_AUTOCAST)}.",
+            name="precision",
+        )
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
+def unpack(batch: Any, model: nn.Module | None = None) -> tuple[Any, Tensor | None]:
+    """The inputs (a tuple of them where there are several) and the labels of a usual batch."""
+    args, named, labels = _parts(batch, model)
+    return (named or (args[0] if len(args) == 1 else args)), labels
+
+
+def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """How a batch is split: what `model` is called with, and the labels or `None`."""
+    names, most = _parameters(model)
+    if isinstance(batch, Mapping):
+        return _parts_by_name(batch, names)
+    if not isinstance(batch, list | tuple):
+        return (batch,), {}, None
+    if not batch:
+        raise DataError("batch: an empty tuple, expected (x, y), (x,) or x.")
+    fields = getattr(batch, "_fields", ())
+    stated = [fields.index(key) for key in _LABEL_KEYS if key in fields]
+    place = stated[0] if stated else 1
+    if len(batch) > 2 and most > 1 and not stated and not _like_labels(batch[1]):
+        place = len(batch) - 1
+        if not _like_labels(batch[-1]) and model is not None:
+            raise DataError(
+                f"batch: {described(batch)}, and the model takes up to {most} inputs, so which are "
+                f"labels is not known. {_GIVE_FORWARD}"
+            )
+    return tuple(batch[:place]), {}, batch[place] if len(batch) > place else None
+
+
+def _parts_by_name(
+    batch: Mapping[Any, Any], names: Sequence[str]
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    found = [key for key in _INPUT_KEYS if key in batch]
+    labels = next((batch[key] for key in _LABEL_KEYS if key in batch), None)
+    taken = {key: batch[key] for key in batch if key in names and key not in _LABEL_KEYS}
+    if not found and not taken:
+        raise DataError(
+            f"batch: keys {sorted(map(str, batch))}, none of {', '.join(_INPUT_KEYS)}. "
+            f"{_GIVE_FORWARD}"
+        )
+    if len(taken) > 1 or not found:
+        used = set(taken)
+        args: tuple[Any, ...] = ()
+    else:
+        used, args, taken = {found[0]}, (batch[found[0]],), {}
+    left = [
+        key
+        for key, value in batch.items()
+        if names and key not in used and key not in _LABEL_KEYS
+        and isinstance(value, Tensor) and value.ndim > 1
+    ]  # fmt: skip
+    if left:
+        raise DataError(
+            f"batch: the model takes no {some(list(map(str, left)))}, which the batch holds. "
+            f"{_GIVE_FORWARD}"
+        )
+    return args, taken, labels
+
+
+def _parameters(model: nn.Module | None) -> tuple[list[str], float]:
+    """Names of what a model's forward takes, and how many by position; unknown: none, many."""
+    try:
+        found = inspect.signature(model.forward).parameters.values() if model is not None else ()
+    except (TypeError, ValueError):
+        found = ()
+    if not found or any(p.kind == p.VAR_POSITIONAL for p in found):
+        return [], math.inf
+    by_position = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [p.name for p in found], len(by_position)
+
+
+def _like_labels(value: Any) -> bool:
+    """Whether this could be one class index an example, or none."""
+    if value is None:
+        return True
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(v, int) for v in value)
+    kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return kind.startswith(("int", "uint", "bool")) and getattr(value, "ndim", 0) == 1
+
+
+def move(nest: Any, device: torch.device) -> Any:
+    """Move the tensors in a nest; leave the rest."""
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor | PackedSequence):
+            return leaf
+        movable: Any = leaf
+        if device.type == "cuda" and not movable.is_cuda:
+            movable = movable.pin_memory()  # or the copy would make the host wait
+        return movable.to(device, non_blocking=True)
+
+    return tree_map(moved, nest)
+
+
+def set_forward_(model: nn.Module, forward: Forward) -> None:
+    """State once how a model is called on a batch; a `forward=` given to a function goes first."""
+    model.__dict__[FORWARD] = forward
+
+
+def has_forward(model: nn.Module) -> bool:
+    """Say whether it was stated how a model is called."""
+    return FORWARD in model.__dict__
+
+
+def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
+    """Run `model(inputs)`, or `forward(model, batch)`; what fails in it is one ModelError."""
+    forward = forward or model.__dict__.get(FORWARD)
+    args, named, _ = ((batch,), {}, None) if forward is not None else _parts(batch, model)
+    args, named = move(args, device), move(named, device)
+    given = named or (args[0] if len(args) == 1 else args)
+    try:
+        if forward is not None:
+            return forward(model, args[0])
+        return _picked(model, model(*args, **named))
+    except (BnfixError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(_failed(error, given, forward is not None)) from error
+
+
+def _failed(error: Exception, given: Any, by_forward: bool) -> str:
+    if by_forward:
+        return (
+            f"--forward (from Python forward=): failed ({one_line(error)}). It is called with the "
+            f"model and a batch, here {described(given)}."
+        )
+    is_image = isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point()
+    what = f"shape {'x'.join(map(str, given.shape))}" if is_image else described(given)
+    advice = "--resize, --crop and --model" if is_image else "--data and --model, or give --forward"
+    return f"model: cannot be run on an input of {what} ({one_line(error)}). Check {advice}."
+
+
+def described(value: Any) -> str:
+    """A batch in words: its nesting, and the type and shape of what is in it."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        kind = str(value.dtype).removeprefix("torch.")
+        return f"{kind} {'x'.join(map(str, value.shape)) or 'number'}"
+    if isinstance(value, Mapping):
+        named = [f"{key!r}: {described(item)}" for key, item in value.items()]
+        return f"{{{some(named)}}}"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        named = [f"{k}={described(v)}" for k, v in zip(value._fields, value, strict=True)]
+        return f"({some(named)})"
+    if isinstance(value, list | tuple):
+        return f"({some([described(item) for item in value])})"
+    return "None" if value is None else type(value).__name__
+
+
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors in a model's output, in order."""
+    return list(outputs_by_name(output).values())
+
+
+def outputs_by_name(output: Any, name: str = "") -> dict[str, Tensor]:
+    """All tensors in a model's output by dotted name or index, as `--output` takes them."""
+    if isinstance(output, Tensor):
+        return {name: output}
+    if dataclasses.is_dataclass(output) and not isinstance(output, type | Mapping):
+        output = vars(output)
+    if hasattr(output, "_asdict"):
+        output = output._asdict()
+    parts: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        parts = output.items()
+    elif isinstance(output, list | tuple):
+        parts = enumerate(output)
+    found: dict[str, Tensor] = {}
+    for key, part in parts:
+        found |= outputs_by_name(part, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def set_output_(model: nn.Module, name: str) -> None:
+    """State once which of a model's outputs is meant, by dotted name or index."""
+    model.__dict__[OUTPUT] = name
+
+
+def _picked(model: nn.Module, output: Any) -> Any:
+    """The output that `set_output_` names, or all."""
+    name = model.__dict__.get(OUTPUT)
+    if name is None:
+        return output
+    found = outputs_by_name(output)
+    if name not in found:
+        raise ModelError(
+            f"--output {name}: the model has no such output, but {_listed(found) or 'no tensors'}."
+        )
+    return found[name]
+
+
+def _listed(found: Mapping[str, Tensor]) -> str:
+    return some([f"{name or 'one'} {tuple(tensor.shape)}" for name, tensor in found.items()])
+
+
+def fitting_outputs(output: Any, n_examples: int, n_classes: int | None) -> list[str]:
+    """Names of the outputs that can be logits of so many examples and classes."""
+    found = outputs_by_name(output)
+    return [
+        name for name, tensor in found.items()
+        if tensor.ndim == 2 and len(tensor) == n_examples and tensor.is_floating_point()
+        and n_classes in (None, tensor.shape[1])
+    ]  # fmt: skip
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits `(N, K)` of an output, which names them or has no other of that form."""
+    found = output
+    for key in ("logits", "out"):
+        if isinstance(output, Mapping) and key in output:
+            found = output[key]
+            break
+        if not isinstance(output, Tensor) and hasattr(output, key):
+            found = getattr(output, key)
+            break
+    tensors = outputs_by_name(found)
+    if len(tensors) > 1:
+        flat = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
+        if len(flat) > 1:
+            raise ModelError(
+                f"model: it has several outputs that can be logits: {_listed(flat)}. Name one by "
+                "--output (from Python forward=, a function that returns the logits)."
+            )
+        tensors = flat
+    if len(tensors) == 1:
+        (found,) = tensors.values()
+    if isinstance(found, Tensor) and found.ndim and found.shape[1:] in ((), (1,)):
+        # Binary cross-entropy of a logit z is cross-entropy of the two logits 0 and z.
+        z = found.reshape(-1)
+        return torch.stack([torch.zeros_like(z), z], 1)
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise ModelError(
+            f"model: its output is {type(found).__name__}{shape}, expected logits (N, classes). "
+            "For other networks there are convert and --labels none --statistics population; or "
+            "--forward (from Python forward=), which is called with the model and the batch and "
+            "returns logits."
+        )
+    return found
+
+
+def n_examples_of(batch: Any) -> int:
+    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
+    try:
+        found = unpack(batch)[0]
+    except DataError:
+        found = batch  # a form that only the user's forward knows
+    if isinstance(found, list | tuple) and all(
+        isinstance(image, Tensor) and image.ndim == 3 and len(image) <= 4 for image in found
+    ):
+        return len(found)  # images of several sizes, as detectors take them
+    while isinstance(found, Mapping | list | tuple) and found:
+        found = next(iter(found.values() if isinstance(found, Mapping) else found))
+    shape = tuple(getattr(found, "shape", ()))
+    return int(shape[0]) if shape else 1
+
+
+def pass_of(batches: Batches, k: int) -> Iterable[Any]:
+    """The batches of the k-th pass."""
+    return batches(k) if callable(batches) else batches
+
+
+def again(batches: Batches) -> Batches:
+    """Batches that can be read more than once."""
+    # Not `iter(batches) is batches`: asking a loader for an iterator starts its workers.
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def hold_out(
+    batches: Batches, held: Iterable[Any] | None, *, every: int
+) -> tuple[Batches, Iterable[Any]]:
+    """Set every n-th batch aside, unless something is set aside already."""
+    if held is not None:
+        return again(batches), list(held) if isinstance(held, Iterator) else held
+    everything = list(pass_of(batches, 0))
+    if len(everything) < 2:
+        raise DataError(
+            f"batches: {len(everything)}, expected at least 2 so that one can be held out. Give "
+            "smaller batches, or give the held-out ones yourself."
+        )
+    every = min(every, len(everything))
+    return [b for i, b in enumerate(everything) if i % every], everything[::every]

@@ -1,0 +1,424 @@
+"""The frozen settings of each stage (what is computed), and the run options (how).
+
+A recipe holds everything that can change a number in a report by more than rounding; it is stored
+in the output's history. Run options change results by rounding only. Defaults and help texts stand
+here once: the command line reads both from these classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from bnfix.core.errors import ConfigError
+
+#: What `--to` offers: (channel groups, ghost size, example weight), before overrides.
+#: ``None`` groups: one channel each; ``None`` ghost: the whole batch; ``"gcd32"``: gcd(C, 32).
+KINDS: dict[str, tuple[str | None, int | None, float]] = {
+    "example-aware": (None, None, 0.0),
+    "ghost": (None, 16, 0.0),
+    "batch-group": ("gcd32", 2, 0.0),
+    "group": ("gcd32", 1, 1.0),
+    "batch": (None, None, 0.0),
+}
+#: Ways to set the example weight without labels, for networks trained with batches of B.
+LABEL_FREE = ("match", "fit-moments", "fit-predictions")
+#: What `--corrupt` and `--corruptions` offer.
+CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "pixelate")
+SEVERITIES = (1, 2, 3)
+#: What fine-tuning may train.
+TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text, which the command line shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def require(condition: bool, message: str, name: str) -> None:
+    """Refuse a setting unless a condition holds."""
+    if not condition:
+        raise ConfigError(message, name=name)
+
+
+def check_seed(seed: int) -> None:
+    """Check that every generator takes a seed."""
+    ok = 0 <= seed < 2**63
+    require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
+
+
+def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
+    """Read a corruption of images."""
+    kind, _, severity = text.partition(":")
+    known = kind in CORRUPTIONS and severity in map(str, SEVERITIES)
+    require(
+        known,
+        f"{where}: {text!r} is not known. Give KIND:SEVERITY, such as blur:2; kinds: "
+        f"{', '.join(CORRUPTIONS)}; severities: {', '.join(map(str, SEVERITIES))}.",
+        "corrupt",
+    )
+    return kind, int(severity)
+
+
+def one_of(value: Any, choices: Collection[str], name: str) -> None:
+    """Refuse a setting that is none of the choices."""
+    listed = ", ".join(choices)
+    require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
+
+
+def in_range(recipe: Any, low: float, high: float, *names: str) -> None:
+    """Refuse settings that are numbers outside of [low, high)."""
+    for name in names:
+        value, flag = getattr(recipe, name), "--" + name.replace("_", "-")
+        span = f"at least {low}" if high > 1 else f"{low} to 1, 1 excluded"
+        require(value is None or low <= value < high, f"{flag}: {value}, expected {span}.", name)
+
+
+@dataclass(frozen=True)
+class SwapRecipe:
+    """Which normalization the layers are turned into."""
+
+    to: str = option("example-aware", "Kind of normalization: " + ", ".join(KINDS) + ".")
+    example_weight: float | None = option(
+        None, "Weight of the example in its own statistics, 0..1."
+    )
+    ghost_size: int | None = option(None, "Examples a ghost batch in training.")
+    channel_groups: int | None = option(None, "Channel groups that share their statistics.")
+    layers: tuple[str, ...] = option((), "Only layers whose dotted name matches; repeatable.")
+    skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        one_of(self.to, KINDS, "--to")
+        a = self.example_weight
+        require(
+            a is None or 0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight"
+        )
+        in_range(self, 1, math.inf, "ghost_size", "channel_groups")
+
+
+@dataclass(frozen=True)
+class AverageRecipe:
+    """Which further checkpoints a model is averaged with, and by which weights."""
+
+    files: tuple[str, ...] = option((), "Further checkpoints.")
+    weights: tuple[float, ...] = option(
+        (), "Weights of the checkpoints, comma-separated (default: all the same)."
+    )
+
+    def __post_init__(self) -> None:
+        """Check numbers and ranges."""
+        n = len(self.files) + 1
+        require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
+        require(
+            len(self.weights) in (0, n),
+            f"--weights: {len(self.weights)} numbers for {n} checkpoints. Give one each.",
+            "weights",
+        )
+        require(
+            all(0 < w < 1e6 for w in self.weights),
+            f"--weights: {', '.join(map(str, self.weights))}, expected numbers above 0.",
+            "weights",
+        )
+
+
+@dataclass(frozen=True)
+class StatisticsRecipe:
+    """Whether and how running statistics are recalibrated."""
+
+    statistics: str = option("auto", "auto, keep, population or train-batch.")
+    train_batch_size: int | None = option(
+        None, "Batch size a device that the network was trained with."
+    )
+    feed: str = option(
+        "batch", "What layers above see: batch (one pass) or sequential (exact, by depth)."
+    )
+    samples: int | str | None = option(
+        None,
+        "Examples to use, drawn in seeded random order: a number, or auto for as many as it takes "
+        "(default all).",
+    )
+    batch_size: int = option(128, "Batch size of the batch feed.")
+    tolerance: float = option(
+        0.04,
+        "With --samples auto: the standard error that every layer's mean and variance must reach, "
+        "by its spread, root mean square over its channels.",
+    )
+    include_frozen: bool = option(
+        False, "Also layers that the model's code has frozen: evaluation mode, no gradients."
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges and combinations."""
+        one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
+        one_of(self.feed, ("batch", "sequential"), "--feed")
+        in_range(self, 1, math.inf, "train_batch_size", "batch_size")
+        require(
+            self.statistics != "train-batch" or self.train_batch_size is not None,
+            "--statistics train-batch: the batch size is missing. Give --train-batch-size B.",
+            "train_batch_size",
+        )
+        n = self.samples
+        ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
+        require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
+        t = self.tolerance
+        require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
+
+
+@dataclass(frozen=True)
+class WeightRecipe:
+    """How the example weight is chosen."""
+
+    example_weight: str | float = option(
+        "auto",
+        "auto, keep, or a number from 0 to 1; without labels, with --train-batch-size B: match "
+        "(1/B), fit-moments (per layer, to the moments of random batches of B), fit-predictions "
+        "(per layer, to the predictions in such batches).",
+    )
+    granularity: str = option("channel", "Finest freedom allowed: global, layer or channel.")
+    pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
+    epochs: int = option(2, "Passes over the fit examples when weights are learned per channel.")
+    thin: float = option(
+        0.03,
+        "Part of the gain that may be given up, a standard error included, to set whole layers "
+        "back to 0 (0 for none).",
+    )
+    batch_size: int | None = option(
+        None, "Batch size when weights are learned (default 64, less for large inputs)."
+    )
+    lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
+    start: float = option(0.05, "Least weight from which learning starts.")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        a = self.example_weight
+        if isinstance(a, str):
+            one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
+        else:
+            require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
+        one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
+        in_range(self, 0, 1, "thin")
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """How the steps of a training run are taken."""
+
+    optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
+    lr: float | None = option(
+        None,
+        "Peak learning rate, falling to 0 by cosine (default 0.006; 0.0005 with --train all).",
+    )
+    weight_lr: float = option(0.02, "Peak rate for learned example weights.")
+    warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
+    weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
+    norm_decay: float = option(0.0, "Decay of gamma and beta, decoupled from the gradient.")
+    norm_decay_target: str = option(
+        "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
+    )
+    clip: float | None = option(
+        None, "Largest norm of the gradient over all that is trained; a larger one is shortened."
+    )
+    accumulate: int = option(
+        1, "Batches a step: their gradients together are those of all their examples in one batch."
+    )
+    ema: float | None = option(
+        None,
+        "Evaluate and keep an exponential moving average of what is trained: its decay, such as "
+        "0.99 (less at the start, where a step t counts as min(decay, (1+t)/(10+t))).",
+    )
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
+        one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
+        in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay", "norm_decay")
+        in_range(self, 0, 1, "warmup", "ema")
+        clip = self.clip
+        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
+        in_range(self, 1, math.inf, "accumulate")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(OptimizerRecipe):
+    """A short training run on top of a trained checkpoint."""
+
+    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
+    statistics: str = option(
+        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
+    )
+    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
+    epochs: int = option(2, "Passes over the fit examples.")
+    steps: int | None = option(None, "Number of steps, instead of epochs.")
+    batch_size: int | None = option(
+        None, "Batch size of training (default 64, less for large inputs)."
+    )
+    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
+    label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
+    augment: str = option(
+        "none",
+        "Training images: none; light (mirror, shift by up to 1/8); standard (mirror, random crop "
+        "of 1/2 to all of the area). Not for digits or text, which mirroring makes wrong.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        super().__post_init__()
+        one_of(self.train, TRAINED, "--train")
+        one_of(self.statistics, ("frozen", "train"), "--statistics")
+        one_of(self.example_weight, ("keep", "learn"), "--example-weight")
+        one_of(self.augment, ("none", "light", "standard"), "--augment")
+        in_range(self, 0, math.inf, "epochs", "steps")
+        in_range(self, 1, math.inf, "batch_size", "ghost_size")
+        in_range(self, 0, 1, "label_smoothing")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: the one stated, or that for what is trained."""
+        if self.lr is not None:
+            return self.lr
+        return 0.0005 if self.train == "all" else 0.006
+
+
+@dataclass(frozen=True)
+class GateRecipe:
+    """How strict the choice between candidates is, and how the data are cut."""
+
+    z: float = option(2.0, "Standard errors by which a candidate must win on the select split.")
+    fit: float = option(0.6, "Part of the data for fitting.")
+    select: float = option(0.2, "Part of the data for choosing; the rest is the test split.")
+    seed: int = option(0, "Seed of the split and of every random choice.")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        in_range(self, 0, math.inf, "z")
+        check_seed(self.seed)
+        ok = min(self.fit, self.select, 1 - self.fit - self.select) >= 0
+        require(ok, f"fit {self.fit}, select {self.select}: expected parts of 1.", "fit")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run: nothing here changes a number by more than rounding."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (autocast).")
+    batch_size: int | None = option(
+        None, "Batch size (default 128, less for large inputs on the CPU)."
+    )
+    workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
+        in_range(self, 1, math.inf, "batch_size")
+        require(self.workers >= -1, f"--workers: {self.workers}, expected at least 0.", "workers")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which model a checkpoint belongs to, and where in the file it lies."""
+
+    model: str | None = option(
+        None,
+        "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
+        "path/to/file.py:callable; needed until a checkpoint carries one.",
+    )
+    arguments: tuple[tuple[str, Any], ...] = option(
+        (), "Argument of the builder, a JSON value; repeatable."
+    )
+    key: str | None = option(None, "Dotted nesting of the state dict in the file.")
+    prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
+    prefer_ema: bool = option(
+        False, "Take the running mean of the weights that lies beside them in the file."
+    )
+    unfreeze: bool = option(
+        False,
+        "Turn FrozenBatchNorm2d layers into BatchNorm2d of the same numbers, on which commands "
+        "act; the output then holds their num_batches_tracked, too, and loads into either.",
+    )
+    forward: str | None = option(
+        None,
+        "package.module:callable or path/to/file.py:callable, called with the model and a batch "
+        "(inputs, labels or None, positions), for models that are not called on images alone.",
+    )
+    logits_output: str | None = option(
+        None, "Which output holds the logits: its name or index, dotted where they are nested."
+    )
+
+    def __post_init__(self) -> None:
+        """Check combinations."""
+        require(
+            self.forward is None or self.logits_output is None,
+            f"--output: {self.logits_output}, but --forward returns the logits itself. Leave one "
+            "of them out.",
+            "logits_output",
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What else is measured beside the usual metrics."""
+
+    corruptions: bool = option(
+        False,
+        "Also measure under common corruptions: " + ", ".join(CORRUPTIONS) + "; 3 severities each.",
+    )
+    compare_batch_sizes: bool = option(
+        False, "Also compare each image's logits alone, in its batch and in another batch."
+    )
+    fast: bool = option(
+        False,
+        "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "
+        "follows, on CPUs channels last. Equal to rounding, which is checked first.",
+    )
+    metric: tuple[str, ...] = option(
+        (),
+        "Metric of your own, package.module:callable or path/to/file.py:callable, called with all "
+        "outputs and labels as numpy arrays; returns a number or a dict of numbers; repeatable.",
+    )
+
+
+@dataclass(frozen=True)
+class InputRecipe:
+    """How examples become inputs, where the checkpoint or the model has it otherwise.
+
+    Resize and crop belong together: one given replaces both. The rest replaces one by one.
+    """
+
+    preset: str | None = option(
+        None, "Preprocessing of torchvision:WEIGHTS_NAME or timm:NAME, to start from."
+    )
+    resize: tuple[int, ...] | None = None
+    crop: tuple[int, ...] | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    bgr: bool = False
+
+
+@dataclass(frozen=True)
+class DataRecipe(InputRecipe):
+    """Which examples are used, and how they become inputs."""
+
+    test: str | None = option(None, "Examples for the claim, used for nothing else.")
+    class_map: str | None = option(None, "JSON file: folder name to class index.")
+    labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
+    max_bad: float | None = option(
+        None, "Bad images that a pass may meet (default: 1%, and at least 5)."
+    )
+    corrupt: str | None = option(
+        None,
+        "Corrupt every image that is read, after resize and crop: KIND:SEVERITY, such as blur:2; "
+        "kinds " + ", ".join(CORRUPTIONS) + "; severities 1 to 3.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check choices."""
+        one_of(self.labels, ("auto", "none"), "--labels")
+        if self.corrupt is not None:
+            check_corruption(self.corrupt)

@@ -1,0 +1,376 @@
+"""DATA opened: its kind found out, its images listed, each with its class.
+
+Folders and ``.npz`` files are read here, other kinds in files of their own. All may come from
+strangers: sizes are checked before memory is taken, nothing is unpickled but the distributed files
+of named sets, known by their MD5, and no path leads out of its folder. Only a callable named in the
+spec itself is imported.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import tokenize
+import warnings
+import zipfile
+import zlib
+from collections import Counter
+from math import prod
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from bnfix.core.errors import ConfigError, DataError, Note, some
+from bnfix.data.callables import is_callable, open_callable
+from bnfix.data.classes import check_range, given_classes, map_classes, read_class_map
+from bnfix.data.images import (
+    SUFFIXES,
+    ArrayImages,
+    FileImages,
+    Images,
+    is_file,
+    is_inside,
+    list_images,
+    open_regular,
+)
+from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
+from bnfix.data.shards import expand_braces, open_shards
+from bnfix.data.tables import choose_split, find_tables, open_tables
+from bnfix.data.tensors import TensorItems, as_inputs
+
+#: The label of each image, a name or a number; None where there are none.
+Labels = list[Any] | np.ndarray | None
+MAX_CSV_BYTES = 500_000_000
+_KINDS = (
+    "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
+    "an .npz file with images (or inputs of any shape) and labels, .tar shards, a Hugging Face "
+    "folder or .parquet files, "
+    "a data set as cifar10:ROOT#test, or package.module:callable"
+)
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
+_GIB = 1 << 30
+# What zipfile and numpy's header parser raise on archives that are broken on purpose.
+_ARCHIVE_ERRORS = (
+    OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, SyntaxError, zlib.error,
+    tokenize.TokenError, zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def open_images(
+    spec: str,
+    *,
+    class_map: Path | None = None,
+    labels: str = "auto",
+    n_classes: int | None = None,
+    channels: int = 3,
+) -> Images:
+    """Open DATA: find out its kind, list its images, and give each its class."""
+    if labels not in ("auto", "none"):
+        raise ConfigError(f"--labels: {labels!r}, expected auto or none.", name="labels")
+    if channels not in (1, 3):
+        raise ConfigError(f"channels: {channels}, expected 1 or 3.", name="channels")
+    mapping = None if class_map is None else read_class_map(Path(class_map))
+    wanted = labels == "auto"
+    try:
+        images, classes = _open(spec, wanted, channels)
+        if isinstance(classes, list) and wanted:
+            classes = given_classes(images, classes)
+    except DataError as error:
+        # The kinds say the fault alone; here it gets its place.
+        raise DataError(f"DATA {spec}: {error}", name=spec, path=spec) from error
+    except (OSError, ValueError) as error:
+        message = f"DATA {spec}: cannot be read ({error})."
+        raise DataError(message, name=spec, path=spec) from error
+    images.spec = spec
+    if classes is not None and wanted:
+        images.classes_given = classes, mapping, tuple(images.notes)
+        _set_labels(images, classes, mapping, n_classes)
+    else:
+        images.notes.append(
+            "no labels" if wanted else Note("labels are not used (--labels none)", "unused labels")
+        )
+        if mapping is not None:
+            images.notes.append("the class map is not used: there are no labels to map")
+    return images
+
+
+def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
+    path = Path(spec)
+    # What is on disk comes first: a folder may have the name of a data set.
+    if path.is_dir():
+        return _open_split(path, "", wanted, channels, spec)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return _open_npz(path, wanted, channels)
+    if not path.exists():
+        if is_dataset(spec):
+            return open_dataset(spec, channels)
+        if "#" in spec:
+            folder, _, split = spec.rpartition("#")
+            return _open_split(Path(folder), split, wanted, channels, spec)
+    if path.suffix.lower() in (".tar", ".parquet"):
+        return _open_files(spec, wanted, channels)
+    if not path.exists() and (hint := near_dataset(spec)):
+        raise DataError(f"no such kind. {hint}")
+    if not path.exists() and is_callable(spec):
+        return open_callable(spec, channels)
+    is_other = path.exists() or ":" in spec
+    reason = "not of a kind that is known" if is_other else "no such file or folder"
+    raise DataError(f"{reason}. Give {_KINDS}.")
+
+
+def for_outputs(images: Images, n_classes: int) -> Images:
+    """The same images with classes numbered for a model of so many outputs; nothing is reread."""
+    again = object.__new__(type(images))
+    again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
+    if images.classes_given is not None:
+        classes, mapping, notes = images.classes_given
+        again.notes = list(notes)
+        _set_labels(again, classes, mapping, n_classes)
+    return again
+
+
+def _set_labels(
+    images: Images, classes: list[str] | np.ndarray, mapping: dict[str, int] | None, n: int | None
+) -> None:
+    """Turn each image's class, a name or a number, into its index."""
+    where = images.spec + ("/labels.csv" if images.kind == "labels.csv" else "")
+    if mapping is None and images.kind == "labels.csv":
+        odd = [name for name in dict.fromkeys(classes) if not _INTEGER.fullmatch(name)]
+        if not odd:
+            classes = np.asarray([int(name) for name in classes], dtype=np.int64)
+        elif any(_NUMBER.fullmatch(name) for name in classes):
+            raise DataError(
+                f"{where}: some labels are numbers, but not whole ones or not all: {some(odd)}. "
+                "Give whole numbers only, class names only, or --class-map FILE.json."
+            )
+    known = images.class_names
+    # A class map goes by names, where the data has names for its numbers.
+    if isinstance(classes, np.ndarray) and mapping is not None and known is not None:
+        classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
+    if mapping is None and isinstance(classes, np.ndarray):
+        images.labels = check_range(classes, n, where)
+        if known is not None and n is not None:
+            images.class_names = (*known[:n], *map(str, range(len(known), n)))
+        return
+    names = [str(name) for name in classes]
+    folders = images.classes if isinstance(images, FileImages) else ()
+    indices, how = map_classes(sorted({*names, *folders}), mapping, n, where)
+    images.notes.append(how)
+    images.labels = np.asarray([indices[name] for name in names], dtype=np.int64)
+    held: dict[int, list[str]] = {}
+    for name, k in indices.items():
+        held.setdefault(k, []).append(name)
+    count = max(held) + 1 if n is None else n
+    images.class_names = tuple(" + ".join(held.get(k, [str(k)])) for k in range(count))
+
+
+def _open_split(
+    path: Path, split: str, wanted: bool, channels: int, spec: str
+) -> tuple[Images, Labels]:
+    """A folder of any kind, or one split in it."""
+    if (path / "labels.csv").exists() and not split:
+        return _open_csv(path, wanted, channels)
+    tables = find_tables(path) if path.is_dir() else []
+    if tables:
+        chosen, notes = choose_split(path, tables, split)
+        images, classes = open_tables(chosen, wanted, channels)
+        images.notes += notes
+        return images, classes
+    inside = path / split
+    if split and not inside.is_dir():
+        raise DataError(
+            f"looked for a folder {split} or parquet files of that split in {path}; "
+            "neither is there."
+        )
+    by_file = (inside / "labels.csv").exists()
+    return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
+
+
+def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
+    """Tar shards or parquet files, one or a range of them."""
+    paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} files are missing: {some(missing)}. "
+            "Fetch them, or give the range that is there."
+        )
+    by_row = paths[0].suffix.lower() == ".parquet"
+    return (open_tables if by_row else open_shards)(paths, wanted, channels)
+
+
+def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
+    """A folder of class folders, or a flat folder."""
+    loose, folders, n_others = list_images(path)
+    by_class: dict[str, list[str]] = {}
+    for folder in folders:
+        inside, deeper, n = list_images(path / folder)
+        # One level deeper, as in Tiny ImageNet: n01443537/images/x.JPEG.
+        nested = {sub: list_images(path / folder / sub) for sub in deeper}
+        n_others += n + sum(n for _, _, n in nested.values())
+        inside += [f"{sub}/{name}" for sub, (names, _, _) in nested.items() for name in names]
+        by_class[folder] = [f"{folder}/{name}" for name in inside]
+    files = [name for names in by_class.values() for name in names]
+    empty = [folder for folder, names in by_class.items() if not names]
+    if not loose and not files:
+        raise DataError(f"no images; looked for {' '.join(SUFFIXES)} in it and its folders.")
+    if loose and files:
+        raise DataError(
+            f"{len(loose)} images beside folders with images ({some(folders)}), so "
+            "neither flat nor class folders. Move one of them away."
+        )
+    if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
+        raise DataError(
+            f"its folders are splits, not classes ({some(folders)}). "
+            f"Give one of them, for example {path / folders[0]}."
+        )
+    kind = "class folders" if files else "flat folder"
+    images = FileImages(path, kind, files or loose, channels)
+    images.classes = tuple(folders) if files else ()
+    if n_others:
+        images.notes.append(f"{n_others} files without an image's suffix passed over")
+    if empty:
+        images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
+    classes = [folder for folder, names in by_class.items() for _ in names]
+    return images, classes if files else None
+
+
+def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
+    """A folder with ``labels.csv``; its labels as text."""
+    where = path / "labels.csv"
+    if where.stat().st_size > MAX_CSV_BYTES:
+        raise DataError(f"labels.csv: larger than {MAX_CSV_BYTES // 10**6} MB.")
+    with open_regular(where) as raw:
+        content = raw.read(MAX_CSV_BYTES)
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"labels.csv: not a readable CSV file ({error}).") from error
+    rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    header = rows[0] if rows else []
+    if "file" not in header or (wanted and "label" not in header):
+        raise DataError(
+            f"labels.csv: its first line is {','.join(header)[:100]!r}, expected file,label."
+        )
+    column = header.index("file"), header.index("label") if "label" in header else 0
+    rows = rows[1:]
+    if not rows:
+        raise DataError("labels.csv: no images; there is no line after the header.")
+    short = [f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]]
+    files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
+    outside = {name for name in files if not is_inside(name)}
+    # All faults at once: each one found alone would cost the user another run.
+    problems = {
+        "without a file or label": short,
+        "listed more than once": [name for name, n in Counter(files).items() if n > 1],
+        "leading out of the folder": sorted(outside),
+        "missing": [n for n in dict.fromkeys(files) if n not in outside and not is_file(path / n)],
+    }
+    found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
+    if found:
+        raise DataError(f"labels.csv: {found}. Correct the file.")
+    images = FileImages(path, "labels.csv", files, channels)
+    unlisted = set(list_images(path)[0]).difference(files)
+    if unlisted:
+        images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
+    return images, [row[column[1]] for row in rows]
+
+
+def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarray | None]:
+    """An ``.npz`` file: headers first, then memory, then the arrays."""
+    try:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")  # of headers that another numpy has written
+            members = archive.namelist()
+            if "inputs.npy" in members and "images.npy" not in members:
+                return _open_inputs(archive, path, wanted)
+            shape, dtype = _npy_header(archive, "images")
+            image_shape = (*shape, 1) if len(shape) == 3 else shape
+            if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
+                raise DataError(
+                    f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
+                    "(N, H, W, C) with 1, 3 or 4 channels last."
+                )
+            if min(shape) == 0:
+                raise DataError(f"no images; their shape is {shape}.")
+            labels = _npz_labels(archive, shape[0]) if wanted else None
+            pixels = _npy(archive, "images").reshape(image_shape)
+            others = [n for n in members if n not in ("images.npy", "labels.npy")]
+    except _ARCHIVE_ERRORS as error:
+        raise DataError(f"not a readable .npz file ({error}).") from error
+    images = ArrayImages(str(path), pixels, channels)
+    if others:
+        images.notes.append(f"arrays passed over: {some(others)}")
+    if image_shape[3] == 4:
+        images.notes.append("the fourth channel (alpha) is dropped")
+    if image_shape[3] == 1 and channels == 3:
+        images.notes.append("grey images, repeated to 3 channels")
+    if image_shape[3] > 1 and channels == 1:
+        images.notes.append("colour images, turned to grey by ITU-R 601 luma")
+    return images, labels
+
+
+def _open_inputs(
+    archive: zipfile.ZipFile, path: Path, wanted: bool
+) -> tuple[Images, np.ndarray | None]:
+    """Inputs of any shape, which are no images and go to the network as they are."""
+    shape, dtype = _npy_header(archive, "inputs")
+    if dtype.kind not in "fiub" or not shape or min(shape) == 0:
+        raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
+    labels = _npz_labels(archive, shape[0]) if wanted else None
+    images = TensorItems(str(path), as_inputs(_npy(archive, "inputs")), "npz")
+    others = [n for n in archive.namelist() if n not in ("inputs.npy", "labels.npy")]
+    images.notes += [f"arrays passed over: {some(others)}"] if others else []
+    return images, labels
+
+
+def _npz_labels(archive: zipfile.ZipFile, n: int) -> np.ndarray | None:
+    """Class indices, one an item, where the archive has them."""
+    if "labels.npy" not in archive.namelist():
+        return None
+    shape, dtype = _npy_header(archive, "labels")
+    if dtype.kind not in "iu" or shape != (n,):
+        raise DataError(f"labels are {dtype} {shape}, expected whole numbers ({n},), one an image.")
+    return _npy(archive, "labels")
+
+
+def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
+    """Shape and dtype of an array in the archive, once its declared size is believed."""
+    members = archive.namelist()
+    if members.count(f"{name}.npy") != 1:
+        raise DataError(
+            f"arrays {some(members) or 'none'}, expected one named {name}"
+            f"{', or inputs for what is no image' if name == 'images' else ''}."
+        )
+    info = archive.getinfo(f"{name}.npy")
+    # Images of one colour compress 1000 times; below 1 GiB that does no harm.
+    if info.file_size > max(_GIB, 100 * info.compress_size):
+        raise DataError(
+            f"{name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
+            "more than 100 times and 1 GiB. Save it again with numpy.savez."
+        )
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} has .npy version {version}")
+        read = np.lib.format.read_array_header_1_0
+        if version == (2, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        n_bytes = file.tell() + prod(shape) * dtype.itemsize
+    # Memory is taken for the claimed shape, so it must be that of the bytes there are.
+    if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
+        raise DataError(
+            f"{name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
+            f"{info.file_size:,} are stored."
+        )
+    return shape, dtype
+
+
+def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

@@ -1,0 +1,302 @@
+"""Fold norm layers of weight 0 into the convolutions before them.
+
+A norm layer that ignores the example is a constant scale and shift per channel. The convolution or
+linear layer before it can carry both. With s = gamma / sqrt(var + eps):
+
+    s (W * x + b - mean) + beta  =  (s W) * x + (s (b - mean) + beta)
+
+computed in float64 and rounded once. A layer is folded only if the dataflow proves that nothing
+else reads the convolution's output, and if its outputs agree before and after.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from bnfix.core import guards, runtime
+from bnfix.core.errors import ModelError
+from bnfix.core.moments import over_channel_groups
+from bnfix.core.torch_private import ConvBase, ConvTransposeBase
+from bnfix.deploy.graph import Source, hooked, sources_of
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.sites import NormSite, find_norms, is_timm_act
+
+_EXACT = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.Linear,
+)  # fmt: skip
+#: timm's convolution with TensorFlow's padding, recognized by its module, so timm stays optional.
+_TIMM_SAME = "Conv2dSame"
+#: Largest difference of a fold, relative to the largest output where that is above 1.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A norm layer that was folded into the layer before it."""
+
+    norm: str
+    layer: str
+    kind: str  # class name of the layer
+    difference: float  # largest |after - before|, see `relative_change`
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Which norm layers were folded, and why the others were not."""
+
+    folded: tuple[Fold, ...]
+    left: Mapping[str, str]  # dotted name to reason
+    live: tuple[str, ...]  # those of `left` with an example weight above 0
+    checked_on: str  # example or noise
+    traced_by: str  # torch.fx or torch.export
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A fold that may be tried."""
+
+    norm: NormSite
+    name: str
+    layer: nn.Module
+    new: nn.Module
+    after: nn.Module  # takes the norm's place
+
+    @property
+    def tolerance(self) -> float:
+        return _TOLERANCE.get(_weight(self.layer).dtype, 1e-4)
+
+    def difference(self, x: Tensor) -> float:
+        """The change of the outputs on one input of the layer."""
+        # The classes' methods, not calls: hooks must not fire again.
+        before = self.norm.module(type(self.layer).forward(self.layer, x))
+        return relative_change(before, self.after(type(self.new).forward(self.new, x)))
+
+
+class _Rest(nn.Module):
+    """The part of timm's BatchNormAct2d after normalization; its children keep their names."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name in ("drop", "act"):
+            self.add_module(name, getattr(norm, name, None) or nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.act(self.drop(x)))
+
+
+def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
+    """Fold every norm layer that ignores the example into the layer before it.
+
+    Folded are layers of weight 0 (and stock ones) whose input is the output of a convolution (1, 2
+    or 3 axes, transposed, grouped, depthwise) or a linear layer that is called once and read by
+    nothing else. All others stay and are listed with a reason. Each fold is checked on its own
+    activations for the example; without one, on seeded normal values, and linear layers stay,
+    because the axes of their outputs are unknown. If the whole model's outputs change, everything
+    is undone and a ModelError is raised.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> optimize_(net).folded[0].layer
+        '0'
+    """
+    sites = find_norms(model)
+    if any(site.module.training for site in sites):
+        raise ModelError(
+            "folding: the model is in training mode, where norm layers are not constant. Call "
+            "model.eval() first."
+        )
+    live = tuple(site.name for site in sites if _is_live(site.module))
+    if not sites:
+        return Folding((), {}, (), checked_on="nothing", traced_by="nothing")
+    sources, traced_by = sources_of(model, [site.module for site in sites], example)
+    left: dict[str, str] = {}
+    candidates: list[_Candidate] = []
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for site in sites:
+        found = _candidate(site, sources.get(site.name), model, owners, example is not None)
+        if isinstance(found, str):
+            left[site.name] = found
+        else:
+            candidates.append(found)
+    differences = _on_noise(candidates) if example is None else _on(model, candidates, example)
+    folded: list[Fold] = []
+    accepted: list[_Candidate] = []
+    for one in candidates:
+        name = one.norm.name
+        difference = differences.get(name, "is not reached by the example")
+        if isinstance(difference, str):
+            left[name] = difference
+        elif not difference <= one.tolerance:
+            left[name] = f"its outputs would change by {difference:.2g}"
+        else:
+            accepted.append(one)
+            folded.append(Fold(name, one.name, type(one.layer).__name__, difference))
+    _apply_(model, accepted, example)
+    order = {site.name: left[site.name] for site in sites if site.name in left}
+    checked_on = "noise" if example is None else "example"
+    return Folding(tuple(folded), order, live, checked_on=checked_on, traced_by=traced_by)
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """Largest |after - before|, relative to the largest |before| where that is above 1."""
+    return float((after - before).abs().max() / before.abs().max().clamp_min(1.0))
+
+
+def outputs_on(model: nn.Module, example: Any) -> list[Tensor]:
+    """The floating-point tensors of a model's output, in float64."""
+    with guards.inference(model):
+        found = runtime.tensors_in(runtime.run(model, example, runtime.device_of(model)))
+    return [t.double() for t in found if t.is_floating_point() and t.numel()]
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)
+
+
+def _is_live(module: nn.Module) -> bool:
+    return isinstance(module, GeneralizedBatchNorm) and module.live
+
+
+def _candidate(
+    site: NormSite, source: Source | None, model: nn.Module, owners: Counter[int], shaped: bool
+) -> _Candidate | str:
+    """A fold that may be tried, or why not."""
+    norm = site.module
+    if _is_live(norm):
+        return "weighs the example (example weight above 0)"
+    if site.problem or not site.has_statistics:
+        return site.problem or "keeps no population statistics"
+    if hooked(norm):
+        return "has hooks"
+    if source is None:
+        return "is not called on the way from input to output"
+    if source.layer is None:
+        return source.problem
+    layer = model.get_submodule(source.layer)
+    if problem := _layer_problem(layer, source.layer, owners, shaped):
+        return problem
+    mean, var = (cast(Tensor, getattr(norm, f"running_{m}")).double() for m in ("mean", "var"))
+    if isinstance(norm, GeneralizedBatchNorm):
+        mean, var = over_channel_groups(mean, var, norm.channel_groups)
+    if not bool(mean.isfinite().all() and (var + cast(float, norm.eps)).rsqrt().isfinite().all()):
+        return "its statistics are not finite"
+    n_outputs = getattr(layer, "out_channels", None) or layer.out_features
+    if len(mean) != n_outputs:
+        return f"has {len(mean)} channels, {source.layer} gives {n_outputs}"
+    new = _folded(layer, norm, mean, var)
+    if not all(bool(p.isfinite().all()) for p in new.parameters(recurse=False)):
+        return f"the folded weights do not fit into {_weight(layer).dtype}"
+    activated = is_timm_act(norm) or hasattr(norm, "act") or hasattr(norm, "drop")
+    after = (_Rest(norm) if activated else nn.Identity()).eval()
+    return _Candidate(norm=site, name=source.layer, layer=layer, new=new, after=after)
+
+
+def _layer_problem(layer: nn.Module, name: str, owners: Counter[int], shaped: bool) -> str | None:
+    kind = type(layer)
+    is_same = kind.__name__ == _TIMM_SAME and kind.__module__.startswith("timm.")
+    if kind not in _EXACT and not is_same:
+        # A subclass may override forward, so only the known classes are proof of the arithmetic.
+        if isinstance(layer, ConvBase | nn.Linear):
+            return f"{name} is a {kind.__name__}, which may do more than {kind.__mro__[1].__name__}"
+        return f"follows {name} ({kind.__name__}), not a convolution or linear layer"
+    if hooked(layer) or "forward" in vars(layer):
+        return f"{name} has hooks or a forward of its own"
+    if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
+        return f"{name} shares its weights with another layer"
+    if kind is nn.Linear and not shaped:
+        return f"{name} is linear, and without an example the axes of its output are not known"
+    return None
+
+
+@torch.no_grad()
+def _folded(layer: nn.Module, norm: nn.Module, mean: Tensor, var: Tensor) -> nn.Module:
+    """A copy of a layer with the norm after it folded in."""
+    weight = _weight(layer)
+    wide = weight.double()
+    n = layer.groups if isinstance(layer, ConvTransposeBase) else 0
+    if n:
+        # (in, out / groups, ...): each group's outputs lie along axis 1 of its block of inputs.
+        wide = wide.reshape(n, -1, *wide.shape[1:]).transpose(1, 2).flatten(0, 1)
+    bias, gamma, beta = (
+        None if t is None else cast(Tensor, t).detach().double()
+        for t in (layer.bias, getattr(norm, "weight", None), getattr(norm, "bias", None))
+    )
+    wide, offset = fuse_conv_bn_weights(wide, bias, mean, var, cast(float, norm.eps), gamma, beta)
+    if n:
+        wide = wide.reshape(n, -1, *wide.shape[1:]).transpose(1, 2).flatten(0, 1)
+    new = copy.copy(layer)
+    new.__dict__["_parameters"] = {
+        name: nn.Parameter(value.to(weight.dtype), requires_grad=weight.requires_grad)
+        for name, value in (("weight", wide), ("bias", offset))
+    }
+    return new
+
+
+def _on(model: nn.Module, candidates: list[_Candidate], example: Tensor) -> dict[str, float | str]:
+    """The differences of folds on their own activations, in one run of the model."""
+    found: dict[str, float | str] = {}
+
+    def hook_of(one: _Candidate) -> Any:
+        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0] if inputs else torch.empty(0)
+            if not x.numel():
+                return
+            if x.dim() == (2 if isinstance(layer, nn.Linear) else _weight(layer).dim()):
+                found[one.norm.name] = one.difference(x)
+            else:
+                found[one.norm.name] = f"{one.name} gives {x.dim()} axes, the last are not channels"
+
+        return hook
+
+    with guards.inference(model), guards.hooks() as handles:
+        handles += [one.layer.register_forward_pre_hook(hook_of(one)) for one in candidates]
+        runtime.run(model, example, runtime.device_of(model))
+    return found
+
+
+@torch.no_grad()
+def _on_noise(candidates: list[_Candidate]) -> dict[str, float | str]:
+    """The differences of folds on seeded normal values, each layer by itself."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, float | str] = {}
+    for one in candidates:
+        layer = cast(ConvBase, one.layer)
+        sizes = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        x = torch.randn((2, layer.in_channels, *sizes), generator=generator)
+        found[one.norm.name] = one.difference(x.to(_weight(layer)))
+    return found
+
+
+def _apply_(model: nn.Module, accepted: list[_Candidate], example: Tensor | None) -> None:
+    """Fold, compare the whole model's outputs on the example, and undo if they differ."""
+    before = None if example is None else outputs_on(model, example)
+    own = [dict(one.layer._parameters) for one in accepted]
+    for one in accepted:
+        one.layer._parameters.update(one.new._parameters)
+        guards.exchange_(one.norm.module, one.after)
+    if example is None or before is None:
+        return
+    pairs = zip(before, outputs_on(model, example), strict=True)
+    # Each fold is within its tolerance; a whole model may add some of them up.
+    limit = 10 * max((one.tolerance for one in accepted), default=0)
+    if all(relative_change(old, new) <= limit for old, new in pairs):
+        return
+    for one, parameters in zip(accepted, own, strict=True):
+        one.layer._parameters.update(parameters)
+        guards.exchange_(one.norm.module, one.after)
+    raise ModelError(
+        "folding: each layer keeps its outputs, but the whole model's change, or are not finite. "
+        "Nothing was folded. Look at the statistics with `bnfix inspect`."
+    )

@@ -1,0 +1,265 @@
+"""A model in another form, as bytes and ready to run: ONNX, torch.export, folded or plain files."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.metadata
+import io
+import json
+import re
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from bnfix.checkpoints.load import Loaded
+from bnfix.checkpoints.read import finite
+from bnfix.checkpoints.save import metadata_of, stock_tensors
+from bnfix.core.errors import ConfigError, ModelError, some
+from bnfix.core.guards import exchange_
+from bnfix.core.version import __version__
+from bnfix.deploy import plain
+from bnfix.deploy.fold import Folding, optimize_
+from bnfix.deploy.graph import export_program, quiet, root_line
+from bnfix.deploy.verify import Runner, suspect_layer, torch_runner
+from bnfix.models.build import build_model, builder_arguments, from_file_allowed
+from bnfix.norm.layer import generalized_norms
+
+#: ONNX operator sets that torch writes directly or converts to.
+OPSETS: Final = range(18, 24)
+_ONNX_LIMIT: Final = 2**31 - 2**20  # bytes, of protobuf
+_ONNX_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
+#: Placeholder in a generated file until the name of the weights file is known.
+_NAME: Final = "@weights@"
+
+
+@dataclass
+class Making:
+    """A model on its way into another form; `run` works on a copy of it."""
+
+    loaded: Loaded
+    to: str
+    opset: int
+    example: Tensor  # two inputs
+    names: list[str]  # of the outputs
+    free_size: bool = False  # leave height and width free
+    notes: list[str] = field(default_factory=list)
+    operators: dict[str, int] = field(default_factory=dict)  # of ONNX, how many of each kind
+    folding: Folding | None = None
+
+    def run(self) -> tuple[bytes, bytes | None, Runner]:
+        """Make the form: its file, the file beside it if there is one, and how it runs."""
+        self.net = copy.deepcopy(self.loaded.model)
+        if self.to == "plain":
+            metadata = {"bnfix": json.dumps(finite(metadata_of(self.loaded.model)))}
+            text = _python(self.loaded)
+            weights = _saved(stock_tensors(self.loaded.model), metadata)
+            return text, weights, self._loaded_by(text, weights)
+        try:
+            self.folding = optimize_(self.net, self.example)
+        except ModelError as error:
+            if self.to == "folded":
+                raise
+            self.notes.append(f"nothing was folded: {error}")
+        if self.to == "folded":
+            weights, text = self._folded(), _python(self.loaded)
+            return weights, text, self._loaded_by(text, weights)
+        for layer in [layer for _, layer in generalized_norms(self.net) if layer.live]:
+            # The plain layer is made of standard operators only.
+            weight, groups = layer.example_weight, layer.channel_groups
+            exchange_(layer, plain.ExampleNorm(layer, weight, groups, layer.eps).eval())
+        content = self._write(self.net, self.names)
+        return content, None, self._runner(content)
+
+    def suspect(self, x: Tensor, atol: float) -> str:
+        """The first layer whose output differs from the model's on two inputs, in words."""
+        if self.to not in ("onnx", "pt2"):
+            return "one of those folded" if self.to == "folded" else "none, it is the loader"
+        return suspect_layer(self.net, lambda net: self._runner(self._write(net, None)), x, atol)
+
+    def _write(self, net: nn.Module, names: list[str] | None) -> bytes:
+        # Zeros, not the user's images: torch.export stores its example.
+        program = export_program(net, torch.zeros_like(self.example), free_size=self.free_size)
+        if self.to == "pt2":
+            return _pt2_bytes(program)
+        content, self.operators = _onnx_bytes(program, names, self.opset)
+        return content
+
+    def _runner(self, content: bytes) -> Runner:
+        return pt2_runner(content) if self.to == "pt2" else onnx_runner(content)
+
+    def _loaded_by(self, text: bytes, weights: bytes) -> Runner:
+        origin, tensors = self.loaded.origin, self.loaded.checkpoint.tensors
+        stock = build_model(origin.spec or "", origin.arguments, tensors)
+        return torch_runner(_run_loader(text, weights, stock))
+
+    def _folded(self) -> bytes:
+        """The weights of the folded model."""
+        folding = self.folding
+        if folding is None or not folding.folded:
+            left = folding.left if folding is not None else {}
+            why = some([f"{n} {reason}" for n, reason in left.items()]) or "there are no norms"
+            raise ModelError(f"--to folded: no norm layer can be folded: {why}. Use --to plain.")
+        tensors, state = stock_tensors(self.net), self.net.state_dict()
+        layers = [fold.layer for fold in folding.folded]
+        # Folded weights stay float32 for a half-precision checkpoint: a second rounding would cost
+        # a thousandth.
+        for name in (f"{layer}.{part}" for layer in layers for part in ("weight", "bias")):
+            tensors[name] = state[name].detach().cpu()
+        origin = self.loaded.origin
+        entry = {
+            "bnfix": __version__,
+            "model": {"spec": origin.spec, "arguments": dict(origin.arguments)},
+            "norms": [fold.norm for fold in folding.folded],
+            "layers": layers,
+        }
+        return _saved(tensors, {"bnfix_folded": json.dumps(finite(entry))})
+
+
+def require_onnx() -> None:
+    """Check that the packages that write, check and run ONNX are installed."""
+    missing = []
+    for name in _ONNX_PACKAGES:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(name)
+    if missing:
+        raise ConfigError(
+            f'--to onnx: {", ".join(missing)} not installed. Run: pip install "bnfix[onnx]"',
+            name="to",
+        )
+
+
+def versions(to: str) -> dict[str, str]:
+    """Versions of the packages behind a form."""
+    used = _ONNX_PACKAGES if to == "onnx" else ()
+    return {name: importlib.metadata.version(name) for name in used}
+
+
+def _pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            # The paths on the exporting machine are private.
+            node.meta.pop("stack_trace", None)
+    buffer = io.BytesIO()
+    try:
+        with quiet():
+            torch.export.save(program, buffer)
+    except Exception as error:
+        raise ModelError(
+            f"export: torch.export cannot save the model ({root_line(error)})."
+        ) from error
+    return buffer.getvalue()
+
+
+def pt2_runner(content: bytes) -> Runner:
+    """Load a ``.pt2`` file that this program has written."""
+    with quiet():
+        return torch_runner(torch.export.load(io.BytesIO(content)).module())
+
+
+def _onnx_bytes(
+    program: torch.export.ExportedProgram, names: list[str] | None, opset: int
+) -> tuple[bytes, dict[str, int]]:
+    """An exported program as ONNX, and how many operators it has of each kind."""
+    if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > _ONNX_LIMIT:
+        raise ModelError("export: the model is over 2 GB, which one ONNX file cannot hold.")
+    if names is not None:
+        names = [f"{name}_out" if name == "input" else name for name in names]
+    try:
+        with quiet():
+            written: Any = torch.onnx.export(
+                program, (), dynamo=True, opset_version=opset, verbose=False,
+                input_names=["input"], output_names=names,
+            )  # fmt: skip
+            proto = written.model_proto
+    except Exception as error:
+        raise ModelError(
+            f"export: the model cannot be translated to ONNX opset {opset} ({root_line(error)}). "
+            "Try another --opset, or --to pt2."
+        ) from error
+    domains = sorted({n.domain for n in proto.graph.node} - {"", "ai.onnx"})
+    if domains or proto.functions:
+        raise ModelError(
+            f"export: the model needs operators outside of ONNX's own ({', '.join(domains)}). Use "
+            "--to pt2."
+        )
+    graph = proto.graph
+    for part in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        # The paths and sources on the exporting machine are private.
+        del part.metadata_props[:]
+    found = {i.version for i in proto.opset_import if i.domain in ("", "ai.onnx")}
+    if found != {opset}:
+        raise ModelError(
+            f"export: the model cannot be translated to ONNX opset {opset}, only to "
+            f"{max(found, default=0)}. Give that as --opset."
+        )
+    operators = Counter(str(node.op_type) for node in graph.node)
+    return bytes(proto.SerializeToString()), dict(sorted(operators.items()))
+
+
+def onnx_runner(content: bytes) -> Runner:
+    """Load an ``.onnx`` file that this program has written into ONNX Runtime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4
+    # Threads that spin while they wait would take cores from other processes, ours included.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"export: ONNX Runtime does not take it ({root_line(error)}).") from error
+    name = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> list[Tensor]:
+        try:
+            return [torch.from_numpy(found) for found in session.run(None, {name: x.numpy()})]
+        except Exception as error:
+            size = "x".join(map(str, x.shape))
+            raise ModelError(
+                f"export: ONNX Runtime cannot run it on {size} ({root_line(error)})."
+            ) from error
+
+    return run
+
+
+def named(text: bytes, weights: Path) -> bytes:
+    """A generated Python file with the name of its weights file filled in."""
+    return text.replace(repr(_NAME).encode(), json.dumps(weights.name).encode())
+
+
+def _run_loader(text: bytes, weights: bytes, stock: nn.Module) -> nn.Module:
+    """Load weights into a stock model with a generated Python file, as its users will."""
+    names: dict[str, Any] = {"__name__": "bnfix_plain", "__file__": "plain.py"}
+    exec(compile(text, "plain.py", "exec"), names)  # our own text, written a moment ago
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        path.write_bytes(weights)
+        return names["load"](stock, path)  # type: ignore[no-any-return]
+
+
+def _python(loaded: Loaded) -> bytes:
+    """The source of the plain layer, with the builder of this model filled in."""
+    source = Path(plain.__file__).read_text(encoding="utf-8")
+    spec, arguments = loaded.origin.spec, dict(loaded.origin.arguments)
+    model: tuple[str, str, dict[str, Any]] | None = None
+    if spec is not None and from_file_allowed(spec):
+        library, _, name = spec.partition(":")
+        model = (library, name, builder_arguments(spec, arguments, loaded.checkpoint.tensors))
+    source = re.sub(r'(?m)^WEIGHTS = ""$', lambda _: f"WEIGHTS = {_NAME!r}", source)
+    source = re.sub(r"(?m)^(MODEL: .*) = None$", lambda found: f"{found[1]} = {model!r}", source)
+    return f"# Written by bnfix {__version__}; needs torch only.\n{source}".encode()
+
+
+def _saved(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    ready = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    return save(ready, metadata=metadata)

@@ -1,0 +1,148 @@
+"""Commands to copy: those that advice recommends, and those that a file's history holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from bnfix.core.errors import plain
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+from bnfix.diagnosis.faults import Finding
+
+#: Advice holds at most one command, which runs from this word to its end.
+_START: Final = "bnfix "
+#: Options that a command does not have.
+_LACKS: Final = {"finetune": {"--labels"}}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The options of an inspection, with what is known of the model and the labels."""
+
+    path: Path
+    model: ModelRecipe
+    data: str | None
+    source: DataRecipe
+    run: RunOptions
+    seed: int
+    samples: tuple[str, ...]
+    asks_model: bool  # neither the options nor the file name a model
+    labelled: bool
+    frozen: dict[str, str]  # by layer, the option with which commands change it
+
+    def fill(self, found: Finding) -> str:
+        """Put file, model, data and all options that were given into an advice's command."""
+        words, _, rest = found.advice.partition(_START)
+        given = rest.split()
+        if "CKPT" not in given:
+            return found.advice
+        name, data = given[0], self.data
+        if name == "finetune" and not self.labelled:  # it needs other data than the inspection's
+            words, data = f"{words}with labelled data: ", None
+        own = {word for word in given if word.startswith("--")} | _LACKS.get(name, set())
+        flag = self.frozen.get(found.layer, "")
+        acts = "OUT" in given and (flag == "--unfreeze" or name == "calibrate")
+        replaced = {
+            "CKPT": [f"./{self.path}" if str(self.path).startswith("-") else str(self.path)],
+            "OUT": [f"{self.path.stem}.{name}d.safetensors"],
+            "--model": [],
+            "SPEC": ["--model", "SPEC"] * self.asks_model + _options(self.model),
+            "--data": [],
+            "DATA": [
+                *("--data", data or "DATA"),
+                *((flag,) if flag and acts else ()),
+                *_options(self.source, own),
+                *_options(self.run, own),
+                *(self.samples if name == "inspect" else ()),
+                *(("--seed", str(self.seed)) if self.seed else ()),
+            ],
+        }
+        filled = [part for word in given for part in replaced.get(word, [word])]
+        return f"{words}{_START}{shlex.join(filled)}"
+
+
+def _options(recipe: Any, without: Collection[str] = ()) -> list[str]:
+    """The fields of a recipe that are not at their defaults, as words of a command line."""
+    words: list[str] = []
+    for field in dataclasses.fields(recipe):
+        value, flag = getattr(recipe, field.name), "--" + field.name.replace("_", "-")
+        if value == field.default or value is None or value is False or flag in without:
+            continue
+        if field.name == "arguments":
+            flag, value = "--model-arg", tuple(f"{k}={json.dumps(v)}" for k, v in value)
+        if value is True:
+            words.append(flag)
+        elif (
+            isinstance(value, tuple) and value and isinstance(value[0], str)
+        ):  # a repeatable option
+            words += [word for item in value for word in (flag, item)]
+        else:
+            words += [flag, ",".join(map(str, value if isinstance(value, tuple) else (value,)))]
+    return words
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a history: its command (``None`` where it holds none), options and results."""
+
+    command: str | None
+    options: tuple[str, ...]
+    did: str
+
+
+def read_history(history: Any) -> list[Entry]:
+    """Read a header's history; a stranger may have written it, so nothing in it is trusted."""
+    entries = history if isinstance(history, list) else []
+    return [_entry(found) for found in entries if isinstance(found, dict)]
+
+
+def _entry(found: Mapping[str, Any]) -> Entry:
+    command = _quoted(found.get("command_line"))
+    if command is not None:
+        return Entry(command, (), _did(found))
+    # Files of earlier versions, and those written from Python, hold the options alone.
+    file = mapping(found.get("input")).get("file")
+    lines = [f"{plain(found.get('command') or '?')} {plain(file or '')}".rstrip()]
+    for name, values in mapping(found.get("options")).items():
+        given = values
+        if isinstance(values, dict):
+            given = {k: v for k, v in values.items() if v not in (None, False, [], "")}
+        if given:
+            lines.append(f"{plain(name)}: {json.dumps(given, ensure_ascii=False)}")
+    return Entry(None, tuple(lines), _did(found))
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is an object of a header, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _quoted(typed: Any) -> str | None:
+    """A stored command, quoted again, so that a copy of it runs bnfix and nothing else."""
+    try:
+        words = shlex.split(typed) if isinstance(typed, str) else []
+    except ValueError:
+        return None
+    return shlex.join(words) if words[:1] == ["bnfix"] else None
+
+
+def _did(entry: Mapping[str, Any]) -> str:
+    results, data = mapping(entry.get("results")), mapping(entry.get("data"))
+    said = [
+        words.format(plain(value) if kind is str else value)
+        for value, kind, words in (
+            (results.get("output"), str, "output: {}"),
+            (results.get("n_layers"), int, "{} layers swapped"),
+            (results.get("difference"), float, "largest output difference {:.2g}"),
+            (results.get("top1"), float, "top-1 {:.4f} on its test split"),
+            (results.get("nll"), float, "NLL {:.4f}"),
+            (data.get("n_examples"), int, "{} examples"),
+        )
+        if type(value) is kind
+    ]
+    return ", ".join(said) or "no results recorded"

@@ -1,0 +1,1 @@
+"""One file a command: opens the session, runs the steps, writes the report."""

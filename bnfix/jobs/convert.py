@@ -1,0 +1,326 @@
+"""`convert`: swap the norm layers of a checkpoint, and prove that the outputs stay the same."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bnfix.checkpoints.load import Loaded
+from bnfix.checkpoints.read import check_room
+from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
+from bnfix.core import guards
+from bnfix.core.errors import ModelError, one_line
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.runtime import device_of, has_forward
+from bnfix.core.runtime import run as run_model
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
+from bnfix.data.batches import Batch
+from bnfix.data.fingerprints import data_record, history_digests
+from bnfix.jobs.input_check import first_batch
+from bnfix.jobs.progress import Track, Tracked, describe_skipped, silent
+from bnfix.jobs.session import (
+    applied,
+    evaluation_batch_size,
+    input_batches,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+)
+from bnfix.metrics.movement import all_outputs
+from bnfix.models.build import input_channels
+from bnfix.norm.layer import generalized_norms, set_example_weight_
+from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_
+from bnfix.recalibrate.refit import REFIT_SAMPLES, Refitting, refit_
+from bnfix.report.records import layer_rows
+from bnfix.report.report import Report
+from bnfix.report.result import Result
+from bnfix.weights.choose import weighable_layers
+
+#: What a network, or the user's call of it, is known to raise on an input of another shape.
+CALL_ERRORS = (
+    RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ModelError,
+)  # fmt: skip
+#: Tried in this order where the input's size is not known.
+_USUAL_SIZES = (32, 28, 64, 16, 8, 96, 128, 224, 256, 299, 384, 512)
+#: Largest difference of the outputs, relative to the largest output, that counts as rounding.
+_TOLERANCE, _HALF_TOLERANCE = 1e-4, 1e-2
+
+
+def convert(
+    checkpoint: str | Path,
+    *,
+    model: str | ModelRecipe | None = None,
+    swap: SwapRecipe | None = None,
+    input_shape: tuple[int, ...] | None = None,
+    run: RunOptions | None = None,
+    command_line: str = "",
+    data: str | None = None,
+    source: DataRecipe | None = None,
+    seed: int = 0,
+    samples: int | None = None,
+    track: Track = silent,
+) -> Result:
+    """Swap the norm layers of a checkpoint; outputs stay the same at example weight 0.
+
+    Above 0 they cannot; with data, scale and shift are then re-fitted to the original's outputs.
+
+    Args:
+        checkpoint: the file.
+        model: spec of the model, if the file does not carry one.
+        swap: kind, groups, layers.
+        input_shape: (C, H, W) for the check of the whole model; by default that which the
+            preprocessing leaves, else usual ones, the small first.
+        run: the device.
+        command_line: as typed, for the report.
+        data: DATA to re-fit scale and shift on; labels are not used.
+        source: preprocessing of the data.
+        seed: of the order in which examples are drawn.
+        samples: examples to re-fit on.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+
+    Raises:
+        ModelError: if the outputs changed although they should not have.
+    """
+    recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
+    swap = swap or SwapRecipe()
+    loaded = load_one(checkpoint, recipe, run or RunOptions(), mapped=True)
+    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    source = source or DataRecipe()
+    stated, _ = resolve_preprocessing(loaded, source)
+    example = example_input(loaded.model, input_shape, known_shape(loaded.model, stated))
+    where = "normal random input"
+    if example is None and data is not None:
+        example, where = _first_inputs(loaded, data, source, seed), "examples of the data"
+    planned = plan_swap(loaded.model, swap)
+    weighs = any(change.example_weight for change in planned.changes)
+    original = copy.deepcopy(loaded.model) if weighs and data is not None else None
+    plan, difference, notes = _swapped(loaded, planned, swap, example, where)
+    notes = [*loaded.checkpoint.notes, *notes]
+    preprocessing, used, refitting = loaded.origin.preprocessing, None, None
+    live = any(layer.live for _, layer in generalized_norms(loaded.model))
+    if original is not None and data is not None and live:
+        fitted = _refit(loaded, original, data, source, run or RunOptions(), seed, samples, track)
+        refitting, preprocessing, used, remarks = fitted
+        round_as_stored_(loaded.model)
+        notes += [*remarks, refitting.describe()]
+    elif data is not None:
+        notes.append("--data was not used: at example weight 0 there is nothing to re-fit.")
+    elif weighs:
+        notes.append(
+            "scale and shift are the original's, re-fitted for moments pooled over the channel "
+            "groups only; give --data to re-fit them to the original's outputs."
+        )
+    options = {
+        "model": dataclasses.asdict(recipe),
+        "swap": dataclasses.asdict(swap),
+        "data": dataclasses.asdict(source),
+    }
+    residuals = refitting and {layer.name: layer.residual for layer in refitting.layers}
+    entry = history_entry(
+        "convert",
+        options={**options, "samples": samples},
+        seed=seed,
+        checkpoint=loaded.checkpoint,
+        data=used,
+        command_line=command_line,
+        results={"difference": difference, "n_layers": len(plan.changes), "residuals": residuals},
+    )
+    report = Report(
+        command="convert",
+        data=None,
+        models=(),
+        layers=layer_rows(loaded.model, {}, {}),
+        swap=plan,
+        assumptions=(*notes, *plan.notes),
+        options=options,
+        command_line=command_line,
+        versions=versions(),
+    )
+    return Result(loaded.model, report, entry, preprocessing)
+
+
+def _swapped(
+    loaded: Loaded, planned: SwapPlan, swap: SwapRecipe, example: torch.Tensor | None, where: str
+) -> tuple[SwapPlan, float | None, list[str]]:
+    """Swap, and compare the whole network's outputs; they may change at weights above 0 only."""
+    before = None if example is None else _outputs(loaded.model, example)
+    was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
+    plan = swap_planned_(loaded.model, planned)
+    notes: list[str] = []
+    if swap.example_weight or swap.to == "group":
+        notes += _zero_pointwise(loaded.model, example)
+    round_as_stored_(loaded.model)
+    if before is None or example is None:
+        notes.append(
+            "the whole model could not be run on a made-up input, so only its layers were compared "
+            "one by one; give --input-shape C,H,W."
+        )
+        return plan, None, notes
+    difference = _difference(loaded, before, _outputs(loaded.model, example), was_live=was_live)
+    notes.append(
+        f"on {where} of {'x'.join(map(str, example.shape))} the largest output difference is "
+        f"{difference:.2g} (relative to the largest output)."
+    )
+    return plan, difference, notes
+
+
+def _difference(
+    loaded: Loaded, before: torch.Tensor, after: torch.Tensor, *, was_live: bool
+) -> float:
+    """Largest difference of the outputs by the largest output, refused where it is no rounding."""
+    if after.shape != before.shape:
+        raise ModelError(
+            "model: gives outputs of other shapes after the swap. It may hold norm layers "
+            "that are reached in ways that cannot be seen; use --skip."
+        )
+    # A network that is broken already gives NaN, and may give the same NaN.
+    same = (before == after) | (before.isnan() & after.isnan())
+    gap = torch.where(same, 0.0, (after - before).abs()).max()
+    difference = float(gap / before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1))
+    live = was_live or any(layer.live for _, layer in generalized_norms(loaded.model))
+    is_half = any(d.is_floating_point and d.itemsize < 4 for d in loaded.origin.dtypes.values())
+    if not live and not difference <= (_HALF_TOLERANCE if is_half else _TOLERANCE):
+        raise ModelError(
+            f"model: its outputs changed by {difference:.2g} in the swap, more than rounding. "
+            "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
+        )
+    return difference
+
+
+def _refit(
+    loaded: Loaded,
+    original: nn.Module,
+    data: str,
+    source: DataRecipe,
+    run: RunOptions,
+    seed: int,
+    samples: int | None,
+    track: Track,
+) -> tuple[Refitting, Preprocessing | None, dict[str, Any], list[str]]:
+    """Re-fit on some of the data: how well, on inputs made how, what is noted, and remarks."""
+    source = dataclasses.replace(source, labels="none")
+    stated, remarks = resolve_preprocessing(loaded, source)
+    images, input_size = open_checked(data, loaded.model, source, stated)
+    preprocessing, remarks = applied(images, stated, remarks)
+    if source.corrupt is not None:
+        remarks.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
+    wanted = samples or REFIT_SAMPLES
+    index = np.random.default_rng(seed).permutation(len(images))[:wanted]
+    size = evaluation_batch_size(run, loaded.model, input_size)
+    batches = input_batches(images, index, preprocessing, source, run, size=size, seed=seed)
+    tracked = Tracked(batches, "re-fitting scale and shift", track)
+    found = refit_(loaded.model, original, tracked)
+    used = {**data_record(images, index), "fit": history_digests(images, index)}
+    return found, preprocessing, used, [*remarks, *describe_skipped([tracked])]
+
+
+def _first_inputs(loaded: Loaded, data: str, source: DataRecipe, seed: int) -> torch.Tensor | None:
+    """Two examples of the data, where the network takes one tensor."""
+    source = dataclasses.replace(source, labels="none")
+    stated, _ = resolve_preprocessing(loaded, source)
+    images, _ = open_checked(data, loaded.model, source, stated)
+    batch = first_batch(images, applied(images, stated, [])[0], seed)
+    if batch is None or not isinstance(batch.x, torch.Tensor):
+        return None
+    return batch.x[:2].to(device_of(loaded.model))
+
+
+def known_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...] | None:
+    """Shape of one input, where the preprocessing leaves one size only."""
+    size = preprocessing.crop or preprocessing.resize
+    if size is None or len(size) != 2:
+        return None
+    return (input_channels(model) or preprocessing.channels, *size)
+
+
+def example_input(
+    model: nn.Module, shape: tuple[int, ...] | None, known: tuple[int, ...] | None = None
+) -> torch.Tensor | None:
+    """Two seeded normal inputs that the model runs on, of the shape given, known, or small."""
+    channels = input_channels(model) or 3
+    small = [(channels, size, size) for size in _USUAL_SIZES]
+    shapes = [shape] if shape is not None else [*([known] if known else []), *small]
+    failures: list[str] = []
+    found = next((e for s in shapes if (e := _runs(model, s, failures)) is not None), None)
+    if found is None and shape is not None:
+        raise ModelError(f"model: cannot be run on an input of {shape} ({failures[0]}).")
+    if found is None or tuple(found.shape[1:]) in (shape, known):
+        return found
+    # Layers with a single position are judged by their own rules, so none is to be one by the size.
+    n_single = len(_single_positions(model, found))
+    while n_single and found.shape[-1] < 256:
+        larger = _runs(model, (channels, *(2 * s for s in found.shape[2:])), failures)
+        if larger is None or (n := len(_single_positions(model, larger))) >= n_single:
+            break
+        found, n_single = larger, n
+    return found
+
+
+def _runs(model: nn.Module, shape: tuple[int, ...], failures: list[str]) -> torch.Tensor | None:
+    """Examples of a shape if the model runs on them, else why not."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        _outputs(model, example)
+    except CALL_ERRORS as error:
+        failures.append(one_line(error))
+        return None
+    return example
+
+
+def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
+    """Norm layers whose maps have a single position."""
+    found: set[str] = set()
+    with guards.hooks() as handles:
+        for site in find_norms(model):
+
+            def look(_: nn.Module, args: Any, out: Any, name: str = site.name) -> None:
+                if isinstance(out, torch.Tensor) and out[0, 0].numel() == 1:
+                    found.add(name)
+
+            handles.append(site.module.register_forward_hook(look))
+        _outputs(model, example)
+    return found
+
+
+def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    """All tensors of the output, flat, in float64; of a detector those of its backbone."""
+
+    def call() -> Any:
+        if has_forward(model):
+            return run_model(model, _batch_of(example), example.device)
+        return model(example)
+
+    found, _ = all_outputs(model, call)
+    if not found:
+        raise TypeError("the output holds no tensor")
+    return torch.cat([tensor.double().flatten() for tensor in found])
+
+
+def _batch_of(example: torch.Tensor) -> Batch:
+    return Batch(example, None, np.arange(len(example)))
+
+
+def _zero_pointwise(model: nn.Module, example: torch.Tensor | None) -> list[str]:
+    """Layers with a single position keep weight 0: there the formula is another non-linearity."""
+    if example is None:
+        return []
+    _, excluded = weighable_layers(model, [_batch_of(example)])
+    layers = dict(generalized_norms(model))
+    live = [
+        name for name in excluded if layers[name].live and layers[name].running_mean is not None
+    ]
+    if live:
+        set_example_weight_(model, dict.fromkeys(live, 0.0))
+        return [f"{len(live)} layers have a single position a map and keep example weight 0."]
+    return []

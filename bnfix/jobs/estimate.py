@@ -1,0 +1,231 @@
+"""What a plan would cost: a few real batches are timed, and multiplied by the passes counted."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.core import distributed, guards, runtime
+from bnfix.core.errors import DataError, ModelError
+from bnfix.core.memory import first_of
+from bnfix.data.batches import Batch, Batches
+from bnfix.jobs.session import Workbench
+from bnfix.metrics.evaluate import labels_of
+from bnfix.norm.layer import generalized_norms, set_example_weight_
+from bnfix.norm.sites import find_norms
+from bnfix.training.parameters import parameter_groups
+
+#: What an example of a pass may cost: as stored, with weighed examples, and with gradients.
+COSTS = ("forward", "live", "training")
+_BATCHES = 2
+_ENOUGH_SECONDS = 1.0
+_REPEATS = 3
+#: How far a run may be from its estimate: batches differ, and so does what else a machine does.
+_LOW, _HIGH = 0.6, 1.8
+#: States of the model that a run keeps to go back to.
+_STATES_KEPT = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Passes of one stage.
+
+    Args:
+        stage: what they are for, in words.
+        examples: in one pass.
+        passes: how many; parts of a pass count as such.
+        cost: a key of `COSTS`.
+    """
+
+    stage: str
+    examples: int
+    passes: float
+    cost: str = "forward"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan would cost on this machine.
+
+    Args:
+        seconds: least and most; ``None`` where no batch could be run.
+        memory_bytes: most memory of the process, or of the accelerator where that is used; ``None``
+            where the system does not tell.
+        passes: of all stages, over the examples that each of them has.
+    """
+
+    seconds: tuple[float, float] | None
+    memory_bytes: int | None
+    passes: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The numbers under the names that ``--plan --json`` gives them."""
+        return {
+            "passes": round(self.passes, 2),
+            "seconds_estimated": None if self.seconds is None else list(self.seconds),
+            "memory_estimated_bytes": self.memory_bytes,
+        }
+
+
+def estimated(bench: Workbench, work: Sequence[Work]) -> Estimate:
+    """Time a few real batches of a workbench, and multiply."""
+    passes = sum(one.passes for one in work)
+    costs = {one.cost for one in work if one.passes and one.examples}
+    try:
+        found = _timed(bench, costs)
+    except DataError:
+        return Estimate(None, peak_memory(bench.model), passes)
+    reading, costs_an_example = found
+    n_read = len(bench.split.fit) + len(bench.split.select) + len(bench.split.test)
+    seconds = n_read * reading
+    seconds += sum(one.examples * one.passes * costs_an_example.get(one.cost, 0.0) for one in work)
+    seconds /= distributed.here().size
+    return Estimate(_range(seconds), _memory(bench), passes)
+
+
+def estimated_evaluation(
+    models: Sequence[tuple[nn.Module, Batches]], n_examples: int, n_variants: int, precision: str
+) -> Estimate:
+    """Time a few real batches of every model that is to be evaluated, and multiply."""
+    passes = len(models) * n_variants
+    seconds = 0.0
+    for number, (model, batches) in enumerate(models):
+        started = time.perf_counter()
+        try:
+            few = list(batches)
+        except DataError:
+            return Estimate(None, peak_memory(model), passes)
+        n = sum(len(batch.index) for batch in few)
+        # All models see the same images, which are read once.
+        seconds += 0.0 if number else (time.perf_counter() - started) / n * n_examples
+        with guards.seeded(0), guards.inference(model):
+            step = _forward(model, few, precision)
+            step()
+            seconds += _median_seconds(step) / n * n_examples * n_variants
+    seconds /= distributed.here().size
+    return Estimate(_range(seconds), peak_memory(models[0][0]), passes)
+
+
+def estimated_again(model: nn.Module, seconds: float, passes: float = 0.0) -> Estimate:
+    """What was just done costs once more."""
+    return Estimate(_range(seconds), peak_memory(model), passes)
+
+
+def peak_memory(model: nn.Module) -> int | None:
+    """Most memory so far: of the accelerator that a model is on, else of this process."""
+    device = runtime.device_of(model)
+    if device.type == "cuda":
+        allocated: int = torch.cuda.max_memory_allocated(device)
+        return int(allocated)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def _range(seconds: float) -> tuple[float, float]:
+    return round(_LOW * seconds, 3), round(_HIGH * seconds, 3)
+
+
+def _memory(bench: Workbench) -> int | None:
+    """The peak of what was timed, the states that a run keeps, and the images in memory."""
+    peak = peak_memory(bench.model)
+    if peak is None:
+        return None
+    state: int = sum(t.numel() * t.element_size() for t in bench.model.state_dict().values())
+    if runtime.device_of(bench.model).type == "cuda":
+        return peak + _STATES_KEPT * state
+    n_images = sum(map(len, (bench.split.fit, bench.split.select, bench.split.test)))
+    # Kept as bytes, one a number of the input; Batches stops at 2 GiB.
+    return peak + _STATES_KEPT * state + min(n_images * bench.input_size, 2 << 30)
+
+
+def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
+    """Seconds an example: to read it, and for each kind of pass."""
+    model = bench.model
+    index = bench.split.fit if bench.split.fit.size else bench.split.test
+    size = bench.batches(index, "").batches.batch_size
+    # A bad image among these few is none of the plan's business.
+    source = replace(bench.plan.source, max_bad=float(len(index)))
+    own = replace(bench, plan=replace(bench.plan, source=source))
+    started = time.perf_counter()
+    batches = list(own.batches(index[: _BATCHES * size], "timing a few batches").whole())
+    n = sum(len(batch.index) for batch in batches)
+    reading = (time.perf_counter() - started) / n
+    layers = dict(generalized_norms(model))
+    before = guards.Snapshot(model)
+    found: dict[str, float] = {}
+    try:
+        with guards.seeded(0), guards.inference(model):
+            step = _forward(model, batches, bench.plan.run.precision)
+            step()  # what is done once, such as choosing kernels, is no part of a pass
+            found["forward"] = _median_seconds(step) / n
+            if layers and costs & {"live", "training"}:
+                set_example_weight_(model, dict.fromkeys(layers, 0.1))
+            found["live"] = _median_seconds(step) / n if "live" in costs else 0.0
+            if "training" in costs:
+                few = first_of(batches[0], 64)
+                found["training"] = _median_seconds(_backward(model, few)) / len(few.index)
+    finally:
+        before.restore_()
+    return reading, found
+
+
+def _forward(model: nn.Module, batches: Sequence[Batch], precision: str) -> Callable[[], None]:
+    device = runtime.device_of(model)
+
+    def step() -> None:
+        with runtime.autocast(device, precision):
+            for batch in batches:
+                runtime.run(model, batch, device)
+        _wait(device)
+
+    return step
+
+
+def _backward(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """One step with gradients of the norms' parameters, or of all where there are none."""
+    device = runtime.device_of(model)
+    wanted: list[Tensor] = [
+        p for site in find_norms(model) for p in site.module.parameters(recurse=False)
+    ]
+    wanted = wanted or [p for g in parameter_groups(model, lr=1.0) for p in g["params"]]
+
+    def step() -> None:
+        with guards.only_these_require_grad(model, wanted), torch.enable_grad():
+            logits = runtime.logits_of(runtime.run(model, batch, device))
+            labels = labels_of(batch, *logits.shape)
+            if labels is None:
+                loss = logits.float().logsumexp(1).mean()
+            else:
+                loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
+            if not loss.requires_grad:
+                raise ModelError("model: its output has no gradient in its parameters.")
+            loss.backward()  # type: ignore[no-untyped-call]
+        _wait(device)
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_seconds(step: Callable[[], None]) -> float:
+    """Of three times, or fewer where each takes long."""
+    times: list[float] = []
+    while not times or (len(times) < _REPEATS and sum(times) < _ENOUGH_SECONDS):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,411 @@
+"""`export`: a checkpoint as ONNX, `torch.export`, folded or plain weights, each verified."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnfix.checkpoints.load import Loaded
+from bnfix.checkpoints.save import versions
+from bnfix.core import guards, runtime
+from bnfix.core.errors import ConfigError, ModelError, one_line, some
+from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import (
+    DataRecipe,
+    ModelRecipe,
+    RunOptions,
+    check_seed,
+    one_of,
+    option,
+    require,
+)
+from bnfix.data.batches import Batches
+from bnfix.data.corruptions import corruption_of
+from bnfix.data.fingerprints import data_record
+from bnfix.data.images import Images
+from bnfix.data.open import open_images
+from bnfix.deploy import forms
+from bnfix.deploy.verify import Agreement, agreement, names_of, torch_runner
+from bnfix.jobs.convert import CALL_ERRORS, example_input, known_shape
+from bnfix.jobs.estimate import Estimate, peak_memory
+from bnfix.jobs.progress import Track, Tracked, describe_skipped, silent
+from bnfix.jobs.session import applied, load_one, refuse_image_options, resolve_preprocessing
+from bnfix.metrics.evaluate import evaluate
+from bnfix.norm.layer import generalized_norms, set_example_weight_
+from bnfix.report.export import SUFFIXES, Export, Verified
+from bnfix.report.records import DataUsed, Evaluated, layer_rows, n_live
+from bnfix.report.report import Report
+
+#: Labelled examples that the cost of `--force-zero` is measured on, at most.
+_COST_EXAMPLES: Final = 1000
+#: A difference below this, relative to the output, can be rounding.
+_ROUNDING: Final = 1e-3
+#: Numbers in all inputs together, at most.
+_MOST_VALUES: Final = 1 << 30
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """The form of an export, and how strictly it is verified."""
+
+    to: str = option("onnx", "Form to write: " + ", ".join(SUFFIXES) + ".")
+    samples: int = option(64, "Inputs to verify on, drawn in seeded random order.")
+    atol: float = option(
+        1e-4,
+        "Largest difference of an output that is accepted, relative to the output's largest value "
+        "where that is above 1.",
+    )
+    opset: int = option(
+        forms.OPSETS[0], f"ONNX operator set, {forms.OPSETS[0]} to {forms.OPSETS[-1]}."
+    )
+    force_zero: bool = option(
+        False, "Set all example weights to 0 first, and report what that costs."
+    )
+    input_shape: tuple[int, ...] | None = option(
+        None,
+        "Shape of one input; by default that of the data or the preprocessing, else height and "
+        "width are left free.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        one_of(self.to, tuple(SUFFIXES), "--to")
+        opsets, shape = forms.OPSETS, self.input_shape
+        expected = {
+            "samples": (self.samples >= 2, "at least 2"),
+            "atol": (0 < self.atol < float("inf"), "a number above 0"),
+            "opset": (self.opset in opsets, f"{opsets[0]} to {opsets[-1]}"),
+            "input_shape": (
+                not shape or 0 < min(shape) <= max(shape) <= 16384,
+                "sizes from 1 to 16384",
+            ),
+        }
+        for name, (good, words) in expected.items():
+            flag = f"--{name.replace('_', '-')}"
+            require(good, f"{flag}: {getattr(self, name)}, expected {words}.", name)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs on which the form is compared with the model."""
+
+    x: Tensor
+    images: Images | None
+    index: np.ndarray
+    preprocessing: Preprocessing | None
+    notes: list[str]
+    #: Inputs of another height and width, where both are free, and the shape that is sure to run.
+    other: Tensor | None = None
+    usual: tuple[int, ...] = ()
+
+    @contextmanager
+    def free_size(self) -> Iterator[None]:
+        """Ask for the size if a form cannot have a free height and width."""
+        try:
+            yield
+        except CALL_ERRORS as error:
+            if self.other is None:
+                raise
+            shape = ",".join(map(str, self.usual))
+            reason = str(error) if isinstance(error, ModelError) else one_line(error)
+            raise ModelError(
+                "export: the size of the network's input is not known, and it cannot have a free "
+                f"height and width ({reason.rstrip('.')}). Give --input-shape C,H,W, for example "
+                f"{shape}, on which the network runs; or --data."
+            ) from error
+
+
+def export(
+    checkpoint: str | Path,
+    *,
+    to: str = "onnx",
+    model: str | ModelRecipe | None = None,
+    data: str | None = None,
+    recipe: ExportRecipe | None = None,
+    source: DataRecipe | None = None,
+    workers: int = -1,
+    seed: int = 0,
+    command_line: str = "",
+    track: Track = silent,
+) -> Export:
+    """Turn a checkpoint into a form that runs without bnfix, and verify it against the model.
+
+    ``onnx``: standard operators, free batch size. ``pt2``: `torch.export`, free batch size. In both
+    the layers of weight 0 are folded into the convolutions before them. ``folded``: a state dict
+    with all norms folded, and the file that loads it. ``plain``: one Python file with the layer and
+    a loader, and the stock state dict beside it. All of it happens on the CPU, in float32.
+
+    Args:
+        checkpoint: the file.
+        to: the form; ignored where a recipe is given.
+        model: spec; by default the one stored in the checkpoint.
+        data: DATA whose images are verified on; without it, seeded noise.
+        recipe: all options of the form.
+        source: labels and preprocessing.
+        workers: processes that decode images.
+        seed: of the draw.
+        command_line: as typed, for the report.
+        track: how progress is shown.
+
+    Returns:
+        The form with its verification; ``save`` writes it.
+
+    Raises:
+        ModelError: if the model cannot be exported so, or the form differs by more than ``atol``.
+    """
+    recipe = recipe or ExportRecipe(to)
+    source = source or DataRecipe(labels="none")
+    check_seed(seed)
+    if recipe.to == "onnx":
+        forms.require_onnx()
+    wanted = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
+    loaded = load_one(checkpoint, wanted, RunOptions("cpu"))
+    net = loaded.model.eval()
+    live = tuple(name for name, layer in generalized_norms(net) if layer.live)
+    if recipe.to == "folded" and live and not recipe.force_zero:
+        raise ModelError(
+            f"--to folded: {len(live)} layers weigh the example and cannot be folded: "
+            f"{some(live)}. Use --to onnx, pt2 or plain, or --force-zero."
+        )
+    job = _Job(loaded, recipe, source, workers=workers, seed=seed, track=track)
+    inputs = job.noise() if data is None else job.images(data)
+    names = names_of(net, inputs.x[:2])
+    cost, models = job.zero_(inputs, names) if recipe.force_zero and live else (None, ())
+    free, example = inputs.other is not None, inputs.x[:2]
+    made = forms.Making(loaded, recipe.to, recipe.opset, example, names=names, free_size=free)
+    with inputs.free_size():
+        content, companion, runner = made.run()
+    found = agreement(torch_runner(net), runner, inputs.x, names)
+    job.check(found, made, inputs, inputs.x)
+    if inputs.other is not None:
+        with inputs.free_size():
+            elsewhere = agreement(torch_runner(net), runner, inputs.other, names, timed=False)
+            job.check(elsewhere, made, inputs, inputs.other)
+    notes = [*loaded.checkpoint.notes, *inputs.notes, *made.notes]
+    return Export(
+        to=recipe.to,
+        content=content,
+        companion=companion,
+        report=job.report(inputs, models, notes, command_line),
+        verified=Verified(
+            agreement=found,
+            atol=recipe.atol,
+            inputs="noise" if inputs.images is None else "images",
+            input_shape=tuple(inputs.x.shape[1:]),
+            other_shape=None if inputs.other is None else tuple(inputs.other.shape[1:]),
+        ),
+        opset=recipe.opset if recipe.to == "onnx" else None,
+        operators=made.operators,
+        folding=made.folding,
+        live=() if recipe.force_zero else live,
+        zeroed=live if recipe.force_zero else (),
+        cost=cost,
+    )
+
+
+def plan_export(
+    checkpoint: str | Path,
+    output: Path,
+    *,
+    model: ModelRecipe,
+    recipe: ExportRecipe,
+    data: str | None = None,
+) -> dict[str, Any]:
+    """The plan of an `export` as JSON values, without doing it."""
+    net = load_one(checkpoint, model, RunOptions("cpu")).model
+    n_examples = None if data is None else len(open_images(data, labels="none"))
+    return {
+        "command": "export",
+        "plan": True,
+        "to": recipe.to,
+        "output": str(output),
+        "files": [str(path) for path in Export.files(recipe.to, output)],
+        "n_norms": len(layer_rows(net, {}, {})),
+        "n_live": 0 if recipe.force_zero else n_live(net),
+        "data": None if data is None else {"spec": data, "n_examples": n_examples},
+        "options": dataclasses.asdict(recipe),
+        # Twice the weights, for model and form; the time of tracing cannot be foreseen.
+        **Estimate(None, peak_memory(net), 2).to_json(),
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One export: the model, and how its inputs are read."""
+
+    loaded: Loaded
+    recipe: ExportRecipe
+    source: DataRecipe
+    workers: int
+    seed: int
+    track: Track
+
+    def images(self, data: str) -> _Inputs:
+        """Some of the data's images, in seeded random order."""
+        recipe, source = self.recipe, self.source
+        stated, notes = resolve_preprocessing(self.loaded, source)
+        images = open_images(
+            data,
+            class_map=None if source.class_map is None else Path(source.class_map),
+            labels=source.labels if recipe.force_zero else "none",
+            channels=stated.channels,
+        )
+        refuse_image_options(images, source)
+        preprocessing, notes = applied(images, stated, notes)
+        index = np.random.default_rng(self.seed).permutation(len(images))[: recipe.samples]
+        batches = self._batches(images, index, preprocessing, "reading images")
+        read = []
+        for batch in batches:
+            if not isinstance(batch.x, Tensor):
+                kind = runtime.described(batch.x)
+                raise ModelError(f"export: {data} gives {kind}, expected one tensor as input.")
+            self._check_size(tuple(batch.x.shape[1:]))
+            read.append(batch)
+        x = torch.cat([batch.x for batch in read])
+        index = np.concatenate([batch.index for batch in read])
+        # Without --force-zero no labels are read, so notes on unused labels would mislead.
+        unused = set() if recipe.force_zero else {"unused labels"}
+        used = (note for note in images.notes if getattr(note, "kind", "") not in unused)
+        notes += [f"{data}: {note}." for note in used]
+        notes += describe_skipped([batches])
+        if len(x) < 2:
+            raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
+        with guards.inference(self.loaded.model):
+            runtime.run(self.loaded.model, x[:2], torch.device("cpu"))
+        return _Inputs(x=x, images=images, index=index, preprocessing=preprocessing, notes=notes)
+
+    def noise(self) -> _Inputs:
+        """Seeded noise, of two sizes where the size is not known and the form could fix one."""
+        recipe, model = self.recipe, self.loaded.model
+        preprocessing, by_preprocessing = resolve_preprocessing(self.loaded, self.source)
+        if recipe.input_shape is not None:
+            self._check_size(recipe.input_shape)
+        known = known_shape(model, preprocessing)
+        probe = example_input(model, recipe.input_shape, known)
+        if probe is None:
+            raise ModelError(
+                "export: no usual input size fits the model. Give --data, or --input-shape C,H,W."
+            )
+        usual = tuple(probe.shape[1:])
+        free = recipe.to in ("onnx", "pt2") and usual not in (recipe.input_shape, known)
+        # Sides that differ, of maps above 1: the tracer takes a 1 for a constant.
+        scales = [(1, 2, 3), (1, 3, 4)] if free else [(1,) * len(usual)]
+        shapes = [tuple(np.multiply(usual, scale).tolist()) for scale in scales]
+        generator = torch.Generator().manual_seed(self.seed)
+        made = []
+        for shape, n in zip(shapes, (recipe.samples, min(recipe.samples, 7)), strict=False):
+            self._check_size(shape)
+            made.append(torch.randn(n, *shape, generator=generator))
+        words = " and ".join("x".join(map(str, shape)) for shape in shapes)
+        notes = [f"verified on seeded noise of {words}, since no --data was given."]
+        notes += by_preprocessing if known == usual and recipe.input_shape is None else ()
+        inputs = _Inputs(
+            x=made[0],
+            images=None,
+            index=np.arange(0),
+            preprocessing=preprocessing,
+            notes=notes,
+            other=made[1] if free else None,
+            usual=usual,
+        )
+        with inputs.free_size():
+            for x in made:
+                names_of(model, x[:2])
+        return inputs
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Refuse inputs that would fill the memory."""
+        if (n := self.recipe.samples) * prod(shape) > _MOST_VALUES:
+            raise ConfigError(
+                f"--samples: {n} inputs of {'x'.join(map(str, shape))} take more than "
+                f"{4 * _MOST_VALUES >> 30} GiB. Give fewer, or smaller ones.",
+                name="samples",
+            )
+
+    def _batches(
+        self, images: Images, index: np.ndarray, preprocessing: Preprocessing | None, stage: str
+    ) -> Tracked:
+        batches = Batches(
+            images,
+            index,
+            preprocessing,
+            batch_size=16,
+            workers=self.workers,
+            max_bad=self.source.max_bad,
+            corruption=corruption_of(self.source.corrupt),
+        )
+        return Tracked(batches, stage, self.track)
+
+    def zero_(self, inputs: _Inputs, names: list[str]) -> tuple[Agreement, tuple[Evaluated, ...]]:
+        """Set all example weights to 0, and measure the change."""
+        after = self.loaded.model
+        before = copy.deepcopy(after)
+        set_example_weight_(after, 0.0)
+        runners = torch_runner(before), torch_runner(after)
+        with guards.state_kept(before), guards.state_kept(after):
+            cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))
+        images = inputs.images
+        if images is None or images.labels is None:
+            return cost, ()
+        index = np.random.default_rng(self.seed).permutation(len(images))[:_COST_EXAMPLES]
+        models = []
+        for name, net in (("as it was", before), ("all weights 0", after)):
+            batches = self._batches(images, index, inputs.preprocessing, f"evaluating {name}")
+            metrics = evaluate(net, batches, seed=self.seed)
+            models.append(Evaluated(name, None, None, metrics, n_live=n_live(net)))
+        return cost, tuple(models)
+
+    def check(self, found: Agreement, made: forms.Making, inputs: _Inputs, x: Tensor) -> None:
+        """Refuse a form whose outputs differ from the model's."""
+        atol = self.recipe.atol
+        if found.relative_difference <= atol:
+            return
+        i = found.worst_example
+        where = made.suspect(x[[i, (i + 1) % len(x)]], atol)
+        name = "noise" if inputs.images is None else inputs.images.name(int(inputs.index[i]))
+        suspect = f"suspect layer: {where}."
+        if not where and found.relative_difference < _ROUNDING:
+            enough = float(f"{1.1 * found.relative_difference:.1e}")
+            suspect = (
+                "every layer agrees by itself, so it is rounding that adds up. "
+                f"Give --atol {enough:g} to accept it."
+            )
+        elif not where:
+            suspect = "every layer agrees by itself, so suspect the operations between the layers."
+        raise ModelError(
+            f"--to {self.recipe.to}: output {found.worst_output!r} of example {i} ({name}) differs "
+            f"by {found.max_difference:.2g}, more than --atol {atol:g} accepts "
+            f"({atol * max(1.0, found.largest_output):.2g}, as that output is up to "
+            f"{found.largest_output:.3g}); {suspect} Nothing was written."
+        )
+
+    def report(
+        self, inputs: _Inputs, models: tuple[Evaluated, ...], notes: list[str], command_line: str
+    ) -> Report:
+        """The report that every command writes."""
+        data = None
+        if inputs.images is not None:
+            record = data_record(inputs.images, inputs.index)
+            data = DataUsed(record["spec"], len(inputs.x), record["fingerprint"])
+        shaped = inputs.preprocessing and dataclasses.asdict(inputs.preprocessing)
+        return Report(
+            command="export",
+            data=data,
+            models=models,
+            layers=layer_rows(self.loaded.model, {}, {}),
+            assumptions=tuple(dict.fromkeys(notes)),
+            options={**dataclasses.asdict(self.recipe), "preprocessing": shaped},
+            seed=self.seed,
+            command_line=command_line,
+            versions={**versions(), **forms.versions(self.recipe.to)},
+        )

@@ -1,0 +1,248 @@
+"""What the steps of a command do to a network: each fits something on the session's fit split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from bnfix.checkpoints.average import average_into_
+from bnfix.core import guards
+from bnfix.core.memory import BatchSize
+from bnfix.core.settings import AverageRecipe, FinetuneRecipe
+from bnfix.jobs.progress import Tracked
+from bnfix.jobs.session import Workbench
+from bnfix.metrics.compare import Decision
+from bnfix.metrics.evaluate import collect, measured
+from bnfix.metrics.metrics import Metrics
+from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
+from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
+from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
+from bnfix.training.finetune import Finetuning, finetune_
+from bnfix.weights.choose import choose_example_weight_, weighable_layers
+from bnfix.weights.label_free import fit_moments_, fit_predictions_
+
+
+@dataclass(frozen=True)
+class State:
+    """A network at one time, and the results that it holds."""
+
+    name: str
+    values: guards.Snapshot
+    metrics: Metrics | None = None
+    results: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A step's result: the network's new name, ``None`` where nothing was better than before.
+
+    A fit that judges its own candidates gives the decisions.
+    """
+
+    name: str | None
+    results: tuple[Any, ...] = ()
+    decisions: tuple[Decision, ...] | None = None
+
+
+class Fits:
+    """The fits and measurements of one session."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench, self.plan, self.model = bench, bench.plan, bench.model
+        self.seed, self.precision = self.plan.gate.seed, self.plan.run.precision
+        self.passes: list[Tracked] = []
+        self.averaged: list[dict[str, Any]] = []
+        # Stated or not, this batch size is left unless it cannot fit.
+        self._statistics_size = BatchSize(
+            self.plan.statistics.batch_size,
+            "population statistics",
+            bench.assumptions,
+            remark="; with the batch feed the statistics depend a little on this",
+        )
+
+    def evaluate(
+        self, batches_of: Callable[[], Tracked], model: nn.Module | None = None
+    ) -> Metrics:
+        """Metrics of a model, by default as it is now, in batches that fit the memory."""
+
+        def attempt(_: int) -> Metrics:
+            batches = batches_of()
+            self.passes.append(batches)
+            (found,) = collect([model or self.model], batches, precision=self.precision)
+            return measured(found, self.seed)
+
+        return self.bench.evaluation.run(attempt)
+
+    def on_select(self, name: str) -> Metrics:
+        """Metrics of the model as it is now on the select split."""
+        return self.evaluate(lambda: self.bench.batches(self.bench.split.select, f"select: {name}"))
+
+    def mean(self, _: State, *, recipe: AverageRecipe) -> Fitted:
+        """The mean of several checkpoints; the first one stays the original."""
+        self.averaged, notes = average_into_(self.bench.loaded, recipe, self.plan.model)
+        self.bench.assumptions += notes
+        return Fitted(f"mean of {len(self.averaged)} checkpoints")
+
+    def statistics(self, _: State, *, target: str, example_weight: float | None = None) -> Fitted:
+        """New population statistics, and an example weight that goes with them."""
+        calibration = self._recalibrate(target)
+        name = f"statistics of the data ({calibration.target})"
+        if example_weight is not None:
+            self._set_weight(example_weight)
+            name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
+        return Fitted(name, (calibration,))
+
+    def _recalibrate(self, target: str) -> Calibration:
+        recipe, bench = self.plan.statistics, self.bench
+        order = np.random.default_rng(self.seed).permutation(bench.split.fit)
+        state = None if self.plan.command == "finetune" else self.plan.state
+        if isinstance(recipe.samples, int):
+            order = order[: recipe.samples]
+        self._statistics_size.foresee(bench.footprint)
+
+        def attempt(size: int) -> Calibration:
+            batches = bench.batches(order, f"statistics ({target})", size).evened()
+            self.passes.append(batches)
+            return recalibrate_(
+                self.model,
+                batches,
+                target=target,
+                train_batch_size=recipe.train_batch_size,
+                feed=recipe.feed,
+                samples="auto" if recipe.samples == "auto" else None,
+                tolerance=recipe.tolerance,
+                precision=self.precision,
+                layers=self.plan.swap.layers,
+                skip=self.plan.swap.skip,
+                include_frozen=recipe.include_frozen,
+                state=state,
+                identity="" if state is None else bench.identity(order, batch_size=size),
+            )
+
+        calibration = self._statistics_size.run(attempt)
+        bench.assumptions += describe_missing(calibration)
+        return calibration
+
+    def weight(self, _: State, *, value: float) -> Fitted:
+        """One stated example weight on every layer that can have one."""
+        self._set_weight(value)
+        return Fitted(f"example weight {value:.3g}")
+
+    def _set_weight(self, weight: float) -> None:
+        layers, excluded = self._weighable()
+        if layers:
+            set_example_weight_(self.model, dict.fromkeys(layers, weight))
+        if excluded and weight:
+            self.bench.assumptions.append(
+                f"{len(excluded)} layers keep their example weight: they have a single position a "
+                "map, or no statistics (--pointwise takes the first in)."
+            )
+
+    def _weighable(self) -> tuple[dict[str, GeneralizedBatchNorm], list[str]]:
+        batches = self.bench.batches(self.bench.split.fit[:8], "a look at the layers")
+        return weighable_layers(self.model, batches, pointwise=self.plan.weight.pointwise)
+
+    def label_free(self, _: State, *, how: str, train_batch_size: int) -> Fitted:
+        """Example weights fitted to the network's own behaviour in training mode."""
+        order = np.random.default_rng(self.seed).permutation(self.bench.split.fit)
+        # Whole runs of B; not the batch size of evaluation, which must not change the result.
+        size = train_batch_size * -(-64 // train_batch_size)
+        batches = self.bench.batches(order, f"example weight: {how}", size).whole()
+        fit = fit_moments_ if how == "fit-moments" else fit_predictions_
+        found = fit(
+            self.model,
+            batches,
+            train_batch_size,
+            self._weighable()[0],
+            granularity=self.plan.weight.granularity,
+            seed=self.seed,
+        )
+        self.bench.assumptions.append(found.describe())
+        return Fitted(how)
+
+    def chosen_weights(self, now: State) -> Fitted:
+        """Example weights chosen on the select split, level by level, against the state of now."""
+        bench, recipe = self.bench, self.plan.weight
+        learn, monitor = bench.learn_and_monitor()
+        size = bench.training_batch_size(recipe.batch_size)
+        choice = choose_example_weight_(
+            self.model,
+            bench.batches(learn, "example weight: fitting", size).shuffled(self.seed),
+            select=bench.batches(bench.split.select, "select: example weight"),
+            monitor=bench.batches(monitor, "example weight: watching"),
+            recipe=recipe,
+            z=self.plan.gate.z,
+            incumbent=None if now.metrics is None else (now.name, now.metrics),
+            precision=self.precision,
+        )
+        admitted = [d.candidate for d in choice.decisions if d.admitted]
+        name = None if choice.chosen == "keep" else admitted[-1]
+        return Fitted(name, (choice,), choice.decisions)
+
+    def tuned(self, _: State, *, recipe: FinetuneRecipe, gated: bool) -> Fitted:
+        """Fine-tuning, best epoch kept; the select split judges it, or else its monitor has."""
+        calibrations: list[Calibration] = []
+        tuned = self._finetune(recipe, None if gated else self.plan.state, calibrations)
+        # A resumed run has measured the statistics of the last epochs only.
+        k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
+        own = calibrations[k : k + 1] if tuned.best_epoch and k >= 0 else []
+        results = (tuned, *(own if tuned.best_epoch else calibrations[-1:]))
+        if gated:
+            learned = " with example weights" if recipe.example_weight == "learn" else ""
+            return Fitted(f"fine-tuned {recipe.train}{learned}", results)
+        return Fitted(f"fine-tuned {tuned.trained}" if tuned.best_epoch else None, results, ())
+
+    def _finetune(
+        self, recipe: FinetuneRecipe, state: str | None, calibrations: list[Calibration]
+    ) -> Finetuning:
+        bench = self.bench
+        learn, monitor = bench.learn_and_monitor()
+        size = bench.training_batch_size(recipe.batch_size)
+        training = bench.batches(learn, f"fine-tuning {recipe.train}", size)
+        identity = ""
+        if state is not None:
+            of_data = bench.identity(learn, monitor, batch_size=size)
+            identity = f"{of_data} {self.plan.statistics}"
+        # Candidates of `fix` are trained in fp32 where it evaluates in fp16.
+        fp32 = self.precision == "fp16" and self.plan.command == "fix"
+
+        def refresh(_: nn.Module) -> None:
+            calibrations.append(self._recalibrate("population"))
+
+        return finetune_(
+            self.model,
+            training.shuffled(self.seed, recipe.augment),
+            monitor=bench.batches(monitor, "fine-tuning: watching"),
+            recipe=recipe,
+            weighable=self._weighable()[0] if recipe.example_weight == "learn" else None,
+            seed=self.seed,
+            after_epoch=refresh if recipe.statistics == "train" else None,
+            state=state,
+            identity=identity,
+            precision="fp32" if fp32 else self.precision,
+            include_frozen=self.plan.statistics.include_frozen,
+        )
+
+    def refitted(self, _: State) -> Fitted:
+        """Fit scale and shift of layers that now weigh the example to the original's outputs."""
+        bench = self.bench
+        excluded = self._weighable()[1]
+        layers = dict(generalized_norms(self.model))
+        pointwise = [
+            name for name in excluded
+            if layers[name].live and layers[name].running_mean is not None
+        ]  # fmt: skip
+        set_example_weight_(self.model, dict.fromkeys(pointwise, 0.0))
+        if pointwise:
+            bench.assumptions.append(
+                f"{len(pointwise)} layers have a single position a map and keep example weight 0."
+            )
+        if bench.original is not None and any(layer.live for layer in layers.values()):
+            index = np.random.default_rng(self.seed).permutation(bench.split.fit)
+            batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift").whole()
+            bench.assumptions.append(refit_(self.model, bench.original, batches).describe())
+        return Fitted("converted and re-fitted")

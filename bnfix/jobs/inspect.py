@@ -1,0 +1,215 @@
+"""`inspect`: the norm layers of a checkpoint and their faults; it changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from bnfix.checkpoints.load import Loaded
+from bnfix.core.runtime import autocast, device_of
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+from bnfix.core.version import __version__
+from bnfix.data.batches import Batch
+from bnfix.data.fingerprints import data_record
+from bnfix.diagnosis.advice import Call, Entry, mapping, read_history
+from bnfix.diagnosis.behaviour import Behaviour, examine_behaviour, examine_call, examine_model
+from bnfix.diagnosis.faults import Finding, NormTensors, diagnose, gated, read_norms
+from bnfix.jobs.convert import example_input, known_shape
+from bnfix.jobs.progress import Track, Tracked, silent
+from bnfix.jobs.session import (
+    applied,
+    evaluation_batch_size,
+    input_batches,
+    load_one,
+    open_checked,
+    resolve_preprocessing,
+)
+from bnfix.models.build import from_file_allowed
+from bnfix.norm.sites import NormSite, find_norms, instance_norms
+
+#: Examples that are run by default.
+SAMPLES = 512
+_ORDER = {"error": 0, "warning": 1, "note": 2}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The norm layers of a checkpoint, their faults, and the file's history."""
+
+    checkpoint: Checkpoint
+    layers: list[NormTensors]
+    kinds: dict[str, str]  # class name of each layer, with a model
+    problems: list[str]  # reasons against a swap, with a model
+    findings: list[Finding]  # errors first
+    behaviour: Behaviour | None  # with data
+    data: dict[str, Any] | None  # their spec, size and fingerprint
+    commands: list[Entry]  # of the file's history
+    notes: list[str]  # how the file was read, and what was assumed
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``inspect --json`` prints; its numbers may be NaN or infinite."""
+        history = (self.checkpoint.metadata or {}).get("history")
+        behaviour = None if self.behaviour is None else dataclasses.asdict(self.behaviour)
+        drifts = {} if behaviour is None else behaviour.pop("drifts")
+        return {
+            "bnfix": __version__,
+            "command": "inspect",
+            "file": str(self.checkpoint.path),
+            "sha256": self.checkpoint.sha256,
+            "key": self.checkpoint.key,
+            "prefix": self.checkpoint.prefix,
+            "notes": self.notes,
+            "n_tensors": len(self.checkpoint.tensors),
+            "layers": [
+                {
+                    **dataclasses.asdict(layer),
+                    "kind": self.kinds.get(layer.name),
+                    "mean_shift": drifts.get(layer.name, (None, None))[0],
+                    "log_var_ratio": drifts.get(layer.name, (None, None))[1],
+                }
+                for layer in self.layers
+            ],
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "problems": self.problems,
+            "behaviour": behaviour,
+            "data": self.data,
+            "history": history if isinstance(history, list) else [],
+            "commands": [dataclasses.asdict(entry) for entry in self.commands],
+        }
+
+
+def inspect_checkpoint(
+    path: str | Path,
+    *,
+    model: ModelRecipe | None = None,
+    data: str | None = None,
+    source: DataRecipe | None = None,
+    run: RunOptions | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    track: Track = silent,
+) -> Inspection:
+    """Find the faults that the file shows, the model's settings and one call, and data if given."""
+    recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
+    loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
+    found = (
+        read_checkpoint(path, key=recipe.key, prefix=recipe.prefix, prefer_ema=recipe.prefer_ema)
+        if loaded is None
+        else loaded.checkpoint
+    )
+    header = found.metadata or {}
+    layers = read_norms(found.tensors, mapping(header.get("norms")))
+    findings = diagnose(found.tensors, layers)
+    seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
+    if loaded is not None:
+        sites = find_norms(loaded.model)
+        kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
+        frozen = {
+            site.name: "--unfreeze" if site.frozen else "--include-frozen"
+            for site in sites
+            if not site.problem and (site.frozen or site.is_put_to_rest(loaded.model))
+        }
+        # An InstanceNorm's running statistics follow other rules, so its tensors show no fault.
+        findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
+        findings += examine_model(loaded.model, layers)
+        if data is None:
+            seen = _call(loaded, source)
+        else:
+            seen = _look(loaded, data, source, run, samples, seed, track)
+        findings += seen.findings
+    if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
+        findings = [gated(finding) for finding in findings]
+    stated = mapping(header.get("model"))
+    spec, arguments = stated.get("spec"), mapping(stated.get("arguments"))
+    asks_model = recipe.model is None and not isinstance(spec, str)
+    if recipe.model is None and isinstance(spec, str) and not from_file_allowed(spec):
+        # Commands run no code that only a file names, so they must be given the model.
+        recipe = replace(recipe, model=spec, arguments=tuple(arguments.items()))
+    call = Call(
+        path=Path(path),
+        model=recipe,
+        data=data,
+        source=source,
+        run=run,
+        seed=seed,
+        samples=() if samples == SAMPLES else ("--samples", str(samples)),
+        asks_model=asks_model,
+        labelled=seen.labelled,
+        frozen=frozen,
+    )
+    findings = [replace(one, advice=call.fill(one)) for one in findings]
+    return Inspection(
+        checkpoint=found,
+        layers=layers,
+        kinds=kinds,
+        problems=[f"{site.name}: {site.problem}" for site in sites if site.problem],
+        findings=sorted(findings, key=lambda finding: _ORDER[finding.severity]),
+        behaviour=seen.behaviour,
+        data=seen.record,
+        commands=read_history(header.get("history")),
+        notes=[*found.notes, *seen.remarks],
+    )
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The faults that a run of the model shows, and the data that it ran on."""
+
+    findings: tuple[Finding, ...] = ()
+    remarks: tuple[str, ...] = ()
+    behaviour: Behaviour | None = None
+    record: dict[str, Any] | None = None
+    labelled: bool = True
+
+    @property
+    def fits(self) -> bool:
+        """Whether the stored statistics are right more often than those of each batch."""
+        seen = self.behaviour
+        broken = any(finding.fault == "output-not-finite" for finding in self.findings)
+        if broken or seen is None or seen.top1 is None or seen.top1_training is None:
+            return False
+        return seen.top1 > seen.top1_training
+
+
+def _call(loaded: Loaded, source: DataRecipe) -> _Seen:
+    """Run the model once on a made-up input."""
+    preprocessing, _ = resolve_preprocessing(loaded, source)
+    example = example_input(loaded.model, None, known_shape(loaded.model, preprocessing))
+    if example is None:
+        return _Seen(remarks=("the model could not run on a made-up input; give --data",))
+    batch = Batch(example, None, np.arange(len(example)))
+    return _Seen(findings=tuple(examine_call(loaded.model, batch)))
+
+
+def _look(
+    loaded: Loaded,
+    data: str,
+    source: DataRecipe,
+    run: RunOptions,
+    samples: int,
+    seed: int,
+    track: Track,
+) -> _Seen:
+    """Run some of the data through the model in both modes."""
+    stated, remarks = resolve_preprocessing(loaded, source)
+    images, size = open_checked(data, loaded.model, source, stated)
+    preprocessing, remarks = applied(images, stated, remarks)
+    index = np.random.default_rng(seed).permutation(len(images))[:samples]
+    size = evaluation_batch_size(run, loaded.model, size)
+    batches = input_batches(images, index, preprocessing, source, run, size=size, seed=seed)
+    tracked = Tracked(batches, "a look at the statistics", track)
+    with autocast(device_of(loaded.model), run.precision):
+        findings = examine_call(loaded.model, next(iter(batches)))
+        behaviour, more = examine_behaviour(loaded.model, tracked)
+    return _Seen(
+        findings=(*findings, *more),
+        remarks=tuple(remarks),
+        behaviour=behaviour,
+        record=data_record(images, index),
+        labelled=images.labels is not None,
+    )

@@ -1,0 +1,403 @@
+"""`fix`, `calibrate`, `finetune` and `average`: open a session, take its steps, test, report.
+
+No example is in two splits: what is fitted on *fit* is judged on *select*; the verdict comes from
+*test*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
+from bnfix.core import distributed, guards
+from bnfix.core.errors import NumericError
+from bnfix.core.settings import FinetuneRecipe
+from bnfix.data.fingerprints import (
+    data_record,
+    describe_unlisted,
+    history_digests,
+    seen_before,
+)
+from bnfix.jobs.estimate import estimated
+from bnfix.jobs.fits import Fits, Fitted, State
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.progress import Track, describe_skipped, silent
+from bnfix.jobs.session import Workbench
+from bnfix.jobs.steps import STATISTICS, Step, is_gated, open_plan, resolve, work_of
+from bnfix.metrics.compare import Decision, compare, judge
+from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.movement import MOST_IMAGES, Moved, Recorded, moved, record
+from bnfix.norm.sites import find_norms
+from bnfix.recalibrate.recalibrate import Calibration, residuals
+from bnfix.report.records import (
+    DataUsed,
+    Evaluated,
+    Trials,
+    drifts_between,
+    layer_rows,
+    n_live,
+    statistics_of,
+)
+from bnfix.report.report import Report
+from bnfix.report.result import Result
+from bnfix.training.finetune import Finetuning
+from bnfix.weights.choose import WeightChoice
+
+ORIGINAL = "as it was"
+_T = TypeVar("_T")
+
+
+def fix(
+    checkpoint: str | Path,
+    *,
+    data: str,
+    model: str | None = None,
+    plan: Plan | None = None,
+    track: Track = silent,
+) -> Result:
+    """Repair a checkpoint at its norm layers, as far as held-out data proves it better.
+
+    Candidates: new population statistics; brief fine-tuning of norms and head; example weights;
+    both together. Each is fitted on the fit split and judged on the select split, the cheaper at
+    inference first, so that it wins ties; the verdict comes from the test split. Where nothing is
+    better the output is the input.
+
+    Args:
+        checkpoint: the file.
+        data: DATA; labelled, unless everything is stated in the plan.
+        model: spec of the model, if the file does not carry one.
+        plan: all settings.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+    """
+    return execute(open_plan(plan or Plan(), checkpoint, data, model, track))
+
+
+def calibrate(
+    checkpoint: str | Path,
+    *,
+    data: str,
+    model: str | None = None,
+    plan: Plan | None = None,
+    track: Track = silent,
+) -> Result:
+    """Population statistics and example weights, gated; `fix` without fine-tuning.
+
+    Args:
+        checkpoint: the file.
+        data: DATA; labelled, unless everything is stated in the plan.
+        model: spec of the model, if the file does not carry one.
+        plan: all settings.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+    """
+    plan = dataclasses.replace(plan or Plan(), command="calibrate", finetune=None)
+    return execute(open_plan(plan, checkpoint, data, model, track))
+
+
+def finetune(
+    checkpoint: str | Path,
+    *,
+    data: str,
+    model: str | None = None,
+    plan: Plan | None = None,
+    track: Track = silent,
+) -> Result:
+    """Fine-tune a checkpoint briefly; keep the best epoch, or the original.
+
+    Args:
+        checkpoint: the file.
+        data: labelled DATA; a fifth is kept for the test, unless the plan names a test.
+        model: spec of the model, if the file does not carry one.
+        plan: all settings; its ``finetune`` says what is trained.
+        track: how progress is shown.
+
+    Returns:
+        Model, report, history entry; nothing is written until ``result.save(path)``.
+    """
+    plan = dataclasses.replace(plan or Plan(finetune=FinetuneRecipe()), command="finetune")
+    return execute(open_plan(plan, checkpoint, data, model, track))
+
+
+def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
+    """The steps, splits and costs of a command as JSON values; runs a few batches to time them."""
+    plan, steps = bench.plan, resolve(bench.plan, bench)
+    lines = [step.name for step in steps]
+    if is_gated(steps):
+        lines.append("every candidate judged on select; the winner measured on test")
+    return {
+        "command": plan.command,
+        "plan": True,
+        "model": bench.loaded.origin.spec,
+        "n_layers": len(find_norms(bench.model)),
+        "data": {
+            **data_record(bench.images),
+            "kind": bench.images.kind,
+            "labels": bench.labelled,
+            "splits": bench.split.sizes(),
+        },
+        "preprocessing": bench.preprocessing and dataclasses.asdict(bench.preprocessing),
+        "stages": lines,
+        "device": str(next(iter(bench.model.parameters())).device),
+        **estimated(bench, work_of(plan, bench)).to_json(),
+        "output": output,
+        "assumptions": list(bench.assumptions),
+    }
+
+
+def execute(bench: Workbench) -> Result:
+    """Take the steps of a session's plan, test the result, and report."""
+    if (n := distributed.here().size) > 1:
+        bench.assumptions.append(f"{n} processes shared the work; the first one wrote.")
+    run = Run(bench)
+    run.take_steps()
+    return run.result()
+
+
+class Run:
+    """The network of a session on its way through the steps; `kept` is its state so far."""
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench, self.plan, self.model = bench, bench.plan, bench.model
+        self.fits, self.steps = Fits(bench), resolve(bench.plan, bench)
+        self.statistics_before = statistics_of(self.model)
+        # `stated` is what was asked for outright, and stays whatever it costs.
+        self.original = self.kept = self.stated = State(ORIGINAL, guards.Snapshot(self.model))
+        self.tried: list[Any] = []
+        self.decisions: list[Decision] = []
+
+    def take_steps(self) -> None:
+        """Fit, judge, keep or put back, step by step."""
+        base, track = self.kept, self.bench.track
+        for k, step in enumerate(self.steps, 1):
+            self.bench.track = _numbered(track, f"{k}/{len(self.steps)} ")
+            if step.gate == "select":
+                self._metrics_of_kept()
+            start = base if step.from_base else self.kept
+            if step.from_base:
+                start.values.restore_()
+            fitted = self._fitted(step)
+            name, metrics = self._judged(step, fitted)
+            if name is None:
+                self.kept.values.restore_()
+            else:
+                results = (*start.results, *fitted.results)
+                self.kept = State(name, guards.Snapshot(self.model), metrics, results)
+            if step.stage == STATISTICS or not step.gate:
+                base = self.kept
+            if not step.gate:
+                self.stated = self.kept
+        self.bench.track = track
+
+    def _metrics_of_kept(self) -> Metrics:
+        """Metrics on select, measured once, while the model is in this state."""
+        metrics = self.kept.metrics or self.fits.on_select(self.kept.name)
+        self.kept = dataclasses.replace(self.kept, metrics=metrics)
+        return metrics
+
+    def _fitted(self, step: Step) -> Fitted:
+        """The step's fit; a candidate whose numbers are not finite is given up and noted."""
+        try:
+            fitted = step.fit(self.fits, self.kept)
+        except NumericError as error:
+            if not step.gate:
+                raise
+            self.bench.assumptions.append(f"{step.name}: was given up: {error}")
+            return Fitted(None)
+        self.tried += fitted.results
+        return fitted
+
+    def _judged(self, step: Step, fitted: Fitted) -> tuple[str | None, Metrics | None]:
+        """The network's new name, or none if it is to be put back; its metrics, if measured."""
+        if fitted.decisions is not None or fitted.name is None:
+            self.decisions += fitted.decisions or ()
+            return fitted.name, None
+        if not step.gate:
+            # What was stated adds to the name; a candidate has a name of its own.
+            first = self.kept.name == ORIGINAL
+            return fitted.name if first else f"{self.kept.name}, {fitted.name}", None
+        metrics, kept = self.fits.on_select(fitted.name), self._metrics_of_kept()
+        pair = (fitted.name, metrics), (self.kept.name, kept)
+        decision = judge(step.stage, *pair, self.plan.gate.z)
+        self.decisions.append(decision)
+        return fitted.name if decision.admitted else None, metrics
+
+    def result(self) -> Result:
+        """Test the original and the output, never keep what is known to be worse, report."""
+        bench = self.bench
+        if is_gated(self.steps) and self.kept.name == ORIGINAL:
+            bench.assumptions.append(
+                "no candidate was significantly better; the output is unchanged."
+            )
+        round_as_stored_(self.model)
+        models: tuple[Evaluated, ...] = ()
+        if bench.test_images.labels is not None and bench.split.test.size:
+            models = self._tested()
+            bench.assumptions += describe_unlisted(bench.loaded.origin.history)
+        movement = self._movement()
+        results = self.kept.results
+        held = set(map(id, results))
+        data = data_record(bench.images)
+        skipped = describe_skipped(self.fits.passes)
+        options = _options(self.plan, self.fits.averaged)
+        report = Report(
+            command=self.plan.command,
+            data=DataUsed(
+                spec=data["spec"],
+                n_examples=data["n_examples"],
+                fingerprint=data["fingerprint"],
+                class_names=bench.images.class_names,
+                splits=bench.split.sizes(),
+                skipped=skipped,
+                n_skipped=len(skipped),
+                corruption=self.plan.source.corrupt,
+            ),
+            models=models,
+            layers=layer_rows(
+                self.model,
+                drifts_between(self.statistics_before, statistics_of(self.model)),
+                self._residuals(),
+                _last(results, Calibration),
+            ),
+            trials=Trials(
+                decisions=tuple(self.decisions),
+                calibration=_last(results, Calibration),
+                choice=_last(self.tried, WeightChoice),
+                finetunings=tuple(one for one in self.tried if isinstance(one, Finetuning)),
+                refused=tuple(one for one in self.tried if id(one) not in held),
+            ),
+            moved=movement,
+            assumptions=tuple(dict.fromkeys(bench.assumptions)),
+            n_seen=seen_before(bench.test_images, bench.split.test, bench.loaded.origin.history),
+            options=options,
+            seed=self.plan.gate.seed,
+            command_line=self.plan.command_line,
+            versions=versions(),
+        )
+        return Result(self.model, report, self._entry(data, options, models), bench.preprocessing)
+
+    def _entry(
+        self, data: dict[str, Any], options: dict[str, Any], models: tuple[Evaluated, ...]
+    ) -> dict[str, Any]:
+        """This command in the output's history."""
+        images, split = self.bench.images, self.bench.split
+        parts = {"fit": split.fit, "select": split.select}
+        digests = {name: history_digests(images, part) for name, part in parts.items()}
+        last = models[-1].metrics if models else None
+        return history_entry(
+            self.plan.command,
+            options=options,
+            seed=self.plan.gate.seed,
+            checkpoint=self.bench.loaded.checkpoint,
+            data={**data, **digests},
+            results={
+                "output": self.kept.name,
+                "top1": last and last.top1,
+                "nll": last and last.nll,
+            },
+            command_line=self.plan.command_line,
+        )
+
+    def _tested(self) -> tuple[Evaluated, ...]:
+        """Original and output on the test split; an output that is worse there is put back."""
+        bench, checkpoint = self.bench, self.bench.loaded.checkpoint
+        original = self._at_original(
+            lambda model: Evaluated(
+                name=ORIGINAL,
+                file=str(checkpoint.path),
+                sha256=checkpoint.sha256,
+                metrics=self._on_test(ORIGINAL, model),
+                n_live=n_live(model),
+            )
+        )
+        before = original.metrics
+        after = self._on_test(self.kept.name)
+        worse = compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
+        # Another kind of normalization was asked for, whatever it costs.
+        if worse and bench.original is None and self.kept.values is not self.stated.values:
+            name = self.stated.name
+            bench.assumptions.append(
+                f"{self.kept.name!r} turned out significantly worse on the test split, so the "
+                f"output is {'the input' if name == ORIGINAL else repr(name)}."
+            )
+            self.kept = self.stated
+            self.kept.values.restore_()
+            round_as_stored_(self.model)
+            after = before if self.stated.values is self.original.values else self._on_test(name)
+        name = f"output: {self.kept.name}"
+        last = Evaluated(
+            name=name, file=None, sha256=None, metrics=after, n_live=n_live(self.model)
+        )
+        return original, last
+
+    def _on_test(self, name: str, model: nn.Module | None = None) -> Metrics:
+        return self.fits.evaluate(lambda: self.bench.test_batches(f"test: {name}"), model)
+
+    def _at_original(self, work: Callable[[nn.Module], _T]) -> _T:
+        """Do something with the network as it was; the model is put back."""
+        now = guards.Snapshot(self.model)
+        self.original.values.restore_()
+        try:
+            return work(self.bench.original or self.model)
+        finally:
+            now.restore_()
+
+    def _movement(self) -> Moved:
+        """How far the outputs moved, on some of the images at hand."""
+        bench = self.bench
+        index = bench.everything[:MOST_IMAGES]
+
+        def recorded(model: nn.Module) -> Recorded:
+            batches = bench.batches(index, "how far the outputs moved").whole()
+            return bench.evaluation.run(lambda _: record(model, batches, self.fits.precision))
+
+        return moved(self._at_original(recorded), recorded(self.model))
+
+    def _residuals(self) -> dict[str, tuple[float, float]]:
+        """Stored statistics against those of one more pass, where any were measured."""
+        bench = self.bench
+        if not bench.split.fit.size or _last(self.tried, Calibration) is None:
+            return {}
+
+        def attempt(_: int) -> dict[str, tuple[float, float]]:
+            batches = bench.batches(bench.split.fit, "residual of the statistics")
+            return residuals(self.model, batches)
+
+        with suppress(NumericError):
+            return bench.evaluation.run(attempt)
+        return {}  # the network's numbers are not finite
+
+
+def _numbered(track: Track, number: str) -> Track:
+    return lambda stage, batches, n: track(f"{number}{stage}", batches, n)
+
+
+def _last(results: Iterable[Any], kind: type[_T]) -> _T | None:
+    found = [result for result in results if isinstance(result, kind)]
+    return found[-1] if found else None
+
+
+def _options(plan: Plan, averaged: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recipes, as the history and the report hold them."""
+    finetune = plan.finetune
+    return {
+        "model": dataclasses.asdict(plan.model),
+        "data": dataclasses.asdict(plan.source),
+        "swap": dataclasses.asdict(plan.swap),
+        "statistics": dataclasses.asdict(plan.statistics),
+        "example_weight": dataclasses.asdict(plan.weight),
+        "finetune": None if finetune is None else dataclasses.asdict(finetune),
+        "gate": dataclasses.asdict(plan.gate),
+        "precision": plan.run.precision,
+        **({"average": averaged} if averaged else {}),
+    }

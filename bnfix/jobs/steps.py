@@ -1,0 +1,325 @@
+"""The steps of a command, resolved once from its plan: what is done, in order, and at what cost.
+
+No other file knows the order. Statistics are never left stale: weights trained in training mode are
+followed by new statistics; weights tuned with frozen statistics have those as part of the result.
+The cheaper candidate at inference comes first, so it wins ties.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from bnfix.core.errors import DataError
+from bnfix.core.settings import (
+    LABEL_FREE,
+    FinetuneRecipe,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+)
+from bnfix.jobs.estimate import Work
+from bnfix.jobs.fits import Fits, Fitted, State
+from bnfix.jobs.plan import Plan
+from bnfix.jobs.progress import Track
+from bnfix.jobs.session import Workbench, open_workbench
+from bnfix.metrics.movement import MOST_IMAGES
+from bnfix.norm.layer import generalized_norms
+from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import Change, plan_swap, swap_planned_
+from bnfix.recalibrate.refit import REFIT_SAMPLES
+
+STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
+#: The search of one global weight tries so many, each on a third of the examples.
+_TRIED_WEIGHTS = 10
+#: Fits without labels: one pass in training mode, then some tried weights.
+_LABEL_FREE_PASSES = 12
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: a fit, and who judges it.
+
+    ``gate`` is ``select`` (the select split), ``monitor`` (the fit's own early stopping), or empty
+    for what was stated, which stays whatever it costs. A step ``from_base`` starts from the state
+    after the statistics.
+    """
+
+    name: str
+    stage: str
+    fit: Callable[[Fits, State], Fitted]
+    work: tuple[Work, ...] = ()
+    gate: str = "select"
+    from_base: bool = False
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers that the cost of steps depends on; of no session, all 0 or 1."""
+
+    fit: int = 0
+    select: int = 0
+    learn: int = 0
+    monitor: int = 0
+    layers: int = 1
+    feed_passes: float = 1.0
+    training_batch: Callable[[int | None], int] = lambda stated: stated or 64
+
+
+def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
+    """The steps of a plan; without a session as if there were labels, and without costs."""
+    n = _Sizes() if bench is None else _sizes(plan, bench)
+    if plan.command == "finetune":
+        return _alone(plan, n, converted=bench is not None and bench.original is not None)
+    labelled = bench is None or bench.labelled
+    steps = []
+    if plan.average is not None:
+        name = f"mean of {len(plan.average.files) + 1} checkpoints"
+        fit = partial(Fits.mean, recipe=plan.average)
+        steps.append(Step(name, "mean", fit, gate=""))
+    steps += _statistics(plan, n, labelled=labelled)
+    weight, b = plan.weight.example_weight, plan.statistics.train_batch_size
+    if weight == "match" and b is not None:
+        weight = 1 / b
+    if not isinstance(weight, str):
+        fit = partial(Fits.weight, value=float(weight))
+        steps.append(Step(f"example weight {weight:.3g}", WEIGHT, fit, gate=""))
+    elif weight in LABEL_FREE and b is not None:
+        fit = partial(Fits.label_free, how=weight, train_batch_size=b)
+        work = (Work(f"example weight: {weight}", n.fit, _LABEL_FREE_PASSES, "live"),)
+        steps.append(Step(f"example weight: {weight}", WEIGHT, fit, work, gate=""))
+    return [*steps, *(_tuning(plan, n) if labelled else [])]
+
+
+def is_gated(steps: list[Step]) -> bool:
+    """Whether anything is judged on the select split."""
+    return any(step.gate == "select" for step in steps)
+
+
+def work_of(plan: Plan, bench: Workbench) -> list[Work]:
+    """All passes of a command where every candidate is tried."""
+    steps, n_test = resolve(plan, bench), len(bench.split.test)
+    work = [work for step in steps for work in step.work]
+    if is_gated(steps):
+        work.append(Work("select: the input", len(bench.split.select), 1))
+    if any(step.stage == STATISTICS for step in steps):
+        work.append(Work("residual of the statistics", len(bench.split.fit), 1, "live"))
+    if bench.test_images.labels is not None and n_test:
+        work += [Work("test: the input", n_test, 1), Work("test: the output", n_test, 1, "live")]
+    n_moved = min(MOST_IMAGES, len(bench.everything))
+    return [*work, Work("how far the outputs moved", n_moved, 2, "live")]
+
+
+def fractions(plan: Plan) -> tuple[float, float, float]:
+    """Fit, select and test parts of the data."""
+    given, gate = plan.source.test is not None, plan.gate
+    if plan.command == "finetune":
+        return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
+    if plan.average is not None and not given and plan.source.labels != "none":
+        return 0.8, 0.0, 0.2
+    if not is_gated(resolve(plan)) or plan.source.labels == "none":
+        return 1.0, 0.0, 0.0
+    return (0.75, 0.25, 0.0) if given else (gate.fit, gate.select, 1 - gate.fit - gate.select)
+
+
+def open_plan(
+    plan: Plan, checkpoint: str | Path, data: str, model: str | None, track: Track
+) -> Workbench:
+    """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
+    if model is not None:
+        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, model=model))
+    bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
+    if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":
+        # Its statistics belong to other weights.
+        measured = dataclasses.replace(plan.statistics, statistics="population")
+        plan = bench.plan = dataclasses.replace(plan, statistics=measured)
+    notes, split, none = bench.assumptions, bench.split, bench.split.test[:0]
+    tune = plan.finetune
+    if tune is not None and not bench.labelled:
+        if plan.command != "fix":
+            raise DataError(
+                f"{data}: has no labels, and fine-tuning needs them. Give labelled data."
+            )
+        notes.append("fine-tuning was not tried: the data has no labels.")
+    if plan.average is not None and not bench.labelled and plan.source.test is None:
+        bench.split = dataclasses.replace(split, fit=_joined(split.fit, split.test), test=none)
+    if is_gated(resolve(plan)) and plan.command != "finetune" and not bench.labelled:
+        notes.append(
+            "without labels nothing can be proven, so `auto` keeps what is there. These act: "
+            "--statistics population, --statistics train-batch --train-batch-size B, "
+            "--example-weight match, fit-moments, fit-predictions or a number."
+        )
+        if split.select.size:
+            fit = _joined(split.fit, split.select, split.test)
+            bench.split = dataclasses.replace(split, fit=fit, select=none, test=none)
+    if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
+        notes.append(
+            "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
+            "normalized by batches; --statistics train does that."
+        )
+    _swap_(bench, plan.swap)
+    return bench
+
+
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    return np.sort(np.concatenate(parts))
+
+
+def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
+    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
+    swapped = plan_swap(bench.model, swap)
+    layers = dict(generalized_norms(bench.model))
+    if layers:
+        if dataclasses.replace(swap, layers=(), skip=()) == SwapRecipe():
+            return
+
+        def keeping(change: Change) -> Change:
+            layer = layers.get(change.name)
+            if layer is None or swap.to != SwapRecipe().to:
+                return change
+            return dataclasses.replace(
+                change,
+                channel_groups=swap.channel_groups or layer.channel_groups,
+                ghost_size=swap.ghost_size or layer.ghost_size,
+                example_weight=swap.example_weight,
+            )
+
+        swapped = dataclasses.replace(swapped, changes=tuple(map(keeping, swapped.changes)))
+    live = any(layer.live for layer in layers.values())
+    if not live and any(change.example_weight for change in swapped.changes):
+        bench.original = copy.deepcopy(bench.model)
+    swapped = swap_planned_(bench.model, swapped)
+    bench.assumptions += [*swapped.notes, *swapped.skipped]
+
+
+def _sizes(plan: Plan, bench: Workbench) -> _Sizes:
+    sites = find_norms(bench.model)
+    n_fit = len(bench.split.fit)
+    n_monitor = max(1, n_fit // 5) if n_fit else 0
+    # All batches walk together, or each layer takes a pass that is shorter than the next.
+    n_norms = sum(site.has_statistics and not site.frozen for site in sites)
+    return _Sizes(
+        fit=n_fit,
+        select=len(bench.split.select),
+        learn=n_fit - n_monitor,
+        monitor=n_monitor,
+        layers=max(1, len(sites)),
+        feed_passes=1.0 if plan.statistics.feed == "batch" else (n_norms + 3) / 2,
+        training_batch=bench.training_batch_size,
+    )
+
+
+def _statistics(plan: Plan, n: _Sizes, *, labelled: bool) -> list[Step]:
+    """New statistics: stated, or each kind as a candidate."""
+    recipe, weight = plan.statistics, plan.weight.example_weight
+    kind, b = recipe.statistics, recipe.train_batch_size
+    if weight in LABEL_FREE and kind == "auto":
+        kind = "train-batch"
+    if kind == "keep" or (kind == "auto" and not labelled):
+        return []
+    if kind != "auto":
+        return [_statistics_step(recipe, n, kind, gate="")]
+    steps = [_statistics_step(recipe, n, "population")]
+    if b is not None:
+        steps.append(_statistics_step(recipe, n, "train-batch"))
+        if weight == "auto":
+            steps.append(_statistics_step(recipe, n, "train-batch", example_weight=1 / b))
+    return steps
+
+
+def _statistics_step(
+    recipe: StatisticsRecipe,
+    n: _Sizes,
+    target: str,
+    *,
+    gate: str = "select",
+    example_weight: float | None = None,
+) -> Step:
+    more = "" if n.feed_passes == 1 else f", or {n.feed_passes:g} where memory is short"
+    with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"
+    used = min(n.fit, recipe.samples) if isinstance(recipe.samples, int) else n.fit
+    work = [Work(STATISTICS, used, n.feed_passes, "live")]
+    if gate:
+        work.append(Work(f"select: {STATISTICS}", n.select, 1))
+    return Step(
+        name=f"population statistics ({target}, {recipe.feed} feed){with_weight}: "
+        f"1 pass over fit{more}",
+        stage=STATISTICS,
+        fit=partial(Fits.statistics, target=target, example_weight=example_weight),
+        work=tuple(work),
+        gate=gate,
+    )
+
+
+def _tuning(plan: Plan, n: _Sizes) -> list[Step]:
+    """Fine-tuning alone, example weights alone, both together."""
+    recipe, steps = plan.finetune, []
+    # Trained statistics belong to the weights trained with them; frozen ones to all.
+    frozen = recipe is None or recipe.statistics == "frozen"
+    if recipe is not None:
+        steps.append(_tuning_step(dataclasses.replace(recipe, example_weight="keep"), n))
+    if plan.weight.example_weight != "auto":
+        return steps
+    name = f"example weight (up to per {plan.weight.granularity}), on fit"
+    work = _choice_work(plan.weight, n)
+    steps.append(Step(name, WEIGHT, Fits.chosen_weights, work, from_base=frozen))
+    if recipe is not None and recipe.example_weight == "learn" and frozen:
+        steps.append(dataclasses.replace(_tuning_step(recipe, n), from_base=True))
+    return steps
+
+
+def _alone(plan: Plan, n: _Sizes, *, converted: bool) -> list[Step]:
+    """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
+    steps = []
+    if plan.finetune is not None and converted:
+        work = (Work("re-fitting scale and shift", min(n.fit, REFIT_SAMPLES), 2, "live"),)
+        steps.append(Step("re-fitting scale and shift", "re-fitting", Fits.refitted, work, gate=""))
+    if plan.finetune is not None:
+        steps.append(_tuning_step(plan.finetune, n, gate="monitor"))
+    return steps
+
+
+def _tuning_step(recipe: FinetuneRecipe, n: _Sizes, gate: str = "select") -> Step:
+    size = n.training_batch(recipe.batch_size) * recipe.accumulate
+    epochs = float(recipe.epochs)
+    if recipe.steps is not None:
+        epochs = recipe.steps / max(1, math.ceil(n.learn / size))
+    watched = math.ceil(epochs)
+    work = [
+        Work(f"fine-tuning {recipe.train}", n.learn, epochs, "training"),
+        Work("fine-tuning: watching", n.monitor, watched + 1, "live"),
+    ]
+    if recipe.statistics == "train":
+        work.append(Work("statistics after each epoch", n.fit, watched, "live"))
+    if gate == "select":
+        work.append(Work("select: fine-tuned", n.select, 1, "live"))
+    weights = " with example weights" if recipe.example_weight == "learn" else ""
+    return Step(
+        name=f"fine-tuning ({recipe.train}){weights}: {epochs:g} epochs",
+        stage=TUNING,
+        fit=partial(Fits.tuned, recipe=recipe, gated=gate == "select"),
+        work=tuple(work),
+        gate=gate,
+    )
+
+
+def _choice_work(recipe: WeightRecipe, n: _Sizes) -> tuple[Work, ...]:
+    levels = ("global", "layer", "channel").index(recipe.granularity)
+    work = [Work("example weight: one for all layers", n.learn, _TRIED_WEIGHTS / 3, "live")]
+    if levels >= 1:
+        passes = min(1, recipe.epochs) / 2
+        work.append(Work("example weight: per layer", n.learn, passes, "training"))
+    if levels == 2:
+        work.append(Work("example weight: per channel", n.learn, recipe.epochs, "training"))
+    if levels:
+        watched = 1 + (recipe.epochs if levels == 2 else 0)
+        thinning = 2 + math.ceil(math.log2(n.layers)) if recipe.thin else 0
+        work.append(Work("example weight: watching", n.monitor, watched + thinning, "live"))
+    return (*work, Work("select: example weight", n.select, levels + 1, "live"))

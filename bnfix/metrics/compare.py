@@ -1,0 +1,269 @@
+"""Two models on the same examples: paired differences, the verdict, and the gate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import (  # as scipy.stats computes them, which takes long to import
+    bdtr,
+    ndtr,
+    stdtr,
+)
+
+from bnfix.core.errors import ConfigError, DataError
+from bnfix.metrics.intervals import LEVEL, Array, Interval, middle, resampled_means
+from bnfix.metrics.metrics import Metrics, PerExample
+
+#: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
+ROUNDING = 1e-6
+#: Fewer examples than this, or of losses fewer that differ, prove nothing.
+LEAST_EXAMPLES = 20
+
+
+@dataclass(frozen=True, repr=False)
+class Difference:
+    """A paired difference, mean of after less before, with a 95% bootstrap interval."""
+
+    difference: float
+    interval: Interval
+    p: float  # two-sided; McNemar's exact test for top-1, `gain_t` for losses
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        return f"{self.difference:+.4g} ({low:+.4g} to {high:+.4g}, p={self.p:.2g})"
+
+
+@dataclass(frozen=True, repr=False)
+class Paired:
+    """Two models on the same examples: better, worse or the same."""
+
+    # Better: NLL or top-1 significantly better and neither significantly worse; worse: either
+    # significantly worse. Significant: the interval leaves out 0 (and rounding), and p < 0.05;
+    # either alone is too bold on few examples. As there are two chances to be better, it takes
+    # p < 0.025 where only one is (Hochberg). On fewer than 20 examples it is the same, and losses
+    # count where 20 of them differ.
+    top1: Difference
+    nll: Difference
+    nll_temperature_scaled: Difference
+    verdict: str
+    temperature_only: bool  # better, but nothing of it is left after temperature scaling
+
+    def __repr__(self) -> str:
+        only = ", temperature_only" if self.temperature_only else ""
+        return f"Paired({self.verdict}, top1 {self.top1!r}, nll {self.nll!r}{only})"
+
+
+def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
+    """Compare two models on the same examples, pairwise.
+
+    Args:
+        before: what is compared against.
+        after: what is judged.
+        seed: of the bootstrap.
+
+    Returns:
+        Differences (after less before) with 95% intervals and the verdict. A model that cannot be
+        evaluated is worse than one that can; the differences are then NaN.
+
+    Raises:
+        DataError: if the examples differ or have no labels.
+    """
+    if before.problem or after.problem:
+        return _without_differences(before.problem, after.problem)
+    old, new = paired_examples(before, after)
+    columns = np.column_stack(
+        [
+            new.right.astype(np.float64) - old.right,
+            new.losses - old.losses,
+            new.scaled_losses - old.scaled_losses,
+        ]
+    )
+    means = columns.mean(0)
+    intervals = map(middle, resampled_means(columns, seed).T, means)
+    blind = new.blind_loss - old.blind_loss
+    p_values = (
+        _mcnemar(columns[:, 0]),
+        _paired_p(columns[:, 1], blind),
+        _paired_p(columns[:, 2], blind),
+    )
+    top1, nll, scaled = (
+        Difference(difference=float(mean), interval=interval, p=p)
+        for mean, interval, p in zip(means, intervals, p_values, strict=True)
+    )
+    signs = _sign(top1), -_sign(nll)
+    surer = min(top1.p, nll.p) < (1 - LEVEL) / 2
+    if len(columns) < LEAST_EXAMPLES:
+        verdict = "same"
+    elif -1 in signs:
+        verdict = "worse"
+    else:
+        verdict = "better" if signs == (1, 1) or (1 in signs and surer) else "same"
+    left = _sign(top1) == 1 or _sign(scaled) == -1
+    return Paired(
+        top1=top1,
+        nll=nll,
+        nll_temperature_scaled=scaled,
+        verdict=verdict,
+        temperature_only=verdict == "better" and not left,
+    )
+
+
+def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
+    """The examples of two metrics, checked to be the same ones."""
+    if before.examples is None or after.examples is None:
+        raise DataError("comparison: the examples have no labels, so nothing can be compared.")
+    if not np.array_equal(before.examples.labels, after.examples.labels):
+        raise DataError("comparison: the two were not measured on the same examples.")
+    return before.examples, after.examples
+
+
+def _without_differences(problem_before: str, problem_after: str) -> Paired:
+    """The verdict where a model cannot be evaluated: the other one wins, if it can."""
+    sign = bool(problem_before) - bool(problem_after)
+    none = Difference(difference=math.nan, interval=(math.nan, math.nan), p=math.nan)
+    return Paired(
+        top1=none,
+        nll=none,
+        nll_temperature_scaled=none,
+        verdict={1: "better", 0: "same", -1: "worse"}[sign],
+        temperature_only=False,
+    )
+
+
+def _sign(difference: Difference) -> int:
+    """1 or -1 where the difference is significantly above or below 0, else 0."""
+    low, high = difference.interval
+    if difference.p >= 1 - LEVEL:
+        return 0
+    return 1 if low > ROUNDING else -1 if high < -ROUNDING else 0
+
+
+def _mcnemar(difference: Array) -> float:
+    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
+    return min(1.0, float(2 * bdtr(min(gained, lost), gained + lost, 0.5)))
+
+
+def gain_t(difference: Array, blind: float) -> float:
+    """Student's t, of n degrees of freedom for n differences, that losses are lower; 0 if not."""
+    # Rare losses may outweigh many small gains without being in the sample. So one more example is
+    # counted, that loses as much as the worst one, or as `blind`, which is expected of one whose
+    # label is any class alike; and skewness is corrected where that lowers t (Hall, 1992, On the
+    # removal of skewness by transformation). benchmarks/false_verdicts.py shows what it takes.
+    values = np.append(difference, max(float(difference.max()), blind, 0.0))
+    n, mean = len(values), float(values.mean())
+    n_differing = int((np.abs(difference) > ROUNDING).sum())
+    if mean >= 0 or n_differing < LEAST_EXAMPLES:
+        return 0.0
+    sd = float(values.std(ddof=1))
+    s, skewness = mean / sd, float(((values - mean) ** 3).mean()) / float(values.std()) ** 3
+    hall = s + skewness * s**2 / 3 + skewness**2 * s**3 / 27 + skewness / (6 * n)
+    return float(max(0.0, -max(s, hall) * n**0.5))
+
+
+def _paired_p(difference: Array, blind: float) -> float:
+    sign = 1 if difference.mean() < 0 else -1
+    t = gain_t(sign * difference, sign * blind)
+    return float(2 * stdtr(len(difference), -t))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A candidate and the incumbent on the select split; `None` if it cannot be evaluated."""
+
+    n_examples: int
+    nll: float | None
+    incumbent_nll: float | None
+    top1: float | None
+    incumbent_top1: float | None
+    nll_difference: float | None  # paired mean, candidate less incumbent
+    nll_se: float | None
+    top1_difference: float | None
+    top1_se: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision(Evidence):
+    """May the candidate replace the incumbent, and why."""
+
+    stage: str  # statistics, example weight or fine-tuning
+    candidate: str
+    incumbent: str
+    z: float  # standard errors demanded
+    admitted: bool
+    reason: str
+
+
+def judge(
+    stage: str,
+    candidate: tuple[str, Metrics],
+    incumbent: tuple[str, Metrics],
+    z: float = 2.0,
+) -> Decision:
+    """Judge a candidate against the incumbent, on the same examples of the select split.
+
+    It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
+    difference (and by more than rounding), and its top-1 is not lower by more than ``z`` of its
+    own. On few examples more is demanded than ``z``: `gain_t` must be as improbable by Student's t
+    as ``z`` is by the normal distribution. Ties go to the incumbent, and so do fewer than 20
+    examples. What cannot be evaluated (`Metrics.problem`) loses to all that can.
+    """
+    if not z >= 0:
+        raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
+    (name, new), (old_name, old) = candidate, incumbent
+    nll_difference = nll_se = top1_difference = top1_se = None
+    if new.problem:
+        admitted, reason = False, f"it cannot be evaluated: {new.problem}"
+    elif old.problem:
+        admitted, reason = True, f"{old_name!r} cannot be evaluated: {old.problem}"
+    else:
+        before, after = paired_examples(old, new)
+        loss = nll_difference, nll_se = _mean_and_se(after.losses - before.losses)
+        top1 = top1_difference, top1_se = _mean_and_se(after.right * 1.0 - before.right)
+        n = len(after.losses)
+        t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
+        # z = 0 demands no proof, only a lower mean.
+        sure = z == 0 or stdtr(n, -t) < ndtr(-z)
+        admitted, reason = _admitted(n, loss, top1, z, sure=sure)
+    return Decision(
+        stage=stage,
+        candidate=name,
+        incumbent=old_name,
+        n_examples=new.n_examples,
+        nll=new.nll,
+        incumbent_nll=old.nll,
+        top1=new.top1,
+        incumbent_top1=old.top1,
+        nll_difference=nll_difference,
+        nll_se=nll_se,
+        top1_difference=top1_difference,
+        top1_se=top1_se,
+        z=z,
+        admitted=admitted,
+        reason=reason,
+    )
+
+
+def _admitted(
+    n: int, loss: tuple[float, float], top1: tuple[float, float], z: float, *, sure: bool
+) -> tuple[bool, str]:
+    """Whether mean differences with these standard errors are enough, and why."""
+    difference, se = loss
+    if n < LEAST_EXAMPLES:
+        return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
+    if not (difference < -z * se and difference < -ROUNDING):
+        return False, f"its loss is not lower by more than {z:g} standard errors"
+    if not sure:
+        return False, f"its loss is lower, but {n} examples with such differences do not prove it"
+    if top1[0] < -z * top1[1]:
+        return False, f"its top-1 is lower by more than {z:g} standard errors"
+    alike = se <= ROUNDING * abs(difference)
+    by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"
+    return True, f"its loss is lower by {-difference:.3g} nats, {by}"
+
+
+def _mean_and_se(difference: Array) -> tuple[float, float]:
+    n = len(difference)
+    se = float(difference.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
+    return float(difference.mean()), float(se)

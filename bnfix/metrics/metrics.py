@@ -1,0 +1,212 @@
+"""Logits and labels to `Metrics`: fractions right, losses, confidence calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bnfix.core.errors import DataError, NumericError
+from bnfix.metrics.intervals import Array, Interval, middle, resampled_means
+from bnfix.metrics.temperature import chunks, log_softmax, scaled_losses
+
+N_BINS = 15
+
+
+@dataclass(frozen=True)
+class Bin:
+    """The examples of confidence (low, high] in the reliability diagram."""
+
+    low: float
+    high: float
+    n_examples: int
+    confidence: float  # mean; 0 without examples, as the accuracy is
+    accuracy: float
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class PerExample:
+    """Labels, losses in nats and hits of each example, as paired comparisons need them."""
+
+    labels: Array  # (N,) int64
+    losses: Array
+    scaled_losses: Array  # at the temperature fitted on the half that the example is not in
+    right: Array
+    blind_loss: float  # mean NLL, nats, if each label were any of the classes alike
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Scores:
+    """The numbers of labelled examples, described at `Metrics`; without labels all are `None`."""
+
+    top1: float | None = None
+    top5: float | None = None
+    nll: float | None = None
+    nll_temperature_scaled: float | None = None
+    temperature: float | None = None
+    brier: float | None = None
+    ece: float | None = None
+    interval: dict[str, Interval] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class Metrics(Scores):
+    """What a model achieves on some examples. Fractions are fractions.
+
+    Args:
+        n_examples: examples seen.
+        top1: fraction right; ``None``, as all below, where there are no labels.
+        top5: fraction with the label among the five largest logits; of equal logits the first
+            count as larger, as in ``top1``.
+        nll: mean negative log-likelihood, nats.
+        nll_temperature_scaled: the same after one temperature, fitted on one seeded half of the
+            examples and applied to the other, both ways. The fit counts one more example than there
+            are, spread over all labels, so that a half without a mistake has a temperature too.
+        temperature: geometric mean of the two.
+        brier: mean over examples of the squared distance from the one-hot label.
+        ece: expected calibration error, 15 equal-width right-closed bins, confidence 1 in the last.
+        interval: 95% bootstrap interval of each but the temperature; that of ``ece`` is shifted by
+            the bias of the bootstrap (absolute gaps grow by resampling).
+        images_per_second: through the model, without loading; the first of several batches is left
+            out.
+        reliability: the 15 bins.
+        logits: ``(N, K)`` float32.
+        examples: losses and hits one by one.
+        problem: why the model cannot be evaluated, and all above is ``None``; empty where it can.
+    """
+
+    n_examples: int
+    images_per_second: float = 0.0
+    reliability: tuple[Bin, ...] = ()
+    logits: Array = field(default_factory=lambda: np.empty((0, 0), np.float32), compare=False)
+    examples: PerExample | None = field(default=None, compare=False)
+    problem: str = ""
+
+    def __repr__(self) -> str:
+        shown = ("top1", "nll", "nll_temperature_scaled", "ece")
+        values = (getattr(self, name) for name in shown)
+        text = ", ".join(
+            f"{k}={v:.4g}" for k, v in zip(shown, values, strict=True) if v is not None
+        )
+        return f"Metrics(n_examples={self.n_examples}, {self.problem or text})"
+
+
+def measure(
+    logits: Array, labels: Array | None, *, images_per_second: float = 0.0, seed: int = 0
+) -> Metrics:
+    """Metrics of given logits."""
+    if logits.ndim != 2 or not logits.size:
+        raise DataError(
+            f"logits: shape {logits.shape}, expected (examples, classes), both above 0."
+        )
+    refuse_not_finite(logits)
+    if labels is None:
+        return Metrics(n_examples=len(logits), logits=logits, images_per_second=images_per_second)
+    n = len(logits)
+    labels = checked_labels(labels, n, logits.shape[1])
+    rank, losses, blind, brier, confidence = _per_example(logits, labels)
+    right = rank == 0
+    scaled, temperature = scaled_losses(logits, labels, seed)
+    bins, gaps = _reliability(confidence, right)
+    columns = np.column_stack([right, rank < 5, losses, scaled, brier]).astype(np.float64)
+    means = [float(mean) for mean in columns.mean(0)]
+    ece = float(np.abs(gaps.mean(0)).sum())
+    resampled = resampled_means(np.column_stack([columns, gaps]), seed)
+    names = ("top1", "top5", "nll", "nll_temperature_scaled", "brier")
+    interval = {name: middle(resampled[:, i], means[i]) for i, name in enumerate(names)}
+    resampled_ece = np.abs(resampled[:, len(names) :]).sum(1)
+    shifted = resampled_ece - resampled_ece.mean() + ece
+    interval["ece"] = middle(shifted.clip(0, 1), ece)
+    return Metrics(
+        n_examples=n,
+        top1=means[0],
+        top5=means[1],
+        nll=means[2],
+        nll_temperature_scaled=means[3],
+        temperature=temperature,
+        brier=means[4],
+        ece=ece,
+        interval=interval,
+        images_per_second=images_per_second,
+        reliability=bins,
+        logits=logits,
+        examples=PerExample(
+            labels=labels,
+            losses=losses,
+            scaled_losses=scaled,
+            right=right,
+            blind_loss=float(blind.mean()),
+        ),
+    )
+
+
+def refuse_not_finite(logits: Array) -> None:
+    """Raise a `NumericError` for the first example whose logits are not finite."""
+    finite = np.isfinite(logits).all(1)
+    if not finite.all():
+        raise NumericError(
+            f"evaluation: the logits of example {int(finite.argmin())} (from 0) are not "
+            "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
+        )
+
+
+def as_array(labels: Any) -> Array:
+    """Labels of any kind, a tensor of a device among them, as they are."""
+    return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
+
+
+def checked_labels(labels: Any, n: int, k: int) -> Array:
+    """Labels of any kind as plain class indices."""
+    try:
+        array = as_array(labels)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"labels: {error}. Give one integer an example.") from error
+    if k == 2 and array.shape in ((n,), (n, 1)) and np.isin(array, (0, 1)).all():
+        array = array.reshape(n).astype(np.int64)  # as binary cross-entropy takes them
+    if array.dtype.kind not in "iub" or array.shape != (n,):
+        raise DataError(
+            f"labels: {array.dtype} of shape {array.shape} for {n} examples, expected one integer "
+            "an example. Give forward= and integer labels for unusual batches."
+        )
+    if n and not 0 <= array.min() <= array.max() < k:
+        raise DataError(
+            f"labels: from {array.min()} to {array.max()}, expected 0 to {k - 1}, as the model has "
+            f"{k} outputs. Check the class map."
+        )
+    return array.astype(np.int64)
+
+
+def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array, Array]:
+    """Rank of the label from 0, NLL, NLL at any label, Brier, confidence, each ``(N,)``."""
+    n = len(labels)
+    rank, (losses, blind, brier, confidence) = np.empty(n, int), np.empty((4, n))
+    for part in chunks(logits):
+        own = np.take_along_axis(logits[part], labels[part, None], 1)
+        # A tie is won by the smaller index, as argmax has it: equal logits must not all be right.
+        earlier = np.arange(logits.shape[1]) < labels[part, None]
+        rank[part] = ((logits[part] > own) | ((logits[part] == own) & earlier)).sum(1)
+        log_p = log_softmax(logits[part])
+        losses[part] = -np.take_along_axis(log_p, labels[part, None], 1)[:, 0]
+        blind[part] = -log_p.mean(1)
+        p = np.exp(log_p)
+        confidence[part] = p.max(1)
+        np.put_along_axis(p, labels[part, None], -np.expm1(-losses[part, None]), 1)
+        brier[part] = (p**2).sum(1)
+    return rank, losses, blind, brier, confidence
+
+
+def _reliability(confidence: Array, right: Array) -> tuple[tuple[Bin, ...], Array]:
+    """The bins, and ``(N, bins)`` signed gaps whose column means' absolute values sum to ECE."""
+    edges = np.linspace(0, 1, N_BINS + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, N_BINS - 1)
+    gaps = np.zeros((len(right), N_BINS))
+    gaps[np.arange(len(right)), place] = confidence - right
+    bins = []
+    for b in range(N_BINS):
+        inside = place == b
+        n = int(inside.sum())
+        mean = (float(confidence[inside].mean()), float(right[inside].mean())) if n else (0.0, 0.0)
+        bins.append(Bin(float(edges[b]), float(edges[b + 1]), n, *mean))
+    return tuple(bins), gaps

@@ -1,0 +1,361 @@
+"""A model from a spec.
+
+The number of classes is read off the checkpoint: the model is built twice without memory, with two
+numbers of classes, and the shapes that move with that number are solved for the file's.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Final
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from bnfix.core.errors import ModelError, did_you_mean, model_error, one_line, some
+from bnfix.core.guards import exchange_
+from bnfix.models.importing import import_callable, import_library, importable, seeded
+from bnfix.models.transformers import build_pretrained
+from bnfix.norm.sites import remember_frozen_
+
+#: Names that builders give to the number of classes.
+CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
+#: Two numbers of classes to probe with: small, and unlike the usual counts.
+_PROBES: Final = (11, 13)
+#: Arguments of torchvision's and timm's builders that fetch or read weights, or speak of it.
+_WEIGHT_ARGUMENTS: Final = frozenset(
+    "weights weights_backbone pretrained pretrained_backbone pretrained_cfg pretrained_cfg_overlay "
+    "checkpoint_path cache_dir progress".split()
+)
+#: Parts that a torchvision model has or has not: the argument, and how the part's tensors begin.
+_AUXILIARY: Final = {
+    "googlenet": ("aux_logits", "aux"),
+    "inception": ("aux_logits", "AuxLogits."),
+    "fcn": ("aux_loss", "aux_classifier."),
+    "deeplabv3": ("aux_loss", "aux_classifier."),
+}
+#: A model this much larger than its checkpoint is not built: it could not be filled.
+_SIZE_LIMIT: Final = 4
+_SIZE_FLOOR: Final = 10**7
+_FORMS: Final = (
+    "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
+    "path/to/file.py:callable"
+)
+#: torchvision's detectors, which are trained with constant Batch Norms.
+_DETECTORS: Final = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
+
+
+#: The parameters of a callable that does not say its own.
+_ANY: Final = inspect.signature(lambda **_: None).parameters
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """A callable that returns a model, and its arguments."""
+
+    spec: str
+    call: Callable[..., Any]
+    class_argument: str | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None  # its code may import from here
+    quiet: bool = False
+    finish: Callable[[nn.Module], None] | None = None  # applied to the model
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        try:
+            return inspect.signature(self.call).parameters
+        except (TypeError, ValueError):  # written in C, or hides it
+            return _ANY
+
+    @property
+    def required(self) -> list[str]:
+        free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = self.parameters.items()
+        return [n for n, p in parameters if p.default is p.empty and p.kind not in free]
+
+
+def build_model(
+    spec: str,
+    arguments: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Build the model that a spec names, with fresh weights, on the CPU, in evaluation mode."""
+    builder, given = _resolved(spec, arguments, tensors)
+    return _build(builder, given, torch.device("cpu"))
+
+
+def builder_arguments(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """All arguments that `build_model` would call the builder with."""
+    return _resolved(spec, arguments, tensors)[1]
+
+
+def build_skeleton(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
+) -> nn.Module | None:
+    """Build a model without memory for its tensors, to be filled with a checkpoint's own."""
+    builder, given = _resolved(spec, arguments, tensors)
+    found = _with_state(builder, given, "meta")
+    if found is None:
+        return None
+    model, state = found
+    known = {id(tensor) for tensor in state.values()}
+    if len(known) < len(state):
+        return None  # tensors under two names would no longer be one
+    # Tensors outside the state dict would stay empty: buffers that are not saved, plain fields.
+    for module in nn.Module.modules(model):
+        own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        held = (i for v in own for i in (v if isinstance(v, list | tuple) else [v]))
+        if any(isinstance(t, torch.Tensor) and t.is_meta and id(t) not in known for t in held):
+            return None
+    return model
+
+
+def _resolved(
+    spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor] | None
+) -> tuple[_Builder, dict[str, Any]]:
+    given = dict(arguments or {})
+    builder = _resolve(spec, given, tensors)
+    _check_arguments(builder, given, readable=tensors is not None)
+    given = builder.fixed | given
+    if tensors is not None:
+        given = _with_classes(builder, given, tensors)
+        _check_size(builder, given, tensors)
+    return builder, given
+
+
+def from_file_allowed(spec: str) -> bool:
+    """Whether a spec may be built because a file names it: only the two libraries' code runs."""
+    return re.fullmatch(r"(torchvision|timm):[A-Za-z0-9_.\-]+", spec) is not None
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """The channels of a model's input, by its first convolution."""
+    # By the class: some networks have an attribute that shadows `modules`.
+    for module in nn.Module.modules(model):
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels > 0:
+            return int(module.in_channels)
+    return None
+
+
+# --- building ---
+
+
+def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -> nn.Module:
+    try:
+        with seeded(), importable(builder.folder), warnings.catch_warnings(), device:
+            if builder.quiet or device.type == "meta":
+                warnings.simplefilter("ignore")
+            model = builder.call(**copy.deepcopy(arguments))
+            if isinstance(model, nn.Module):
+                if builder.finish is not None:
+                    builder.finish(model)
+                remember_frozen_(model)
+                return model.eval() if device.type == "meta" else model.to(device).eval()
+    except (Exception, SystemExit) as error:
+        hint = " Check --model-arg key=value." if isinstance(error, TypeError) else ""
+        raise model_error(
+            builder.spec, f"building the model failed ({one_line(error)}).{hint}"
+        ) from error
+    raise model_error(builder.spec, f"returned {type(model).__name__}, expected a torch.nn.Module.")
+
+
+# Shapes of the model's state dict, without memory where that works; None if it does not build.
+def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
+    for device in ("meta", "cpu"):
+        found = _with_state(builder, arguments, device)
+        if found is not None:
+            return {n: t.shape for n, t in found[1].items() if isinstance(t, torch.Tensor)}
+    return None
+
+
+# A model and its state dict; None if it does not build there: torch raises NotImplementedError
+# where code asks tensors without memory for their values.
+def _with_state(
+    builder: _Builder, arguments: dict[str, Any], device: str
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    try:
+        model = _build(builder, arguments, torch.device(device))
+        return model, model.state_dict(keep_vars=True)
+    except (ModelError, NotImplementedError):
+        return None
+
+
+def _with_classes(
+    builder: _Builder, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    name = builder.class_argument
+    if name is None or any(other in arguments for other in CLASS_ARGUMENTS):
+        return arguments
+    needed = name in builder.required
+    if not needed:
+        usual = _shapes(builder, arguments)
+        if usual is None or all(tensors[n].shape == s for n, s in usual.items() if n in tensors):
+            return arguments
+    first, second = (_shapes(builder, arguments | {name: probe}) for probe in _PROBES)
+    found = _solve(first, second, tensors) if first and second else set()
+    if len(found) == 1:
+        return arguments | {name: found.pop()}
+    if needed:
+        raise model_error(
+            builder.spec,
+            f"needs {name}, and the checkpoint does not show it. Give --model-arg {name}=N.",
+        )
+    return arguments
+
+
+# Every number of classes that some tensor's size means, given the sizes at two probes.
+def _solve(
+    first: dict[str, torch.Size],
+    second: dict[str, torch.Size],
+    tensors: Mapping[str, torch.Tensor],
+) -> set[int]:
+    low, high = _PROBES
+    found: set[int] = set()
+    for name, a in first.items():
+        sizes = [a, second.get(name, a), tensors[name].shape if name in tensors else a]
+        if len({len(size) for size in sizes}) > 1:
+            continue
+        for size_a, size_b, size in zip(*sizes, strict=True):
+            if size_a != size_b and name in tensors:
+                classes = low + (size - size_a) * (high - low) / (size_b - size_a)
+                found.add(int(classes) if classes == int(classes) and classes >= 1 else 0)
+    return found if 0 not in found else set()
+
+
+def _check_size(
+    builder: _Builder, arguments: dict[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    found = _with_state(builder, arguments, "meta")
+    if found is None:
+        return  # the user's own code, which needs memory, or it fails later
+    _, state = found
+    size = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.is_meta)
+    held = sum(tensor.numel() for tensor in tensors.values())
+    if size > max(_SIZE_LIMIT * held, _SIZE_FLOOR):
+        missing = [name for name in state if name not in tensors]
+        unexpected = [name for name in tensors if name not in state]
+        raise model_error(
+            builder.spec,
+            f"has {size} values, the checkpoint only {held}; "
+            f"missing from the file: {some(missing) or 'none'}; "
+            f"not in the model: {some(unexpected) or 'none'}. Check --model and its arguments.",
+        )
+
+
+# All that is unknown or missing; the number of classes may be readable off a checkpoint.
+def _check_arguments(builder: _Builder, given: dict[str, Any], *, readable: bool) -> None:
+    kinds = {name: parameter.kind for name, parameter in builder.parameters.items()}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [name for name, kind in kinds.items() if kind in by_name]
+    problems = []
+    if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+        unknown = [name for name in given if name not in named]
+        takes = f"takes {some(named, 12)}" if named else "takes no arguments"
+        problems += [f"unknown argument {some(unknown)} ({takes})"] if unknown else []
+    known = {*given, *builder.fixed, *([builder.class_argument] if readable else [])}
+    missing = [name for name in builder.required if name not in known]
+    problems += [f"argument {some(missing)} is missing"] if missing else []
+    if problems:
+        raise model_error(builder.spec, f"{'; '.join(problems)}. Change --model-arg key=value.")
+
+
+# --- resolving ---
+
+
+def _resolve(
+    spec: str, given: Mapping[str, Any], tensors: Mapping[str, torch.Tensor] | None
+) -> _Builder:
+    kind, _, name = spec.partition(":")
+    where, _, attribute = spec.rpartition(":")
+    if kind in ("torchvision", "timm") and name:
+        forbidden = [argument for argument in given if argument in _WEIGHT_ARGUMENTS]
+        if forbidden:
+            raise model_error(
+                spec,
+                f"argument {some(forbidden)} is not taken, weights come from the checkpoint. "
+                "Leave it out.",
+            )
+        return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
+    if kind == "transformers" and name:
+        return _Builder(
+            spec,
+            lambda **arguments: build_pretrained(spec, name, arguments),
+            class_argument="num_labels",
+            quiet=True,
+        )
+    if not where or not attribute:
+        close = difflib.get_close_matches(spec, torchvision.models.list_models(), 1)
+        hint = f" Did you mean torchvision:{close[0]}?" if close else ""
+        raise model_error(spec, f"is not a model, expected {_FORMS}.{hint}")
+    near = difflib.get_close_matches(kind, ("torchvision", "timm", "transformers"), 1, 0.7)
+    if near and name and kind.isidentifier() and find_spec(kind) is None:
+        raise model_error(spec, f"no such kind. Did you mean {near[0]}:{name}?")
+    call, folder = import_callable(spec)
+    if isinstance(call, nn.Module) or not callable(call):
+        found = "a model" if isinstance(call, nn.Module) else f"of type {type(call).__name__}"
+        raise model_error(
+            spec, f"is {found}, expected a class or function that returns a model. Name that."
+        )
+    builder = _Builder(spec, call, folder=folder)
+    takes = (name for name in CLASS_ARGUMENTS if name in builder.parameters)
+    return replace(builder, class_argument=next(takes, None))
+
+
+def _unknown_name(spec: str, name: str, names: Sequence[str], library: str) -> ModelError:
+    hint = did_you_mean(name, names, 3) or f" See {library}'s list of models."
+    return model_error(spec, f"{library} has no model of that name.{hint}")
+
+
+def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | None) -> _Builder:
+    names = torchvision.models.list_models()
+    if name not in names:
+        raise _unknown_name(spec, name, names, "torchvision")
+    call = torchvision.models.get_model_builder(name)
+    fixed: dict[str, Any] = {"weights": None}
+    parameters = inspect.signature(call).parameters
+    if "weights_backbone" in parameters:
+        fixed["weights_backbone"] = None
+    stem = name.removeprefix("quantized_")
+    if stem.startswith(("googlenet", "inception")):
+        fixed["init_weights"] = False  # else it warns, and takes a minute
+    argument, start = next((a for key, a in _AUXILIARY.items() if stem.startswith(key)), (None, ""))
+    if argument and tensors is not None:
+        fixed[argument] = any(key.startswith(start) for key in tensors)
+    finish = None
+    if tensors is not None and stem.startswith(_DETECTORS):
+        finish = partial(_freeze_as_stored_, tensors=tensors)
+    return _Builder(spec, call, "num_classes", fixed, quiet=True, finish=finish)
+
+
+def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a detector constant Batch Norms where its file has no counters, as theirs have none."""
+    # The builder does so only if it fetches weights, which is never asked of it here.
+    norms = {n: m for n, m in model.named_modules() if type(m) is nn.BatchNorm2d}
+    stored = [name for name in norms if f"{name}.running_var" in tensors]
+    if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
+        return
+    for name in stored:
+        norm = norms[name]
+        exchange_(norm, FrozenBatchNorm2d(norm.num_features, norm.eps))
+
+
+def _timm(spec: str, name: str) -> _Builder:
+    timm = import_library("timm", spec)
+    # Names such as hf-hub:... or local-dir:... would fetch files.
+    if not timm.is_model(name) or not from_file_allowed(spec):
+        raise _unknown_name(spec, name, timm.list_models(), "timm")
+    call = partial(timm.create_model, name)
+    return _Builder(spec, call, "num_classes", {"pretrained": False}, quiet=True)

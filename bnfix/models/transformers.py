@@ -1,0 +1,208 @@
+"""A network in a local folder as transformers saves it; nothing is fetched or trusted.
+
+Only ``config.json`` names the model, out of the classes that transformers itself has; code beside
+it is never run. The preprocessing is in ``preprocessor_config.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from bnfix.core.errors import ModelError, model_error, one_line, plain
+from bnfix.core.preprocessing import INTERPOLATIONS, Preprocessing
+from bnfix.models.importing import import_library
+
+_CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
+#: A longer description is none.
+_TEXT_LIMIT: Final = 8 * 2**20
+#: How timm's names begin where they stand for files to fetch or read.
+_ELSEWHERE: Final = ("hf-hub:", "hf_hub:", "local-dir:", "http:", "https:")
+#: Pillow's numbers of its filters.
+_FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+
+def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Module:
+    """Build the model of a folder's configuration, its entries overridden, with fresh weights."""
+    config = _read(spec, Path(folder) / _CONFIG)
+    foreign = [name for name in ("auto_map", "custom_pipelines") if config.get(name)]
+    if foreign:
+        raise model_error(
+            spec,
+            f"its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
+            "Where you trust it, give a callable that builds it: --model path/to/file.py:callable.",
+        )
+    transformers = import_library("transformers", spec)
+    elsewhere = [name for name, value in config.items() if str(value).startswith(_ELSEWHERE)]
+    if isinstance(config.get("backbone"), str) and not config.get("use_timm_backbone"):
+        elsewhere.append("backbone")
+    if elsewhere:
+        raise model_error(
+            spec,
+            f"its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is fetched. "
+            "Give a callable that builds it: --model path/to/file.py:callable.",
+        )
+    if "num_labels" in arguments:
+        config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")}
+    config = _without_fetching(config | arguments)
+    kind = config.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise model_error(spec, f"its {_CONFIG} names no model_type.")
+    found = _class_of(spec, transformers, config.get("architectures"))
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            described = type(transformers.AutoConfig.for_model(kind)).from_dict(config)
+            if found is None:
+                model = transformers.AutoModelForImageClassification.from_config(
+                    described, trust_remote_code=False
+                )
+            elif isinstance(described, found.config_class):
+                model = found(described)
+            else:
+                raise TypeError(f"it does not take the configuration of {kind}")
+    except Exception as error:
+        kind = "image classifier" if found is None else found.__name__
+        raise model_error(
+            spec,
+            f"no {kind} of transformers comes out of its {_CONFIG} "
+            f"({one_line(error)}). Check the folder and --model-arg.",
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise model_error(spec, "transformers built no torch.nn.Module.")
+    return model
+
+
+def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
+    """The class of transformers itself that a configuration states, if it states one."""
+    if not stated:
+        return None
+    name = stated[0] if isinstance(stated, list) else stated
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise model_error(
+            spec,
+            f"its {_CONFIG} names the architecture {plain(name)!r}, which transformers "
+            f"{transformers.__version__} does not have. Install one that has it, or give a "
+            "callable that builds it: --model path/to/file.py:callable.",
+        )
+    return found
+
+
+def _without_fetching(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that fetches no weights, which the checkpoint would replace at once."""
+    off = {name: False for name in ("use_pretrained_backbone", "pretrained") if config.get(name)}
+    return {n: _without_fetching(v) if isinstance(v, dict) else v for n, v in config.items()} | off
+
+
+def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors under a model's own names, as transformers loads them; else none."""
+    kind: Any = type(model)
+    transformers = import_library("transformers", kind.__name__)
+    config: Any = copy.deepcopy(model.config)
+    # Or it would be the type of what is loaded.
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+            loaded, found = kind.from_pretrained(
+                None, config=config, state_dict=dict(tensors), output_loading_info=True
+            )
+    except Exception as error:
+        raise ModelError(
+            f"{kind.__name__}: transformers cannot load the checkpoint ({one_line(error)}).",
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    missing = {name for name in found["missing_keys"] if not name.endswith("num_batches_tracked")}
+    if missing or any(found[name] for name in ("unexpected_keys", "mismatched_keys")):
+        return {}
+    state = {n: t for n, t in loaded.state_dict().items() if n not in found["missing_keys"]}
+    types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    # from_pretrained gives all tensors the model's type; the file's is kept where it has only one.
+    kept = types.pop() if len(types) == 1 else None
+    return {n: t.to(kept) if kept and t.is_floating_point() else t for n, t in state.items()}
+
+
+def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:
+    """The preprocessing that a folder states, if it states one."""
+    path = Path(folder) / _PREPROCESSOR
+    if not path.is_file():
+        return None
+    found = _read(spec, path)
+    try:
+        return _preprocessing(found)
+    except (TypeError, ValueError, LookupError, OverflowError) as error:
+        raise model_error(
+            spec,
+            f"its {_PREPROCESSOR} cannot be used ({one_line(error)}). "
+            "Give --resize, --crop, --mean and --std, or correct it.",
+        ) from error
+
+
+def _read(spec: str, path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise model_error(
+            spec,
+            f"there is no {path.name} in {plain(path.parent)}. Give the folder that "
+            "save_pretrained wrote.",
+        )
+    try:
+        found = json.loads(path.read_bytes() if path.stat().st_size <= _TEXT_LIMIT else b"")
+    except (OSError, ValueError, RecursionError) as error:
+        raise model_error(
+            spec, f"{plain(path)} cannot be read as JSON ({plain(error)})."
+        ) from error
+    if not isinstance(found, dict):
+        raise model_error(spec, f"{plain(path)} is no JSON object.")
+    return found
+
+
+def _preprocessing(found: dict[str, Any]) -> Preprocessing:
+    resize, crop = None, None
+    if found.get("do_resize", True) and found.get("size") is not None:
+        resize = _size(found["size"])
+        part = found.get("crop_pct")
+        if part is not None and len(resize) == 1 and resize[0] < 384:
+            # ConvNeXt and its like: the size is that of the crop, the resize is larger by this.
+            crop, resize = (resize[0], resize[0]), (int(resize[0] / float(part)),)
+    if found.get("do_center_crop") and found.get("crop_size") is not None:
+        size = _size(found["crop_size"])
+        crop = (size[0], size[-1])
+    normalizes = found.get("do_normalize", True) and "image_mean" in found
+    number = found.get("resample", 2)
+    kind = _FILTERS[number] if type(number) is int and 0 <= number < len(_FILTERS) else ""
+    return Preprocessing(
+        resize=resize,
+        crop=crop,
+        interpolation=kind if kind in INTERPOLATIONS else "bilinear",
+        mean=_numbers(found["image_mean"]) if normalizes else (0.0,),
+        std=_numbers(found["image_std"]) if normalizes else (1.0,),
+        scale=float(found.get("rescale_factor", 1 / 255)) if found.get("do_rescale", True) else 1.0,
+        bgr=found.get("do_flip_channel_order") is True,
+    )
+
+
+def _size(found: Any) -> tuple[int, ...]:
+    """Height and width, or the shorter side alone."""
+    if isinstance(found, dict) and "shortest_edge" in found:
+        return (int(found["shortest_edge"]),)
+    if isinstance(found, dict):
+        return int(found["height"]), int(found["width"])
+    if isinstance(found, list):
+        return tuple(int(n) for n in found)
+    return (int(found), int(found))
+
+
+def _numbers(found: Any) -> tuple[float, ...]:
+    values = found if isinstance(found, list) else [found]
+    return tuple(float(value) for value in values)

@@ -1,0 +1,397 @@
+"""Fast evaluation of the example-aware layer, each way with the plain form as fallback and oracle.
+
+A stock layer makes one read and one write. The example's moments need one extra read; these kernels
+make no more than that. Per example and channel, p and v the population's moments, m and s the
+example's, a the example weight:
+
+    mu  = p + a (m - p)
+    var = (1-a) v + a (s + (1-a) (m - p)^2)
+    y   = gamma (x - mu) / sqrt(var + eps) + beta
+
+Three ways beside the plain form:
+
+    CPU, eager     s from the sum of squares, then one pass. Squares lose digits where m is far from
+                   0 beside the mixture's spread: each channel is checked, and those that fail go
+                   by the plain form.
+    compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
+                   cancel unless a is near 1, where the plain form is taken. No graph breaks.
+    CUDA, eager    the compiled form, its kernel written by Inductor; where that fails or differs
+                   from the plain form at its first use, the plain form.
+
+With gradients, contiguous inputs on a CPU go by `rows`, all others by the plain form. An epilogue
+(`Finish`) is done in place while the output is still in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.core.moments import example_moments, over_channel_groups
+from bnfix.core.torch_private import is_forward_differentiated, is_transformed
+from bnfix.norm import rows
+
+_log = logging.getLogger("bnfix")
+
+#: Above this weight the compiled form could lose more than a digit, and centres by the example.
+SHIFTABLE = 0.9
+#: Channels are done over where a m^2 is beyond `rows.LOST` times what is divided by, with at least
+#: this a: rounding of the output itself, m / sqrt(var), grows whatever a is.
+_LEAST = 1 / 16
+#: Values that are read twice in one go, so that the second reading finds them in the last cache.
+_SLAB = 1 << 21
+
+
+Activation = Callable[[Tensor], object]
+
+relu6_: Activation = functools.partial(F.relu6, inplace=True)
+silu_: Activation = functools.partial(F.silu, inplace=True)
+hardswish_: Activation = functools.partial(F.hardswish, inplace=True)
+#: Activations that are compiled together with the layer.
+ACTIVATIONS: tuple[Activation, ...] = (torch.relu_, relu6_, silu_, hardswish_)
+_MODULES: dict[type[nn.Module], Activation] = {
+    nn.ReLU: torch.relu_, nn.ReLU6: relu6_, nn.SiLU: silu_, nn.Hardswish: hardswish_,
+}  # fmt: skip
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """How an activation is done in place."""
+    if type(module) is nn.LeakyReLU:
+        slope = module.negative_slope
+        return functools.partial(F.leaky_relu, negative_slope=slope, inplace=True)
+    return _MODULES.get(type(module))
+
+
+class Finish(NamedTuple):
+    """The layer's epilogue: a residual of the output's shape is added, then it is activated."""
+
+    residual: Tensor | None = None
+    activation: Activation | None = None
+
+    def apply(self, output: Tensor) -> Tensor:
+        """Do it, in place; a named method: torch 2.8 does not compile calls of a record."""
+        if self.residual is not None:
+            output += self.residual
+        if self.activation is not None:
+            self.activation(output)
+        return output
+
+    def of(self, part: slice) -> Finish:
+        """The same for some examples."""
+        return self if self.residual is None else self._replace(residual=self.residual[part])
+
+
+NOTHING = Finish()
+
+
+class Terms(NamedTuple):
+    """The tensors and settings that the layer mixes the example's moments with, and applies."""
+
+    mean: Tensor | None  # the population's, (C,), pooled over channel groups; None with none kept
+    var: Tensor | None  # biased
+    example_weight: Tensor  # a, () or (C,)
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    channel_groups: int
+    shiftable: bool = False  # no weight is above `SHIFTABLE`
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
+        return self.mean, self.var, self.example_weight, self.gamma, self.beta
+
+    def cast(self, dtype: torch.dtype) -> Terms:
+        """Convert every tensor."""
+        if all(t is None or t.dtype == dtype for t in self.tensors()):
+            return self
+        return self._with([None if t is None else t.to(dtype) for t in self.tensors()])
+
+    def channels(self, index: Tensor, of: int) -> Terms:
+        """Select channels, whole groups of them."""
+        kept = self._with([t if t is None or t.ndim == 0 else t[index] for t in self.tensors()])
+        return kept._replace(channel_groups=self.channel_groups * len(index) // of)
+
+    def _with(self, tensors: list[Any]) -> Terms:
+        mean, var, weight, gamma, beta = tensors
+        return self._replace(mean=mean, var=var, example_weight=weight, gamma=gamma, beta=beta)
+
+
+def values_of(input: Tensor) -> Tensor:
+    """View an input for its statistics."""
+    values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
+    return values.float() if input.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def affine(
+    centred: Tensor,
+    offset: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Scale and shift centred values."""
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(scale.dtype)
+    shift = offset * scale
+    if beta is not None:
+        shift = shift + beta.to(shift.dtype)
+    return torch.addcmul(shift.unsqueeze(-1), centred, scale.unsqueeze(-1))
+
+
+def plain(input: Tensor, terms: Terms) -> Tensor:
+    """Evaluate by the formula, centring each (example, channel) by its own mean."""
+    values = values_of(input)
+    mean, var, centred = example_moments(values)
+    cast = terms.cast(values.dtype)
+    mu, var = _mixed(mean, var, cast, cast.example_weight)
+    output = affine(centred, mean - mu, var, terms.gamma, terms.beta, terms.eps)
+    return output.view(input.shape).to(input.dtype)
+
+
+def evaluate(
+    input: Tensor, terms: Terms, finish: Finish = NOTHING, *, overwrite: bool = False
+) -> Tensor:
+    """`plain`, then ``finish``, to rounding, by the fastest way that holds for this input.
+
+    An epilogue, and ``overwrite`` (the output takes the input's memory, which nobody else reads),
+    are for callers that ask for no gradients.
+    """
+    if torch.compiler.is_compiling():
+        fits = _fits_shift(input, terms)
+        return finish.apply(_shifted(input, terms) if fits else plain(input, terms))
+    if not _is_ordinary(input):
+        return finish.apply(plain(input, terms))
+    if _wants_gradients(input, terms):
+        return finish.apply(_with_gradients(input, terms))
+    if input.device.type == "cuda":
+        return _on_cuda(input, terms, finish)
+    by_rows = input.is_contiguous()
+    if not by_rows and not input.movedim(1, -1).is_contiguous():
+        return finish.apply(plain(input, terms))
+    output = input if overwrite else torch.empty_like(input)
+    return _in_slabs(input, output, terms, finish, by_rows)
+
+
+def _fits_shift(input: Tensor, terms: Terms) -> bool:
+    return terms.shiftable and terms.mean is not None and input.dim() > 2
+
+
+def has_rows(input: Tensor) -> bool:
+    """Say whether `rows` may take an input, gradients and all."""
+    if torch.compiler.is_compiling() or not _is_ordinary(input):
+        return False
+    if input.device.type != "cpu" or not input.is_contiguous():
+        return False
+    return input.dtype in (torch.float32, torch.float64) and not is_forward_differentiated()
+
+
+def _is_ordinary(input: Tensor) -> bool:
+    """Whether eager kernels may take it: positions, real numbers behind it, nothing transformed."""
+    if input.device.type not in ("cpu", "cuda") or input.dim() < 3:
+        return False
+    if type(input) not in (Tensor, nn.Parameter) or is_transformed():
+        return False
+    return input.numel() > input.shape[0] * input.shape[1] > 0
+
+
+def _wants_gradients(input: Tensor, terms: Terms) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (input, *terms.tensors()))
+
+
+def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
+    """By rows, where they are in memory as such and lose no digits; otherwise by the plain form."""
+    if not has_rows(input):
+        return plain(input, terms)
+    wide = terms.cast(input.dtype)
+    mean, var = rows.differentiable_moments(input)
+    mu, var, room = _mixed_with_room(mean, var, wide, wide.example_weight)
+    if not room.min().item() > 0:
+        return plain(input, terms)
+    return rows.differentiable_scale(input, mu, var, wide.gamma, wide.beta)
+
+
+def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Moments to normalize by ``(N, C)``: the example's, mixed into the population's."""
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    if terms.mean is None or terms.var is None:
+        return mean, var
+    distance = mean - terms.mean
+    rest = 1 - a
+    var = torch.addcmul(var, distance, distance * rest)
+    return terms.mean + a * distance, rest * terms.var + a * var
+
+
+def _shifted(input: Tensor, terms: Terms) -> Tensor:
+    """By moments about the population's mean, which one reading gives; for compilers to fuse."""
+    wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    terms = terms.cast(wide)
+    if terms.mean is None or terms.var is None:  # narrows the type; `_fits_shift` has seen to it
+        return plain(input, terms)
+    axes = tuple(range(2, input.dim()))
+    shape = (-1, *(1 for _ in axes))
+    centred = input.to(wide) - terms.mean.view(shape)
+    distance, square = centred.mean(axes), (centred * centred).mean(axes)
+    size = distance.shape[1] // terms.channel_groups
+    if size > 1:
+        grouped = (len(distance), terms.channel_groups, size)
+        distance, square = (
+            t.view(grouped).mean(-1).repeat_interleave(size, -1) for t in (distance, square)
+        )
+    a = terms.example_weight
+    var = (1 - a) * terms.var + a * (square - a * distance * distance)
+    scale = torch.rsqrt(var + terms.eps)
+    if terms.gamma is not None:
+        scale = scale * terms.gamma
+    shift = -a * distance * scale
+    if terms.beta is not None:
+        shift = shift + terms.beta
+    shape = (*scale.shape, *(1 for _ in axes))
+    return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
+    """By the kernel that Inductor writes for the compiled form, where that has proved right."""
+    residual = finish.residual
+    if residual is not None and not _alike(residual, input):
+        return finish.apply(_on_cuda(input, terms, NOTHING))
+    if finish.activation not in (None, *ACTIVATIONS):
+        return Finish(None, finish.activation).apply(_on_cuda(input, terms, Finish(residual)))
+    if not _fits_shift(input, terms):
+        return finish.apply(plain(input, terms))
+    # A device may compile one of these and fail at another.
+    case = _Case(
+        device=input.device,
+        dtype=input.dtype,
+        by_rows=input.is_contiguous(),
+        dims=input.dim(),
+        weight_dims=terms.example_weight.ndim,
+        has_residual=residual is not None,
+        activation=finish.activation,
+    )
+    return _compiled(input, terms, finish) if _proved(case) else finish.apply(plain(input, terms))
+
+
+def _alike(residual: Tensor, input: Tensor) -> bool:
+    alike = (residual.dtype, residual.stride()) == (input.dtype, input.stride())
+    return alike and residual.shape == input.shape and residual.device == input.device
+
+
+class _Case(NamedTuple):
+    """All that the compiled form depends on, but for sizes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    by_rows: bool
+    dims: int
+    weight_dims: int
+    has_residual: bool
+    activation: Activation | None
+
+
+def _finished(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
+    return finish.apply(_shifted(input, terms))
+
+
+@functools.cache
+def _compiler() -> Callable[[Tensor, Terms, Finish], Tensor]:
+    # Sizes stay open: a network has layers of dozens of sizes, and each would be compiled.
+    return torch.compile(_finished, dynamic=True)
+
+
+def _compiled(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
+    return _compiler()(input, terms, finish)
+
+
+@functools.cache
+def _proved(case: _Case) -> bool:
+    """Whether a case compiles on its device and agrees with the plain form, tried once."""
+    # Sizes that differ and tensors that share nothing: the compiler takes likeness for a rule.
+    shape = (2, 3, *range(4, case.dims + 2))
+    x = torch.linspace(1, 3, math.prod(shape), device=case.device).view(shape).to(case.dtype)
+    x = x if case.by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=x.device) for _ in range(5))
+    weight = weight if case.weight_dims else weight[0].clone()
+    terms = Terms(mean, var, weight, gamma, beta=beta, eps=1e-5, channel_groups=3, shiftable=True)
+    finish = Finish(x.clone() if case.has_residual else None, case.activation)
+    try:
+        made, expected = _compiled(x.clone(), terms, finish), finish.apply(plain(x, terms))
+        torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 if x.itemsize > 2 else 0.1)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of compilers, drivers and their processes, all
+        text = str(error).strip().partition("\n")[0]
+        _log.warning("The compiled layer is not used on %s (%s): %s", case.device, case, text)
+        return False
+    return True
+
+
+def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_rows: bool) -> Tensor:
+    """By so many examples at once that the second reading finds them in the cache."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    wide = terms.cast(torch.float32 if half else input.dtype)
+    step = max(1, _SLAB * len(input) // input.numel())
+    if step >= len(input):
+        _slab(input, output, wide, by_rows)
+        return finish.apply(output)
+    for start in range(0, len(input), step):
+        part = slice(start, start + step)
+        _slab(input[part], output[part], wide, by_rows)
+        finish.of(part).apply(output[part])
+    return output
+
+
+def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
+    weight = terms.example_weight
+    a = weight if weight.ndim else weight.item()  # arithmetic with a number is the cheaper
+    x, y = (input, output) if by_rows else (input.movedim(1, -1), output.movedim(1, -1))
+    n, channels = input.shape[:2]
+    shape = (n, channels, -1) if by_rows else (n, -1, channels)
+    values, into = x.view(shape).to(weight.dtype), y.view(shape)
+    mean, var = (rows.moments if by_rows else rows.column_moments)(values)
+    mu, var, room = _mixed_with_room(mean, var, terms, a)
+    # NaN anywhere makes the least NaN, and that is not above 0.
+    lost = None if room.min().item() > 0 else ~(room > 0).all(0)
+    # Before the output is written, which may be where the input is.
+    redone = None if lost is None else _redone(input, lost, terms)
+    scale = rows.scale if by_rows else rows.column_scale
+    scale(values, mu, var, terms.gamma, terms.beta, into)
+    if redone is not None:
+        output.index_copy_(1, *redone)
+
+
+def _mixed_with_room(
+    mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_mixed`, with eps in the variance; and by how much a channel keeps its digits."""
+    single = terms.channel_groups == mean.shape[1]
+    if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
+        mu, mixed = _mixed(mean, var, terms, a)
+        mixed = mixed + terms.eps
+        least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
+        return mu, mixed, torch.sub(mixed, mean * mean * (least / rows.LOST))
+    # The usual case in few operations: for small layers each costs as much as the arithmetic.
+    distance = mean - terms.mean
+    rest = (terms.var * (1 - a)).add_(terms.eps)
+    mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
+    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / rows.LOST)
+    return torch.add(terms.mean, distance, alpha=a), mixed, room
+
+
+def _redone(input: Tensor, lost: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """The channels that lost digits, with all of their groups, and the plain form of them."""
+    groups = lost.view(terms.channel_groups, -1)
+    index = groups.any(1, keepdim=True).expand_as(groups).reshape(-1).nonzero().view(-1)
+    if len(index) == len(lost):
+        return index, plain(input, terms)
+    return index, plain(input[:, index], terms.channels(index, len(lost)))

@@ -1,0 +1,404 @@
+"""`GeneralizedBatchNorm`: one layer for Batch, Ghost, Group, Batch/Group and example-aware Norm.
+
+Training: examples are split, in order, into ceil(N / ghost_size) runs whose sizes differ by at most
+one; each (run, channel group) is normalized by its own biased moments. The running moments follow
+the whole batch per channel exactly as torch's layer updates them.
+
+Evaluation, per example i and channel group, a = example_weight:
+
+    mu  = (1-a) mean_p + a mean_i
+    var = (1-a) var_p  + a var_i + a (1-a) (mean_i - mean_p)^2
+    y   = gamma (x - mu) / sqrt(var + eps) + beta
+
+Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR
+2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and mixing
+is done on central moments. Where a fast path uses E[x^2] - E[x]^2, it checks the digits that are
+left and falls back to central moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.core.errors import ConfigError, NormError, NumericError
+from bnfix.core.moments import example_moments, mix, over_channel_groups
+from bnfix.core.torch_private import BatchNormBase
+from bnfix.norm import kernels, rows
+
+Weight = float | Sequence[float] | Tensor
+
+
+class GeneralizedBatchNorm(BatchNormBase):
+    """Batch Normalization with channel groups, ghost batches and an example weight.
+
+    With the defaults it equals torch's BatchNorm bit for bit, in training and in evaluation, and
+    it has the same parameters and buffers, plus the buffer ``example_weight``. A state dict without
+    that buffer loads strictly and leaves it as it is.
+
+    Args:
+        num_features: channels C of the input ``(N, C)`` or ``(N, C, *spatial)``.
+        eps: added to the variance.
+        momentum: weight of the batch in the running moments; ``None`` averages all batches.
+        affine: learn scale (gamma, ``weight``) and shift (beta, ``bias``).
+        track_running_stats: keep population moments; without them evaluation uses the batch's own.
+        channel_groups: number G of channel groups that share moments; default one channel each.
+        ghost_size: examples a ghost batch in training; default the whole batch.
+        example_weight: weight a of the example in its own statistics at evaluation, a number or
+            one a channel, 0 to 1.
+        device: where parameters and buffers lie.
+        dtype: their type.
+
+    Raises:
+        ConfigError: if a size or weight is out of range.
+        NormError: if the groups do not divide the channels, or a weight between 0 and 1 is asked
+            for without running statistics to mix with.
+        NumericError: if, in training, a ghost batch holds a single value per channel group.
+
+    Example:
+        >>> layer = GeneralizedBatchNorm(6, channel_groups=3, example_weight=0.1).eval()
+        >>> layer(torch.zeros(2, 6, 4, 4)).shape
+        torch.Size([2, 6, 4, 4])
+    """
+
+    channel_groups: int
+    ghost_size: int | None
+    example_weight: Tensor
+    frozen: bool = False
+    _shiftable: bool = False
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        channel_groups: int | None = None,
+        ghost_size: int | None = None,
+        example_weight: Weight = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._configure(channel_groups, ghost_size, example_weight, device)
+
+    def _configure(
+        self,
+        channel_groups: int | None,
+        ghost_size: int | None,
+        example_weight: Weight,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Check and set the three settings; surgery turns a stock layer into this one by it."""
+        groups = self.num_features if channel_groups is None else channel_groups
+        if groups < 1 or self.num_features % groups:
+            raise NormError(
+                f"channel_groups: {self.num_features} channels do not divide into {groups} groups. "
+                f"Use a divisor of {self.num_features}.",
+                name="channel_groups",
+            )
+        if ghost_size is not None and ghost_size < 1:
+            raise ConfigError(
+                f"ghost_size: {ghost_size}, expected at least 1 example.", name="ghost_size"
+            )
+        self.channel_groups, self.ghost_size = groups, ghost_size
+        self.register_buffer("example_weight", torch.zeros((), device=device))
+        self._assign_weight(example_weight)
+
+    def _assign_weight(self, weight: Weight) -> None:
+        """Check a weight, store it and refresh the plain flag that forward branches on."""
+        value = torch.as_tensor(weight, dtype=torch.float32, device=self.example_weight.device)
+        self._check_weight(value)
+        self.example_weight = value.detach().clone()
+        self._refresh_flag()
+
+    def _check_weight(self, value: Tensor) -> None:
+        name = "example_weight"
+        if value.shape not in ((), (self.num_features,)):
+            raise ConfigError(
+                f"{name}: shape {tuple(value.shape)}, expected one number or {self.num_features} "
+                "(one a channel).",
+                name=name,
+            )
+        if value.device.type == "meta":
+            return
+        if not bool(((value >= 0) & (value <= 1)).all()):
+            raise ConfigError(
+                f"{name}: a value outside 0 to 1. Give weights from 0 to 1.", name=name
+            )
+        if self.running_mean is None and not bool((value == value.flatten()[0].round()).all()):
+            raise NormError(
+                f"{name}: the layer keeps no running statistics to mix the example's with. Use 0 "
+                "or 1, or track_running_stats=True.",
+                name=name,
+            )
+
+    def _refresh_flag(self) -> None:
+        weight = self.example_weight
+        known = weight.device.type != "meta"
+        self._live = known and bool((weight != 0).any())
+        self._shiftable = known and bool((weight <= kernels.SHIFTABLE).all())
+
+    @property
+    def live(self) -> bool:
+        """Whether evaluation looks at the example: some channel's weight is above 0."""
+        return self._live
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected 2D or higher input (got {input.dim()}D input)")
+
+    def train(self, mode: bool = True) -> GeneralizedBatchNorm:
+        """Set training mode; a layer that was frozen stays in evaluation."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``(N, C)`` or ``(N, C, *spatial)``; shape, dtype and memory format stay."""
+        self._check_input_dim(input)
+        if input.numel() == 0:
+            return super().forward(input)
+        if self.training or (self.running_mean is None and not self._live):
+            compiled_average = self.momentum is None and torch.compiler.is_compiling()
+            if self._is_stock(input.shape[0]) and not compiled_average:
+                return super().forward(input)
+            return self._by_runs(input)
+        if self._live:
+            return kernels.evaluate(input, self._terms())
+        if self.channel_groups == self.num_features:
+            return super().forward(input)
+        mean, var = self._population()
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def _is_stock(self, n_examples: int) -> bool:
+        whole = self.ghost_size is None or self.ghost_size >= n_examples
+        return whole and self.channel_groups == self.num_features
+
+    def _population(self) -> tuple[Tensor, Tensor]:
+        """Population moments ``(C,)``, pooled over each channel group."""
+        mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+        return over_channel_groups(mean, var, self.channel_groups)
+
+    def _terms(self) -> kernels.Terms:
+        mean, var = (None, None) if self.running_mean is None else self._population()
+        return kernels.Terms(
+            mean,
+            var,
+            self.example_weight,
+            self.weight,
+            beta=self.bias,
+            eps=self.eps,
+            channel_groups=self.channel_groups,
+            shiftable=self._shiftable,
+        )
+
+    def _by_runs(self, input: Tensor) -> Tensor:
+        """Normalize each (ghost batch, channel group) by itself; update the running moments."""
+        values = kernels.values_of(input)
+        n = values.shape[0]
+        n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
+        if n // n_runs * values.shape[2] * (self.num_features // self.channel_groups) < 2:
+            raise NumericError(
+                "expected more than 1 value per ghost batch and channel group when training, got "
+                f"input size {tuple(input.shape)} with ghost_size {self.ghost_size}"
+            )
+        n_values = n * values.shape[2]
+        if kernels.has_rows(input) and self._is_of(input.dtype):
+            mean, var = rows.differentiable_moments(input)
+            run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
+            run_var = run_var + self.eps
+            if rows.keep_their_digits(mean, run_var):
+                self._update_running(mean, var, n_values)
+                return rows.differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
+        mean, var, centred = example_moments(values)
+        run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
+        self._update_running(mean, var, n_values)
+        output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
+        return output.view(input.shape).to(input.dtype)
+
+    def _is_of(self, dtype: torch.dtype) -> bool:
+        return all(t is None or t.dtype == dtype for t in (self.weight, self.bias))
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
+        """Move the running moments toward the whole batch's, as torch's layer does."""
+        if not (self.training and self.track_running_stats):
+            return
+        running_mean, running_var = self.running_mean, self.running_var
+        if running_mean is None or running_var is None:
+            return
+        counter = self.num_batches_tracked
+        if counter is not None:
+            counter.add_(1)
+        momentum: float | Tensor = self.momentum or 0.0
+        if self.momentum is None and counter is not None:
+            momentum = counter.to(running_mean.dtype).reciprocal()
+        batch_mean, batch_var = mix(mean, var, dim=0)
+        batch_var = batch_var * (n_values / max(n_values - 1, 1))
+        running_mean.copy_(running_mean + momentum * (batch_mean - running_mean))
+        running_var.copy_(running_var + momentum * (batch_var - running_var))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        """Take a stock layer's state as it is; a missing example weight stays what it was."""
+        key = prefix + "example_weight"
+        given = state_dict.get(key)
+        try:
+            if isinstance(given, Tensor):
+                self._check_weight(given)
+                if given.shape != self.example_weight.shape:
+                    self.example_weight = self.example_weight.new_empty(given.shape)
+            state_dict.setdefault(key, self.example_weight)
+        except (ConfigError, NormError) as error:
+            rest[-1].append(f"{prefix}{error}")
+            state_dict[key] = self.example_weight
+        if self.frozen:
+            state_dict.pop(prefix + "num_batches_tracked", None)
+            nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
+        # The caller's dict stays as it was.
+        if given is None:
+            del state_dict[key]
+        else:
+            state_dict[key] = given
+        self._refresh_flag()
+
+    def extra_repr(self) -> str:
+        """List torch's own settings, then those that differ from the stock layer's."""
+        parts = [cast(str, super().extra_repr())]  # type: ignore[no-untyped-call]
+        if self.channel_groups != self.num_features:
+            parts.append(f"channel_groups={self.channel_groups}")
+        if self.ghost_size is not None:
+            parts.append(f"ghost_size={self.ghost_size}")
+        weight = self.example_weight
+        if weight.device.type != "meta" and weight.ndim == 0:
+            parts.append(f"example_weight={weight.item():.4g}")
+        elif weight.device.type != "meta":
+            parts.append(f"example_weight={weight.min().item():.3g}..{weight.max().item():.3g}")
+        if self.frozen:
+            parts.append("frozen=True")
+        return ", ".join(parts)
+
+
+class GeneralizedBatchNormAct(GeneralizedBatchNorm):
+    """The layer followed by the drop and activation modules of timm's BatchNormAct2d.
+
+    Made by surgery only; the two modules keep their names, so the state dict keeps its keys.
+    """
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize, drop, activate."""
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
+def _over_runs(mean: Tensor, var: Tensor, n_runs: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Mix ``(N, C)`` within runs of examples and channel groups; every example gets its run's."""
+    n, channels = mean.shape
+    base, longer = divmod(n, n_runs)
+    middle = longer * (base + 1)
+    parts = []
+    # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
+    for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
+        if len(mean[part]):
+            shape = (-1, length, channels)
+            mixed = mix(mean[part].view(shape), var[part].view(shape), dim=1)
+            mixed = over_channel_groups(*mixed, groups)
+            parts.append([t.repeat_interleave(length, 0) for t in mixed])
+    run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return run_mean, run_var
+
+
+def require_eager(model: nn.Module) -> None:
+    """Refuse TorchScript: its layers are compiled, and cannot be seen or changed."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NormError(
+            f"model: a {type(model).__name__}, which is TorchScript, whose layers cannot be "
+            "changed. Give the nn.Module that it was made from."
+        )
+
+
+def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchNorm]]:
+    """Every GeneralizedBatchNorm of a model under its first dotted name, in order."""
+    for name, module in model.named_modules():
+        if isinstance(module, GeneralizedBatchNorm):
+            yield name, module
+
+
+def require_generalized(model: nn.Module) -> dict[str, GeneralizedBatchNorm]:
+    """The generalized layers of a model, of which there must be some."""
+    require_eager(model)
+    layers = dict(generalized_norms(model))
+    if not layers:
+        scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+        raise NormError(
+            f"{scripted[0]}: is TorchScript, whose layers cannot be changed. Give the nn.Module "
+            "that it was made from."
+            if scripted
+            else "model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first."
+        )
+    return layers
+
+
+def set_example_weight_(model: nn.Module, weight: Weight | Mapping[str, Weight]) -> None:
+    """Set the example weight of a layer, or of all generalized layers of a model.
+
+    Args:
+        model: a ``GeneralizedBatchNorm``, or a model that holds some.
+        weight: one number in [0, 1], one a channel, or a mapping from dotted layer name to either;
+            layers that a mapping does not name stay as they are.
+
+    Raises:
+        NormError: if there is no such layer, or one lacks running statistics to mix with.
+        ConfigError: if a weight is out of range or misshapen.
+
+    Changes:
+        The buffer ``example_weight`` of the layers, and the flag that forward branches on.
+    """
+    layers = require_generalized(model)
+    wanted = weight if isinstance(weight, Mapping) else dict.fromkeys(layers, weight)
+    unknown = [name for name in wanted if name not in layers]
+    if unknown:
+        raise NormError(f"{unknown[0]}: not a GeneralizedBatchNorm of this model.", name=unknown[0])
+    before = {name: layers[name].example_weight for name in wanted}
+    try:
+        for name, value in wanted.items():
+            layers[name]._assign_weight(value)
+    except (NormError, ConfigError) as error:
+        for name, value in before.items():
+            layers[name]._assign_weight(value)
+        raise type(error)(f"{name}: {error}", name=name) from error
+
+
+@contextmanager
+def trainable_weights(
+    layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float
+) -> Iterator[dict[str, Tensor]]:
+    """Let the example weights of some layers take gradients; all is put back on leaving."""
+    before = [(x, x.example_weight, x._live, x._shiftable) for x in layers.values()]
+    leaves: dict[str, Tensor] = {}
+    try:
+        for name, layer in layers.items():
+            weight = layer.example_weight.detach()
+            per_channel = weight.expand(layer.num_features).clone()
+            value = per_channel if granularity == "channel" else weight.mean()
+            leaves[name] = value.clamp_min(start).requires_grad_()
+            layer._buffers["example_weight"], layer._live = leaves[name], True
+            layer._shiftable = False  # a leaf may come near 1
+        yield leaves
+    finally:
+        for layer, old, live, shiftable in before:
+            layer._buffers["example_weight"] = old
+            layer._live, layer._shiftable = live, shiftable

@@ -1,0 +1,209 @@
+"""Where a model has normalization layers, of what kind, and what speaks against a swap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from bnfix.core.errors import some
+from bnfix.core.torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
+from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, require_eager
+
+_STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+#: On layers that the code that built the model has frozen; its modes are lost in loading.
+_AT_REST = "_bnfix_frozen"
+_OURS = (GeneralizedBatchNorm, GeneralizedBatchNormAct)
+#: Those that normalize what they are given.
+_FORWARDS = tuple(kind.forward for kind in (BatchNormBase, nn.SyncBatchNorm, *_OURS))
+_SCRIPTED = "is TorchScript, which cannot be seen into or changed; leave it with --skip"
+_QAT = ("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat")
+_OBSERVERS = ("FakeQuantizeBase", "ObserverBase")
+#: timm's layers are known by where they come from, so that timm need not be installed.
+_TIMM_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A normalization layer of a model that has, or could have, population moments."""
+
+    name: str
+    aliases: tuple[str, ...]  # further names of the same module
+    module: nn.Module
+    kind: str  # class name
+    problem: str  # why it cannot be swapped; "" if it can
+    unmeasured: str = ""  # why its inputs do not tell its statistics; "" if they do
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its statistics are constants by construction."""
+        return "Frozen" in self.kind or bool(getattr(self.module, "frozen", False))
+
+    def is_put_to_rest(self, model: nn.Module) -> bool:
+        """Whether the user froze it: evaluation mode and no gradients, in a model that trains."""
+        own = list(self.module.parameters(recurse=False))
+        at_rest = own and not any(p.requires_grad for p in own) and not self.module.training
+        return (model.training and bool(at_rest)) or _AT_REST in vars(self.module)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it keeps population moments."""
+        return isinstance(getattr(self.module, "running_mean", None), Tensor)
+
+
+def find_norms(model: nn.Module) -> list[NormSite]:
+    """Every normalization layer with population moments, known or not, in order.
+
+    Torch's Batch Norms, SyncBatchNorm, torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d, and
+    anything else that derives from Batch Norm or holds ``running_mean`` and ``running_var``.
+    Instance Norm is not among them.
+
+    Args:
+        model: any module.
+
+    Returns:
+        One site a module, whatever number of names it has.
+    """
+    require_eager(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        # Not module._buffers: a scripted module has none that can be iterated over.
+        buffers = {key for key, _ in module.named_buffers(recurse=False)}
+        holds_moments = {"running_mean", "running_var"} <= buffers
+        holds_moments = holds_moments and not isinstance(module, InstanceNormBase)
+        if holds_moments or isinstance(module, BatchNormBase):
+            names.setdefault(module, []).append(name)
+    quantizing = _quantizing(model) if names else ""
+    return [
+        NormSite(
+            name=first,
+            aliases=tuple(others),
+            module=module,
+            kind=type(module).__name__,
+            problem=quantizing or _problem(module, is_root=first == ""),
+            unmeasured=quantizing or _unmeasured(module),
+        )
+        for module, (first, *others) in names.items()
+    ]
+
+
+def _quantizing(model: nn.Module) -> str:
+    """Why no norm layer of a network with observers of quantization may be touched."""
+    for name, module in model.named_modules():
+        for base in type(module).__mro__:
+            where = base.__module__
+            observes = base.__name__ in _OBSERVERS and "quantization" in where
+            if observes or where.startswith(_QAT):
+                kind = type(module).__name__
+                return f"{name} ({kind}) prepares for quantization; first repair, then prepare"
+    return ""
+
+
+def instance_norms(model: nn.Module) -> dict[str, str]:
+    """Class names, by layer, of Instance Norms with running statistics."""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, InstanceNormBase) and isinstance(module.running_mean, Tensor)
+    }
+
+
+def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
+    """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``."""
+    names = (site.name, *site.aliases)
+    wanted, unwanted = (
+        any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+        for patterns in (layers, skip)
+    )
+    return (wanted or not layers) and not unwanted
+
+
+def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
+    """Complaints about patterns that match no norm layer: most likely they are misspelled."""
+    names = [name for site in sites for name in (site.name, *site.aliases)]
+    known = some(names) or "none"
+    return [
+        f"{pattern}: matches no norm layer{_near(pattern, names)} (there are: {known})"
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    close = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def is_timm_act(module: nn.Module) -> bool:
+    """Whether a module is one of timm's Batch Norms with an activation."""
+    kind = type(module)
+    return kind.__module__.startswith("timm.") and kind.__name__ in _TIMM_ACT
+
+
+def _problem(module: nn.Module, *, is_root: bool) -> str:
+    kind = type(module)
+    if is_root:
+        return "the model is itself a norm layer; put it inside a module, such as nn.Sequential"
+    if isinstance(module, torch.jit.ScriptModule):
+        return _SCRIPTED
+    if isinstance(module, LazyNormBase):
+        return f"{kind.__name__} has no size yet; run the model once before"
+    known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm, FrozenBatchNorm2d) or is_timm_act(module)
+    if not known:
+        return (
+            f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and it may do "
+            "more than normalize; leave it with --skip"
+        )
+    if "forward" in vars(module):
+        return "its forward was replaced on the object itself; undo that, or leave it with --skip"
+    return ""
+
+
+def remember_frozen_(model: nn.Module) -> None:
+    """Mark the layers that are frozen by their modes, before the model's modes change."""
+    for site in find_norms(model):
+        if site.is_put_to_rest(model):
+            site.module.__dict__[_AT_REST] = True
+
+
+def _unmeasured(module: nn.Module) -> str:
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return _SCRIPTED
+    if not isinstance(module, BatchNormBase) or is_timm_act(module):
+        return ""
+    if kind.forward in _FORWARDS and "forward" not in vars(module):
+        return ""
+    return (
+        f"{kind.__module__}.{kind.__qualname__} has a forward of its own, which may normalize "
+        "other values than it is given (masked, or with other axes); leave it with --skip"
+    )
+
+
+def unmeasurable(
+    sites: Sequence[NormSite], layers: Sequence[str], skip: Sequence[str]
+) -> list[str]:
+    """Problems of the sites whose statistics are wanted and would be measured wrongly."""
+    return [
+        f"{site.name}: {site.unmeasured}"
+        for site in sites
+        if site.unmeasured and site.has_statistics and not site.frozen
+        and selected(site, layers, skip)
+    ]  # fmt: skip
+
+
+def sites_with_statistics(
+    model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
+) -> Iterator[NormSite]:
+    """The sites whose running statistics may be recalibrated."""
+    for site in find_norms(model):
+        # Another class that holds running_mean and running_var may mean something else by them.
+        known = not site.problem or isinstance(site.module, BatchNormBase)
+        known = known and not site.unmeasured
+        if site.has_statistics and known and not site.frozen and selected(site, layers, skip):
+            yield site

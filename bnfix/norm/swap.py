@@ -1,0 +1,366 @@
+"""Find norm layers, plan their swap with all problems at once, swap them in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.core.errors import NormError, some
+from bnfix.core.guards import exchange_, tensors_kept
+from bnfix.core.moments import over_channel_groups
+from bnfix.core.settings import KINDS, SwapRecipe
+from bnfix.core.torch_private import BatchNormBase
+from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct
+from bnfix.norm.sites import (
+    NormSite,
+    find_norms,
+    instance_norms,
+    is_timm_act,
+    selected,
+    unmatched,
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a swap does, or did, to one layer."""
+
+    name: str
+    kind: str  # class name before
+    channels: int
+    channel_groups: int
+    ghost_size: int | None
+    example_weight: float | None  # None keeps the weight of a generalized layer
+    # Largest |output after - output before| in evaluation on normal inputs of the layer's own
+    # moments, in float64 from the tensors as stored, relative to the largest output where that is
+    # above 1; None until done, where a live layer means another output, or not measurable.
+    difference: float | None = None
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """All that a swap would do, and all that speaks against it: with a problem it is refused."""
+
+    changes: tuple[Change, ...]
+    problems: tuple[str, ...]
+    skipped: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
+    """Plan the swap of every norm layer; no effect on the model."""
+    recipe = recipe or SwapRecipe()
+    sites = find_norms(model)
+    changes: list[Change] = []
+    skipped: list[str] = []
+    problems = unmatched(sites, (*recipe.layers, *recipe.skip))
+    wanted = [site for site in sites if selected(site, recipe.layers, recipe.skip)]
+    for site in sites:
+        if site not in wanted:
+            skipped.append(f"{site.name}: left alone as asked")
+        elif site.problem:
+            problems.append(f"{site.name}: {site.problem}")
+        else:
+            change, reasons = _plan_site(site, recipe)
+            changes.append(change)
+            problems.extend(f"{site.name}: {reason}" for reason in reasons)
+    notes = []
+    planned = [site for site in wanted if not site.problem]
+    if synchronized := [site.name for site in planned if "Sync" in site.kind]:
+        notes.append(
+            f"{some(synchronized)}: was SyncBatchNorm; in training it now normalizes per process"
+        )
+    if frozen := [site.name for site in planned if site.frozen]:
+        notes.append(
+            f"{some(frozen)}: FrozenBatchNorm2d, whose numbers are constants and stay as they "
+            "are. --unfreeze turns it into BatchNorm2d of the same numbers"
+        )
+    others = instance_norms(model)
+    if not sites:
+        has = f" ({some([f'{n}: {kind}' for n, kind in others.items()])})" if others else ""
+        problems.append(f"model: no Batch Norm layer in it{has}, so there is nothing to swap")
+    elif others:
+        skipped.append(
+            f"{some(list(others))}: left alone, since Instance Norm's running statistics are means "
+            "of the examples' own"
+        )
+    return SwapPlan(tuple(changes), tuple(problems), tuple(skipped), tuple(notes))
+
+
+def swap_norms_(
+    model: nn.Module,
+    *,
+    to: str = "example-aware",
+    example_weight: float | None = None,
+    ghost_size: int | None = None,
+    channel_groups: int | None = None,
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> SwapPlan:
+    """Turn every Batch Norm into a `GeneralizedBatchNorm` with the same weights and outputs.
+
+    With example weight 0 evaluation gives the same outputs at any grouping: where channels share
+    moments, scale and shift are re-fitted (the pooled moments are constants, so they can absorb
+    the change exactly), and each layer is compared before anything is replaced. Parameters are the
+    very same objects, except that re-fitted ones are new: build optimizers afterwards.
+
+    Args:
+        model: any module; layers that are generalized already get the new settings.
+        to: kind of normalization, a key of ``bnfix.core.settings.KINDS``.
+        example_weight: overrides the kind's, 0 to 1.
+        ghost_size: overrides the kind's, in examples.
+        channel_groups: overrides the kind's, a count of groups.
+        layers: only names that match one of these globs.
+        skip: not names that match one of these globs.
+
+    Returns:
+        The plan with the measured difference of every layer.
+
+    Raises:
+        NormError: with all problems at once; the model is then untouched.
+
+    Changes:
+        The norm layers of ``model``: the very objects become the new class, so that whatever holds
+        one follows, in the module tree or not; hooks, fields and parameters are kept.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> swap_norms_(net).changes[0].name
+        '1'
+    """
+    recipe = SwapRecipe(
+        to=to,
+        example_weight=example_weight,
+        ghost_size=ghost_size,
+        channel_groups=channel_groups,
+        layers=tuple(layers),
+        skip=tuple(skip),
+    )
+    return swap_planned_(model, plan_swap(model, recipe))
+
+
+def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
+    """Do what a plan says, in place; see `swap_norms_`."""
+    sites = {site.name: site.module for site in find_norms(model)}
+    problems = list(plan.problems) + [
+        f"{change.name}: no norm layer of this model; plan for this very model"
+        for change in plan.changes
+        if change.name not in sites
+    ]
+    _refuse(problems)
+    new: list[tuple[nn.Module, GeneralizedBatchNorm]] = []
+    done: list[Change] = []
+    for change in plan.changes:
+        old = sites[change.name]
+        layer = _build(old, change)
+        weighed = layer.live or (isinstance(old, GeneralizedBatchNorm) and old.live)
+        difference = None if weighed else _difference(old, layer)
+        if difference is not None and not difference <= _tolerance(layer):
+            problems.append(f"{change.name}: {_why_different(layer, difference)}")
+        new.append((old, layer))
+        done.append(replace(change, difference=difference))
+    _refuse(problems)
+    for old, layer in new:
+        exchange_(old, layer)
+    return replace(plan, changes=tuple(done))
+
+
+def unfreeze_(model: nn.Module) -> list[nn.Module]:
+    """Turn Batch Norms of constants into trainable ones of the same numbers."""
+    unfrozen = [
+        site.module
+        for site in find_norms(model)
+        if site.frozen and not site.problem and not isinstance(site.module, BatchNormBase)
+    ]
+    for module in unfrozen:
+        # timm need not be installed: its class lies beside that of the layer at hand.
+        kind: Any = nn.BatchNorm2d
+        if is_timm_act(module):
+            kind = sys.modules[type(module).__module__].BatchNormAct2d
+        own: Any = module._buffers
+        affine, device = own["weight"] is not None, own["running_var"].device
+        layer = kind(_n_channels(module), module.eps, affine=affine, device=device)
+        for name, tensor in own.items():
+            if name in layer._buffers:
+                layer._buffers[name] = tensor
+            elif tensor is not None:
+                layer._parameters[name] = nn.Parameter(tensor)
+        layer._modules.update(module._modules)
+        exchange_(module, layer)
+    return unfrozen
+
+
+def _refuse(problems: Sequence[str], shown: int = 8) -> None:
+    if problems:
+        more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
+        raise NormError(f"norm layers: {'; '.join(problems[:shown])}{more}.")
+
+
+def _tolerance(layer: GeneralizedBatchNorm) -> float:
+    return 1e-2 if layer.weight is not None and layer.weight.dtype.itemsize < 4 else 1e-4
+
+
+def _why_different(layer: GeneralizedBatchNorm, difference: float) -> str:
+    moments = (layer.running_mean, layer.running_var)
+    if not all(bool(m.isfinite().all()) for m in moments if m is not None):
+        why = "not all of its statistics are finite; recalibrate before channels share them"
+    else:
+        why = "its moments differ too much for its type; convert in float32, use more groups"
+    return f"its outputs would change by {difference:.2g}: {why}, or leave it with --skip"
+
+
+def _n_channels(module: nn.Module) -> int:
+    n = getattr(module, "num_features", None)
+    return int(n) if n is not None else int(module.running_mean.numel())  # type: ignore[operator]
+
+
+def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
+    """The change of one layer, and all that speaks against it."""
+    channels = _n_channels(site.module)
+    kind_groups, kind_ghost, kind_weight = KINDS[recipe.to]
+    groups = recipe.channel_groups
+    if groups is None:
+        groups = gcd(channels, 32) if kind_groups == "gcd32" else channels
+    weight = kind_weight if recipe.example_weight is None else recipe.example_weight
+    ghost = recipe.ghost_size or kind_ghost
+    problems = []
+    if channels % groups:
+        problems.append(
+            f"{channels} channels do not divide into {groups} groups; use a divisor of "
+            f"{channels}, for example --channel-groups {gcd(channels, groups)}"
+        )
+    affine = all(getattr(site.module, p, None) is not None for p in ("weight", "bias"))
+    if groups < channels and not affine and site.has_statistics:
+        problems.append(
+            "without scale and shift it cannot keep its outputs when channels share statistics; "
+            "leave it with --skip"
+        )
+    if not site.has_statistics and 0 < weight < 1:
+        problems.append(
+            "keeps no running statistics to mix the example's with; leave it with --skip"
+        )
+    elif not site.has_statistics and weight == 0 and (ghost is not None or groups < channels):
+        problems.append(
+            "keeps no running statistics, so groups or ghost batches would change its outputs in "
+            "evaluation too; leave it with --skip"
+        )
+    change = Change(
+        site.name,
+        site.kind,
+        channels,
+        channel_groups=groups,
+        ghost_size=ghost,
+        example_weight=weight,
+    )
+    return change, problems
+
+
+def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
+    """A generalized layer with every field, hook and tensor of the old one."""
+    activated = is_timm_act(old) or isinstance(old, GeneralizedBatchNormAct)
+    kind = GeneralizedBatchNormAct if activated else GeneralizedBatchNorm
+    layer = kind.__new__(kind)
+    # Hook dictionaries are shared on purpose: handles that the user holds keep working.
+    layer.__dict__.update(old.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        layer.__dict__[table] = dict(old.__dict__[table])
+    # A compiled call would go on calling the old layer.
+    layer.__dict__.pop("_compiled_call_impl", None)
+    layer._buffers.pop("example_weight", None)
+    layer.__dict__["_non_persistent_buffers_set"] = set(old._non_persistent_buffers_set)
+    if activated:
+        # SyncBatchNormAct may lack either, and then does without it.
+        for name in ("drop", "act"):
+            layer._modules.setdefault(name, nn.Identity())
+    if not isinstance(old, BatchNormBase):
+        _complete_frozen(layer, old)
+    own = (*layer._parameters.values(), *layer._buffers.values())
+    device = next((t.device for t in own if t is not None), None)
+    weight: Any = change.example_weight
+    if weight is None:
+        weight = old.example_weight if isinstance(old, GeneralizedBatchNorm) else 0.0
+    layer._configure(change.channel_groups, change.ghost_size, weight, device)
+    was_grouped = isinstance(old, GeneralizedBatchNorm) and old.channel_groups < change.channels
+    if was_grouped or change.channel_groups < change.channels:
+        _refit(layer, old)
+    return layer
+
+
+def _complete_frozen(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
+    """Add the fields that FrozenBatchNorm2d does without; scale and shift stay buffers."""
+    layer.num_features = _n_channels(old)
+    layer.affine, layer.track_running_stats, layer.momentum = True, True, 0.0
+    layer._buffers.setdefault("num_batches_tracked", None)
+    layer.frozen = True
+    layer.training = False
+
+
+@torch.no_grad()
+def _refit(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
+    """Pool the moments over channel groups; let scale and shift absorb the change.
+
+    gamma' = gamma s_pool / s, beta' = beta + gamma (mean_pool - mean) / s, s^2 = var + eps.
+    """
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None or mean.device.type == "meta":
+        return
+    if isinstance(old, GeneralizedBatchNorm):
+        mean, var = over_channel_groups(mean.double(), var.double(), old.channel_groups)
+    mean, var = mean.double(), var.double()
+    pooled_mean, pooled_var = over_channel_groups(mean, var, layer.channel_groups)
+    fitted = {"running_mean": pooled_mean, "running_var": pooled_var}
+    if layer.weight is not None and layer.bias is not None:
+        sd, pooled_sd = (var + layer.eps).sqrt(), (pooled_var + layer.eps).sqrt()
+        gamma = layer.weight.double()
+        fitted["weight"] = gamma * pooled_sd / sd
+        fitted["bias"] = layer.bias.double() + gamma * (pooled_mean - mean) / sd
+    for name, value in fitted.items():
+        source: Tensor = getattr(old, name)
+        fresh: Any = value.to(source.dtype)
+        if torch.equal(fresh, source):
+            continue
+        if name in layer._parameters:
+            fresh = nn.Parameter(fresh, requires_grad=source.requires_grad)
+            fresh.__dict__.update(source.__dict__)
+            layer._parameters[name] = fresh
+        else:
+            layer._buffers[name] = fresh
+
+
+@torch.no_grad()
+def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
+    """Largest relative difference in evaluation on normal inputs of the layer's own moments."""
+    mean, var = getattr(old, "running_mean", None), getattr(old, "running_var", None)
+    if mean is None or var is None or mean.device.type == "meta":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    spatial = {"BatchNorm1d": (5,), "BatchNorm3d": (2, 2, 2)}.get(type(old).__name__, (3, 3))
+    view = (1, new.num_features, *(1 for _ in spatial))
+    noise = torch.randn((4, new.num_features, *spatial), generator=generator).to(mean.device)
+    x = mean.double().view(view) + var.double().clamp_min(0).sqrt().view(view) * noise
+    before, after = _evaluated(old, x), _evaluated(new, x)
+    # A layer whose statistics are not finite gives NaN, and may give the same NaN: it can still be
+    # swapped, and then be recalibrated.
+    same = (before == after) | (before.isnan() & after.isnan())
+    gap = torch.where(same, 0.0, (after - before).abs())
+    scale = before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1.0)
+    return float((gap.max() / scale).item())
+
+
+def _evaluated(module: nn.Module, x: Tensor) -> Tensor:
+    """A layer's output in evaluation, in float64 from its tensors as they are stored."""
+    with tensors_kept(module) as tables:
+        for part in module.modules():
+            part.training = False
+        for table in tables:
+            own = {k: t for k, t in table.items() if t is not None and t.is_floating_point()}
+            table.update({k: t.double() for k, t in own.items()})
+        # The class's method, not a call: the user's hooks are no part of this.
+        output: Tensor = type(module).forward(module, x)
+    return output

@@ -1,0 +1,288 @@
+"""Batches that walk through a model together and wait for each other at each norm layer.
+
+One forward pass gives every layer the statistics of the whole set, met as inference will meet them:
+when the last batch has come to a layer, its statistics are known, and all go on. Each batch has a
+thread of its own, but only one runs at a time, and always in the same order; threads serve as
+coroutines that can stop in the middle of any model's forward pass.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.core import distributed, guards, runtime
+from bnfix.core.errors import ModelError
+from bnfix.core.memory import LiveBytes
+from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
+from bnfix.recalibrate.accumulator import Accumulator
+from bnfix.recalibrate.collector import (
+    TRACED,
+    Collector,
+    Source,
+    StopHereError,
+    as_stored,
+    device_of_site,
+    up_to,
+)
+
+#: What a network raises on an activation of another shape than it expects.
+_OF_SHAPE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError)
+#: Batches that may walk together; each has a thread.
+_MOST_BATCHES = 256
+
+
+def default_memory(device: torch.device) -> int:
+    """Bytes of activations that may be held: a quarter of the memory that is free.
+
+    Processes of one machine share that quarter.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 4
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free // (4 * distributed.here().per_machine)
+    except (AttributeError, OSError, ValueError):
+        return 1 << 30
+
+
+class Walk:
+    """One walk of all batches of a source; its collector holds what was measured afterwards."""
+
+    def __init__(self, source: Source, collector: Collector, memory_bytes: int | None) -> None:
+        self._source, self._collector = source, collector
+        self._device = runtime.device_of(source.model)
+        # Activations that may be held, by what the first batch holds.
+        self._limit = default_memory(self._device) if memory_bytes is None else memory_bytes
+        self._walkers: list[_Walker] = []
+        self._running: _Walker | None = None
+        self._back = threading.Semaphore(0)
+        self._ending = self._impossible = False
+        self.disturbed = False  # a batch failed while it ran among others
+        self.first: list[Any] = []  # the first batches, as they came
+        self.n_examples = self.n_batches = self.n_steps = 0
+
+    def go(self) -> bool:
+        """Walk the batches; whether all got to the end.
+
+        They do not where their activations do not fit, where they meet layers in different orders,
+        or where a layer's output comes back to its input. Then the collector is of no use.
+        """
+        if self._limit <= 0 or has_modes():
+            return False
+        source, collector = self._source, self._collector
+        enter = _thread_state(self._device)
+        # Buffers that are lent when the walk is given up come back with all other state.
+        with (
+            guards.inference(source.model) as changed,
+            guards.hooks() as handles,
+            torch.compiler.set_stance("force_eager"),
+            # Threads are made as they are needed: no walker ends before all have begun.
+            ThreadPoolExecutor(_MOST_BATCHES) as pool,
+        ):
+            for module in [site.module for site in collector.sites.values()]:
+                handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
+                handles.append(module.register_forward_hook(collector.after, always_call=True))
+            try:
+                distributed.together(lambda: self._start(pool, enter))
+                self._step_by_step()
+            finally:
+                self._end()
+        if not self._impossible:
+            source.changed.update(dict.fromkeys(changed))
+        return not self._impossible
+
+    def _start(self, pool: ThreadPoolExecutor, enter: _State) -> None:
+        """Bring every batch to its first norm layer."""
+        source = self._source
+        batches = source.cost.reading(runtime.pass_of(source.batches, 0))
+        for index, batch in enumerate(up_to(batches, source.samples)):
+            if index < TRACED:
+                # Forward may write to its input.
+                copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
+                self.first.append(copied)
+            walker = _Walker(index, batch)
+            if index >= _MOST_BATCHES or not self._fits(walker.size):
+                self._impossible = True
+                return
+            context = contextvars.copy_context()
+            walker.done = pool.submit(context.run, self._walk, walker, enter)
+            self._walkers.append(walker)
+            self._resume(walker)
+            if self._impossible:
+                return
+            n = runtime.n_examples_of(batch)
+            self.n_examples, self.n_batches = self.n_examples + n, self.n_batches + (n > 0)
+
+    def _step_by_step(self) -> None:
+        """Make the layer final at which all wait, on every rank, and bring all to their next."""
+        collector, sums = self._collector, self._collector.sums
+        while True:
+            found = distributed.together(self._look)
+            places = {name for name, _, _ in found if name is not None}
+            self._impossible = len(places) > 1 or any(impossible for *_, impossible in found)
+            if self._impossible or not places:
+                break
+            name = places.pop()
+            if distributed.here().shared:
+                sums.measured[name] = self._everyones(name, [state for _, state, _ in found])
+            moments = sums.measured[name].statistics(self._source.train_batch_size)
+            collector.use[name] = as_stored(collector.by_name[name], *moments)
+            self.n_steps += 1
+            distributed.together(self._go_on)
+        n_examples = distributed.gather((self.n_examples, self.n_batches))
+        self.n_examples, self.n_batches = map(sum, zip(*n_examples, strict=True))
+        if distributed.here().shared and not self._impossible:
+            # All have the same sums already; what is still to be agreed on is order and calls.
+            measured = sums.measured
+            sums.set_states_(distributed.gather({**sums.state(), "measured": {}}))
+            sums.measured = measured
+
+    def _look(self) -> tuple[str | None, Any, bool]:
+        """The layer at which this rank's batches wait, what they measured, whether it fails."""
+        collector = self._collector
+        if self._impossible:
+            return None, None, True
+        collector.check_finite()
+        places = {walker.at.name for walker in self._walkers if walker.at is not None}
+        if len(places) != 1:
+            return None, None, len(places) > 1
+        name = places.pop()
+        shared = distributed.here().shared
+        return name, collector.sums.measured[name].state(summed=True) if shared else None, False
+
+    def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
+        """What all ranks have measured at a layer."""
+        device = device_of_site(self._collector.by_name[name])
+        first, *rest = (Accumulator.of_state(part, device) for part in sums if part is not None)
+        return first.merged(rest)
+
+    def _go_on(self) -> None:
+        for walker in [walker for walker in self._walkers if walker.at is not None]:
+            self._resume(walker)
+            if self._impossible:
+                return
+
+    def _fits(self, more: int = 0) -> bool:
+        """Whether the activations of all batches so far would, by what the first one holds."""
+        if not self._walkers:
+            return True
+        first, sizes = self._walkers[0], more + sum(walker.size for walker in self._walkers)
+        return first.live.bytes * (sizes / max(1, first.size)) <= self._limit
+
+    def _resume(self, walker: _Walker) -> None:
+        """Let one batch run until it waits again, or ends."""
+        self._collector.new_batch(walker.index)
+        self._running, walker.at = walker, None
+        with self._source.cost.running():
+            walker.go.release()
+            self._back.acquire()
+        self._running = None
+        if walker.at is not None:
+            # Here, not in the batch's thread: the many small sums want threads that are awake.
+            self._collector.measure(walker.at, walker.x)
+            walker.x = None
+        if walker.is_over:
+            error = walker.done.exception()
+            # By itself it may run; if not, the passes that follow raise the error again.
+            cause = error.__cause__ if isinstance(error, ModelError) else None
+            if isinstance(cause, _OF_SHAPE) and len(self._walkers) > 1:
+                self.disturbed = self._impossible = True
+            elif error is not None:
+                raise error
+        if walker.index == 0 and not self._fits():
+            self._impossible = True
+
+    def _end(self) -> None:
+        """End all threads, one after the other, the one that may still be running first."""
+        self._ending = True
+        for walker in sorted(self._walkers, key=lambda walker: walker is not self._running):
+            walker.go.release()
+            wait([walker.done])
+
+    def _walk(self, walker: _Walker, enter: _State) -> None:
+        """Run a batch, in its thread."""
+        walker.go.acquire()
+        try:
+            if not self._ending:
+                with enter(), walker.live if walker.index == 0 else ExitStack():
+                    source = self._source
+                    runtime.run(source.model, walker.batch, self._device, source.forward)
+        except StopHereError:
+            pass
+        finally:
+            walker.is_over, walker.batch = True, None
+            self._back.release()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Wait to be measured, and for the others; lend the layer its final moments; a pre-hook."""
+        collector, walker = self._collector, self._running
+        site = collector.sites[id(module)]
+        x = args[0] if args else next(iter(kwargs.values()))
+        if walker is None or self._ending:
+            raise StopHereError
+        if x.numel():
+            if site.name in collector.use:
+                self._impossible = True
+                raise StopHereError
+            walker.at, walker.x = site, x
+            del x
+            self._back.release()
+            walker.go.acquire()
+            if self._ending:
+                raise StopHereError
+        if site.name in collector.use:
+            collector.lend(module, collector.use[site.name])
+
+
+class _Walker:
+    """A batch on its way, and the layer at which it waits."""
+
+    def __init__(self, index: int, batch: Any) -> None:
+        self.index, self.batch = index, batch
+        tensors = [leaf for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor)]
+        self.size = sum(tensor.numel() for tensor in tensors) or 1
+        self.at: Any = None
+        self.x: Any = None
+        self.is_over = False
+        self.go = threading.Semaphore(0)
+        self.done: Future[None]
+        self.live = LiveBytes(sum(tensor.numel() * tensor.itemsize for tensor in tensors))
+
+
+_State = Any
+
+
+def _thread_state(device: torch.device) -> _State:
+    """What torch keeps for each thread, to be entered in another one."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    cached, inference = torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()
+    stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    @contextmanager
+    def enter() -> Iterator[None]:
+        with ExitStack() as stack:
+            if inference:
+                stack.enter_context(torch.inference_mode())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(
+                torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached)
+            )
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
+    return enter
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch

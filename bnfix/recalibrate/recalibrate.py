@@ -1,0 +1,455 @@
+"""`recalibrate_`: population statistics for fixed weights.
+
+One mechanism serves all feeds: before a norm layer runs, a hook measures its input, example by
+example, and hands the layer the moments to normalize by for this call; the layer itself stays in
+evaluation. The model's own buffers are not touched until the end, when all are written at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bnfix.checkpoints.run_state import identity_of
+from bnfix.core import distributed, runtime
+from bnfix.core.errors import ConfigError, DataError, NormError, NumericError, some
+from bnfix.core.torch_private import BatchNormBase
+from bnfix.norm.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
+from bnfix.recalibrate.accumulator import Accumulator
+from bnfix.recalibrate.collector import (
+    Collector,
+    Cost,
+    Source,
+    as_stored,
+    over_groups,
+)
+from bnfix.recalibrate.passes import Enough, Found, Kept, collect, one_pass
+from bnfix.recalibrate.settling import drift, eps_of
+
+#: Residual that is worth a word.
+_SMALL = 1e-3
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What was measured at one layer. Channel means are plain means over the channels."""
+
+    name: str
+    kind: str
+    channels: int
+    n_values: int  # a channel
+    n_calls: int  # in a forward pass, the most there were
+    mean_shift: float  # mean over channels of |new mean - old mean| / sqrt(new var + eps)
+    log_var_ratio: float  # mean over channels of |log((new var + eps) / (old var + eps))|
+    #: Largest standard error of a mean, by sqrt(var + eps); infinite from one example.
+    mean_se: float
+    var_se: float  # likewise of a variance, by var + eps
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """Layers that were not measured, or more than once a pass, by name."""
+
+    called_again: tuple[str, ...] = ()  # their calls are pooled
+    never_reached: tuple[str, ...] = ()  # their statistics are as they were
+    #: Frozen, excluded, without statistics, or with something of that name but no Batch Norm.
+    left_alone: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  # those left alone since the user froze them by their modes
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How far the statistics can be relied on."""
+
+    slowest: str = ""  # with samples="auto", the layer whose error was last to be small enough
+    is_enough: bool = True  # whether it became so before the data ended
+    #: In a walk the first batches met other moments than by themselves, since the network keeps
+    #: something on itself while it runs; so batches ran one after the other.
+    disturbed: bool = False
+    #: How far the statistics are from those that a pass with them meets, where they did not settle
+    #: or where ``disturbed``.
+    residual: float = 0.0
+    changed_by_forward: tuple[str, ...] = ()  # buffers and attributes; put back
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What it took."""
+
+    seconds: float = 0.0
+    cost: Cost = field(default_factory=Cost)  # of this process
+    n_processes: int = 1
+    n_resumed: int = 0  # examples whose moments an earlier run had measured and kept
+    #: Examples times passes by the seconds, all processes together; None after an earlier run.
+    examples_per_second: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Calibration:
+    """What `recalibrate_` did."""
+
+    target: str  # population or train-batch B
+    feed: str
+    n_examples: int
+    n_batches: int
+    passes: float  # full forward passes; a shortened one counts as its part of the layers
+    how: str  # walk: all batches together in one pass; passes: one after the other
+    layers: tuple[LayerStatistics, ...]  # in order of first call
+    exceptions: Exceptions = field(default_factory=Exceptions)
+    trust: Trust = field(default_factory=Trust)
+    effort: Effort = field(default_factory=Effort)
+
+    def __repr__(self) -> str:
+        n_missed = len(self.exceptions.never_reached)
+        missed = f", {n_missed} never reached" if n_missed else ""
+        return (
+            f"Calibration({self.target}, {self.feed} feed: {len(self.layers)} layers from "
+            f"{self.n_examples:,} examples{missed}, {self.effort.seconds:.3g} s)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the layers, on one level."""
+        values = asdict(self)
+        del values["layers"]
+        for part in ("exceptions", "trust", "effort"):
+            values |= values.pop(part)
+        return values
+
+
+def recalibrate_(
+    model: nn.Module,
+    batches: runtime.Batches,
+    *,
+    target: str = "population",
+    train_batch_size: int | None = None,
+    feed: str = "batch",
+    samples: int | str | None = None,
+    tolerance: float = 0.04,
+    memory_bytes: int | None = None,
+    forward: runtime.Forward | None = None,
+    precision: str = "fp32",
+    layers: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    include_frozen: bool = False,
+    state: str | Path | None = None,
+    identity: str = "",
+) -> Calibration:
+    """Set the population moments of every norm layer to those of the data, weights fixed.
+
+    ``mean`` and ``var`` (biased) of all values a channel, pooled over examples in float64 by the
+    law of total variance, so that neither the batch size nor an uneven last batch matters to a
+    layer. Everything but the norm layers runs as in inference (no dropout); frozen layers are left
+    alone; calls of a layer that is used more than once are pooled.
+
+    Args:
+        model: stock or generalized norm layers, on the device to run on.
+        batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``; with ``feed="sequential"`` it is
+            read more than once.
+        target: ``population``, the total variance; or ``train-batch``, what a training batch saw
+            on average: var - Vm / B, Vm the variance over examples of the per-example mean.
+        train_batch_size: B of ``train-batch``.
+        feed: what the layers above a layer see. ``batch``: its output normalized by the batch's own
+            moments, one pass. ``sequential``: its output in inference with its new moments, layer
+            after layer, exact whatever the batches (as long as every pass gives the same examples).
+            One pass, in which all batches wait for each other at each layer, if what they hold by
+            then fits the memory. Otherwise, or where batches meet layers in different orders or a
+            layer more than once: one pass, and one (shortening) pass for each layer but the first.
+            A layer called more than once is measured until it settles, or else gets the moments
+            that came nearest. A walk is checked: the first two batches, run again by themselves,
+            must meet the same moments; if not, there are passes instead.
+        samples: stop after the batch with which this number of examples is reached; needed where
+            the batches have no length and more than 100,000 examples; ``auto``: with
+            which every layer's errors are small enough; under ``sequential`` a pass of the batch
+            feed decides that. Not for a stream, which may have no end.
+        tolerance: what is small enough for ``auto``: root mean square over a layer's channels of
+            the standard errors of mean (by sqrt(var + eps)) or variance (by var + eps).
+        memory_bytes: what the walking batches may hold, at most; by default a quarter of the
+            memory that is free; 0 for passes.
+        forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
+        precision: of the forward passes, ``fp32``, ``bf16`` or ``fp16`` (autocast). What layers
+            meet is measured in float32 and summed in float64 whatever it is, but is itself rounded:
+            with bf16 by 8 bits, once a convolution.
+        layers: only names that match one of these globs.
+        skip: not names that match one of these globs.
+        include_frozen: also layers that are frozen by their modes: in evaluation mode and without
+            gradients in scale and shift, while the model as a whole is in training mode. In a model
+            that is in evaluation mode as a whole no layer counts as frozen.
+        state: folder for what passes have measured so far, one file a rank, written every half a
+            minute or so. A run that finds its state there goes on from it, to the same numbers. A
+            walk, which is one pass, starts over.
+        identity: what else tells this run from others, such as a fingerprint of the data; model
+            and options always do.
+
+    Returns:
+        What was measured and what was left alone.
+
+    Raises:
+        ConfigError: if an option is not known or out of range, or ``train-batch`` lacks its size.
+        NormError: if a pattern matches nothing, there is no layer to recalibrate, the data reach
+            none, or under ``batch`` a layer gets a single value a channel.
+        DataError: if there are no examples, or none in a later pass; if batches without a length do
+            not end; if under ``batch`` every one of several batches holds a single example.
+        NumericError: if a layer's input is not finite, or its moments do not fit its type.
+
+    Changes:
+        ``running_mean``, ``running_var``, and ``num_batches_tracked`` where it is 0; all at the
+        very end, so that an exception leaves the model bit for bit as it was.
+    Restores:
+        Modes, hooks, random state, and what forward changes by itself.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> recalibrate_(net, [torch.randn(4, 3, 8, 8)]).n_examples
+        4
+
+    Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
+    between batches counts, uneven batches are weighed, accumulation is in float64.
+    """
+    _check_options(target, train_batch_size, feed, samples, tolerance)
+    if samples == "auto" and isinstance(batches, Iterator):
+        raise ConfigError(
+            "samples auto: the batches are a stream, which may have no end. Give a number.",
+            name="samples",
+        )
+    started = time.perf_counter()
+    sites, frozen = _sites(model, layers, skip, include_frozen)
+    size = train_batch_size if target == "train-batch" else None
+    auto = Enough(tolerance) if samples == "auto" else None
+    keeper = None
+    if state is not None:
+        settings = {
+            "target": target, "size": size, "feed": feed, "samples": samples, "of": identity,
+            "tolerance": tolerance, "layers": [site.name for site in sites],
+            **({} if precision == "fp32" else {"precision": precision}),
+        }  # fmt: skip
+        keeper = Kept(state, identity_of(model, settings))
+    source = Source(
+        model=model,
+        batches=batches,
+        forward=forward,
+        samples=samples if isinstance(samples, int) else None,
+        train_batch_size=size,
+    )
+    with runtime.autocast(runtime.device_of(model), precision):
+        found = collect(source, sites, feed, auto, memory_bytes, keeper)
+    records = _written(source, found)
+    names, reached = [site.name for site in sites], found.collector.sums.measured
+    return Calibration(
+        target=target if size is None else f"train-batch {size}",
+        feed=feed,
+        n_examples=found.seen.n_examples,
+        n_batches=found.seen.n_batches,
+        passes=found.passes,
+        how=found.how,
+        layers=records,
+        exceptions=Exceptions(
+            called_again=tuple(record.name for record in records if record.n_calls > 1),
+            never_reached=tuple(name for name in names if name not in reached),
+            left_alone=tuple(s.name for s in find_norms(model) if s.name not in names),
+            frozen=frozen,
+        ),
+        trust=Trust(
+            slowest="" if auto is None else auto.slowest,
+            is_enough=auto is None or auto.is_enough,
+            disturbed=found.disturbed,
+            residual=found.error,
+            changed_by_forward=tuple(source.changed),
+        ),
+        effort=_effort(source, found, keeper, time.perf_counter() - started),
+    )
+
+
+def _effort(source: Source, found: Found, keeper: Kept | None, seconds: float) -> Effort:
+    n_resumed = 0 if keeper is None else keeper.n_resumed
+    # An earlier run's time is not known.
+    rate = found.seen.n_examples * found.passes / max(seconds, 1e-9) if not n_resumed else None
+    return Effort(
+        seconds=seconds,
+        cost=source.cost,
+        n_processes=distributed.here().size,
+        n_resumed=n_resumed,
+        examples_per_second=rate,
+    )
+
+
+def _sites(
+    model: nn.Module, layers: Sequence[str], skip: Sequence[str], include_frozen: bool
+) -> tuple[list[NormSite], tuple[str, ...]]:
+    """The layers to recalibrate, and those left alone since the user froze them."""
+    every = find_norms(model)
+    problems = unmatched(every, (*layers, *skip)) + unmeasurable(every, layers, skip)
+    if problems:
+        raise NormError(f"norm layers: {'; '.join(problems)}.")
+    sites = list(sites_with_statistics(model, layers, skip))
+    at_rest = () if include_frozen else tuple(s.name for s in sites if s.is_put_to_rest(model))
+    sites = [site for site in sites if site.name not in at_rest]
+    if not sites:
+        frozen = [site.name for site in every if site.frozen]
+        why = f" ({some(frozen)}: frozen; --unfreeze makes BatchNorm2d of them)" if frozen else ""
+        if at_rest:
+            why = f" ({some(at_rest)}: frozen; --include-frozen, include_frozen= takes them in)"
+        raise NormError(f"model: no norm layer with statistics to recalibrate{why}.")
+    return sites, at_rest
+
+
+def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
+    """Write all layers' new moments, after checking that all fit; their records."""
+    sites, measured = found.collector.by_name, found.collector.sums.measured
+    with source.cost.measuring():
+        new = {
+            name: found.nearest.get(name) or sums.statistics(source.train_batch_size)
+            for name, sums in measured.items()
+        }
+    stored = {name: as_stored(sites[name], *moments) for name, moments in new.items()}
+    for name, (mean, var) in stored.items():
+        if not bool((mean + var).isfinite().all()):
+            raise NumericError(
+                f"{name}: its moments are beyond {str(mean.dtype).removeprefix('torch.')}. "
+                "Recalibrate in float32.",
+                name=name,
+            )
+    records = tuple(
+        _record(sites[name], sums, new[name], found.calls[name]) for name, sums in measured.items()
+    )
+    for name, (mean, var) in stored.items():
+        buffers: Any = sites[name].module._buffers
+        buffers["running_mean"].copy_(mean)
+        buffers["running_var"].copy_(var)
+        tracked = buffers.get("num_batches_tracked")
+        if tracked is not None and int(tracked) == 0:
+            tracked.fill_(found.seen.n_batches)
+    return records
+
+
+def residuals(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: runtime.Forward | None = None,
+) -> dict[str, tuple[float, float]]:
+    """Compare stored statistics with those that one inference pass over the data meets.
+
+    Args:
+        model: as it will be used; only read.
+        batches: any iterable of batches.
+        forward: called as ``forward(model, batch)`` for unusual batches.
+
+    Returns:
+        For each layer reached: mean over channels of |log((var_stored + eps)/(var_fresh + eps))|,
+        and of |mean_stored - mean_fresh| / sqrt(var_fresh + eps).
+
+    Raises:
+        DataError: if there are no examples.
+    """
+    # Frozen layers too: whether their constants fit the data is worth knowing.
+    sites = [site for site in find_norms(model) if site.has_statistics and _is_comparable(site)]
+    source = Source(model, batches, forward)
+    collector = Collector(sites, source.cost, by_batch=False)
+    if one_pass(source, collector).n_examples == 0:
+        raise DataError("residuals: no examples. Give at least one batch.")
+    found, measured = {}, collector.sums.measured
+    for site in sites:
+        if site.name in measured:
+            fresh = measured[site.name].statistics(None)
+            mean_shift, log_var_ratio = drift(_own_moments(site), fresh, eps_of(site))
+            found[site.name] = (log_var_ratio, mean_shift)
+    return found
+
+
+def _check_options(
+    target: str,
+    train_batch_size: int | None,
+    feed: str,
+    samples: int | str | None,
+    tolerance: float,
+) -> None:
+    if target not in ("population", "train-batch") or feed not in ("batch", "sequential"):
+        raise ConfigError(
+            f"target {target!r}, feed {feed!r}: expected population or train-batch, batch or "
+            "sequential."
+        )
+    if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
+        raise ConfigError("target train-batch: give train_batch_size, at least 1.")
+    known = samples >= 1 if isinstance(samples, int) else samples in (None, "auto")
+    if not known:
+        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
+
+
+def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
+    """The moments that the layer holds, as it uses them, in float64."""
+    mean: Any = site.module._buffers["running_mean"]
+    var: Any = site.module._buffers["running_var"]
+    return over_groups(site, mean.double(), var.double())
+
+
+def _is_comparable(site: NormSite) -> bool:
+    known = not site.problem or isinstance(site.module, BatchNormBase)
+    return known and not site.unmeasured
+
+
+def _record(
+    site: NormSite, accumulator: Accumulator, new: tuple[Tensor, Tensor], n_calls: int
+) -> LayerStatistics:
+    mean_shift, log_var_ratio = drift(_own_moments(site), new, eps_of(site))
+    mean_se, var_se = accumulator.errors()
+    spread = new[1] + eps_of(site)
+    return LayerStatistics(
+        name=site.name,
+        kind=site.kind,
+        channels=new[0].numel(),
+        n_values=int(accumulator.values.count),
+        n_calls=n_calls,
+        mean_shift=mean_shift,
+        log_var_ratio=log_var_ratio,
+        mean_se=float((mean_se / spread.sqrt()).max()),
+        var_se=float((var_se / spread).max()),
+    )
+
+
+def describe_missing(calibration: Calibration) -> list[str]:
+    """Sentences for the report on layers that were passed over."""
+    trust, layers = calibration.trust, calibration.exceptions
+    sentences = []
+    if n_resumed := calibration.effort.n_resumed:
+        sentences.append(
+            f"{n_resumed} examples were not run again; an interrupted run had kept what they "
+            "measured."
+        )
+    if trust.slowest:
+        reached = "were enough" if trust.is_enough else "are all there are, and not enough"
+        sentences.append(
+            f"{calibration.n_examples} examples {reached}; the last layer to be known well was "
+            f"{trust.slowest}."
+        )
+    if trust.disturbed:
+        sentences.append(
+            "the network keeps activations or counts on itself while it runs, or is random, so the "
+            "batches ran one after the other, not together."
+        )
+    if trust.residual > _SMALL:
+        sentences.append(
+            f"they did not settle; a pass with them meets others, by {trust.residual:.2g} of a "
+            "deviation at the worst layer."
+        )
+    others = [name for name in layers.left_alone if name not in layers.frozen]
+    listed = (
+        (
+            layers.frozen,
+            "frozen (evaluation mode, no gradients); left alone. --include-frozen "
+            "(from Python include_frozen=True) takes them in",
+        ),
+        (layers.called_again, "called more than once a forward pass; their calls are pooled"),
+        (layers.never_reached, "never reached by the data; their statistics are as they were"),
+        (others, "frozen, excluded, without statistics or not known; left alone"),
+    )
+    return [f"population statistics: {sentence}" for sentence in sentences] + [
+        f"{some(names)}: {text}." for names, text in listed if names
+    ]

@@ -1,0 +1,280 @@
+"""`refit_`: scale and shift of layers that changed what they normalize by, fitted to the original.
+
+A layer that weighs the example's own statistics (Group Norm most of all) takes out of every
+example what Batch Norm leaves in, so that the original's scale and shift no longer fit. Per channel
+the best affine map from the new normalized values z to the original's outputs y has a closed form:
+
+    gamma = cov(z, y) / var(z)        beta = mean(y) - gamma mean(z)
+
+and what is left is var(y) - cov(z, y)^2 / var(z). The sums are moments of z, y and z + y, streamed
+in float64 and pooled by the law of total variance; cov = (var(z + y) - var(z) - var(y)) / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.core import guards, runtime
+from bnfix.core.errors import DataError, NormError, NumericError, some
+from bnfix.core.moments import Moments, pool
+from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
+from bnfix.norm.sites import find_norms
+from bnfix.recalibrate.collector import StopHereError, up_to
+
+#: Examples that are plenty for two numbers a channel; more cost a pass a layer each.
+REFIT_SAMPLES = 256
+
+#: var(z) at or below this holds nothing to fit a scale to: normalized values have a variance of 1.
+_CONSTANT = 1e-9
+
+
+@dataclass(frozen=True)
+class RefittedLayer:
+    """How close one layer came to the original's outputs."""
+
+    name: str
+    n_values: int  # a channel
+    residual: float  # squared difference left, by the variance: 1 is no better than a constant
+
+
+@dataclass(frozen=True)
+class Refitting:
+    """Each layer's fit, in the order of their calls, and the whole net's."""
+
+    layers: tuple[RefittedLayer, ...]
+    n_examples: int
+    not_fitted: tuple[str, ...]  # without scale and shift, or that the data never came to
+    distance: tuple[float, float]  # of the net's outputs, before and after; see `_Fit.distance`
+    kept: bool  # not where the fit brought the outputs no nearer
+
+    def describe(self) -> str:
+        """Say it in one sentence."""
+        before, after = self.distance
+        done = (
+            f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
+            f"outputs on {self.n_examples} examples"
+        )
+        if not self.kept:
+            return (
+                f"{done}, which took the whole net's outputs further away from the original's "
+                f"(distance {before:.3g}, then {after:.3g}); so they are as they were."
+            )
+        worst = max(self.layers, key=lambda layer: layer.residual)
+        mean = sum(layer.residual for layer in self.layers) / len(self.layers)
+        left = f"; not fitted: {some(self.not_fitted)}" if self.not_fitted else ""
+        return (
+            f"{done}; of their variance {mean:.1%} is left on average, {worst.residual:.1%} at "
+            f"most ({worst.name}){left}. The distance of the whole net's outputs from the "
+            f"original's went from {before:.3g} to {after:.3g}."
+        )
+
+
+def refit_(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: Sequence[str] | None = None,
+    samples: int | None = None,
+    forward: runtime.Forward | None = None,
+) -> Refitting:
+    """Fit scale and shift of converted layers to what the original net gives at the same layers.
+
+    Layer by layer in the order of their calls, each with all before it already re-fitted and in
+    place, by least squares per channel, without labels: one pass a layer through both nets, up to
+    that layer. A layer that is called more than once is fitted to all its calls together, where
+    the later ones are measured with its old scale and shift. After an exception all is as before.
+    """
+    found = dict(generalized_norms(model))
+    wanted = [n for n, layer in found.items() if layer.live] if layers is None else list(layers)
+    before = {site.name: site.module for site in find_norms(original)}
+    lacking = [name for name in wanted if name not in before or name not in found]
+    if lacking or not wanted:
+        raise NormError(
+            f"re-fitting: {some(lacking) or 'no layer weighs the example, so none'} is a converted "
+            "layer of both nets. Give the model from before the conversion, or name layers.",
+            name=lacking[0] if lacking else None,
+        )
+    if iter(batches) is batches:
+        batches = list(batches)
+    scaled = {name: found[name] for name in wanted if found[name].weight is not None}
+    fit = _Fit(model, original, forward, samples)
+    snapshot = guards.Snapshot(model)
+    records = []
+    try:
+        first = fit.distance(batches)
+        for name, n_calls in fit.order(batches, scaled).items():
+            joint = fit.moments(batches, name, found[name], before[name], n_calls)
+            records.append(_set_best(name, found[name], joint))
+        last = fit.distance(batches)
+    except BaseException:
+        snapshot.restore_()
+        raise
+    # Each layer is nearest to its original by itself; the net as a whole need not be.
+    kept = not last > first
+    if not kept:
+        snapshot.restore_()
+    done = {record.name for record in records}
+    return Refitting(
+        layers=tuple(records),
+        n_examples=fit.n_examples,
+        not_fitted=tuple(name for name in wanted if name not in done),
+        distance=(first, last),
+        kept=kept,
+    )
+
+
+@dataclass
+class _Fit:
+    """Passes over the data that measure both nets."""
+
+    model: nn.Module
+    original: nn.Module
+    forward: runtime.Forward | None
+    samples: int | None
+    n_examples: int = 0
+
+    def _run(self, model: nn.Module, batch: Any) -> Any:
+        return runtime.run(model, batch, runtime.device_of(model), self.forward)
+
+    def distance(self, batches: Iterable[Any]) -> float:
+        """Mean KL(original || converted) of the predictions, nats; infinite if not finite.
+
+        For outputs that are no logits: the squared difference by the original's variance.
+        """
+        total, n = 0.0, 0
+        for batch in up_to(batches, self.samples):
+            with guards.inference(self.model), guards.inference(self.original):
+                own, wanted = _outputs(
+                    self._run(self.model, batch), self._run(self.original, batch)
+                )
+            if own is None or wanted is None or own.shape != wanted.shape:
+                return 0.0
+            if own.ndim == 2 and own.shape[1] > 1:
+                log_p, log_q = wanted.log_softmax(1), own.log_softmax(1)
+                away = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
+            else:
+                away = (own - wanted).square().flatten(1).mean(1) / wanted.var().clamp_min(1e-12)
+            total, n = total + float(away.sum()), n + len(away)
+        mean = total / max(n, 1)
+        return mean if math.isfinite(mean) else math.inf
+
+    def order(
+        self, batches: Iterable[Any], layers: dict[str, GeneralizedBatchNorm]
+    ) -> Counter[str]:
+        """The layers in the order of their first calls, and their calls a forward pass."""
+        calls: Counter[str] = Counter()
+        names = {layer: name for name, layer in layers.items()}
+        batch = next(iter(batches), None)
+        if batch is None:
+            raise DataError("re-fitting: no examples. Give at least one batch.")
+        with guards.inference(self.model), guards.hooks() as handles:
+            for layer in layers.values():
+                handles.append(
+                    layer.register_forward_pre_hook(lambda m, args: calls.update([names[m]]))
+                )
+            self._run(self.model, batch)
+        return calls
+
+    def moments(
+        self, batches: Iterable[Any], name: str, layer: nn.Module, own: nn.Module, n_calls: int
+    ) -> Moments:
+        """Moments of z, y and z + y, three rows, over all examples."""
+        total: Moments | None = None
+        self.n_examples = 0
+        for index, batch in enumerate(up_to(batches, self.samples)):
+            met = self._inputs(self.model, layer, batch, n_calls)
+            met_own = self._inputs(self.original, own, batch, n_calls)
+            if [x.shape for x in met] != [x.shape for x in met_own]:
+                raise DataError(
+                    f"{name}: the two nets call it {len(met)} and {len(met_own)} times, or on "
+                    "other shapes. Give the model that this one was converted from."
+                )
+            for x, x_own in zip(met, met_own, strict=True):
+                part = _joint(_output(layer, x, affine=False), _output(own, x_own))
+                if not bool((part.mean + part.var).isfinite().all()):
+                    raise NumericError(
+                        f"{name}: its values are not finite in batch {index} (counted from 0). "
+                        "Leave that batch out, or look at the model.",
+                        name=name,
+                    )
+                total = part if total is None else pool([total, part])
+            self.n_examples += len(met[0]) if met else 0
+        if total is None:
+            raise DataError(
+                f"re-fitting: a pass over the batches never came to {name}. Give batches that can "
+                "be read more than once."
+            )
+        return total
+
+    def _inputs(self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int) -> list[Tensor]:
+        """The inputs of a layer in one forward pass, which ends there."""
+        met: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            last = len(met) + 1 == n_calls
+            met.append(x if last else x.clone())  # later layers may work in place
+            if last:
+                raise StopHereError
+
+        # Compiled code would not see the hook.
+        eager = torch.compiler.set_stance("force_eager")
+        with guards.inference(model), guards.hooks() as handles, eager:
+            handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
+            with suppress(StopHereError):
+                self._run(model, batch)
+        return [x for x in met if x.numel()]
+
+
+def _outputs(*outputs: Any) -> list[Tensor | None]:
+    """Of each output the logits, or else its first tensor, if it has one row an example."""
+    first = [next(iter(runtime.tensors_in(getattr(o, "logits", o))), None) for o in outputs]
+    return [
+        t.double() if t is not None and t.ndim > 1 and t.is_floating_point() else None
+        for t in first
+    ]
+
+
+@torch.no_grad()
+def _output(module: Any, x: Tensor, *, affine: bool = True) -> Tensor:
+    """A layer's output in evaluation, before any activation; `affine`: with scale and shift."""
+    if not isinstance(module, GeneralizedBatchNorm):
+        mean, var = module.running_mean, module.running_var
+        return F.batch_norm(x, mean, var, module.weight, module.bias, mean is None, 0, module.eps)
+    with guards.tensors_kept(module) as tables:
+        module.training = False
+        for table in tables if not affine else ():
+            table.update(dict.fromkeys({"weight", "bias"} & table.keys()))
+        # Not the layer itself: it may go on to activate.
+        return GeneralizedBatchNorm.forward(module, x)
+
+
+def _joint(z: Tensor, y: Tensor) -> Moments:
+    z, y = (t.double().transpose(0, 1).flatten(1) for t in (z, y))
+    var, mean = torch.var_mean(torch.stack((z, y, z + y)), -1, correction=0)
+    return Moments(mean.new_tensor(float(z.shape[1])), mean, var)
+
+
+@torch.no_grad()
+def _set_best(name: str, layer: GeneralizedBatchNorm, joint: Moments) -> RefittedLayer:
+    var_z, var_y, var_sum = joint.var
+    mean_z, mean_y, _ = joint.mean
+    covariance = (var_sum - var_z - var_y) / 2
+    flat = var_z <= _CONSTANT
+    gamma = torch.where(flat, 0.0, covariance / torch.where(flat, 1.0, var_z))
+    left = (var_y - gamma * covariance).clamp_min(0).sum()
+    layer.weight.copy_(gamma)
+    layer.bias.copy_(mean_y - gamma * mean_z)
+    total = float(var_y.sum())
+    residual = float(left) / total if total > 0 else 0.0
+    return RefittedLayer(name, int(joint.count), residual)

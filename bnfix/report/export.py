@@ -1,0 +1,199 @@
+"""An export: its files, and its report in three forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from bnfix.checkpoints.checkpoint import check_folder, write_bytes
+from bnfix.core.errors import CheckpointError, some
+from bnfix.core.version import __version__
+from bnfix.deploy import forms
+from bnfix.deploy.fold import Folding
+from bnfix.deploy.verify import Agreement
+from bnfix.report.pages import count, percent, plain_json, render
+from bnfix.report.report import Report, report_paths
+from bnfix.report.result import check_reports
+
+#: The choices of `--to`, and the suffix of each file.
+SUFFIXES: Final = {"onnx": ".onnx", "pt2": ".pt2", "folded": ".safetensors", "plain": ".py"}
+#: End of the second file's name; chosen so that it replaces no checkpoint and no code of the user.
+_COMPANIONS: Final = {"folded": "_loader.py", "plain": "_weights.safetensors"}
+_TITLES: Final = {
+    "onnx": "The ONNX file",
+    "pt2": "The torch.export file",
+    "folded": "The folded model",
+    "plain": "The plain file",
+}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The verification of an export."""
+
+    agreement: Agreement
+    atol: float  # largest difference that was accepted, relative as in `Agreement`
+    inputs: str  # images or noise
+    input_shape: tuple[int, ...]
+    other_shape: tuple[int, ...] | None = None  # checked too, where height and width are free
+
+
+@dataclass(frozen=True)
+class Export:
+    """A checkpoint in another form, verified."""
+
+    to: str
+    content: bytes
+    companion: bytes | None  # the loader of folded weights, or the weights of a plain file
+    report: Report  # with models where the cost of zeroed weights was measured
+    verified: Verified
+    opset: int | None = None  # of ONNX
+    operators: Mapping[str, int] = field(default_factory=dict)  # of ONNX, how many of each kind
+    folding: Folding | None = None
+    live: tuple[str, ...] = ()  # layers that weigh the example in this form
+    zeroed: tuple[str, ...] = ()  # layers whose weights were set to 0 on request
+    cost: Agreement | None = None  # outputs with weights 0 against those before
+
+    @staticmethod
+    def files(to: str, path: Path) -> tuple[Path, ...]:
+        """The file asked for, and the one beside it where the form has two."""
+        other = _COMPANIONS.get(to)
+        return (path,) if other is None else (path, path.with_name(path.stem + other))
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the form's files and three reports, each completely or not at all."""
+        path = Path(path)
+        check_exports(self.to, path, force=force)
+        texts = self.texts()
+        files = self.files(self.to, path)
+        contents = [self.content] if self.companion is None else [self.content, self.companion]
+        if len(files) == 2:
+            python, weights = files if self.to == "plain" else files[::-1]
+            i = files.index(python)
+            contents[i] = forms.named(contents[i], weights)
+        # The file asked for comes last: once it exists, the export is complete.
+        for place, content in zip(files[::-1], contents[::-1], strict=True):
+            write_bytes(place, content)
+        for place, text in zip(report_paths(path), texts, strict=True):
+            write_bytes(place, text.encode("utf-8", errors="backslashreplace"))
+
+    def texts(self) -> tuple[str, str, str]:
+        """The report as JSON, Markdown and HTML."""
+        as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        values = {
+            "e": self,
+            "r": self.report,
+            "version": __version__,
+            "fates": self._fates(),
+            "sentence": self.sentence(),
+            "remarks": self.remarks(),
+        }
+        return as_json, render("export.md.j2", **values), render("export.html.j2", **values)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of every report, and ``export``."""
+        verified, folding = self.verified, self.folding
+        export = {
+            "to": self.to,
+            "atol": verified.atol,
+            "inputs": verified.inputs,
+            "input_shape": verified.input_shape,
+            "other_shape": verified.other_shape,
+            "opset": self.opset,
+            "operators": self.operators,
+            "verification": dataclasses.asdict(verified.agreement),
+            "folded": [] if folding is None else [dataclasses.asdict(f) for f in folding.folded],
+            "folds_checked_on": None if folding is None else folding.checked_on,
+            "traced_by": None if folding is None else folding.traced_by,
+            "left": self._left(),
+            "live": self.live,
+            "zeroed": self.zeroed,
+            "cost_of_zero": None if self.cost is None else dataclasses.asdict(self.cost),
+        }
+        content = {**self.report.to_json(), "verdict_sentence": self.sentence(), "export": export}
+        return {key: plain_json(value) for key, value in content.items()}
+
+    def sentence(self) -> str:
+        """The result in one sentence."""
+        a = self.verified.agreement
+        inputs = "images" if self.verified.inputs == "images" else "inputs of seeded noise"
+        sizes = " and ".join(map(str, a.batch_sizes))
+        top1 = "" if a.top1_agreement is None else f", top-1 agrees on {percent(a.top1_agreement)}"
+        of = f" of {a.largest_output:.3g}" if a.largest_output > 1 else ""
+        return (
+            f"{_TITLES[self.to]} agrees with PyTorch to {a.max_difference:.1e}{of} on "
+            f"{count(a.n_examples)} {inputs} at batch sizes {sizes}{top1}."
+        )
+
+    def remarks(self) -> list[str]:
+        """Further facts, one sentence each."""
+        verified, sentences = self.verified, []
+        if self.to in ("onnx", "pt2"):
+            shapes = [verified.input_shape, verified.other_shape]
+            size, *more = ("x".join(map(str, shape)) for shape in shapes if shape)
+            free = f"any height and width (checked on {size} and {more[0]})" if more else size
+            sentences.append(f"It takes any number of inputs of {free}.")
+        if self.folding is not None:
+            n, left = len(self.folding.folded), self._left()
+            others = {name: reason for name, reason in left.items() if name not in self.live}
+            sentences.append(
+                f"{n} norm layers folded, {len(self.live)} live, {len(others)} unchanged."
+            )
+            sentences += [f"Not folded: {name}: {why}." for name, why in list(others.items())[:8]]
+        elif self.live:
+            sentences.append(f"{len(self.live)} norm layers weigh the example: {some(self.live)}.")
+        if self.zeroed and self.cost is not None:
+            top1 = self.cost.top1_agreement
+            same = "" if top1 is None else f"; top-1 agrees with before on {percent(top1)}"
+            sentences.append(
+                f"The example weight of {len(self.zeroed)} layers was set to 0, which changes "
+                f"outputs by up to {self.cost.max_difference:.2g}{same}."
+            )
+            if self.report.models:
+                sentences.append(f"On labelled images: {self.report.verdict_sentence()}")
+        for batch, (ours, theirs) in verified.agreement.seconds.items():
+            sentences.append(
+                f"A batch of {batch} takes {1000 * theirs:.2f} ms, {1000 * ours:.2f} ms in PyTorch."
+            )
+        return sentences
+
+    def _fates(self) -> dict[str, str]:
+        """What happened to every norm layer, in words."""
+        fates = dict.fromkeys((row.name for row in self.report.layers), "unchanged")
+        fates |= {name: f"unchanged: {reason}" for name, reason in self._left().items()}
+        fates |= dict.fromkeys(self.live, "live, in standard operators")
+        if self.folding is not None:
+            fates |= {f.norm: f"folded into {f.layer}" for f in self.folding.folded}
+        return fates
+
+    def _left(self) -> dict[str, str]:
+        return {} if self.folding is None else dict(self.folding.left)
+
+
+def check_exports(
+    to: str, path: str | Path, *, force: bool, checkpoint: str | Path | None = None
+) -> None:
+    """Check before any work that an export's files may be written.
+
+    The checkpoint that is exported is never replaced, even with ``force``.
+    """
+    path = Path(path)
+    if path.suffix != SUFFIXES[to]:
+        raise CheckpointError(
+            f"{path}: expected a name that ends in {SUFFIXES[to]} for --to {to}. Use "
+            f"{path.with_suffix(SUFFIXES[to]).name if path.name else f'out{SUFFIXES[to]}'}.",
+            path=path,
+        )
+    files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
+    check_folder(path)
+    check_reports(files, force=force)
+    old = None if checkpoint is None else Path(checkpoint)
+    if old and old.exists() and any(f.exists() and f.samefile(old) for f in files):
+        raise CheckpointError(
+            f"{path}: would replace the checkpoint itself. Give another name.",
+            path=path,
+        )

@@ -1,0 +1,160 @@
+"""Names and numbers made fit for a page: escaping, rounding, templates.
+
+Every text that a template prints passes through here, so that a name from a file cannot break out
+of its place, in HTML or in Markdown.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from bnfix.metrics.compare import Difference
+
+_NONE = "-"
+
+
+class _Code(str):
+    """Text for an indented Markdown code block: one line, no escapes needed."""
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template; every printed text is cleaned and escaped for the template's language."""
+    html = ".html" in template
+
+    def finalize(value: Any) -> Any:
+        if isinstance(value, (Markup, _Code)):
+            return value
+        return clean(value) if html else _markdown(value)
+
+    environment = Environment(
+        loader=PackageLoader("bnfix.report", "templates"),
+        autoescape=html,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(_FILTERS)
+    return environment.get_template(template).render(**values)
+
+
+def _on_one_line(text: object) -> str:
+    """Line breaks and tabs are a space each; spaces stay, since a path may hold two in a row."""
+    return re.sub(r"\s*[^\S ]\s*", " ", str(text)).strip()
+
+
+def clean(text: object, limit: int = 500) -> str:
+    """Put a text of unknown origin on one line, without control characters."""
+    line = "".join(sign if sign.isprintable() else "?" for sign in _on_one_line(text))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def count(n: float) -> str:
+    """Write a count."""
+    return f"{n:,.0f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Write a fraction in percent."""
+    return _NONE if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Write a number with fixed digits."""
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def ends(d: Difference, points: bool) -> tuple[str, str, str]:
+    """Write a difference and its interval, with the digits it takes to keep the ends off 0."""
+    if not math.isfinite(d.difference):
+        return _NONE, _NONE, _NONE
+    scale, digits = (100, 1) if points else (1, 3)
+    nonzero = [abs(scale * end) for end in d.interval if end]
+    while nonzero and digits < 6 and min(nonzero) < 0.5 * 10**-digits:
+        digits += 1
+    value, low, high = (f"{scale * x:.{digits}f}" for x in (d.difference, *d.interval))
+    zero = f"{0:.{digits}f}"
+    return (zero, low, high) if value == f"-{zero}" else (value, low, high)
+
+
+def difference(d: Difference, *, points: bool = False) -> str:
+    """Write a difference in words."""
+    value, low, high = ends(d, points)
+    return f"{value}{' points' if points else ''}, 95% interval {low} to {high}"
+
+
+def direction(d: Difference) -> str:
+    """Say which way a paired difference goes, if that is sure."""
+    low, high = d.interval
+    return "is higher" if low > 0 else "is lower" if high < 0 else "does not differ measurably"
+
+
+def plain_json(value: Any) -> Any:
+    """Turn a value into what strict JSON can hold."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    # Nine digits identify a float32; more would differ between machines.
+    if isinstance(value, (float, np.floating)):
+        return float(f"{float(value):.9g}") if math.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return plain_json(value.item())
+    if isinstance(value, Mapping):
+        return {str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain_json(item) for item in value]
+    return str(value)
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Name nested options by dotted names; those that were left open are left out."""
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            if value:
+                yield f"{prefix}{name}", ",".join(str(item) for item in value)
+        elif value is not None:
+            yield f"{prefix}{name}", str(value)
+
+
+def _markdown(text: object) -> str:
+    line = clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", line)
+
+
+def _brief(value: float | None) -> str:
+    return _NONE if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else number(value)
+
+
+def _weight(value: float | list[float]) -> tuple[str, str]:
+    """A layer's example weight: the number, or the median and the range over channels."""
+    if not isinstance(value, list):
+        return _brief(value), ""
+    low, middle, high = np.quantile(value, [0, 0.5, 1]) if value else (0.0, 0.0, 0.0)
+    return _brief(middle), f"{low:.3g} to {high:.3g}" if high > low else ""
+
+
+_FILTERS: Mapping[str, Callable[..., Any]] = {
+    "count": count,
+    "percent": percent,
+    "number": number,
+    "ends": ends,
+    "brief": _brief,
+    "tiny": lambda value: f"{value:.1e}",
+    "p": _p,
+    "weight": _weight,
+    "code": lambda text: _Code(clean(text, 4000)),
+    "drawing": lambda picture: Markup(picture.svg),
+}

@@ -1,0 +1,370 @@
+"""The pictures of a report, each with a caption that says how to read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bnfix.metrics.compare import Decision
+from bnfix.metrics.intervals import Array
+from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.robustness import Shifted
+from bnfix.report.pages import clean, percent
+from bnfix.report.svg import FIRST, INK, LAST, LOSS, MUTED, Picture, picture
+from bnfix.training.finetune import Finetuning
+from bnfix.weights.search import CurvePoint
+
+#: The darkest cell of a heat map: text must stay legible on it, in light and in dark.
+SHADE = 0.45
+_MOST_CLASSES, _SHOWN_CLASSES = 40, 20
+
+
+def gate(decisions: Sequence[Decision]) -> Picture:
+    """Each candidate's paired NLL difference with the interval that the gate demands."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        axis.axvline(0, color=INK, linewidth=1, linestyle="--")
+        for row, d in enumerate(decisions):
+            if d.nll_difference is None or d.nll_se is None:
+                continue  # one of the two cannot be evaluated
+            color = LAST if d.admitted else MUTED
+            ends = [d.nll_difference - d.z * d.nll_se, d.nll_difference + d.z * d.nll_se]
+            axis.plot(ends, [row, row], color=color, linewidth=2)
+            face = color if d.admitted else "none"
+            axis.plot([d.nll_difference], [row], "o", mec=color, mfc=face, markersize=7)
+        _rows(axis, [d.candidate for d in decisions], 26)
+        axis.set_xlabel("NLL difference; left is better")
+
+    return picture(
+        "gate",
+        "Candidates before the gate",
+        "Paired difference in NLL on the select split, with the standard errors that the gate "
+        "demands. A candidate is admitted (filled) if its bar lies left of 0, clearly so "
+        "where there are few images, and its top-1 does not fall.",
+        draw,
+        1.0 + 0.36 * len(decisions),
+    )
+
+
+def weights_over_depth(weights: Sequence[float | Sequence[float]]) -> Picture:
+    """The example weight of every layer: median, quartiles and range over its channels."""
+    rows = [np.nan_to_num(np.atleast_1d(np.asarray(w, dtype=np.float64))) for w in weights]
+    low, q1, median, q3, high = np.array([np.quantile(r, [0, 0.25, 0.5, 0.75, 1]) for r in rows]).T
+    spread = bool((high > low).any())
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        x = np.arange(1, len(rows) + 1)
+        thick = float(np.clip(120 / len(rows), 1.2, 8))
+        if spread:
+            axis.vlines(x, low, high, colors=LAST, alpha=0.35, linewidth=thick / 3)
+            axis.vlines(x, q1, q3, colors=LAST, alpha=0.6, linewidth=thick)
+        axis.plot(x, median, "o", color=LAST, markersize=min(thick, 5))
+        axis.set_ylim(-0.02 * max(high.max(), 1e-3), 1.06 * max(high.max(), 1e-3))
+        _depth(axis, len(rows))
+        axis.set_ylabel("example weight")
+
+    bars = ", thick bars its quartiles, thin bars its range over the channels" if spread else ""
+    return picture(
+        "weights",
+        "Example weight over depth",
+        f"Weight of the image's own statistics, layer by layer. Dots are the layer's median{bars}. "
+        f"{int((high > 0).sum())} of {len(rows)} layers use the image; the largest weight is "
+        f"{high.max():.3g}.",
+        draw,
+    )
+
+
+def weight_curve(points: Sequence[CurvePoint]) -> Picture:
+    """NLL over one example weight for the whole model, from at least two points."""
+    best = min(points, key=lambda point: point.nll)
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        x = [point.example_weight for point in points]
+        axis.plot(x, [point.nll for point in points], "o-", color=LAST, markersize=4)
+        axis.plot([best.example_weight], [best.nll], "o", markersize=10, mfc="none", mec=INK)
+        axis.set_xscale("function", functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+        ticks = [t for t in (0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1) if t <= max(x) * 1.1]
+        axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        axis.set_xlabel("example weight of every layer (root scale)")
+        axis.set_ylabel("NLL, fit images")
+
+    stock = next((p.nll for p in points if p.example_weight == 0), None)
+    against = "" if stock is None else f", {stock:.3f} at 0"
+    return picture(
+        "curve",
+        "NLL over the example weight",
+        "One weight for the whole model, on the images used for fitting; lower is better. "
+        f"Minimum at {best.example_weight:.3g} (circled): {best.nll:.3f}{against}.",
+        draw,
+    )
+
+
+def drift(
+    mean_shift: Sequence[float | None],
+    log_var_ratio: Sequence[float | None],
+    residual: Sequence[float | None],
+) -> Picture:
+    """How far each layer's statistics moved, and what a verifying pass still finds."""
+    series = [
+        ("mean shift", _finite(mean_shift), FIRST, "o", "Means are in standard deviations."),
+        ("|log variance ratio|", _finite(log_var_ratio), LAST, "s",
+         "Variances are compared as |log ratio| (0.1 is about 10%)."),
+        ("residual", _finite(residual), LOSS, "^",
+         "The residual is the error that one more inference pass finds."),
+    ]  # fmt: skip
+    moved = [column for column in series if np.nan_to_num(column[1]).any()]
+    columns = moved or [column for column in series if np.isfinite(column[1]).any()]
+    seen = np.concatenate([values[np.isfinite(values)] for _, values, *_ in columns])
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        x = np.arange(1, len(mean_shift) + 1)
+        size = float(np.clip(100 / len(x), 1.5, 4))
+        for _, values, color, marker, _ in columns:
+            axis.plot(x, values, marker=marker, color=color, markersize=size, linewidth=1.2)
+        if seen.min() > 0 and seen.max() > 50 * seen.min():
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
+            axis.set_ylim(0, max(1.06 * seen.max(), 1e-6))
+        _depth(axis, len(x))
+        axis.set_ylabel("drift")
+        _legend(figure, axis.lines, [label for label, *_ in columns])
+
+    label, values = columns[0][:2]
+    worst = int(np.nanargmax(values))
+    return picture(
+        "drift",
+        "Population statistics: drift by layer",
+        "Stored statistics against those before, mean over a layer's channels. "
+        + " ".join(column[-1] for column in columns)
+        + f" The largest {label} is {values[worst]:.3g}, at layer {worst + 1}.",
+        draw,
+    )
+
+
+def training(runs: Sequence[Finetuning]) -> Picture:
+    """NLL on the validation split over the epochs of each run, the kept epoch circled."""
+    colors = [LAST, FIRST, LOSS, MUTED]
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        for i, run in enumerate(runs):
+            epochs, nll = [p.epoch for p in run.curve], [p.nll for p in run.curve]
+            axis.plot(epochs, nll, marker="osv^D"[i % 5], color=colors[i % 4], markersize=4)
+        for run in runs:
+            kept = [point for point in run.curve if point.epoch == run.best_epoch]
+            x, y = [p.epoch for p in kept], [p.nll for p in kept]
+            axis.plot(x, y, "o", ms=10, mfc="none", mec=INK)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_xlabel("epoch (0: before any step)")
+        axis.set_ylabel("NLL, validation split")
+        _legend(figure, axis.lines[: len(runs)], [clean(run.trained, 40) for run in runs])
+
+    return picture(
+        "training",
+        "Fine-tuning",
+        "Loss on the validation split after each epoch; lower is better. The circled epoch was "
+        "kept.",
+        draw,
+    )
+
+
+def reliability(models: Sequence[tuple[str, Metrics]]) -> Picture:
+    """Reliability diagrams of one or two models, with the share of examples per bin below."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(
+            2, len(models), sharex=True, sharey="row", squeeze=False, height_ratios=[4, 1]
+        )
+        for column, (name, metrics) in enumerate(models):
+            upper, lower = axes[0, column], axes[1, column]
+            bins = [b for b in metrics.reliability if b.n_examples]
+            left, width = [b.low for b in bins], [b.high - b.low for b in bins]
+            color = _colors(len(models))[column]
+            accuracy = [b.accuracy for b in bins]
+            upper.bar(left, accuracy, width, align="edge", color=color, alpha=0.75)
+            upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
+            share = [b.n_examples / metrics.n_examples for b in bins]
+            lower.bar(left, share, width, align="edge", color=MUTED)
+            upper.set_title(clean(name, 24 if len(models) > 1 else 48), parse_math=False)
+            upper.set_ylim(0, 1)
+            lower.set_xlim(0, 1)
+            lower.set_xlabel("confidence")
+        axes[0, 0].set_ylabel("fraction right")
+        axes[1, 0].set_ylabel("share")
+
+    gaps = " and ".join(f"{100 * (m.ece or 0):.1f}%" for _, m in models)
+    return picture(
+        "reliability",
+        "Confidence calibration: reliability",
+        "Fraction right among the images of each confidence. Bars below the dashed line are "
+        f"overconfident, bars above it underconfident. Expected calibration error: {gaps}.",
+        draw,
+        3.0,
+    )
+
+
+def per_class(
+    names: Sequence[str], n_examples: Array, first: Array, last: Array, change_se: Array
+) -> Picture:
+    """Each class's top-1 in two models; only the largest changes where classes are many."""
+    change = last - first
+    order = np.arange(len(names))
+    if len(names) > _MOST_CLASSES:
+        order = np.argsort(-np.abs(change), kind="stable")[:_SHOWN_CLASSES]
+    order = order[np.argsort(-change[order], kind="stable")]
+    clear = np.abs(change) > 2 * change_se
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        for row, c in enumerate(order):
+            gained = change[c] >= 0
+            color = LAST if gained else LOSS
+            axis.plot([first[c], last[c]], [row, row], color=color, linewidth=2, alpha=0.6)
+            axis.plot([first[c]], [row], "o", color=FIRST, markersize=4)
+            face = color if clear[c] else "none"
+            axis.plot([last[c]], [row], "><"[not gained], mec=color, mfc=face, markersize=6)
+        _rows(axis, [names[int(c)] for c in order], 22)
+        axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
+        axis.set_xlabel("top-1 of the class")
+
+    some = "" if len(order) == len(names) else f"The {len(order)} largest of {len(names)}. "
+    n_up, n_down = int((change > 0).sum()), int((change < 0).sum())
+    return picture(
+        "classes",
+        "Per-class change",
+        f"{some}Dots are the first model, arrows the last; filled arrows are changes beyond two "
+        f"standard errors (about 1 class in 20 by chance). {n_up} classes gain, {n_down} lose; "
+        f"about {int(np.median(n_examples)):,} images per class.",
+        draw,
+        0.9 + 0.23 * len(order),
+    )
+
+
+def speed(models: Sequence[tuple[str, float]]) -> Picture:
+    """Images per second of each model."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        rates = [rate for _, rate in models]
+        axis.barh(range(len(models)), rates, height=0.6, color=_colors(len(models)))
+        for row, rate in enumerate(rates):
+            axis.annotate(
+                f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center"
+            )
+        _rows(axis, [name for name, _ in models], 22)
+        axis.set_xlim(0, 1.18 * max(rates))
+        axis.grid(visible=False, axis="y")
+        axis.set_xlabel("images per second")
+
+    return picture(
+        "speed",
+        "Speed",
+        "Images per second through the model, without reading the data and without the first "
+        "batch, which warms up.",
+        draw,
+        0.8 + 0.36 * len(models),
+    )
+
+
+def corruptions(rows: Sequence[Shifted]) -> Picture:
+    """Top-1 under every corruption: of the first model, and the last model's difference to it."""
+    names = list(dict.fromkeys(row.model for row in rows))
+    kinds = list(dict.fromkeys(row.kind for row in rows))
+    severities = sorted({row.severity for row in rows})
+    first = [row for row in rows if row.model == names[0]]
+    last = [row for row in rows if row.model == names[-1]] if len(names) > 1 else []
+    known = [row.top1 for row in first if row.top1 is not None]
+    changes = [
+        (row, row.paired.top1)
+        for row in last
+        if row.paired is not None and math.isfinite(row.paired.top1.difference)
+    ]
+
+    def cell(axis: Any, at: Shifted, color: str, alpha: float, text: str) -> None:
+        x, y = severities.index(at.severity), kinds.index(at.kind)
+        axis.fill(
+            [x - 0.47, x + 0.47, x + 0.47, x - 0.47], [y - 0.45, y - 0.45, y + 0.45, y + 0.45],
+            color=color, alpha=alpha, linewidth=0,
+        )  # fmt: skip
+        axis.text(x, y, text, ha="center", va="center", color=INK, fontsize=9)
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, 2 if last else 1, squeeze=False, sharey=True)[0]
+        for row in first:
+            if row.top1 is not None:
+                cell(axes[0], row, MUTED, SHADE * (1 - row.top1), f"{100 * row.top1:.0f}%")
+        largest = max([abs(d.difference) for _, d in changes], default=0) or 1.0
+        for row, d in changes:
+            text = f"{100 * d.difference:+.1f}{'*' * (d.interval[0] > 0 or d.interval[1] < 0)}"
+            color = LAST if d.difference > 0 else LOSS
+            cell(axes[1], row, color, SHADE * abs(d.difference) / largest, text)
+        titles = (f"{clean(names[0], 22)}\ntop-1", f"{clean(names[-1], 22)}\npoints more")
+        for axis, title in zip(axes, titles, strict=False):
+            axis.set_title(title, parse_math=False)
+            axis.set_xlim(-0.5, len(severities) - 0.5)
+            axis.set_xticks(range(len(severities)), [str(s) for s in severities])
+            axis.set_xlabel("severity")
+            _rows(axis, kinds, 22)
+            axis.grid(visible=False)
+            axis.tick_params(length=0)
+
+    mean = f"arker is worse; {percent(float(np.mean(known)) if known else None)} over all of them."
+    said = f"D{mean}"
+    if last:
+        n_up, n_down = (
+            sum(sign * d.interval[end] > 0 for _, d in changes) for sign, end in ((1, 0), (-1, 1))
+        )
+        said = (
+            f"Left: the first model, d{mean} Right: the last model's difference in points on the "
+            "same images, with a star where the 95% interval excludes 0: "
+            f"{n_up} of {len(last)} are gains, {n_down} are losses."
+        )
+    return picture(
+        "corruptions",
+        "Under corruptions",
+        "Top-1 on the same images under common corruptions, severity 1 (mild) to 3 (strong). "
+        + said,
+        draw,
+        1.2 + 0.3 * len(kinds),
+    )
+
+
+def _colors(n: int) -> list[str]:
+    """Models side by side: the last one stands out."""
+    return [FIRST] * (n - 1) + [LAST]
+
+
+def _depth(axis: Any, n: int) -> None:
+    axis.set_xlim(0.3, n + 0.7)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("norm layer, from input to output")
+
+
+def _rows(axis: Any, labels: Sequence[str], limit: int) -> None:
+    """One label of unknown origin per row, the first row on top."""
+    shown = [clean(label, limit) for label in labels]
+    axis.set_yticks(range(len(labels)), shown, parse_math=False)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+
+
+def _legend(figure: Any, lines: Any, labels: Sequence[str]) -> None:
+    # Texts are set afterwards, since Matplotlib hides a label that begins with `_`.
+    legend = figure.legend(
+        list(lines), ["label"] * len(labels), loc="outside upper left", ncols=min(3, len(labels))
+    )
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(label)
+
+
+def _finite(values: Sequence[float | None]) -> Array:
+    array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)

@@ -1,0 +1,353 @@
+"""The steps of fine-tuning: optimizer, rates, gathered gradients, averaged parameters, counters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.checkpoints.run_state import random_state, set_random_state_
+from bnfix.core import distributed, runtime
+from bnfix.core.errors import DataError, ModelError, NormError, NumericError, some
+from bnfix.core.settings import FinetuneRecipe
+from bnfix.metrics.evaluate import labels_of
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.sites import find_norms
+from bnfix.training.parameters import decay_norms_, norm_layers
+
+_MOST_BAD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The network to train, and how."""
+
+    model: nn.Module
+    recipe: FinetuneRecipe
+    n_steps: int
+    forward: runtime.Forward | None
+    precision: str  # of forward and backward passes; parameters and their steps are in float32
+    include_frozen: bool
+
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of a batch, with its graph."""
+        device = runtime.device_of(self.model)
+        with runtime.autocast(device, self.precision):
+            output = runtime.run(self.model, batch, device, self.forward)
+        logits = runtime.logits_of(output)
+        labels = labels_of(batch, *logits.shape, model=None if self.forward else self.model)
+        if labels is None:
+            raise DataError("fine-tuning: a batch has no labels to learn from. Give (x, y).")
+        loss = F.cross_entropy(
+            logits.float(),
+            torch.from_numpy(labels).to(device),
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        if not loss.requires_grad:
+            raise ModelError(
+                f"--train {self.recipe.train}: the model's output has no gradient in what is "
+                "trained. Look for no_grad or detach in the model, or use --train all."
+            )
+        return loss
+
+
+@dataclass
+class Counts:
+    """Steps so far."""
+
+    step: int = 0
+    taken: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+
+class Run:
+    """Optimizer, rates and counts; the loop over one epoch."""
+
+    def __init__(
+        self, how: Setting, groups: list[dict[str, Any]], leaves: Mapping[str, Tensor]
+    ) -> None:
+        self.how, self.count, self.busy = how, Counts(), False
+        #: The epoch under way: batches seen, losses, random states.
+        self.epoch: dict[str, Any] | None = None
+        recipe, sites = how.recipe, find_norms(how.model)
+        trains = recipe.statistics == "train"
+        respects = trains and not how.include_frozen
+        #: Layers that the user froze by their modes, which are seen before training changes them.
+        self.frozen = [s.name for s in sites if respects and s.is_put_to_rest(how.model)]
+        moving = [s.module for s in sites if trains and not s.frozen and s.name not in self.frozen]
+        self._still = [s.module for s in sites if s.module not in moving]
+        self._leaves = list(leaves.values())
+        if leaves:
+            learned = {"params": self._leaves, "lr": recipe.weight_lr, "weight_decay": 0.0}
+            groups = [*groups, learned]
+        self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+        trained = {id(p) for p in self.parameters}
+        self._decaying = [
+            layer for layer in norm_layers(how.model)
+            if any(id(p) in trained for p in layer.parameters(recurse=False))
+        ]  # fmt: skip
+        self._peaks = [group["lr"] for group in groups]
+        sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+        kind: Any = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
+        self.optimizer: torch.optim.Optimizer = kind(groups, lr=recipe.peak_lr)
+        #: Running moments, and copies of the last that came from finite values.
+        self._moments = [(b, b.clone()) for m in moving for b in m.buffers(recurse=False)]
+        averages = recipe.ema is not None
+        self._average = [p.detach().clone() for p in self.parameters if averages]
+
+    def one_epoch(
+        self, batches: Callable[[], Iterable[Any]], after_step: Callable[[], None] | None = None
+    ) -> float | None:
+        """Train until batches or steps end; the mean loss, ``None`` if no step was taken.
+
+        Between steps, where all that counts is consistent, ``after_step`` is called.
+        """
+        self.how.model.train()
+        for module in self._still:
+            module.training = False
+        for buffer, saved in self._moments:
+            saved.copy_(buffer)
+        here, iterator = self._begin(batches)
+        while self.count.step < self.how.n_steps:
+            if after_step is not None:
+                here["random"] = random_state()
+                after_step()
+            gathered = list(islice(iterator, self.how.recipe.accumulate))
+            n_gathered = max(distributed.gather(len(gathered)))
+            if not n_gathered:
+                break
+            self.busy = True
+            for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+                group["lr"] = peak * self._rate()
+            self.count.step += 1
+            loss = self._one_step(self._usable(gathered))
+            if loss is not None:
+                here["losses"].append(loss)
+            here["n_batches"] += n_gathered
+            self.busy = False
+        self.epoch = None
+        self._share_moments()
+        if not here["n_batches"]:
+            raise DataError(
+                "fine-tuning: a pass over the batches gave none. Give batches that can be read "
+                "again, or a callable that gives those of the k-th epoch."
+            )
+        losses = here["losses"]
+        return sum(losses) / len(losses) if losses else None
+
+    def _share_moments(self) -> None:
+        """Running moments of several ranks become their mean: each has followed its own batches."""
+        size = distributed.here().size
+        if size == 1:
+            return
+        for buffer, saved in self._moments:
+            if buffer.is_floating_point():
+                distributed.sum_([buffer])
+                buffer.div_(size)
+            else:
+                buffer.fill_(max(distributed.gather(int(buffer))))
+            saved.copy_(buffer)
+
+    def _begin(self, batches: Callable[[], Iterable[Any]]) -> tuple[dict[str, Any], Iterator[Any]]:
+        """The epoch's record and its batches, without those that it has used already."""
+        if self.epoch is None:
+            start = random_state()
+            self.epoch = {"n_batches": 0, "losses": [], "start": start, "random": start}
+            return self.epoch, iter(batches())
+        # The order may be drawn when the iterator is made: it has to meet the same random state.
+        set_random_state_(self.epoch["start"])
+        iterator = iter(batches())
+        for _ in islice(iterator, self.epoch["n_batches"]):
+            pass
+        set_random_state_(self.epoch["random"])
+        return self.epoch, iterator
+
+    def _rate(self) -> float:
+        """Linear warm-up, then cosine to 0; a factor of the peak rate."""
+        warmup = round(self.how.recipe.warmup * self.how.n_steps)
+        if self.count.step < warmup:
+            return (self.count.step + 1) / (warmup + 1)
+        done = (self.count.step - warmup) / max(1, self.how.n_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    def _usable(self, gathered: list[Any]) -> list[Any]:
+        """Without batches of one example where statistics are trained: those have no statistics."""
+        if self.how.recipe.statistics == "frozen":
+            return gathered
+        usable = [batch for batch in gathered if _n_labels(batch) != 1]
+        self.count.skipped += len(gathered) - len(usable)
+        return usable
+
+    def _one_step(self, gathered: list[Any]) -> float | None:
+        """One step; its loss, or ``None`` if it was left out."""
+        if not any(distributed.gather(len(gathered))):
+            return None
+        self.optimizer.zero_grad()
+        value = self._gradients(gathered)
+        # Clipping to infinity changes nothing, and gives the norm.
+        limit = math.inf if self.how.recipe.clip is None else self.how.recipe.clip
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        finite = math.isfinite(value) and math.isfinite(norm)
+        for buffer, saved in self._moments:
+            # The forward pass has moved the running moments already, by values that may be NaN.
+            saved.copy_(buffer) if finite else buffer.copy_(saved)
+        if not finite:
+            self._leave_out()
+            return None
+        self.count.bad_in_a_row = 0
+        self.count.taken += 1
+        self.optimizer.step()
+        for group in self.optimizer.param_groups:
+            if group.get("name") == "norms":
+                decay, target = group["norm_decay"], self.how.recipe.norm_decay_target
+                decay_norms_(self._decaying, group["lr"], decay, target)
+        self._after_update()
+        return value
+
+    def _gradients(self, gathered: list[Any]) -> float:
+        """Gradients of the mean loss over these batches' examples, of all ranks; that loss."""
+        counts = [_n_labels(batch) or 0 for batch in gathered]
+        if distributed.here().shared:
+            return distributed.backward_(
+                [partial(self.how.loss, batch) for batch in gathered], counts, self.parameters
+            )
+        if len(gathered) == 1:
+            counts = [1]
+        value = 0.0
+        for batch, count in zip(gathered, counts, strict=True):
+            part = count / max(1, sum(counts))
+            loss = self.how.loss(batch)
+            # A factor of 1 would still round: a single batch is left as it is.
+            (loss if len(gathered) == 1 else loss * part).backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach()) * part
+        return value
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        for leaf in self._leaves:
+            leaf.clamp_(0, 1)
+        if self.how.recipe.ema is not None:
+            decay = min(self.how.recipe.ema, (1 + self.count.taken) / (10 + self.count.taken))
+            for mean, p in zip(self._average, self.parameters, strict=True):
+                mean.lerp_(p, 1 - decay)
+
+    def _leave_out(self) -> None:
+        self.count.skipped += 1
+        self.count.bad_in_a_row += 1
+        if self.count.bad_in_a_row >= _MOST_BAD_STEPS:
+            raise NumericError(
+                f"fine-tuning: loss or gradient was not finite in {_MOST_BAD_STEPS} steps in a "
+                "row. Lower --lr, or look at the data."
+            )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged parameters in the model for a while, where the recipe averages.
+
+        Restores:
+            The trained parameters, and the running moments that follow them.
+        """
+        if not self._average:
+            yield
+            return
+        following = [buffer for buffer, _ in self._moments]
+        own = [(t, t.detach().clone()) for t in (*self.parameters, *following)]
+        with torch.no_grad():
+            for p, mean in zip(self.parameters, self._average, strict=True):
+                p.copy_(mean)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in own:
+                    tensor.copy_(value)
+
+    def state(self) -> dict[str, Any]:
+        """All that the coming steps depend on but the model and the random state."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "average": list(self._average),
+            "counters": list(astuple(self.count)),
+            "epoch": self.epoch,
+        }
+
+    def set_state_(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` was taken.
+
+        Changes:
+            The optimizer, averages and counters.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mean, value in zip(self._average, state["average"], strict=True):
+            mean.copy_(value)
+        self.count = Counts(*map(int, state["counters"]))
+        self.epoch = state["epoch"]
+
+
+@contextmanager
+def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
+    """The recipe's ghost size and the momentum of gathered batches, where statistics are trained.
+
+    K batches move the running moments as far as one does otherwise: by 1 - (1 - momentum)^(1/K)
+    each.
+    """
+    trains = recipe.statistics == "train"
+    sites = [site for site in find_norms(model) if trains and not site.frozen]
+    stock = [site.name for site in sites if not isinstance(site.module, GeneralizedBatchNorm)]
+    if stock and recipe.ghost_size is not None:
+        raise NormError(
+            f"--ghost-size: {some(stock)}: no GeneralizedBatchNorm. Call swap_norms_(model) first.",
+            name=stock[0],
+        )
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for layer in (site.module for site in sites):
+            settings = {} if recipe.ghost_size is None else {"ghost_size": recipe.ghost_size}
+            momentum: Any = getattr(layer, "momentum", None)
+            if recipe.accumulate > 1 and momentum is not None:
+                settings["momentum"] = 1 - (1 - momentum) ** (1 / recipe.accumulate)
+            for name, value in settings.items():
+                before.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, value)
+        yield
+    finally:
+        for layer, name, value in before:
+            setattr(layer, name, value)
+
+
+def followed(model: nn.Module) -> list[nn.Module]:
+    """Modules whose own state may change in training: norms, and torch's own."""
+    norms = {id(site.module) for site in find_norms(model)}
+    return [
+        module for module in model.modules()
+        if id(module) in norms or type(module).__module__.startswith("torch.")
+    ]  # fmt: skip
+
+
+def n_steps_of(recipe: FinetuneRecipe, batches: runtime.Batches) -> int:
+    """The steps of a run; batches without a length are counted by a pass over them."""
+    if recipe.steps is not None:
+        return recipe.steps
+    first: Any = runtime.pass_of(batches, 0)
+    try:
+        n_batches = len(first)
+    except TypeError:  # a DataLoader has a length only if its data set has one
+        n_batches = sum(1 for _ in first)
+    n_batches = max(distributed.gather(n_batches))
+    return recipe.epochs * -(-n_batches // recipe.accumulate)
+
+
+def _n_labels(batch: Any) -> int | None:
+    labels = runtime.unpack({"x": None, **batch} if isinstance(batch, Mapping) else batch)[1]
+    if isinstance(labels, Tensor):
+        return labels.numel()
+    return len(labels) if isinstance(labels, Sized) else None

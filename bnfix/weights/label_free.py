@@ -1,0 +1,321 @@
+"""Example weights without labels: fitted to what the network met and said while it was trained.
+
+In training an example was normalized together with B - 1 others drawn at random; inference is to
+stand in for that, with the population and the example itself. Two fits of how much the example
+should count, both made by letting the layers normalize random batches of B as in training:
+
+``fit_moments_``: per layer, by least squares: the moments of a batch, from those of the population
+and of one of its examples. With s = var_p + eps, over all examples i, their batches b and channels,
+
+    J(a) = mean[(mean_b - mean(a))^2 / s + (var_b - var(a))^2 / (2 s^2)],
+
+``mean(a)`` and ``var(a)`` being the layer's own mixture; the weights of the two terms are those of
+the divergence between normal distributions. J is a quartic in a, so its minimum is found exactly.
+
+``fit_predictions_``: by the divergence KL(p || q(a)) of predictions in inference, q, from the mean
+prediction in training mode, p, over several random batches: one weight for the model, then one a
+layer, kept only where it does better on examples that it was not fitted on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.core import guards, runtime
+from bnfix.core.errors import ConfigError, DataError, NormError
+from bnfix.core.moments import example_moments, mix, over_channel_groups
+from bnfix.norm.layer import (
+    GeneralizedBatchNorm,
+    generalized_norms,
+    set_example_weight_,
+)
+from bnfix.weights.search import best_root, descent
+
+#: Examples that the fits look at, at most: one or two numbers a layer need no more.
+MOST_EXAMPLES = 1024
+#: Random batches that an example's prediction in training mode is the mean over.
+N_DRAWS = 8
+_LR, _START, _EPOCHS = 0.02, 0.05, 3
+
+#: Inputs of a batch, and the mean training-mode prediction for each.
+_Pairs = list[tuple[Any, Tensor]]
+
+
+@dataclass(frozen=True)
+class LabelFree:
+    """A fit without labels; the weights are set."""
+
+    how: str  # fit-moments or fit-predictions
+    train_batch_size: int
+    n_examples: int
+    weights: dict[str, float]  # by layer
+    #: KL from the mean training-mode prediction, nats, on held-out examples: with weight 0, and
+    #: with the weights found; None for fit-moments.
+    divergence: tuple[float, float] | None = None
+
+    def describe(self) -> str:
+        """The fit in a sentence."""
+        values = sorted(self.weights.values())
+        text = (
+            f"{self.how}: example weights from {self.n_examples} examples in random batches of "
+            f"{self.train_batch_size}, {values[0]:.3g} to {values[-1]:.3g}"
+        )
+        if self.divergence is None:
+            return f"{text}."
+        return (
+            f"{text}; divergence from predictions in training mode {self.divergence[0]:.3g} with "
+            f"weight 0, {self.divergence[1]:.3g} with these."
+        )
+
+
+def fit_moments_(
+    model: nn.Module,
+    batches: runtime.Batches,
+    train_batch_size: int,
+    layers: Mapping[str, GeneralizedBatchNorm],
+    *,
+    granularity: str = "channel",
+    seed: int = 0,
+) -> LabelFree:
+    """Set each layer's example weight to what best predicts the moments of training batches.
+
+    Changes:
+        ``example_weight`` of the layers.
+    Restores:
+        Modes, settings, statistics.
+    """
+    _check(train_batch_size, layers)
+    polynomials = {name: np.zeros(5) for name in layers}
+    eps = {name: layer.eps for name, layer in layers.items()}
+    names = {id(layer): name for name, layer in layers.items()}
+    n_examples = 0
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        layer, name = layers[names[id(module)]], names[id(module)]
+        values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
+        mean, var, _ = example_moments(values.float())
+        mean, var = over_channel_groups(mean, var, layer.channel_groups)
+        population = [t.float() for t in (layer.running_mean, layer.running_var) if t is not None]
+        base = over_channel_groups(population[0], population[1], layer.channel_groups)
+        polynomials[name] += _quartic(mean, var, base, eps[name], train_batch_size)
+
+    device = runtime.device_of(model)
+    with guards.hooks() as handles, _as_in_training(model, train_batch_size):
+        for layer in layers.values():
+            handles.append(layer.register_forward_pre_hook(look, with_kwargs=True))
+        for x in _runs(batches, train_batch_size, seed):
+            runtime.run(model, (x,), device)
+            n_examples += len(x)
+    _require_some(n_examples, train_batch_size)
+    if granularity == "global":
+        total = np.sum(list(polynomials.values()), axis=0)
+        found = dict.fromkeys(layers, _least(total))
+    else:
+        found = {name: _least(polynomial) for name, polynomial in polynomials.items()}
+    set_example_weight_(model, found)
+    return LabelFree("fit-moments", train_batch_size, n_examples, found)
+
+
+def fit_predictions_(
+    model: nn.Module,
+    batches: Iterable[Any],
+    train_batch_size: int,
+    layers: Mapping[str, GeneralizedBatchNorm],
+    *,
+    granularity: str = "channel",
+    seed: int = 0,
+) -> LabelFree:
+    """Set example weights so that inference says what training mode said on average.
+
+    Changes:
+        ``example_weight`` of the layers; nothing after an exception.
+    Restores:
+        Modes, settings, statistics, ``requires_grad``.
+    """
+    _check(train_batch_size, layers)
+    before = guards.Snapshot(nn.ModuleList(layers.values()))
+    pairs = _targets(model, batches, train_batch_size, seed)
+    n_examples = sum(len(target) for _, target in pairs)
+    _require_some(n_examples if len(pairs) > 1 else 0, train_batch_size)
+    held, learned = pairs[::4], [pair for i, pair in enumerate(pairs) if i % 4]
+
+    def loss(weights: Mapping[str, Any], on: _Pairs) -> float:
+        set_example_weight_(model, weights)
+        with guards.inference(model):
+            return _mean(_divergence(model, x, target) for x, target in on)
+
+    try:
+        zero = loss(dict.fromkeys(layers, 0.0), held)
+        one = _one_weight(lambda a: loss(dict.fromkeys(layers, a), learned))
+        best: dict[str, Any] = dict.fromkeys(layers, one)
+        least = loss(best, held)
+        if least >= zero:
+            best, least = dict.fromkeys(layers, 0.0), zero
+        if granularity != "global":
+            set_example_weight_(model, best)
+            for weights in _descent(model, layers, learned):
+                now = loss(weights, held)
+                if now < least:
+                    best, least = weights, now
+        set_example_weight_(model, best)
+    except BaseException:
+        before.restore_()
+        raise
+    found = {name: float(weight) for name, weight in best.items()}
+    return LabelFree(
+        how="fit-predictions",
+        train_batch_size=train_batch_size,
+        n_examples=n_examples,
+        weights=found,
+        divergence=(zero, least),
+    )
+
+
+def _check(train_batch_size: int, layers: Mapping[str, GeneralizedBatchNorm]) -> None:
+    if train_batch_size < 2:
+        raise ConfigError(
+            f"--train-batch-size: {train_batch_size}, expected at least 2 to fit example weights "
+            "by. In batches of 1 an example was normalized by itself: give --example-weight 1.",
+            name="train_batch_size",
+        )
+    if not layers:
+        raise NormError("example weight: the model has no layer that could weigh the example.")
+
+
+def _require_some(n_examples: int, train_batch_size: int) -> None:
+    if not n_examples:
+        raise DataError(
+            f"example weight: too few examples for batches of {train_batch_size} to fit to and to "
+            "check by. Give more data, or a larger --batch-size."
+        )
+
+
+@contextmanager
+def _as_in_training(model: nn.Module, size: int) -> Iterator[None]:
+    """Norm layers normalize runs of ``size`` examples by themselves; all else runs as inference."""
+    layers = [layer for _, layer in generalized_norms(model) if not layer.frozen]
+    before = [(layer.ghost_size, layer.track_running_stats) for layer in layers]
+    with guards.inference(model):
+        try:
+            for layer in layers:
+                # Without tracking the running moments are neither used nor changed.
+                layer.training, layer.ghost_size, layer.track_running_stats = True, size, False
+            yield
+        finally:
+            for layer, settings in zip(layers, before, strict=True):
+                layer.ghost_size, layer.track_running_stats = settings
+
+
+def _whole(batches: Iterable[Any], size: int) -> Iterator[Any]:
+    """Inputs of the first batches, each cut to a multiple of ``size``."""
+    n_examples = 0
+    for batch in batches:
+        x = runtime.unpack(batch)[0]
+        x = x[: len(x) - len(x) % size]
+        if len(x):
+            yield x
+        n_examples += len(x)
+        if n_examples >= MOST_EXAMPLES:
+            return
+
+
+def _runs(batches: runtime.Batches, size: int, seed: int) -> Iterator[Any]:
+    """The same, each batch in a random order."""
+    rng = torch.Generator().manual_seed(seed)
+    for x in _whole(runtime.pass_of(batches, 0), size):
+        yield x[torch.randperm(len(x), generator=rng)]
+
+
+def _quartic(
+    mean: Tensor, var: Tensor, base: tuple[Tensor, Tensor], eps: float, size: int
+) -> np.ndarray:
+    """Coefficients of J(a), summed over examples, from a^0; moments ``(N, C)`` in runs of size."""
+    n, channels = mean.shape
+    runs = (n // size, size, channels)
+    batch_mean, batch_var = mix(mean.view(runs), var.view(runs), dim=1)
+    scale = base[1] + eps
+    # By the population: d of the example's mean, e of its batch's, v and w of the variances.
+    d = ((mean - base[0]) / scale.sqrt()).double()
+    v = ((var - base[1]) / scale).double()
+    e = ((batch_mean - base[0]) / scale.sqrt()).double().repeat_interleave(size, 0)
+    w = ((batch_var - base[1]) / scale).double().repeat_interleave(size, 0)
+    # mean(a) = a d, var(a) = a q - a^2 d^2 with q = v + d^2.
+    q, dd = v + d.square(), d.square()
+    terms = (
+        e.square() + w.square() / 2,
+        -2 * e * d - w * q,
+        dd + q.square() / 2 + w * dd,
+        -q * dd,
+        dd.square() / 2,
+    )
+    # A mean over channels, so that wide layers count no more than narrow ones in a common weight.
+    return np.array([float(term.mean(1).sum()) for term in terms])
+
+
+def _least(coefficients: np.ndarray) -> float:
+    """Where in [0, 1] a polynomial, from its constant, is least."""
+    polynomial = np.polynomial.Polynomial(coefficients)
+    roots = np.asarray(polynomial.deriv().roots(), dtype=np.complex128)
+    inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
+    return min([0.0, 1.0, *inside], key=lambda a: float(polynomial(a)))
+
+
+def _targets(model: nn.Module, batches: Iterable[Any], size: int, seed: int) -> _Pairs:
+    """Inputs, and their mean softmax over random batches as in training."""
+    rng = torch.Generator().manual_seed(seed)
+    device = runtime.device_of(model)
+    pairs: _Pairs = []
+    for x in _whole(batches, size):
+        total: Tensor | None = None
+        with _as_in_training(model, size):
+            for _ in range(N_DRAWS):
+                order = torch.randperm(len(x), generator=rng)
+                output = runtime.logits_of(runtime.run(model, (x[order],), device))
+                p = output.double().softmax(1)[order.argsort().to(output.device)]
+                total = p if total is None else total + p
+        if total is not None:
+            pairs.append((x, total / N_DRAWS))
+    return pairs
+
+
+def _divergence(model: nn.Module, x: Any, target: Tensor) -> Tensor:
+    """KL of the model's predictions from the target, ``(N,)``."""
+    output = runtime.logits_of(runtime.run(model, (x,), runtime.device_of(model)))
+    return F.kl_div(output.log_softmax(1), target.to(output.dtype), reduction="none").sum(1)
+
+
+def _mean(parts: Iterable[Tensor]) -> float:
+    return float(torch.cat(list(parts)).double().mean())
+
+
+def _one_weight(loss: Callable[[float], float]) -> float:
+    """The best weight for all layers, by bracketed search over its root."""
+    losses = {root: loss(root**2) for root in (0.0, 0.15, 0.3, 0.5, 0.7, 0.9)}
+    root, _ = best_root(loss, losses, n_steps=6)
+    return root**2
+
+
+def _descent(
+    model: nn.Module, layers: Mapping[str, GeneralizedBatchNorm], pairs: _Pairs
+) -> Iterator[dict[str, Tensor]]:
+    """One weight a layer by projected Adam; gives the weights after every epoch."""
+    before = {name: layer.example_weight.detach().clone() for name, layer in layers.items()}
+    ends: list[dict[str, Tensor]] = []
+    n_steps = _EPOCHS * len(pairs)
+    with descent(model, layers, "layer", _START, _LR, n_steps) as (leaves, step):
+        for _ in range(_EPOCHS):
+            for x, target in pairs:
+                _divergence(model, x, target).mean().backward()  # type: ignore[no-untyped-call]
+                step()
+            ends.append({name: leaf.detach().clone() for name, leaf in leaves.items()})
+    set_example_weight_(model, before)
+    yield from ends
