@@ -37,17 +37,7 @@ class DemoFiles:
 
 
 def digits(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Read one part of the embedded digits.
-
-    Args:
-        part: train (797 images), calibration (500) or test (500).
-
-    Returns:
-        Images (N, 8, 8), 0 is paper and 255 is ink, and labels (N,), 0 to 9.
-
-    Raises:
-        ConfigError: if the part is none of the three.
-    """
+    """Read one part of the embedded digits."""
     if part not in PARTS:
         raise ConfigError(
             f"digits: {part!r} is not a part. Use one of: {', '.join(PARTS)}.", name="part"
@@ -60,11 +50,7 @@ def digits(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 @contextmanager
 def checkpoint_path() -> Iterator[Path]:
-    """Give the embedded checkpoint a path for as long as the context lasts.
-
-    Yields:
-        A readable ``.safetensors`` file, wherever the package is installed.
-    """
+    """Give the embedded checkpoint a path for as long as the context lasts."""
     with as_file(_FOLDER.joinpath(_CHECKPOINT)) as path:
         yield path
 
@@ -73,12 +59,6 @@ def write_files(folder: Path) -> DemoFiles:
     """Write the demonstration's inputs into a folder, so that its commands can be repeated by hand.
 
     Files of the same names are replaced.
-
-    Args:
-        folder: where to; made if it is not there.
-
-    Returns:
-        The paths of ``digits_net.safetensors``, ``digits-calibration.npz`` and ``digits-test.npz``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = DemoFiles(

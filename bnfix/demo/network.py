@@ -33,14 +33,7 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, channels, H / stride, W / stride).
-
-        Args:
-            x: the block's input.
-
-        Returns:
-            The block's output.
-        """
+        """Map (N, in_channels, H, W) to (N, channels, H / stride, W / stride)."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return F.relu(y + self.downsample(x))
@@ -64,26 +57,12 @@ class DigitsNet(nn.Module):
         self.fc = nn.Linear(third, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images to logits.
-
-        Args:
-            x: normalized images, (N, 1, 8, 8).
-
-        Returns:
-            Logits, (N, num_classes).
-        """
+        """Map images to logits."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return cast(Tensor, self.fc(x.mean(dim=(2, 3))))
 
 
 def digits_net(num_classes: int = 10) -> nn.Module:
-    """Build the network of the demonstration, untrained.
-
-    Args:
-        num_classes: outputs of the head.
-
-    Returns:
-        The network, in training mode like any new module.
-    """
+    """Build the network of the demonstration, untrained."""
     return DigitsNet(num_classes)

@@ -179,19 +179,7 @@ def plan_evaluation(
     source: DataRecipe | None = None,
     run: RunOptions | None = None,
 ) -> dict[str, Any]:
-    """What `evaluate_files` would do, and what it would cost by a few batches of every model.
-
-    Args:
-        checkpoints: the files; they must be there.
-        data: DATA.
-        also: what else would be measured.
-        model: which models they are.
-        source: labels and preprocessing.
-        run: device and batch size.
-
-    Returns:
-        JSON values.
-    """
+    """What `evaluate_files` would do, and what it would cost by a few batches of every model."""
     for path in checkpoints:
         require_file(Path(path))
     n_variants = 1

@@ -78,20 +78,7 @@ def enter(
     own_metrics: bool,
     notes: list[str],
 ) -> list[Entrant]:
-    """Load every checkpoint, and open the data once, as each needs them.
-
-    Args:
-        checkpoints: the files.
-        data: DATA.
-        recipe: which models they are.
-        source: labels and preprocessing.
-        run: the device.
-        own_metrics: whether outputs need not be logits, where the user says how models are called.
-        notes: what is assumed is added here.
-
-    Returns:
-        One entrant a file, in order.
-    """
+    """Load every checkpoint, and open the data once, as each needs them."""
     entrants: list[Entrant] = []
     opened: dict[int, Images] = {}
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
@@ -124,17 +111,7 @@ def enter(
 def hasten(
     entrants: Sequence[Entrant], precision: str, seed: int, notes: list[str]
 ) -> list[Entrant]:
-    """Let copies of the models that evaluate faster go through the data.
-
-    Args:
-        entrants: as entered; their models stay as they are.
-        precision: of the passes.
-        seed: of the images that the copies are checked on.
-        notes: what was done is added here, and what failed.
-
-    Returns:
-        The entrants, those with a copy that gives the same outputs with it.
-    """
+    """Let copies of the models that evaluate faster go through the data."""
     found = []
     for one in entrants:
         few = first_batch(one.images, one.preprocessing, seed)
@@ -213,19 +190,7 @@ class Arena:
     def outputs(
         self, stage: str, corruption: Corruption | None = None, any_task: bool = False
     ) -> list[Outputs]:
-        """What every entrant gives for all examples.
-
-        Args:
-            stage: what the pass is for, in words.
-            corruption: what every image goes through.
-            any_task: take outputs that are no logits from models whose calling the user states.
-
-        Returns:
-            In the order of the entrants.
-
-        Raises:
-            DataError: if entrants of several preprocessings meet other bad images.
-        """
+        """What every entrant gives for all examples."""
 
         def run(members: list[Entrant], size: int) -> list[Outputs]:
             what = members[0].name if len(members) == 1 else f"{len(members)} models"
@@ -247,21 +212,13 @@ class Arena:
         return found
 
     def shifted(self) -> Iterator[Shifted]:
-        """Measure every entrant under every corruption.
-
-        Yields:
-            One row an entrant, corruption by corruption.
-        """
+        """Measure every entrant under every corruption."""
         for corruption in every_corruption(self._seed):
             found = self.outputs(f"under {corruption.text},", corruption)
             yield from shifted(self._names, found, corruption, seed=self._seed)
 
     def invariance(self) -> list[BatchInvariance]:
-        """Look at some examples in several batches.
-
-        Returns:
-            One record an entrant.
-        """
+        """Look at some examples in several batches."""
         rng = np.random.default_rng(self._seed)
         index = rng.permutation(self._good)[:N_COMPARED]
 

@@ -55,11 +55,7 @@ class Plan:
     average: AverageRecipe | None = None
 
     def __post_init__(self) -> None:
-        """Check combinations of recipes.
-
-        Raises:
-            ConfigError: if a fit of the weight without labels has no batch size.
-        """
+        """Check combinations of recipes."""
         weight = self.weight.example_weight
         if weight in LABEL_FREE and self.statistics.train_batch_size is None:
             raise ConfigError(

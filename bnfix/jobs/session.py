@@ -251,18 +251,7 @@ def load_one(
     mapped: bool = False,
     lenders: Sequence[str] = (),
 ) -> Loaded:
-    """Load a checkpoint onto the device.
-
-    Args:
-        checkpoint: the file.
-        recipe: which model it is.
-        run: the device.
-        mapped: as for `load_ready`.
-        lenders: as for `load_ready`.
-
-    Returns:
-        The loaded model.
-    """
+    """Load a checkpoint onto the device."""
     device = runtime.resolve_device(run.device)
     loaded = load_ready(checkpoint, recipe, mapped=mapped, lenders=lenders)
     if recipe.forward is not None:
@@ -277,15 +266,7 @@ def load_one(
 
 
 def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
-    """What inputs go through: options, over a preset, over what is stored, over a guess.
-
-    Args:
-        loaded: a model that may have come with preprocessing.
-        source: the options.
-
-    Returns:
-        The preprocessing, and sentences on what was assumed.
-    """
+    """What inputs go through: options, over a preset, over what is stored, over a guess."""
     notes: list[str] = []
     channels = input_channels(loaded.model)
     channels = channels if channels in (1, 3) else 3
