@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -245,7 +248,7 @@ def test_what_forward_changes_by_itself_is_put_back_and_named():
     net = nn.Sequential(Busy())
     inner, before = net[0], dict(vars(net[0]))
     torch.manual_seed(0)
-    random = torch.get_rng_state()
+    state = torch.get_rng_state()
     with guards.inference(net) as changed:
         net(torch.randn(2, 3, 4, 4))
     wanted = {"input_mean", "late", "n_steps", "cache", "seen", "plain", "skip"}
@@ -258,7 +261,7 @@ def test_what_forward_changes_by_itself_is_put_back_and_named():
     assert inner.plain.tolist() == [1, 1]
     assert list(inner.cache) == ["x"]
     assert inner.cache["x"].tolist() == [0, 0]
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), state)
     with guards.inference(net) as changed:
         pass
     assert changed == []
@@ -316,7 +319,8 @@ class Drifting(nn.Module):
         self.input_mean = self.input_mean.lerp(x.mean((0, 2, 3))[:, None, None], 0.5)
         self.n += 1
         self.log.append(float(x.sum()))
-        return self.inner(x - self.input_mean + 0.01 * torch.randn(()))
+        noise = torch.randn(()) + np.random.normal() + random.random()
+        return self.inner(x - self.input_mean + 0.01 * noise)
 
 
 @pytest.mark.parametrize("task", ["evaluate", "recalibrate", "choose", "finetune", "residuals"])
@@ -328,7 +332,7 @@ def test_every_function_leaves_all_other_state_as_it_was(task):
     batches = [(x[i : i + 8], y[i : i + 8]) for i in (0, 8, 16)]
     mean, value = net.input_mean, net.input_mean.clone()
     torch.manual_seed(2)
-    random = torch.get_rng_state()
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     done = {
         "evaluate": lambda: evaluate(net, batches),
         "recalibrate": lambda: recalibrate_(net, batches, feed="sequential"),
@@ -341,7 +345,9 @@ def test_every_function_leaves_all_other_state_as_it_was(task):
     assert net.input_mean is mean
     assert torch.equal(mean, value)
     assert (net.n, net.log) == (0, [])
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert str(np.random.get_state()) == str(states[1])
+    assert random.getstate() == states[2]
     if task in ("finetune", "recalibrate"):
         done = done.trust if task == "recalibrate" else done
         assert set(done.changed_by_forward) == {"input_mean", "n", "log"}

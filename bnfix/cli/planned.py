@@ -146,6 +146,7 @@ def finetune(
                 },
             ],
             "swap": Annotated[SwapRecipe, {NORM: "to ghost_size channel_groups layers skip"}],
+            "statistics": Annotated[StatisticsRecipe, {NORM: "include_frozen"}],
             "run": Annotated[RunOptions, {RUN: "device workers precision"}],
             "gate": Seed,
         },

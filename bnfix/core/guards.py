@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -45,7 +47,7 @@ def tensors_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[list[str]]:
-    """Evaluation without gradients; modes, state and torch's random state are put back after."""
+    """Evaluation without gradients; modes, state and random states are put back after."""
     with modes_kept(model), random_kept(model), state_kept(model) as changed, torch.no_grad():
         model.eval()
         yield changed
@@ -53,10 +55,20 @@ def inference(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def random_kept(model: nn.Module) -> Iterator[None]:
-    """Put torch's random state, on the CPU and the model's devices, back on leaving."""
-    devices = {p.device.index for p in model.parameters() if p.is_cuda}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    """Put the random states of Python, numpy and torch (and its devices) back on leaving."""
+    with _random_states({p.device.index for p in model.parameters() if p.is_cuda}):
         yield
+
+
+@contextmanager
+def _random_states(devices: Iterable[int]) -> Iterator[None]:
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager
@@ -117,8 +129,8 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeded torch randomness inside, the state from before outside, on the CPU and CUDA."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    """Seeded torch randomness inside, all random states from before outside, on CPU and CUDA."""
+    with _random_states(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
