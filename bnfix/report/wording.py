@@ -142,17 +142,17 @@ class Findings:
 
     def _movement(self, moved: Moved) -> Note:
         """How far the outputs moved, with a warning if that is far and nothing shows a gain."""
-        images = f"on {count(moved.n)} images"
+        n = count(moved.n)
         if moved.relative_rms == 0 and not moved.top1_changed:
-            return Note(f"The outputs did not change {images}.")
+            return Note(f"The outputs did not change on {n} images.")
         text = (
             "The outputs cannot be compared with those before (not finite, or of another shape)"
             if moved.relative_rms is None
             else f"The outputs changed by {percent(moved.relative_rms)} (relative RMS)"
         )
         if moved.top1_changed is not None:
-            text += f", the top-1 class of {percent(moved.top1_changed)}"
-        text += f" {images}."
+            text += f", the top-1 class on {percent(moved.top1_changed)}"
+        text += f" {'on' if moved.top1_changed is None else 'of'} {n} images."
         if not moved.is_large or self.verdict == "better":
             return Note(text)
         return Note(
