@@ -151,7 +151,7 @@ class Findings:
             else f"The outputs changed by {percent(moved.relative_rms)} (relative RMS)"
         )
         if moved.top1_changed is not None:
-            text += f", the top-1 class on {percent(moved.top1_changed)}"
+            text += f"; the top-1 class changed on {percent(moved.top1_changed)}"
         text += f" {'on' if moved.top1_changed is None else 'of'} {n} images."
         if not moved.is_large or self.verdict == "better":
             return Note(text)
