@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from bnfix.cli import app
+
+# A shell that runs tests in the background has them, and what they start, ignore interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many threads on tiny tensors cost more than they give, above all where others work beside.
 torch.set_num_threads(1)

@@ -92,8 +92,6 @@ def test_an_interrupt_while_torch_is_imported_is_one_line(tmp_path, start):
     found = subprocess.run(
         [sys.executable, *words, "--help"],
         env={**environment(), "PYTHONPATH": paths}, cwd=ROOT,
-        # A shell that runs tests in the background has them ignore the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (found.returncode, found.stdout) == (130, "")
