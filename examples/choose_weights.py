@@ -1,7 +1,7 @@
 """Choose how much an example counts in its own statistics, by held-out labels, without training.
 
-Three levels are tried: one weight for the model, one a layer, one a channel. Each must beat what
-stands on batches that nothing was fitted on, or the weights stay as they are.
+Three levels are tried: one weight for the model, one per layer, one per channel. A level is kept
+only if it beats the current model on batches that nothing was fitted on.
 """
 
 import torch

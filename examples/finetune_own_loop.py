@@ -33,7 +33,7 @@ for epoch in range(5):
         bnfix.decay_norms_(model, rate, NORM_DECAY, "identity")
     print(f"epoch {epoch + 1}: loss of the last batch {loss.item():.3f}")
 
-bnfix.recalibrate_(model, images.split(128))  # the weights moved: statistics are due anew
+bnfix.recalibrate_(model, images.split(128))  # the weights moved, so measure new statistics
 test, answers = (torch.from_numpy(array) for array in demo.digits("test"))
 test = (test.unsqueeze(1).float() / 255 - 0.3061) / 0.3760
 print(bnfix.evaluate(model, [(test, answers)]))

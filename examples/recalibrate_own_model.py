@@ -1,4 +1,4 @@
-"""Swap the norm layers of your own model and measure its statistics anew, without labels.
+"""Swap the norm layers of your own model and measure new statistics, without labels.
 
 The network was trained on dark digits on white paper; here the scanner has faded. Its weights are
 as good as before, its population statistics are not.

@@ -28,7 +28,7 @@ _MAX_LABEL_BYTES: Final = 1_000_000
 _RANGE: Final = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,18}")
 _IMAGE_KINDS: Final = {suffix.removeprefix(".") for suffix in SUFFIXES}
-#: Where a label stands in a sample's JSON, the first that is there.
+#: Where to look for a label in a sample's JSON, the first that is there.
 _JSON_KEYS: Final = ("label", "cls", "class", "class_id", "target", "class_name")
 _TAR_ERRORS: Final = (
     tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError, MemoryError,
@@ -36,7 +36,7 @@ _TAR_ERRORS: Final = (
 
 
 def expand_braces(spec: str) -> list[str]:
-    """Expand ranges in a name: ``shard-{000..123}.tar`` stands for 124 files."""
+    """Expand ranges in a name: ``shard-{000..123}.tar`` names 124 files."""
     parts = _RANGE.split(spec)
     choices: list[Sequence[str]] = [[parts[0]]]
     for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):

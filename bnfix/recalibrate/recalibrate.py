@@ -48,7 +48,7 @@ class LayerStatistics:
     log_var_ratio: float  # mean over channels of |log((new var + eps) / (old var + eps))|
     #: Largest standard error of a mean, by sqrt(var + eps); infinite from one example.
     mean_se: float
-    var_se: float  # likewise of a variance, by var + eps
+    var_se: float  # largest of a variance, divided by var + eps
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def choose_example_weight_(
             of ``batches``, held out from the fit.
         recipe: granularity, rates, whether layers with one position take part.
         z: standard errors that the gate demands.
-        incumbent: name and select metrics of what stands, if they are known already.
+        incumbent: name and select metrics of the current model, if known.
         forward: called as ``forward(model, batch)`` for unusual batches.
         precision: ``fp32``, ``bf16`` or ``fp16`` for evaluation; learning is in fp32.
 
