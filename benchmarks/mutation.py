@@ -30,8 +30,8 @@ TESTS = {
         "comparison", "exporting", "examination", "cli", "pipeline",
     ),
     "weights": ("gate", "label_free", "example_weight", "candidates"),
-    "report": ("report", "terminal", "predictions", "cli"),
-    "cli": ("terminal", "cli", "docs"),
+    "report": ("report", "terminal", "predictions", "candidates", "exporting", "cli"),
+    "cli": ("terminal", "public_api", "cli", "exporting", "conversion", "docs"),
     "metrics": ("gate", "evaluation", "custom_metrics", "robustness"),
 }  # fmt: skip
 
