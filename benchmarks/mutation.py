@@ -35,6 +35,24 @@ TESTS = {
     "metrics": ("gate", "evaluation", "custom_metrics", "robustness"),
 }  # fmt: skip
 
+#: The test file of a file's own, which is tried before all others.
+OWN = {
+    "jobs/convert": "conversion",
+    "jobs/export": "exporting",
+    "jobs/compare": "comparison",
+    "jobs/entrants": "comparison",
+    "jobs/inspect": "examination",
+    "jobs/session": "workbench",
+    "jobs/replay": "pipeline",
+    "jobs/estimate": "estimating",
+    "jobs/input_check": "first_look",
+    "weights/label_free": "label_free",
+    "weights/choose": "example_weight",
+    "weights/search": "example_weight",
+    "report/export": "exporting",
+    "report/predictions": "predictions",
+}
+
 SWAPPED: dict[type[ast.AST], str] = {
     ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
     ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
@@ -125,7 +143,8 @@ def main() -> None:
             source = (ROOT / path).read_text(encoding="utf-8")
             was = source[start:end]
             (copy / path).write_text(source[:start] + new + source[end:], encoding="utf-8")
-            names = TESTS[path.parts[1]]
+            own = OWN.get(path.relative_to("bnfix").with_suffix("").as_posix())
+            names = dict.fromkeys([own, *TESTS[path.parts[1]]] if own else TESTS[path.parts[1]])
             files = [f"tests/test_{n}.py" for n in names if (copy / f"tests/test_{n}.py").is_file()]
             command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
             began = time.monotonic()
