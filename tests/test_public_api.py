@@ -51,6 +51,7 @@ RECIPES: dict[str, list[Any]] = {
 #: Where another recipe than the first counts.
 OTHERS: dict[tuple[str, str], Any] = {
     ("fix", "epochs"): TRIED, ("fix", "lr"): TRIED, ("finetune", "ghost_size"): SwapRecipe(),
+    ("finetune", "include_frozen"): StatisticsRecipe(),
 }  # fmt: skip
 RUN = ("device", "precision", "batch_size", "workers")
 #: Options whose text is put together from several fields, or which are no field of a recipe.
