@@ -9,6 +9,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -635,3 +636,13 @@ def test_the_demo_goes_the_whole_way_in_one_command(cli, tmp_path, monkeypatch):
 def test_every_kind_is_named_in_the_help(cli):
     text = " ".join(cli("convert", "--help").out.split())
     assert all(kind in text for kind in KINDS)
+
+
+def test_a_bare_bnfix_shows_its_help_and_nothing_else() -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "bnfix"], env=environment(), capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (2, "")
+    assert "Usage:" in found.stdout
+    assert "calibrate" in found.stdout

@@ -573,6 +573,9 @@ def test_the_heat_map_says_how_many_corruptions_gain_and_lose() -> None:
         low, high = row.paired.top1.interval
         star = "*" if low > 0 or high < 0 else ""
         assert f"{100 * row.paired.top1.difference:+.1f}{star}" in shown
+    opacities = [float(x) for x in re.findall(r"opacity: ?([\d.]+)", svg[0])]
+    assert opacities
+    assert max(opacities) <= SHADE
     n_up = sum(row.paired.top1.interval[0] > 0 for row in last if row.paired)
     assert n_up > 0
     assert f"{n_up} of 18 are gains, 0 are losses" in html
@@ -637,3 +640,11 @@ def test_ranks_put_nll_first_and_top1_second() -> None:
     ]  # fmt: skip
     assert report.ranking[2].paired is None
     assert report_of(*metrics[:2]).ranking == []  # of a fix, whose second is what was made
+
+
+@pytest.mark.parametrize("limit", [1, 2, 24, 500])
+def test_a_long_name_is_cut_to_the_limit(limit: int) -> None:
+    assert pages.clean("x" * limit, limit) == "x" * limit
+    cut = pages.clean("x" * (limit + 1), limit)
+    assert len(cut) == limit
+    assert cut.endswith("…")

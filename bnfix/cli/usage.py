@@ -36,7 +36,9 @@ class OneLineGroup(TyperGroup):
             typer.echo("bnfix: interrupted.", err=True)
             sys.exit(130)
         except typer.TyperException as error:
-            typer.echo(f"bnfix: {_words(error)}", err=True)
+            # A bare `bnfix` has shown its help by now, and has nothing to say.
+            if words := _words(error):
+                typer.echo(f"bnfix: {words}", err=True)
             sys.exit(getattr(error, "exit_code", 2))
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -49,6 +51,8 @@ def _words(error: typer.TyperException) -> str:
     formatted = getattr(error, "format_message", lambda: error)
     text = str(getattr(error, "message", "") if possible else formatted())
     text = " ".join(text.split()).removesuffix(".")
+    if not text and not possible:
+        return ""
     meant = f"Did you mean {' or '.join(possible)}?" if possible else ""
     path = "bnfix" if context is None else context.command_path
     end = "" if text.endswith("?") else "."
