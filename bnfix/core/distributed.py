@@ -9,6 +9,7 @@ torch.distributed for itself, and calls bnfix on one rank, is left alone.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,6 +81,23 @@ def speaks() -> bool:
 
 
 @contextmanager
+def _off_standard_output() -> Iterator[None]:
+    """What gloo prints goes to standard error, since a result as JSON may be on the other."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
 def joined() -> Iterator[Place]:
     """Work together with the other processes of this launch; alone where there are none.
 
@@ -102,13 +120,14 @@ def joined() -> Iterator[Place]:
                 _store = next(iter(found))[0]
                 _store.set_timeout(_PATIENCE)
             # A group made a second time would meet what the first has left under the same keys.
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=dist.PrefixStore(f"bnfix/{_n_joined}", _store),  # type: ignore[attr-defined]
-                rank=place.rank,
-                world_size=place.size,
-                timeout=_PATIENCE,
-            )
+            with _off_standard_output():
+                dist.init_process_group(
+                    "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=dist.PrefixStore(f"bnfix/{_n_joined}", _store),  # type: ignore[attr-defined]
+                    rank=place.rank,
+                    world_size=place.size,
+                    timeout=_PATIENCE,
+                )
             _n_joined += 1
         except (RuntimeError, ValueError) as error:
             raise ProcessError(
