@@ -55,6 +55,18 @@ def test_little_or_nothing_to_go_by(net: nn.Module) -> None:
     assert look_at_inputs(nn.Sequential(nn.Conv2d(3, 8, 3)), batch_of(x.repeat(4, 1, 1, 1))) is None
 
 
+def test_a_first_layer_that_is_never_reached_says_nothing(net: nn.Module) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = net[1], net[0]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x)
+
+    assert look_at_inputs(Unused().eval(), batch_of(255 * torch.randn(28, 3, 8, 8))) is None
+
+
 def test_sizes() -> None:
     assert look_at_size((8, 3, 224, 224), None) is None
     assert look_at_size((8, 3, 288, 288), (224, 224)) is None
