@@ -20,7 +20,7 @@ from bnfix.jobs.estimate import Work, estimated
 from bnfix.jobs.plan import Plan
 from bnfix.jobs.progress import silent
 from bnfix.jobs.run import execute
-from bnfix.jobs.steps import open_plan, work_of
+from bnfix.jobs.steps import open_plan, resolve, work_of
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)
 
@@ -136,3 +136,13 @@ def test_the_plans_of_all_commands_state_what_they_cost(cli, files, tmp_path):
 )
 def test_a_range_of_time_in_words(seconds, words):
     assert duration_words(*seconds) == words
+
+
+def test_only_a_gated_fine_tuning_is_counted_on_the_select_split():
+    def passes_of(plan):
+        return [work.stage for step in resolve(plan, None) for work in step.work]
+
+    assert "select: fine-tuned" in passes_of(Plan())
+    alone = passes_of(Plan(command="finetune", finetune=FinetuneRecipe()))
+    assert "fine-tuning norms" in alone
+    assert "select: fine-tuned" not in alone
