@@ -15,6 +15,7 @@ from bnfix.core.settings import (
     ModelRecipe,
     RunOptions,
     StatisticsRecipe,
+    WeightRecipe,
 )
 from bnfix.jobs.estimate import Work, estimated
 from bnfix.jobs.plan import Plan
@@ -146,3 +147,11 @@ def test_only_a_gated_fine_tuning_is_counted_on_the_select_split():
     alone = passes_of(Plan(command="finetune", finetune=FinetuneRecipe()))
     assert "fine-tuning norms" in alone
     assert "select: fine-tuned" not in alone
+
+
+@pytest.mark.parametrize(("granularity", "levels"), [("global", 1), ("layer", 2), ("channel", 3)])
+def test_every_level_of_weights_is_counted_on_the_select_split(granularity, levels):
+    plan = Plan(weight=WeightRecipe(granularity=granularity), finetune=None)
+    passes = {work.stage: work.passes for step in resolve(plan, None) for work in step.work}
+    assert passes["select: example weight"] == levels
+    assert ("example weight: per channel" in passes) == (granularity == "channel")
