@@ -23,8 +23,8 @@ from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.core.preprocessing import Preprocessing
 from bnfix.core.settings import DataRecipe, ModelRecipe
 from bnfix.deploy import forms
+from bnfix.deploy.forms import outputs_of
 from bnfix.deploy.plain import ExampleNorm, build, read
-from bnfix.deploy.verify import outputs_of
 from bnfix.jobs.export import ExportRecipe, export
 from tests import nets
 from tests.conftest import Files, Outcome, environment

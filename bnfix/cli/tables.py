@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnfix.core.errors import some
-from bnfix.diagnosis.behaviour import Behaviour
-from bnfix.diagnosis.faults import Finding
+from bnfix.diagnosis.advice import Finding
+from bnfix.diagnosis.faults import Behaviour
 from bnfix.jobs.inspect import Inspection
 from bnfix.norm.swap import Change
 from bnfix.report.pages import clean, ends, number, percent

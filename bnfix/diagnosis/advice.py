@@ -1,4 +1,4 @@
-"""Commands to copy: those that advice recommends, and those that a file's history holds."""
+"""Findings, the advice against each, and commands to copy: advised ones and a history's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,77 @@ from typing import Any, Final
 
 from bnfix.core.errors import plain
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
-from bnfix.diagnosis.faults import Finding
+
+# Advice ends with a command; CKPT, SPEC, DATA and OUT are filled in where they are known.
+RECALIBRATE = (
+    "bnfix calibrate CKPT --model SPEC --data DATA --statistics population --example-weight keep "
+    "-o OUT"
+)
+GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
+_INSPECT = "bnfix inspect CKPT --model SPEC --data DATA"
+_REPLACE = "take another checkpoint"
+_MEASURE = (
+    "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
+    f"keep them; else {GATED}"
+)
+_TUNE = "bnfix finetune CKPT --model SPEC --data DATA --train norms -o OUT"
+_TRACK = (
+    "in Python: build it with track_running_stats=True, load_state_dict(..., strict=False), "
+    "bnfix.recalibrate_, bnfix.save"
+)
+
+#: Severity, advice and the faults that have them; with an error the outputs cannot be right.
+#: Every other fault is a warning with the advice to recalibrate.
+_GROUPS: Final = (
+    ("error", RECALIBRATE, "not-finite negative-variance momentum-out-of-range output-not-finite"),
+    ("error", _REPLACE, "gamma-not-finite beta-not-finite moment-missing odd-statistics"),
+    ("error", f"fetch the file again, or {_REPLACE}", "length-mismatch"),
+    ("warning", _MEASURE, "evaluation-mode"),
+    ("warning", _TUNE, "gamma-all-zero"),
+    ("warning", _TRACK, "no-statistics"),
+    ("note", RECALIBRATE, "counter-behind half-statistics momentum-none"),
+    ("note", f"nothing, if it is intended; {RECALIBRATE}", "frozen frozen-kind"),
+    ("note", f"nothing, if it is intended; {_INSPECT}", "shared"),
+    ("note", f"to be sure: {_INSPECT}", "counted-again"),
+    ("note", "bnfix eval CKPT --model SPEC --data DATA --precision bf16", "beyond-half"),
+    ("note", "for statistics of each call: give every call a layer of its own", "reused"),
+    ("note", "left alone", "instance-norm"),
+    ("note", "nothing", "dead-channels counter-zero gamma-zero unused single-position"),
+)
+_FAULTS: Final = {
+    fault: (severity, advice) for severity, advice, faults in _GROUPS for fault in faults.split()
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault of a layer, or of the model (``layer`` is empty), and the advice against it."""
+
+    layer: str
+    fault: str  # a short code, the same for the same fault everywhere
+    detail: str
+    severity: str  # error, warning or note
+    advice: str
+
+
+#: A fault and its detail.
+Fault = tuple[str, str]
+
+
+def finding(layer: str, fault: str, detail: str) -> Finding:
+    """A finding with its fault's severity and advice."""
+    severity, advice = _FAULTS.get(fault, ("warning", RECALIBRATE))
+    return Finding(layer=layer, fault=fault, detail=detail, severity=severity, advice=advice)
+
+
+def gated(found: Finding) -> Finding:
+    """Advise new statistics only where labelled data show that they are better."""
+    words, asked, _ = found.advice.partition(RECALIBRATE)
+    # With an error the stored statistics are wrong for any weights, so nothing need be compared.
+    if not asked or found.severity == "error":
+        return found
+    return dataclasses.replace(found, advice=words + GATED)
+
 
 #: Advice holds at most one command, which runs from this word to its end.
 _START: Final = "bnfix "

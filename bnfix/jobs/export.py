@@ -35,7 +35,7 @@ from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
 from bnfix.data.open import open_images
 from bnfix.deploy import forms
-from bnfix.deploy.verify import Agreement, agreement, names_of, torch_runner
+from bnfix.deploy.forms import Agreement, agreement, names_of, torch_runner
 from bnfix.jobs.convert import CALL_ERRORS, example_input, known_shape
 from bnfix.jobs.estimate import Estimate, peak_memory
 from bnfix.jobs.progress import Track, Tracked, describe_skipped, silent

@@ -16,9 +16,16 @@ from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.core.version import __version__
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
-from bnfix.diagnosis.advice import Call, Entry, mapping, read_history
-from bnfix.diagnosis.behaviour import Behaviour, examine_behaviour, examine_call, examine_model
-from bnfix.diagnosis.faults import Finding, NormTensors, diagnose, gated, read_norms
+from bnfix.diagnosis.advice import Call, Entry, Finding, gated, mapping, read_history
+from bnfix.diagnosis.faults import (
+    Behaviour,
+    NormTensors,
+    diagnose,
+    examine_behaviour,
+    examine_call,
+    examine_model,
+    read_norms,
+)
 from bnfix.jobs.convert import example_input, known_shape
 from bnfix.jobs.progress import Track, Tracked, silent
 from bnfix.jobs.session import (

@@ -14,7 +14,7 @@ from bnfix.core.errors import CheckpointError, some
 from bnfix.core.version import __version__
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
-from bnfix.deploy.verify import Agreement
+from bnfix.deploy.forms import Agreement
 from bnfix.report.pages import count, percent, plain_json, render
 from bnfix.report.report import Report, report_paths
 from bnfix.report.result import check_reports
