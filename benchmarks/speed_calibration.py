@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.timing import Row, Ways, alternate, line, summary
 from bnfix import choose_example_weight_, recalibrate_, swap_norms_
 from bnfix.core import distributed
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.data.batches import Batches
 from bnfix.data.open import open_images
 from bnfix.norm.sites import find_norms

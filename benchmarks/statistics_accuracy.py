@@ -102,7 +102,7 @@ def averaged(net: nn.Module, x: Tensor, labels: Tensor) -> nn.Module:
 
 def photos(data: Path, size: int) -> tuple[Tensor, Tensor]:
     """ImageNet images as torchvision's networks take them, the central part of each."""
-    from bnfix.core.preprocessing import Preprocessing
+    from bnfix.core.settings import Preprocessing
     from bnfix.data.batches import Batches
     from bnfix.data.open import open_images
 

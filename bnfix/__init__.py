@@ -1,8 +1,9 @@
 """bnfix: repair trained networks at their normalization layers."""
 
-import bnfix.core.environment as _starting  # noqa: F401  # first, since it is about the imports below
+import bnfix.core as _starting  # noqa: F401  # first, since it is about the imports below
 from bnfix.checkpoints.load import load
 from bnfix.checkpoints.save import save
+from bnfix.core import __version__
 from bnfix.core.errors import (
     BnfixError,
     CheckpointError,
@@ -12,7 +13,6 @@ from bnfix.core.errors import (
     NormError,
     NumericError,
 )
-from bnfix.core.version import __version__
 from bnfix.jobs.compare import evaluate_files
 from bnfix.jobs.convert import convert
 from bnfix.jobs.export import export

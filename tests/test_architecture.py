@@ -186,7 +186,7 @@ def test_a_planted_import_is_caught() -> None:
         "def f():\n    import bnfix.jobs.run\n",
         "from bnfix.jobs import run\n",
     ):
-        assert "jobs.run" in imported_files("core.moments", ast.parse(planted), set(FILES))
+        assert "jobs.run" in imported_files("norm.moments", ast.parse(planted), set(FILES))
     tree = ast.parse("import torch\ntorch.distributed.all_reduce(x)\n")
     assert any(module.startswith("torch.distributed") for module in imports(tree))
 

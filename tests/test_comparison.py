@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import bnfix
+from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, ConfigError, DataError
 from bnfix.core.settings import DataRecipe, EvaluationRecipe, RunOptions, SwapRecipe
-from bnfix.core.version import __version__
 from bnfix.data.images import FileImages
 from bnfix.jobs.compare import evaluate_files
 from bnfix.jobs.convert import convert

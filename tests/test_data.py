@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from bnfix.core.errors import ConfigError, DataError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.data.batches import Batches, Skipped
 from bnfix.data.classes import map_classes
 from bnfix.data.fingerprints import cut, fingerprint

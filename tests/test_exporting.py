@@ -20,8 +20,7 @@ from torch import Tensor, nn
 import bnfix
 from bnfix import ConfigError, ModelError
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.settings import DataRecipe, ModelRecipe
+from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing
 from bnfix.deploy import forms
 from bnfix.deploy.forms import outputs_of
 from bnfix.deploy.plain import ExampleNorm, build, read

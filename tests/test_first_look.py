@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from bnfix.checkpoints.load import load_ready
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.open import open_images
 from bnfix.jobs.input_check import look_at_inputs, look_at_size

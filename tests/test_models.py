@@ -11,7 +11,7 @@ from torch import nn
 
 from bnfix import recalibrate_
 from bnfix.core.errors import ConfigError, ModelError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.models.build import (
     build_model,
     from_file_allowed,

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnfix.core.moments import Moments, example_moments, mix, pool
+from bnfix.norm.moments import Moments, example_moments, mix, pool
 from bnfix.recalibrate.accumulator import precise_moments
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bnfix.core.errors import DataError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.data.batches import Batches
 from bnfix.data.images import Images
 from bnfix.data.open import open_images

@@ -13,13 +13,13 @@ import typer
 
 import bnfix
 from bnfix.cli import app
-from bnfix.core.preprocessing import Preprocessing
 from bnfix.core.settings import (
     DataRecipe,
     EvaluationRecipe,
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
+    Preprocessing,
     RunOptions,
     StatisticsRecipe,
     SwapRecipe,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad, graph
 
-from bnfix.norm import kernels, rows
+from bnfix.norm import kernels, moments
 from bnfix.norm.layer import GeneralizedBatchNorm
 from tests.test_kernels import laid_out, terms_for
 
@@ -201,7 +201,7 @@ def test_transforms_and_forward_mode_take_the_plain_form():
 
 def test_scaling_into_the_values_themselves():
     values = torch.randn(3, 4, 25)
-    mean, var = rows.moments(values)
+    mean, var = moments.row_moments(values)
     expected = (values - mean.unsqueeze(-1)) / var.sqrt().unsqueeze(-1)
-    rows.scale(values, mean, var, None, None, values)
+    moments.scale_rows(values, mean, var, None, None, values)
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)

@@ -17,10 +17,9 @@ import bnfix
 from bnfix.checkpoints.load import load_ready
 from bnfix.checkpoints.provenance import origin_of
 from bnfix.checkpoints.save import stock_tensors
+from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, ModelError
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.settings import ModelRecipe, SwapRecipe
-from bnfix.core.version import __version__
+from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe
 from bnfix.jobs.convert import convert
 from bnfix.norm.layer import generalized_norms
 from tests.conftest import Files, images_of, inputs_of

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from bnfix.core.errors import DataError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.data.batches import Batches
 from bnfix.data.open import open_images
 from bnfix.data.shards import expand_braces

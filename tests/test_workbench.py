@@ -14,8 +14,7 @@ from bnfix.checkpoints.load import Loaded, load_ready
 from bnfix.checkpoints.provenance import Origin
 from bnfix.checkpoints.read import TEXT_LIMIT
 from bnfix.core.errors import ConfigError, DataError, ModelError
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, RunOptions
+from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batches
 from bnfix.data.fingerprints import (
     cut,

@@ -11,7 +11,7 @@ from torch import nn
 
 from bnfix.checkpoints.checkpoint import Checkpoint
 from bnfix.core.errors import file_error, file_errors, model_error, plain, some
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.models.build import from_file_allowed
 
 

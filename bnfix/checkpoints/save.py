@@ -16,8 +16,8 @@ from bnfix.checkpoints.load import weight_buffers
 from bnfix.checkpoints.provenance import origin_of
 from bnfix.checkpoints.read import FORMAT
 from bnfix.checkpoints.state_dict import STATISTICS
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.version import __version__
+from bnfix.core import __version__
+from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -13,9 +13,8 @@ from bnfix.cli.commands import convert, evaluate, export, inspect
 from bnfix.cli.flags import flattened
 from bnfix.cli.planned import average, calibrate, demo, finetune, fix
 from bnfix.cli.usage import OneLineGroup
-from bnfix.core import environment
+from bnfix.core import __version__, imports_done
 from bnfix.core.runtime import exact_float32, keep_freed_memory
-from bnfix.core.version import __version__
 
 app = typer.Typer(
     name="bnfix",
@@ -51,7 +50,7 @@ def _main(
 
 def main() -> None:
     """Run the command line."""
-    environment.imported()
+    imports_done()
     keep_freed_memory()
     exact_float32()
     for stream in (sys.stdout, sys.stderr):

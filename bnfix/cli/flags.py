@@ -15,11 +15,11 @@ import typer
 
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.core.errors import ConfigError
-from bnfix.core.preprocessing import Preprocessing
 from bnfix.core.settings import (
     DataRecipe,
     GateRecipe,
     ModelRecipe,
+    Preprocessing,
     RunOptions,
     StatisticsRecipe,
     SwapRecipe,

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from bnfix.core.errors import ConfigError, DataError, some
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.data.corruptions import Corruption
 from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
 from bnfix.data.tensors import TensorItems

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnfix.core.errors import ConfigError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 
 #: The network's model spec, as ``--model`` takes it.
 SPEC = "bnfix.demo.network:digits_net"

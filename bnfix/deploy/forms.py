@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import finite
 from bnfix.checkpoints.save import metadata_of, stock_tensors
-from bnfix.core import guards
+from bnfix.core import __version__, guards
 from bnfix.core.errors import ConfigError, ModelError, some
 from bnfix.core.guards import exchange_
-from bnfix.core.version import __version__
 from bnfix.deploy import plain
 from bnfix.deploy.fold import Folding, optimize_
 from bnfix.deploy.graph import export_program, quiet, root_line

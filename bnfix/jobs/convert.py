@@ -16,10 +16,9 @@ from bnfix.checkpoints.read import check_room
 from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
 from bnfix.core import guards
 from bnfix.core.errors import ModelError, one_line
-from bnfix.core.preprocessing import Preprocessing
 from bnfix.core.runtime import device_of, has_forward
 from bnfix.core.runtime import run as run_model
-from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions, SwapRecipe
+from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record, history_digests
 from bnfix.jobs.input_check import first_batch

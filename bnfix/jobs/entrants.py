@@ -16,8 +16,7 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError, ModelError
 from bnfix.core.memory import BatchSize, first_of, footprint
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, every_corruption
 from bnfix.data.images import Images

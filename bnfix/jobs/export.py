@@ -19,10 +19,10 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.save import versions
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ConfigError, ModelError, one_line, some
-from bnfix.core.preprocessing import Preprocessing
 from bnfix.core.settings import (
     DataRecipe,
     ModelRecipe,
+    Preprocessing,
     RunOptions,
     check_seed,
     one_of,

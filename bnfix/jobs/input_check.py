@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import DataError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.images import Images
 from bnfix.norm.sites import sites_with_statistics

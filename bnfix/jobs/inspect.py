@@ -11,9 +11,9 @@ import numpy as np
 
 from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from bnfix.checkpoints.load import Loaded
+from bnfix.core import __version__
 from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
-from bnfix.core.version import __version__
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
 from bnfix.diagnosis.advice import Call, Entry, Finding, gated, mapping, read_history

@@ -19,8 +19,7 @@ from bnfix.checkpoints.read import check_room
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ConfigError, DataError, some
 from bnfix.core.memory import BatchSize, Footprint, footprint
-from bnfix.core.preprocessing import Preprocessing
-from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batch, Batches, max_bad_of
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen

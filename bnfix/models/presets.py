@@ -8,7 +8,7 @@ from typing import Any
 import torchvision
 
 from bnfix.core.errors import ConfigError, did_you_mean
-from bnfix.core.preprocessing import INTERPOLATIONS, Preprocessing
+from bnfix.core.settings import INTERPOLATIONS, Preprocessing
 from bnfix.models.importing import import_library
 from bnfix.models.transformers import folder_preprocessing
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from bnfix.core.errors import ModelError, model_error, one_line, plain
-from bnfix.core.preprocessing import INTERPOLATIONS, Preprocessing
+from bnfix.core.settings import INTERPOLATIONS, Preprocessing
 from bnfix.models.importing import import_library
 
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"

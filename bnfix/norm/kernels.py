@@ -18,7 +18,7 @@ Three ways beside the plain form:
     CUDA, eager    the compiled form, its kernel written by Inductor; where that fails or differs
                    from the plain form at its first use, the plain form.
 
-With gradients, contiguous inputs on a CPU go by `rows`, all others by the plain form. An epilogue
+With gradients, contiguous inputs on a CPU go by `moments`, others by the plain form. An epilogue
 (`Finish`) is done in place while the output is still in the cache.
 """
 
@@ -34,16 +34,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core.moments import example_moments, over_channel_groups
 from bnfix.core.torch_private import is_forward_differentiated, is_transformed
-from bnfix.norm import rows
+from bnfix.norm import moments
+from bnfix.norm.moments import example_moments, over_channel_groups
 
 _log = logging.getLogger("bnfix")
 
 #: Above this weight the compiled form could lose more than a digit, and centres by the example.
 SHIFTABLE = 0.9
-#: Channels are done over where a m^2 is beyond `rows.LOST` times what is divided by, with at least
-#: this a: rounding of the output itself, m / sqrt(var), grows whatever a is.
+#: Channels are done over where a m^2 is beyond `moments.LOST` times what is divided by, with at
+#: least this a: rounding of the output itself, m / sqrt(var), grows whatever a is.
 _LEAST = 1 / 16
 #: Values that are read twice in one go, so that the second reading finds them in the last cache.
 _SLAB = 1 << 21
@@ -186,7 +186,7 @@ def _fits_shift(input: Tensor, terms: Terms) -> bool:
 
 
 def has_rows(input: Tensor) -> bool:
-    """Say whether `rows` may take an input, gradients and all."""
+    """Whether an input can be taken by its rows, gradients and all."""
     if torch.compiler.is_compiling() or not _is_ordinary(input):
         return False
     if input.device.type != "cpu" or not input.is_contiguous():
@@ -214,11 +214,11 @@ def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
     if not has_rows(input):
         return plain(input, terms)
     wide = terms.cast(input.dtype)
-    mean, var = rows.differentiable_moments(input)
+    mean, var = moments.differentiable_moments(input)
     mu, var, room = _mixed_with_room(mean, var, wide, wide.example_weight)
     if not room.min().item() > 0:
         return plain(input, terms)
-    return rows.differentiable_scale(input, mu, var, wide.gamma, wide.beta)
+    return moments.differentiable_scale(input, mu, var, wide.gamma, wide.beta)
 
 
 def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -358,13 +358,13 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     n, channels = input.shape[:2]
     shape = (n, channels, -1) if by_rows else (n, -1, channels)
     values, into = x.view(shape).to(weight.dtype), y.view(shape)
-    mean, var = (rows.moments if by_rows else rows.column_moments)(values)
+    mean, var = (moments.row_moments if by_rows else moments.column_moments)(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
     # NaN anywhere makes the least NaN, and that is not above 0.
     lost = None if room.min().item() > 0 else ~(room > 0).all(0)
     # Before the output is written, which may be where the input is.
     redone = None if lost is None else _redone(input, lost, terms)
-    scale = rows.scale if by_rows else rows.column_scale
+    scale = moments.scale_rows if by_rows else moments.scale_columns
     scale(values, mu, var, terms.gamma, terms.beta, into)
     if redone is not None:
         output.index_copy_(1, *redone)
@@ -379,12 +379,12 @@ def _mixed_with_room(
         mu, mixed = _mixed(mean, var, terms, a)
         mixed = mixed + terms.eps
         least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
-        return mu, mixed, torch.sub(mixed, mean * mean * (least / rows.LOST))
+        return mu, mixed, torch.sub(mixed, mean * mean * (least / moments.LOST))
     # The usual case in few operations: for small layers each costs as much as the arithmetic.
     distance = mean - terms.mean
     rest = (terms.var * (1 - a)).add_(terms.eps)
     mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
-    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / rows.LOST)
+    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / moments.LOST)
     return torch.add(terms.mean, distance, alpha=a), mixed, room
 
 

@@ -27,9 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix.core.errors import ConfigError, NormError, NumericError
-from bnfix.core.moments import example_moments, mix, over_channel_groups
 from bnfix.core.torch_private import BatchNormBase
-from bnfix.norm import kernels, rows
+from bnfix.norm import kernels
+from bnfix.norm.moments import (
+    differentiable_moments,
+    differentiable_scale,
+    example_moments,
+    keep_their_digits,
+    mix,
+    over_channel_groups,
+)
 
 Weight = float | Sequence[float] | Tensor
 
@@ -211,12 +218,12 @@ class GeneralizedBatchNorm(BatchNormBase):
             )
         n_values = n * values.shape[2]
         if kernels.has_rows(input) and self._is_of(input.dtype):
-            mean, var = rows.differentiable_moments(input)
+            mean, var = differentiable_moments(input)
             run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
             run_var = run_var + self.eps
-            if rows.keep_their_digits(mean, run_var):
+            if keep_their_digits(mean, run_var):
                 self._update_running(mean, var, n_values)
-                return rows.differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
+                return differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
         mean, var, centred = example_moments(values)
         run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
         self._update_running(mean, var, n_values)

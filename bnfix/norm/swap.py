@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bnfix.core.errors import NormError, some
 from bnfix.core.guards import exchange_, tensors_kept
-from bnfix.core.moments import over_channel_groups
 from bnfix.core.settings import KINDS, SwapRecipe
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct
+from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import (
     NormSite,
     find_norms,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfix.core import distributed
-from bnfix.core.moments import Moments, mix, pool
-from bnfix.norm.rows import LOST, mean_squares
+from bnfix.norm.moments import LOST, Moments, mean_squares, mix, pool
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
 _WAITING = 1 << 18

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError, NormError, NumericError
-from bnfix.core.moments import mix, over_channel_groups
 from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.moments import mix, over_channel_groups
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.accumulator import Accumulator, Sums, precise_moments
 

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import DataError, NormError, NumericError, some
-from bnfix.core.moments import Moments, pool
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
+from bnfix.norm.moments import Moments, pool
 from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.collector import StopHereError, up_to
 

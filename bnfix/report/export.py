@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from bnfix.checkpoints.checkpoint import check_folder, write_bytes
+from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, some
-from bnfix.core.version import __version__
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement

@@ -13,7 +13,7 @@ from bnfix.checkpoints.checkpoint import check_output, write_text
 from bnfix.checkpoints.save import save
 from bnfix.core import distributed
 from bnfix.core.errors import CheckpointError
-from bnfix.core.preprocessing import Preprocessing
+from bnfix.core.settings import Preprocessing
 from bnfix.report.report import Report, report_paths
 
 

@@ -31,12 +31,12 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError
-from bnfix.core.moments import example_moments, mix, over_channel_groups
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
     set_example_weight_,
 )
+from bnfix.norm.moments import example_moments, mix, over_channel_groups
 from bnfix.weights.search import best_root, descent
 
 #: Examples that the fits look at, at most: one or two numbers a layer need no more.
