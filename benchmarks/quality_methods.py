@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import bnfix
 from benchmarks.quality_cases import Batches, Case
 from bnfix.core.settings import DataRecipe, FinetuneRecipe, GateRecipe, RunOptions, WeightRecipe
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 from bnfix.weights.choose import weighable_layers
 from bnfix.weights.label_free import fit_moments_, fit_predictions_
 

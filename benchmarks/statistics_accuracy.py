@@ -29,7 +29,7 @@ import bnfix
 from benchmarks.statistics import checkpoint, cifar, ways
 from bnfix.core.runtime import keep_freed_memory
 from bnfix.core.settings import DataRecipe, GateRecipe, StatisticsRecipe, WeightRecipe
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 from bnfix.metrics.compare import compare
 from tests import nets
 from tests.real import DATA

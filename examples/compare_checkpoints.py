@@ -6,7 +6,7 @@ from pathlib import Path
 import bnfix
 from bnfix import demo
 from bnfix.core.settings import DataRecipe, StatisticsRecipe, WeightRecipe
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 
 with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))

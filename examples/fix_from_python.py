@@ -7,7 +7,7 @@ import bnfix
 from bnfix import demo
 from bnfix.core.settings import DataRecipe
 from bnfix.demo.network import digits_net
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 
 with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))  # a checkpoint and two .npz files

@@ -20,7 +20,7 @@ from bnfix.data.batches import Batches
 from bnfix.data.callables import is_callable
 from bnfix.data.open import open_images
 from bnfix.data.tensors import TensorItems
-from bnfix.jobs.replay import replayed_plan
+from bnfix.jobs.plan import replayed_plan
 from tests.conftest import Files, Outcome
 
 CODE = """

@@ -23,7 +23,7 @@ from bnfix.core.settings import (
     StatisticsRecipe,
     WeightRecipe,
 )
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 from bnfix.metrics.compare import Decision
 from bnfix.report.result import Result
 from tests.conftest import images_of, inputs_of

@@ -17,11 +17,11 @@ from bnfix.core.settings import (
     StatisticsRecipe,
     WeightRecipe,
 )
-from bnfix.jobs.estimate import Work, estimated
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.progress import silent
+from bnfix.jobs.inputs import silent
+from bnfix.jobs.plan import estimated
 from bnfix.jobs.run import execute
-from bnfix.jobs.steps import open_plan, resolve, work_of
+from bnfix.jobs.session import Plan
+from bnfix.jobs.steps import Work, open_plan, resolve, work_of
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1)
 

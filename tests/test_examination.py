@@ -22,8 +22,8 @@ from bnfix.diagnosis.advice import Finding, read_history
 from bnfix.diagnosis.faults import examine_behaviour, examine_call, examine_model
 from bnfix.jobs.convert import convert
 from bnfix.jobs.inspect import inspect_checkpoint
-from bnfix.jobs.plan import Plan
 from bnfix.jobs.run import calibrate
+from bnfix.jobs.session import Plan
 from bnfix.recalibrate.recalibrate import recalibrate_
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data

@@ -11,9 +11,8 @@ from bnfix.checkpoints.load import load_ready
 from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.open import open_images
-from bnfix.jobs.input_check import look_at_inputs, look_at_size
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.session import open_workbench
+from bnfix.jobs.inputs import look_at_inputs, look_at_size
+from bnfix.jobs.session import Plan, open_workbench
 from tests.conftest import Files
 from tests.real import DATA, needs_data
 

@@ -12,7 +12,7 @@ import bnfix
 from bnfix.core.errors import ConfigError, DataError, NormError
 from bnfix.core.settings import DataRecipe, RunOptions, StatisticsRecipe, WeightRecipe
 from bnfix.demo import SPEC, write_files
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.weights.choose import weighable_layers
 from bnfix.weights.label_free import MOST_EXAMPLES, fit_moments_, fit_predictions_

@@ -10,8 +10,7 @@ from torchvision.models import resnet18
 
 from bnfix.core.memory import BatchSize, Footprint, LiveBytes, footprint, free_memory
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.session import open_workbench
+from bnfix.jobs.session import Plan, open_workbench
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

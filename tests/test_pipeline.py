@@ -24,8 +24,8 @@ from bnfix.core.settings import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.progress import silent
+from bnfix.jobs.inputs import silent
+from bnfix.jobs.session import Plan
 from bnfix.jobs.steps import fractions
 from tests.conftest import Files, Outcome, images_of, inputs_of
 

@@ -26,7 +26,7 @@ from bnfix.core.settings import (
     WeightRecipe,
 )
 from bnfix.jobs.export import ExportRecipe
-from bnfix.jobs.plan import TRIED
+from bnfix.jobs.session import TRIED
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

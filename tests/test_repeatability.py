@@ -6,7 +6,7 @@ import torch
 import bnfix
 from bnfix.core.settings import DataRecipe, GateRecipe, RunOptions, WeightRecipe
 from bnfix.demo import SPEC, write_files
-from bnfix.jobs.plan import Plan
+from bnfix.jobs.session import Plan
 
 
 @pytest.fixture(autouse=True, scope="module")

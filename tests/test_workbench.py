@@ -25,16 +25,13 @@ from bnfix.data.fingerprints import (
 )
 from bnfix.data.images import ArrayImages
 from bnfix.data.open import open_images
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.progress import describe_skipped
-from bnfix.jobs.session import (
-    Workbench,
+from bnfix.jobs.inputs import (
+    describe_skipped,
     evaluation_batch_size,
-    load_one,
     open_checked,
-    open_workbench,
     resolve_preprocessing,
 )
+from bnfix.jobs.session import Plan, Workbench, load_one, open_workbench
 from tests.conftest import Files, images_of
 
 SOURCE = DataRecipe(mean=(0.5,), std=(0.25,))

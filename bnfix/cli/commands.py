@@ -40,10 +40,10 @@ from bnfix.core.errors import CheckpointError, ConfigError
 from bnfix.core.settings import EvaluationRecipe, RunOptions, SwapRecipe
 from bnfix.jobs.compare import evaluate_files, plan_evaluation
 from bnfix.jobs.convert import convert as convert_file
-from bnfix.jobs.estimate import estimated_again
 from bnfix.jobs.export import ExportRecipe, plan_export
 from bnfix.jobs.export import export as export_file
 from bnfix.jobs.inspect import SAMPLES, inspect_checkpoint
+from bnfix.jobs.plan import estimated_again
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.export import Export, check_exports
 from bnfix.report.predictions import check_predictions

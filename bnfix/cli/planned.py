@@ -52,9 +52,9 @@ from bnfix.core.settings import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.jobs.plan import TRIED, Plan
-from bnfix.jobs.replay import replayed_plan
-from bnfix.jobs.run import describe, execute
+from bnfix.jobs.plan import describe, replayed_plan
+from bnfix.jobs.run import execute
+from bnfix.jobs.session import TRIED, Plan
 from bnfix.jobs.steps import open_plan
 from bnfix.report.result import check_outputs
 

@@ -31,7 +31,7 @@ from rich.text import Text
 from bnfix.cli.tables import fitted, shown_text, tables_of
 from bnfix.core import distributed
 from bnfix.core.errors import BnfixError, ConfigError, one_line, some
-from bnfix.jobs.progress import Track, silent
+from bnfix.jobs.inputs import Track, silent
 from bnfix.report.report import Report
 
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.

@@ -21,16 +21,19 @@ from bnfix.core.runtime import run as run_model
 from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record, history_digests
-from bnfix.jobs.input_check import first_batch
-from bnfix.jobs.progress import Track, Tracked, describe_skipped, silent
-from bnfix.jobs.session import (
+from bnfix.jobs.inputs import (
+    Track,
+    Tracked,
     applied,
+    describe_skipped,
     evaluation_batch_size,
+    first_batch,
     input_batches,
-    load_one,
     open_checked,
     resolve_preprocessing,
+    silent,
 )
+from bnfix.jobs.session import load_one
 from bnfix.metrics.movement import all_outputs
 from bnfix.models.build import input_channels
 from bnfix.norm.layer import generalized_norms, set_example_weight_

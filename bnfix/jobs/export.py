@@ -37,9 +37,17 @@ from bnfix.data.open import open_images
 from bnfix.deploy import forms
 from bnfix.deploy.forms import Agreement, agreement, names_of, torch_runner
 from bnfix.jobs.convert import CALL_ERRORS, example_input, known_shape
-from bnfix.jobs.estimate import Estimate, peak_memory
-from bnfix.jobs.progress import Track, Tracked, describe_skipped, silent
-from bnfix.jobs.session import applied, load_one, refuse_image_options, resolve_preprocessing
+from bnfix.jobs.inputs import (
+    Track,
+    Tracked,
+    applied,
+    describe_skipped,
+    refuse_image_options,
+    resolve_preprocessing,
+    silent,
+)
+from bnfix.jobs.plan import Estimate, peak_memory
+from bnfix.jobs.session import load_one
 from bnfix.metrics.evaluate import evaluate
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.report.export import SUFFIXES, Export, Verified

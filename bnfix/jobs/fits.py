@@ -13,7 +13,7 @@ from bnfix.checkpoints.average import average_into_
 from bnfix.core import guards
 from bnfix.core.memory import BatchSize
 from bnfix.core.settings import AverageRecipe, FinetuneRecipe
-from bnfix.jobs.progress import Tracked
+from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision
 from bnfix.metrics.evaluate import collect, measured

@@ -27,15 +27,17 @@ from bnfix.diagnosis.faults import (
     read_norms,
 )
 from bnfix.jobs.convert import example_input, known_shape
-from bnfix.jobs.progress import Track, Tracked, silent
-from bnfix.jobs.session import (
+from bnfix.jobs.inputs import (
+    Track,
+    Tracked,
     applied,
     evaluation_batch_size,
     input_batches,
-    load_one,
     open_checked,
     resolve_preprocessing,
+    silent,
 )
+from bnfix.jobs.session import load_one
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
 

@@ -1,13 +1,26 @@
-"""All settings of one command."""
+"""A plan read back from a file's history, described, and its cost estimated."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-from bnfix.core.errors import ConfigError
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.core import distributed, guards, runtime
+from bnfix.core.errors import CheckpointError, ConfigError, DataError, ModelError, plain
+from bnfix.core.memory import first_of
 from bnfix.core.settings import (
-    LABEL_FREE,
-    AverageRecipe,
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -17,48 +30,337 @@ from bnfix.core.settings import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.data.batches import Batch, Batches
+from bnfix.data.callables import is_callable
+from bnfix.data.fingerprints import data_record
+from bnfix.jobs.session import Plan, Workbench
+from bnfix.jobs.steps import Work, is_gated, resolve, work_of
+from bnfix.metrics.evaluate import labels_of
+from bnfix.models.build import from_file_allowed
+from bnfix.norm.layer import generalized_norms, set_example_weight_
+from bnfix.norm.sites import find_norms
+from bnfix.training.parameters import parameter_groups
 
-#: What `fix` tries where there are labels.
-TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
+_Recipe = TypeVar("_Recipe")
+_BATCHES = 2
+_ENOUGH_SECONDS = 1.0
+_REPEATS = 3
+#: How far a run may be from its estimate: batches differ, and so does what else a machine does.
+_LOW, _HIGH = 0.6, 1.8
+#: States of the model that a run keeps to go back to.
+_STATES_KEPT = 4
+
+
+def options_of(plan: Plan, averaged: list[dict[str, Any]]) -> dict[str, Any]:
+    """The recipes, as the history and the report hold them."""
+    finetune = plan.finetune
+    return {
+        "model": dataclasses.asdict(plan.model),
+        "data": dataclasses.asdict(plan.source),
+        "swap": dataclasses.asdict(plan.swap),
+        "statistics": dataclasses.asdict(plan.statistics),
+        "example_weight": dataclasses.asdict(plan.weight),
+        "finetune": None if finetune is None else dataclasses.asdict(finetune),
+        "gate": dataclasses.asdict(plan.gate),
+        "precision": plan.run.precision,
+        **({"average": averaged} if averaged else {}),
+    }
+
+
+def replayed_plan(
+    path: str | Path, *, run: RunOptions, command_line: str = "", test: str | None = None
+) -> Plan:
+    """Read the plan of the last `fix` or `calibrate` in a file's history."""
+    where = Path(path)
+    header = read_checkpoint(where).metadata or {}
+    history = header.get("history")
+    entries = [
+        entry
+        for entry in (history if isinstance(history, list) else [])
+        if isinstance(entry, dict) and entry.get("command") in ("fix", "calibrate")
+    ]
+    if not entries:
+        raise CheckpointError(
+            f"{plain(where)}: has no fix or calibrate in its history to replay. Give a file that "
+            "bnfix has written.",
+            path=where,
+        )
+    try:
+        found = entries[-1].get("options")
+        options: dict[str, Any] = found if isinstance(found, dict) else {}
+        # Code that a file names is never run.
+        asked = options.get("model")
+        asked = {**asked, "forward": None} if isinstance(asked, dict) else asked
+        model = _recipe(ModelRecipe, {"model": asked}, "model")
+        # A model that the file names is built only where a file's word is enough for that.
+        if model.model is not None and not from_file_allowed(model.model):
+            model = dataclasses.replace(model, model=None, arguments=())
+        none = options.get("finetune") is None
+        return Plan(
+            command_line=command_line,
+            model=model,
+            source=_source(options, test),
+            swap=_recipe(SwapRecipe, options, "swap"),
+            statistics=_recipe(StatisticsRecipe, options, "statistics"),
+            weight=_recipe(WeightRecipe, options, "example_weight"),
+            finetune=None if none else _recipe(FinetuneRecipe, options, "finetune"),
+            gate=_recipe(GateRecipe, options, "gate"),
+            run=dataclasses.replace(run, precision=options.get("precision", run.precision)),
+        )
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{plain(where)}: the options in its history cannot be used: {plain(error)}", path=where
+        ) from error
+
+
+def _source(options: Mapping[str, Any], test: str | None) -> DataRecipe:
+    """Where the images come from; a callable that the file names for them is not imported."""
+    source = _recipe(DataRecipe, options, "data")
+    if test is None and source.test is not None and is_callable(source.test):
+        raise ConfigError(
+            f"its test data are code, {plain(source.test)}, which is not run because a file says "
+            "so. Name it by --test."
+        )
+    return source if test is None else dataclasses.replace(source, test=test)
+
+
+def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Recipe:
+    """One recipe from JSON values, each of its declared type."""
+    values = options.get(name)
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict) or not set(values) <= set(hints):
+        raise ConfigError(f"{name}: not an object of the options that this version knows.")
+    found = {key: _hashable(value) for key, value in values.items()}
+    wrong = [key for key, value in found.items() if not _fits(value, hints[key])]
+    if wrong:
+        raise ConfigError(f"{name}: {', '.join(wrong)}: of the wrong type.")
+    return kind(**found)
+
+
+def _hashable(value: Any) -> Any:
+    """Lists, which JSON has, as the tuples that recipes hold."""
+    return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        parts = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if parts[-1] is Ellipsis:
+            return all(_fits(item, parts[0]) for item in value)
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
+    """The steps, splits and costs of a command as JSON values; runs a few batches to time them."""
+    plan, steps = bench.plan, resolve(bench.plan, bench)
+    lines = [step.name for step in steps]
+    if is_gated(steps):
+        lines.append("every candidate judged on select; the winner measured on test")
+    return {
+        "command": plan.command,
+        "plan": True,
+        "model": bench.loaded.origin.spec,
+        "n_layers": len(find_norms(bench.model)),
+        "data": {
+            **data_record(bench.images),
+            "kind": bench.images.kind,
+            "labels": bench.labelled,
+            "splits": bench.split.sizes(),
+        },
+        "preprocessing": bench.preprocessing and dataclasses.asdict(bench.preprocessing),
+        "stages": lines,
+        "device": str(next(iter(bench.model.parameters())).device),
+        **estimated(bench, work_of(plan, bench)).to_json(),
+        "output": output,
+        "assumptions": list(bench.assumptions),
+    }
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All recipes of one command.
+class Estimate:
+    """What a plan would cost on this machine.
 
     Args:
-        command: ``fix``, ``calibrate``, ``finetune`` or ``average``.
-        command_line: as typed.
-        model: which model.
-        source: which examples.
-        swap: which layers and kind.
-        statistics: auto, or which.
-        weight: auto, or which.
-        finetune: the training to try; ``None`` for none.
-        gate: splits, seed, z.
-        run: device and batch size.
-        state: folder for the state of a long run, to resume it from.
-        average: checkpoints to average the model with, before anything else.
+        seconds: least and most; ``None`` where no batch could be run.
+        memory_bytes: most memory of the process, or of the accelerator where that is used; ``None``
+            where the system does not tell.
+        passes: of all stages, over the examples that each of them has.
     """
 
-    command: str = "fix"
-    command_line: str = ""
-    model: ModelRecipe = ModelRecipe()
-    source: DataRecipe = DataRecipe()
-    swap: SwapRecipe = SwapRecipe()
-    statistics: StatisticsRecipe = StatisticsRecipe()
-    weight: WeightRecipe = WeightRecipe()
-    finetune: FinetuneRecipe | None = TRIED
-    gate: GateRecipe = GateRecipe()
-    run: RunOptions = RunOptions()
-    state: str | None = None
-    average: AverageRecipe | None = None
+    seconds: tuple[float, float] | None
+    memory_bytes: int | None
+    passes: float
 
-    def __post_init__(self) -> None:
-        """Check combinations of recipes."""
-        weight = self.weight.example_weight
-        if weight in LABEL_FREE and self.statistics.train_batch_size is None:
-            raise ConfigError(
-                f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B.",
-                name="train_batch_size",
-            )
+    def to_json(self) -> dict[str, Any]:
+        """The numbers under the names that ``--plan --json`` gives them."""
+        return {
+            "passes": round(self.passes, 2),
+            "seconds_estimated": None if self.seconds is None else list(self.seconds),
+            "memory_estimated_bytes": self.memory_bytes,
+        }
+
+
+def estimated(bench: Workbench, work: Sequence[Work]) -> Estimate:
+    """Time a few real batches of a workbench, and multiply."""
+    passes = sum(one.passes for one in work)
+    costs = {one.cost for one in work if one.passes and one.examples}
+    try:
+        found = _timed(bench, costs)
+    except DataError:
+        return Estimate(None, peak_memory(bench.model), passes)
+    reading, costs_an_example = found
+    n_read = len(bench.split.fit) + len(bench.split.select) + len(bench.split.test)
+    seconds = n_read * reading
+    seconds += sum(one.examples * one.passes * costs_an_example.get(one.cost, 0.0) for one in work)
+    seconds /= distributed.here().size
+    return Estimate(_range(seconds), _memory(bench), passes)
+
+
+def estimated_evaluation(
+    models: Sequence[tuple[nn.Module, Batches]], n_examples: int, n_variants: int, precision: str
+) -> Estimate:
+    """Time a few real batches of every model that is to be evaluated, and multiply."""
+    passes = len(models) * n_variants
+    seconds = 0.0
+    for number, (model, batches) in enumerate(models):
+        started = time.perf_counter()
+        try:
+            few = list(batches)
+        except DataError:
+            return Estimate(None, peak_memory(model), passes)
+        n = sum(len(batch.index) for batch in few)
+        # All models see the same images, which are read once.
+        seconds += 0.0 if number else (time.perf_counter() - started) / n * n_examples
+        with guards.seeded(0), guards.inference(model):
+            step = _forward(model, few, precision)
+            step()
+            seconds += _median_seconds(step) / n * n_examples * n_variants
+    seconds /= distributed.here().size
+    return Estimate(_range(seconds), peak_memory(models[0][0]), passes)
+
+
+def estimated_again(model: nn.Module, seconds: float, passes: float = 0.0) -> Estimate:
+    """What was just done costs once more."""
+    return Estimate(_range(seconds), peak_memory(model), passes)
+
+
+def peak_memory(model: nn.Module) -> int | None:
+    """Most memory so far: of the accelerator that a model is on, else of this process."""
+    device = runtime.device_of(model)
+    if device.type == "cuda":
+        allocated: int = torch.cuda.max_memory_allocated(device)
+        return int(allocated)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else 1024 * peak)
+
+
+def _range(seconds: float) -> tuple[float, float]:
+    return round(_LOW * seconds, 3), round(_HIGH * seconds, 3)
+
+
+def _memory(bench: Workbench) -> int | None:
+    """The peak of what was timed, the states that a run keeps, and the images in memory."""
+    peak = peak_memory(bench.model)
+    if peak is None:
+        return None
+    state: int = sum(t.numel() * t.element_size() for t in bench.model.state_dict().values())
+    if runtime.device_of(bench.model).type == "cuda":
+        return peak + _STATES_KEPT * state
+    n_images = sum(map(len, (bench.split.fit, bench.split.select, bench.split.test)))
+    # Kept as bytes, one a number of the input; Batches stops at 2 GiB.
+    return peak + _STATES_KEPT * state + min(n_images * bench.input_size, 2 << 30)
+
+
+def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
+    """Seconds an example: to read it, and for each kind of pass."""
+    model = bench.model
+    index = bench.split.fit if bench.split.fit.size else bench.split.test
+    size = bench.batches(index, "").batches.batch_size
+    # A bad image among these few is none of the plan's business.
+    source = replace(bench.plan.source, max_bad=float(len(index)))
+    own = replace(bench, plan=replace(bench.plan, source=source))
+    started = time.perf_counter()
+    batches = list(own.batches(index[: _BATCHES * size], "timing a few batches").whole())
+    n = sum(len(batch.index) for batch in batches)
+    reading = (time.perf_counter() - started) / n
+    layers = dict(generalized_norms(model))
+    before = guards.Snapshot(model)
+    found: dict[str, float] = {}
+    try:
+        with guards.seeded(0), guards.inference(model):
+            step = _forward(model, batches, bench.plan.run.precision)
+            step()  # what is done once, such as choosing kernels, is no part of a pass
+            found["forward"] = _median_seconds(step) / n
+            if layers and costs & {"live", "training"}:
+                set_example_weight_(model, dict.fromkeys(layers, 0.1))
+            found["live"] = _median_seconds(step) / n if "live" in costs else 0.0
+            if "training" in costs:
+                few = first_of(batches[0], 64)
+                found["training"] = _median_seconds(_backward(model, few)) / len(few.index)
+    finally:
+        before.restore_()
+    return reading, found
+
+
+def _forward(model: nn.Module, batches: Sequence[Batch], precision: str) -> Callable[[], None]:
+    device = runtime.device_of(model)
+
+    def step() -> None:
+        with runtime.autocast(device, precision):
+            for batch in batches:
+                runtime.run(model, batch, device)
+        _wait(device)
+
+    return step
+
+
+def _backward(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """One step with gradients of the norms' parameters, or of all where there are none."""
+    device = runtime.device_of(model)
+    wanted: list[Tensor] = [
+        p for site in find_norms(model) for p in site.module.parameters(recurse=False)
+    ]
+    wanted = wanted or [p for g in parameter_groups(model, lr=1.0) for p in g["params"]]
+
+    def step() -> None:
+        with guards.only_these_require_grad(model, wanted), torch.enable_grad():
+            logits = runtime.logits_of(runtime.run(model, batch, device))
+            labels = labels_of(batch, *logits.shape)
+            if labels is None:
+                loss = logits.float().logsumexp(1).mean()
+            else:
+                loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
+            if not loss.requires_grad:
+                raise ModelError("model: its output has no gradient in its parameters.")
+            loss.backward()  # type: ignore[no-untyped-call]
+        _wait(device)
+
+    return step
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_seconds(step: Callable[[], None]) -> float:
+    """Of three times, or fewer where each takes long."""
+    times: list[float] = []
+    while not times or (len(times) < _REPEATS and sum(times) < _ENOUGH_SECONDS):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]

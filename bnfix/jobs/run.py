@@ -18,22 +18,15 @@ from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
 from bnfix.core import distributed, guards
 from bnfix.core.errors import NumericError
 from bnfix.core.settings import FinetuneRecipe
-from bnfix.data.fingerprints import (
-    data_record,
-    describe_unlisted,
-    history_digests,
-    seen_before,
-)
-from bnfix.jobs.estimate import estimated
+from bnfix.data.fingerprints import data_record, describe_unlisted, history_digests, seen_before
 from bnfix.jobs.fits import Fits, Fitted, State
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.progress import Track, describe_skipped, silent
-from bnfix.jobs.session import Workbench
-from bnfix.jobs.steps import STATISTICS, Step, is_gated, open_plan, resolve, work_of
+from bnfix.jobs.inputs import Track, describe_skipped, silent
+from bnfix.jobs.plan import options_of
+from bnfix.jobs.session import Plan, Workbench
+from bnfix.jobs.steps import STATISTICS, Step, is_gated, open_plan, resolve
 from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.movement import MOST_IMAGES, Moved, Recorded, moved, record
-from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.recalibrate import Calibration, residuals
 from bnfix.report.records import (
     DataUsed,
@@ -127,32 +120,6 @@ def finetune(
     """
     plan = dataclasses.replace(plan or Plan(finetune=FinetuneRecipe()), command="finetune")
     return execute(open_plan(plan, checkpoint, data, model, track))
-
-
-def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
-    """The steps, splits and costs of a command as JSON values; runs a few batches to time them."""
-    plan, steps = bench.plan, resolve(bench.plan, bench)
-    lines = [step.name for step in steps]
-    if is_gated(steps):
-        lines.append("every candidate judged on select; the winner measured on test")
-    return {
-        "command": plan.command,
-        "plan": True,
-        "model": bench.loaded.origin.spec,
-        "n_layers": len(find_norms(bench.model)),
-        "data": {
-            **data_record(bench.images),
-            "kind": bench.images.kind,
-            "labels": bench.labelled,
-            "splits": bench.split.sizes(),
-        },
-        "preprocessing": bench.preprocessing and dataclasses.asdict(bench.preprocessing),
-        "stages": lines,
-        "device": str(next(iter(bench.model.parameters())).device),
-        **estimated(bench, work_of(plan, bench)).to_json(),
-        "output": output,
-        "assumptions": list(bench.assumptions),
-    }
 
 
 def execute(bench: Workbench) -> Result:
@@ -249,7 +216,7 @@ class Run:
         held = set(map(id, results))
         data = data_record(bench.images)
         skipped = describe_skipped(self.fits.passes)
-        options = _options(self.plan, self.fits.averaged)
+        options = options_of(self.plan, self.fits.averaged)
         report = Report(
             command=self.plan.command,
             data=DataUsed(
@@ -385,19 +352,3 @@ def _numbered(track: Track, number: str) -> Track:
 def _last(results: Iterable[Any], kind: type[_T]) -> _T | None:
     found = [result for result in results if isinstance(result, kind)]
     return found[-1] if found else None
-
-
-def _options(plan: Plan, averaged: list[dict[str, Any]]) -> dict[str, Any]:
-    """The recipes, as the history and the report hold them."""
-    finetune = plan.finetune
-    return {
-        "model": dataclasses.asdict(plan.model),
-        "data": dataclasses.asdict(plan.source),
-        "swap": dataclasses.asdict(plan.swap),
-        "statistics": dataclasses.asdict(plan.statistics),
-        "example_weight": dataclasses.asdict(plan.weight),
-        "finetune": None if finetune is None else dataclasses.asdict(finetune),
-        "gate": dataclasses.asdict(plan.gate),
-        "precision": plan.run.precision,
-        **({"average": averaged} if averaged else {}),
-    }

@@ -1,4 +1,4 @@
-"""A checkpoint and its data, opened: model, preprocessing, splits, batches, assumptions."""
+"""The settings of one command, and its checkpoint and data, opened."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,26 +15,87 @@ from torch import nn
 
 from bnfix.checkpoints.load import Loaded, load_ready
 from bnfix.checkpoints.read import check_room
-from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, DataError, some
+from bnfix.core import distributed, runtime
+from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.memory import BatchSize, Footprint, footprint
-from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
-from bnfix.data.batches import Batch, Batches, max_bad_of
+from bnfix.core.settings import (
+    LABEL_FREE,
+    AverageRecipe,
+    DataRecipe,
+    FinetuneRecipe,
+    GateRecipe,
+    ModelRecipe,
+    Preprocessing,
+    RunOptions,
+    StatisticsRecipe,
+    SwapRecipe,
+    WeightRecipe,
+)
+from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen
 from bnfix.data.images import Images
-from bnfix.data.open import for_outputs, open_images
-from bnfix.data.tensors import TensorItems
-from bnfix.jobs.input_check import first_batch, look_at_inputs, look_at_size
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.progress import Track, Tracked, silent
-from bnfix.models.build import input_channels
+from bnfix.jobs.inputs import (
+    VALUES_A_BATCH,
+    Track,
+    Tracked,
+    applied,
+    evaluation_batch_size,
+    first_batch,
+    input_batches,
+    look_at_inputs,
+    look_at_size,
+    open_checked,
+    resolve_preprocessing,
+    silent,
+)
 from bnfix.models.importing import import_forward
-from bnfix.models.presets import default_preprocessing, preset_preprocessing
+from bnfix.models.presets import default_preprocessing
 
-_VALUES_A_BATCH = 1 << 22
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+#: What `fix` tries where there are labels.
+TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All recipes of one command.
+
+    Args:
+        command: ``fix``, ``calibrate``, ``finetune`` or ``average``.
+        command_line: as typed.
+        model: which model.
+        source: which examples.
+        swap: which layers and kind.
+        statistics: auto, or which.
+        weight: auto, or which.
+        finetune: the training to try; ``None`` for none.
+        gate: splits, seed, z.
+        run: device and batch size.
+        state: folder for the state of a long run, to resume it from.
+        average: checkpoints to average the model with, before anything else.
+    """
+
+    command: str = "fix"
+    command_line: str = ""
+    model: ModelRecipe = ModelRecipe()
+    source: DataRecipe = DataRecipe()
+    swap: SwapRecipe = SwapRecipe()
+    statistics: StatisticsRecipe = StatisticsRecipe()
+    weight: WeightRecipe = WeightRecipe()
+    finetune: FinetuneRecipe | None = TRIED
+    gate: GateRecipe = GateRecipe()
+    run: RunOptions = RunOptions()
+    state: str | None = None
+    average: AverageRecipe | None = None
+
+    def __post_init__(self) -> None:
+        """Check combinations of recipes."""
+        weight = self.weight.example_weight
+        if weight in LABEL_FREE and self.statistics.train_batch_size is None:
+            raise ConfigError(
+                f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B.",
+                name="train_batch_size",
+            )
 
 
 @dataclass
@@ -131,35 +191,13 @@ class Workbench:
 
     def training_batch_size(self, stated: int | None) -> int:
         """The batch size with gradients: as stated, or 64, less for large inputs, at least 16."""
-        return stated or min(64, max(16, _VALUES_A_BATCH // self.input_size))
+        return stated or min(64, max(16, VALUES_A_BATCH // self.input_size))
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
         """Cut the fit split for early stopping: four fifths to learn on, one to watch."""
         order = np.random.default_rng(self.plan.gate.seed).permutation(self.split.fit)
         n_monitor = max(1, len(order) // 5)
         return np.sort(order[n_monitor:]), np.sort(order[:n_monitor])
-
-
-def input_batches(
-    images: Images,
-    index: np.ndarray,
-    preprocessing: Preprocessing | None,
-    source: DataRecipe,
-    run: RunOptions,
-    *,
-    size: int,
-    seed: int = 0,
-) -> Batches:
-    """Batches of images as the network gets them: preprocessed, corrupted where that is asked."""
-    return Batches(
-        images,
-        index,
-        preprocessing,
-        batch_size=size,
-        workers=run.workers,
-        max_bad=source.max_bad,
-        corruption=corruption_of(source.corrupt, seed),
-    )
 
 
 def open_workbench(
@@ -262,144 +300,3 @@ def load_one(
         loaded.model.float()
     loaded.model.to(device)
     return loaded
-
-
-def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
-    """What inputs go through: options, over a preset, over what is stored, over a guess."""
-    notes: list[str] = []
-    channels = input_channels(loaded.model)
-    channels = channels if channels in (1, 3) else 3
-    stored = loaded.origin.preprocessing
-    default = (
-        None
-        if loaded.origin.spec is None
-        else default_preprocessing(loaded.origin.spec, loaded.checkpoint.sha256)
-    )
-    photometric = source.mean is not None or source.std is not None
-    if source.preset is not None:
-        base = preset_preprocessing(source.preset)
-    elif stored is not None:
-        base = stored
-        notes.append("preprocessing: as stored in the checkpoint.")
-    elif default is not None:
-        base = default[0]
-        notes.append(f"{default[1]}, since nothing else was given.")
-    elif channels == 3:
-        base = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
-        if not photometric:
-            notes.append(
-                "preprocessing: pixels/255, less ImageNet's mean, by ImageNet's deviation, assumed "
-                "since nothing was given (--mean, --std, --scale, --preset)."
-            )
-    else:
-        base = Preprocessing(channels=1)
-        if not photometric:
-            notes.append(
-                "preprocessing: pixels/255, assumed since nothing was given (--mean, --std)."
-            )
-    given: dict[str, Any] = {
-        name: getattr(source, name)
-        for name in ("interpolation", "mean", "std", "scale")
-        if getattr(source, name) is not None
-    }
-    if source.resize is not None or source.crop is not None:
-        crop = source.crop
-        given["resize"] = source.resize
-        given["crop"] = None if crop is None else (crop[0], crop[-1])
-    if source.bgr and not base.bgr:
-        # A mean and a deviation that were not given are those of the same colours.
-        given = {"mean": base.mean[::-1], "std": base.std[::-1], **given, "bgr": True}
-    if base.channels != channels:
-        given.setdefault("mean", (sum(base.mean) / len(base.mean),))
-        given.setdefault("std", (sum(base.std) / len(base.std),))
-        given["channels"] = channels
-    return dataclasses.replace(base, **given), notes
-
-
-def open_checked(
-    data: str,
-    model: nn.Module,
-    source: DataRecipe,
-    preprocessing: Preprocessing,
-    known: Images | None = None,
-    any_task: bool = False,
-) -> tuple[Images, int]:
-    """Open DATA (or `known`) with labels that fit the model's outputs; and numbers in one input."""
-    images = known
-    if images is None or images.channels not in (preprocessing.channels, 0):
-        class_map = None if source.class_map is None else Path(source.class_map)
-        images = open_images(
-            data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
-        )
-    refuse_image_options(images, source)
-    max_bad = max_bad_of(len(images), source.max_bad)
-    # One good image is enough, and among so many there is one, or there are too many bad ones.
-    few = np.arange(1 + int(min(max_bad, len(images) - 1)))
-    first = next(
-        iter(Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad))
-    )
-    with guards.inference(model) as changed:
-        output = runtime.run(model, first, runtime.device_of(model))
-    note = f"the forward pass changes {some(changed)} by itself; bnfix puts that back"
-    if changed and note not in images.notes:
-        images.notes.append(note)
-    input_size = sum(tensor.numel() for tensor in runtime.tensors_in(first.x))
-    if images.labels is None:
-        return images, input_size
-    if any_task and isinstance(output, torch.Tensor):
-        is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
-        if not is_logits:
-            return images, input_size
-    output, notes = _chosen_output(model, output, images)
-    images = for_outputs(images, runtime.logits_of(output).shape[1])
-    images.notes = [*images.notes, *notes]
-    return images, input_size
-
-
-def refuse_image_options(images: Images, source: DataRecipe) -> None:
-    """Refuse options that prepare or corrupt images where the data hold none."""
-    if not isinstance(images, TensorItems):
-        return
-    names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")
-    given = [f"--{name}" for name in names if getattr(source, name) not in (None, False)]
-    if given:
-        raise ConfigError(
-            f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
-            f"{', '.join(given)} cannot be applied. Leave them out, or give images of 8-bit pixels."
-        )
-
-
-def applied(
-    images: Images, preprocessing: Preprocessing, notes: list[str]
-) -> tuple[Preprocessing | None, list[str]]:
-    """Preprocessing and notes on it: none for inputs that are no images."""
-    if not isinstance(images, TensorItems):
-        return preprocessing, notes
-    return None, [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
-
-
-def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, list[str]]:
-    """Of several outputs the one whose shape fits labels and classes, stated from now on."""
-    found = runtime.outputs_by_name(output)
-    if len(found) < 2 or images.labels is None or {"logits", "out"} & set(found):
-        return output, []
-    n_known = max(len(images.class_names or ()), int(images.labels.max()) + 1)
-    fitting = runtime.fitting_outputs(output, 1, n_known)
-    if len(fitting) != 1:
-        return output, []
-    runtime.set_output_(model, fitting[0])
-    note = (
-        f"of {len(found)} outputs, {fitting[0]} is taken for the logits: it alone has {n_known} "
-        "columns, one a class (--output says otherwise)"
-    )
-    return found[fitting[0]], [note]
-
-
-def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:
-    """The batch size of passes without gradients; it changes results by rounding only."""
-    if run.batch_size is not None:
-        return run.batch_size
-    if runtime.device_of(model).type != "cpu":
-        return 128
-    # Large batches fall out of the CPU's caches.
-    return min(128, max(8, _VALUES_A_BATCH // input_size))

@@ -25,11 +25,9 @@ from bnfix.core.settings import (
     SwapRecipe,
     WeightRecipe,
 )
-from bnfix.jobs.estimate import Work
 from bnfix.jobs.fits import Fits, Fitted, State
-from bnfix.jobs.plan import Plan
-from bnfix.jobs.progress import Track
-from bnfix.jobs.session import Workbench, open_workbench
+from bnfix.jobs.inputs import Track
+from bnfix.jobs.session import Plan, Workbench, open_workbench
 from bnfix.metrics.movement import MOST_IMAGES
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
@@ -41,6 +39,23 @@ STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
 _TRIED_WEIGHTS = 10
 #: Fits without labels: one pass in training mode, then some tried weights.
 _LABEL_FREE_PASSES = 12
+
+
+@dataclass(frozen=True)
+class Work:
+    """Passes of one stage.
+
+    Args:
+        stage: what they are for, in words.
+        examples: in one pass.
+        passes: how many; parts of a pass count as such.
+        cost: a key of `COSTS`.
+    """
+
+    stage: str
+    examples: int
+    passes: float
+    cost: str = "forward"
 
 
 @dataclass(frozen=True)

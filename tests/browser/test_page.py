@@ -13,8 +13,8 @@ import pytest
 from bnfix.core.settings import DataRecipe, FinetuneRecipe, ModelRecipe
 from bnfix.demo import SPEC, write_files
 from bnfix.jobs.compare import evaluate_files
-from bnfix.jobs.plan import Plan
 from bnfix.jobs.run import fix
+from bnfix.jobs.session import Plan
 from tests.browser import driving
 from tests.real import DATA, needs_data
 from tests.test_report import full_report

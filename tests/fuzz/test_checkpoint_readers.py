@@ -39,7 +39,7 @@ from bnfix.core.settings import (
     WeightRecipe,
 )
 from bnfix.jobs.inspect import inspect_checkpoint
-from bnfix.jobs.replay import replayed_plan
+from bnfix.jobs.plan import replayed_plan
 
 CASES = int(os.environ.get("BNFIX_FUZZ_CASES", "150"))
 SECONDS = 5.0

@@ -1,0 +1,363 @@
+"""What a network is run on: images, preprocessed, in batches; and a first look at them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bnfix.checkpoints.load import Loaded
+from bnfix.core import distributed, guards, runtime
+from bnfix.core.errors import ConfigError, DataError, some
+from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions
+from bnfix.data.augmentation import augmented
+from bnfix.data.batches import Batch, Batches, max_bad_of
+from bnfix.data.corruptions import corruption_of
+from bnfix.data.images import Images
+from bnfix.data.open import for_outputs, open_images
+from bnfix.data.tensors import TensorItems
+from bnfix.models.build import input_channels
+from bnfix.models.presets import default_preprocessing, preset_preprocessing
+from bnfix.norm.sites import sites_with_statistics
+
+VALUES_A_BATCH = 1 << 22
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+#: Images looked at, and how few say nothing.
+N_EXAMPLES = 32
+_FEWEST = 8
+# Sound data has been seen to be up to 0.3 deviations and a factor of 2 in the variance away, other
+# preprocessing (no mean and deviation, pixels not divided by 255) a factor of 4 and far more.
+_MAX_SHIFT = 1.0
+_MAX_LOG_VAR = log(4.0)
+_MAX_SIZE = 1.5
+_DEAD = 1e-3  # of the median variance: such channels say nothing
+#: Wraps the batches of a pass, to show its progress: stage, batches, their number.
+Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
+
+
+def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
+    """Show no progress."""
+    return batches
+
+
+class Tracked:
+    """Batches whose every pass shows its progress; of several processes each has its share."""
+
+    def __init__(
+        self,
+        batches: Batches,
+        stage: str,
+        track: Track,
+        vary: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
+    ) -> None:
+        self.batches, self.stage, self._track, self._vary = batches, stage, track, vary
+
+    def __iter__(self) -> Iterator[Any]:
+        source = self.batches if self._vary is None else self._vary(self.batches)
+        return iter(self._track(self.stage, source, len(self.batches)))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def starting_at(self, n: int) -> Tracked:
+        """The same without the first batches."""
+        return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
+
+    def evened(self) -> Tracked:
+        """The same images without a far smaller last batch."""
+        return Tracked(self.batches.evened(), self.stage, self._track, self._vary)
+
+    def whole(self) -> Tracked:
+        """All batches, on every rank."""
+        return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
+
+    def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
+        """Pass k has seed + k and own variants of the images; each rank has a part of all."""
+        if augment != "none" and isinstance(self.batches.images, TensorItems):
+            raise ConfigError(
+                f"--augment {augment}: {self.batches.images.spec} holds no images, and only images "
+                "can be varied.",
+                name="augment",
+            )
+        place = distributed.here()
+
+        def of_pass(k: int) -> Tracked:
+            vary = partial(augmented, kind=augment, seed=seed, epoch=k)
+            batches = self.batches.with_seed(seed + k).sliced(place.rank, place.size)
+            return Tracked(batches, self.stage, self._track, None if augment == "none" else vary)
+
+        return of_pass
+
+
+def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
+    """Bad images that passes have met, on any rank, each once, in words."""
+    found: dict[str, str] = {}
+    for bench in benches:
+        shares = distributed.gather(bench.batches.skipped)
+        names = {skipped.name for share in shares for skipped in share}
+        if distributed.here().shared and len(names) > bench.batches.max_bad:
+            raise DataError(
+                f"{bench.batches.images.spec}: {len(names)} bad images, "
+                f"{bench.batches.max_bad:g} allowed: {some(sorted(names))}. Remove them, or allow "
+                "more with --max-bad."
+            )
+        for s in (skipped for share in shares for skipped in share):
+            found.setdefault(s.name, f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}")
+    return tuple(found.values())
+
+
+def input_batches(
+    images: Images,
+    index: np.ndarray,
+    preprocessing: Preprocessing | None,
+    source: DataRecipe,
+    run: RunOptions,
+    *,
+    size: int,
+    seed: int = 0,
+) -> Batches:
+    """Batches of images as the network gets them: preprocessed, corrupted where that is asked."""
+    return Batches(
+        images,
+        index,
+        preprocessing,
+        batch_size=size,
+        workers=run.workers,
+        max_bad=source.max_bad,
+        corruption=corruption_of(source.corrupt, seed),
+    )
+
+
+def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
+    """What inputs go through: options, over a preset, over what is stored, over a guess."""
+    notes: list[str] = []
+    channels = input_channels(loaded.model)
+    channels = channels if channels in (1, 3) else 3
+    stored = loaded.origin.preprocessing
+    default = (
+        None
+        if loaded.origin.spec is None
+        else default_preprocessing(loaded.origin.spec, loaded.checkpoint.sha256)
+    )
+    photometric = source.mean is not None or source.std is not None
+    if source.preset is not None:
+        base = preset_preprocessing(source.preset)
+    elif stored is not None:
+        base = stored
+        notes.append("preprocessing: as stored in the checkpoint.")
+    elif default is not None:
+        base = default[0]
+        notes.append(f"{default[1]}, since nothing else was given.")
+    elif channels == 3:
+        base = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+        if not photometric:
+            notes.append(
+                "preprocessing: pixels/255, less ImageNet's mean, by ImageNet's deviation, assumed "
+                "since nothing was given (--mean, --std, --scale, --preset)."
+            )
+    else:
+        base = Preprocessing(channels=1)
+        if not photometric:
+            notes.append(
+                "preprocessing: pixels/255, assumed since nothing was given (--mean, --std)."
+            )
+    given: dict[str, Any] = {
+        name: getattr(source, name)
+        for name in ("interpolation", "mean", "std", "scale")
+        if getattr(source, name) is not None
+    }
+    if source.resize is not None or source.crop is not None:
+        crop = source.crop
+        given["resize"] = source.resize
+        given["crop"] = None if crop is None else (crop[0], crop[-1])
+    if source.bgr and not base.bgr:
+        # A mean and a deviation that were not given are those of the same colours.
+        given = {"mean": base.mean[::-1], "std": base.std[::-1], **given, "bgr": True}
+    if base.channels != channels:
+        given.setdefault("mean", (sum(base.mean) / len(base.mean),))
+        given.setdefault("std", (sum(base.std) / len(base.std),))
+        given["channels"] = channels
+    return dataclasses.replace(base, **given), notes
+
+
+def open_checked(
+    data: str,
+    model: nn.Module,
+    source: DataRecipe,
+    preprocessing: Preprocessing,
+    known: Images | None = None,
+    any_task: bool = False,
+) -> tuple[Images, int]:
+    """Open DATA (or `known`) with labels that fit the model's outputs; and numbers in one input."""
+    images = known
+    if images is None or images.channels not in (preprocessing.channels, 0):
+        class_map = None if source.class_map is None else Path(source.class_map)
+        images = open_images(
+            data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
+        )
+    refuse_image_options(images, source)
+    max_bad = max_bad_of(len(images), source.max_bad)
+    # One good image is enough, and among so many there is one, or there are too many bad ones.
+    few = np.arange(1 + int(min(max_bad, len(images) - 1)))
+    first = next(
+        iter(Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad))
+    )
+    with guards.inference(model) as changed:
+        output = runtime.run(model, first, runtime.device_of(model))
+    note = f"the forward pass changes {some(changed)} by itself; bnfix puts that back"
+    if changed and note not in images.notes:
+        images.notes.append(note)
+    input_size = sum(tensor.numel() for tensor in runtime.tensors_in(first.x))
+    if images.labels is None:
+        return images, input_size
+    if any_task and isinstance(output, torch.Tensor):
+        is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
+        if not is_logits:
+            return images, input_size
+    output, notes = _chosen_output(model, output, images)
+    images = for_outputs(images, runtime.logits_of(output).shape[1])
+    images.notes = [*images.notes, *notes]
+    return images, input_size
+
+
+def refuse_image_options(images: Images, source: DataRecipe) -> None:
+    """Refuse options that prepare or corrupt images where the data hold none."""
+    if not isinstance(images, TensorItems):
+        return
+    names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")
+    given = [f"--{name}" for name in names if getattr(source, name) not in (None, False)]
+    if given:
+        raise ConfigError(
+            f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
+            f"{', '.join(given)} cannot be applied. Leave them out, or give images of 8-bit pixels."
+        )
+
+
+def applied(
+    images: Images, preprocessing: Preprocessing, notes: list[str]
+) -> tuple[Preprocessing | None, list[str]]:
+    """Preprocessing and notes on it: none for inputs that are no images."""
+    if not isinstance(images, TensorItems):
+        return preprocessing, notes
+    return None, [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
+
+
+def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, list[str]]:
+    """Of several outputs the one whose shape fits labels and classes, stated from now on."""
+    found = runtime.outputs_by_name(output)
+    if len(found) < 2 or images.labels is None or {"logits", "out"} & set(found):
+        return output, []
+    n_known = max(len(images.class_names or ()), int(images.labels.max()) + 1)
+    fitting = runtime.fitting_outputs(output, 1, n_known)
+    if len(fitting) != 1:
+        return output, []
+    runtime.set_output_(model, fitting[0])
+    note = (
+        f"of {len(found)} outputs, {fitting[0]} is taken for the logits: it alone has {n_known} "
+        "columns, one a class (--output says otherwise)"
+    )
+    return found[fitting[0]], [note]
+
+
+def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) -> int:
+    """The batch size of passes without gradients; it changes results by rounding only."""
+    if run.batch_size is not None:
+        return run.batch_size
+    if runtime.device_of(model).type != "cpu":
+        return 128
+    # Large batches fall out of the CPU's caches.
+    return min(128, max(8, VALUES_A_BATCH // input_size))
+
+
+class _Seen(BaseException):
+    """Ends a pass once the layer is reached; no Exception, which the model might catch."""
+
+
+def first_batch(images: Images, preprocessing: Preprocessing | None, seed: int) -> Batch | None:
+    """A few images, drawn at random."""
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:N_EXAMPLES])
+    batches = Batches(
+        images, drawn, preprocessing, batch_size=N_EXAMPLES, workers=0, max_bad=len(drawn)
+    )
+    try:
+        return next(iter(batches))
+    except DataError:
+        return None
+
+
+def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> str | None:
+    """A sentence where the first images do not fit the running statistics of the first norm layer.
+
+    Per channel: z = (batch_mean - mean) / sqrt(var + eps), r = (batch_var + eps) / (var + eps), all
+    biased, over N, H and W, in float64. A mismatch is rms(z) > 1 or median(|log r|) > log 4.
+    """
+    site = next(sites_with_statistics(model), None)
+    if site is None or runtime.n_examples_of(batch) < _FEWEST:
+        return None
+    mean, var = (getattr(site.module, name) for name in ("running_mean", "running_var"))
+    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+        return None
+    if not bool(mean.any()) and bool((var == 1).all()):
+        return None  # never updated
+    inputs: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments and isinstance(arguments[0], Tensor):
+            inputs.append(arguments[0].detach())
+        raise _Seen
+
+    with guards.inference(model), guards.hooks() as hooks, suppress(_Seen):
+        hooks.append(site.module.register_forward_pre_hook(keep))
+        runtime.run(model, batch, runtime.device_of(model))
+    if not inputs or inputs[0].ndim < 2 or inputs[0].shape[1] != len(mean):
+        return None
+    eps = float(getattr(site.module, "eps", 1e-5))
+    shift, log_var = _distance(inputs[0], mean, var, eps)
+    if shift <= _MAX_SHIFT and abs(log_var) <= _MAX_LOG_VAR:
+        return None
+    values = [tensor.float() for tensor in runtime.tensors_in(batch.x)]
+    low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
+    words = ("examples", "", "inputs are not prepared as in the training") if as_given else (
+        "images", " after preprocessing",
+        "preprocessing is not the one of the training (--preset, or --mean, --std, --scale)",
+    )  # fmt: skip
+    return (
+        f"{runtime.n_examples_of(batch)} {words[0]}, {low:.3g} to {high:.3g}{words[1]}, do not "
+        f"look like what {site.name} has stored: means {shift:.2g} deviations away, deviations "
+        f"{exp(log_var / 2):.2g} times as large. Either the {words[2]}, or the data or the stored "
+        "statistics are of another kind."
+    )
+
+
+def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> str | None:
+    """A sentence where the inputs are of another size than the published weights are for."""
+    if expected is None or len(shape) < 4 or min(*shape[-2:], *expected) < 1:
+        return None
+    ratio = max(shape[-2] / expected[0], expected[0] / shape[-2])
+    if ratio <= _MAX_SIZE:
+        return None
+    return (
+        f"inputs are {shape[-2]}x{shape[-1]}, the model's published weights are for "
+        f"{expected[0]}x{expected[1]} (--resize and --crop, or --preset, to change)."
+    )
+
+
+def _distance(inputs: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[float, float]:
+    """Root mean square of z and median of log r over the channels that are alive."""
+    values = inputs.double().cpu().transpose(0, 1).flatten(1)
+    mean, var = mean.detach().double().cpu(), var.detach().double().cpu()
+    alive = var > _DEAD * var.median()
+    z = (values.mean(1) - mean) / (var + eps).sqrt()
+    log_r = ((values.var(1, correction=0) + eps) / (var + eps)).log()
+    if not bool(alive.any()):
+        return 0.0, 0.0
+    return float(z[alive].square().mean().sqrt()), float(log_r[alive].median())
