@@ -52,8 +52,8 @@ DOORS = {
     "matplotlib": {"report.svg"},
     "jinja2": {"report.pages"},
     "onnxruntime": {"deploy.forms"},
-    "safetensors": {"checkpoints.torch_files", "checkpoints.read", "deploy.forms"},
-    "pickle": {"checkpoints.torch_files"},
+    "safetensors": {"checkpoints.read", "deploy.forms"},
+    "pickle": {"checkpoints.read"},
     "PIL": {
         "data.augmentation", "data.batches", "data.callables", "data.corruptions", "data.images",
     },

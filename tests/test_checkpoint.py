@@ -21,14 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bnfix.checkpoints.checkpoint import (
-    check_output,
-    misfits_of,
-    read_checkpoint,
-    sha256_of,
-    write_checkpoint,
-    write_text,
-)
+from bnfix.checkpoints.checkpoint import misfits_of, read_checkpoint
+from bnfix.checkpoints.read import sha256_of
+from bnfix.checkpoints.save import check_output, write_checkpoint, write_text
 from bnfix.core.errors import CheckpointError
 from tests.real import DATA, needs_data
 
@@ -448,7 +443,7 @@ def test_a_recompressed_archive_is_read(tmp_path):
 
 
 def test_a_compressed_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("bnfix.checkpoints.torch_files._INFLATED_FLOOR", 1000)
+    monkeypatch.setattr("bnfix.checkpoints.read._INFLATED_FLOOR", 1000)
     path = rezipped(tmp_path / "net.pth", zipfile.ZIP_DEFLATED, **{"0": bytes(10**6)})
     with pytest.raises(CheckpointError, match=r"directory claims 1000\d\d\d bytes compressed"):
         read_checkpoint(path)

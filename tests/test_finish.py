@@ -118,7 +118,7 @@ def test_a_program_that_imports_bnfix_keeps_its_own_hook(tmp_path):
 SAVING = """
 import sys
 from pathlib import Path
-from bnfix.checkpoints.checkpoint import write_text
+from bnfix.checkpoints.save import write_text
 text = "whole " * 200_000 + "end"
 print("ready", flush=True)
 for k in range(10_000):

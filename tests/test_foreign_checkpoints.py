@@ -17,12 +17,11 @@ from torch import nn
 
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.checkpoints.load import load, load_ready
-from bnfix.checkpoints.save import save
-from bnfix.checkpoints.writer import write_tensors
+from bnfix.checkpoints.save import save, write_tensors
 from bnfix.core.errors import CheckpointError, ModelError
 from bnfix.core.settings import ModelRecipe
 from bnfix.models.build import build_model, build_skeleton
-from bnfix.models.presets import default_preprocessing, published_arguments, published_weights
+from bnfix.models.published import default_preprocessing, published_arguments, published_weights
 
 NETS = """
 import torch

@@ -17,7 +17,7 @@ from bnfix.models.build import (
     from_file_allowed,
     input_channels,
 )
-from bnfix.models.presets import default_preprocessing, preset_preprocessing
+from bnfix.models.published import default_preprocessing, preset_preprocessing
 from tests.real import DATA, needs_data
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

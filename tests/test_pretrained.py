@@ -15,8 +15,7 @@ import bnfix
 from bnfix.core import guards
 from bnfix.core.errors import ModelError
 from bnfix.models.build import build_model
-from bnfix.models.presets import default_preprocessing
-from bnfix.models.transformers import renamed
+from bnfix.models.published import default_preprocessing, renamed
 from tests import nets
 
 transformers = pytest.importorskip("transformers")

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bnfix
-from bnfix.checkpoints.load import load_ready
-from bnfix.checkpoints.provenance import origin_of
+from bnfix.checkpoints.load import load_ready, origin_of
 from bnfix.checkpoints.save import stock_tensors
 from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, ModelError

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bnfix.checkpoints.load import Loaded, load_ready
-from bnfix.checkpoints.provenance import Origin
+from bnfix.checkpoints.load import Loaded, Origin, load_ready
 from bnfix.checkpoints.read import TEXT_LIMIT
 from bnfix.core.errors import ConfigError, DataError, ModelError
 from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfix.checkpoints.checkpoint import Checkpoint, misfits_of, read_checkpoint
+from bnfix.checkpoints.checkpoint import (
+    BUFFERS,
+    STATISTICS,
+    Checkpoint,
+    misfits_of,
+    read_checkpoint,
+)
 from bnfix.checkpoints.load import Loaded
-from bnfix.checkpoints.state_dict import BUFFERS, STATISTICS
 from bnfix.core.errors import CheckpointError, NumericError, file_error, some
 from bnfix.core.settings import AverageRecipe, ModelRecipe
 

@@ -1,39 +1,23 @@
-"""File to state dict and back: nesting and prefixes found, misfits named, atomic writing."""
+"""The state dict in a file: its nesting, the prefixes of wrappers, and its fit with a model."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import secrets
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from bnfix.checkpoints.read import (
     file_in_folder,
-    finite,
-    is_index,
     parse_header,
     read_file,
-    read_weight_map,
     require_file,
+    sha256_of,
 )
-from bnfix.checkpoints.state_dict import (
-    find_state_dict,
-    is_average,
-    only_tensors,
-    split_averages,
-    storable,
-    strip_found,
-    strip_given,
-    versions_in,
-)
-from bnfix.checkpoints.writer import write_tensors
-from bnfix.core.errors import file_error, file_errors, plain, some
+from bnfix.core.errors import file_error, plain, some
 
 
 @dataclass(frozen=True)
@@ -136,120 +120,288 @@ def misfits_of(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Ten
     return Misfits(missing, misshapen, [name for name in tensors if name not in shapes])
 
 
-def check_output(path: str | Path, *, force: bool) -> None:
-    """Refuse, before any work, a path where no checkpoint may be written."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        better = plain(path.with_suffix(".safetensors").name) if path.name else "out.safetensors"
-        raise file_error(
-            path,
-            "expected a name that ends in .safetensors, the one kind that is written. "
-            f"Use {better}.",
-        )
-    check_folder(path)
-    with file_errors(path, "cannot be written"):
-        if path.is_dir():
-            raise file_error(path, "is a folder, expected a file to write.")
-        # A link that leads nowhere does not "exist", but would be replaced all the same.
-        if not force and (path.exists() or path.is_symlink()):
-            raise file_error(path, "already exists. Give another name, or --force to replace it.")
+#: Where training programs put the state dict, the trained weights before their running means.
+NESTS: Final = tuple(
+    "state_dict model model_state_dict model_state net network params ema state_dict_ema model_ema "
+    "ema_state_dict ema_model params_ema module".split()
+)
+#: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
+_AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
+STATISTICS: Final = ("running_mean", "running_var")
+#: Parts that a running mean of the weights may lack.
+BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
+#: Prefixes of every name in wrappers: DataParallel, torch.compile, Lightning and the like.
+PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
+#: Parts of names that wrappers put anywhere: no module is called so by its author.
+_WRAPPERS: Final = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+_DEPTH: Final = 3
+#: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
+_REPEATED_LIMIT: Final = 64 * 2**20
+#: Unusual prefixes that are tried on a model's own names.
+_PREFIX_LIMIT: Final = 32
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a file to write whose folder is missing or closed to writing."""
-    folder = path.parent
-    with file_errors(path, "cannot be written"):
-        if not folder.exists():
-            raise file_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
-        if not folder.is_dir():
-            raise file_error(path, f"{plain(folder)} is not a folder.")
-        # The superuser passes os.access everywhere; a folder closed to all is still meant closed.
-        if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
-            raise file_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
+# Entries of a dict from a file, whose own methods the file may have overwritten.
+def _items(mapping: Any) -> list[tuple[Any, Any]]:
+    return list(dict.items(mapping)) if isinstance(mapping, dict) else []
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder to write into, and those above it; one that is there is left."""
-    with file_errors(folder, "cannot be made"):
-        folder.mkdir(parents=True, exist_ok=True)
+def _has_tensors(value: Any) -> bool:
+    return any(type(k) is str and isinstance(v, torch.Tensor) for k, v in _items(value))
 
 
-def write_checkpoint(
-    path: str | Path,
-    tensors: Mapping[str, torch.Tensor],
-    metadata: Mapping[str, Any],
-    *,
-    force: bool,
-) -> None:
-    """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
-    path = Path(path)
-    check_output(path, force=force)
-    wrong = (TypeError, ValueError, RecursionError)
-    with file_errors(path, "not written, its metadata is not JSON", kinds=wrong):
-        text = json.dumps(finite(metadata))
-    parse_header(text, path)
-    # The format keeps the name __metadata__ for itself, but its writer does not mind.
-    bad = [plain(n) for n, t in tensors.items() if n == "__metadata__" or not storable(n, t)]
+def _has_weights(value: Any) -> bool:
+    return any(isinstance(v, torch.Tensor) and v.ndim > 1 for _, v in _items(value))
+
+
+# All paths to state dicts under the usual names, the most likely first.
+def _paths(content: Any, depth: int = _DEPTH) -> Iterator[list[str]]:
+    entries = dict(_items(content))
+    for nest in NESTS if depth else ():
+        for below in _paths(entries.get(nest), depth - 1):
+            yield [nest, *below]
+    if _has_tensors(content):
+        yield []
+
+
+# Every dotted key under which there are tensors, for a message.
+def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
+    found = []
+    for name, value in _items(content):
+        if type(name) is str and isinstance(value, dict):
+            found += [at + name] if _has_tensors(value) else []
+            found += _nests(value, depth - 1, f"{at}{name}.") if depth > 1 else []
+    return found
+
+
+# The value at a dotted key, where a part may have dots of its own; None if not there.
+def _follow(content: Any, key: str) -> Any:
+    entries = {name: value for name, value in _items(content) if type(name) is str}
+    if not key or key in entries:
+        return entries[key] if key else content
+    belows = (_follow(v, key[len(n) + 1 :]) for n, v in entries.items() if key.startswith(n + "."))
+    return next((below for below in belows if below is not None), None)
+
+
+def find_state_dict(
+    content: Any, key: str | None, path: Path, notes: list[str], *, prefer_ema: bool = False
+) -> tuple[Any, str, list[str]]:
+    """The state dict in a file's content, its nesting, and the nestings of other complete ones."""
+    nests = _nests(content)
+    listed = f"found under {some([plain(n) for n in nests])}" if nests else "found none"
+    base = _follow(content, key or "")
+    if base is None and key:
+        raise file_error(path, f"has no {plain(key)!r}; state dicts {listed}. Give one as --key.")
+    found = key or ""
+    if key is None or not _has_tensors(base):
+        at = f"{key}." if key else ""
+        inside = [n.removeprefix(at) for n in nests if n.startswith(at)]
+        likely = [".".join(steps) for steps in _paths(base)]
+        means = [n for n in (*likely, *inside) if is_average(n)]
+        others = [n for n in inside if not is_average(n)]
+        # A single one with weights is meant, whatever its name; a mean if nothing else is there.
+        unusual = [n for n in others or means if _has_weights(_follow(base, n))]
+        likely += unusual if len(unusual) == 1 else []
+        likely = [*(means if prefer_ema else []), *likely]
+        if not likely:
+            under = f" under {plain(key)!r}" if key else ""
+            hint = "Give it as --key." if nests else "Save model.state_dict() with torch.save."
+            raise file_error(
+                path, f"holds no state dict (names to tensors){under}; {listed}. {hint}"
+            )
+        found = at + likely[0] if likely[0] else found
+        base = _follow(base, likely[0])
+    complete = [n for n in nests if n != found and _covers(_follow(content, n), base)]
+    others = [n for n in nests if (n != found and n.rpartition(".")[2] in NESTS) or n in complete]
+    if key is None:
+        notes += [f"state dict found under {plain(found)!r}"] if found else []
+        if others:
+            notes.append(f"not used: {some([plain(n) for n in others])} (--key chooses)")
+    return base, found, complete
+
+
+# Whether one set of tensors has all parameters of another, in wrappers or not.
+def _covers(one: Any, other: Any) -> bool:
+    names = [
+        {_bare(n) for n, v in _items(found) if type(n) is str and isinstance(v, torch.Tensor)}
+        for found in (one, other)
+    ]
+    wanted = {name for name in names[1] if name.rpartition(".")[2] not in BUFFERS}
+    return bool(wanted) and wanted <= names[0]
+
+
+def only_tensors(found: Any, path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, all plain dense ones, without gradients."""
+    tensors: dict[str, torch.Tensor] = {}
+    ignored: list[str] = []
+    bad: list[str] = []
+    for name, value in _items(found):
+        if type(name) is not str or not isinstance(value, torch.Tensor):
+            ignored.append(plain(name))
+        elif not storable(name, value) or value.device.type != "cpu" or _repeats(value):
+            bad.append(plain(name))
+        else:
+            tensors[name] = value.detach()
     if bad:
         raise file_error(
-            path, f"not written, {some(bad)} cannot be stored. Expected dense tensors by name."
+            path,
+            f"{some(bad)}: expected dense tensors that fill their memory, found sparse, quantized, "
+            "wrapped, unallocated or endlessly repeated ones. Save plain ones.",
         )
-    ready = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-
-    def save(temporary: Path) -> None:
-        # One key only: the order of several differs from run to run, and so would the bytes.
-        write_tensors(temporary, ready, {"bnfix": text})
-        if not force:  # another program may have written it meanwhile
-            check_output(path, force=False)
-
-    with file_errors(path, "not written", kinds=(OSError, RuntimeError, TypeError, ValueError)):
-        replace_whole(path, save)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all; an existing file is replaced."""
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+    flat = [plain(name) for name in tensors if name.rpartition(".")[2].startswith("_flat_param")]
+    if flat:
+        raise file_error(
+            path,
+            f"{some(flat)}: flattened parameters of FSDP, whose names and shapes are lost. Where "
+            "it was made, save it with StateDictType.FULL_STATE_DICT.",
+        )
+    if ignored:
+        notes.append(f"{len(ignored)} entries that are not tensors ignored: {some(ignored)}")
+    return tensors
 
 
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file's content, whole or not at all; an existing file is replaced."""
-    path = Path(path)
-    check_folder(path)
-    with file_errors(path, "not written"):
-        replace_whole(path, lambda temporary: temporary.write_bytes(content))
+def _repeats(tensor: torch.Tensor) -> bool:
+    size = tensor.numel() * tensor.element_size()
+    return size > max(_REPEATED_LIMIT, 16 * tensor.untyped_storage().nbytes())
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
-    digest = hashlib.sha256()
-    with file_errors(path, "cannot be read"):
-        shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
-        for part in (path, *(path.parent / shard for shard in shards)):
-            with part.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-    return digest.hexdigest()
+def storable(name: object, tensor: object) -> bool:
+    """Whether an entry is a dense tensor under a name, as a file can hold it."""
+    return (
+        type(name) is str
+        and isinstance(tensor, torch.Tensor)
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_meta
+    )
 
 
-def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure."""
-    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        # Some writers make a private file of their own; others are to read it as the umask says.
-        temporary.chmod(mode)
-        _sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)  # else a power cut may forget the new name
+def versions_in(found: Any) -> dict[str, int]:
+    """The versions of modules' state that torch keeps beside a state dict, by module."""
+    return {
+        name: version
+        for name, value in _items(getattr(found, "__dict__", {}).get("_metadata"))
+        for key, version in _items(value)
+        if type(name) is str and key == "version" and type(version) is int
+    }
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+# --- prefixes ---
+
+
+def strip_given(
+    tensors: dict[str, torch.Tensor], prefix: str, path: Path, notes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors whose names begin with a stated prefix, without it; and the prefix with a dot."""
+    if prefix and not prefix.endswith("."):
+        prefix += "."
+    kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    if not kept:
+        heads = list(dict.fromkeys(plain(name.partition(".")[0]) for name in tensors))
+        raise file_error(
+            path,
+            f"no name begins with {plain(prefix)!r}; they begin with {some(heads)}. "
+            "Change --prefix, or leave it out.",
+        )
+    lost = [plain(name) for name in tensors if not name.startswith(prefix)]
+    notes += [f"prefix {plain(prefix)!r} stripped"] if prefix else []
+    notes += [f"{len(lost)} names without that prefix left out: {some(lost)}"] if lost else []
+    return kept, prefix
+
+
+def strip_found(
+    tensors: dict[str, torch.Tensor], expected: Collection[str] | None, notes: list[str]
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Names without the parts of wrappers and the prefix that all share, or that fits a model."""
+    counter = tensors.get("n_averaged")
+    if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+        notes.append("n_averaged (torch's count of averaged models) left out")
+    inner = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    wrapped = sum(name not in tensors for name in inner)
+    if wrapped and len(inner) == len(tensors):
+        tensors = inner
+        notes.append(f"parts that wrappers put into {wrapped} names stripped")
+    runs = dict.fromkeys(run for name in tensors for run in _prefix_runs(name))
+    chosen = max((r for r in runs if all(n.startswith(r) for n in tensors)), key=len, default="")
+    if expected:
+        wanted = frozenset(expected)
+        candidates = [chosen, *runs, *_unusual_prefixes(tensors, wanted)]
+        matches = {c: sum(n.removeprefix(c) in wanted for n in tensors) for c in candidates}
+        # At a tie the shared prefix wins, since it comes first.
+        chosen = max(matches, key=lambda candidate: matches[candidate])
+        parameters = {name for name in wanted if name.rpartition(".")[2] not in BUFFERS}
+        # An unusual prefix was chosen for want of a usual one: then nothing is left out.
+        for other in candidates if chosen == _prefix_runs(chosen)[-1] else ():
+            second = {name for name in tensors if name.startswith(other)}
+            if other in ("", chosen) or not parameters <= {n.removeprefix(other) for n in second}:
+                continue
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in second}
+            notes.append(f"a second set of the weights under {plain(other)!r} left out (--prefix)")
+    stripped = {name.removeprefix(chosen): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors):  # two names became one: rather none than one lost
+        return tensors, ""
+    notes += [f"prefix {plain(chosen)!r} stripped"] if chosen else []
+    return stripped, chosen
+
+
+def split_averages(
+    tensors: dict[str, torch.Tensor],
+    expected: Collection[str] | None,
+    notes: list[str],
+    *,
+    prefer_ema: bool,
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """A model's own tensors, or the running mean of them that it keeps as a part of itself."""
+    heads = dict.fromkeys(f"{name.partition('.')[0]}." for name in tensors)
+    for prefix in filter(is_average, heads):
+        averages = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        own = {n: t for n, t in tensors.items() if not n.startswith(prefix)}
+        asked_for = any(name.startswith(prefix) for name in expected or ())
+        known = prefix in ("model_ema.", "ema_model.", "ema.")
+        if not own or asked_for or not (known or _covers(averages, own)):
+            continue
+        if prefer_ema:
+            notes.append(f"running mean of the weights taken from {plain(prefix)!r}")
+            return averages, True
+        tensors = own
+        notes.append(
+            f"running mean of the weights under {plain(prefix)!r} left out (--prefer-ema takes it)"
+        )
+    return tensors, False
+
+
+def is_average(key: str) -> bool:
+    """Whether a dotted nesting leads to a running mean of the weights, by its words."""
+    return any(_AVERAGE.search(part) for part in key.split("."))
+
+
+# A name without wrappers' parts, but with the usual prefixes before it.
+def _unwrapped(name: str) -> str:
+    head = _prefix_runs(name)[-1]
+    parts = name[len(head) :].split(".")
+    return head + ".".join(part for part in parts if part not in _WRAPPERS)
+
+
+# A name without either.
+def _bare(name: str) -> str:
+    unwrapped = _unwrapped(name)
+    return unwrapped.removeprefix(_prefix_runs(unwrapped)[-1])
+
+
+# All runs of the usual prefixes that a name begins with, from none to the longest.
+def _prefix_runs(name: str) -> list[str]:
+    runs = [""]
+    while head := next((p for p in PREFIXES if name.startswith(p, len(runs[-1]))), ""):
+        runs.append(runs[-1] + head)
+    return runs
+
+
+# Text before one of the model's own names, such as the attribute that a trainer gave the model.
+def _unusual_prefixes(tensors: Mapping[str, torch.Tensor], wanted: frozenset[str]) -> list[str]:
+    longest = max(sorted(wanted), key=lambda name: name.count("."))
+    found = [name.removesuffix(longest) for name in tensors if name.endswith(f".{longest}")]
+    return found[:_PREFIX_LIMIT]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,100 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from bnfix.checkpoints.checkpoint import Checkpoint, Misfits, misfits_of, read_checkpoint
-from bnfix.checkpoints.provenance import Origin, require_buildable, stated_origin
-from bnfix.checkpoints.state_dict import STATISTICS
-from bnfix.core.errors import BnfixError, CheckpointError, file_error, file_errors, plain, some
-from bnfix.core.settings import ModelRecipe, SwapRecipe
-from bnfix.models.build import build_model, build_skeleton
-from bnfix.models.presets import published_arguments, published_weights, wants_transformed_input
-from bnfix.models.transformers import renamed
+from bnfix.checkpoints.checkpoint import (
+    STATISTICS,
+    Checkpoint,
+    Misfits,
+    misfits_of,
+    read_checkpoint,
+)
+from bnfix.core.errors import (
+    BnfixError,
+    CheckpointError,
+    file_error,
+    file_errors,
+    model_error,
+    plain,
+    some,
+)
+from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe
+from bnfix.models.build import build_model, build_skeleton, from_file_allowed
+from bnfix.models.published import (
+    published_arguments,
+    published_weights,
+    renamed,
+    wants_transformed_input,
+)
 from bnfix.norm.layer import set_example_weight_
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
+
+
+@dataclass
+class Origin:
+    """Where a model came from; travels with it as an attribute, so that saving knows."""
+
+    spec: str | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the builder
+    preprocessing: Preprocessing | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry a command
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the file's tensors
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """Where a model came from; an empty origin for one that bnfix did not load."""
+    found = model.__dict__.get("_bnfix_origin")
+    return found if isinstance(found, Origin) else Origin()
+
+
+def stated_origin(checkpoint: Checkpoint) -> Origin:
+    """The origin in a header, its types checked: files are hostile until proven otherwise."""
+    metadata = checkpoint.metadata or {}
+    model: Any = metadata.get("model") or {}
+    is_object = isinstance(model, dict)
+    spec: Any = model.get("spec") if is_object else None
+    arguments: Any = (model.get("arguments") or {}) if is_object else {}
+    preprocessing, history = metadata.get("preprocessing"), metadata.get("history") or []
+    fits = {
+        "model": is_object and isinstance(spec, str | None) and isinstance(arguments, dict),
+        "preprocessing": isinstance(preprocessing, dict | None),
+        "norms": isinstance(metadata.get("norms"), dict | None),
+        "history": isinstance(history, list) and all(isinstance(e, dict) for e in history),
+    }
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise file_error(
+            checkpoint.path,
+            f"its bnfix header holds values of the wrong type under {some(wrong)}. It was not "
+            "written by bnfix; fetch the file again.",
+        )
+    known = None if preprocessing is None else _preprocessing(preprocessing, checkpoint)
+    return Origin(spec, arguments, known, history)
+
+
+def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessing:
+    known = {name: found[name] for name in Preprocessing.__dataclass_fields__ if name in found}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    problem = "the preprocessing in its header cannot be used"
+    with file_errors(checkpoint.path, problem, kinds=(TypeError, ValueError, OverflowError)):
+        return Preprocessing(**values)
+
+
+def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
+    """Refuse a file that names no model, or one that only somebody's code could build."""
+    name = checkpoint.path.name
+    if origin.spec is None:
+        raise model_error(
+            name,
+            "does not say what model it is. Give --model, for example torchvision:resnet50, "
+            "package.module:callable or path/to/file.py:callable.",
+        )
+    if not from_file_allowed(origin.spec):
+        raise model_error(
+            name,
+            f"names the model {plain(origin.spec)!r}, and code that a file names is not run. If "
+            f"you trust it, give --model {shlex.quote(plain(origin.spec))}",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,234 @@
-"""Bytes on disk to plain objects, with nothing executed because a file says so."""
+"""Bytes on disk to plain objects, with nothing executed because a file says so.
+
+A pickle is first walked with every name in it replaced by an inert stand-in: that shows which names
+it would need and how large it claims its storages to be, before torch's restricted loader sees it.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import mmap
+import pickle
+import pickletools
+import struct
 import tarfile
 import warnings
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
-from bnfix.checkpoints.torch_files import read_legacy, read_zip
 from bnfix.core.errors import CheckpointError, file_error, file_errors, plain, some
+
+#: torch stores its archives uncompressed: inflating further than this is a bomb.
+_INFLATION_LIMIT: Final = 100
+_INFLATED_FLOOR: Final = 16 * 2**20
+
+_TORCH_MAGIC_NUMBER: Final = 0x1950A86A20F9469CFC6C  # first pickle of files before torch 1.6
+
+_NUMPY_CORES: Final = ("numpy.core.multiarray", "numpy._core.multiarray")
+#: Objects that checkpoints often carry beside their tensors. They are never built: a stand-in is.
+INERT_NAMES: Final = (
+    "argparse.Namespace",
+    "numpy.ndarray",
+    "numpy.dtype",
+    *(f"{core}.{function}" for core in _NUMPY_CORES for function in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
+)
+#: Names that torch's restricted loader knows by itself; only used to word a refusal.
+_TORCH_NAMES: Final = tuple(
+    "torch._utils._rebuild torch._tensor._rebuild_from_type_v2 torch.nn.parameter.Parameter "
+    "torch.serialization._get_layout torch.storage. torch.cuda. collections.OrderedDict "
+    "collections.Counter _codecs.encode builtins.bytearray builtins.complex builtins.set "
+    "__builtin__.bytearray __builtin__.complex __builtin__.set".split()
+)
+
+
+class Inert:
+    """Stands for an object of a file that is not a tensor: takes anything, does nothing."""
+
+    itemsize = 0
+
+    def __new__(cls, *_arguments: Any, **_options: Any) -> Inert:
+        """Accept whatever arguments the file gives."""
+        return super().__new__(cls)
+
+    def __call__(self, *_arguments: Any) -> Inert:
+        """Be called, filled and set with anything, and drop it."""
+        return self
+
+    __setstate__ = __setitem__ = append = extend = add = __call__
+
+
+class _Survey(pickle.Unpickler):
+    """Walks one pickle with stand-ins only: which names it has, how large its storages claim."""
+
+    def __init__(self, data: bytes) -> None:
+        # The C unpickler allocates its memo up to the largest index: picklers number from 0.
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if isinstance(argument, int) and opcode.name.endswith("PUT") and argument > count:
+                raise pickle.UnpicklingError(f"memo index {argument} is out of order")
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.names: set[str] = set()
+        self.storages: dict[str, int] = {}
+        self.result: Any = None
+        try:
+            self.result = self.load()
+        except pickle.UnpicklingError:
+            # Stand-ins cannot play every part; the loader, too, stops at a blocked name before.
+            if not self.blocked():
+                raise
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name.endswith("Storage") and module_name.split(".")[0] == "torch":
+            storage, kind = getattr(torch, global_name, None), Inert()
+            kind.itemsize = getattr(storage, "dtype", torch.uint8).itemsize
+            return kind
+        self.names.add(f"{module_name}.{global_name}")
+        return Inert
+
+    def persistent_load(self, pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) >= 5 and pid[0] in ("storage", b"storage"):
+            kind, key, _, numel = pid[1:5]
+            ok = isinstance(kind, Inert) and type(key) is str and type(numel) is int and numel >= 0
+            if not ok:
+                raise pickle.UnpicklingError("a storage is not described by plain values")
+            self.storages[key] = max(self.storages.get(key, 0), numel * kind.itemsize)
+        is_class = isinstance(pid, tuple) and len(pid) >= 2 and pid[0] in ("module", b"module")
+        return Inert if is_class else Inert()
+
+    # Names that the restricted loader does not build.
+    def blocked(self) -> list[str]:
+        return sorted(
+            plain(name)
+            for name in self.names
+            if name not in INERT_NAMES
+            and not name.startswith(_TORCH_NAMES)
+            and not (name.startswith("torch.") and name.count(".") == 1)
+        )
+
+
+# Call torch's restricted loader; word its refusal by the names that a survey has found.
+def _load(path: Path, survey: _Survey, *, mapped: bool) -> Any:
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in INERT_NAMES]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:
+        blocked = survey.blocked()
+        if not blocked:
+            raise
+        raise file_error(
+            path,
+            f"not loaded, it holds pickled objects ({some(blocked)}) that would run code. Where it "
+            "was made, save model.state_dict() alone, or give a .safetensors file.",
+        ) from error
+
+
+def read_zip(path: Path) -> Any:
+    """The content of an archive of torch.save, as it has been written since torch 1.6."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        compressed = _check_entries(path, archive.infolist())
+        roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+        roots = [root for root in roots if root.count("/") == 1]
+        if len(roots) != 1:
+            raise file_error(path, "is a zip archive, but not one that torch.save writes.")
+        root = roots[0]
+        if root + "constants.pkl" in entries:
+            raise file_error(
+                path,
+                "is a TorchScript archive, which holds code. Load it with torch.jit.load where you "
+                "trust it and save its state_dict().",
+            )
+        survey = _Survey(_entry_bytes(path, archive, entries[root + "data.pkl"]))
+    for key, claimed in survey.storages.items():
+        entry = entries.get(f"{root}data/{key}")
+        held = 0 if entry is None else entry.file_size
+        if held < claimed:
+            raise file_error(
+                path,
+                f"damaged, storage {plain(key)} claims {claimed} bytes and holds {held}. Fetch it "
+                "again or save it again.",
+            )
+    return _load(path, survey, mapped=not compressed)
+
+
+# Refuse sizes that cannot be, before anything is inflated; say if anything is compressed.
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
+    squeezed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    stored = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
+    inflated = sum(entry.file_size for entry in squeezed)
+    packed = sum(entry.compress_size for entry in squeezed)
+    odd = (
+        len({entry.filename for entry in entries}) != len(entries)
+        or any(entry.file_size != entry.compress_size for entry in stored)
+        or sum(entry.file_size for entry in stored) + packed > path.stat().st_size
+        or any(entry.flag_bits & 1 for entry in entries)  # encrypted
+    )
+    if odd or inflated > max(_INFLATED_FLOOR, _INFLATION_LIMIT * packed):
+        claim = "sizes or names that contradict the file" if odd else f"{inflated} bytes compressed"
+        raise file_error(
+            path,
+            f"not loaded, its zip directory claims {claim}. "
+            "Fetch it again, or save it again with torch.save.",
+        )
+    return bool(squeezed)
+
+
+def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return archive.read(entry)
+    # Not by zipfile: it insists on checksums, which torch can be told not to write.
+    with path.open("rb") as file:
+        file.seek(entry.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+        file.seek(name_length + extra_length, io.SEEK_CUR)
+        return file.read(entry.file_size)
+
+
+def read_legacy(path: Path) -> Any:
+    """The content of a file of torch.save, as it was written before torch 1.6."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        parts = _pickles(content)
+        first = _Survey(next(parts))
+        if first.result != _TORCH_MAGIC_NUMBER:
+            holds = f" (it holds {some(first.blocked())})" if first.blocked() else ""
+            raise file_error(
+                path,
+                f"is a pickle, but not one that torch.save writes{holds}. Where it was made, save "
+                "it by torch.save, or give a .safetensors file.",
+            )
+        next(parts), next(parts)  # protocol version and the writer's byte order
+        survey = _Survey(next(parts))
+        size = len(content)
+    claimed = sum(survey.storages.values())
+    if claimed > size:
+        raise file_error(
+            path,
+            f"damaged, it claims {claimed} bytes of tensors in {size}. "
+            "Fetch it again or save it again.",
+        )
+    return _load(path, survey, mapped=False)
+
+
+# Cut the pickles at the head of a file one by one, without building anything.
+def _pickles(content: mmap.mmap) -> Iterator[bytes]:
+    while True:
+        start = content.tell()
+        # An mmap reads like a file, but clamps a claimed length to what there is.
+        for _ in pickletools.genops(cast(IO[bytes], content)):
+            pass
+        yield content[start : content.tell()]
+
 
 TORCH_SUFFIXES: Final = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
 #: Usual names of the checkpoint in a folder, the safer form first.
@@ -199,3 +414,15 @@ def check_room(header: Mapping[str, Any] | None, path: Path) -> None:
 def finite(value: Any) -> Any:
     """Plain JSON values, with null for the numbers that JSON cannot express."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
+    digest = hashlib.sha256()
+    with file_errors(path, "cannot be read"):
+        shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
+        for part in (path, *(path.parent / shard for shard in shards)):
+            with part.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()

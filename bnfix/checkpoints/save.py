@@ -1,24 +1,190 @@
-"""A ready model to a file: stock tensors, and in the header its settings and its history."""
+"""Tensors, models and the states of runs to files, each written whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import platform
-from collections.abc import Mapping
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from bnfix.checkpoints.checkpoint import Checkpoint, write_checkpoint
-from bnfix.checkpoints.load import weight_buffers
-from bnfix.checkpoints.provenance import origin_of
-from bnfix.checkpoints.read import FORMAT
-from bnfix.checkpoints.state_dict import STATISTICS
+from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, storable
+from bnfix.checkpoints.load import origin_of, weight_buffers
+from bnfix.checkpoints.read import FORMAT, finite, parse_header, read_file
 from bnfix.core import __version__
+from bnfix.core.errors import CheckpointError, file_error, file_errors, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
+
+#: Names of the types in the format, in the order in which its tensors lie.
+_TYPES: Final = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER: Final = {dtype: place for place, dtype in enumerate(_TYPES)}
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors to a file; those that share memory are written under each name."""
+    unknown = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in _TYPES]
+    if unknown:
+        raise TypeError(f"no type of the format: {', '.join(unknown[:5])}")
+    # By the bytes of the names: that is how the library sorts.
+    ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0].encode()))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            if tensor.numel():
+                bare = tensor.detach().resolve_conj().resolve_neg().contiguous()
+                file.write(bare.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_output(path: str | Path, *, force: bool) -> None:
+    """Refuse, before any work, a path where no checkpoint may be written."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        better = plain(path.with_suffix(".safetensors").name) if path.name else "out.safetensors"
+        raise file_error(
+            path,
+            "expected a name that ends in .safetensors, the one kind that is written. "
+            f"Use {better}.",
+        )
+    check_folder(path)
+    with file_errors(path, "cannot be written"):
+        if path.is_dir():
+            raise file_error(path, "is a folder, expected a file to write.")
+        # A link that leads nowhere does not "exist", but would be replaced all the same.
+        if not force and (path.exists() or path.is_symlink()):
+            raise file_error(path, "already exists. Give another name, or --force to replace it.")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a file to write whose folder is missing or closed to writing."""
+    folder = path.parent
+    with file_errors(path, "cannot be written"):
+        if not folder.exists():
+            raise file_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
+        if not folder.is_dir():
+            raise file_error(path, f"{plain(folder)} is not a folder.")
+        # The superuser passes os.access everywhere; a folder closed to all is still meant closed.
+        if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
+            raise file_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write into, and those above it; one that is there is left."""
+    with file_errors(folder, "cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_checkpoint(
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, Any],
+    *,
+    force: bool,
+) -> None:
+    """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
+    path = Path(path)
+    check_output(path, force=force)
+    wrong = (TypeError, ValueError, RecursionError)
+    with file_errors(path, "not written, its metadata is not JSON", kinds=wrong):
+        text = json.dumps(finite(metadata))
+    parse_header(text, path)
+    # The format keeps the name __metadata__ for itself, but its writer does not mind.
+    bad = [plain(n) for n, t in tensors.items() if n == "__metadata__" or not storable(n, t)]
+    if bad:
+        raise file_error(
+            path, f"not written, {some(bad)} cannot be stored. Expected dense tensors by name."
+        )
+    ready = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        # One key only: the order of several differs from run to run, and so would the bytes.
+        write_tensors(temporary, ready, {"bnfix": text})
+        if not force:  # another program may have written it meanwhile
+            check_output(path, force=False)
+
+    with file_errors(path, "not written", kinds=(OSError, RuntimeError, TypeError, ValueError)):
+        replace_whole(path, write)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as UTF-8, whole or not at all; an existing file is replaced."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file's content, whole or not at all; an existing file is replaced."""
+    path = Path(path)
+    check_folder(path)
+    with file_errors(path, "not written"):
+        replace_whole(path, lambda temporary: temporary.write_bytes(content))
+
+
+def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure."""
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        # Some writers make a private file of their own; others are to read it as the umask says.
+        temporary.chmod(mode)
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)  # else a power cut may forget the new name
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HALF_LOSS = 1e-3
@@ -145,3 +311,105 @@ def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> 
     error = torch.where(stored.isnan() & tensor.isnan(), 0.0, (stored - tensor.double()).abs())
     scale = (var.double().clamp_min(0) + 1e-5).sqrt() if is_mean else var.double() + 1e-5
     return float((error / scale).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
+
+
+_STATE_FORMAT = 1
+
+
+class StateFolder:
+    """The file of one run's state in a folder; that of a run of another identity is refused."""
+
+    def __init__(self, folder: str | Path, identity: str, file: str = "finetuning.pt") -> None:
+        self.path, self.identity = Path(folder) / file, identity
+
+    def read(self) -> dict[str, Any] | None:
+        """The content that `write` was given, by the restricted loader only; None if none yet."""
+        if not self.path.exists():
+            return None
+        content = read_file(self.path)[0]
+        if not isinstance(content, dict) or content.get("format") != _STATE_FORMAT:
+            raise file_error(
+                self.path,
+                "is not the state of a run that this version wrote. Give another --state DIR.",
+            )
+        if content.get("identity") != self.identity:
+            raise file_error(
+                self.path,
+                "is the state of another run (other options, data or input). Give the same ones, "
+                "or another --state DIR.",
+            )
+        return content
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        """Replace the state, whole or not at all."""
+        whole = {"format": _STATE_FORMAT, "identity": self.identity, **content}
+        with file_errors(self.path, "cannot be written", " Give another --state DIR."):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
+
+    def damaged(self, error: Exception) -> CheckpointError:
+        """The error of a state that does not fit the run although it claims to."""
+        return file_error(self.path, f"is damaged ({plain(error)}). Remove it to start again.")
+
+
+def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
+    """A digest of a run's settings and of every number of the model at its start."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in values_of(model).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy every parameter and buffer, those that a state dict leaves out included."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.detach().clone() for name, tensor in named}
+
+
+@torch.no_grad()
+def set_values_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put back the parameters and buffers that `values_of` has copied."""
+    named = dict((*model.named_parameters(), *model.named_buffers()))
+    if named.keys() != values.keys() or any(named[k].shape != values[k].shape for k in named):
+        raise ValueError("its tensors are not those of the model")
+    for name, tensor in named.items():
+        tensor.copy_(values[name])
+
+
+def random_state() -> list[Tensor]:
+    """Copy the state of torch's generators."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_random_state_(state: list[Tensor]) -> None:
+    """Put back the state of torch's generators."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Let a first interrupt (Ctrl-C) wait for a convenient moment; a second one acts at once."""
+    previous = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    # Only the main thread may set a handler, and a program's own one is left to it.
+    if not in_main or previous is not signal.default_int_handler:
+        yield lambda: None
+        return
+    waiting: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+        signal.signal(signal.SIGINT, previous)
+
+    def check() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)

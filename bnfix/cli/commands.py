@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bnfix.checkpoints.checkpoint import check_folder, make_folder
 from bnfix.checkpoints.read import finite
+from bnfix.checkpoints.save import check_folder, make_folder
 from bnfix.cli.flags import (
     ALSO,
     DATA,

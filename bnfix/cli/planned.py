@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from bnfix import demo as demo_files
-from bnfix.checkpoints.checkpoint import check_output, make_folder
+from bnfix.checkpoints.save import check_output, make_folder
 from bnfix.cli.flags import (
     DATA,
     INPUT,

@@ -15,7 +15,7 @@ from PIL import Image
 from bnfix.core.errors import DataError, ModelError, one_line
 from bnfix.data.images import Images, digest_of, pixels_of
 from bnfix.data.tensors import TensorItems, as_inputs, nesting_of
-from bnfix.models.importing import import_callable, importable
+from bnfix.models.build import import_callable, importable
 
 #: Under which name an item that is a dict may have its label.
 _LABELS = ("label", "labels", "target", "targets", "y")

@@ -25,7 +25,7 @@ from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images
 from bnfix.data.tensors import TensorItems
 from bnfix.models.build import input_channels
-from bnfix.models.presets import default_preprocessing, preset_preprocessing
+from bnfix.models.published import default_preprocessing, preset_preprocessing
 from bnfix.norm.sites import sites_with_statistics
 
 VALUES_A_BATCH = 1 << 22

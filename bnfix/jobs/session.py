@@ -49,8 +49,8 @@ from bnfix.jobs.inputs import (
     resolve_preprocessing,
     silent,
 )
-from bnfix.models.importing import import_forward
-from bnfix.models.presets import default_preprocessing
+from bnfix.models.build import import_forward
+from bnfix.models.published import default_preprocessing
 
 #: What `fix` tries where there are labels.
 TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")

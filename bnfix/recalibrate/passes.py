@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnfix.checkpoints.run_state import StateFolder
+from bnfix.checkpoints.save import StateFolder
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, NormError, some
 from bnfix.norm.sites import NormSite

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfix.checkpoints.run_state import identity_of
+from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError, NumericError, some
 from bnfix.core.torch_private import BatchNormBase

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bnfix.checkpoints.checkpoint import check_folder, write_bytes
+from bnfix.checkpoints.save import check_folder, write_bytes
 from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, some
 from bnfix.deploy import forms

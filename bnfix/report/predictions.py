@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.checkpoints.checkpoint import check_folder, replace_whole, write_text
+from bnfix.checkpoints.save import check_folder, replace_whole, write_text
 from bnfix.core.errors import CheckpointError, ConfigError, plain
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.intervals import Array

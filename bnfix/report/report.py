@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.checkpoints.checkpoint import write_text
+from bnfix.checkpoints.save import write_text
 from bnfix.core import __version__
 from bnfix.metrics.compare import Decision
 from bnfix.metrics.robustness import BatchInvariance, Shifted

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfix.checkpoints.checkpoint import check_output, write_text
-from bnfix.checkpoints.save import save
+from bnfix.checkpoints.save import check_output, save, write_text
 from bnfix.core import distributed
 from bnfix.core.errors import CheckpointError
 from bnfix.core.settings import Preprocessing

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfix.checkpoints.run_state import (
+from bnfix.checkpoints.save import (
     StateFolder,
     identity_of,
     interrupts_held,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.checkpoints.run_state import random_state, set_random_state_
+from bnfix.checkpoints.save import random_state, set_random_state_
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError, ModelError, NormError, NumericError, some
 from bnfix.core.settings import FinetuneRecipe
