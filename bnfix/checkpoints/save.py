@@ -90,12 +90,20 @@ def check_output(path: str | Path, *, force: bool) -> None:
             f"Use {better}.",
         )
     check_folder(path)
-    with file_errors(path, "cannot be written"):
-        if path.is_dir():
-            raise file_error(path, "is a folder, expected a file to write.")
-        # A link that leads nowhere does not "exist", but would be replaced all the same.
-        if not force and (path.exists() or path.is_symlink()):
-            raise file_error(path, "already exists. Give another name, or --force to replace it.")
+    check_free(path, force=force)
+
+
+def check_free(*paths: Path, force: bool) -> None:
+    """Refuse, before any work, files to write that are there already and may not be replaced."""
+    for path in paths:
+        with file_errors(path, "cannot be written"):
+            if path.is_dir():
+                raise file_error(path, "is a folder, expected a file to write.")
+            # A link that leads nowhere does not "exist", but would be replaced all the same.
+            if not force and (path.exists() or path.is_symlink()):
+                raise file_error(
+                    path, "already exists. Give another name, or --force to replace it."
+                )
 
 
 def check_folder(path: Path) -> None:

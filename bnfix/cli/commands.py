@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bnfix.checkpoints.read import finite
-from bnfix.checkpoints.save import check_folder, make_folder
+from bnfix.checkpoints.save import check_folder, check_free, make_folder
 from bnfix.cli.flags import (
     ALSO,
     DATA,
@@ -47,7 +47,7 @@ from bnfix.jobs.plan import estimated_again
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.export import Export, check_exports
 from bnfix.report.predictions import check_predictions
-from bnfix.report.result import Result, check_outputs, check_reports
+from bnfix.report.result import Result, check_outputs
 
 
 def convert(
@@ -272,7 +272,7 @@ def evaluate(
 
 def _report_files(folder: Path, *, force: bool) -> tuple[Path, ...]:
     paths = tuple(folder / f"report.{end}" for end in ("json", "md", "html"))
-    check_reports(paths, force=force)
+    check_free(*paths, force=force)
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: is not a folder. Give another --report.", path=folder)
     check_folder(next(path for path in (folder, *folder.parents) if path.exists()) / "report.json")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from bnfix.checkpoints.save import check_folder, write_bytes
+from bnfix.checkpoints.save import check_folder, check_free, write_bytes
 from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, some
 from bnfix.deploy import forms
@@ -17,7 +17,6 @@ from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement
 from bnfix.report.pages import count, percent, plain_json, render
 from bnfix.report.report import Report, report_paths
-from bnfix.report.result import check_reports
 
 #: The choices of `--to`, and the suffix of each file.
 SUFFIXES: Final = {"onnx": ".onnx", "pt2": ".pt2", "folded": ".safetensors", "plain": ".py"}
@@ -190,7 +189,7 @@ def check_exports(
         )
     files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
     check_folder(path)
-    check_reports(files, force=force)
+    check_free(*files, force=force)
     old = None if checkpoint is None else Path(checkpoint)
     if old and old.exists() and any(f.exists() and f.samefile(old) for f in files):
         raise CheckpointError(

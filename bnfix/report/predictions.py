@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.checkpoints.save import check_folder, replace_whole, write_text
+from bnfix.checkpoints.save import check_folder, check_free, replace_whole, write_text
 from bnfix.core.errors import CheckpointError, ConfigError, plain
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.intervals import Array
 from bnfix.metrics.temperature import chunks, log_softmax, nll_of
-from bnfix.report.result import check_reports
 
 SUFFIXES = (".csv", ".parquet")
 
@@ -29,7 +28,7 @@ def check_predictions(path: Path, *, force: bool) -> None:
             name="predictions",
         )
     check_folder(path)
-    check_reports([path], force=force)
+    check_free(path, force=force)
     if path.suffix.lower() == ".parquet":
         _pyarrow()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from bnfix.checkpoints.save import check_output, save, write_text
+from bnfix.checkpoints.save import check_free, check_output, save, write_text
 from bnfix.core import distributed
-from bnfix.core.errors import CheckpointError
 from bnfix.core.settings import Preprocessing
 from bnfix.report.report import Report, report_paths
 
@@ -75,15 +74,4 @@ class Result:
 def check_outputs(path: str | Path, *, force: bool) -> None:
     """Check before any work that the checkpoint and its reports may be written."""
     check_output(path, force=force)
-    check_reports(report_paths(Path(path)), force=force)
-
-
-def check_reports(paths: Iterable[Path], *, force: bool) -> None:
-    """Check before any work that the files of a report may be written."""
-    for path in paths:
-        if path.is_dir():
-            raise CheckpointError(f"{path}: is a folder, expected a file to write.", path=path)
-        if not force and (path.exists() or path.is_symlink()):
-            raise CheckpointError(
-                f"{path}: already exists. Give another name, or --force to replace it.", path=path
-            )
+    check_free(*report_paths(Path(path)), force=force)
