@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix import ModelError, set_example_weight_, swap_norms_
+from bnfix.core.runtime import set_forward_
 from bnfix.deploy.fold import optimize_
 from tests import nets
+
+IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
@@ -69,7 +72,7 @@ def test_a_norm_goes_into_the_layer_before_it(name):
 def test_arithmetic_is_done_in_float64_and_rounded_once(dtype):
     model = small(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)).to(dtype)
     conv, norm = copy.deepcopy(model[0]).double(), copy.deepcopy(model[1]).double()
-    optimize_(model)
+    optimize_(model, IMAGES.to(dtype))
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     weight = (conv.weight * scale[:, None, None, None]).to(dtype)
     bias = ((conv.bias - norm.running_mean) * scale + norm.bias).to(dtype)
@@ -81,7 +84,7 @@ def test_arithmetic_is_done_in_float64_and_rounded_once(dtype):
 def test_weights_that_do_not_fit_a_half_type_are_left_alone():
     model = small(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=1e-12))
     model[1].running_var.fill_(1e-11)
-    found = optimize_(model.half())
+    found = optimize_(model.half(), IMAGES.half())
     assert found.folded == ()
     assert "do not fit into torch.float16" in found.left["1"]
 
@@ -98,11 +101,15 @@ def test_whole_networks_lose_all_their_norms():
         torch.testing.assert_close(outputs(model, x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_without_an_example_convolutions_are_checked_on_noise_and_linear_layers_left():
-    found = optimize_(nets.lived_in(nets.plain()).eval())
-    assert (len(found.folded), found.checked_on, found.traced_by) == (2, "noise", "torch.fx")
-    left = optimize_(nets.lived_in(nets.bn1d()).eval()).left
-    assert left == {"1": "0 is linear, and without an example the axes of its output are not known"}
+def test_an_example_has_any_form_that_the_model_takes():
+    for build in (nets.plain, nets.bn1d):
+        model = nets.lived_in(build()).eval()
+        x = IMAGES if build is nets.plain else torch.randn(4, 5)
+        before = outputs(model, x)
+        set_forward_(model, lambda net, batch: net(batch["first"]))
+        found = optimize_(model, {"first": x, "second": "a name"})
+        assert (found.left, found.checked_on, found.traced_by) == ({}, "example", "torch.fx")
+        torch.testing.assert_close(outputs(model, x), before, rtol=1e-5, atol=1e-6)
 
 
 def test_live_layers_and_groups():
@@ -113,8 +120,7 @@ def test_live_layers_and_groups():
     before = outputs(model, x)
     found = optimize_(model, x)
     assert [fold.norm for fold in found.folded] == ["bn1"]
-    assert found.live == ("bn2",)
-    assert list(found.left) == ["bn2"]
+    assert found.left == {"bn2": "weighs the example (example weight above 0)"}
     torch.testing.assert_close(outputs(model, x), before, rtol=1e-5, atol=1e-6)
 
 
@@ -206,10 +212,11 @@ def test_what_cannot_be_traced_is_refused_and_left_as_it_was():
 
     model = Untraceable(4, 3).eval()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=r"folding: the model cannot be traced by torch.fx"):
-        optimize_(model)
     with pytest.raises(ModelError, match=r"neither by torch.fx .* nor by torch.export"):
         optimize_(model, torch.randn(2, 3, 8, 8))
+    set_forward_(model, lambda net, batch: net(batch["pixels"]))
+    with pytest.raises(ModelError, match=r"folding: the model cannot be traced by torch.fx"):
+        optimize_(model, {"pixels": IMAGES})
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
@@ -228,26 +235,25 @@ def test_a_model_whose_outputs_would_change_is_put_back():
     assert model.state_dict().keys() == state.keys()
 
 
-@pytest.mark.parametrize("checked", [True, False])
-def test_layers_that_are_also_held_in_a_plain_list_follow(checked):
+def test_layers_that_are_also_held_in_a_plain_list_follow():
     model = nets.lived_in(nets.held_outside()).eval()
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     before = outputs(model, x)
-    assert len(optimize_(model, x if checked else None).folded) == 2
+    assert len(optimize_(model, x).folded) == 2
     torch.testing.assert_close(outputs(model, x), before)
     assert norms_in(model) == 0
 
 
 def test_training_mode_is_refused():
     with pytest.raises(ModelError, match=r"folding: the model is in training mode"):
-        optimize_(nets.plain())
+        optimize_(nets.plain(), IMAGES)
 
 
 def test_statistics_that_are_not_finite_or_not_there_are_left():
     model = nets.lived_in(nets.plain()).eval()
     model.bn1.running_var[0] = float("nan")
     model.bn2 = nn.BatchNorm2d(4, track_running_stats=False).eval()
-    left = optimize_(model).left
+    left = optimize_(model, IMAGES).left
     assert left["bn1"] == "its statistics are not finite"
     assert left["bn2"] == "keeps no population statistics"
 
@@ -256,8 +262,8 @@ def test_dropout_between_is_looked_through_only_where_it_is_silent():
     model = nets.lived_in(nets.with_dropout()).eval()
     noisy = copy.deepcopy(model)
     noisy[1].train()
-    assert len(optimize_(model).folded) == 1
-    assert optimize_(noisy).left["2"].startswith("follows 1 (Dropout2d)")
+    assert len(optimize_(model, IMAGES).folded) == 1
+    assert optimize_(noisy, IMAGES).left["2"].startswith("follows 1 (Dropout2d)")
 
 
 def test_a_linear_layer_whose_last_axis_is_not_the_norms_is_left():

@@ -23,15 +23,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
-from bnfix.core.torch_private import ConvBase, ConvTransposeBase
+from bnfix.core.torch_private import ConvBase, ConvTransposeBase, tree_map
 from bnfix.deploy.graph import Source, hooked, sources_of
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import NormSite, find_norms, is_timm_act
 
-_EXACT = (
+CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.Linear,
 )  # fmt: skip
 #: timm's convolution with TensorFlow's padding, recognized by its module, so timm stays optional.
 _TIMM_SAME = "Conv2dSame"
@@ -55,9 +54,12 @@ class Folding:
 
     folded: tuple[Fold, ...]
     left: Mapping[str, str]  # dotted name to reason
-    live: tuple[str, ...]  # those of `left` with an example weight above 0
-    checked_on: str  # example or noise
-    traced_by: str  # torch.fx or torch.export
+    traced_by: str  # torch.fx or torch.export, nothing where there are no norms
+
+    @property
+    def checked_on(self) -> str:
+        """The kind of inputs on which each fold was checked."""
+        return "nothing" if self.traced_by == "nothing" else "example"
 
 
 @dataclass(frozen=True)
@@ -96,19 +98,18 @@ class _Rest(nn.Module):
         return cast(Tensor, self.act(self.drop(x)))
 
 
-def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
+def optimize_(model: nn.Module, example: Any) -> Folding:
     """Fold every norm layer that ignores the example into the layer before it.
 
     Folded are layers of weight 0 (and stock ones) whose input is the output of a convolution (1, 2
     or 3 axes, transposed, grouped, depthwise) or a linear layer that is called once and read by
     nothing else. All others stay and are listed with a reason. Each fold is checked on its own
-    activations for the example; without one, on seeded normal values, and linear layers stay,
-    because the axes of their outputs are unknown. If the whole model's outputs change, everything
-    is undone and a ModelError is raised.
+    activations for the example, a batch in any form that the model takes. If the whole model's
+    outputs change, everything is undone and a ModelError is raised.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
-        >>> optimize_(net).folded[0].layer
+        >>> optimize_(net, torch.ones(2, 3, 8, 8)).folded[0].layer
         '0'
     """
     sites = find_norms(model)
@@ -117,36 +118,31 @@ def optimize_(model: nn.Module, example: Tensor | None = None) -> Folding:
             "folding: the model is in training mode, where norm layers are not constant. Call "
             "model.eval() first."
         )
-    live = tuple(site.name for site in sites if _is_live(site.module))
     if not sites:
-        return Folding((), {}, (), checked_on="nothing", traced_by="nothing")
-    sources, traced_by = sources_of(model, [site.module for site in sites], example)
-    left: dict[str, str] = {}
-    candidates: list[_Candidate] = []
+        return Folding((), {}, traced_by="nothing")
+    # Where the user states how the model is called, only that knows what the inputs are.
+    x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
+    x = x.to(runtime.device_of(model)) if isinstance(x, Tensor) else None
+    sources, traced_by = sources_of(model, [site.module for site in sites], x)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    for site in sites:
-        found = _candidate(site, sources.get(site.name), model, owners, example is not None)
-        if isinstance(found, str):
-            left[site.name] = found
-        else:
-            candidates.append(found)
-    differences = _on_noise(candidates) if example is None else _on(model, candidates, example)
-    folded: list[Fold] = []
-    accepted: list[_Candidate] = []
-    for one in candidates:
-        name = one.norm.name
+    tried = {site.name: _candidate(site, sources.get(site.name), model, owners) for site in sites}
+    candidates = {name: one for name, one in tried.items() if isinstance(one, _Candidate)}
+    left = {name: why for name, why in tried.items() if isinstance(why, str)}
+    differences = _differences(model, candidates, example)
+    for name, one in candidates.items():
         difference = differences.get(name, "is not reached by the example")
         if isinstance(difference, str):
             left[name] = difference
         elif not difference <= one.tolerance:
             left[name] = f"its outputs would change by {difference:.2g}"
-        else:
-            accepted.append(one)
-            folded.append(Fold(name, one.name, type(one.layer).__name__, difference))
+    accepted = [one for name, one in candidates.items() if name not in left]
     _apply_(model, accepted, example)
+    folded = [
+        Fold(c.norm.name, c.name, type(c.layer).__name__, cast(float, differences[c.norm.name]))
+        for c in accepted
+    ]
     order = {site.name: left[site.name] for site in sites if site.name in left}
-    checked_on = "noise" if example is None else "example"
-    return Folding(tuple(folded), order, live, checked_on=checked_on, traced_by=traced_by)
+    return Folding(tuple(folded), order, traced_by=traced_by)
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
@@ -156,8 +152,10 @@ def relative_change(before: Tensor, after: Tensor) -> float:
 
 def outputs_on(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of a model's output, in float64."""
+    # A copy of the example, since some models write into their inputs.
+    own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
     with guards.inference(model):
-        found = runtime.tensors_in(runtime.run(model, example, runtime.device_of(model)))
+        found = runtime.tensors_in(runtime.run(model, own, runtime.device_of(model)))
     return [t.double() for t in found if t.is_floating_point() and t.numel()]
 
 
@@ -165,16 +163,12 @@ def _weight(layer: nn.Module) -> Tensor:
     return cast(Tensor, layer.weight)
 
 
-def _is_live(module: nn.Module) -> bool:
-    return isinstance(module, GeneralizedBatchNorm) and module.live
-
-
 def _candidate(
-    site: NormSite, source: Source | None, model: nn.Module, owners: Counter[int], shaped: bool
+    site: NormSite, source: Source | None, model: nn.Module, owners: Counter[int]
 ) -> _Candidate | str:
     """A fold that may be tried, or why not."""
     norm = site.module
-    if _is_live(norm):
+    if isinstance(norm, GeneralizedBatchNorm) and norm.live:
         return "weighs the example (example weight above 0)"
     if site.problem or not site.has_statistics:
         return site.problem or "keeps no population statistics"
@@ -185,7 +179,7 @@ def _candidate(
     if source.layer is None:
         return source.problem
     layer = model.get_submodule(source.layer)
-    if problem := _layer_problem(layer, source.layer, owners, shaped):
+    if problem := _layer_problem(layer, source.layer, owners):
         return problem
     mean, var = (cast(Tensor, getattr(norm, f"running_{m}")).double() for m in ("mean", "var"))
     if isinstance(norm, GeneralizedBatchNorm):
@@ -203,10 +197,10 @@ def _candidate(
     return _Candidate(norm=site, name=source.layer, layer=layer, new=new, after=after)
 
 
-def _layer_problem(layer: nn.Module, name: str, owners: Counter[int], shaped: bool) -> str | None:
+def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str | None:
     kind = type(layer)
     is_same = kind.__name__ == _TIMM_SAME and kind.__module__.startswith("timm.")
-    if kind not in _EXACT and not is_same:
+    if kind not in (*CONVOLUTIONS, nn.Linear) and not is_same:
         # A subclass may override forward, so only the known classes are proof of the arithmetic.
         if isinstance(layer, ConvBase | nn.Linear):
             return f"{name} is a {kind.__name__}, which may do more than {kind.__mro__[1].__name__}"
@@ -215,8 +209,6 @@ def _layer_problem(layer: nn.Module, name: str, owners: Counter[int], shaped: bo
         return f"{name} has hooks or a forward of its own"
     if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
         return f"{name} shares its weights with another layer"
-    if kind is nn.Linear and not shaped:
-        return f"{name} is linear, and without an example the axes of its output are not known"
     return None
 
 
@@ -244,8 +236,10 @@ def _folded(layer: nn.Module, norm: nn.Module, mean: Tensor, var: Tensor) -> nn.
     return new
 
 
-def _on(model: nn.Module, candidates: list[_Candidate], example: Tensor) -> dict[str, float | str]:
-    """The differences of folds on their own activations, in one run of the model."""
+def _differences(
+    model: nn.Module, candidates: Mapping[str, _Candidate], example: Any
+) -> dict[str, float | str]:
+    """The change of each fold on its own activations, or why it is not known, by the norm."""
     found: dict[str, float | str] = {}
 
     def hook_of(one: _Candidate) -> Any:
@@ -260,37 +254,26 @@ def _on(model: nn.Module, candidates: list[_Candidate], example: Tensor) -> dict
 
         return hook
 
-    with guards.inference(model), guards.hooks() as handles:
-        handles += [one.layer.register_forward_pre_hook(hook_of(one)) for one in candidates]
-        runtime.run(model, example, runtime.device_of(model))
+    with guards.hooks() as handles:
+        handles += [
+            one.layer.register_forward_pre_hook(hook_of(one)) for one in candidates.values()
+        ]
+        outputs_on(model, example)
     return found
 
 
-@torch.no_grad()
-def _on_noise(candidates: list[_Candidate]) -> dict[str, float | str]:
-    """The differences of folds on seeded normal values, each layer by itself."""
-    generator = torch.Generator().manual_seed(0)
-    found: dict[str, float | str] = {}
-    for one in candidates:
-        layer = cast(ConvBase, one.layer)
-        sizes = [d * (k - 1) + 3 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-        x = torch.randn((2, layer.in_channels, *sizes), generator=generator)
-        found[one.norm.name] = one.difference(x.to(_weight(layer)))
-    return found
-
-
-def _apply_(model: nn.Module, accepted: list[_Candidate], example: Tensor | None) -> None:
+def _apply_(model: nn.Module, accepted: list[_Candidate], example: Any) -> None:
     """Fold, compare the whole model's outputs on the example, and undo if they differ."""
-    before = None if example is None else outputs_on(model, example)
+    if not accepted:
+        return
+    before = outputs_on(model, example)
     own = [dict(one.layer._parameters) for one in accepted]
     for one in accepted:
         one.layer._parameters.update(one.new._parameters)
         guards.exchange_(one.norm.module, one.after)
-    if example is None or before is None:
-        return
     pairs = zip(before, outputs_on(model, example), strict=True)
     # Each fold is within its tolerance; a whole model may add some of them up.
-    limit = 10 * max((one.tolerance for one in accepted), default=0)
+    limit = 10 * max(one.tolerance for one in accepted)
     if all(relative_change(old, new) <= limit for old, new in pairs):
         return
     for one, parameters in zip(accepted, own, strict=True):

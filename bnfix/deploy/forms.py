@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.metadata
+import importlib.util
 import io
 import json
 import math
@@ -28,7 +28,7 @@ from bnfix.checkpoints.read import finite
 from bnfix.checkpoints.save import metadata_of, stock_tensors
 from bnfix.core import __version__, guards
 from bnfix.core.errors import ConfigError, ModelError, some
-from bnfix.core.guards import exchange_
+from bnfix.core.runtime import outputs_by_name
 from bnfix.deploy import plain
 from bnfix.deploy.fold import Folding, optimize_
 from bnfix.deploy.graph import export_program, quiet, root_line
@@ -74,19 +74,18 @@ class Making:
             text = _python(self.loaded)
             weights = _saved(stock_tensors(self.loaded.model), metadata)
             return text, weights, self._loaded_by(text, weights)
+        if self.to == "folded":
+            self.folding = optimize_(self.net, self.example)
+            weights, text = self._folded(self.folding), _python(self.loaded)
+            return weights, text, self._loaded_by(text, weights)
         try:
             self.folding = optimize_(self.net, self.example)
         except ModelError as error:
-            if self.to == "folded":
-                raise
             self.notes.append(f"nothing was folded: {error}")
-        if self.to == "folded":
-            weights, text = self._folded(), _python(self.loaded)
-            return weights, text, self._loaded_by(text, weights)
         for layer in [layer for _, layer in generalized_norms(self.net) if layer.live]:
             # The plain layer is made of standard operators only.
             weight, groups = layer.example_weight, layer.channel_groups
-            exchange_(layer, plain.ExampleNorm(layer, weight, groups, layer.eps).eval())
+            guards.exchange_(layer, plain.ExampleNorm(layer, weight, groups, layer.eps).eval())
         content = self._write(self.net, self.names)
         return content, None, self._runner(content)
 
@@ -112,12 +111,11 @@ class Making:
         stock = build_model(origin.spec or "", origin.arguments, tensors)
         return torch_runner(_run_loader(text, weights, stock))
 
-    def _folded(self) -> bytes:
+    def _folded(self, folding: Folding) -> bytes:
         """The weights of the folded model."""
-        folding = self.folding
-        if folding is None or not folding.folded:
-            left = folding.left if folding is not None else {}
-            why = some([f"{n} {reason}" for n, reason in left.items()]) or "there are no norms"
+        if not folding.folded:
+            reasons = [f"{name} {reason}" for name, reason in folding.left.items()]
+            why = some(reasons) or "there are no norms"
             raise ModelError(f"--to folded: no norm layer can be folded: {why}. Use --to plain.")
         tensors, state = stock_tensors(self.net), self.net.state_dict()
         layers = [fold.layer for fold in folding.folded]
@@ -137,12 +135,7 @@ class Making:
 
 def require_onnx() -> None:
     """Check that the packages that write, check and run ONNX are installed."""
-    missing = []
-    for name in _ONNX_PACKAGES:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            missing.append(name)
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
             f'--to onnx: {", ".join(missing)} not installed. Run: pip install "bnfix[onnx]"',
@@ -297,19 +290,9 @@ class Agreement:
     seconds: Mapping[int, tuple[float, float]]  # median of a batch, by its size: first, second
 
 
-def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
+def outputs_of(output: Any) -> dict[str, Tensor]:
     """All tensors of a model's output in order: ``output``, or dotted keys and positions."""
-    if isinstance(output, Tensor):
-        return {name or "output": output}
-    items: list[tuple[Any, Any]] = []
-    if isinstance(output, Mapping):
-        items = list(output.items())
-    elif isinstance(output, list | tuple):
-        items = list(enumerate(output))
-    found: dict[str, Tensor] = {}
-    for key, value in items:
-        found |= outputs_of(value, f"{name}.{key}" if name else str(key))
-    return found
+    return {name or "output": tensor for name, tensor in outputs_by_name(output).items()}
 
 
 def names_of(model: nn.Module, x: Tensor) -> list[str]:

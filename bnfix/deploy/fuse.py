@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
-from bnfix.core.torch_private import packed_convolution, packed_weight, tree_map
-from bnfix.deploy.fold import Folding, optimize_, outputs_on, relative_change
+from bnfix.core.torch_private import packed_convolution, packed_weight
+from bnfix.deploy.fold import CONVOLUTIONS, Folding, optimize_, outputs_on, relative_change
 from bnfix.deploy.graph import graph_of, hooked
 from bnfix.norm.kernels import (
     Activation,
@@ -44,10 +44,6 @@ _FUNCTIONS: dict[Any, Activation] = {
 _ADDITIONS = (operator.add, torch.add, "add")
 #: These change their first operand, which others may read too unless it is the norm's output.
 _IN_PLACE = (operator.iadd, "add_")
-_CONVOLUTIONS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d,
-    nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
 #: Largest difference of outputs, relative to the largest output where that is above 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 #: Errors of an operator that this torch lacks, or that does not support a convolution.
@@ -123,14 +119,11 @@ def fused(
     """
     if any(m.training for m in model.modules()):
         raise ModelError("fused network: the model is in training mode. Call model.eval() first.")
-    before = outputs_on(model, _copied(example))
+    before = outputs_on(model, example)
     net, notes = copy.deepcopy(model), []
-    device = runtime.device_of(model)
-    # Where the user states how the model is called, only that knows what the inputs are.
-    x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
     folding = None
     try:
-        folding = optimize_(net, _copied(x).to(device) if isinstance(x, Tensor) else None)
+        folding = optimize_(net, example)
     except ModelError as error:
         notes.append(str(error))
     n_live = sum(layer.live for _, layer in generalized_norms(net))
@@ -141,13 +134,16 @@ def fused(
         except ModelError as error:
             notes.append(f"the live layers are not fused: {error}")
     if channels_last is None:
-        channels_last = isinstance(x, Tensor) and x.ndim == 4 and device.type == "cpu"
+        # Where the user states how the model is called, only that knows what the inputs are.
+        x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
+        on_cpu = runtime.device_of(model).type == "cpu"
+        channels_last = isinstance(x, Tensor) and x.ndim == 4 and on_cpu
     n_prepacked = 0
     if channels_last if prepack is None else prepack:
         n_prepacked = _prepack_(net, example)
     if channels_last:
         net = _ChannelsLast(net.to(memory_format=torch.channels_last)).eval()
-    pairs = zip(before, outputs_on(net, _copied(example)), strict=True)
+    pairs = zip(before, outputs_on(net, example), strict=True)
     # A value that is NaN before and after is no difference.
     changes = [relative_change(old.nan_to_num(), new.nan_to_num()) for old, new in pairs]
     difference = max(changes, default=0.0)
@@ -239,15 +235,10 @@ def _prepack_(net: nn.Module, example: Any) -> int:
     convs = [m for m in net.modules() if type(m) is nn.Conv2d and not hooked(m)]
     with guards.hooks() as handles:
         handles += [conv.register_forward_pre_hook(hook) for conv in convs]
-        outputs_on(net, _copied(example))
+        outputs_on(net, example)
     for conv, made in found.values():
         guards.exchange_(conv, made)
     return len(found)
-
-
-def _copied(example: Any) -> Any:
-    """A copy of an example, since some models write into their inputs."""
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
 
 
 def _call_alike_(net: nn.Module, original: nn.Module) -> None:
@@ -326,7 +317,7 @@ def _may_be_overwritten(node: object, modules: dict[str, nn.Module]) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return False
     module = modules[str(node.target)]
-    return type(module) in _CONVOLUTIONS and not hooked(module)
+    return type(module) in CONVOLUTIONS and not hooked(module)
 
 
 def _adds(node: fx.Node, norm: fx.Node) -> bool:

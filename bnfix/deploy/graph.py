@@ -36,7 +36,7 @@ class Source:
 
 
 def sources_of(
-    model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None = None
+    model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None
 ) -> tuple[dict[str, Source], str]:
     """The source of each norm layer by dotted name, and the tool that found it.
 
@@ -45,20 +45,24 @@ def sources_of(
     """
     graph = _graph(model, norms)
     if isinstance(graph, fx.Graph):
-        return _sources(graph, model, norms), "torch.fx"
-    if example is None:
+        calls, tool = _traced_calls(graph, model), "torch.fx"
+    elif example is None:
         raise ModelError(
-            f"folding: the model cannot be traced by torch.fx ({graph}). Give an example of its "
-            "inputs, or leave its norm layers as they are."
+            f"folding: the model cannot be traced by torch.fx ({graph}), and torch.export takes no "
+            "inputs of this form. Leave its norm layers as they are."
         )
-    try:
-        program = export_program(model, example)
-    except ModelError as error:
-        raise ModelError(
-            f"folding: the model can be traced neither by torch.fx ({graph}) nor by torch.export "
-            f"({error})."
-        ) from error
-    return _exported_sources(program, model, norms), "torch.export"
+    else:
+        try:
+            calls, tool = _exported_calls(export_program(model, example), model), "torch.export"
+        except ModelError as error:
+            raise ModelError(
+                f"folding: the model can be traced neither by torch.fx ({graph}) nor by "
+                f"torch.export ({error})."
+            ) from error
+    known = set(norms)
+    names = {name for name, module in model.named_modules() if module in known}
+    sources = {n: _source(call, calls, model) for call, n in calls.layer.items() if n in names}
+    return sources, tool
 
 
 def graph_of(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph:
@@ -156,107 +160,76 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     return {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
 
 
-def _first_names(model: nn.Module) -> dict[int, str]:
-    return {id(module): name for name, module in model.named_modules()}
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of a model's modules in a graph, each by a name of its own."""
+
+    nodes: dict[str, set[fx.Node]]  # one node in torch.fx, in an exported program several
+    layer: dict[str, str]  # first dotted name of the module that is called
+    tensors: set[fx.Node]  # that are parameters and buffers, not values
+    read: set[str]  # modules whose weights are also read outside of the call
 
 
-def _sources(graph: fx.Graph, model: nn.Module, norms: Sequence[nn.Module]) -> dict[str, Source]:
-    """Each norm's source in a graph of torch.fx."""
-    modules, first = dict(model.named_modules(remove_duplicate=False)), _first_names(model)
-    known = {id(norm) for norm in norms}
-    called = {n: modules[str(n.target)] for n in graph.nodes if n.op == "call_module"}
-    calls = Counter(id(module) for module in called.values())
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-
-    def source(user: fx.Node) -> Source:
-        n_calls = calls[id(called[user])]
-        if n_calls > 1:
-            return Source(None, f"is called {n_calls} times a pass")
-        given = user.args[0] if user.args else next(iter(user.kwargs.values()), None)
-        while (
-            isinstance(given, fx.Node)
-            and given in called
-            and _is_silent(called[given])
-            and set(given.users) == {user}
-            and given.args
-        ):
-            user, given = given, given.args[0]
-        if not isinstance(given, fx.Node) or given not in called:
-            return _follows(getattr(given, "name", "a constant"))
-        name, n_calls = first[id(called[given])], calls[id(called[given])]
-        return _alone(name, n_calls, seen=set(given.users) != {user}, read=name in read)
-
-    return {first[id(module)]: source(n) for n, module in called.items() if id(module) in known}
-
-
-def _follows(name: str) -> Source:
-    return Source(None, f"follows {name}, not a convolution or linear layer")
-
-
-def _alone(name: str, n_calls: int, *, seen: bool, read: bool) -> Source:
-    """The layer as a source, unless its output or its weights serve something else too."""
-    if seen:
-        return Source(None, f"the output of {name} is used elsewhere too")
-    if n_calls > 1:
-        return Source(None, f"{name} is shared: it is called {n_calls} times a pass")
-    return Source(None, f"the weights of {name} are used elsewhere too") if read else Source(name)
-
-
-def _is_silent(module: nn.Module) -> bool:
-    return isinstance(module, _SILENT) and not module.training
-
-
-def _module_of(node: fx.Node) -> str | None:
-    """Dotted name of the module call that a node of an exported program belongs to."""
-    stack = node.meta.get("nn_module_stack")
-    if node.op != "call_function" or not stack:
-        return None
-    # A second call of the same module has its number after an @.
-    key, (name, _) = list(stack.items())[-1]
-    return str(name) + ("@" + key.rpartition("@")[2] if "@" in key else "")
-
-
-def _exported_sources(
-    program: torch.export.ExportedProgram, model: nn.Module, norms: Sequence[nn.Module]
-) -> dict[str, Source]:
-    """Each norm's source in an exported program, whose nodes name the module they came from."""
+def _traced_calls(graph: fx.Graph, model: nn.Module) -> _Calls:
     first = _first_names(model)
-    owner = {n: first[id(m)] for n, m in model.named_modules(remove_duplicate=False)}
-    signature = program.graph_signature
-    tensors = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-    inside: dict[str, set[fx.Node]] = {}
-    calls: dict[str, set[str]] = {}
+    called = {n.name: n for n in graph.nodes if n.op == "call_module"}
+    return _Calls(
+        nodes={call: {node} for call, node in called.items()},
+        layer={call: first[str(node.target)] for call, node in called.items()},
+        tensors=set(),
+        read={str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"},
+    )
+
+
+def _exported_calls(program: torch.export.ExportedProgram, model: nn.Module) -> _Calls:
+    """The calls in an exported program, whose nodes name the module that they came from."""
+    first, signature = _first_names(model), program.graph_signature
+    stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+    found = _Calls({}, {}, {n for n in program.graph.nodes if n.name in stored}, set())
     for node in program.graph.nodes:
-        if (where := _module_of(node)) is not None:
-            plain = owner.get(where.partition("@")[0], where.partition("@")[0])
-            inside.setdefault(plain, set()).add(node)
-            calls.setdefault(plain, set()).add(where)
+        stack = node.meta.get("nn_module_stack")
+        if node.op == "call_function" and stack:
+            # A second call of the same module has its number after an @ in its key.
+            key, (name, _) = list(stack.items())[-1]
+            call = f"{name}@{key.rpartition('@')[2]}" if "@" in key else str(name)
+            found.nodes.setdefault(call, set()).add(node)
+            found.layer[call] = first.get(str(name), str(name))
+    for call, nodes in found.nodes.items():
+        weights = found.tensors & {given for node in nodes for given in node.all_input_nodes}
+        if any(not set(weight.users) <= nodes for weight in weights):
+            found.read.add(found.layer[call])
+    return found
 
-    def inputs(nodes: set[fx.Node]) -> set[fx.Node]:
-        outside = {given for node in nodes for given in node.all_input_nodes} - nodes
-        return {given for given in outside if given.name not in tensors}
 
-    def source(norm: str) -> Source:
-        if len(calls[norm]) > 1:
-            return Source(None, f"is called {len(calls[norm])} times a pass")
-        users = inside[norm]
-        while len(given := inputs(users)) == 1:
-            (node,) = given
-            where = next((name for name, nodes in inside.items() if node in nodes), None)
-            # A module with children computes more than its own formula.
-            if where is None or any(True for _ in model.get_submodule(where).children()):
-                return _follows(node.name)
-            nodes = inside[where]
-            weights = {w for n in nodes for w in n.all_input_nodes if w.name in tensors}
-            found = _alone(
-                where,
-                len(calls[where]),
-                seen=not set(node.users) <= users,
-                read=any(not set(weight.users) <= nodes for weight in weights),
-            )
-            if found.layer is None or not _is_silent(model.get_submodule(where)):
-                return found
-            users = nodes
-        return Source(None, "has no single input")
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Of each dotted name of a module, the first one that the same module has."""
+    first = {module: name for name, module in model.named_modules()}
+    return {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
 
-    return {first[id(norm)]: source(first[id(norm)]) for norm in norms if first[id(norm)] in inside}
+
+def _source(call: str, calls: _Calls, model: nn.Module) -> Source:
+    """The source of the norm layer in a call, seen through modules that do nothing."""
+    n_calls = Counter(calls.layer.values())
+    if (n := n_calls[calls.layer[call]]) > 1:
+        return Source(None, f"is called {n} times a pass")
+    while True:
+        users = calls.nodes[call]
+        given = {node for user in users for node in user.all_input_nodes} - users - calls.tensors
+        if len(given) != 1:
+            return Source(None, "has no single input")
+        (node,) = given
+        call = next((name for name, nodes in calls.nodes.items() if node in nodes), "")
+        name = calls.layer.get(call, "")
+        # A module with children computes more than its own formula.
+        if not call or any(True for _ in model.get_submodule(name).children()):
+            return Source(None, f"follows {node.name}, not a convolution or linear layer")
+        module = model.get_submodule(name)
+        if not set(node.users) <= users:
+            return Source(None, f"the output of {name} is used elsewhere too")
+        if isinstance(module, _SILENT) and not module.training:
+            continue
+        if (n := n_calls[name]) > 1:
+            return Source(None, f"{name} is shared: it is called {n} times a pass")
+        if name in calls.read:
+            return Source(None, f"the weights of {name} are used elsewhere too")
+        return Source(name)

@@ -429,20 +429,16 @@ class _Pass:
 def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
     """One pass; in training only the norm layers are in training mode, and all is restored."""
     found = _Pass()
-    snapshot = guards.Snapshot(model)
-    try:
-        with guards.inference(model):
-            for site in find_norms(model) if training else ():
-                if isinstance(site.module, BatchNormBase) and not site.frozen:
-                    site.module.train()
-            for batch in batches:
-                x = runtime.unpack(batch)[0]
-                n = len(x) if isinstance(x, Tensor) else 1
-                if training and n < 2:
-                    continue  # one example has no batch statistics on 1x1 feature maps
-                found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
-    finally:
-        snapshot.restore_()
+    with guards.inference(model):
+        for site in find_norms(model) if training else ():
+            if isinstance(site.module, BatchNormBase) and not site.frozen:
+                site.module.train()
+        for batch in batches:
+            x = runtime.unpack(batch)[0]
+            n = len(x) if isinstance(x, Tensor) else 1
+            if training and n < 2:
+                continue  # one example has no batch statistics on 1x1 feature maps
+            found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
     return found
 
 
