@@ -285,6 +285,10 @@ def fresh():
             yield
 
 
+def compiles_to(monkeypatch, form):
+    monkeypatch.setattr(kernels, "_compiler", functools.cache(lambda: form))
+
+
 def compiled_cases():
     """Inputs, terms and what follows them, of six kinds; each kind in two sizes."""
     for shape, layout, dtype, offset, weight, activation in (
@@ -308,7 +312,7 @@ def compiled_cases():
 def test_the_form_for_cuda_equals_the_plain_one_whatever_the_sizes(fresh, monkeypatch, caplog):
     backend = CompileCounterWithBackend("eager")
     compiled = torch.compile(kernels._finished, dynamic=True, backend=backend)
-    monkeypatch.setattr(kernels, "_compiler", functools.cache(lambda: compiled))
+    compiles_to(monkeypatch, compiled)
     for x, terms, finish, ratio in compiled_cases():
         before = x.clone()
         y = kernels._on_cuda(x, terms, finish)
@@ -333,10 +337,13 @@ def test_inductor_s_kernel_equals_the_plain_form(fresh, caplog):
 
 def test_what_the_compiled_form_does_not_know_is_done_around_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(kernels, "_proved", lambda case: True)
-    monkeypatch.setattr(
-        kernels, "_compiled", lambda *given: seen.append(given) or kernels._finished(*given)
-    )
+    monkeypatch.setattr(kernels, "_proved", lambda *case, **rest: True)
+
+    def compiled(*given):
+        seen.append(given)
+        return kernels._finished(*given)
+
+    compiles_to(monkeypatch, compiled)
     x = torch.randn(2, 3, 6, 6)
     terms = terms_for(3, weight=0.3)._replace(shiftable=True)
     flipped = torch.randn(2, 3, 6, 6).transpose(-1, -2)
@@ -357,7 +364,7 @@ def test_a_device_that_cannot_compile_takes_the_plain_form(fresh, monkeypatch, c
             raise RuntimeError("no compiler\nand a long story")
         return kernels._finished(input, terms, finish) + 0.01
 
-    monkeypatch.setattr(kernels, "_compiled", compiled)
+    compiles_to(monkeypatch, compiled)
     x, terms = torch.randn(2, 3, 6, 6), terms_for(3, weight=0.3)._replace(shiftable=True)
     for _ in range(2):
         assert torch.equal(kernels._on_cuda(x, terms, NOTHING), kernels.plain(x, terms))
@@ -370,7 +377,7 @@ def test_a_device_without_memory_says_so(fresh, monkeypatch):
     def compiled(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kernels, "_compiled", compiled)
+    compiles_to(monkeypatch, compiled)
     terms = terms_for(3, weight=0.3)._replace(shiftable=True)
     with pytest.raises(torch.OutOfMemoryError):
         kernels._on_cuda(torch.randn(2, 3, 6, 6), terms, NOTHING)

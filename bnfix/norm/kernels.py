@@ -1,8 +1,7 @@
 """Fast evaluation of the example-aware layer, each way with the plain form as fallback and oracle.
 
-A stock layer makes one read and one write. The example's moments need one extra read; these kernels
-make no more than that. Per example and channel, p and v the population's moments, m and s the
-example's, a the example weight:
+A stock layer makes one read and one write; the example's moments need one extra read and no more.
+Per example and channel, p and v the population's moments, m and s the example's, a its weight:
 
     mu  = p + a (m - p)
     var = (1-a) v + a (s + (1-a) (m - p)^2)
@@ -11,12 +10,10 @@ example's, a the example weight:
 Three ways beside the plain form:
 
     CPU, eager     s from the sum of squares, then one pass. Squares lose digits where m is far from
-                   0 beside the mixture's spread: each channel is checked, and those that fail go
-                   by the plain form.
+                   0 beside the mixture's spread: channels that do go by the plain form.
     compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
                    cancel unless a is near 1, where the plain form is taken. No graph breaks.
-    CUDA, eager    the compiled form, its kernel written by Inductor; where that fails or differs
-                   from the plain form at its first use, the plain form.
+    CUDA, eager    the compiled form by Inductor, unless it fails or differs at its first use.
 
 With gradients, contiguous inputs on a CPU go by `moments`, others by the plain form. An epilogue
 (`Finish`) is done in place while the output is still in the cache.
@@ -124,9 +121,13 @@ class Terms(NamedTuple):
 
 
 def values_of(input: Tensor) -> Tensor:
-    """View an input for its statistics."""
+    """An input as ``(N, C, L)`` for its statistics, halves as float32."""
     values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
-    return values.float() if input.dtype in (torch.float16, torch.bfloat16) else values
+    return values.to(_wide(input.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def affine(
@@ -147,6 +148,38 @@ def affine(
     return torch.addcmul(shift.unsqueeze(-1), centred, scale.unsqueeze(-1))
 
 
+# --- the mixture of the moments: by parts, in few operations, and for compilers ---
+
+
+def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Moments to normalize by ``(N, C)``: the example's, mixed into the population's."""
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    if terms.mean is None or terms.var is None:
+        return mean, var
+    distance = mean - terms.mean
+    rest = 1 - a
+    var = torch.addcmul(var, distance, distance * rest)
+    return terms.mean + a * distance, rest * terms.var + a * var
+
+
+def _mixed_with_room(
+    mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_mixed`, with eps in the variance; and by how much a channel keeps its digits."""
+    single = terms.channel_groups == mean.shape[1]
+    if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
+        mu, mixed = _mixed(mean, var, terms, a)
+        mixed = mixed + terms.eps
+        least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
+        return mu, mixed, torch.sub(mixed, mean * mean * (least / moments.LOST))
+    # The usual case in few operations: for small layers each costs as much as the arithmetic.
+    distance = mean - terms.mean
+    rest = (terms.var * (1 - a)).add_(terms.eps)
+    mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
+    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / moments.LOST)
+    return torch.add(terms.mean, distance, alpha=a), mixed, room
+
+
 def plain(input: Tensor, terms: Terms) -> Tensor:
     """Evaluate by the formula, centring each (example, channel) by its own mean."""
     values = values_of(input)
@@ -155,6 +188,37 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
     mu, var = _mixed(mean, var, cast, cast.example_weight)
     output = affine(centred, mean - mu, var, terms.gamma, terms.beta, terms.eps)
     return output.view(input.shape).to(input.dtype)
+
+
+def _shifted(input: Tensor, terms: Terms) -> Tensor:
+    """By moments about the population's mean, which one reading gives; for compilers to fuse."""
+    wide = _wide(input.dtype)
+    terms = terms.cast(wide)
+    if terms.mean is None or terms.var is None:  # narrows the type; `_fits_shift` has seen to it
+        return plain(input, terms)
+    axes = tuple(range(2, input.dim()))
+    shape = (-1, *(1 for _ in axes))
+    centred = input.to(wide) - terms.mean.view(shape)
+    distance, square = centred.mean(axes), (centred * centred).mean(axes)
+    size = distance.shape[1] // terms.channel_groups
+    if size > 1:
+        grouped = (len(distance), terms.channel_groups, size)
+        distance, square = (
+            t.view(grouped).mean(-1).repeat_interleave(size, -1) for t in (distance, square)
+        )
+    a = terms.example_weight
+    var = (1 - a) * terms.var + a * (square - a * distance * distance)
+    scale = torch.rsqrt(var + terms.eps)
+    if terms.gamma is not None:
+        scale = scale * terms.gamma
+    shift = -a * distance * scale
+    if terms.beta is not None:
+        shift = shift + terms.beta
+    shape = (*scale.shape, *(1 for _ in axes))
+    return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+# --- the ways, and which of them holds ---
 
 
 def evaluate(
@@ -221,45 +285,6 @@ def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
     return moments.differentiable_scale(input, mu, var, wide.gamma, wide.beta)
 
 
-def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Moments to normalize by ``(N, C)``: the example's, mixed into the population's."""
-    mean, var = over_channel_groups(mean, var, terms.channel_groups)
-    if terms.mean is None or terms.var is None:
-        return mean, var
-    distance = mean - terms.mean
-    rest = 1 - a
-    var = torch.addcmul(var, distance, distance * rest)
-    return terms.mean + a * distance, rest * terms.var + a * var
-
-
-def _shifted(input: Tensor, terms: Terms) -> Tensor:
-    """By moments about the population's mean, which one reading gives; for compilers to fuse."""
-    wide = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
-    terms = terms.cast(wide)
-    if terms.mean is None or terms.var is None:  # narrows the type; `_fits_shift` has seen to it
-        return plain(input, terms)
-    axes = tuple(range(2, input.dim()))
-    shape = (-1, *(1 for _ in axes))
-    centred = input.to(wide) - terms.mean.view(shape)
-    distance, square = centred.mean(axes), (centred * centred).mean(axes)
-    size = distance.shape[1] // terms.channel_groups
-    if size > 1:
-        grouped = (len(distance), terms.channel_groups, size)
-        distance, square = (
-            t.view(grouped).mean(-1).repeat_interleave(size, -1) for t in (distance, square)
-        )
-    a = terms.example_weight
-    var = (1 - a) * terms.var + a * (square - a * distance * distance)
-    scale = torch.rsqrt(var + terms.eps)
-    if terms.gamma is not None:
-        scale = scale * terms.gamma
-    shift = -a * distance * scale
-    if terms.beta is not None:
-        shift = shift + terms.beta
-    shape = (*scale.shape, *(1 for _ in axes))
-    return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
-
-
 def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
     """By the kernel that Inductor writes for the compiled form, where that has proved right."""
     residual = finish.residual
@@ -269,34 +294,21 @@ def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
         return Finish(None, finish.activation).apply(_on_cuda(input, terms, Finish(residual)))
     if not _fits_shift(input, terms):
         return finish.apply(plain(input, terms))
-    # A device may compile one of these and fail at another.
-    case = _Case(
-        device=input.device,
-        dtype=input.dtype,
+    # All that the compiled form depends on, but for sizes.
+    right = _proved(
+        (input.device, input.dtype),
         by_rows=input.is_contiguous(),
         dims=input.dim(),
         weight_dims=terms.example_weight.ndim,
         has_residual=residual is not None,
         activation=finish.activation,
     )
-    return _compiled(input, terms, finish) if _proved(case) else finish.apply(plain(input, terms))
+    return _compiler()(input, terms, finish) if right else finish.apply(plain(input, terms))
 
 
 def _alike(residual: Tensor, input: Tensor) -> bool:
     alike = (residual.dtype, residual.stride()) == (input.dtype, input.stride())
     return alike and residual.shape == input.shape and residual.device == input.device
-
-
-class _Case(NamedTuple):
-    """All that the compiled form depends on, but for sizes."""
-
-    device: torch.device
-    dtype: torch.dtype
-    by_rows: bool
-    dims: int
-    weight_dims: int
-    has_residual: bool
-    activation: Activation | None
 
 
 def _finished(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
@@ -309,37 +321,41 @@ def _compiler() -> Callable[[Tensor, Terms, Finish], Tensor]:
     return torch.compile(_finished, dynamic=True)
 
 
-def _compiled(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
-    return _compiler()(input, terms, finish)
-
-
 @functools.cache
-def _proved(case: _Case) -> bool:
-    """Whether a case compiles on its device and agrees with the plain form, tried once."""
+def _proved(
+    where: tuple[torch.device, torch.dtype],
+    *,
+    by_rows: bool,
+    dims: int,
+    weight_dims: int,
+    has_residual: bool,
+    activation: Activation | None,
+) -> bool:
+    """Whether such a call compiles and agrees with the plain form; a device may do some only."""
+    device, dtype = where
     # Sizes that differ and tensors that share nothing: the compiler takes likeness for a rule.
-    shape = (2, 3, *range(4, case.dims + 2))
-    x = torch.linspace(1, 3, math.prod(shape), device=case.device).view(shape).to(case.dtype)
-    x = x if case.by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
-    mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=x.device) for _ in range(5))
-    weight = weight if case.weight_dims else weight[0].clone()
+    shape = (2, 3, *range(4, dims + 2))
+    x = torch.linspace(1, 3, math.prod(shape), device=device).view(shape).to(dtype)
+    x = x if by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=device) for _ in range(5))
+    weight = weight if weight_dims else weight[0].clone()
     terms = Terms(mean, var, weight, gamma, beta=beta, eps=1e-5, channel_groups=3, shiftable=True)
-    finish = Finish(x.clone() if case.has_residual else None, case.activation)
+    finish = Finish(x.clone() if has_residual else None, activation)
     try:
-        made, expected = _compiled(x.clone(), terms, finish), finish.apply(plain(x, terms))
+        made, expected = _compiler()(x.clone(), terms, finish), finish.apply(plain(x, terms))
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 if x.itemsize > 2 else 0.1)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001 - of compilers, drivers and their processes, all
         text = str(error).strip().partition("\n")[0]
-        _log.warning("The compiled layer is not used on %s (%s): %s", case.device, case, text)
+        _log.warning("The compiled layer is not used on %s (%s): %s", device, dtype, text)
         return False
     return True
 
 
 def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_rows: bool) -> Tensor:
     """By so many examples at once that the second reading finds them in the cache."""
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    wide = terms.cast(torch.float32 if half else input.dtype)
+    wide = terms.cast(_wide(input.dtype))
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input):
         _slab(input, output, wide, by_rows)
@@ -368,24 +384,6 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     scale(values, mu, var, terms.gamma, terms.beta, into)
     if redone is not None:
         output.index_copy_(1, *redone)
-
-
-def _mixed_with_room(
-    mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_mixed`, with eps in the variance; and by how much a channel keeps its digits."""
-    single = terms.channel_groups == mean.shape[1]
-    if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
-        mu, mixed = _mixed(mean, var, terms, a)
-        mixed = mixed + terms.eps
-        least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
-        return mu, mixed, torch.sub(mixed, mean * mean * (least / moments.LOST))
-    # The usual case in few operations: for small layers each costs as much as the arithmetic.
-    distance = mean - terms.mean
-    rest = (terms.var * (1 - a)).add_(terms.eps)
-    mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
-    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / moments.LOST)
-    return torch.add(terms.mean, distance, alpha=a), mixed, room
 
 
 def _redone(input: Tensor, lost: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
