@@ -53,10 +53,15 @@ def test_modes_transforms_and_levels_are_seen():
 
 
 def test_without_the_names_the_bases_are_the_same(bare):
-    for name in (
-        "BatchNormBase", "LazyNormBase", "InstanceNormBase", "ConvBase", "ConvTransposeBase",
-    ):  # fmt: skip
-        assert getattr(bare, name) is getattr(private, name)
+    modules = nn.modules
+    for name, base in {
+        "BatchNormBase": modules.batchnorm._BatchNorm,
+        "LazyNormBase": modules.batchnorm._LazyNormBase,
+        "InstanceNormBase": modules.instancenorm._InstanceNorm,
+        "ConvBase": modules.conv._ConvNd,
+        "ConvTransposeBase": modules.conv._ConvTransposeNd,
+    }.items():
+        assert getattr(bare, name) is getattr(private, name) is base
     assert bare.default_store() is None
 
 

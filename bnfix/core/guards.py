@@ -34,15 +34,19 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def tensors_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
     """All tables of parameters and buffers; these and the modes are put back on leaving."""
-    parts = list(model.modules())
-    tables: list[Any] = [table for m in parts for table in (m._parameters, m._buffers)]
-    own = [dict(table) for table in tables]
+    kept = _tables(model)
     try:
         with modes_kept(model):
-            yield tables
+            yield [table for table, _ in kept]
     finally:
-        for table, tensors in zip(tables, own, strict=True):
+        for table, tensors in kept:
             table.update(tensors)
+
+
+def _tables(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Every table of parameters and buffers, each with a copy."""
+    tables: list[Any] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+    return [(table, dict(table)) for table in tables]
 
 
 @contextmanager
@@ -139,12 +143,10 @@ class Snapshot:
     """A copy of a model's parameters (tied ones once), buffers and plain settings to go back to."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        tables: list[Any] = [table for m in modules for table in (m._parameters, m._buffers)]
-        self._tables = [(table, dict(table)) for table in tables]
+        self._tables = _tables(model)
         tensors = {id(t): t for _, own in self._tables for t in own.values() if t is not None}
         self._values = [(t, t.detach().clone()) for t in tensors.values()]
-        self._settings = [(module, _settings(module)) for module in modules]
+        self._settings = [(module, _settings(module)) for module in model.modules()]
 
     @torch.no_grad()
     def restore_(self) -> None:

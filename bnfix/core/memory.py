@@ -22,8 +22,6 @@ _GIB = 1 << 30
 #: Of the free memory that a batch may be estimated to hold. What operations use inside themselves
 #: is not in the estimate; processes were seen to grow by 1.0 to 1.6 times as much.
 _PART = 0.5
-#: Examples that fit the memory where nobody need look closer: twice the largest usual batch.
-_PLENTY = 256
 #: Limit, use and details of a container's memory, and what in it is files that can be dropped.
 _CONTAINERS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -36,16 +34,10 @@ _CONTAINERS = (
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a forward pass holds at its peak besides the weights, and what there is for it.
+    """Bytes that a forward pass holds at its peak besides the weights, and bytes that are free."""
 
-    Args:
-        fixed: bytes whatever the batch.
-        an_example: bytes more with each example.
-        free: bytes that are free.
-    """
-
-    fixed: int
-    an_example: int
+    fixed: int  # whatever the batch
+    an_example: int  # more with each example
     free: int
 
     def of(self, n: int) -> int:
@@ -57,13 +49,7 @@ class BatchSize:
     """A batch size that gives way where the memory does not suffice, and says so."""
 
     def __init__(
-        self,
-        size: int,
-        what: str,
-        notes: list[str],
-        *,
-        gives_way: bool = True,
-        remark: str = "",
+        self, size: int, what: str, notes: list[str], *, gives_way: bool = True, remark: str = ""
     ) -> None:
         self.size, self._wanted, self._what, self._notes = size, size, what, notes
         self._gives_way, self._remark = gives_way, remark
@@ -110,26 +96,20 @@ class BatchSize:
 
 
 def footprint(
-    model: nn.Module,
-    batch: Any,
-    precision: str = "fp32",
-    memory_bytes: int | None = None,
+    model: nn.Module, batch: Any, precision: str = "fp32", memory_bytes: int | None = None
 ) -> Footprint | None:
     """Estimate what forward passes of a model hold, from one or two examples; ``None``: unknown."""
     free = free_memory(runtime.device_of(model)) if memory_bytes is None else memory_bytes
     if free is None:
         return None
     try:
-        one, n = _peak(model, first_of(batch, 1), precision)
-        # Where one does not fit many times over, two show what grows with the batch.
-        if n < 1 or _PLENTY * one <= free:
-            return Footprint(0, one, free)
+        one, _ = _peak(model, first_of(batch, 1), precision)
         two, n = _peak(model, first_of(batch, 2), precision)
     except ModelError:
         return None
-    if n < 2:
-        return Footprint(0, one, free)
-    return Footprint(max(0, 2 * one - two), max(1, two - one), free)
+    # Two show what grows with the batch; where there is only one, all of it may.
+    growth = max(1, two - one) if n == 2 else one
+    return Footprint(max(0, one - growth), growth, free)
 
 
 def first_of(batch: Any, n: int) -> Any:
@@ -162,12 +142,9 @@ def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
         # What torch has taken from the system and does not use is there for the taking too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    found = [
-        bytes_free
-        for bytes_free in (_of_machine(system), *(_of_container(system, c) for c in _CONTAINERS))
-        if bytes_free is not None
-    ]
-    return max(0, min(found)) // distributed.here().per_machine if found else None
+    asked = _of_machine(system), *(_of_container(system, names) for names in _CONTAINERS)
+    answers = [n for n in asked if n is not None]
+    return max(0, min(answers)) // distributed.here().per_machine if answers else None
 
 
 def _of_machine(system: Path) -> int | None:

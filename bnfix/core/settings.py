@@ -93,7 +93,6 @@ class SwapRecipe:
     skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         one_of(self.to, KINDS, "--to")
         a = self.example_weight
         require(
@@ -112,7 +111,6 @@ class AverageRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check numbers and ranges."""
         n = len(self.files) + 1
         require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
         require(
@@ -154,7 +152,6 @@ class StatisticsRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges and combinations."""
         one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
         one_of(self.feed, ("batch", "sequential"), "--feed")
         in_range(self, 1, math.inf, "train_batch_size", "batch_size")
@@ -195,7 +192,6 @@ class WeightRecipe:
     start: float = option(0.05, "Least weight from which learning starts.")
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         a = self.example_weight
         if isinstance(a, str):
             one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
@@ -234,7 +230,6 @@ class OptimizerRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check choices and ranges."""
         one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
         one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
         in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay", "norm_decay")
@@ -267,7 +262,6 @@ class FinetuneRecipe(OptimizerRecipe):
     )
 
     def __post_init__(self) -> None:
-        """Check choices and ranges."""
         super().__post_init__()
         one_of(self.train, TRAINED, "--train")
         one_of(self.statistics, ("frozen", "train"), "--statistics")
@@ -295,7 +289,6 @@ class GateRecipe:
     seed: int = option(0, "Seed of the split and of every random choice.")
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         in_range(self, 0, math.inf, "z")
         check_seed(self.seed)
         ok = min(self.fit, self.select, 1 - self.fit - self.select) >= 0
@@ -314,7 +307,6 @@ class RunOptions:
     workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
 
     def __post_init__(self) -> None:
-        """Check ranges."""
         one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
         in_range(self, 1, math.inf, "batch_size")
         require(self.workers >= -1, f"--workers: {self.workers}, expected at least 0.", "workers")
@@ -352,7 +344,6 @@ class ModelRecipe:
     )
 
     def __post_init__(self) -> None:
-        """Check combinations."""
         require(
             self.forward is None or self.logits_output is None,
             f"--output: {self.logits_output}, but --forward returns the logits itself. Leave one "
@@ -420,7 +411,6 @@ class DataRecipe(InputRecipe):
     )
 
     def __post_init__(self) -> None:
-        """Check choices."""
         one_of(self.labels, ("auto", "none"), "--labels")
         if self.corrupt is not None:
             check_corruption(self.corrupt)
@@ -453,7 +443,6 @@ class Preprocessing:
     )
 
     def __post_init__(self) -> None:
-        """Check ranges, and that mean and std fit the channels."""
         one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
         require(self.channels in (1, 3), f"channels: {self.channels}, expected 1 or 3.", "channels")
         require(type(self.bgr) is bool, f"bgr: {self.bgr!r}, expected true or false.", "bgr")

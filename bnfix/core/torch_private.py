@@ -37,16 +37,11 @@ if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
 else:
     # Each public class has the private one as its first base.
-    _NORMS = "torch.nn.modules.batchnorm"
-    BatchNormBase = _find(_NORMS, "_BatchNorm") or nn.BatchNorm2d.__base__
-    LazyNormBase = _find(_NORMS, "_LazyNormBase") or nn.LazyBatchNorm2d.__bases__[0]
-    InstanceNormBase = (
-        _find("torch.nn.modules.instancenorm", "_InstanceNorm") or nn.InstanceNorm2d.__base__
-    )
-    ConvBase = _find("torch.nn.modules.conv", "_ConvNd") or nn.Conv2d.__base__
-    ConvTransposeBase = (
-        _find("torch.nn.modules.conv", "_ConvTransposeNd") or nn.ConvTranspose2d.__base__
-    )
+    BatchNormBase = nn.BatchNorm2d.__base__
+    LazyNormBase = nn.LazyBatchNorm2d.__bases__[0]
+    InstanceNormBase = nn.InstanceNorm2d.__base__
+    ConvBase = nn.Conv2d.__base__
+    ConvTransposeBase = nn.ConvTranspose2d.__base__
 
     class _NoMode:
         """In the place of a dispatch mode: sees no operator."""

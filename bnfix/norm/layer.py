@@ -12,8 +12,7 @@ Evaluation, per example i and channel group, a = example_weight:
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR
 2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and mixing
-is done on central moments. Where a fast path uses E[x^2] - E[x]^2, it checks the digits that are
-left and falls back to central moments.
+is done on central moments.
 """
 
 from __future__ import annotations
@@ -173,8 +172,9 @@ class GeneralizedBatchNorm(BatchNormBase):
         if input.numel() == 0:
             return super().forward(input)
         if self.training or (self.running_mean is None and not self._live):
+            whole = self.ghost_size is None or self.ghost_size >= input.shape[0]
             compiled_average = self.momentum is None and torch.compiler.is_compiling()
-            if self._is_stock(input.shape[0]) and not compiled_average:
+            if whole and self.channel_groups == self.num_features and not compiled_average:
                 return super().forward(input)
             return self._by_runs(input)
         if self._live:
@@ -183,10 +183,6 @@ class GeneralizedBatchNorm(BatchNormBase):
             return super().forward(input)
         mean, var = self._population()
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-
-    def _is_stock(self, n_examples: int) -> bool:
-        whole = self.ghost_size is None or self.ghost_size >= n_examples
-        return whole and self.channel_groups == self.num_features
 
     def _population(self) -> tuple[Tensor, Tensor]:
         """Population moments ``(C,)``, pooled over each channel group."""
@@ -217,7 +213,8 @@ class GeneralizedBatchNorm(BatchNormBase):
                 f"input size {tuple(input.shape)} with ghost_size {self.ghost_size}"
             )
         n_values = n * values.shape[2]
-        if kernels.has_rows(input) and self._is_of(input.dtype):
+        one_type = all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias))
+        if one_type and kernels.has_rows(input):
             mean, var = differentiable_moments(input)
             run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
             run_var = run_var + self.eps
@@ -229,9 +226,6 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._update_running(mean, var, n_values)
         output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
         return output.view(input.shape).to(input.dtype)
-
-    def _is_of(self, dtype: torch.dtype) -> bool:
-        return all(t is None or t.dtype == dtype for t in (self.weight, self.bias))
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
@@ -394,7 +388,7 @@ def trainable_weights(
     layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float
 ) -> Iterator[dict[str, Tensor]]:
     """Let the example weights of some layers take gradients; all is put back on leaving."""
-    before = [(x, x.example_weight, x._live, x._shiftable) for x in layers.values()]
+    before = [(layer, layer.example_weight) for layer in layers.values()]
     leaves: dict[str, Tensor] = {}
     try:
         for name, layer in layers.items():
@@ -406,6 +400,6 @@ def trainable_weights(
             layer._shiftable = False  # a leaf may come near 1
         yield leaves
     finally:
-        for layer, old, live, shiftable in before:
-            layer._buffers["example_weight"] = old
-            layer._live, layer._shiftable = live, shiftable
+        for layer, weight in before:
+            layer._buffers["example_weight"] = weight
+            layer._refresh_flag()

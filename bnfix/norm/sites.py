@@ -55,6 +55,13 @@ class NormSite:
         """Whether it keeps population moments."""
         return isinstance(getattr(self.module, "running_mean", None), Tensor)
 
+    @property
+    def is_measurable(self) -> bool:
+        """Whether its inputs tell its statistics, as far as is known."""
+        # Another class that holds running_mean and running_var may mean something else by them.
+        known = not self.problem or isinstance(self.module, BatchNormBase)
+        return known and not self.unmeasured
+
 
 def find_norms(model: nn.Module) -> list[NormSite]:
     """Every normalization layer with population moments, known or not, in order.
@@ -202,8 +209,6 @@ def sites_with_statistics(
 ) -> Iterator[NormSite]:
     """The sites whose running statistics may be recalibrated."""
     for site in find_norms(model):
-        # Another class that holds running_mean and running_var may mean something else by them.
-        known = not site.problem or isinstance(site.module, BatchNormBase)
-        known = known and not site.unmeasured
-        if site.has_statistics and known and not site.frozen and selected(site, layers, skip):
+        wanted = not site.frozen and selected(site, layers, skip)
+        if site.has_statistics and site.is_measurable and wanted:
             yield site

@@ -161,8 +161,8 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
         layer = _build(old, change)
         weighed = layer.live or (isinstance(old, GeneralizedBatchNorm) and old.live)
         difference = None if weighed else _difference(old, layer)
-        if difference is not None and not difference <= _tolerance(layer):
-            problems.append(f"{change.name}: {_why_different(layer, difference)}")
+        if difference is not None and (reason := _too_different(layer, difference)):
+            problems.append(f"{change.name}: {reason}")
         new.append((old, layer))
         done.append(replace(change, difference=difference))
     _refuse(problems)
@@ -202,11 +202,11 @@ def _refuse(problems: Sequence[str], shown: int = 8) -> None:
         raise NormError(f"norm layers: {'; '.join(problems[:shown])}{more}.")
 
 
-def _tolerance(layer: GeneralizedBatchNorm) -> float:
-    return 1e-2 if layer.weight is not None and layer.weight.dtype.itemsize < 4 else 1e-4
-
-
-def _why_different(layer: GeneralizedBatchNorm, difference: float) -> str:
+def _too_different(layer: GeneralizedBatchNorm, difference: float) -> str:
+    """Why a layer may not take the place of one with other outputs; "" if it may."""
+    is_half = layer.weight is not None and layer.weight.dtype.itemsize < 4
+    if difference <= (1e-2 if is_half else 1e-4):
+        return ""
     moments = (layer.running_mean, layer.running_var)
     if not all(bool(m.isfinite().all()) for m in moments if m is not None):
         why = "not all of its statistics are finite; recalibrate before channels share them"

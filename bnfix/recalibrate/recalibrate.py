@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError, NumericError, some
-from bnfix.core.torch_private import BatchNormBase
 from bnfix.norm.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
 from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import (
@@ -348,7 +347,7 @@ def residuals(
         DataError: if there are no examples.
     """
     # Frozen layers too: whether their constants fit the data is worth knowing.
-    sites = [site for site in find_norms(model) if site.has_statistics and _is_comparable(site)]
+    sites = [site for site in find_norms(model) if site.has_statistics and site.is_measurable]
     source = Source(model, batches, forward)
     collector = Collector(sites, source.cost, by_batch=False)
     if one_pass(source, collector).n_examples == 0:
@@ -388,11 +387,6 @@ def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
     mean: Any = site.module._buffers["running_mean"]
     var: Any = site.module._buffers["running_var"]
     return over_groups(site, mean.double(), var.double())
-
-
-def _is_comparable(site: NormSite) -> bool:
-    known = not site.problem or isinstance(site.module, BatchNormBase)
-    return known and not site.unmeasured
 
 
 def _record(
