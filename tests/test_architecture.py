@@ -55,7 +55,7 @@ DOORS = {
     "safetensors": {"checkpoints.read", "deploy.forms"},
     "pickle": {"checkpoints.read"},
     "PIL": {
-        "data.augmentation", "data.batches", "data.callables", "data.corruptions", "data.images",
+        "data.arrays", "data.batches", "data.corruptions", "data.images",
     },
 }  # fmt: skip
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from bnfix.core.errors import ConfigError
-from bnfix.data.augmentation import augmented
-from bnfix.data.batches import Batch
+from bnfix.data.batches import Batch, augmented
 
 
 def batch(positions, size=(16, 24)):

@@ -12,9 +12,9 @@ from PIL import Image
 
 from bnfix.core.errors import DataError
 from bnfix.core.settings import Preprocessing
+from bnfix.data.archives import expand_braces
 from bnfix.data.batches import Batches
 from bnfix.data.open import open_images
-from bnfix.data.shards import expand_braces
 from tests import layouts
 
 GREY = layouts.jpeg(np.full((8, 8, 3), 128, np.uint8))

@@ -1,11 +1,12 @@
-"""Opened DATA to batches: seeded splits, preprocessing, bad images."""
+"""Opened DATA to batches: order, preprocessing, bad images, random variants for training."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from bnfix.core.errors import ConfigError, DataError, some
 from bnfix.core.settings import Preprocessing
+from bnfix.data.arrays import TensorItems
 from bnfix.data.corruptions import Corruption
 from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
-from bnfix.data.tensors import TensorItems
 
 
 class Batch(NamedTuple):
@@ -317,3 +319,42 @@ def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:
 
 def _as_is(loaded: list[np.ndarray | str]) -> list[np.ndarray | str]:
     return loaded
+
+
+def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:
+    """Vary the images of batches, the same again for one seed, epoch and image.
+
+    ``light``: mirrored left to right by chance, and shifted by up to an eighth of the size, with
+    the edge mirrored in. ``standard``: mirrored by chance, and a random part (half to all of the
+    area, sides 3:4 to 4:3) resized to the whole. The default is none: mirroring damages digits and
+    text.
+    """
+    if kind not in ("none", "light", "standard"):
+        message = f"--augment: {kind!r} is not known. Use one of: none, light, standard."
+        raise ConfigError(message, name="augment")
+    for batch in batches:
+        if kind == "none":
+            yield batch
+            continue
+        transform, varied = _transform(kind, *batch.x.shape[-2:]), []
+        # torchvision draws from torch's own generator, which the run must find as it left it.
+        with torch.random.fork_rng(devices=()):
+            for image, position in zip(batch.x, batch.index, strict=True):
+                # By position: batch size and order must not change the variant of an image.
+                torch.manual_seed(_draw(seed, epoch, int(position)))
+                varied.append(transform(image))
+        yield batch._replace(x=torch.stack(varied))
+
+
+def _draw(seed: int, epoch: int, position: int) -> int:
+    text = b"%d:%d:%d" % (seed, epoch, position)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
+
+
+def _transform(kind: str, height: int, width: int) -> v2.Compose:
+    if kind == "light":
+        padding = (width // 8, height // 8)
+        place: v2.Transform = v2.RandomCrop((height, width), padding, padding_mode="reflect")
+    else:
+        place = v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3))
+    return v2.Compose([v2.RandomHorizontalFlip(), place])

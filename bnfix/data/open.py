@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
-import tokenize
-import warnings
-import zipfile
-import zlib
 from collections import Counter
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, Note, some
-from bnfix.data.callables import is_callable, open_callable
-from bnfix.data.classes import check_range, given_classes, map_classes, read_class_map
+from bnfix.data.archives import (
+    choose_split,
+    expand_braces,
+    find_tables,
+    open_shards,
+    open_tables,
+)
+from bnfix.data.arrays import is_callable, open_callable, open_npz
 from bnfix.data.images import (
     SUFFIXES,
-    ArrayImages,
     FileImages,
     Images,
     is_file,
@@ -36,13 +38,12 @@ from bnfix.data.images import (
     open_regular,
 )
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
-from bnfix.data.shards import expand_braces, open_shards
-from bnfix.data.tables import choose_split, find_tables, open_tables
-from bnfix.data.tensors import TensorItems, as_inputs
 
 #: The label of each image, a name or a number; None where there are none.
 Labels = list[Any] | np.ndarray | None
 MAX_CSV_BYTES = 500_000_000
+MAX_CLASSES = 1_000_000
+MAX_CLASS_MAP_BYTES = 10_000_000
 _KINDS = (
     "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
     "an .npz file with images (or inputs of any shape) and labels, .tar shards, a Hugging Face "
@@ -50,14 +51,9 @@ _KINDS = (
     "a data set as cifar10:ROOT#test, or package.module:callable"
 )
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_IMAGENET_ID = re.compile(r"n[0-9]{8}")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
-_GIB = 1 << 30
-# What zipfile and numpy's header parser raise on archives that are broken on purpose.
-_ARCHIVE_ERRORS = (
-    OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, SyntaxError, zlib.error,
-    tokenize.TokenError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 def open_images(
@@ -104,7 +100,7 @@ def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
     if path.is_dir():
         return _open_split(path, "", wanted, channels, spec)
     if path.suffix.lower() == ".npz" and path.is_file():
-        return _open_npz(path, wanted, channels)
+        return open_npz(path, wanted, channels)
     if not path.exists():
         if is_dataset(spec):
             return open_dataset(spec, channels)
@@ -280,97 +276,126 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str
     return images, [row[column[1]] for row in rows]
 
 
-def _open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarray | None]:
-    """An ``.npz`` file: headers first, then memory, then the arrays."""
-    try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("ignore")  # of headers that another numpy has written
-            members = archive.namelist()
-            if "inputs.npy" in members and "images.npy" not in members:
-                return _open_inputs(archive, path, wanted)
-            shape, dtype = _npy_header(archive, "images")
-            image_shape = (*shape, 1) if len(shape) == 3 else shape
-            if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
-                raise DataError(
-                    f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
-                    "(N, H, W, C) with 1, 3 or 4 channels last."
-                )
-            if min(shape) == 0:
-                raise DataError(f"no images; their shape is {shape}.")
-            labels = _npz_labels(archive, shape[0]) if wanted else None
-            pixels = _npy(archive, "images").reshape(image_shape)
-            others = [n for n in members if n not in ("images.npy", "labels.npy")]
-    except _ARCHIVE_ERRORS as error:
-        raise DataError(f"not a readable .npz file ({error}).") from error
-    images = ArrayImages(str(path), pixels, channels)
-    if others:
-        images.notes.append(f"arrays passed over: {some(others)}")
-    if image_shape[3] == 4:
-        images.notes.append("the fourth channel (alpha) is dropped")
-    if image_shape[3] == 1 and channels == 3:
-        images.notes.append("grey images, repeated to 3 channels")
-    if image_shape[3] > 1 and channels == 1:
-        images.notes.append("colour images, turned to grey by ITU-R 601 luma")
-    return images, labels
+# --- classes ---
 
 
-def _open_inputs(
-    archive: zipfile.ZipFile, path: Path, wanted: bool
-) -> tuple[Images, np.ndarray | None]:
-    """Inputs of any shape, which are no images and go to the network as they are."""
-    shape, dtype = _npy_header(archive, "inputs")
-    if dtype.kind not in "fiub" or not shape or min(shape) == 0:
-        raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
-    labels = _npz_labels(archive, shape[0]) if wanted else None
-    images = TensorItems(str(path), as_inputs(_npy(archive, "inputs")), "npz")
-    others = [n for n in archive.namelist() if n not in ("inputs.npy", "labels.npy")]
-    images.notes += [f"arrays passed over: {some(others)}"] if others else []
-    return images, labels
-
-
-def _npz_labels(archive: zipfile.ZipFile, n: int) -> np.ndarray | None:
-    """Class indices, one an item, where the archive has them."""
-    if "labels.npy" not in archive.namelist():
+def given_classes(images: Images, labels: Sequence[Any]) -> list[str] | np.ndarray | None:
+    """Labels as numbers, or all as names; None where no image has any."""
+    bare = [images.name(i) for i, label in enumerate(labels) if label in (None, "")]
+    if len(bare) == len(labels):
         return None
-    shape, dtype = _npy_header(archive, "labels")
-    if dtype.kind not in "iu" or shape != (n,):
-        raise DataError(f"labels are {dtype} {shape}, expected whole numbers ({n},), one an image.")
-    return _npy(archive, "labels")
-
-
-def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
-    """Shape and dtype of an array in the archive, once its declared size is believed."""
-    members = archive.namelist()
-    if members.count(f"{name}.npy") != 1:
+    if bare:
         raise DataError(
-            f"arrays {some(members) or 'none'}, expected one named {name}"
-            f"{', or inputs for what is no image' if name == 'images' else ''}."
+            f"{len(bare)} of {len(labels)} images have no label ({some(bare)}). Add them, or give "
+            "--labels none."
         )
-    info = archive.getinfo(f"{name}.npy")
-    # Images of one colour compress 1000 times; below 1 GiB that does no harm.
-    if info.file_size > max(_GIB, 100 * info.compress_size):
-        raise DataError(
-            f"{name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
-            "more than 100 times and 1 GiB. Save it again with numpy.savez."
-        )
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{name} has .npy version {version}")
-        read = np.lib.format.read_array_header_1_0
-        if version == (2, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        n_bytes = file.tell() + prod(shape) * dtype.itemsize
-    # Memory is taken for the claimed shape, so it must be that of the bytes there are.
-    if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
-        raise DataError(
-            f"{name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
-            f"{info.file_size:,} are stored."
-        )
-    return shape, dtype
+    if all(isinstance(label, int) for label in labels):
+        return np.asarray(labels, dtype=np.int64)
+    return [str(label) for label in labels]
 
 
-def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+def map_classes(
+    names: Sequence[str], class_map: dict[str, int] | None, n_classes: int | None, where: str
+) -> tuple[dict[str, int], str]:
+    """Give each class name its index: by the map, by ImageNet id, by value, or by sorted order."""
+    names, n = sorted(names), len(names)
+    ask = "Give --class-map FILE.json (class name to index)."
+    if class_map is not None:
+        missing = [name for name in names if name not in class_map]
+        if missing:
+            raise DataError(
+                f"{where}: {len(missing)} of {n} classes are not in the class map: "
+                f"{some(missing)}. Add them."
+            )
+        indices, how = {name: class_map[name] for name in names}, "classes by the class map"
+    # With a class for each output, sorted ids are the outputs and need no list.
+    elif all(_IMAGENET_ID.fullmatch(name) for name in names) and n != n_classes:
+        indices, how = _imagenet_indices(names, where, ask), "classes by ImageNet id"
+    # In sorted order 10 would come before 2.
+    elif all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):
+        indices, how = {name: int(name) for name in names}, "classes are numbers, taken by value"
+        if len(set(indices.values())) < n:
+            raise DataError(f"{where}: two classes of the same number among {some(names)}. {ask}")
+    elif n_classes is not None and n != n_classes:
+        raise DataError(
+            f"{where}: {n} classes for a model with {n_classes} outputs, so their sorted names "
+            f"cannot say which output is which. {ask}"
+        )
+    else:
+        indices = {name: k for k, name in enumerate(names)}
+        how = f"{n} classes numbered by sorted name"
+    limit = MAX_CLASSES if n_classes is None else n_classes
+    outside = [f"{name} = {k}" for name, k in indices.items() if k >= limit]
+    if outside:
+        raise DataError(
+            f"{where}: {len(outside)} of {n} classes lie outside the outputs 0 to {limit - 1}: "
+            f"{some(outside)}. {ask}"
+        )
+    return indices, how
+
+
+def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, int]:
+    known: Sequence[str] = names
+    if len(names) != 1000:
+        try:
+            from timm.data.imagenet_info import ImageNetInfo  # optional: it carries the list
+        except ImportError as error:
+            raise DataError(
+                f"{where}: {len(names)} folders or labels named by ImageNet ids, not all 1000, "
+                f"and the full list comes with timm, which is not installed. {ask}"
+            ) from error
+        known = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
+    indices = {name: k for k, name in enumerate(known)}
+    unknown = [name for name in names if name not in indices]
+    if unknown:
+        raise DataError(
+            f"{where}: {len(unknown)} of {len(names)} ids are not among ImageNet's 1000: "
+            f"{some(unknown)}. {ask}"
+        )
+    return {name: indices[name] for name in names}
+
+
+def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.ndarray:
+    """Check that integer labels can be outputs of the model."""
+    limit = MAX_CLASSES if n_classes is None else n_classes
+    outside = int(((labels < 0) | (labels >= limit)).sum())
+    if outside:
+        of_model = "" if n_classes is None else f", the model's {n_classes} outputs"
+        raise DataError(
+            f"{where}: labels from {labels.min()} to {labels.max()}, {outside} of {len(labels)} "
+            f"outside 0 to {limit - 1}{of_model}. Correct them, or give --class-map FILE.json."
+        )
+    return labels.astype(np.int64)
+
+
+def read_class_map(path: Path) -> dict[str, int]:
+    """Read a class map: a JSON object, class name to index."""
+    where = f"class map {path}"
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+            raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
+        return found
+
+    try:
+        with open_regular(Path(path)) as file:
+            text = file.read(MAX_CLASS_MAP_BYTES + 1)
+        if len(text) > MAX_CLASS_MAP_BYTES:
+            raise DataError(f"{where}: larger than {MAX_CLASS_MAP_BYTES // 10**6} MB.", path=path)
+        content = json.loads(text, object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: cannot be read as JSON ({error}).", path=path) from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{where}: expected an object of class name to index.", path=path)
+    wrong = [
+        f"{name}: {k!r}"[:60]
+        for name, k in content.items()
+        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < MAX_CLASSES
+    ]
+    if wrong:
+        raise DataError(
+            f"{where}: {len(wrong)} values are not whole numbers from 0: {some(wrong)}.", path=path
+        )
+    return content

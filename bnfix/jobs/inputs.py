@@ -18,12 +18,11 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ConfigError, DataError, some
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions
-from bnfix.data.augmentation import augmented
-from bnfix.data.batches import Batch, Batches, max_bad_of
+from bnfix.data.arrays import TensorItems
+from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images
-from bnfix.data.tensors import TensorItems
 from bnfix.models.build import input_channels
 from bnfix.models.published import default_preprocessing, preset_preprocessing
 from bnfix.norm.sites import sites_with_statistics
