@@ -78,13 +78,6 @@ def cifar100(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return made
 
 
-def binary(pixels: np.ndarray, labels: np.ndarray, coarse: bool) -> bytes:
-    rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
-    head = [labels[:, None].astype(np.uint8)]
-    head = [head[0] + 7, *head] if coarse else head
-    return np.concatenate([*head, rows], axis=1).tobytes()
-
-
 def packed(folder: Path, archive: Path) -> Path:
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(folder, folder.name)
@@ -157,6 +150,7 @@ def authenticate(root: Path, replace: Callable[[object, str, object], None]) -> 
     for kind in (datasets.CIFAR10, datasets.CIFAR100):
         for table in ("train_list", "test_list"):
             replace(kind, table, [[name, md5(name, old)] for name, old in getattr(kind, table)])
+        replace(kind, "tgz_md5", md5(kind.filename, kind.tgz_md5))
         replace(kind, "meta", kind.meta | {"md5": md5(kind.meta["filename"], kind.meta["md5"])})
     splits = {
         split: [url, name, md5(name, old)]

@@ -24,7 +24,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from bnfix.core.errors import DataError, plain, some
-from bnfix.data.images import MAX_IMAGE_BYTES, SUFFIXES, EncodedImages, open_regular
+from bnfix.data.images import MAX_IMAGE_BYTES, SUFFIXES, EncodedImages, Opened, open_regular
 
 MAX_SHARDS: Final = 100_000
 _MAX_MEMBERS: Final = 20_000_000
@@ -65,6 +65,17 @@ def expand_braces(spec: str) -> list[str]:
         numbers = range(int(first), int(last) + 1)
         choices.append([f"{k:0{len(first)}d}{text}" for k in numbers])
     return ["".join(chosen) for chosen in product(*choices)]
+
+
+def _named_files(spec: str) -> list[Path]:
+    paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} files are missing: {some(missing)}. "
+            "Fetch them, or give the range that is there."
+        )
+    return paths
 
 
 class ShardImages(EncodedImages):
@@ -119,11 +130,9 @@ class _Seen:
         self.passed.setdefault(kind, []).append(name)
 
 
-def open_shards(
-    paths: Sequence[Path], wanted: bool, channels: int
-) -> tuple[ShardImages, list[Any]]:
+def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
     """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
-    seen = _Seen()
+    seen, paths = _Seen(), _named_files(spec)
     found = [sample for k in range(len(paths)) for sample in _samples(k, paths[k], wanted, seen)]
     samples = [sample for sample in found if sample.size >= 0]
     if len(samples) < len(found):
@@ -281,9 +290,12 @@ def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list
     return by_split[chosen], [] if is_named else [note]
 
 
-def open_tables(
-    paths: Sequence[Path], wanted: bool, channels: int
-) -> tuple[EncodedImages, list[Any] | None]:
+def open_parquet(spec: str, wanted: bool, channels: int) -> Opened:
+    """Open parquet files, one or a range of them."""
+    return open_tables(_named_files(spec), wanted, channels)
+
+
+def open_tables(paths: Sequence[Path], wanted: bool, channels: int) -> Opened:
     """Open parquet or .arrow files of one layout; with the labels, if they are wanted."""
     try:
         arrow: Any = importlib.import_module("pyarrow")

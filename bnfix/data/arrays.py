@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from bnfix.core.errors import DataError, ModelError, one_line, some
 from bnfix.core.torch_private import tree_leaves
-from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, digest_of, pixels_of
+from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened, digest_of, pixels_of
 from bnfix.models.build import import_callable, importable
 
 _EXPECTED = (
@@ -116,52 +115,54 @@ def _stacked(items: list[Any]) -> Any:
 # --- .npz files ---
 
 
-def open_npz(path: Path, wanted: bool, channels: int) -> tuple[Images, np.ndarray | None]:
-    """An ``.npz`` file: headers first, then memory, then the arrays."""
+def open_npz(spec: str, wanted: bool, channels: int) -> Opened:
+    """Open an ``.npz`` file: headers first, then memory, then the arrays."""
     try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+        with warnings.catch_warnings(), zipfile.ZipFile(spec) as archive:
             warnings.simplefilter("ignore")  # of headers that another numpy has written
             members = archive.namelist()
-            if "inputs.npy" in members and "images.npy" not in members:
-                return _open_inputs(archive, path, wanted)
-            shape, dtype = _npy_header(archive, "images")
-            image_shape = (*shape, 1) if len(shape) == 3 else shape
-            if dtype != np.uint8 or len(image_shape) != 4 or image_shape[3] not in (1, 3, 4):
-                raise DataError(
-                    f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
-                    "(N, H, W, C) with 1, 3 or 4 channels last."
-                )
-            if min(shape) == 0:
-                raise DataError(f"no images; their shape is {shape}.")
+            is_image = "images.npy" in members or "inputs.npy" not in members
+            name = "images" if is_image else "inputs"
+            shape, dtype = _npy_header(archive, name)
+            (_check_images if is_image else _check_inputs)(shape, dtype)
             labels = _npz_labels(archive, shape[0]) if wanted else None
-            pixels = _npy(archive, "images").reshape(image_shape)
-            others = [n for n in members if n not in ("images.npy", "labels.npy")]
+            array = _npy(archive, name)
     except _ARCHIVE_ERRORS as error:
         raise DataError(f"not a readable .npz file ({error}).") from error
-    images = ArrayImages(str(path), pixels, channels)
+    notes = []
+    others = [member for member in members if member not in (f"{name}.npy", "labels.npy")]
     if others:
-        images.notes.append(f"arrays passed over: {some(others)}")
-    if image_shape[3] == 4:
-        images.notes.append("the fourth channel (alpha) is dropped")
-    if image_shape[3] == 1 and channels == 3:
-        images.notes.append("grey images, repeated to 3 channels")
-    if image_shape[3] > 1 and channels == 1:
-        images.notes.append("colour images, turned to grey by ITU-R 601 luma")
+        notes.append(f"arrays passed over: {some(others)}")
+    if not is_image:
+        inputs = TensorItems(spec, as_inputs(array), "npz")
+        inputs.notes += notes
+        return inputs, labels
+    images = ArrayImages(spec, array[..., None] if array.ndim == 3 else array, channels)
+    n_channels = images.array.shape[3]
+    if n_channels == 4:
+        notes.append("the fourth channel (alpha) is dropped")
+    if n_channels == 1 < channels:
+        notes.append("grey images, repeated to 3 channels")
+    if channels == 1 < n_channels:
+        notes.append("colour images, turned to grey by ITU-R 601 luma")
+    images.notes += notes
     return images, labels
 
 
-def _open_inputs(
-    archive: zipfile.ZipFile, path: Path, wanted: bool
-) -> tuple[Images, np.ndarray | None]:
-    """Inputs of any shape, which are no images and go to the network as they are."""
-    shape, dtype = _npy_header(archive, "inputs")
+def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    n_channels = 1 if len(shape) == 3 else shape[-1] if len(shape) == 4 else 0
+    if dtype != np.uint8 or n_channels not in (1, 3, 4):
+        raise DataError(
+            f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
+            "(N, H, W, C) with 1, 3 or 4 channels last."
+        )
+    if min(shape) == 0:
+        raise DataError(f"no images; their shape is {shape}.")
+
+
+def _check_inputs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
     if dtype.kind not in "fiub" or not shape or min(shape) == 0:
         raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
-    labels = _npz_labels(archive, shape[0]) if wanted else None
-    images = TensorItems(str(path), as_inputs(_npy(archive, "inputs")), "npz")
-    others = [n for n in archive.namelist() if n not in ("inputs.npy", "labels.npy")]
-    images.notes += [f"arrays passed over: {some(others)}"] if others else []
-    return images, labels
 
 
 def _npz_labels(archive: zipfile.ZipFile, n: int) -> np.ndarray | None:
@@ -243,7 +244,7 @@ def is_callable(spec: str) -> bool:
     return where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
 
 
-def open_callable(spec: str, channels: int) -> tuple[Images, list[Any]]:
+def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
     """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
     pairs: list[tuple[Any, Any]] = []
     try:
@@ -264,7 +265,7 @@ def open_callable(spec: str, channels: int) -> tuple[Images, list[Any]]:
     if not pairs:
         raise DataError("gave no images, expected pairs of image and label.")
     images = _opened(spec, [inputs for inputs, _ in pairs], channels)
-    return images, [label for _, label in pairs]
+    return images, [label for _, label in pairs] if wanted else None
 
 
 def _opened(spec: str, items: list[Any], channels: int) -> Images:

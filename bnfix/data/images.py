@@ -6,6 +6,7 @@ memory is taken, and what a damaged one makes Pillow raise becomes one kind of e
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import stat
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import blake2b
-from io import BufferedReader, BytesIO
+from io import BufferedReader, BytesIO, StringIO
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -243,6 +244,10 @@ class ArrayImages(Images):
         return [digest.digest() for digest in hashes]
 
 
+#: Images, and the class of each by name or number; None where there are none.
+Opened = tuple[Images, list[Any] | np.ndarray | None]
+
+
 def digest_of(pixels: np.ndarray) -> bytes:
     """Hash an image by its shape and raw pixels."""
     pixels = np.ascontiguousarray(pixels)
@@ -307,15 +312,39 @@ def list_images(folder: Path) -> tuple[list[str], list[str], int]:
     return sorted(files), sorted(folders), n_others
 
 
-def is_inside(name: str) -> bool:
-    """Whether a path stays inside the folder that it is relative to, on any system."""
-    path = PureWindowsPath(name)  # it takes / and \ for separators
-    return bool(name) and not path.anchor and ".." not in path.parts
+def outside_and_missing(root: Path, files: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Listed files that lie outside their folder, on any system, and files that are not there."""
+    outside, missing = [], []
+    for name in dict.fromkeys(files):
+        path = PureWindowsPath(name)  # it takes / and \ for separators
+        if not name or path.anchor or ".." in path.parts:
+            outside.append(name)
+        elif not _is_file(root / name):
+            missing.append(name)
+    return outside, missing
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; not, where no file can have the name."""
+def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):
-        return False
+        return False  # no file can have the name
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a whole file of up to ``limit`` bytes."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if content is None or len(content) > limit:
+        raise ValueError(f"{path.name}: larger than {limit // 10**6} MB")
+    return content
+
+
+def read_rows(path: Path, limit: int) -> list[list[str]]:
+    """Read the rows of a CSV file that are not empty, without spaces around their cells."""
+    try:
+        text = read_bytes(path, limit).decode("utf-8-sig")
+        rows = [[cell.strip() for cell in row] for row in csv.reader(StringIO(text, newline=""))]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path.name}: not a readable CSV file ({error}).") from error
+    return [row for row in rows if any(row)]

@@ -8,45 +8,38 @@ and that of ImageNet unpacks archives into the folder.
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
-import tarfile
+import shutil
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
+from torchvision.datasets.utils import check_integrity
 
 from bnfix.core.errors import DataError, some
 from bnfix.data.images import (
     ArrayImages,
     FileImages,
-    Images,
-    is_file,
-    is_inside,
+    Opened,
     list_images,
-    open_regular,
+    outside_and_missing,
+    read_bytes,
+    read_rows,
 )
-from bnfix.data.mat import read_mat
 
-#: Images, and the class of each by name or number; None where there are none.
-Opened = tuple[Images, list[str] | np.ndarray | None]
-
-_MAX_ARCHIVE_BYTES: Final = 400_000_000
 _MAX_LIST_BYTES: Final = 100_000_000
-_PIXELS: Final = 3072
-_TAR_ERRORS: Final = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, RecursionError)
-#: The names of the classes in CIFAR's binary versions.
-_TEXTS: Final = {"cifar-10": "batches.meta.txt", "cifar-100": "fine_label_names.txt"}
+#: ImageNet's table of classes has a few hundred kB.
+_MAX_TABLE_BYTES: Final = 16_000_000
 #: Caltech-256 has no split of its own: of each class this part is for training, drawn by name.
 _TRAIN_FRAC: Final = 0.8
 _CATEGORY: Final = re.compile(r"([0-9]{3})\.(.+)")
@@ -56,6 +49,12 @@ _INSIDE: Final = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "ILSVRC2012", "imagenet
 _DEVKIT: Final = ("ILSVRC2012_devkit_t12/data", "devkit/data", "data", ".")
 _TRUTH: Final = "ILSVRC2012_validation_ground_truth.txt"
 _TABLES: Final = ("LOC_val_solution.csv", "val.csv", "val/labels.csv")
+#: MATLAB's types of stored numbers and texts, and of what else a file holds.
+_STORED: Final = {
+    1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8",
+    13: "<u8", 16: "u1", 17: "<u2",
+}  # fmt: skip
+_MATRIX, _COMPRESSED = 14, 15
 
 
 class _Layout(NamedTuple):
@@ -80,7 +79,7 @@ def near_dataset(spec: str) -> str:
     return f"Did you mean {close[0]}:{root}?"
 
 
-def open_dataset(spec: str, channels: int) -> Opened:
+def open_dataset(spec: str, wanted: bool, channels: int) -> Opened:
     """Open a split of a data set, ``NAME:ROOT#SPLIT``; without a split, the held-out one."""
     name, _, place = spec.partition(":")
     layout = DATASETS[name]
@@ -98,7 +97,7 @@ def open_dataset(spec: str, channels: int) -> Opened:
     if not mark:
         others = " or ".join(f"#{one}" for one in layout.splits[:-1])
         images.notes.append(f"no split named, so {held_out} is used ({others} to change)")
-    return images, classes
+    return images, classes if wanted else None
 
 
 def _broken(found: str, todo: str = "Fetch the data set again.") -> DataError:
@@ -133,93 +132,38 @@ def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path]) -> An
 
 
 def _open_cifar(kind: Any, root: Path, split: str, channels: int) -> Opened:
-    """The Python version or the binary one, unpacked or as the archive."""
-    stem = kind.filename.partition("-python")[0]
-    parts = [name for name, _ in (kind.train_list if split == "train" else kind.test_list)]
-    versions = (("python", "py", "", _python), ("binary", "bin", ".bin", _binary))
-    for version, short, suffix, read in versions:
-        for place in (root / f"{stem}-batches-{short}", root / f"{stem}-{version}", root):
-            if any((place / f"{part}{suffix}").is_file() for part in parts):
-                return read(kind, place, place, split, channels)
-    for version, _, _, read in versions:
-        is_given = root.is_file() and version in root.name
-        archive = root if is_given else root / f"{stem}-{version}.tar.gz"
-        if archive.is_file():
-            with TemporaryDirectory() as top:
-                folder = Path(top) / kind.base_folder
-                _unpack(archive, folder)
-                return read(kind, folder, archive, split, channels)
-    raise DataError(
-        f"looked in {root} for {stem}-batches-py/, {stem}-python/, "
-        f"{stem}-batches-bin/, {stem}-binary/ or {parts[0]}, and for the archives "
-        f"{stem}-python.tar.gz and {stem}-binary.tar.gz; none is there. "
-        "Give the folder that holds one of them."
-    )
+    """The Python version, unpacked or as its archive."""
+    held = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+    places = (root / kind.base_folder, root / kind.filename.removesuffix(".tar.gz"), root)
+    found = [place for place in places if any((place / name).is_file() for name in held)]
+    if found:
+        return _cifar_in(kind, found[0], found[0], split, channels)
+    archive = root if root.is_file() else root / kind.filename
+    if not archive.is_file():
+        raise DataError(
+            f"looked in {root} for {kind.base_folder}/, {held[0]} and the archive "
+            f"{kind.filename}; none is there. Give the folder that holds one of them."
+        )
+    with TemporaryDirectory() as top:
+        # The MD5 first: an archive of other origin could be of any size, and lead anywhere.
+        _checked(lambda: _unpack(archive, kind.tgz_md5, top), archive, ())
+        return _cifar_in(kind, Path(top) / kind.base_folder, archive, split, channels)
 
 
-def _python(kind: Any, folder: Path, place: Path, split: str, channels: int) -> Opened:
-    files = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
-    needed = [folder / name for name in files]
+def _unpack(archive: Path, md5: str, folder: str) -> None:
+    if not check_integrity(archive, md5):
+        raise OSError("another MD5")
+    shutil.unpack_archive(archive, folder, "gztar", filter="data")
+
+
+def _cifar_in(kind: Any, folder: Path, place: Path, split: str, channels: int) -> Opened:
+    names = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
     with _root_with(folder, kind.base_folder) as top:
+        needed = [folder / name for name in names]
         held = _checked(lambda: kind(top, train=split == "train"), place, needed)
     images = ArrayImages(str(place), np.ascontiguousarray(held.data), channels)
     images.class_names = tuple(held.classes)
     return images, np.asarray(held.targets, dtype=np.int64)
-
-
-def _binary(kind: Any, folder: Path, place: Path, split: str, channels: int) -> Opened:
-    """Rows of labels and pixels, which no MD5 has to vouch for."""
-    stem = kind.filename.partition("-python")[0]
-    n_classes = int(stem.rpartition("-")[2])
-    head = 1 if n_classes == 10 else 2  # CIFAR-100 has the coarse label first
-    rows = []
-    for part, _ in kind.train_list if split == "train" else kind.test_list:
-        path = folder / f"{part}.bin"
-        if not path.is_file():
-            raise _broken(f"looked for {path.name} in {place}; {path.name} is not there")
-        content = path.read_bytes() if path.stat().st_size <= _MAX_ARCHIVE_BYTES else b""
-        if not content or len(content) % (head + _PIXELS):
-            found = (
-                f"{place}/{path.name}: not a batch of {stem.upper()} ({len(content):,} bytes, "
-                f"expected a multiple of {head + _PIXELS:,})"
-            )
-            raise _broken(found)
-        rows.append(np.frombuffer(content, dtype=np.uint8).reshape(-1, head + _PIXELS))
-    whole = np.concatenate(rows)
-    labels = whole[:, head - 1].astype(np.int64)
-    if labels.max() >= n_classes:
-        span = f"labels from {labels.min()} to {labels.max()} of {n_classes} classes"
-        raise _broken(f"{place}: not {stem.upper()} ({span})")
-    pixels = whole[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    images = ArrayImages(str(place), np.ascontiguousarray(pixels), channels)
-    text = folder / _TEXTS[stem]
-    names = text.read_text("latin-1").split() if text.is_file() else []
-    images.class_names = tuple(names) if len(names) == n_classes else None
-    return images, labels
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """CIFAR's files, wherever they lie in an archive, in one pass."""
-    kinds = (CIFAR10, CIFAR100)
-    parts = {name for kind in kinds for name, _ in (*kind.train_list, *kind.test_list)}
-    meta = {kind.meta["filename"] for kind in kinds}
-    names = {*parts, *meta, *(f"{part}.bin" for part in parts), *_TEXTS.values()}
-    folder.mkdir()
-    total = 0
-    try:
-        # As a stream: a compressed archive can only be read from its beginning.
-        with tarfile.open(archive, "r|gz") as members:
-            for member in members:
-                total += max(0, member.size)
-                if member.size < 0 or total > _MAX_ARCHIVE_BYTES:
-                    raise ValueError(f"more than {_MAX_ARCHIVE_BYTES:,} bytes in it")
-                name = PurePosixPath(member.name).name
-                content = members.extractfile(member) if member.isreg() and name in names else None
-                if content is not None:
-                    (folder / name).write_bytes(content.read())
-    except _TAR_ERRORS as error:
-        found = f"{archive}: truncated or damaged archive ({error})"
-        raise _broken(found, "Fetch it again.") from error
 
 
 def _open_svhn(root: Path, split: str, channels: int) -> Opened:
@@ -269,29 +213,18 @@ def _find_root(root: Path, folders: Sequence[str], needed: str) -> Path:
 
 def _files(root: Path, files: Sequence[str], channels: int) -> FileImages:
     """Listed files of a folder, once all are known to be in it."""
-    outside = [name for name in files if not is_inside(name)]
-    missing = [name for name in files if is_inside(name) and not is_file(root / name)]
-    found = [
-        f"{len(names):,} of {len(files):,} images {fault} ({some(names)})"
-        for fault, names in (("lead out of the folder", outside), ("are missing", missing))
-        if names
-    ]
+    outside, missing = outside_and_missing(root, files)
+    faults = {"lead out of the folder": outside, "are missing": missing}
+    n = f"{len(files):,}"
+    found = [f"{len(v):,} of {n} images {what} ({some(v)})" for what, v in faults.items() if v]
     if found or not files:
-        found = found or ["no images in this split"]
-        todo = "Fetch or unpack the data set again."
-        raise _broken(f"{'; '.join(found)}, in {root}", todo)
+        raise _broken(f"{'; '.join(found) or 'no images in this split'}, in {root}")
     return FileImages(root, "", files, channels)
 
 
-def _read_list(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        with open_regular(path) as file:
-            content = file.read(_MAX_LIST_BYTES + 1)
-        if len(content) > _MAX_LIST_BYTES:
-            raise ValueError(f"larger than {_MAX_LIST_BYTES:,} bytes")
-        return content.decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise _broken(f"looked for {path}; not there") from error
+        return read_bytes(path, _MAX_LIST_BYTES).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise _broken(f"{path}: cannot be read ({error})") from error
 
@@ -359,7 +292,7 @@ def _open_cub2011(root: Path, split: str, channels: int) -> Opened:
 
 def _by_id(path: Path) -> dict[str, str]:
     """Rows of a number and a value."""
-    lines = [line for line in _read_list(path).splitlines() if line.strip()]
+    lines = [line for line in _read_text(path).splitlines() if line.strip()]
     rows = [line.split(maxsplit=1) for line in lines]
     short = [" ".join(row)[:40] for row in rows if len(row) < 2]
     values = {row[0]: row[1].strip() for row in rows if len(row) == 2}
@@ -379,20 +312,19 @@ def _open_imagenet(root: Path, split: str, channels: int) -> Opened:
     folder = top / split
     loose, folders, _ = list_images(folder)
     files = [f"{name}/{file}" for name in folders for file in list_images(folder / name)[0]]
-    images = FileImages(folder, "imagenet", files or loose, channels)
-    if files and not loose:
-        images.classes = tuple(folders)
-        return images, None if split == "test" else [file.partition("/")[0] for file in files]
-    if files or not loose or split == "train":
-        found = f"{len(loose)} images {'beside class folders' if files else 'loose'}"
-        expected = "folders named by WordNet ids" + (
-            "" if split == "train" else ", or images alone"
+    if bool(files) == bool(loose) or (loose and split == "train"):
+        found = f"{len(loose)} images {'beside' if files else 'and no'} class folders in {folder}"
+        raise _broken(
+            f"{found}, expected folders named by WordNet ids"
+            + ("" if split == "train" else ", or images alone"),
+            "Unpack each archive into a folder of its own.",
         )
-        found = f"{found if loose else 'no images'} in {folder}, expected {expected}"
-        todo = "Unpack each archive into a folder of its own."
-        raise _broken(found, todo)
+    images = FileImages(folder, "imagenet", files or loose, channels)
     if split == "test":
         return images, None
+    if files:
+        images.classes = tuple(folders)
+        return images, [file.partition("/")[0] for file in files]
     ids, images.classes = _answers(root, top, loose)
     return images, ids
 
@@ -413,15 +345,11 @@ def _answers(root: Path, top: Path, files: list[str]) -> tuple[list[str], tuple[
 
 
 def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    try:
-        rows = list(csv.reader(io.StringIO(_read_list(path), newline="")))
-    except csv.Error as error:
-        raise _broken(f"{path}: cannot be read ({error})") from error
     # Kaggle's second column goes on with boxes; its first has no suffix.
     ids = {
-        Path(row[0].strip()).stem: row[1].split()[0]
-        for row in rows[1:]
-        if row[1:] and row[1].strip()
+        Path(row[0]).stem: row[1].split()[0]
+        for row in read_rows(path, _MAX_LIST_BYTES)[1:]
+        if row[1:] and row[1]
     }
     missing = [name for name in files if Path(name).stem not in ids]
     if missing:
@@ -431,7 +359,7 @@ def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]
 
 
 def _by_devkit(kit: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    answers = dict(enumerate(_read_list(kit / _TRUTH).split(), 1))
+    answers = dict(enumerate(_read_text(kit / _TRUTH).split(), 1))
     ids = _synsets(kit / "meta.mat")
     digits = {name: Path(name).stem.rpartition("_")[2] for name in files}
     numbers = {name: int(text[:9]) for name, text in digits.items() if text.isdecimal()}
@@ -448,14 +376,67 @@ def _by_devkit(kit: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]
 def _synsets(path: Path) -> dict[str, str]:
     """WordNet id by the devkit's own number, of the 1000 classes themselves."""
     try:
-        held: Any = read_mat(path, ("synsets",), _MAX_LIST_BYTES).get("synsets")
-        leaves = [row for row in held if int(row["num_children"].reshape(-1)[0]) == 0]
-        return {str(int(row["ILSVRC2012_ID"].reshape(-1)[0])): str(row["WNID"]) for row in leaves}
+        rows = list(_rows_of_mat(read_bytes(path, _MAX_TABLE_BYTES), b"synsets"))
+        leaves = [row for row in rows if int(row["num_children"][0]) == 0]
+        if not leaves:
+            raise ValueError("it holds no classes")
+        return {str(int(row["ILSVRC2012_ID"][0])): "".join(map(chr, row["WNID"])) for row in leaves}
     except FileNotFoundError as error:
         found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
         raise _broken(found, "Unpack the whole devkit.") from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        struct.error,
+        zlib.error,
+    ) as error:
         raise _broken(f"{path}: not the devkit's meta.mat ({error})", "Unpack it again.") from error
+
+
+def _rows_of_mat(content: bytes, wanted: bytes) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of one structure of numbers and texts in a MATLAB file, version 5.
+
+    SciPy's reader recurses as deep as a file asks it to, up to the end of the stack, and takes the
+    memory that a file claims. One level is all that the devkit needs.
+    """
+    if content[124:128] != b"\0\1IM":
+        raise ValueError("no MATLAB version 5 file by its first bytes")
+    for kind, data in _elements(content[128:]):
+        if kind == _COMPRESSED:
+            inflater = zlib.decompressobj()
+            data = inflater.decompress(data, _MAX_TABLE_BYTES)
+            if not inflater.eof:
+                raise ValueError(f"a variable is cut, or above {_MAX_TABLE_BYTES:,} bytes")
+            ((kind, data),) = _elements(data)
+        parts = [part for _, part in _elements(data)] if kind == _MATRIX else []
+        if len(parts) < 5 or parts[2] != wanted:
+            continue
+        width = struct.unpack("<I", parts[3])[0]
+        names = [parts[4][k : k + width] for k in range(0, len(parts[4]), width)]
+        fields = [name.rstrip(b"\0").decode("latin-1") for name in names]
+        for k in range(5, len(parts), len(fields)):
+            cells = [list(_elements(cell)) for cell in parts[k : k + len(fields)]]
+            # Of each cell the fourth part is its values, after flags, shape and name.
+            values = [np.frombuffer(cell[3][1], _STORED.get(cell[3][0], "V0")) for cell in cells]
+            yield dict(zip(fields, values, strict=True))
+
+
+def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Type and content of each data element; compressed ones are not padded."""
+    at = 0
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from("<II", data, at)
+        start, end = at + 8, at + 8 + size + (0 if kind == _COMPRESSED else -size % 8)
+        # Up to 4 bytes are packed beside their size, which then fills the upper half of the word.
+        if kind >> 16:
+            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        if start + size > min(end, len(data)):
+            raise ValueError(f"an element claims {size:,} bytes, {len(data) - start:,} are left")
+        yield kind, data[start : start + size]
+        at = end
 
 
 DATASETS: Final = {

@@ -1,59 +1,43 @@
 """DATA opened: its kind found out, its images listed, each with its class.
 
-Folders and ``.npz`` files are read here, other kinds in files of their own. All may come from
-strangers: sizes are checked before memory is taken, nothing is unpickled but the distributed files
-of named sets, known by their MD5, and no path leads out of its folder. Only a callable named in the
-spec itself is imported.
+`_KINDS` is the table of all forms. Any of them may come from strangers: sizes are checked before
+memory is taken, nothing is unpickled but the distributed files of named sets, known by their MD5,
+and no path leads out of its folder. Only a callable named in the spec itself is imported.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, Note, some
-from bnfix.data.archives import (
-    choose_split,
-    expand_braces,
-    find_tables,
-    open_shards,
-    open_tables,
-)
+from bnfix.data.archives import choose_split, find_tables, open_parquet, open_shards, open_tables
 from bnfix.data.arrays import is_callable, open_callable, open_npz
 from bnfix.data.images import (
     SUFFIXES,
     FileImages,
     Images,
-    is_file,
-    is_inside,
+    Opened,
     list_images,
-    open_regular,
+    outside_and_missing,
+    read_bytes,
+    read_rows,
 )
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
 
-#: The label of each image, a name or a number; None where there are none.
-Labels = list[Any] | np.ndarray | None
-MAX_CSV_BYTES = 500_000_000
-MAX_CLASSES = 1_000_000
-MAX_CLASS_MAP_BYTES = 10_000_000
-_KINDS = (
-    "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
-    "an .npz file with images (or inputs of any shape) and labels, .tar shards, a Hugging Face "
-    "folder or .parquet files, "
-    "a data set as cifar10:ROOT#test, or package.module:callable"
-)
-_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_IMAGENET_ID = re.compile(r"n[0-9]{8}")
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-_NUMBER = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
+MAX_CSV_BYTES: Final = 500_000_000
+MAX_CLASSES: Final = 1_000_000
+MAX_CLASS_MAP_BYTES: Final = 10_000_000
+_SPLIT_NAMES: Final = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_IMAGENET_ID: Final = re.compile(r"n[0-9]{8}")
+_INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
+_NUMBER: Final = re.compile(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?")
 
 
 def open_images(
@@ -72,7 +56,7 @@ def open_images(
     mapping = None if class_map is None else read_class_map(Path(class_map))
     wanted = labels == "auto"
     try:
-        images, classes = _open(spec, wanted, channels)
+        images, classes = _kind_of(spec).open(spec, wanted, channels)
         if isinstance(classes, list) and wanted:
             classes = given_classes(images, classes)
     except DataError as error:
@@ -94,28 +78,166 @@ def open_images(
     return images
 
 
-def _open(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
+# --- kinds ---
+
+
+class _Kind(NamedTuple):
+    """One form of DATA: in words, which specs and paths have it, and its reader."""
+
+    words: str
+    fits: Callable[[str, Path], bool]
+    open: Callable[[str, bool, int], Opened]  # of the spec, whether labels are wanted, channels
+
+
+def _kind_of(spec: str) -> _Kind:
     path = Path(spec)
-    # What is on disk comes first: a folder may have the name of a data set.
-    if path.is_dir():
-        return _open_split(path, "", wanted, channels, spec)
-    if path.suffix.lower() == ".npz" and path.is_file():
-        return open_npz(path, wanted, channels)
-    if not path.exists():
-        if is_dataset(spec):
-            return open_dataset(spec, channels)
-        if "#" in spec:
-            folder, _, split = spec.rpartition("#")
-            return _open_split(Path(folder), split, wanted, channels, spec)
-    if path.suffix.lower() in (".tar", ".parquet"):
-        return _open_files(spec, wanted, channels)
+    for kind in _KINDS:
+        if kind.fits(spec, path):
+            return kind
     if not path.exists() and (hint := near_dataset(spec)):
         raise DataError(f"no such kind. {hint}")
-    if not path.exists() and is_callable(spec):
-        return open_callable(spec, channels)
     is_other = path.exists() or ":" in spec
     reason = "not of a kind that is known" if is_other else "no such file or folder"
-    raise DataError(f"{reason}. Give {_KINDS}.")
+    raise DataError(f"{reason}. Give {', '.join(kind.words for kind in _KINDS)}.")
+
+
+def _fits_dataset(spec: str, path: Path) -> bool:
+    # A folder may have the name of a data set: what is on disk comes first.
+    return not path.exists() and is_dataset(spec)
+
+
+def _fits_folder(spec: str, path: Path) -> bool:
+    return path.is_dir() or (not path.exists() and "#" in spec and not is_dataset(spec))
+
+
+def _fits_npz(_: str, path: Path) -> bool:
+    return path.suffix.lower() == ".npz" and path.is_file()
+
+
+def _fits_shards(_: str, path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
+def _fits_parquet(_: str, path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
+def _fits_callable(spec: str, path: Path) -> bool:
+    return not path.exists() and not near_dataset(spec) and is_callable(spec)
+
+
+def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
+    """A folder of any kind, or one split in it, ``FOLDER#SPLIT``."""
+    path, split = Path(spec), ""
+    if not path.is_dir():
+        folder, _, split = spec.rpartition("#")
+        path = Path(folder)
+    if (path / "labels.csv").exists() and not split:
+        return _open_csv(path, channels, wanted)
+    tables = find_tables(path) if path.is_dir() else []
+    if tables:
+        chosen, notes = choose_split(path, tables, split)
+        images, classes = open_tables(chosen, wanted, channels)
+        images.notes += notes
+        return images, classes
+    inside = path / split
+    if split and not inside.is_dir():
+        raise DataError(
+            f"looked for a folder {split} or parquet files of that split in {path}; "
+            "neither is there."
+        )
+    by_file = (inside / "labels.csv").exists()
+    return (_open_csv if by_file else _open_folder)(inside, channels, wanted)
+
+
+def _open_folder(path: Path, channels: int, wanted: bool) -> Opened:
+    """A folder of class folders, or a flat folder."""
+    loose, folders, n_others = list_images(path)
+    by_class: dict[str, list[str]] = {}
+    for folder in folders:
+        inside, deeper, n = list_images(path / folder)
+        # One level deeper, as in Tiny ImageNet: n01443537/images/x.JPEG.
+        nested = {sub: list_images(path / folder / sub) for sub in deeper}
+        n_others += n + sum(n for _, _, n in nested.values())
+        inside += [f"{sub}/{name}" for sub, (names, _, _) in nested.items() for name in names]
+        by_class[folder] = [f"{folder}/{name}" for name in inside]
+    files = [name for names in by_class.values() for name in names]
+    empty = [folder for folder, names in by_class.items() if not names]
+    if not loose and not files:
+        raise DataError(f"no images; looked for {' '.join(SUFFIXES)} in it and its folders.")
+    if loose and files:
+        raise DataError(
+            f"{len(loose)} images beside folders with images ({some(folders)}), so "
+            "neither flat nor class folders. Move one of them away."
+        )
+    if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
+        raise DataError(
+            f"its folders are splits, not classes ({some(folders)}). "
+            f"Give one of them, for example {path / folders[0]}."
+        )
+    kind = "class folders" if files else "flat folder"
+    images = FileImages(path, kind, files or loose, channels)
+    images.classes = tuple(folders) if files else ()
+    if n_others:
+        images.notes.append(f"{n_others} files without an image's suffix passed over")
+    if empty:
+        images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
+    classes = [folder for folder, names in by_class.items() for _ in names]
+    return images, classes if files else None
+
+
+def _open_csv(path: Path, channels: int, wanted: bool) -> Opened:
+    """A folder with ``labels.csv``; its labels as text."""
+    header, *rows = read_rows(path / "labels.csv", MAX_CSV_BYTES) or [[]]
+    if "file" not in header or (wanted and "label" not in header):
+        raise DataError(
+            f"labels.csv: its first line is {','.join(header)[:100]!r}, expected file,label."
+        )
+    if not rows:
+        raise DataError("labels.csv: no images; there is no line after the header.")
+    column = header.index("file"), header.index("label") if "label" in header else 0
+    files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
+    outside, missing = outside_and_missing(path, files)
+    # All faults at once: each one found alone would cost the user another run.
+    problems = {
+        "without a file or label": [
+            f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]
+        ],
+        "listed more than once": [name for name, n in Counter(files).items() if n > 1],
+        "leading out of the folder": outside,
+        "missing": missing,
+    }
+    found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
+    if found:
+        raise DataError(f"labels.csv: {found}. Correct the file.")
+    images = FileImages(path, "labels.csv", files, channels)
+    unlisted = set(list_images(path)[0]).difference(files)
+    if unlisted:
+        images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
+    return images, [row[column[1]] for row in rows]
+
+
+#: From the first to the last, the first that fits; a new form of DATA is a line here.
+_KINDS: Final = (
+    _Kind(
+        "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
+        "a Hugging Face folder",
+        _fits_folder,
+        _open_place,
+    ),
+    _Kind(
+        "an .npz file with images (or inputs of any shape) and labels",
+        _fits_npz,
+        open_npz,
+    ),
+    _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
+    _Kind(".tar shards", _fits_shards, open_shards),
+    _Kind(".parquet files", _fits_parquet, open_parquet),
+    _Kind("or package.module:callable", _fits_callable, open_callable),
+)
+
+
+# --- classes ---
 
 
 def for_outputs(images: Images, n_classes: int) -> Images:
@@ -162,121 +284,6 @@ def _set_labels(
         held.setdefault(k, []).append(name)
     count = max(held) + 1 if n is None else n
     images.class_names = tuple(" + ".join(held.get(k, [str(k)])) for k in range(count))
-
-
-def _open_split(
-    path: Path, split: str, wanted: bool, channels: int, spec: str
-) -> tuple[Images, Labels]:
-    """A folder of any kind, or one split in it."""
-    if (path / "labels.csv").exists() and not split:
-        return _open_csv(path, wanted, channels)
-    tables = find_tables(path) if path.is_dir() else []
-    if tables:
-        chosen, notes = choose_split(path, tables, split)
-        images, classes = open_tables(chosen, wanted, channels)
-        images.notes += notes
-        return images, classes
-    inside = path / split
-    if split and not inside.is_dir():
-        raise DataError(
-            f"looked for a folder {split} or parquet files of that split in {path}; "
-            "neither is there."
-        )
-    by_file = (inside / "labels.csv").exists()
-    return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
-
-
-def _open_files(spec: str, wanted: bool, channels: int) -> tuple[Images, Labels]:
-    """Tar shards or parquet files, one or a range of them."""
-    paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
-    missing = [str(path) for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(paths)} files are missing: {some(missing)}. "
-            "Fetch them, or give the range that is there."
-        )
-    by_row = paths[0].suffix.lower() == ".parquet"
-    return (open_tables if by_row else open_shards)(paths, wanted, channels)
-
-
-def _open_folder(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
-    """A folder of class folders, or a flat folder."""
-    loose, folders, n_others = list_images(path)
-    by_class: dict[str, list[str]] = {}
-    for folder in folders:
-        inside, deeper, n = list_images(path / folder)
-        # One level deeper, as in Tiny ImageNet: n01443537/images/x.JPEG.
-        nested = {sub: list_images(path / folder / sub) for sub in deeper}
-        n_others += n + sum(n for _, _, n in nested.values())
-        inside += [f"{sub}/{name}" for sub, (names, _, _) in nested.items() for name in names]
-        by_class[folder] = [f"{folder}/{name}" for name in inside]
-    files = [name for names in by_class.values() for name in names]
-    empty = [folder for folder, names in by_class.items() if not names]
-    if not loose and not files:
-        raise DataError(f"no images; looked for {' '.join(SUFFIXES)} in it and its folders.")
-    if loose and files:
-        raise DataError(
-            f"{len(loose)} images beside folders with images ({some(folders)}), so "
-            "neither flat nor class folders. Move one of them away."
-        )
-    if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
-        raise DataError(
-            f"its folders are splits, not classes ({some(folders)}). "
-            f"Give one of them, for example {path / folders[0]}."
-        )
-    kind = "class folders" if files else "flat folder"
-    images = FileImages(path, kind, files or loose, channels)
-    images.classes = tuple(folders) if files else ()
-    if n_others:
-        images.notes.append(f"{n_others} files without an image's suffix passed over")
-    if empty:
-        images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
-    classes = [folder for folder, names in by_class.items() for _ in names]
-    return images, classes if files else None
-
-
-def _open_csv(path: Path, wanted: bool, channels: int) -> tuple[Images, list[str] | None]:
-    """A folder with ``labels.csv``; its labels as text."""
-    where = path / "labels.csv"
-    if where.stat().st_size > MAX_CSV_BYTES:
-        raise DataError(f"labels.csv: larger than {MAX_CSV_BYTES // 10**6} MB.")
-    with open_regular(where) as raw:
-        content = raw.read(MAX_CSV_BYTES)
-    try:
-        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"labels.csv: not a readable CSV file ({error}).") from error
-    rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
-    header = rows[0] if rows else []
-    if "file" not in header or (wanted and "label" not in header):
-        raise DataError(
-            f"labels.csv: its first line is {','.join(header)[:100]!r}, expected file,label."
-        )
-    column = header.index("file"), header.index("label") if "label" in header else 0
-    rows = rows[1:]
-    if not rows:
-        raise DataError("labels.csv: no images; there is no line after the header.")
-    short = [f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]]
-    files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
-    outside = {name for name in files if not is_inside(name)}
-    # All faults at once: each one found alone would cost the user another run.
-    problems = {
-        "without a file or label": short,
-        "listed more than once": [name for name, n in Counter(files).items() if n > 1],
-        "leading out of the folder": sorted(outside),
-        "missing": [n for n in dict.fromkeys(files) if n not in outside and not is_file(path / n)],
-    }
-    found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
-    if found:
-        raise DataError(f"labels.csv: {found}. Correct the file.")
-    images = FileImages(path, "labels.csv", files, channels)
-    unlisted = set(list_images(path)[0]).difference(files)
-    if unlisted:
-        images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
-    return images, [row[column[1]] for row in rows]
-
-
-# --- classes ---
 
 
 def given_classes(images: Images, labels: Sequence[Any]) -> list[str] | np.ndarray | None:
@@ -373,17 +380,13 @@ def read_class_map(path: Path) -> dict[str, int]:
     where = f"class map {path}"
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        if twice:
             raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
-        return found
+        return dict(pairs)
 
     try:
-        with open_regular(Path(path)) as file:
-            text = file.read(MAX_CLASS_MAP_BYTES + 1)
-        if len(text) > MAX_CLASS_MAP_BYTES:
-            raise DataError(f"{where}: larger than {MAX_CLASS_MAP_BYTES // 10**6} MB.", path=path)
+        text = read_bytes(path, MAX_CLASS_MAP_BYTES)
         content = json.loads(text, object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: cannot be read as JSON ({error}).", path=path) from error
@@ -392,7 +395,7 @@ def read_class_map(path: Path) -> dict[str, int]:
     wrong = [
         f"{name}: {k!r}"[:60]
         for name, k in content.items()
-        if not isinstance(k, int) or isinstance(k, bool) or not 0 <= k < MAX_CLASSES
+        if type(k) is not int or not 0 <= k < MAX_CLASSES
     ]
     if wrong:
         raise DataError(

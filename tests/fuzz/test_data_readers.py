@@ -154,16 +154,12 @@ def mat(folder: Path, rng: np.random.Generator) -> str:
 
 
 def batch(folder: Path, rng: np.random.Generator) -> str:
-    """The binary version; of the other one nothing but the distributed files is read."""
-    row = bytes([int(one_of(rng, 0, 9, 10, 255))]) + bytes(3072)
-    layouts.write(folder / "test_batch.bin", damaged(row * int(one_of(rng, 2, 0, 1)), rng))
-    layouts.write(folder / "batches.meta.txt", damaged(b"a\n" * 10, rng))
-    if rng.random() < 0.2:
-        archive = layouts.packed(folder, folder / "cifar-10-binary.tar.gz")
-        (folder / "test_batch.bin").unlink()
+    """Nothing but the distributed files is read."""
+    layouts.write(folder / "cifar-10-batches-py" / "test_batch", damaged(pickle.dumps(Runs()), rng))
+    if rng.random() < 0.5:
+        archive = layouts.packed(folder / "cifar-10-batches-py", folder / "cifar-10-python.tar.gz")
+        (folder / "cifar-10-batches-py" / "test_batch").unlink()
         archive.write_bytes(damaged(archive.read_bytes(), rng))
-    elif rng.random() < 0.2:
-        layouts.write(folder / "test_batch", damaged(pickle.dumps(Runs()), rng))
     return f"cifar10:{folder}#test"
 
 
