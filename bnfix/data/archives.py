@@ -1,9 +1,8 @@
 """Images in archives: tar shards, parquet files and Hugging Face dataset folders.
 
-Shards have WebDataset's layout, ``key.jpg key.cls``. A shard is walked once, for where each image
-begins; images are then read from there in any order. Nothing is unpacked to disk and no member's
-name is used as a path: names only group the members. Of tables, row groups are read as they are
-needed, and images as dictionaries: a value that is repeated a million times is in memory once.
+A shard, ``key.jpg key.cls``, is walked once, for where each image begins. Nothing is unpacked to
+disk and no member's name is used as a path: names only group the members. Of tables, row groups are
+read as they are needed, as dictionaries: a value repeated a million times is in memory once.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import io
 import json
 import re
 import tarfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
+from itertools import groupby, product
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
@@ -31,8 +30,8 @@ _MAX_MEMBERS: Final = 20_000_000
 _MAX_LABEL_BYTES: Final = 1_000_000
 _RANGE: Final = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,18}")
+_NO_END: Final = "ends without an end mark: it may have been cut"
 _IMAGE_KINDS: Final = {suffix.removeprefix(".") for suffix in SUFFIXES}
-#: Where to look for a label in a sample's JSON, the first that is there.
 _JSON_KEYS: Final = ("label", "cls", "class", "class_id", "target", "class_name")
 _TAR_ERRORS: Final = (
     tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError, MemoryError,
@@ -43,7 +42,6 @@ _LABEL_TYPES: Final = ("int", "uint", "string", "large_string", "dictionary<valu
 _MAX_ROWS: Final = 20_000_000
 _MAX_GROUP_BYTES: Final = 512 << 20
 _KEPT_BYTES: Final = 128 << 20
-_MAX_SCHEMA_BYTES: Final = 64 << 20
 #: Other names of a split, and the order in which one is taken where none is named.
 _ALIASES: Final = {"validation": "val", "valid": "val", "dev": "val", "training": "train",
                    "testing": "test"}  # fmt: skip
@@ -119,24 +117,14 @@ class _Sample:
     label: str | None = None
 
 
-@dataclass
-class _Seen:
-    """What a walk over the shards has met besides samples."""
-
-    passed: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, name: str) -> None:
-        self.passed.setdefault(kind, []).append(name)
-
-
 def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
     """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
-    seen, paths = _Seen(), _named_files(spec)
-    found = [sample for k in range(len(paths)) for sample in _samples(k, paths[k], wanted, seen)]
-    samples = [sample for sample in found if sample.size >= 0]
-    if len(samples) < len(found):
-        seen.passed["keys without an image"] = [one.name for one in found if one.size < 0]
+    passed: defaultdict[str, list[str]] = defaultdict(list)
+    paths = _named_files(spec)
+    found = [one for k in range(len(paths)) for one in _samples(k, paths[k], wanted, passed)]
+    samples = [one for one in found if one.size >= 0]
+    uncut = passed.pop(_NO_END, [])
+    passed["keys without an image"] += [one.name for one in found if one.size < 0]
     if not samples:
         raise DataError(
             f"no images; looked for members named {', '.join(sorted(_IMAGE_KINDS))} "
@@ -144,46 +132,43 @@ def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
         )
     places = np.asarray([(one.shard, one.offset, one.size) for one in samples], dtype=np.int64)
     images = ShardImages(paths, places, [one.name for one in samples], channels)
-    images.notes += seen.notes
-    images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in seen.passed.items()]
+    images.notes += [f"{name} {_NO_END}" for name in uncut]
+    images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in passed.items() if v]
     labels = [one.label for one in samples]
     whole = all(label is None or _WHOLE.fullmatch(label) for label in labels)
     return images, [int(label) if whole and label else label for label in labels]
 
 
-def _samples(k: int, path: Path, wanted: bool, seen: _Seen) -> Iterator[_Sample]:
+def _samples(
+    k: int, path: Path, wanted: bool, passed: defaultdict[str, list[str]]
+) -> Iterator[_Sample]:
     """Samples of one shard, in order: neighbours of one key."""
-    current: _Sample | None = None
-    key = None
     # A handle of its own: labels are read between two steps of the walk.
     with open_regular(path) as file:
-        for member in _members(path, seen):
-            name = " ".join(member.name.split())[:200]
-            folder = PurePosixPath(member.name)
-            if folder.is_absolute() or ".." in folder.parts or not member.name.isprintable():
-                seen.add("members with paths that lead out", name)
-                continue
-            stem, _, kind = folder.name.partition(".")
-            if folder.name.startswith("."):
-                continue
-            if current is None or key != (folder.parent, stem):
-                if current is not None:
-                    yield current
-                key, current = (folder.parent, stem), _Sample(k, str(folder.with_name(stem)))
-            if kind.lower() in _IMAGE_KINDS:
-                if current.size >= 0:
-                    seen.add("second images of a key", name)
-                else:
-                    current.name = name
-                    current.offset, current.size = member.offset_data, member.size
-            elif wanted and kind.lower() in ("cls", "json"):
-                label = _label(path, file, member, kind.lower())
-                current.label = label if current.label is None else current.label
-    if current is not None:
-        yield current
+        for (folder, stem), members in groupby(_members(path, passed), _key):
+            sample = _Sample(k, str(folder / stem))
+            for member in members:
+                kind = PurePosixPath(member.name).name.partition(".")[2].lower()
+                if kind in _IMAGE_KINDS and sample.size < 0:
+                    sample.name = _shown(member)
+                    sample.offset, sample.size = member.offset_data, member.size
+                elif kind in _IMAGE_KINDS:
+                    passed["second images of a key"].append(_shown(member))
+                elif wanted and kind in ("cls", "json") and sample.label is None:
+                    sample.label = _label(path, file, member, kind)
+            yield sample
 
 
-def _members(path: Path, seen: _Seen) -> Iterator[tarfile.TarInfo]:
+def _key(member: tarfile.TarInfo) -> tuple[PurePosixPath, str]:
+    path = PurePosixPath(member.name)
+    return path.parent, path.name.partition(".")[0]
+
+
+def _shown(member: tarfile.TarInfo) -> str:
+    return " ".join(member.name.split())[:200]
+
+
+def _members(path: Path, passed: defaultdict[str, list[str]]) -> Iterator[tarfile.TarInfo]:
     """Ordinary files one after another, each wholly inside the shard and behind the one before."""
     size, last, n = path.stat().st_size, -1, 0
     try:
@@ -202,26 +187,24 @@ def _members(path: Path, seen: _Seen) -> Iterator[tarfile.TarInfo]:
                 end = member.offset_data + max(0, member.size)
                 if member.size < 0 or member.offset <= last or end > size or n > _MAX_MEMBERS:
                     raise tarfile.ReadError(f"member {n} does not lie inside the file")
-                last = member.offset
-                if member.isreg() and not member.issparse():
+                last, name = member.offset, PurePosixPath(member.name)
+                if not member.isreg() or member.issparse():
+                    if not member.isdir():
+                        passed["members that are links or no ordinary files"].append(_shown(member))
+                elif name.is_absolute() or ".." in name.parts or not member.name.isprintable():
+                    passed["members with paths that lead out"].append(_shown(member))
+                elif not name.name.startswith("."):
                     yield member
-                elif not member.isdir():
-                    name = " ".join(member.name.split())[:200]
-                    seen.add("members that are links or no ordinary files", name)
-            if not _has_end(file, archive.offset, size):
-                seen.notes.append(f"{path.name} ends without an end mark: it may have been cut")
+            # Blocks of zeros end an archive; other bytes there are a member that was cut.
+            file.seek(min(archive.offset, size))
+            rest = file.read(512)
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError("it ends in the middle of a member")
+            if not rest:
+                passed[_NO_END].append(path.name)
     except _TAR_ERRORS as error:
         reason = plain(str(error)) or type(error).__name__
         raise DataError(f"{path}: not a whole tar archive ({reason}). Fetch it again.") from error
-
-
-def _has_end(file: io.BufferedReader, offset: int, size: int) -> bool:
-    """Whether blocks of zeros end the archive; other bytes there are a member that was cut."""
-    file.seek(min(offset, size))
-    rest = file.read(512)
-    if rest.strip(b"\0"):
-        raise tarfile.ReadError("it ends in the middle of a member")
-    return bool(rest)
 
 
 def _label(path: Path, file: io.BufferedReader, member: tarfile.TarInfo, kind: str) -> str | None:
@@ -271,14 +254,11 @@ def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list
         by_split.setdefault(_ALIASES.get(name.lower(), name.lower()), []).append(path)
     names = sorted(by_split)
     wanted = _ALIASES.get(split.lower(), split.lower())
-    known = [name for name in _HELD_OUT if name in by_split]
     if wanted and wanted not in by_split:
         raise DataError(f"no split {split!r} among {some(names)} in {folder}. Give one of these.")
-    if not wanted and len(names) > 1 and not known:
-        raise DataError(
-            f"several splits in {folder}: {some(names)}. Name one, {folder}#{names[0]}."
-        )
-    chosen = wanted or (names[0] if len(names) == 1 else known[0])
+    chosen = wanted or next((name for name in _HELD_OUT if name in by_split), names[0])
+    if not wanted and len(names) > 1 and chosen not in _HELD_OUT:
+        raise DataError(f"several splits in {folder}: {some(names)}. Name one, {folder}#{chosen}.")
     folders = sorted({str(path.parent.relative_to(folder)) for path in by_split[chosen]})
     if len(folders) > 1:
         raise DataError(
@@ -290,15 +270,17 @@ def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list
     return by_split[chosen], [] if is_named else [note]
 
 
-def open_parquet(spec: str, wanted: bool, channels: int) -> Opened:
-    """Open parquet files, one or a range of them."""
-    return open_tables(_named_files(spec), wanted, channels)
+def _arrow() -> Any:
+    """The pyarrow package, an extra that takes long to import."""
+    importlib.import_module("pyarrow.parquet")
+    return importlib.import_module("pyarrow")
 
 
-def open_tables(paths: Sequence[Path], wanted: bool, channels: int) -> Opened:
-    """Open parquet or .arrow files of one layout; with the labels, if they are wanted."""
+def open_tables(spec: str | list[Path], wanted: bool, channels: int) -> Opened:
+    """Open parquet or .arrow files of one layout, listed or as one name or a range of them."""
+    paths = _named_files(spec) if isinstance(spec, str) else spec
     try:
-        arrow: Any = importlib.import_module("pyarrow")
+        arrow = _arrow()
     except ImportError as error:
         raise DataError(
             f"needs pyarrow, which is not installed ({error}). pip install 'bnfix[parquet]'."
@@ -317,7 +299,7 @@ def open_tables(paths: Sequence[Path], wanted: bool, channels: int) -> Opened:
         ) from error
     if not len(images):
         raise DataError(f"no images, there are no rows in {path}.")
-    images.class_names = images.columns[0].names
+    images.class_names = images.columns.names if images.columns else None
     return images, labels or None
 
 
@@ -327,7 +309,8 @@ class TableImages(EncodedImages):
     def __init__(self, paths: Sequence[Path], channels: int) -> None:
         super().__init__(str(paths[0]), channels)
         self.kind = paths[0].suffix.removeprefix(".")
-        self.columns: list[Columns] = []  # of the first file; all others have the same
+        self.columns: Columns | None = None  # of the first file; all others have the same
+        self._image = ""
         self._parts: list[tuple[Path, int, int]] = []  # file, row group, its first row in the file
         self._starts: list[int] = []  # position of each part's first image
         self._n = 0
@@ -344,11 +327,12 @@ class TableImages(EncodedImages):
         """Append the rows of one file; give its labels where they are wanted."""
         schema, sizes = self._describe(path)
         columns = find_columns(schema)
-        if self.columns and self.columns != [columns]:
+        if self.columns not in (None, columns):
             raise ValueError("its columns or classes are not those of the files before")
         if self._n + sum(sizes) > _MAX_ROWS:
             raise ValueError(f"more than {_MAX_ROWS:,} rows")
-        self.columns, first = [columns], self._n
+        inner = ".bytes" if columns.nested and path.suffix == ".parquet" else ""
+        self.columns, self._image, first = columns, columns.image + inner, self._n
         for group, size in enumerate(sizes):
             self._parts.append((path, group, self._n - first))
             self._starts.append(self._n)
@@ -362,24 +346,24 @@ class TableImages(EncodedImages):
 
     def name(self, i: int) -> str:
         """Its file and row."""
-        path, _, first = self._parts[self._part(i)]
-        return f"{path.name}[{first + i - self._starts[self._part(i)]}]"
+        k, row = self._place(i)
+        return f"{self._path(i).name}[{self._parts[k][2] + row}]"
 
     def _path(self, i: int) -> Path:
-        return self._parts[self._part(i)][0]
+        return self._parts[self._place(i)[0]][0]
 
-    def _part(self, i: int) -> int:
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
+    def _place(self, i: int) -> tuple[int, int]:
+        """Part of an image, and its row there."""
+        k = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return k, int(i) - self._starts[k]
 
     def _stream(self, i: int) -> io.BytesIO:
-        arrow: Any = importlib.import_module("pyarrow")
-        k = self._part(i)
+        k, row = self._place(i)
         try:
-            content = self._images(k)[int(i) - self._starts[k]].as_py()
-        except (arrow.ArrowException, LookupError, TypeError) as error:
+            content = self._images(k)[row].as_py()
+        except (_arrow().ArrowException, LookupError, TypeError) as error:
             raise OSError(str(error)) from error
-        if isinstance(content, dict):
-            content = content.get("bytes")
+        content = content.get("bytes") if isinstance(content, dict) else content
         if not isinstance(content, bytes) or not content:
             raise OSError("no bytes in the table")
         return io.BytesIO(content)
@@ -388,9 +372,7 @@ class TableImages(EncodedImages):
         """The image column of one part; the parts read last are kept."""
         if k not in self._kept:
             path, group, _ = self._parts[k]
-            (columns,) = self.columns
-            inner = ".bytes" if columns.nested and path.suffix == ".parquet" else ""
-            column = self._column(path, columns.image + inner, group)
+            column = self._column(path, self._image, group)
             # A file mapped into memory takes none of its own.
             self._kept[k] = 0 if path in self._mapped else column.nbytes, column
         self._kept.move_to_end(k)
@@ -402,19 +384,15 @@ class TableImages(EncodedImages):
         """One column of a file, or of one of its row groups."""
         if path.suffix == ".arrow":
             return self._table(path).column(name)
-        arrow: Any = importlib.import_module("pyarrow")
         groups = None if group is None else [group]
-        with importlib.import_module("pyarrow.parquet").ParquetFile(
-            path, read_dictionary=[name]
-        ) as file:
+        with _arrow().parquet.ParquetFile(path, read_dictionary=[name]) as file:
             batches = file.iter_batches(4096, row_groups=groups, columns=[name], use_threads=False)
-            return arrow.chunked_array([batch.column(0) for batch in batches])
+            return _arrow().chunked_array([batch.column(0) for batch in batches])
 
     def _table(self, path: Path) -> Any:
         if path not in self._mapped:
-            arrow: Any = importlib.import_module("pyarrow")
-            with arrow.memory_map(str(path)) as source:
-                table = arrow.ipc.open_stream(source).read_all()
+            with _arrow().memory_map(str(path)) as source:
+                table = _arrow().ipc.open_stream(source).read_all()
             # Offsets come from the file, and arrow follows them unchecked.
             table.validate(full=True)
             self._mapped[path] = table
@@ -424,9 +402,9 @@ class TableImages(EncodedImages):
         """Schema and rows of each part, once the sizes that the file claims are believed."""
         if path.suffix == ".arrow":
             return self._table(path).schema, [self._table(path).num_rows]
-        limits = {"thrift_string_size_limit": _MAX_SCHEMA_BYTES,
-                  "thrift_container_size_limit": _MAX_ROWS}  # fmt: skip
-        with importlib.import_module("pyarrow.parquet").ParquetFile(path, **limits) as file:
+        limits = {"string": 64 << 20, "container": _MAX_ROWS}
+        limits = {f"thrift_{name}_size_limit": limit for name, limit in limits.items()}
+        with _arrow().parquet.ParquetFile(path, **limits) as file:
             groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
             sizes = [group.num_rows for group in groups]
             if min(sizes, default=0) < 0 or sum(sizes) != file.metadata.num_rows:
@@ -450,23 +428,22 @@ def find_columns(schema: Any) -> Columns:
     """Find a table's columns: by Hugging Face's own description, else by type and name."""
     features = _features(schema.metadata)
     types = {field.name: field.type for field in schema}
-    described = [n for n in types if features.get(n, {}).get("_type") == "Image"]
-    images = [n for n in types if _holds_bytes(types[n])]
-    image = next((n for n in (*described, *_IMAGE_COLUMNS) if n in images), None)
-    if image is None and len(images) == 1:
-        image = images[0]
+    kinds = {name: features.get(name, {}).get("_type") for name in types}
+    described = [name for name in types if kinds[name] == "Image"]
+    held = [name for name in types if _holds_bytes(types[name])]
+    only = held if len(held) == 1 else []
+    image = next((n for n in (*described, *_IMAGE_COLUMNS, *only) if n in held), None)
     if image is None:
         raise ValueError(
             f"no image column among {some(list(types))}: expected bytes, or a structure of bytes "
             f"and path, named {', '.join(_IMAGE_COLUMNS[:2])}"
         )
-    classed = [n for n in types if features.get(n, {}).get("_type") == "ClassLabel"]
-    usable = [n for n in types if str(types[n]).startswith(_LABEL_TYPES)]
-    label = next((n for n in _LABEL_COLUMNS if n in usable), None)
-    if label is None and len(classed) > 1:
-        raise ValueError(f"several label columns: {some(classed)}; name the one meant label")
-    if label is None and classed:
-        label = classed[0]
+    classed = [name for name in types if kinds[name] == "ClassLabel"]
+    usable = [name for name in types if str(types[name]).startswith(_LABEL_TYPES)]
+    labels = [name for name in _LABEL_COLUMNS if name in usable][:1] or classed
+    if len(labels) > 1:
+        raise ValueError(f"several label columns: {some(labels)}; name the one meant label")
+    label = labels[0] if labels else None
     names = features.get(label or "", {}).get("names")
     is_listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return Columns(

@@ -91,11 +91,6 @@ class Images(ABC):
         """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
         raise DataError(f"{self.spec}: item {i} is no image.")
 
-    def size_of(self, i: int) -> tuple[int, int]:
-        """Height and width, upright; bad images as in ``read``."""
-        height, width = self.read(i).shape[:2]
-        return height, width
-
     @abstractmethod
     def _hash(self, i: int) -> bytes: ...
 
@@ -127,13 +122,6 @@ class EncodedImages(Images):
         """Decode the first frame."""
         with self._open(i) as image:
             return pixels_of(image, self.channels)
-
-    def size_of(self, i: int) -> tuple[int, int]:
-        """By the head of the file, without decoding pixels."""
-        with self._open(i) as image:
-            # Pillow itself has turned a TIFF's size already.
-            turned = image.format != "TIFF" and _orientation(image) >= 5
-            return image.size if turned else (image.height, image.width)
 
     def _hash(self, i: int) -> bytes:
         try:

@@ -43,6 +43,7 @@ _MAX_TABLE_BYTES: Final = 16_000_000
 #: Caltech-256 has no split of its own: of each class this part is for training, drawn by name.
 _TRAIN_FRAC: Final = 0.8
 _CATEGORY: Final = re.compile(r"([0-9]{3})\.(.+)")
+_WNID: Final = re.compile(r"n[0-9]{8}")
 _CLUTTER: Final = 257
 #: Where ImageNet lies inside the folder given, and the answers of its flat validation folder.
 _INSIDE: Final = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "ILSVRC2012", "imagenet")
@@ -378,9 +379,11 @@ def _synsets(path: Path) -> dict[str, str]:
     try:
         rows = list(_rows_of_mat(read_bytes(path, _MAX_TABLE_BYTES), b"synsets"))
         leaves = [row for row in rows if int(row["num_children"][0]) == 0]
-        if not leaves:
-            raise ValueError("it holds no classes")
-        return {str(int(row["ILSVRC2012_ID"][0])): "".join(map(chr, row["WNID"])) for row in leaves}
+        numbers = [str(int(row["ILSVRC2012_ID"][0])) for row in leaves]
+        ids = ["".join(map(chr, row["WNID"])) for row in leaves]
+        if not ids or not all(map(_WNID.fullmatch, ids)):
+            raise ValueError("no table of WordNet ids")
+        return dict(zip(numbers, ids, strict=True))
     except FileNotFoundError as error:
         found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
         raise _broken(found, "Unpack the whole devkit.") from error

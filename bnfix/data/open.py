@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, Note, some
-from bnfix.data.archives import choose_split, find_tables, open_parquet, open_shards, open_tables
+from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
 from bnfix.data.arrays import is_callable, open_callable, open_npz
 from bnfix.data.images import (
     SUFFIXES,
@@ -232,7 +232,7 @@ _KINDS: Final = (
     ),
     _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
     _Kind(".tar shards", _fits_shards, open_shards),
-    _Kind(".parquet files", _fits_parquet, open_parquet),
+    _Kind(".parquet files", _fits_parquet, open_tables),
     _Kind("or package.module:callable", _fits_callable, open_callable),
 )
 
