@@ -265,9 +265,8 @@ def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list
             f"{chosen or 'files'} in several folders ({some(folders)}), so several "
             f"configurations. Give one of them, for example {folder / folders[0]}."
         )
-    is_named = wanted or len(names) == 1
-    note = f"no split named, so {chosen} is used (of {some(names)})"
-    return by_split[chosen], [] if is_named else [note]
+    notes = [f"no split named, so {chosen} is used (of {some(names)})"]
+    return by_split[chosen], [] if wanted or len(names) == 1 else notes
 
 
 def _arrow() -> Any:
