@@ -89,6 +89,12 @@ def everything():
         rests = residuals(model, dealt())
         if feed == "sequential":
             assert max(map(max, rests.values())) < 1e-4
+    for memory in (None, 0):
+        damaged, original = net(), lived_in(net(), seed=3)
+        damaged.conv1.weight.data[:, 0] = 0
+        options = {"target": "reference", "reference": original, "memory_bytes": memory}
+        recalibrate_(damaged, dealt(), **options)
+        found |= {f"reference {memory} {name}": v for name, v in statistics(damaged).items()}
     metrics = evaluate(model, dealt())
     found["logits"] = metrics.logits
     found["metrics"] = np.array([metrics.top1, metrics.nll, metrics.ece, metrics.brier])

@@ -20,7 +20,7 @@ from bnfix.core.errors import ConfigError, DataError, ModelError, NormError, Num
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
-from bnfix.recalibrate import collector, lockstep, passes, settling
+from bnfix.recalibrate import collector, lockstep, passes
 from bnfix.recalibrate.accumulator import precise_moments
 from bnfix.recalibrate.recalibrate import describe_missing, recalibrate_, residuals
 from tests import nets, reference
@@ -1263,7 +1263,7 @@ def test_a_layer_that_does_not_settle_is_no_worse_than_the_batch_feed(monkeypatc
     batches = split(images(64), (16,) * 4)
     other = copy.deepcopy(net)
     recalibrate_(other, batches)
-    monkeypatch.setattr(settling, "_ROUNDS", 1)
+    monkeypatch.setattr(collector, "_ROUNDS", 1)
     done = recalibrate_(net, batches, feed="sequential")
     worst = [max(residuals(n, batches)["bn"]) for n in (net, other)]
     assert worst[0] <= worst[1]

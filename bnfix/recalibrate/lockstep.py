@@ -134,8 +134,9 @@ class Walk:
             name = places.pop()
             if distributed.here().shared:
                 sums.measured[name] = self._everyones(name, [state for _, state, _ in found])
-            moments = sums.measured[name].statistics(self._source.train_batch_size)
-            collector.use[name] = as_stored(collector.by_name[name], *moments)
+            site = collector.by_name[name]
+            moments = self._source.target.moments(site, sums.measured[name])
+            collector.use[name] = as_stored(site, *moments)
             self.n_steps += 1
             distributed.together(self._go_on)
         n_examples = distributed.gather((self.n_examples, self.n_batches))

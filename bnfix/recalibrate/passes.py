@@ -23,13 +23,16 @@ from bnfix.recalibrate.collector import (
     MOST_UNCOUNTED,
     UNCHECKED,
     Collector,
+    Settled,
     Source,
     StopHereError,
     as_stored,
+    drift,
+    eps_of,
+    settle,
     up_to,
 )
 from bnfix.recalibrate.lockstep import Walk, default_memory
-from bnfix.recalibrate.settling import Settled, drift, eps_of, settle
 
 #: Difference of a batch's moments, in units of sqrt(var + eps) and relative, that is rounding.
 _ROUNDING = 1e-4
@@ -286,6 +289,7 @@ def collect(
     if scouted is not None:
         # Each rank ends where the errors of all were small enough.
         source = replace(source, samples=scouted.n_own)
+    before = source.target.measure_(source, partial(one_pass, keeper=keeper))
     walking = Collector(sites, source.cost, by_batch=False)
     walk = Walk(source, walking, memory_bytes)
     if walk.go():
@@ -293,7 +297,7 @@ def collect(
         _check_reached(walking, walked)
         disturbed = walked.n_batches > 1 and not _as_alone(source, walk.first, walking)
         if not disturbed:
-            passes = 1.0 if scouted is None else 2.0
+            passes = 1.0 + before + (scouted is not None)
             return Found(walking, walking.sums.n_calls, walked, passes=passes, how="walk")
     else:
         disturbed = any(distributed.gather(walk.disturbed))
@@ -302,7 +306,7 @@ def collect(
     if disturbed:
         settled.passes, settled.error = settled.passes + 1, _left(source, settled)
     # A walk given up has run as much of the network as the layers that it came to.
-    passes = 1.0 + settled.passes + walk.n_steps / len(scout.sums.measured)
+    passes = 1.0 + before + settled.passes + walk.n_steps / len(scout.sums.measured)
     return Found(
         settled.collector,
         scout.sums.n_calls,
@@ -317,7 +321,7 @@ def collect(
 
 def _refuse_single_examples(source: Source, scout: Collector, seen: Seen) -> None:
     most = max(distributed.gather(scout.sums.most_examples))
-    is_right = source.train_batch_size == 1 or len(scout.sums.measured) == 1
+    is_right = source.target.batch_size == 1 or len(scout.sums.measured) == 1
     if most == 1 < seen.n_batches and not is_right:
         raise DataError(
             f"batches: {seen.n_batches}, and each holds one example, which under the batch feed is "
@@ -374,7 +378,7 @@ def _left(source: Source, settled: Settled) -> float:
     last.use = settled.collector.use
     one_pass(source, last)
     return max(
-        max(drift(last.use[name], sums.statistics(source.train_batch_size), eps_of(sites[name])))
+        max(drift(last.use[name], source.target.moments(sites[name], sums), eps_of(sites[name])))
         for name, sums in last.sums.measured.items()
         if name in last.use
     )
@@ -396,11 +400,11 @@ def _check_reached(collector: Collector, seen: Seen) -> None:
 
 def _sequential(source: Source, scout: Collector, keeper: Kept | None) -> Settled:
     """Layer after layer in call order, each measured while all before it are final."""
-    order, size = scout.sums.order(), source.train_batch_size
+    order, target = scout.sums.order(), source.target
     collector = Collector(list(scout.sites.values()), source.cost, by_batch=False)
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     collector.use = use = {
-        name: as_stored(site, *scout.sums.measured[name].statistics(size))
+        name: as_stored(site, *target.moments(site, scout.sums.measured[name]))
         for name, site in scout.by_name.items()
         if name in scout.sums.measured
     }
@@ -419,7 +423,7 @@ def _sequential(source: Source, scout: Collector, keeper: Kept | None) -> Settle
                 "or a loader, which can be read again.",
                 name=missing[0],
             )
-        return {name: measured[name].statistics(size) for name in names}
+        return {name: target.moments(collector.by_name[name], measured[name]) for name in names}
 
     again = [depth for depth, name in enumerate(order) if name in scout.sums.looped]
     loop = order[again[0] : again[-1] + 1] if again else []

@@ -24,11 +24,14 @@ from bnfix.recalibrate.collector import (
     Collector,
     Cost,
     Source,
+    Target,
     as_stored,
-    over_groups,
+    drift,
+    eps_of,
+    stored_moments,
 )
 from bnfix.recalibrate.passes import Enough, Found, Kept, collect, one_pass
-from bnfix.recalibrate.settling import drift, eps_of
+from bnfix.recalibrate.reference import Reference
 
 #: Residual that is worth a word.
 _SMALL = 1e-3
@@ -48,6 +51,8 @@ class LayerStatistics:
     #: Largest standard error of a mean, by sqrt(var + eps); infinite from one example.
     mean_se: float
     var_se: float  # largest of a variance, divided by var + eps
+    #: Channels not matched to the reference in both moments: dead there or here, or far apart.
+    n_unmatched: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Effort:
 class Calibration:
     """What `recalibrate_` did."""
 
-    target: str  # population or train-batch B
+    target: str  # population, train-batch B or reference
     feed: str
     n_examples: int
     n_batches: int
@@ -126,7 +131,8 @@ def recalibrate_(
     *,
     target: str = "population",
     train_batch_size: int | None = None,
-    feed: str = "batch",
+    reference: nn.Module | None = None,
+    feed: str | None = None,
     samples: int | str | None = None,
     tolerance: float = 0.04,
     memory_bytes: int | None = None,
@@ -150,10 +156,16 @@ def recalibrate_(
         batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``; with ``feed="sequential"`` it is
             read more than once.
         target: ``population``, the total variance; or ``train-batch``, what a training batch saw
-            on average: var - Vm / B, Vm the variance over examples of the per-example mean.
+            on average: var - Vm / B, Vm the variance over examples of the per-example mean; or
+            ``reference``: those that give each layer's normalized output the moments that the
+            original's has on the same examples, which may be few, and others than those of
+            training; see `bnfix.recalibrate.reference`. Standard errors are those of population
+            moments, which are larger.
         train_batch_size: B of ``train-batch``.
-        feed: what the layers above a layer see. ``batch``: its output normalized by the batch's own
-            moments, one pass. ``sequential``: its output in inference with its new moments, layer
+        reference: the original, with the same norm layers; only read. Costs one pass more.
+        feed: what the layers above a layer see. ``batch``, the default but for ``reference``, which
+            needs the other: its output normalized by the batch's own moments, one pass.
+            ``sequential``: its output in inference with its new moments, layer
             after layer, exact whatever the batches (as long as every pass gives the same examples).
             One pass, in which all batches wait for each other at each layer, if what they hold by
             then fits the memory. Otherwise, or where batches meet layers in different orders or a
@@ -188,7 +200,8 @@ def recalibrate_(
         What was measured and what was left alone.
 
     Raises:
-        ConfigError: if an option is not known or out of range, or ``train-batch`` lacks its size.
+        ConfigError: if an option is not known or out of range, or ``train-batch`` lacks its size;
+            if the original is missing or has other norm layers.
         NormError: if a pattern matches nothing, there is no layer to recalibrate, the data reach
             none, or under ``batch`` a layer gets a single value a channel.
         DataError: if there are no examples, or none in a later pass; if batches without a length do
@@ -210,7 +223,12 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    _check_options(target, train_batch_size, feed, samples, tolerance)
+    feed = feed or ("sequential" if target == "reference" else "batch")
+    _check_options(target, train_batch_size, reference, feed)
+    if not (samples >= 1 if isinstance(samples, int) else samples in (None, "auto")):
+        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
     if samples == "auto" and isinstance(batches, Iterator):
         raise ConfigError(
             "samples auto: the batches are a stream, which may have no end. Give a number.",
@@ -218,14 +236,17 @@ def recalibrate_(
         )
     started = time.perf_counter()
     sites, frozen = _sites(model, layers, skip, include_frozen)
-    size = train_batch_size if target == "train-batch" else None
+    rule = Target(train_batch_size if target == "train-batch" else None)
+    if reference is not None:
+        rule = Reference(reference, model, sites)
     auto = Enough(tolerance) if samples == "auto" else None
     keeper = None
     if state is not None:
         settings = {
-            "target": target, "size": size, "feed": feed, "samples": samples, "of": identity,
-            "tolerance": tolerance, "layers": [site.name for site in sites],
+            "target": target, "size": rule.batch_size, "feed": feed, "samples": samples,
+            "of": identity, "tolerance": tolerance, "layers": [site.name for site in sites],
             **({} if precision == "fp32" else {"precision": precision}),
+            **({} if reference is None else {"reference": identity_of(reference, {})}),
         }  # fmt: skip
         keeper = Kept(state, identity_of(model, settings))
     source = Source(
@@ -233,14 +254,14 @@ def recalibrate_(
         batches=batches,
         forward=forward,
         samples=samples if isinstance(samples, int) else None,
-        train_batch_size=size,
+        target=rule,
     )
     with runtime.autocast(runtime.device_of(model), precision):
         found = collect(source, sites, feed, auto, memory_bytes, keeper)
     records = _written(source, found)
     names, reached = [site.name for site in sites], found.collector.sums.measured
     return Calibration(
-        target=target if size is None else f"train-batch {size}",
+        target=rule.name,
         feed=feed,
         n_examples=found.seen.n_examples,
         n_batches=found.seen.n_batches,
@@ -268,13 +289,8 @@ def _effort(source: Source, found: Found, keeper: Kept | None, seconds: float) -
     n_resumed = 0 if keeper is None else keeper.n_resumed
     # An earlier run's time is not known.
     rate = found.seen.n_examples * found.passes / max(seconds, 1e-9) if not n_resumed else None
-    return Effort(
-        seconds=seconds,
-        cost=source.cost,
-        n_processes=distributed.here().size,
-        n_resumed=n_resumed,
-        examples_per_second=rate,
-    )
+    size = distributed.here().size
+    return Effort(seconds, source.cost, size, n_resumed=n_resumed, examples_per_second=rate)
 
 
 def _sites(
@@ -302,7 +318,7 @@ def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
     sites, measured = found.collector.by_name, found.collector.sums.measured
     with source.cost.measuring():
         new = {
-            name: found.nearest.get(name) or sums.statistics(source.train_batch_size)
+            name: found.nearest.get(name) or source.target.moments(sites[name], sums)
             for name, sums in measured.items()
         }
     stored = {name: as_stored(sites[name], *moments) for name, moments in new.items()}
@@ -314,7 +330,8 @@ def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
                 name=name,
             )
     records = tuple(
-        _record(sites[name], sums, new[name], found.calls[name]) for name, sums in measured.items()
+        _record(source, sites[name], sums, new[name], found.calls[name])
+        for name, sums in measured.items()
     )
     for name, (mean, var) in stored.items():
         buffers: Any = sites[name].module._buffers
@@ -356,43 +373,43 @@ def residuals(
     for site in sites:
         if site.name in measured:
             fresh = measured[site.name].statistics(None)
-            mean_shift, log_var_ratio = drift(_own_moments(site), fresh, eps_of(site))
+            mean_shift, log_var_ratio = drift(stored_moments(site), fresh, eps_of(site))
             found[site.name] = (log_var_ratio, mean_shift)
     return found
 
 
 def _check_options(
-    target: str,
-    train_batch_size: int | None,
-    feed: str,
-    samples: int | str | None,
-    tolerance: float,
+    target: str, train_batch_size: int | None, reference: nn.Module | None, feed: str
 ) -> None:
-    if target not in ("population", "train-batch") or feed not in ("batch", "sequential"):
+    known = target in ("population", "train-batch", "reference")
+    if not known or feed not in ("batch", "sequential"):
         raise ConfigError(
-            f"target {target!r}, feed {feed!r}: expected population or train-batch, batch or "
-            "sequential."
+            f"target {target!r}, feed {feed!r}: expected population, train-batch or reference, "
+            "batch or sequential."
+        )
+    if target == "reference" and feed == "batch":
+        raise ConfigError(
+            "target reference: needs the sequential feed. Under the batch feed a layer sees what "
+            "batches normalized by themselves, which the original's stored statistics never gave.",
+            name="feed",
         )
     if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
         raise ConfigError("target train-batch: give train_batch_size, at least 1.")
-    known = samples >= 1 if isinstance(samples, int) else samples in (None, "auto")
-    if not known:
-        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
-    if not tolerance > 0:
-        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
-
-
-def _own_moments(site: NormSite) -> tuple[Tensor, Tensor]:
-    """The moments that the layer holds, as it uses them, in float64."""
-    mean: Any = site.module._buffers["running_mean"]
-    var: Any = site.module._buffers["running_var"]
-    return over_groups(site, mean.double(), var.double())
+    if (target == "reference") != (reference is not None):
+        raise ConfigError(
+            "target reference: give the original as reference=; no other target takes one.",
+            name="reference",
+        )
 
 
 def _record(
-    site: NormSite, accumulator: Accumulator, new: tuple[Tensor, Tensor], n_calls: int
+    source: Source,
+    site: NormSite,
+    accumulator: Accumulator,
+    new: tuple[Tensor, Tensor],
+    n_calls: int,
 ) -> LayerStatistics:
-    mean_shift, log_var_ratio = drift(_own_moments(site), new, eps_of(site))
+    mean_shift, log_var_ratio = drift(stored_moments(site), new, eps_of(site))
     mean_se, var_se = accumulator.errors()
     spread = new[1] + eps_of(site)
     return LayerStatistics(
@@ -405,6 +422,7 @@ def _record(
         log_var_ratio=log_var_ratio,
         mean_se=float((mean_se / spread.sqrt()).max()),
         var_se=float((var_se / spread).max()),
+        n_unmatched=source.target.unmatched.get(site.name, 0),
     )
 
 
@@ -412,6 +430,13 @@ def describe_missing(calibration: Calibration) -> list[str]:
     """Sentences for the report on layers that were passed over."""
     trust, layers = calibration.trust, calibration.exceptions
     sentences = []
+    unmatched = [layer for layer in calibration.layers if layer.n_unmatched]
+    if unmatched:
+        worst = max(unmatched, key=lambda layer: layer.n_unmatched)
+        sentences.append(
+            f"{sum(layer.n_unmatched for layer in unmatched)} channels, most in {worst.name}, are "
+            "dead or do not match the original; they keep its scale or get population moments."
+        )
     if n_resumed := calibration.effort.n_resumed:
         sentences.append(
             f"{n_resumed} examples were not run again; an interrupted run had kept what they "
