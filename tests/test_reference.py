@@ -189,7 +189,7 @@ def test_dead_channels_are_counted_and_stay_finite():
     # Population moments.
     torch.testing.assert_close(mean[1:3], z_mean[1:3], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(var[1:3], z_var[1:3], rtol=1e-5, atol=1e-5)
-    assert any("4 channels, most in bn1, are dead" in line for line in describe_missing(done))
+    assert any("4 channels (of bn1) are dead" in line for line in describe_missing(done))
 
 
 def test_a_layer_that_the_original_never_reaches_gets_population_moments():

@@ -155,53 +155,47 @@ def recalibrate_(
         model: stock or generalized norm layers, on the device to run on.
         batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``; with ``feed="sequential"`` it is
             read more than once.
-        target: ``population``, the total variance; or ``train-batch``, what a training batch saw
-            on average: var - Vm / B, Vm the variance over examples of the per-example mean; or
-            ``reference``: those that give each layer's normalized output the moments that the
-            original's has on the same examples, which may be few, and others than those of
-            training; see `bnfix.recalibrate.reference`. Standard errors are those of population
-            moments, which are larger.
+        target: ``population``, the total variance; ``train-batch``, what a training batch saw on
+            average: var - Vm / B, Vm the variance over examples of the per-example mean; or
+            ``reference``, those that give each layer's output the moments that the original's has
+            on the same examples (`bnfix.recalibrate.reference`), which may be few, and others than
+            those of training. Standard errors are those of population moments, which are larger.
         train_batch_size: B of ``train-batch``.
         reference: the original, with the same norm layers; only read. Costs one pass more.
-        feed: what the layers above a layer see. ``batch``, the default but for ``reference``, which
-            needs the other: its output normalized by the batch's own moments, one pass.
-            ``sequential``: its output in inference with its new moments, layer
-            after layer, exact whatever the batches (as long as every pass gives the same examples).
-            One pass, in which all batches wait for each other at each layer, if what they hold by
-            then fits the memory. Otherwise, or where batches meet layers in different orders or a
+        feed: what the layers above a layer see. ``batch``, the default: its output normalized by
+            the batch's own moments, one pass. ``sequential``, the only one of ``reference``: its
+            output in inference with its new moments, layer after layer, exact whatever the batches
+            (if every pass gives the same examples). One pass, in which all batches wait for each
+            other at each layer, if what they hold fits the memory, and the first two by themselves
+            meet the same moments. Otherwise, or where batches meet layers in different orders or a
             layer more than once: one pass, and one (shortening) pass for each layer but the first.
-            A layer called more than once is measured until it settles, or else gets the moments
-            that came nearest. A walk is checked: the first two batches, run again by themselves,
-            must meet the same moments; if not, there are passes instead.
+            A layer called more than once is measured until it settles, or gets the moments that
+            came nearest.
         samples: stop after the batch with which this number of examples is reached; needed where
-            the batches have no length and more than 100,000 examples; ``auto``: with
-            which every layer's errors are small enough; under ``sequential`` a pass of the batch
-            feed decides that. Not for a stream, which may have no end.
+            more than 100,000 examples come without a length; ``auto``: with which every layer's
+            errors are small enough, by a pass of the batch feed; not for a stream.
         tolerance: what is small enough for ``auto``: root mean square over a layer's channels of
             the standard errors of mean (by sqrt(var + eps)) or variance (by var + eps).
-        memory_bytes: what the walking batches may hold, at most; by default a quarter of the
-            memory that is free; 0 for passes.
+        memory_bytes: most that the walking batches may hold; a quarter of the free memory by
+            default; 0 for passes.
         forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
         precision: of the forward passes, ``fp32``, ``bf16`` or ``fp16`` (autocast). What layers
-            meet is measured in float32 and summed in float64 whatever it is, but is itself rounded:
-            with bf16 by 8 bits, once a convolution.
+            meet is measured in float32 and summed in float64, but is itself rounded: with bf16 by 8
+            bits, once a convolution.
         layers: only names that match one of these globs.
         skip: not names that match one of these globs.
         include_frozen: also layers that are frozen by their modes: in evaluation mode and without
-            gradients in scale and shift, while the model as a whole is in training mode. In a model
-            that is in evaluation mode as a whole no layer counts as frozen.
-        state: folder for what passes have measured so far, one file a rank, written every half a
-            minute or so. A run that finds its state there goes on from it, to the same numbers. A
-            walk, which is one pass, starts over.
-        identity: what else tells this run from others, such as a fingerprint of the data; model
-            and options always do.
+            gradients in scale and shift, while the model as a whole is in training mode.
+        state: folder for what passes have measured so far, one file a rank. A run that finds its
+            state there goes on from it, to the same numbers; a walk, one pass, starts over.
+        identity: what else tells this run from others, such as a fingerprint of the data.
 
     Returns:
         What was measured and what was left alone.
 
     Raises:
-        ConfigError: if an option is not known or out of range, or ``train-batch`` lacks its size;
-            if the original is missing or has other norm layers.
+        ConfigError: if an option is unknown, out of range or missing, or the original has other
+            norm layers.
         NormError: if a pattern matches nothing, there is no layer to recalibrate, the data reach
             none, or under ``batch`` a layer gets a single value a channel.
         DataError: if there are no examples, or none in a later pass; if batches without a length do
@@ -224,16 +218,8 @@ def recalibrate_(
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
     feed = feed or ("sequential" if target == "reference" else "batch")
-    _check_options(target, train_batch_size, reference, feed)
-    if not (samples >= 1 if isinstance(samples, int) else samples in (None, "auto")):
-        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
-    if not tolerance > 0:
-        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
-    if samples == "auto" and isinstance(batches, Iterator):
-        raise ConfigError(
-            "samples auto: the batches are a stream, which may have no end. Give a number.",
-            name="samples",
-        )
+    _check_target(target, train_batch_size, reference, feed)
+    _check_samples(samples, tolerance, batches)
     started = time.perf_counter()
     sites, frozen = _sites(model, layers, skip, include_frozen)
     rule = Target(train_batch_size if target == "train-batch" else None)
@@ -369,16 +355,16 @@ def residuals(
     collector = Collector(sites, source.cost, by_batch=False)
     if one_pass(source, collector).n_examples == 0:
         raise DataError("residuals: no examples. Give at least one batch.")
-    found, measured = {}, collector.sums.measured
+    found = {}
     for site in sites:
-        if site.name in measured:
-            fresh = measured[site.name].statistics(None)
+        if sums := collector.sums.measured.get(site.name):
+            fresh = sums.statistics(None)
             mean_shift, log_var_ratio = drift(stored_moments(site), fresh, eps_of(site))
             found[site.name] = (log_var_ratio, mean_shift)
     return found
 
 
-def _check_options(
+def _check_target(
     target: str, train_batch_size: int | None, reference: nn.Module | None, feed: str
 ) -> None:
     known = target in ("population", "train-batch", "reference")
@@ -387,18 +373,30 @@ def _check_options(
             f"target {target!r}, feed {feed!r}: expected population, train-batch or reference, "
             "batch or sequential."
         )
-    if target == "reference" and feed == "batch":
-        raise ConfigError(
-            "target reference: needs the sequential feed. Under the batch feed a layer sees what "
-            "batches normalized by themselves, which the original's stored statistics never gave.",
-            name="feed",
-        )
     if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
         raise ConfigError("target train-batch: give train_batch_size, at least 1.")
     if (target == "reference") != (reference is not None):
         raise ConfigError(
             "target reference: give the original as reference=; no other target takes one.",
             name="reference",
+        )
+    if target == "reference" and feed == "batch":
+        raise ConfigError(
+            "target reference: needs the sequential feed. Under the batch feed a layer sees what "
+            "batches normalized by themselves, which the original's stored statistics never gave.",
+            name="feed",
+        )
+
+
+def _check_samples(samples: int | str | None, tolerance: float, batches: runtime.Batches) -> None:
+    if not (samples >= 1 if isinstance(samples, int) else samples in (None, "auto")):
+        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
+    if samples == "auto" and isinstance(batches, Iterator):
+        raise ConfigError(
+            "samples auto: the batches are a stream, which may have no end. Give a number.",
+            name="samples",
         )
 
 
@@ -429,35 +427,36 @@ def _record(
 def describe_missing(calibration: Calibration) -> list[str]:
     """Sentences for the report on layers that were passed over."""
     trust, layers = calibration.trust, calibration.exceptions
-    sentences = []
     unmatched = [layer for layer in calibration.layers if layer.n_unmatched]
-    if unmatched:
-        worst = max(unmatched, key=lambda layer: layer.n_unmatched)
-        sentences.append(
-            f"{sum(layer.n_unmatched for layer in unmatched)} channels, most in {worst.name}, are "
-            "dead or do not match the original; they keep its scale or get population moments."
-        )
-    if n_resumed := calibration.effort.n_resumed:
-        sentences.append(
-            f"{n_resumed} examples were not run again; an interrupted run had kept what they "
-            "measured."
-        )
-    if trust.slowest:
-        reached = "were enough" if trust.is_enough else "are all there are, and not enough"
-        sentences.append(
-            f"{calibration.n_examples} examples {reached}; the last layer to be known well was "
-            f"{trust.slowest}."
-        )
-    if trust.disturbed:
-        sentences.append(
+    enough = "were enough" if trust.is_enough else "are all there are, and not enough"
+    sentences = (
+        (
+            calibration.effort.n_resumed,
+            f"{calibration.effort.n_resumed} examples were not run again; an interrupted run had "
+            "kept what they measured.",
+        ),
+        (
+            trust.slowest,
+            f"{calibration.n_examples} examples {enough}; the last layer to be known well was "
+            f"{trust.slowest}.",
+        ),
+        (
+            trust.disturbed,
             "the network keeps activations or counts on itself while it runs, or is random, so the "
-            "batches ran one after the other, not together."
-        )
-    if trust.residual > _SMALL:
-        sentences.append(
+            "batches ran one after the other, not together.",
+        ),
+        (
+            trust.residual > _SMALL,
             f"they did not settle; a pass with them meets others, by {trust.residual:.2g} of a "
-            "deviation at the worst layer."
-        )
+            "deviation at the worst layer.",
+        ),
+        (
+            unmatched,
+            f"{sum(layer.n_unmatched for layer in unmatched)} channels (of "
+            f"{some([layer.name for layer in unmatched])}) are dead or do not match the original; "
+            "they keep its scale or get population moments.",
+        ),
+    )
     others = [name for name in layers.left_alone if name not in layers.frozen]
     listed = (
         (
@@ -469,6 +468,5 @@ def describe_missing(calibration: Calibration) -> list[str]:
         (layers.never_reached, "never reached by the data; their statistics are as they were"),
         (others, "frozen, excluded, without statistics or not known; left alone"),
     )
-    return [f"population statistics: {sentence}" for sentence in sentences] + [
-        f"{some(names)}: {text}." for names, text in listed if names
-    ]
+    found = [f"population statistics: {sentence}" for applies, sentence in sentences if applies]
+    return found + [f"{some(names)}: {text}." for names, text in listed if names]
