@@ -14,8 +14,7 @@ from bnfix.core.settings import WeightRecipe
 from bnfix.metrics.compare import compare
 from bnfix.metrics.evaluate import Score, evaluate
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
-from bnfix.weights.choose import choose_example_weight_, weighable_layers, weights_of
-from bnfix.weights.search import WeightSearch
+from bnfix.weights.choose import WeightSearch, choose_example_weight_, weighable_layers, weights_of
 
 N_CLASSES = 4
 

@@ -28,8 +28,7 @@ from bnfix.report.plots import SHADE
 from bnfix.report.records import DataUsed, Evaluated, LayerRow, Trials
 from bnfix.report.report import Report, report_paths
 from bnfix.training.finetune import Finetuning, TrainingPoint
-from bnfix.weights.choose import WeightChoice
-from bnfix.weights.search import CurvePoint
+from bnfix.weights.choose import CurvePoint, WeightChoice
 
 HOSTILE = '<script>alert(1)</script>](javascript:x) | `a`\n\r"onload="x" $\\frac$ _\x00\u202e漢'
 TEMPLATES = Path(pages.__file__).parent / "templates"

@@ -34,7 +34,7 @@ from bnfix.jobs.inputs import (
     silent,
 )
 from bnfix.jobs.session import load_one
-from bnfix.metrics.movement import all_outputs
+from bnfix.metrics.robustness import all_outputs
 from bnfix.models.build import input_channels
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.norm.sites import find_norms

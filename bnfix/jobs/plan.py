@@ -39,7 +39,7 @@ from bnfix.metrics.evaluate import labels_of
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.norm.sites import find_norms
-from bnfix.training.parameters import parameter_groups
+from bnfix.training.loop import parameter_groups
 
 _Recipe = TypeVar("_Recipe")
 _BATCHES = 2

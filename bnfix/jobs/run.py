@@ -26,7 +26,7 @@ from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import STATISTICS, Step, is_gated, open_plan, resolve
 from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.metrics import Metrics
-from bnfix.metrics.movement import MOST_IMAGES, Moved, Recorded, moved, record
+from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.recalibrate.recalibrate import Calibration, residuals
 from bnfix.report.records import (
     DataUsed,

@@ -28,7 +28,7 @@ from bnfix.core.settings import (
 from bnfix.jobs.fits import Fits, Fitted, State
 from bnfix.jobs.inputs import Track
 from bnfix.jobs.session import Plan, Workbench, open_workbench
-from bnfix.metrics.movement import MOST_IMAGES
+from bnfix.metrics.robustness import MOST_IMAGES
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import Change, plan_swap, swap_planned_

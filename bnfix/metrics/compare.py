@@ -13,8 +13,15 @@ from scipy.special import (  # as scipy.stats computes them, which takes long to
 )
 
 from bnfix.core.errors import ConfigError, DataError
-from bnfix.metrics.intervals import LEVEL, Array, Interval, middle, resampled_means
-from bnfix.metrics.metrics import Metrics, PerExample
+from bnfix.metrics.metrics import (
+    LEVEL,
+    Array,
+    Interval,
+    Metrics,
+    PerExample,
+    middle,
+    resampled_means,
+)
 
 #: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
 ROUNDING = 1e-6

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnfix.core.errors import ConfigError, ModelError, one_line, plain
 from bnfix.metrics.evaluate import Outputs
-from bnfix.metrics.intervals import Array, Interval, middle
+from bnfix.metrics.metrics import Array, Interval, middle
 from bnfix.models.build import import_callable
 
 #: Each resample calls the user's code once more.

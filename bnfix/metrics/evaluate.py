@@ -13,9 +13,15 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, ModelError, NumericError
-from bnfix.metrics.intervals import Array
-from bnfix.metrics.metrics import Metrics, as_array, checked_labels, measure, refuse_not_finite
-from bnfix.metrics.temperature import nll_of
+from bnfix.metrics.metrics import (
+    Array,
+    Metrics,
+    as_array,
+    checked_labels,
+    measure,
+    nll_of,
+    refuse_not_finite,
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

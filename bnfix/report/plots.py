@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from bnfix.metrics.compare import Decision
-from bnfix.metrics.intervals import Array
-from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.metrics import Array, Metrics
 from bnfix.metrics.robustness import Shifted
 from bnfix.report.pages import clean, percent
 from bnfix.report.svg import FIRST, INK, LAST, LOSS, MUTED, Picture, picture
 from bnfix.training.finetune import Finetuning
-from bnfix.weights.search import CurvePoint
+from bnfix.weights.choose import CurvePoint
 
 #: The darkest cell of a heat map: text must stay legible on it, in light and in dark.
 SHADE = 0.45

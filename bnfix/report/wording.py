@@ -11,7 +11,7 @@ from typing import Any
 from bnfix.core.errors import Note, some
 from bnfix.metrics.compare import Decision, Paired, compare
 from bnfix.metrics.custom import Custom
-from bnfix.metrics.movement import Moved
+from bnfix.metrics.robustness import Moved
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report.pages import clean, count, difference, direction, number, percent

@@ -30,8 +30,15 @@ from bnfix.norm.layer import (
     set_example_weight_,
     trainable_weights,
 )
-from bnfix.training.loop import Run, Setting, followed, n_steps_of, training_norms
-from bnfix.training.parameters import head_of, parameter_groups
+from bnfix.training.loop import (
+    Run,
+    Setting,
+    followed,
+    head_of,
+    n_steps_of,
+    parameter_groups,
+    training_norms,
+)
 from bnfix.weights.choose import weighable_layers
 
 _START = 0.05  # least example weight to learn from, as in `WeightRecipe.start`

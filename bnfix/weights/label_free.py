@@ -37,7 +37,7 @@ from bnfix.norm.layer import (
     set_example_weight_,
 )
 from bnfix.norm.moments import example_moments, mix, over_channel_groups
-from bnfix.weights.search import best_root, descent
+from bnfix.weights.choose import best_root, descent
 
 #: Examples that the fits look at, at most: one or two numbers a layer need no more.
 MOST_EXAMPLES = 1024
