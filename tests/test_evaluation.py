@@ -13,8 +13,9 @@ from torch import nn
 
 from bnfix.core.errors import BnfixError, DataError, ModelError, NumericError
 from bnfix.metrics.compare import ROUNDING, compare, paired_examples
-from bnfix.metrics.evaluate import Outputs, collect, evaluate, labels_of, score
+from bnfix.metrics.evaluate import Outputs, collect, evaluate, score
 from bnfix.metrics.metrics import measure
+from bnfix.metrics.task import labels_of
 from tests import nets
 
 METRICS = ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece")

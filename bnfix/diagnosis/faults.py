@@ -15,7 +15,7 @@ from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError, NumericError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.diagnosis.advice import Fault, Finding, finding
-from bnfix.metrics.evaluate import labels_of
+from bnfix.metrics.task import labels_of
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
 from bnfix.recalibrate.recalibrate import residuals
 

@@ -35,7 +35,7 @@ from bnfix.data.batches import Batch, Batches
 from bnfix.data.fingerprints import data_record
 from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import Work, is_gated, resolve, work_of
-from bnfix.metrics.evaluate import labels_of
+from bnfix.metrics.task import labels_of
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.norm.sites import find_norms

@@ -15,13 +15,13 @@ from scipy.special import (  # as scipy.stats computes them, which takes long to
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.metrics.metrics import (
     LEVEL,
-    Array,
     Interval,
     Metrics,
     PerExample,
     middle,
     resampled_means,
 )
+from bnfix.metrics.task import Array
 
 #: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
 ROUNDING = 1e-6
@@ -80,12 +80,9 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
     if before.problem or after.problem:
         return _without_differences(before.problem, after.problem)
     old, new = paired_examples(before, after)
+    right = new.right.astype(np.float64) - old.right
     columns = np.column_stack(
-        [
-            new.right.astype(np.float64) - old.right,
-            new.losses - old.losses,
-            new.scaled_losses - old.scaled_losses,
-        ]
+        [right, new.losses - old.losses, new.scaled_losses - old.scaled_losses]
     )
     means = columns.mean(0)
     intervals = map(middle, resampled_means(columns, seed).T, means)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from bnfix.core.errors import ConfigError, ModelError, one_line, plain
 from bnfix.metrics.evaluate import Outputs
-from bnfix.metrics.metrics import Array, Interval, middle
+from bnfix.metrics.metrics import Interval, middle
+from bnfix.metrics.task import Array, as_array
 from bnfix.models.build import import_callable
 
 #: Each resample calls the user's code once more.
@@ -130,9 +130,7 @@ def _called(name: str, function: MetricFunction, x: Array, y: Array | None) -> d
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
-    array = np.asarray(value)
+    array = as_array(value)
     return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiub" else None
 
 

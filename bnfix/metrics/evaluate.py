@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +15,8 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, ModelError, NumericError
-from bnfix.metrics.metrics import (
-    Array,
-    Metrics,
-    as_array,
-    checked_labels,
-    measure,
-    nll_of,
-    refuse_not_finite,
-)
+from bnfix.metrics.metrics import Metrics, measure, nll_of, refuse_not_finite
+from bnfix.metrics.task import LABELS, Array, as_array, caller, raw_labels
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -114,20 +109,6 @@ def score(
     return Score(len(labels), float(losses.mean()), float(right.mean()), losses)
 
 
-def labels_of(
-    batch: Any, n_examples: int, n_classes: int, *, model: nn.Module | None = None
-) -> Array | None:
-    """Labels of a batch as int64, checked against logits `(N, K)`; `model` as for `unpack`."""
-    labels = _raw_labels(batch, model)
-    return None if labels is None else checked_labels(labels, n_examples, n_classes)
-
-
-def _raw_labels(batch: Any, model: nn.Module | None = None) -> Any:
-    if isinstance(batch, Mapping):
-        batch = {"x": None, **batch}  # inputs may have any names where forward= is given
-    return runtime.unpack(batch, model)[1]
-
-
 def collect(
     models: Sequence[nn.Module],
     batches: Iterable[Any],
@@ -139,35 +120,23 @@ def collect(
     """Run several models over the same batches, which are read once."""
     gathered = [_Gathered(model, any_task) for model in models]
 
-    def own_share() -> list[_Gathered]:
+    def own_share() -> list[tuple[list[_Row], float]]:
         with ExitStack() as modes:
             for model in dict.fromkeys(models):
                 modes.enter_context(guards.inference(model))
             for batch in batches:
                 for one in gathered:
                     one.take(batch, forward, precision)
-        return gathered
+        return [(one.rows, one.rate) for one in gathered]
 
-    if distributed.here().shared:
-        shares = distributed.together(lambda: [one.share() for one in own_share()])
-        for one, parts in zip(gathered, zip(*shares, strict=True), strict=True):
-            one.put_together(parts)
-    else:
-        own_share()
-    labels = gathered[0].labels if gathered else []
-    n_batches, n_labelled = len(labels), sum(y is not None for y in labels)
-    if not gathered or gathered[0].n_seen == 0:
+    shares = distributed.together(own_share)
+    if not any(len(found) for share in shares for rows, _ in share for found, *_ in rows):
         raise DataError("evaluation: no examples. Give at least one batch.")
-    if 0 < n_labelled < n_batches:
-        raise DataError(
-            f"labels: {n_batches - n_labelled} of {n_batches} batches have none. Give labels "
-            "in all batches, or in none."
-        )
-    return [one.outputs() for one in gathered]
+    return [_put_together(parts) for parts in zip(*shares, strict=True)]
 
 
-#: Outputs, labels and positions by batch, and examples a second, of one rank.
-_Share = tuple[list[Array], list[Array | None], list[Array | None], float]
+#: Outputs, labels and positions of one batch.
+_Row = tuple[Array, Array | None, Array | None]
 
 
 class _Gathered:
@@ -175,67 +144,98 @@ class _Gathered:
 
     def __init__(self, model: nn.Module, any_task: bool) -> None:
         self.model, self.any_task, self.device = model, any_task, runtime.device_of(model)
-        self.found: list[Array] = []
-        self.labels: list[Array | None] = []
-        self.positions: list[Array | None] = []
-        self.n_seen = self._n_timed = 0
-        self._seconds = 0.0
-        self._others_rate = 0.0
+        self.rows: list[_Row] = []
+        self._n_timed, self._seconds = 0, 0.0
 
-    def share(self) -> _Share:
-        """What this rank has, for the others."""
-        rate = self._n_timed / max(self._seconds, 1e-9)
-        return self.found, self.labels, self.positions, rate
-
-    def put_together(self, parts: Sequence[_Share]) -> None:
-        """What all ranks have, in the order in which batches were dealt."""
-        self.found = distributed.interleaved([found for found, *_ in parts])
-        self.labels = distributed.interleaved([labels for _, labels, *_ in parts])
-        self.positions = distributed.interleaved([positions for *_, positions, _ in parts])
-        self.n_seen = sum(map(len, self.found))
-        own = self._n_timed / max(self._seconds, 1e-9)
-        self._others_rate = sum(rate for *_, rate in parts) - own
+    @property
+    def rate(self) -> float:
+        """Examples a second."""
+        return self._n_timed / max(self._seconds, 1e-9)
 
     def take(self, batch: Any, forward: runtime.Forward | None, precision: str) -> None:
+        if len(self.rows) == 1:
+            self._n_timed, self._seconds = 0, 0.0  # the first batch also warms up
         started = time.perf_counter()
         with runtime.autocast(self.device, precision):
             output = runtime.run(self.model, batch, self.device, forward)
             rows = self.any_task and isinstance(output, Tensor) and output.ndim > 0
             tensor: Tensor = output if rows else runtime.logits_of(output)
         found = tensor.float().cpu().numpy()
-        if self.n_seen == self._n_timed and self._n_timed:
-            self._n_timed, self._seconds = 0, 0.0  # the first batch also warms up
         self._n_timed += len(found)
         self._seconds += time.perf_counter() - started
-        self._check(found)
-        self.found.append(found)
-        caller = None if forward or runtime.has_forward(self.model) else self.model
+        if self.rows:
+            _check_shape(found.shape[1:], self.rows[0][0].shape[1:], len(self.rows))
         if self.any_task:
-            labels = _raw_labels(batch)
-            self.labels.append(None if labels is None else as_array(labels))
+            raw = raw_labels(batch)
+            labels = None if raw is None else as_array(raw)
         else:
-            self.labels.append(labels_of(batch, *found.shape, model=caller))
+            targets = LABELS.targets(batch, tensor, caller(self.model, forward))
+            labels = None if targets is None else targets.cpu().numpy()
         index = getattr(batch, "index", None)  # of plain tuples a method
-        self.positions.append(index if isinstance(index, np.ndarray) else None)
-        self.n_seen += len(found)
+        self.rows.append((found, labels, index if isinstance(index, np.ndarray) else None))
 
-    def _check(self, found: Array) -> None:
-        if self.found and found.shape[1:] != self.found[0].shape[1:]:
-            new, old = found.shape[1:], self.found[0].shape[1:]
-            if len(new) == len(old) == 1:
-                raise ModelError(
-                    f"evaluation: {new[0]} logits in batch {len(self.found)}, but {old[0]} before "
-                    "it. Expected one number of classes."
-                )
-            raise ModelError(
-                f"evaluation: outputs of shape {new} an example in batch {len(self.found)}, but "
-                f"{old} before it. Expected one shape."
-            )
 
-    def outputs(self) -> Outputs:
-        given = [y for y in self.labels if y is not None]
-        rate = self._n_timed / max(self._seconds, 1e-9) + self._others_rate
-        labels = np.concatenate(given) if given else None
-        known = [index for index in self.positions if index is not None]
-        positions = np.concatenate(known) if len(known) == len(self.found) else None
-        return Outputs(np.concatenate(self.found), labels, rate, positions)
+def _check_shape(new: tuple[int, ...], old: tuple[int, ...], n_batches: int) -> None:
+    if new == old:
+        return
+    if len(new) == len(old) == 1:
+        raise ModelError(
+            f"evaluation: {new[0]} logits in batch {n_batches}, but {old[0]} before it. Expected "
+            "one number of classes."
+        )
+    raise ModelError(
+        f"evaluation: outputs of shape {new} an example in batch {n_batches}, but {old} before "
+        "it. Expected one shape."
+    )
+
+
+def _put_together(parts: Sequence[tuple[list[_Row], float]]) -> Outputs:
+    """One model's rows of all ranks, in the order in which batches were dealt."""
+    rows = distributed.interleaved([rows for rows, _ in parts])
+    labels = [labels for _, labels, _ in rows if labels is not None]
+    positions = [index for *_, index in rows if index is not None]
+    if labels and len(labels) < len(rows):
+        raise DataError(
+            f"labels: {len(rows) - len(labels)} of {len(rows)} batches have none. Give labels "
+            "in all batches, or in none."
+        )
+    return Outputs(
+        outputs=np.concatenate([found for found, *_ in rows]),
+        labels=np.concatenate(labels) if labels else None,
+        images_per_second=sum(rate for _, rate in parts),
+        positions=np.concatenate(positions) if len(positions) == len(rows) else None,
+    )
+
+
+def first_look(
+    what: str,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    forward: runtime.Forward | None = None,
+    of_output: Callable[[Any], Any] | None = None,
+) -> list[tuple[list[tuple[str, int]], Any]]:
+    """Run one batch on every rank: names and positions a map of the modules called, in order.
+
+    ``of_output`` says something small about the output, for all ranks to know.
+    """
+
+    def look() -> tuple[list[tuple[str, int]], Any] | None:
+        calls: list[tuple[str, int]] = []
+
+        def note(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+            calls.append((name, math.prod(output.shape[2:]) if len(output) else 0))
+
+        for batch in batches:
+            with guards.inference(model), guards.hooks() as handles:
+                for name, module in modules.items():
+                    handles.append(module.register_forward_hook(partial(note, name)))
+                output = runtime.run(model, batch, runtime.device_of(model), forward)
+            return calls, None if of_output is None else of_output(output)
+        return None
+
+    # A rank may have no batch.
+    found = [seen for seen in distributed.together(look) if seen is not None]
+    if not found:
+        raise DataError(f"{what}: no examples. Give at least one batch.")
+    return found

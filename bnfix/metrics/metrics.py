@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
 from bnfix.core.errors import DataError, NumericError
+from bnfix.metrics.task import Array, checked_labels
 
-Array = NDArray[Any]
 Interval = tuple[float, float]
 N_RESAMPLES = 1000
 LEVEL = 0.95
@@ -253,32 +250,6 @@ def refuse_not_finite(logits: Array) -> None:
             f"evaluation: the logits of example {int(finite.argmin())} (from 0) are not "
             "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
         )
-
-
-def as_array(labels: Any) -> Array:
-    """Labels of any kind, a tensor of a device among them, as they are."""
-    return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
-
-
-def checked_labels(labels: Any, n: int, k: int) -> Array:
-    """Labels of any kind as plain class indices."""
-    try:
-        array = as_array(labels)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"labels: {error}. Give one integer an example.") from error
-    if k == 2 and array.shape in ((n,), (n, 1)) and np.isin(array, (0, 1)).all():
-        array = array.reshape(n).astype(np.int64)  # as binary cross-entropy takes them
-    if array.dtype.kind not in "iub" or array.shape != (n,):
-        raise DataError(
-            f"labels: {array.dtype} of shape {array.shape} for {n} examples, expected one integer "
-            "an example. Give forward= and integer labels for unusual batches."
-        )
-    if n and not 0 <= array.min() <= array.max() < k:
-        raise DataError(
-            f"labels: from {array.min()} to {array.max()}, expected 0 to {k - 1}, as the model has "
-            f"{k} outputs. Check the class map."
-        )
-    return array.astype(np.int64)
 
 
 def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array, Array]:

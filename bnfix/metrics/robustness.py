@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -90,22 +91,18 @@ def record(model: nn.Module, batches: Iterable[Any], precision: str) -> Recorded
 
 def moved(before: Recorded, after: Recorded) -> Moved:
     """Compare the outputs of two models on the same images."""
-    pairs = [
-        (a, b)
-        for old, new in zip(before.tensors, after.tensors, strict=False)
-        for a, b in zip(old, new, strict=False)
-    ]
+    old, new = (list(chain.from_iterable(one.tensors)) for one in (before, after))
     rms = None
-    same = [list(map(len, one.tensors)) for one in (before, after)]
-    if pairs and same[0] == same[1] and all(a.shape == b.shape for a, b in pairs):
+    if old and [t.shape for t in old] == [t.shape for t in new]:
+        pairs = list(zip(old, new, strict=True))
         change = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
         size = sum(float(a.double().square().sum()) for a, _ in pairs)
         ratio = (change / size) ** 0.5 if size else float("inf") if change else 0.0
         rms = ratio if torch.tensor(ratio).isfinite() else None
     top1 = None
     if before.classes and after.classes:
-        old, new = torch.cat(before.classes), torch.cat(after.classes)
-        top1 = float((old[: len(new)] != new[: len(old)]).double().mean())
+        was, now = torch.cat(before.classes), torch.cat(after.classes)
+        top1 = float((was[: len(now)] != now[: len(was)]).double().mean())
     return Moved(rms, top1, min(before.n, after.n))
 
 
@@ -133,13 +130,11 @@ def shifted(
 ) -> list[Shifted]:
     """Judge several models by their logits for the same corrupted images."""
     every = [measured(one, seed) for one in found]
-    rows = []
-    for i, (name, m) in enumerate(zip(names, every, strict=True)):
+    shown = ("top1", "nll", "nll_temperature_scaled")
+    rows: list[Shifted] = []
+    for name, m in zip(names, every, strict=True):
         if m.examples is None and not m.problem:
             raise DataError("--corruptions: the examples have no labels. Give labels.")
-        shown = ("top1", "nll", "nll_temperature_scaled")
-        kept = {key: m.interval[key] for key in shown if key in m.interval}
-        paired = compare(every[0], m, seed=seed) if i else None
         rows.append(
             Shifted(
                 model=name,
@@ -149,8 +144,8 @@ def shifted(
                 top1=m.top1,
                 nll=m.nll,
                 nll_temperature_scaled=m.nll_temperature_scaled,
-                interval=kept,
-                paired=paired,
+                interval={key: m.interval[key] for key in shown if key in m.interval},
+                paired=compare(every[0], m, seed=seed) if rows else None,
             )
         )
     return rows
@@ -184,7 +179,6 @@ def batch_invariance(
     index: np.ndarray,
     batch_size: int,
     *,
-    forward: runtime.Forward | None = None,
     precision: str = "fp32",
     seed: int = 0,
 ) -> list[BatchInvariance]:
@@ -193,7 +187,7 @@ def batch_invariance(
 
     def run(positions: np.ndarray, size: int) -> list[torch.Tensor]:
         batches = batches_of(positions, size)
-        found = collect(models, batches, forward=forward, precision=precision, any_task=True)
+        found = collect(models, batches, precision=precision, any_task=True)
         return [torch.from_numpy(one.outputs).flatten(1) for one in found]
 
     together, alone = run(index, batch_size), run(index, 1)

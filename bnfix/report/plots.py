@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from bnfix.metrics.compare import Decision
-from bnfix.metrics.metrics import Array, Metrics
+from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Shifted
+from bnfix.metrics.task import Array
 from bnfix.report.pages import clean, percent
 from bnfix.report.svg import FIRST, INK, LAST, LOSS, MUTED, Picture, picture
 from bnfix.training.finetune import Finetuning

@@ -14,7 +14,8 @@ import numpy as np
 from bnfix.checkpoints.save import check_folder, check_free, replace_whole, write_text
 from bnfix.core.errors import CheckpointError, ConfigError, plain
 from bnfix.metrics.evaluate import Outputs
-from bnfix.metrics.metrics import Array, chunks, log_softmax, nll_of
+from bnfix.metrics.metrics import chunks, log_softmax, nll_of
+from bnfix.metrics.task import Array
 
 SUFFIXES = (".csv", ".parquet")
 

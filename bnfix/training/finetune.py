@@ -22,9 +22,9 @@ from bnfix.checkpoints.save import (
     values_of,
 )
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, DataError, NormError, NumericError
+from bnfix.core.errors import ConfigError, NormError, NumericError
 from bnfix.core.settings import FinetuneRecipe
-from bnfix.metrics.evaluate import score
+from bnfix.metrics.evaluate import first_look, score
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     set_example_weight_,
@@ -108,9 +108,9 @@ def finetune_(
         forward: called as ``forward(model, batch)`` for unusual batches.
         seed: of dropout and other torch randomness, that of the batches included.
         after_epoch: called with the model before each evaluation, for example to recalibrate.
-        state: folder for the state of the run, written after every epoch and, at the next step's
-            end, on an interrupt. A run that finds its state there goes on from it, to the same
-            numbers, bit for bit on a CPU with as many threads.
+        state: folder for the state of the run, written after every epoch and on an interrupt. A
+            run that finds its state there goes on from it, to the same numbers, bit for bit on a
+            CPU with as many threads.
         identity: what else tells this run from others, such as a fingerprint of the data; model,
             recipe and seed always do.
         precision: of the forward and backward passes, ``fp32`` or ``bf16`` (autocast); evaluation
@@ -144,17 +144,16 @@ def finetune_(
     started = time.perf_counter()
     with guards.seeded(seed):
         batches, monitor = runtime.hold_out(batches, monitor, every=5)
-        groups = _groups(model, recipe, monitor, forward)
-        layers = _learned(model, recipe, weighable, monitor, forward)
-        n_steps = n_steps_of(recipe, batches)
         how = Setting(
             model=model,
             recipe=recipe,
-            n_steps=n_steps,
             forward=forward,
             precision=precision,
             include_frozen=include_frozen,
         )
+        groups = _groups(how, monitor)
+        layers = _learned(how, weighable, monitor)
+        n_steps = n_steps_of(recipe, batches)
         settings = {"recipe": asdict(recipe), "seed": seed, "n_steps": n_steps, "of": identity}
         # Only what is unusual, so that states of earlier versions are still known.
         settings |= {} if precision == "fp32" else {"precision": precision}
@@ -163,7 +162,7 @@ def finetune_(
         # The first rank's file holds for all: what is trained is the same on every rank.
         reads = folder is not None and distributed.here().is_first
         found = distributed.together(lambda: folder.read() if folder and reads else None)[0]
-        course = _Course(model, monitor, forward, folder)
+        course = _Course(how, monitor, folder)
         try:
             if not found:
                 course.add(0, 0, None)
@@ -172,7 +171,7 @@ def finetune_(
                 training_norms(model, recipe),
                 trainable_weights(layers, "channel", _START) as leaves,
             ):
-                run = Run(how, groups, leaves)
+                run = Run(how, n_steps, groups, leaves.values())
                 with guards.only_these_require_grad(model, run.parameters):
                     course.go(run, found, batches, after_epoch)
         except BaseException:
@@ -209,18 +208,12 @@ def _check(recipe: FinetuneRecipe, precision: str) -> None:
 class _Course:
     """The epochs so far, the best of them, and their state in a folder, if there is one."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        monitor: Iterable[Any],
-        forward: runtime.Forward | None,
-        folder: StateFolder | None,
-    ) -> None:
-        self._model, self._folder = model, folder
-        self._evaluate = partial(score, model, monitor, forward=forward)
+    def __init__(self, how: Setting, monitor: Iterable[Any], folder: StateFolder | None) -> None:
+        self._model, self._folder = how.model, folder
+        self._evaluate = partial(score, how.model, monitor, forward=how.forward)
         self.points: list[TrainingPoint] = []
         self.changed: dict[str, None] = {}
-        self.before = self._best = guards.Snapshot(model)
+        self.before = self._best = guards.Snapshot(how.model)
         self.best_epoch = 0
         self._best_values: dict[str, Any] | None = None
 
@@ -235,7 +228,7 @@ class _Course:
         if found is not None:
             self._resume_(run, found)
         with self._saved_on_interrupt(run) as check:
-            while run.count.step < run.how.n_steps:
+            while run.count.step < run.n_steps:
                 k = len(self.points) - 1
                 with guards.state_kept(self._model, but=followed(self._model)) as changed:
                     loss = run.one_epoch(partial(runtime.pass_of, batches, k), check)
@@ -311,18 +304,14 @@ class _Course:
 
 
 def _learned(
-    model: nn.Module,
-    recipe: FinetuneRecipe,
-    weighable: dict[str, GeneralizedBatchNorm] | None,
-    monitor: Iterable[Any],
-    forward: runtime.Forward | None,
+    how: Setting, weighable: dict[str, GeneralizedBatchNorm] | None, monitor: Iterable[Any]
 ) -> dict[str, GeneralizedBatchNorm]:
     """The layers whose weights are learned; a batch is run to see which can be."""
-    if recipe.example_weight != "learn":
+    if how.recipe.example_weight != "learn":
         return {}
     if weighable is not None:
         return weighable
-    found, _ = weighable_layers(model, monitor, forward)
+    found, _ = weighable_layers(how.model, monitor, how.forward)
     layers = {name: layer for name, layer in found.items() if not layer.frozen}
     if not layers:
         raise NormError(
@@ -332,39 +321,19 @@ def _learned(
     return layers
 
 
-def _groups(
-    model: nn.Module,
-    recipe: FinetuneRecipe,
-    batches: Iterable[Any],
-    forward: runtime.Forward | None,
-) -> list[dict[str, Any]]:
+def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameter groups; a batch is run to see which layer is the head, where that matters."""
-    head = None
+    model, recipe, head = how.model, how.recipe, None
     if "head" in recipe.train:
-        modules = dict(model.named_modules())
-
-        def look() -> tuple[int, list[str]] | None:
-            called: list[str] = []
-            batch = next(iter(batches), None)
-            if batch is None:
-                return None
-            with guards.inference(model), guards.hooks() as handles:
-                for name, module in modules.items():
-                    if isinstance(module, nn.Linear | nn.Conv2d):
-                        note = partial(_note, called, name)
-                        handles.append(module.register_forward_hook(note))
-                output = runtime.run(model, batch, runtime.device_of(model), forward)
-            logits = runtime.logits_of(output)
-            # One logit an example was made two: the head has one output.
-            made = all(tensor is not logits for tensor in runtime.tensors_in(output))
-            return 1 if made else logits.shape[1], called
-
-        # A rank may have no batch; the first that has one says which layer all of them use.
-        found = next((found for found in distributed.together(look) if found is not None), None)
-        if found is None:
-            raise DataError("fine-tuning: no examples. Give at least one batch.")
-        n_classes, called = found
-        head = head_of([modules[name] for name in called], n_classes)
+        modules = {
+            name: module for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }  # fmt: skip
+        # The first rank that has a batch says which layer all of them use.
+        (calls, n_classes), *_ = first_look(
+            "fine-tuning", model, modules, batches, how.forward, _n_classes
+        )
+        head = head_of([modules[name] for name, _ in calls], n_classes)
     return parameter_groups(
         model,
         lr=recipe.peak_lr,
@@ -375,5 +344,8 @@ def _groups(
     )
 
 
-def _note(called: list[str], name: str, *_: Any) -> None:
-    called.append(name)
+def _n_classes(output: Any) -> int:
+    logits = runtime.logits_of(output)
+    # One logit an example was made two: the head has one output.
+    made = all(tensor is not logits for tensor in runtime.tensors_in(output))
+    return 1 if made else logits.shape[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bnfix.checkpoints.save import random_state, set_random_state_
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError, NormError, NumericError, some
 from bnfix.core.settings import TRAINED, FinetuneRecipe
-from bnfix.metrics.evaluate import labels_of
+from bnfix.metrics.task import Labels, mean_loss
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.sites import find_norms
 
@@ -80,14 +79,9 @@ def parameter_groups(
         others = list((head or head_of(list(model.modules()), None)).parameters())
     if not norms and not others:
         raise ModelError(f"--train {train}: the model has no such parameters. Use --train all.")
+    of_norms = {"weight_decay": 0.0, "norm_decay": norm_decay}
     groups: list[dict[str, Any]] = [
-        {
-            "name": "norms",
-            "params": norms,
-            "lr": lr,
-            "weight_decay": 0.0,
-            "norm_decay": norm_decay,
-        },
+        {"name": "norms", "params": norms, "lr": lr, **of_norms},
         {"name": "others", "params": others, "lr": lr, "weight_decay": weight_decay},
     ]
     return [group for group in groups if group["params"]]
@@ -172,24 +166,15 @@ class Setting:
 
     model: nn.Module
     recipe: FinetuneRecipe
-    n_steps: int
     forward: runtime.Forward | None
     precision: str  # of forward and backward passes; parameters and their steps are in float32
     include_frozen: bool
 
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, with its graph."""
-        device = runtime.device_of(self.model)
-        with runtime.autocast(device, self.precision):
-            output = runtime.run(self.model, batch, device, self.forward)
-        logits = runtime.logits_of(output)
-        labels = labels_of(batch, *logits.shape, model=None if self.forward else self.model)
-        if labels is None:
-            raise DataError("fine-tuning: a batch has no labels to learn from. Give (x, y).")
-        loss = F.cross_entropy(
-            logits.float(),
-            torch.from_numpy(labels).to(device),
-            label_smoothing=self.recipe.label_smoothing,
+        task = Labels(self.recipe.label_smoothing)
+        loss = mean_loss(
+            task, self.model, batch, self.forward, what="fine-tuning", precision=self.precision
         )
         if not loss.requires_grad:
             raise ModelError(
@@ -213,9 +198,9 @@ class Run:
     """Optimizer, rates and counts; the loop over one epoch."""
 
     def __init__(
-        self, how: Setting, groups: list[dict[str, Any]], leaves: Mapping[str, Tensor]
+        self, how: Setting, n_steps: int, groups: list[dict[str, Any]], leaves: Iterable[Tensor]
     ) -> None:
-        self.how, self.count, self.busy = how, Counts(), False
+        self.how, self.n_steps, self.count, self.busy = how, n_steps, Counts(), False
         #: The epoch under way: batches seen, losses, random states.
         self.epoch: dict[str, Any] | None = None
         recipe, sites = how.recipe, find_norms(how.model)
@@ -225,8 +210,8 @@ class Run:
         self.frozen = [s.name for s in sites if respects and s.is_put_to_rest(how.model)]
         moving = [s.module for s in sites if trains and not s.frozen and s.name not in self.frozen]
         self._still = [s.module for s in sites if s.module not in moving]
-        self._leaves = list(leaves.values())
-        if leaves:
+        self._leaves = list(leaves)
+        if self._leaves:
             learned = {"params": self._leaves, "lr": recipe.weight_lr, "weight_decay": 0.0}
             groups = [*groups, learned]
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
@@ -247,18 +232,15 @@ class Run:
     def one_epoch(
         self, batches: Callable[[], Iterable[Any]], after_step: Callable[[], None] | None = None
     ) -> float | None:
-        """Train until batches or steps end; the mean loss, ``None`` if no step was taken.
-
-        Between steps, where all that counts is consistent, ``after_step`` is called.
-        """
+        """Train until batches or steps end; the mean loss, ``None`` if no step was taken."""
         self.how.model.train()
         for module in self._still:
             module.training = False
         for buffer, saved in self._moments:
             saved.copy_(buffer)
         here, iterator = self._begin(batches)
-        while self.count.step < self.how.n_steps:
-            if after_step is not None:
+        while self.count.step < self.n_steps:
+            if after_step is not None:  # between steps all that counts is consistent
                 here["random"] = random_state()
                 after_step()
             gathered = list(islice(iterator, self.how.recipe.accumulate))
@@ -313,17 +295,17 @@ class Run:
 
     def _rate(self) -> float:
         """Linear warm-up, then cosine to 0; a factor of the peak rate."""
-        warmup = round(self.how.recipe.warmup * self.how.n_steps)
+        warmup = round(self.how.recipe.warmup * self.n_steps)
         if self.count.step < warmup:
             return (self.count.step + 1) / (warmup + 1)
-        done = (self.count.step - warmup) / max(1, self.how.n_steps - warmup)
+        done = (self.count.step - warmup) / max(1, self.n_steps - warmup)
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def _usable(self, gathered: list[Any]) -> list[Any]:
         """Without batches of one example where statistics are trained: those have no statistics."""
         if self.how.recipe.statistics == "frozen":
             return gathered
-        usable = [batch for batch in gathered if _n_labels(batch) != 1]
+        usable = [batch for batch in gathered if runtime.n_examples_of(batch) != 1]
         self.count.skipped += len(gathered) - len(usable)
         return usable
 
@@ -355,7 +337,7 @@ class Run:
 
     def _gradients(self, gathered: list[Any]) -> float:
         """Gradients of the mean loss over these batches' examples, of all ranks; that loss."""
-        counts = [_n_labels(batch) or 0 for batch in gathered]
+        counts = [runtime.n_examples_of(batch) for batch in gathered]
         if distributed.here().shared:
             return distributed.backward_(
                 [partial(self.how.loss, batch) for batch in gathered], counts, self.parameters
@@ -391,11 +373,7 @@ class Run:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged parameters in the model for a while, where the recipe averages.
-
-        Restores:
-            The trained parameters, and the running moments that follow them.
-        """
+        """The averaged parameters in the model for a while, where the recipe averages."""
         if not self._average:
             yield
             return
@@ -421,11 +399,7 @@ class Run:
         }
 
     def set_state_(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state` was taken.
-
-        Changes:
-            The optimizer, averages and counters.
-        """
+        """Go on from where `state` was taken."""
         self.optimizer.load_state_dict(state["optimizer"])
         for mean, value in zip(self._average, state["average"], strict=True):
             mean.copy_(value)
@@ -435,11 +409,7 @@ class Run:
 
 @contextmanager
 def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
-    """The recipe's ghost size and the momentum of gathered batches, where statistics are trained.
-
-    K batches move the running moments as far as one does otherwise: by 1 - (1 - momentum)^(1/K)
-    each.
-    """
+    """The recipe's ghost size and momentum for gathered batches, where statistics are trained."""
     trains = recipe.statistics == "train"
     sites = [site for site in find_norms(model) if trains and not site.frozen]
     stock = [site.name for site in sites if not isinstance(site.module, GeneralizedBatchNorm)]
@@ -454,6 +424,7 @@ def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
             settings = {} if recipe.ghost_size is None else {"ghost_size": recipe.ghost_size}
             momentum: Any = getattr(layer, "momentum", None)
             if recipe.accumulate > 1 and momentum is not None:
+                # K batches move the running moments as far as one does otherwise.
                 settings["momentum"] = 1 - (1 - momentum) ** (1 / recipe.accumulate)
             for name, value in settings.items():
                 before.append((layer, name, getattr(layer, name)))
@@ -484,10 +455,3 @@ def n_steps_of(recipe: FinetuneRecipe, batches: runtime.Batches) -> int:
         n_batches = sum(1 for _ in first)
     n_batches = max(distributed.gather(n_batches))
     return recipe.epochs * -(-n_batches // recipe.accumulate)
-
-
-def _n_labels(batch: Any) -> int | None:
-    labels = runtime.unpack({"x": None, **batch} if isinstance(batch, Mapping) else batch)[1]
-    if isinstance(labels, Tensor):
-        return labels.numel()
-    return len(labels) if isinstance(labels, Sized) else None

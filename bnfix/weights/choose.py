@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, ModelError
 from bnfix.core.settings import WeightRecipe
 from bnfix.metrics.compare import Decision, judge
-from bnfix.metrics.evaluate import Score, evaluate, labels_of, score
-from bnfix.metrics.metrics import Array, Metrics
+from bnfix.metrics.evaluate import Score, evaluate, first_look, score
+from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.task import LABELS, Array, mean_loss
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
@@ -49,23 +49,25 @@ class CurvePoint:
     top1: float
 
 
+@dataclass
 class WeightSearch:
     """Finds weights of some layers on labelled examples, and counts what that costs."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: dict[str, GeneralizedBatchNorm],
-        monitor: Iterable[Any],
-        learn: runtime.Batches,
-        forward: runtime.Forward | None,
-        precision: str,  # of evaluation; learning is in fp32
-    ) -> None:
-        self.model, self.layers, self.forward, self.precision = model, layers, forward, precision
-        self.monitor, self.learn = monitor, learn
-        self.n_batches = self.n_examples = self.n_watched = 0
-        self.n_run = 0  # examples; with gradients three times
-        self.seconds_an_example = 0.0
+    model: nn.Module
+    layers: dict[str, GeneralizedBatchNorm]
+    monitor: Iterable[Any]
+    learn: runtime.Batches
+    forward: runtime.Forward | None
+    precision: str  # of evaluation; learning is in fp32
+    n_batches: int = 0  # of a pass, as are the examples
+    n_examples: int = 0
+    n_watched: int = 0
+    n_run: int = 0  # examples so far; with gradients three times
+    seconds_an_example: float = 0.0
+
+    def snapshot(self) -> guards.Snapshot:
+        """The layers as they are now, to go back to."""
+        return guards.Snapshot(nn.ModuleList(self.layers.values()))
 
     def one_weight(self) -> tuple[CurvePoint, ...]:
         """One weight for all layers by bracketed search; leaves the best one set."""
@@ -76,8 +78,7 @@ class WeightSearch:
             if a not in points:
                 set_example_weight_(self.model, dict.fromkeys(self.layers, a))
                 # One number needs few examples: a part of the batches is as good, and cheaper.
-                part = itertools.islice(runtime.pass_of(self.learn, 0), self._part(3))
-                found = self._score(part)
+                found = self._score(itertools.islice(runtime.pass_of(self.learn, 0), self._part(3)))
                 points[a] = CurvePoint(a, found.nll, found.top1)
             return points[a].nll
 
@@ -92,21 +93,21 @@ class WeightSearch:
         return tuple(points[a] for a in sorted(points))
 
     def thin(self, part: float, squares: dict[str, Tensor]) -> None:
-        """Set layers back to 0 that hardly matter: a layer with weight 0 costs nothing.
-
-        In the order of their Wald statistics, sum over channels of a^2 E[(dL/da)^2], as many as
-        together, with a standard error, give up less than ``part`` of what the weights have gained
-        on the monitor examples. (Channels cannot be told apart so: nearly every single one is
-        insignificant, and all of them together are the gain.)
-        """
+        """Set layers back to 0 that hardly matter: a layer with weight 0 costs nothing."""
+        # In the order of their Wald statistics, sum over channels of a^2 E[(dL/da)^2], as many as
+        # together, with a standard error, give up less than `part` of the gain on the monitor
+        # examples. (Channels cannot be told apart so: nearly every single one is insignificant,
+        # and all of them together are the gain.)
         weights = {name: layer.example_weight for name, layer in self.layers.items()}
-        wald = {n: float((w.square() * squares.get(n, 0.0)).sum()) for n, w in weights.items()}
+        live = {name: weight for name, weight in weights.items() if bool((weight > 0).any())}
+        wald = {n: float((w.square() * squares.get(n, 0.0)).sum()) for n, w in live.items()}
         order = sorted(wald, key=lambda name: wald[name])
-        order = [name for name in order if bool((weights[name] > 0).any())]
+
+        def set_without(n: int) -> None:
+            set_example_weight_(self.model, weights | dict.fromkeys(order[:n], torch.zeros(())))
 
         def without(n: int) -> Array:
-            zeros = {name: torch.zeros(()) for name in order[:n]}
-            set_example_weight_(self.model, {**weights, **zeros})
+            set_without(n)
             return self._score(self.monitor).losses
 
         def lost(n: int) -> float:
@@ -124,30 +125,25 @@ class WeightSearch:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if lost(middle) <= limit else (low, middle)
-        zeros = {name: torch.zeros(()) for name in order[:low]}
-        set_example_weight_(self.model, {**weights, **zeros})
+        set_without(low)
 
     def learned(self, granularity: str, recipe: WeightRecipe) -> dict[str, Tensor]:
         """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
-        device = runtime.device_of(self.model)
-        best_loss = np.inf
-        best: dict[str, Tensor] = {}
-        squares: dict[str, Tensor] = {}
-        # One number a layer needs fewer examples than one a channel.
-        part = self.n_batches if granularity == "channel" else self._part(2)
-        epochs = recipe.epochs if granularity == "channel" else min(1, recipe.epochs)
+        best_loss, best, squares = np.inf, dict[str, Tensor](), dict[str, Tensor]()
+        part, epochs = self.n_batches, recipe.epochs
+        if granularity == "layer":  # one number a layer needs fewer examples than one a channel
+            part, epochs = self._part(2), min(1, epochs)
+        rates = recipe.start, recipe.lr, part * epochs
         with (
             guards.random_kept(self.model),
-            descent(
-                self.model, self.layers, granularity, recipe.start, recipe.lr, part * epochs
-            ) as (leaves, step),
+            descent(self.model, self.layers, granularity, *rates) as (leaves, step),
         ):
             for epoch in range(epochs):
                 squares = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
                 batches = itertools.islice(runtime.pass_of(self.learn, epoch), part)
                 for batch in distributed.in_step(batches):
                     n = 0 if batch is None else runtime.n_examples_of(batch)
-                    loss = partial(self._loss, batch, device)
+                    loss = partial(self._loss, batch)
                     if distributed.here().shared:
                         distributed.backward_([loss], [n], leaves.values())
                     else:
@@ -168,18 +164,15 @@ class WeightSearch:
         """Batches in an n-th of a pass, but not too few of them."""
         return max(1, self.n_batches // n, min(self.n_batches, _LEAST_BATCHES))
 
-    def _loss(self, batch: Any, device: torch.device) -> Tensor:
-        logits = runtime.logits_of(runtime.run(self.model, batch, device, self.forward))
-        labels = labels_of(batch, *logits.shape, model=None if self.forward else self.model)
-        if labels is None:
-            raise DataError("example weight: a batch has no labels to learn from. Give (x, y).")
-        if not logits.requires_grad:
+    def _loss(self, batch: Any) -> Tensor:
+        loss = mean_loss(LABELS, self.model, batch, self.forward, what="example weight")
+        if not loss.requires_grad:
             raise ModelError(
                 "example weight: the model's output has no gradient in the weights. Look for "
                 "no_grad or detach in the model, or use --granularity global."
             )
-        self.n_run += 3 * len(labels) * distributed.here().size
-        return F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
+        self.n_run += 3 * runtime.n_examples_of(batch) * distributed.here().size
+        return loss
 
     def _score(self, batches: Iterable[Any]) -> Score:
         found = score(self.model, batches, forward=self.forward, precision=self.precision)
@@ -187,26 +180,19 @@ class WeightSearch:
         return found
 
     def _count(self) -> None:
-        """Batches and examples of a pass, counted once."""
-        if not self.n_batches:
-            for batch in runtime.pass_of(self.learn, 0):
-                self.n_batches += 1
-                self.n_examples += runtime.n_examples_of(batch)
-            self.n_watched = sum(runtime.n_examples_of(batch) for batch in self.monitor)
-            # Ranks go through their batches side by side.
-            counts = distributed.gather((self.n_batches, self.n_examples, self.n_watched))
-            self.n_batches = max(n for n, *_ in counts)
-            self.n_examples = sum(n for _, n, _ in counts)
-            self.n_watched = sum(n for *_, n in counts)
+        """Batches and examples of a pass."""
+        sizes = [runtime.n_examples_of(batch) for batch in runtime.pass_of(self.learn, 0)]
+        watched = sum(runtime.n_examples_of(batch) for batch in self.monitor)
+        # Ranks go through their batches side by side.
+        counts = distributed.gather((len(sizes), sum(sizes), watched))
+        self.n_batches = max(n for n, *_ in counts)
+        self.n_examples = sum(n for _, n, _ in counts)
+        self.n_watched = sum(n for *_, n in counts)
 
 
-def best_root(
-    loss: Callable[[float], float], losses: Mapping[float, float], n_steps: int
-) -> tuple[float, float]:
-    """The root of the best weight, and its loss, by steps between the neighbours of the best root.
-
-    Over the root of the weight the curve is flatter, and the resolution near 0 finer.
-    """
+def best_root(loss: Callable[[float], float], losses: Mapping[float, float], n_steps: int) -> float:
+    """The root of the best weight, by steps between the neighbours of the best root so far."""
+    # Over the root of the weight the curve is flatter, and the resolution near 0 finer.
     best = min(losses, key=lambda root: losses[root])
     low = max((root for root in losses if root < best), default=0.0)
     high = min((root for root in losses if root > best), default=1.0)
@@ -216,7 +202,7 @@ def best_root(
         method="bounded",
         options={"maxiter": n_steps, "xatol": 0.01},
     )
-    return min((losses[best], best), (float(found.fun), float(found.x)))[::-1]
+    return min((losses[best], best), (float(found.fun), float(found.x)))[1]
 
 
 @contextmanager
@@ -302,11 +288,9 @@ def choose_example_weight_(
     Args:
         model: with generalized layers, on the device to run on.
         batches: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
-            If ``select`` or ``monitor`` is not given they are read into a list, and every fourth
-            batch is held out for the gate.
-        select: labelled batches for the gate; not used for fitting.
+        select: labelled batches for the gate; by default every fourth of ``batches``.
         monitor: labelled batches on which learning decides when to stop; by default every fifth
-            of ``batches``, held out from the fit.
+            of the rest. What is held out is not fitted on.
         recipe: granularity, rates, whether layers with one position take part.
         z: standard errors that the gate demands.
         incumbent: name and select metrics of the current model, if known.
@@ -330,14 +314,20 @@ def choose_example_weight_(
     require_generalized(model)
     learn, watched, chosen_on = _divide(batches, select, monitor)
     layers, excluded = weighable_layers(model, watched, forward, pointwise=recipe.pointwise)
-    name, metrics = incumbent or ("as it was", None)
-    if metrics is None:
-        metrics = evaluate(model, chosen_on, forward=forward, precision=precision)
+    measured = partial(evaluate, model, chosen_on, forward=forward, precision=precision)
+    name, metrics = incumbent or ("as it was", measured())
     if metrics.examples is None and not metrics.problem:
         raise DataError("example weight: the select batches have no labels to choose by.")
-    search = WeightSearch(model, layers, watched, learn, forward, precision)
-    levels = _Levels(search, partial(evaluate, model, chosen_on), recipe, z, (name, metrics))
-    before = guards.Snapshot(nn.ModuleList(layers.values()))
+    search = WeightSearch(
+        model=model,
+        layers=layers,
+        monitor=watched,
+        learn=learn,
+        forward=forward,
+        precision=precision,
+    )
+    levels = _Levels(search, measured, recipe, z, (name, metrics))
+    before = search.snapshot()
     try:
         for level in _LABELS if layers else ():
             levels.try_(level)
@@ -369,24 +359,20 @@ class _Levels:
     def __init__(
         self,
         search: WeightSearch,
-        evaluated: Callable[..., Metrics],
+        measured: Callable[[], Metrics],
         recipe: WeightRecipe,
         z: float,
         incumbent: tuple[str, Metrics],
     ) -> None:
-        self._search, self._recipe, self._z = search, recipe, z
-        self._evaluated = partial(evaluated, forward=search.forward, precision=search.precision)
+        self._search, self._measured, self._recipe, self._z = search, measured, recipe, z
         self.incumbent = self._below = incumbent
         self.decisions: dict[str, Decision] = {}
         self.chosen, self.curve = "keep", tuple[CurvePoint, ...]()
-        self._squares: dict[str, dict[str, Tensor]] = {}
-        self._admitted = self._snapshot()
-
-    def _snapshot(self) -> guards.Snapshot:
-        return guards.Snapshot(nn.ModuleList(self._search.layers.values()))
+        self._squares: dict[str, dict[str, Tensor]] = {}  # gradients, by level and layer
+        self._admitted = search.snapshot()
 
     def _judge(self, level: str, incumbent: tuple[str, Metrics]) -> tuple[Decision, Metrics]:
-        found = self._evaluated()
+        found = self._measured()
         self._search.n_run += found.n_examples
         return judge("example weight", (_LABELS[level], found), incumbent, self._z), found
 
@@ -402,7 +388,7 @@ class _Levels:
         self.decisions[level] = decision
         if decision.admitted:
             self._below, self.incumbent = self.incumbent, (_LABELS[level], metrics)
-            self.chosen, self._admitted = level, self._snapshot()
+            self.chosen, self._admitted = level, self._search.snapshot()
         else:
             self._admitted.restore_()
 
@@ -431,40 +417,19 @@ def weighable_layers(
     *,
     pointwise: bool = False,
 ) -> tuple[dict[str, GeneralizedBatchNorm], list[str]]:
-    """The layers whose example weight may be chosen, seen on one batch.
-
-    With a single position the example's variance is 0 and the formula turns into a squashing
-    non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with ``pointwise``. A layer
-    that is called more than once counts by its smallest map, one that is not reached never.
-    """
+    """The layers whose example weight may be chosen, seen on one batch, and names of the others."""
+    # With a single position the example's variance is 0 and the formula turns into a squashing
+    # non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with `pointwise`. A layer
+    # that is called more than once counts by its smallest map, one that is not reached never.
     everything = dict(generalized_norms(model))
-
-    def look_at_one() -> dict[str, int] | None:
-        positions: dict[str, int] = {}
-
-        def look(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
-            seen = output[0, 0].numel() if len(output) else 0
-            positions[name] = min(seen, positions.get(name, seen))
-
-        batch = next(iter(batches), None)
-        if batch is None:
-            return None
-        with guards.inference(model), guards.hooks() as handles:
-            for name, layer in everything.items():
-                handles.append(layer.register_forward_hook(partial(look, name)))
-            runtime.run(model, batch, runtime.device_of(model), forward)
-        return positions
-
-    ranks = [seen for seen in distributed.together(look_at_one) if seen is not None]
-    if not ranks:
-        raise DataError("example weight: no examples. Give at least one batch.")
-    positions = {
-        name: min((seen[name] for seen in ranks if name in seen), default=0) for name in everything
-    }
+    fewest: dict[str, int] = {}
+    for calls, _ in first_look("example weight", model, everything, batches, forward):
+        for name, positions in calls:
+            fewest[name] = min(positions, fewest.get(name, positions))
     taking_part = {
         name: layer
         for name, layer in everything.items()
-        if layer.running_mean is not None and positions[name] > (0 if pointwise else 1)
+        if layer.running_mean is not None and fewest.get(name, 0) > (0 if pointwise else 1)
     }
     return taking_part, [name for name in everything if name not in taking_part]
 

@@ -19,9 +19,10 @@ layer, kept only where it does better on examples that it was not fitted on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,35 +86,26 @@ def fit_moments_(
     granularity: str = "channel",
     seed: int = 0,
 ) -> LabelFree:
-    """Set each layer's example weight to what best predicts the moments of training batches.
-
-    Changes:
-        ``example_weight`` of the layers.
-    Restores:
-        Modes, settings, statistics.
-    """
+    """Set each layer's example weight to what best predicts the moments of training batches."""
     _check(train_batch_size, layers)
     polynomials = {name: np.zeros(5) for name in layers}
-    eps = {name: layer.eps for name, layer in layers.items()}
-    names = {id(layer): name for name, layer in layers.items()}
     n_examples = 0
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def look(name: str, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        layer, name = layers[names[id(module)]], names[id(module)]
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         mean, var, _ = example_moments(values.float())
         mean, var = over_channel_groups(mean, var, layer.channel_groups)
-        population = [t.float() for t in (layer.running_mean, layer.running_var) if t is not None]
-        base = over_channel_groups(population[0], population[1], layer.channel_groups)
-        polynomials[name] += _quartic(mean, var, base, eps[name], train_batch_size)
+        population = layer.running_mean.float(), layer.running_var.float()
+        base = over_channel_groups(*population, layer.channel_groups)
+        polynomials[name] += _quartic(mean, var, base, layer.eps, train_batch_size)
 
-    device = runtime.device_of(model)
+    rng, device = torch.Generator().manual_seed(seed), runtime.device_of(model)
     with guards.hooks() as handles, _as_in_training(model, train_batch_size):
-        for layer in layers.values():
-            handles.append(layer.register_forward_pre_hook(look, with_kwargs=True))
-        for x in _runs(batches, train_batch_size, seed):
-            runtime.run(model, (x,), device)
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(partial(look, name), with_kwargs=True))
+        for x in _whole(runtime.pass_of(batches, 0), train_batch_size):
+            runtime.run(model, (x[torch.randperm(len(x), generator=rng)],), device)
             n_examples += len(x)
     _require_some(n_examples, train_batch_size)
     if granularity == "global":
@@ -134,13 +126,7 @@ def fit_predictions_(
     granularity: str = "channel",
     seed: int = 0,
 ) -> LabelFree:
-    """Set example weights so that inference says what training mode said on average.
-
-    Changes:
-        ``example_weight`` of the layers; nothing after an exception.
-    Restores:
-        Modes, settings, statistics, ``requires_grad``.
-    """
+    """Set example weights so that inference says what training mode said on average."""
     _check(train_batch_size, layers)
     before = guards.Snapshot(nn.ModuleList(layers.values()))
     pairs = _targets(model, batches, train_batch_size, seed)
@@ -151,11 +137,17 @@ def fit_predictions_(
     def loss(weights: Mapping[str, Any], on: _Pairs) -> float:
         set_example_weight_(model, weights)
         with guards.inference(model):
-            return _mean(_divergence(model, x, target) for x, target in on)
+            parts = [_divergence(model, x, target) for x, target in on]
+        return float(torch.cat(parts).double().mean())
 
     try:
         zero = loss(dict.fromkeys(layers, 0.0), held)
-        one = _one_weight(lambda a: loss(dict.fromkeys(layers, a), learned))
+
+        def loss_of_one(a: float) -> float:
+            return loss(dict.fromkeys(layers, a), learned)
+
+        roots = {root: loss_of_one(root**2) for root in (0.0, 0.15, 0.3, 0.5, 0.7, 0.9)}
+        one = best_root(loss_of_one, roots, n_steps=6) ** 2
         best: dict[str, Any] = dict.fromkeys(layers, one)
         least = loss(best, held)
         if least >= zero:
@@ -192,7 +184,7 @@ def _check(train_batch_size: int, layers: Mapping[str, GeneralizedBatchNorm]) ->
 
 
 def _require_some(n_examples: int, train_batch_size: int) -> None:
-    if not n_examples:
+    if n_examples == 0:
         raise DataError(
             f"example weight: too few examples for batches of {train_batch_size} to fit to and to "
             "check by. Give more data, or a larger --batch-size."
@@ -226,13 +218,6 @@ def _whole(batches: Iterable[Any], size: int) -> Iterator[Any]:
         n_examples += len(x)
         if n_examples >= MOST_EXAMPLES:
             return
-
-
-def _runs(batches: runtime.Batches, size: int, seed: int) -> Iterator[Any]:
-    """The same, each batch in a random order."""
-    rng = torch.Generator().manual_seed(seed)
-    for x in _whole(runtime.pass_of(batches, 0), size):
-        yield x[torch.randperm(len(x), generator=rng)]
 
 
 def _quartic(
@@ -275,15 +260,13 @@ def _targets(model: nn.Module, batches: Iterable[Any], size: int, seed: int) -> 
     device = runtime.device_of(model)
     pairs: _Pairs = []
     for x in _whole(batches, size):
-        total: Tensor | None = None
+        total: Any = 0.0
         with _as_in_training(model, size):
             for _ in range(N_DRAWS):
                 order = torch.randperm(len(x), generator=rng)
                 output = runtime.logits_of(runtime.run(model, (x[order],), device))
-                p = output.double().softmax(1)[order.argsort().to(output.device)]
-                total = p if total is None else total + p
-        if total is not None:
-            pairs.append((x, total / N_DRAWS))
+                total = total + output.double().softmax(1)[order.argsort().to(output.device)]
+        pairs.append((x, total / N_DRAWS))
     return pairs
 
 
@@ -293,22 +276,10 @@ def _divergence(model: nn.Module, x: Any, target: Tensor) -> Tensor:
     return F.kl_div(output.log_softmax(1), target.to(output.dtype), reduction="none").sum(1)
 
 
-def _mean(parts: Iterable[Tensor]) -> float:
-    return float(torch.cat(list(parts)).double().mean())
-
-
-def _one_weight(loss: Callable[[float], float]) -> float:
-    """The best weight for all layers, by bracketed search over its root."""
-    losses = {root: loss(root**2) for root in (0.0, 0.15, 0.3, 0.5, 0.7, 0.9)}
-    root, _ = best_root(loss, losses, n_steps=6)
-    return root**2
-
-
 def _descent(
     model: nn.Module, layers: Mapping[str, GeneralizedBatchNorm], pairs: _Pairs
-) -> Iterator[dict[str, Tensor]]:
+) -> list[dict[str, Tensor]]:
     """One weight a layer by projected Adam; gives the weights after every epoch."""
-    before = {name: layer.example_weight.detach().clone() for name, layer in layers.items()}
     ends: list[dict[str, Tensor]] = []
     n_steps = _EPOCHS * len(pairs)
     with descent(model, layers, "layer", _START, _LR, n_steps) as (leaves, step):
@@ -317,5 +288,4 @@ def _descent(
                 _divergence(model, x, target).mean().backward()  # type: ignore[no-untyped-call]
                 step()
             ends.append({name: leaf.detach().clone() for name, leaf in leaves.items()})
-    set_example_weight_(model, before)
-    yield from ends
+    return ends
