@@ -147,9 +147,8 @@ def _options(recipe: Any, without: Collection[str] = ()) -> list[str]:
             flag, value = "--model-arg", tuple(f"{k}={json.dumps(v)}" for k, v in value)
         if value is True:
             words.append(flag)
-        elif (
-            isinstance(value, tuple) and value and isinstance(value[0], str)
-        ):  # a repeatable option
+        elif isinstance(value, tuple) and value and isinstance(value[0], str):
+            # The option is given once for each.
             words += [word for item in value for word in (flag, item)]
         else:
             words += [flag, ",".join(map(str, value if isinstance(value, tuple) else (value,)))]
