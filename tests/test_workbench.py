@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -149,9 +150,9 @@ def test_a_run_is_told_from_one_on_other_inputs(files, tmp_path, changed):
 
 def test_each_class_is_in_each_part(files):
     bench = bench_of(files)
-    assert bench.images.labels is not None
+    assert bench.inputs.images.labels is not None
     for part in (bench.split.fit, bench.split.select, bench.split.test):
-        assert np.bincount(bench.images.labels[part]).tolist() == [len(part) // 3] * 3
+        assert np.bincount(bench.inputs.images.labels[part]).tolist() == [len(part) // 3] * 3
 
 
 def test_batches_are_gone_through_again_and_shuffled_by_the_pass(files):
@@ -209,7 +210,7 @@ def test_skipped_images_are_described_once(files, tmp_path):
     (tmp_path / "flat" / "bad.png").write_text("no image")
     bench = bench_of(files)
     images = open_images(str(tmp_path / "flat"))
-    bench.images = images
+    bench.inputs = dataclasses.replace(bench.inputs, images=images)
     batches = bench.batches(np.arange(len(images)), "a look")
     assert sum(len(b.x) for _ in range(2) for b in batches) == 120
     (told,) = describe_skipped([batches, batches])

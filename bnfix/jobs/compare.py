@@ -24,25 +24,20 @@ from bnfix.core.settings import (
     DataRecipe,
     EvaluationRecipe,
     ModelRecipe,
-    Preprocessing,
     RunOptions,
     check_seed,
 )
-from bnfix.data.batches import Batches
 from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
 from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
 from bnfix.data.images import Images
 from bnfix.deploy.fuse import fused
 from bnfix.jobs.inputs import (
+    Inputs,
     Track,
     Tracked,
-    applied,
     describe_skipped,
     evaluation_batch_size,
-    first_batch,
-    input_batches,
-    open_checked,
-    resolve_preprocessing,
+    open_inputs,
     silent,
 )
 from bnfix.jobs.plan import estimated_evaluation
@@ -119,9 +114,9 @@ def evaluate_files(
         check_predictions(predictions, force=force)
     notes: list[str] = []
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
-    if also.corruptions and entrants[0].images.labels is None:
+    if also.corruptions and entrants[0].inputs.images.labels is None:
         raise ConfigError("--corruptions: the examples have no labels. Give labels.")
-    if also.corruptions and entrants[0].preprocessing is None:
+    if also.corruptions and entrants[0].inputs.preprocessing is None:
         raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
     if also.fast:
         entrants = hasten(entrants, run.precision, seed, notes)
@@ -144,7 +139,7 @@ def evaluate_files(
         )
         for one, custom, outputs in zip(entrants, own, found, strict=True)
     )
-    last = entrants[-1].preprocessing
+    last = entrants[-1].inputs.preprocessing
     options = {
         "preprocessing": last and dataclasses.asdict(last),
         **({"corrupt": source.corrupt} if source.corrupt else {}),
@@ -169,7 +164,7 @@ def _report(
     corruption: str | None,
 ) -> Report:
     """The report on models that went through the same examples; layers are those of the last."""
-    images, record = entrants[-1].images, data_record(entrants[-1].images)
+    images, record = entrants[-1].inputs.images, data_record(entrants[-1].inputs.images)
     skipped = describe_skipped(arena.passes)
     history = [entry for one in entrants for entry in one.loaded.origin.history]
     first, last = (one.loaded.model for one in (entrants[0], entrants[-1]))
@@ -214,14 +209,12 @@ def plan_evaluation(
     source, run = source or DataRecipe(), run or RunOptions()
     own = also is not None and bool(also.metric)
     entrants = enter(checkpoints, data, model or ModelRecipe(), source, run, own, [])
-    n_examples = len(entrants[0].images)
+    n_examples = len(entrants[0].inputs.images)
     few = []
     for one in entrants:
-        size = evaluation_batch_size(run, one.loaded.model, one.input_size)
+        size = evaluation_batch_size(run, one.loaded.model, one.inputs.size)
         index = np.arange(min(n_examples, 2 * size))
-        lenient = dataclasses.replace(source, max_bad=float(len(index)), corrupt=None)
-        batches = input_batches(one.images, index, one.preprocessing, lenient, run, size=size)
-        few.append((one.loaded.model, batches))
+        few.append((one.loaded.model, one.inputs.lenient(len(index)).batches(index, run, size)))
     cost = estimated_evaluation(few, n_examples, n_variants, run.precision)
     return {
         "command": "eval",
@@ -239,7 +232,7 @@ def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[
         )
     for one in found:
         refuse_not_finite(one.outputs)
-    images, positions = entrants[0].images, found[0].positions
+    images, positions = entrants[0].inputs.images, found[0].positions
     examples = [] if positions is None else [images.name(int(i)) for i in positions]
     if distributed.here().is_first:
         write_predictions(path, table_of([one.name for one in entrants], examples, found))
@@ -247,25 +240,13 @@ def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[
 
 @dataclass(frozen=True)
 class Entrant:
-    """A checkpoint, loaded, and the data as it sees them.
+    """A checkpoint, loaded, and the data as it sees them."""
 
-    Args:
-        name: short, and no other's.
-        path: of the file.
-        loaded: its model, on the device.
-        preprocessing: from image to input.
-        images: with labels that fit its outputs.
-        input_size: numbers in one input.
-        fast: what goes through the data in place of the model, if it is not the model itself.
-    """
-
-    name: str
+    name: str  # short, and no other's
     path: str
-    loaded: Loaded
-    preprocessing: Preprocessing | None
-    images: Images
-    input_size: int
-    fast: nn.Module | None = None
+    loaded: Loaded  # its model on the device
+    inputs: Inputs  # with labels that fit its outputs
+    fast: nn.Module | None = None  # goes through the data in place of the model
 
     @property
     def net(self) -> nn.Module:
@@ -287,28 +268,10 @@ def enter(
     opened: dict[int, Images] = {}
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
         loaded = load_one(path, recipe, run)
-        wanted, remarks = resolve_preprocessing(loaded, source)
-        images, input_size = open_checked(
-            data,
-            loaded.model,
-            source,
-            wanted,
-            known=opened.get(wanted.channels),
-            any_task=own_metrics and runtime.has_forward(loaded.model),
-        )
-        opened.setdefault(wanted.channels, images)
-        preprocessing, remarks = applied(images, wanted, remarks)
-        notes += [f"{name}: {remark}" for remark in (*loaded.checkpoint.notes, *remarks)]
-        entrants.append(
-            Entrant(
-                name=name,
-                path=str(path),
-                loaded=loaded,
-                preprocessing=preprocessing,
-                images=images,
-                input_size=input_size,
-            )
-        )
+        any_task = own_metrics and runtime.has_forward(loaded.model)
+        inputs = open_inputs(loaded, data, source, opened=opened, any_task=any_task)
+        notes += [f"{name}: {note}" for note in (*loaded.checkpoint.notes, *inputs.notes)]
+        entrants.append(Entrant(name=name, path=str(path), loaded=loaded, inputs=inputs))
     return entrants
 
 
@@ -318,7 +281,7 @@ def hasten(
     """Let copies of the models that evaluate faster go through the data."""
     found = []
     for one in entrants:
-        few = first_batch(one.images, one.preprocessing, seed)
+        few = one.inputs.first_batch(seed)
         if few is None:
             found.append(one)
             continue
@@ -336,16 +299,7 @@ def hasten(
 
 
 class Arena:
-    """Where entrants meet the same examples; those of one preprocessing go through together.
-
-    Args:
-        entrants: at least one.
-        source: how many bad images a pass may meet.
-        run: batch size, workers, precision.
-        seed: of intervals, noise, and of which images are compared in other batches.
-        track: how progress is shown.
-        memory_bytes: what is free for forward passes; by default as the system says.
-    """
+    """Where entrants meet the same examples; those of one preprocessing go through together."""
 
     def __init__(
         self,
@@ -360,10 +314,10 @@ class Arena:
         self._track = track
         self._groups: dict[Any, list[int]] = {}
         for i, one in enumerate(entrants):
-            labels = one.images.labels
-            alike = one.preprocessing, None if labels is None else labels.tobytes()
+            labels = one.inputs.images.labels
+            alike = one.inputs.preprocessing, None if labels is None else labels.tobytes()
             self._groups.setdefault(alike, []).append(i)
-        self._good = np.arange(len(entrants[0].images))
+        self._good = np.arange(len(entrants[0].inputs.images))
         self.passes: list[Tracked] = []
         #: Batch sizes that had to be made smaller, one sentence each.
         self.notes: list[str] = []
@@ -375,11 +329,11 @@ class Arena:
     def _fitting(self, members: list[Entrant], memory_bytes: int | None) -> BatchSize:
         """The batch size of a group's passes, as far as the memory allows."""
         run, first = self._run, members[0]
-        size = evaluation_batch_size(run, first.loaded.model, first.input_size)
+        size = evaluation_batch_size(run, first.loaded.model, first.inputs.size)
         what = "--batch-size" if len(self._groups) == 1 else f"{first.name}: --batch-size"
         found = BatchSize(size, what, self.notes, gives_way=run.batch_size is None)
         if run.batch_size is None:
-            few = first_batch(first.images, first.preprocessing, self._seed)
+            few = first.inputs.first_batch(self._seed)
             for one in members:
                 held = None
                 if few is not None:
@@ -408,8 +362,8 @@ class Arena:
         seen = [one.positions for one in found if one.positions is not None]
         if any(not np.array_equal(positions, seen[0]) for positions in seen):
             raise DataError(
-                f"{self._entrants[0].images.spec}: some images are unreadable for one model and "
-                "not for another. Remove them, or give all models one --resize and --crop."
+                f"{self._entrants[0].inputs.images.spec}: some images are unreadable for one model "
+                "and not for another. Remove them, or give all models one --resize and --crop."
             )
         if seen:
             self._good = np.sort(seen[0])
@@ -458,15 +412,7 @@ class Arena:
         stage: str,
         corruption: Corruption | None,
     ) -> Tracked:
-        batches = Batches(
-            one.images,
-            index,
-            one.preprocessing,
-            batch_size=size,
-            workers=self._run.workers,
-            max_bad=self._source.max_bad,
-            corruption=corruption,
-        )
+        batches = one.inputs.batches(index, self._run, size, corruption)
         place = distributed.here()
         return Tracked(batches.dealt(place.rank, place.size), stage, self._track)
 

@@ -24,12 +24,8 @@ from bnfix.data.fingerprints import data_record, history_digests
 from bnfix.jobs.inputs import (
     Track,
     Tracked,
-    applied,
     describe_skipped,
-    evaluation_batch_size,
-    first_batch,
-    input_batches,
-    open_checked,
+    open_inputs,
     resolve_preprocessing,
     silent,
 )
@@ -210,28 +206,22 @@ def _refit(
     track: Track,
 ) -> tuple[Refitting, Preprocessing | None, dict[str, Any], list[str]]:
     """Re-fit on some of the data: how well, on inputs made how, what is noted, and remarks."""
-    source = dataclasses.replace(source, labels="none")
-    stated, remarks = resolve_preprocessing(loaded, source)
-    images, input_size = open_checked(data, loaded.model, source, stated)
-    preprocessing, remarks = applied(images, stated, remarks)
+    inputs = open_inputs(loaded, data, dataclasses.replace(source, labels="none"))
+    remarks = list(inputs.notes)
     if source.corrupt is not None:
         remarks.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
-    wanted = samples or REFIT_SAMPLES
-    index = np.random.default_rng(seed).permutation(len(images))[:wanted]
-    size = evaluation_batch_size(run, loaded.model, input_size)
-    batches = input_batches(images, index, preprocessing, source, run, size=size, seed=seed)
+    index, batches = inputs.sample(samples or REFIT_SAMPLES, loaded.model, run, seed)
     tracked = Tracked(batches, "re-fitting scale and shift", track)
     found = refit_(loaded.model, original, tracked)
+    images = inputs.images
     used = {**data_record(images, index), "fit": history_digests(images, index)}
-    return found, preprocessing, used, [*remarks, *describe_skipped([tracked])]
+    return found, inputs.preprocessing, used, [*remarks, *describe_skipped([tracked])]
 
 
 def _first_inputs(loaded: Loaded, data: str, source: DataRecipe, seed: int) -> torch.Tensor | None:
     """Two examples of the data, where the network takes one tensor."""
-    source = dataclasses.replace(source, labels="none")
-    stated, _ = resolve_preprocessing(loaded, source)
-    images, _ = open_checked(data, loaded.model, source, stated)
-    batch = first_batch(images, applied(images, stated, [])[0], seed)
+    inputs = open_inputs(loaded, data, dataclasses.replace(source, labels="none"))
+    batch = inputs.first_batch(seed)
     if batch is None or not isinstance(batch.x, torch.Tensor):
         return None
     return batch.x[:2].to(device_of(loaded.model))

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +29,6 @@ from bnfix.core.settings import (
     option,
     require,
 )
-from bnfix.data.batches import Batches
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
@@ -38,10 +37,12 @@ from bnfix.deploy import forms
 from bnfix.deploy.forms import Agreement, agreement, names_of, torch_runner
 from bnfix.jobs.convert import CALL_ERRORS, example_input, known_shape
 from bnfix.jobs.inputs import (
+    Inputs,
     Track,
     Tracked,
-    applied,
+    as_inputs,
     describe_skipped,
+    open_stated,
     refuse_image_options,
     resolve_preprocessing,
     silent,
@@ -108,13 +109,18 @@ class _Inputs:
     """The inputs on which the form is compared with the model."""
 
     x: Tensor
-    images: Images | None
-    index: np.ndarray
     preprocessing: Preprocessing | None
     notes: list[str]
+    data: Inputs | None = None  # and which of its images `x` holds
+    index: np.ndarray = field(default_factory=lambda: np.arange(0))
     #: Inputs of another height and width, where both are free, and the shape that is sure to run.
     other: Tensor | None = None
     usual: tuple[int, ...] = ()
+
+    @property
+    def images(self) -> Images | None:
+        """The images, if it is no noise."""
+        return None if self.data is None else self.data.images
 
     @contextmanager
     def free_size(self) -> Iterator[None]:
@@ -260,18 +266,16 @@ class _Job:
 
     def images(self, data: str) -> _Inputs:
         """Some of the data's images, in seeded random order."""
-        recipe, source = self.recipe, self.source
+        recipe = self.recipe
+        labels = self.source.labels if recipe.force_zero else "none"
+        source = dataclasses.replace(self.source, labels=labels)
         stated, notes = resolve_preprocessing(self.loaded, source)
-        images = open_images(
-            data,
-            class_map=None if source.class_map is None else Path(source.class_map),
-            labels=source.labels if recipe.force_zero else "none",
-            channels=stated.channels,
-        )
+        images = open_stated(data, source, stated.channels)
         refuse_image_options(images, source)
-        preprocessing, notes = applied(images, stated, notes)
+        inputs = as_inputs(images, stated, notes, source)
+        notes = list(inputs.notes)
         index = np.random.default_rng(self.seed).permutation(len(images))[: recipe.samples]
-        batches = self._batches(images, index, preprocessing, "reading images")
+        batches = self._batches(inputs, index, "reading images")
         read = []
         for batch in batches:
             if not isinstance(batch.x, Tensor):
@@ -290,7 +294,8 @@ class _Job:
             raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
         with guards.inference(self.loaded.model):
             runtime.run(self.loaded.model, x[:2], torch.device("cpu"))
-        return _Inputs(x=x, images=images, index=index, preprocessing=preprocessing, notes=notes)
+        prepared = inputs.preprocessing
+        return _Inputs(x=x, preprocessing=prepared, notes=notes, data=inputs, index=index)
 
     def noise(self) -> _Inputs:
         """Seeded noise, of two sizes where the size is not known and the form could fix one."""
@@ -319,8 +324,6 @@ class _Job:
         notes += by_preprocessing if known == usual and recipe.input_shape is None else ()
         inputs = _Inputs(
             x=made[0],
-            images=None,
-            index=np.arange(0),
             preprocessing=preprocessing,
             notes=notes,
             other=made[1] if free else None,
@@ -340,18 +343,9 @@ class _Job:
                 name="samples",
             )
 
-    def _batches(
-        self, images: Images, index: np.ndarray, preprocessing: Preprocessing | None, stage: str
-    ) -> Tracked:
-        batches = Batches(
-            images,
-            index,
-            preprocessing,
-            batch_size=16,
-            workers=self.workers,
-            max_bad=self.source.max_bad,
-            corruption=corruption_of(self.source.corrupt),
-        )
+    def _batches(self, inputs: Inputs, index: np.ndarray, stage: str) -> Tracked:
+        run = RunOptions("cpu", workers=self.workers)
+        batches = inputs.batches(index, run, 16, corruption_of(self.source.corrupt))
         return Tracked(batches, stage, self.track)
 
     def zero_(self, inputs: _Inputs, names: list[str]) -> tuple[Agreement, tuple[Evaluated, ...]]:
@@ -362,13 +356,13 @@ class _Job:
         runners = torch_runner(before), torch_runner(after)
         with guards.state_kept(before), guards.state_kept(after):
             cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))
-        images = inputs.images
-        if images is None or images.labels is None:
+        data = inputs.data
+        if data is None or data.images.labels is None:
             return cost, ()
-        index = np.random.default_rng(self.seed).permutation(len(images))[:_COST_EXAMPLES]
+        index = np.random.default_rng(self.seed).permutation(len(data.images))[:_COST_EXAMPLES]
         models = []
         for name, net in (("as it was", before), ("all weights 0", after)):
-            batches = self._batches(images, index, inputs.preprocessing, f"evaluating {name}")
+            batches = self._batches(data, index, f"evaluating {name}")
             metrics = evaluate(net, batches, seed=self.seed)
             models.append(Evaluated(name, None, None, metrics, n_live=n_live(net)))
         return cost, tuple(models)

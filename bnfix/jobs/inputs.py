@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from math import exp, log
 from pathlib import Path
@@ -20,7 +21,7 @@ from bnfix.core.errors import ConfigError, DataError, some
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions
 from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
-from bnfix.data.corruptions import corruption_of
+from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images
 from bnfix.models.build import input_channels
@@ -114,26 +115,89 @@ def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
     return tuple(found.values())
 
 
-def input_batches(
-    images: Images,
-    index: np.ndarray,
-    preprocessing: Preprocessing | None,
+@dataclass(frozen=True)
+class Inputs:
+    """A model's data, opened, and how its images become inputs."""
+
+    images: Images
+    preprocessing: Preprocessing | None  # none for inputs that are no images
+    notes: list[str]
+    source: DataRecipe
+    size: int  # numbers in one input
+
+    def batches(
+        self, index: np.ndarray, run: RunOptions, size: int, corruption: Corruption | None = None
+    ) -> Batches:
+        """Batches of chosen images as the network gets them."""
+        return Batches(
+            self.images,
+            index,
+            self.preprocessing,
+            batch_size=size,
+            workers=run.workers,
+            max_bad=self.source.max_bad,
+            corruption=corruption,
+        )
+
+    def sample(
+        self, n: int, model: nn.Module, run: RunOptions, seed: int
+    ) -> tuple[np.ndarray, Batches]:
+        """So many images in seeded random order, corrupted where that is asked."""
+        index = np.random.default_rng(seed).permutation(len(self.images))[:n]
+        size = evaluation_batch_size(run, model, self.size)
+        return index, self.batches(index, run, size, corruption_of(self.source.corrupt, seed))
+
+    def lenient(self, n: int) -> Inputs:
+        """The same, for a look at n images: all of them may be bad."""
+        return dataclasses.replace(
+            self, source=dataclasses.replace(self.source, max_bad=float(n), corrupt=None)
+        )
+
+    def first_batch(self, seed: int) -> Batch | None:
+        """A few images, drawn at random; none where none can be read."""
+        drawn = np.sort(np.random.default_rng(seed).permutation(len(self.images))[:N_EXAMPLES])
+        few = self.lenient(len(drawn)).batches(drawn, RunOptions(workers=0), N_EXAMPLES)
+        try:
+            return next(iter(few))
+        except DataError:
+            return None
+
+
+def open_inputs(
+    loaded: Loaded,
+    data: str,
     source: DataRecipe,
-    run: RunOptions,
     *,
-    size: int,
-    seed: int = 0,
-) -> Batches:
-    """Batches of images as the network gets them: preprocessed, corrupted where that is asked."""
-    return Batches(
-        images,
-        index,
-        preprocessing,
-        batch_size=size,
-        workers=run.workers,
-        max_bad=source.max_bad,
-        corruption=corruption_of(source.corrupt, seed),
+    opened: dict[int, Images] | None = None,
+    any_task: bool = False,
+) -> Inputs:
+    """Open DATA as a model needs them; what is `opened`, by channels, is not opened twice."""
+    opened = {} if opened is None else opened
+    stated, notes = resolve_preprocessing(loaded, source)
+    images, size = open_checked(
+        data,
+        loaded.model,
+        source,
+        stated,
+        known=opened.get(stated.channels),
+        any_task=any_task,
     )
+    opened.setdefault(stated.channels, images)
+    return as_inputs(images, stated, notes, source, size)
+
+
+def as_inputs(
+    images: Images,
+    preprocessing: Preprocessing,
+    notes: list[str],
+    source: DataRecipe,
+    size: int = 0,
+) -> Inputs:
+    """Opened data with their preprocessing, or without it where they hold no images."""
+    if not isinstance(images, TensorItems):
+        return Inputs(images, preprocessing, notes, source=source, size=size)
+    notes = [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
+    return Inputs(images, None, notes, source=source, size=size)
 
 
 def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
@@ -197,12 +261,7 @@ def open_checked(
     any_task: bool = False,
 ) -> tuple[Images, int]:
     """Open DATA (or `known`) with labels that fit the model's outputs; and numbers in one input."""
-    images = known
-    if images is None or images.channels not in (preprocessing.channels, 0):
-        class_map = None if source.class_map is None else Path(source.class_map)
-        images = open_images(
-            data, class_map=class_map, labels=source.labels, channels=preprocessing.channels
-        )
+    images = open_stated(data, source, preprocessing.channels) if known is None else known
     refuse_image_options(images, source)
     max_bad = max_bad_of(len(images), source.max_bad)
     # One good image is enough, and among so many there is one, or there are too many bad ones.
@@ -228,6 +287,12 @@ def open_checked(
     return images, input_size
 
 
+def open_stated(data: str, source: DataRecipe, channels: int) -> Images:
+    """Open DATA with the labels and classes that are stated."""
+    class_map = None if source.class_map is None else Path(source.class_map)
+    return open_images(data, class_map=class_map, labels=source.labels, channels=channels)
+
+
 def refuse_image_options(images: Images, source: DataRecipe) -> None:
     """Refuse options that prepare or corrupt images where the data hold none."""
     if not isinstance(images, TensorItems):
@@ -239,15 +304,6 @@ def refuse_image_options(images: Images, source: DataRecipe) -> None:
             f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
             f"{', '.join(given)} cannot be applied. Leave them out, or give images of 8-bit pixels."
         )
-
-
-def applied(
-    images: Images, preprocessing: Preprocessing, notes: list[str]
-) -> tuple[Preprocessing | None, list[str]]:
-    """Preprocessing and notes on it: none for inputs that are no images."""
-    if not isinstance(images, TensorItems):
-        return preprocessing, notes
-    return None, [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
 
 
 def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, list[str]]:
@@ -279,18 +335,6 @@ def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) ->
 
 class _Seen(BaseException):
     """Ends a pass once the layer is reached; no Exception, which the model might catch."""
-
-
-def first_batch(images: Images, preprocessing: Preprocessing | None, seed: int) -> Batch | None:
-    """A few images, drawn at random."""
-    drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:N_EXAMPLES])
-    batches = Batches(
-        images, drawn, preprocessing, batch_size=N_EXAMPLES, workers=0, max_bad=len(drawn)
-    )
-    try:
-        return next(iter(batches))
-    except DataError:
-        return None
 
 
 def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> str | None:

@@ -27,16 +27,7 @@ from bnfix.diagnosis.faults import (
     read_norms,
 )
 from bnfix.jobs.convert import example_input, known_shape
-from bnfix.jobs.inputs import (
-    Track,
-    Tracked,
-    applied,
-    evaluation_batch_size,
-    input_batches,
-    open_checked,
-    resolve_preprocessing,
-    silent,
-)
+from bnfix.jobs.inputs import Track, Tracked, open_inputs, resolve_preprocessing, silent
 from bnfix.jobs.session import load_one
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
@@ -205,20 +196,16 @@ def _look(
     track: Track,
 ) -> _Seen:
     """Run some of the data through the model in both modes."""
-    stated, remarks = resolve_preprocessing(loaded, source)
-    images, size = open_checked(data, loaded.model, source, stated)
-    preprocessing, remarks = applied(images, stated, remarks)
-    index = np.random.default_rng(seed).permutation(len(images))[:samples]
-    size = evaluation_batch_size(run, loaded.model, size)
-    batches = input_batches(images, index, preprocessing, source, run, size=size, seed=seed)
+    inputs = open_inputs(loaded, data, source)
+    index, batches = inputs.sample(samples, loaded.model, run, seed)
     tracked = Tracked(batches, "a look at the statistics", track)
     with autocast(device_of(loaded.model), run.precision):
         findings = examine_call(loaded.model, next(iter(batches)))
         behaviour, more = examine_behaviour(loaded.model, tracked)
     return _Seen(
         findings=(*findings, *more),
-        remarks=tuple(remarks),
+        remarks=tuple(inputs.notes),
         behaviour=behaviour,
-        record=data_record(images, index),
-        labelled=images.labels is not None,
+        record=data_record(inputs.images, index),
+        labelled=inputs.images.labels is not None,
     )

@@ -163,6 +163,7 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
     """The steps, splits and costs of a command as JSON values; runs a few batches to time them."""
     plan, steps = bench.plan, resolve(bench.plan, bench)
     lines = [step.name for step in steps]
+    shaped = bench.inputs.preprocessing
     if is_gated(steps):
         lines.append("every candidate judged on select; the winner measured on test")
     return {
@@ -171,12 +172,12 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
         "model": bench.loaded.origin.spec,
         "n_layers": len(find_norms(bench.model)),
         "data": {
-            **data_record(bench.images),
-            "kind": bench.images.kind,
+            **data_record(bench.inputs.images),
+            "kind": bench.inputs.images.kind,
             "labels": bench.labelled,
             "splits": bench.split.sizes(),
         },
-        "preprocessing": bench.preprocessing and dataclasses.asdict(bench.preprocessing),
+        "preprocessing": shaped and dataclasses.asdict(shaped),
         "stages": lines,
         "device": str(next(iter(bench.model.parameters())).device),
         **estimated(bench, work_of(plan, bench)).to_json(),
@@ -281,7 +282,7 @@ def _memory(bench: Workbench) -> int | None:
         return peak + _STATES_KEPT * state
     n_images = sum(map(len, (bench.split.fit, bench.split.select, bench.split.test)))
     # Kept as bytes, one a number of the input; Batches stops at 2 GiB.
-    return peak + _STATES_KEPT * state + min(n_images * bench.input_size, 2 << 30)
+    return peak + _STATES_KEPT * state + min(n_images * bench.inputs.size, 2 << 30)
 
 
 def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:

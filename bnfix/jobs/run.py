@@ -208,13 +208,13 @@ class Run:
             )
         round_as_stored_(self.model)
         models: tuple[Evaluated, ...] = ()
-        if bench.test_images.labels is not None and bench.split.test.size:
+        if bench.test.images.labels is not None and bench.split.test.size:
             models = self._tested()
             bench.assumptions += describe_unlisted(bench.loaded.origin.history)
         movement = self._movement()
         results = self.kept.results
         held = set(map(id, results))
-        data = data_record(bench.images)
+        data = data_record(bench.inputs.images)
         skipped = describe_skipped(self.fits.passes)
         options = options_of(self.plan, self.fits.averaged)
         report = Report(
@@ -223,7 +223,7 @@ class Run:
                 spec=data["spec"],
                 n_examples=data["n_examples"],
                 fingerprint=data["fingerprint"],
-                class_names=bench.images.class_names,
+                class_names=bench.inputs.images.class_names,
                 splits=bench.split.sizes(),
                 skipped=skipped,
                 n_skipped=len(skipped),
@@ -245,19 +245,21 @@ class Run:
             ),
             moved=movement,
             assumptions=tuple(dict.fromkeys(bench.assumptions)),
-            n_seen=seen_before(bench.test_images, bench.split.test, bench.loaded.origin.history),
+            n_seen=seen_before(bench.test.images, bench.split.test, bench.loaded.origin.history),
             options=options,
             seed=self.plan.gate.seed,
             command_line=self.plan.command_line,
             versions=versions(),
         )
-        return Result(self.model, report, self._entry(data, options, models), bench.preprocessing)
+        return Result(
+            self.model, report, self._entry(data, options, models), bench.inputs.preprocessing
+        )
 
     def _entry(
         self, data: dict[str, Any], options: dict[str, Any], models: tuple[Evaluated, ...]
     ) -> dict[str, Any]:
         """This command in the output's history."""
-        images, split = self.bench.images, self.bench.split
+        images, split = self.bench.inputs.images, self.bench.split
         parts = {"fit": split.fit, "select": split.select}
         digests = {name: history_digests(images, part) for name, part in parts.items()}
         last = models[-1].metrics if models else None

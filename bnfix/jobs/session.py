@@ -25,7 +25,6 @@ from bnfix.core.settings import (
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
-    Preprocessing,
     RunOptions,
     StatisticsRecipe,
     SwapRecipe,
@@ -34,19 +33,15 @@ from bnfix.core.settings import (
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen
-from bnfix.data.images import Images
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
+    Inputs,
     Track,
     Tracked,
-    applied,
     evaluation_batch_size,
-    first_batch,
-    input_batches,
     look_at_inputs,
     look_at_size,
-    open_checked,
-    resolve_preprocessing,
+    open_inputs,
     silent,
 )
 from bnfix.models.build import import_forward
@@ -100,35 +95,18 @@ class Plan:
 
 @dataclass
 class Workbench:
-    """A plan's checkpoint and data, opened.
-
-    Args:
-        plan: all settings.
-        loaded: the checkpoint with its model, on the device.
-        images: the data.
-        test_images: where the test split lies: the data again, or ``--test``.
-        split: positions of fit and select in ``images``, of test in ``test_images``.
-        preprocessing: from image to input; ``None`` for inputs that are no images.
-        assumptions: notes on everything assumed for the user.
-        track: how progress is shown.
-        input_size: numbers in one input.
-        evaluation: the batch size of passes without gradients; it shrinks where memory is short.
-        footprint: what forward passes hold; ``None`` where it is not known.
-        original: the model before layers were swapped that now weigh the example; their scale and
-            shift are still to be re-fitted to its outputs.
-    """
+    """A plan's checkpoint and data, opened."""
 
     plan: Plan
-    loaded: Loaded
-    images: Images
-    test_images: Images
-    split: Split
-    preprocessing: Preprocessing | None
-    assumptions: list[str]
+    loaded: Loaded  # its model on the device
+    inputs: Inputs
+    test: Inputs  # of the test split: the same again, or ``--test``
+    split: Split  # positions of fit and select in the data, of test in the test data
+    assumptions: list[str]  # notes on everything assumed for the user
     track: Track
-    input_size: int
-    evaluation: BatchSize
-    footprint: Footprint | None = None
+    evaluation: BatchSize  # of passes without gradients; it shrinks where memory is short
+    footprint: Footprint | None = None  # what forward passes hold, where that is known
+    # Before layers were swapped that now weigh the example, and are still to be re-fitted to it.
     original: nn.Module | None = None
 
     @property
@@ -139,35 +117,28 @@ class Workbench:
     @property
     def labelled(self) -> bool:
         """Whether the data has labels that may be used."""
-        return self.images.labels is not None
+        return self.inputs.images.labels is not None
 
     @property
     def everything(self) -> np.ndarray:
         """Positions of all images of the data that are in a split, in seeded random order."""
         parts = [self.split.fit, self.split.select]
-        if self.test_images is self.images:
+        if self.test is self.inputs:
             parts.append(self.split.test)
         return np.random.default_rng(self.plan.gate.seed).permutation(np.concatenate(parts))
 
     def batches(self, index: np.ndarray, stage: str, size: int | None = None) -> Tracked:
         """Re-iterable batches of chosen images in this order, for a stage that progress names."""
-        return self._batches(self.images, index, stage, size)
+        return self._batches(self.inputs, index, stage, size or self.evaluation.size)
 
     def test_batches(self, stage: str) -> Tracked:
         """Re-iterable batches of the test split, for a stage that progress names."""
-        return self._batches(self.test_images, self.split.test, stage, None)
+        return self._batches(self.test, self.split.test, stage, self.evaluation.size)
 
-    def _batches(self, images: Images, index: np.ndarray, stage: str, size: int | None) -> Tracked:
+    def _batches(self, inputs: Inputs, index: np.ndarray, stage: str, size: int) -> Tracked:
         plan, place = self.plan, distributed.here()
-        batches = input_batches(
-            images,
-            index,
-            self.preprocessing,
-            plan.source,
-            plan.run,
-            size=size or self.evaluation.size,
-            seed=plan.gate.seed,
-        )
+        corruption = corruption_of(plan.source.corrupt, plan.gate.seed)
+        batches = inputs.batches(index, plan.run, size, corruption)
         return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
 
     def identity(self, *parts: np.ndarray, batch_size: int) -> str:
@@ -176,7 +147,7 @@ class Workbench:
         # The test split does not take part, nor does the number of bad images allowed.
         source = dataclasses.replace(self.plan.source, test=None, max_bad=None)
         digest.update(repr([
-            model, source, self.preprocessing, self.plan.gate.seed, batch_size,
+            model, source, self.inputs.preprocessing, self.plan.gate.seed, batch_size,
             list(map(len, parts)),
         ]).encode())  # fmt: skip
         for spec in (model.model, model.forward):
@@ -185,13 +156,13 @@ class Workbench:
             digest.update(code.read_bytes() if code.is_file() else b"")
         # The order of the images counts too, since batches are made in it.
         for i in np.concatenate(parts):
-            label = "" if self.images.labels is None else int(self.images.labels[i])
-            digest.update(self.images.digest(int(i)) + f"{label};".encode())
+            label = "" if self.inputs.images.labels is None else int(self.inputs.images.labels[i])
+            digest.update(self.inputs.images.digest(int(i)) + f"{label};".encode())
         return digest.hexdigest()
 
     def training_batch_size(self, stated: int | None) -> int:
         """The batch size with gradients: as stated, or 64, less for large inputs, at least 16."""
-        return stated or min(64, max(16, VALUES_A_BATCH // self.input_size))
+        return stated or min(64, max(16, VALUES_A_BATCH // self.inputs.size))
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
         """Cut the fit split for early stopping: four fifths to learn on, one to watch."""
@@ -213,10 +184,8 @@ def open_workbench(
     lenders = () if plan.average is None else plan.average.files
     loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    stated, notes = resolve_preprocessing(loaded, source)
-    images, input_size = open_checked(data, loaded.model, source, stated)
-    preprocessing, notes = applied(images, stated, notes)
-    notes = [*loaded.checkpoint.notes, *notes]
+    inputs = test = open_inputs(loaded, data, source)
+    images, notes = inputs.images, [*loaded.checkpoint.notes, *inputs.notes]
     split = cut(images, fractions, seed)
     for name, wanted in zip(("fit", "select"), fractions, strict=False):
         if wanted and split.sizes()[name] < 2:
@@ -224,11 +193,10 @@ def open_workbench(
                 f"{data}: {len(images)} images leave {split.sizes()[name]} for the {name} split, "
                 "expected at least 2. Give more data."
             )
-    test_images = images
     if source.test is not None:
-        test_images, _ = open_checked(source.test, loaded.model, source, stated)
-        test, n_dropped = unseen(test_images, images)
-        split = dataclasses.replace(split, test=test)
+        test = open_inputs(loaded, source.test, source)
+        found, n_dropped = unseen(test.images, images)
+        split = dataclasses.replace(split, test=found)
         if n_dropped:
             notes.append(
                 f"{n_dropped} test images are in the data too; they were left out of the test."
@@ -239,8 +207,8 @@ def open_workbench(
             "no image is in two splits."
         )
     notes += [f"{data}: {note}." for note in images.notes]
-    few = first_batch(images, preprocessing, seed)
-    notes += _first_look(loaded, few, as_given=preprocessing is None)
+    few = inputs.first_batch(seed)
+    notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
     corruption = corruption_of(source.corrupt, seed)
     if corruption is not None:
         notes.append(
@@ -248,19 +216,17 @@ def open_workbench(
             f"({corruption.words}), after resize and crop."
         )
     held = None if few is None else footprint(loaded.model, few, run.precision, memory_bytes)
-    size = evaluation_batch_size(run, loaded.model, input_size)
+    size = evaluation_batch_size(run, loaded.model, inputs.size)
     evaluation = BatchSize(size, "--batch-size", notes, gives_way=run.batch_size is None)
     evaluation.foresee(held)
     return Workbench(
         plan=plan,
         loaded=loaded,
-        images=images,
-        test_images=test_images,
+        inputs=inputs,
+        test=test,
         split=split,
-        preprocessing=preprocessing,
         assumptions=notes,
         track=track,
-        input_size=input_size,
         evaluation=evaluation,
         footprint=held,
     )

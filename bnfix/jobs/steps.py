@@ -126,7 +126,7 @@ def work_of(plan: Plan, bench: Workbench) -> list[Work]:
         work.append(Work("select: the input", len(bench.split.select), 1))
     if any(step.stage == STATISTICS for step in steps):
         work.append(Work("residual of the statistics", len(bench.split.fit), 1, "live"))
-    if bench.test_images.labels is not None and n_test:
+    if bench.test.images.labels is not None and n_test:
         work += [Work("test: the input", n_test, 1), Work("test: the output", n_test, 1, "live")]
     n_moved = min(MOST_IMAGES, len(bench.everything))
     return [*work, Work("how far the outputs moved", n_moved, 2, "live")]
