@@ -1,9 +1,13 @@
-"""bnfix: repair trained networks at their normalization layers."""
+"""bnfix: repair trained networks at their normalization layers.
+
+`bnfix.settings` has the recipes that a `Plan` and several functions take.
+"""
 
 import bnfix.core as _starting  # noqa: F401  # first, since it is about the imports below
 from bnfix.checkpoints.load import load
 from bnfix.checkpoints.save import save
 from bnfix.core import __version__
+from bnfix.core import settings as settings
 from bnfix.core.errors import (
     BnfixError,
     CheckpointError,
@@ -17,6 +21,7 @@ from bnfix.jobs.compare import evaluate_files
 from bnfix.jobs.convert import convert
 from bnfix.jobs.export import export
 from bnfix.jobs.run import calibrate, finetune, fix
+from bnfix.jobs.session import Plan
 from bnfix.metrics.compare import compare
 from bnfix.metrics.evaluate import evaluate
 from bnfix.metrics.metrics import Metrics
@@ -31,7 +36,7 @@ from bnfix.weights.choose import choose_example_weight_
 
 __all__ = [
     "BnfixError", "CheckpointError", "ConfigError", "DataError", "GeneralizedBatchNorm", "Metrics",
-    "ModelError", "NormError", "NumericError", "Result", "__version__", "calibrate",
+    "ModelError", "NormError", "NumericError", "Plan", "Result", "__version__", "calibrate",
     "choose_example_weight_", "compare", "convert", "decay_norms_", "evaluate", "evaluate_files",
     "export", "find_norms", "finetune", "finetune_", "fix", "load", "parameter_groups",
     "recalibrate_", "residuals", "save", "set_example_weight_", "swap_norms_",

@@ -4,17 +4,17 @@ import tempfile
 from pathlib import Path
 
 import bnfix
-from bnfix import demo
-from bnfix.core.settings import DataRecipe, StatisticsRecipe, WeightRecipe
-from bnfix.jobs.session import Plan
+from bnfix import demo, settings
 
 with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))
-    source = DataRecipe(mean=(0.3061,), std=(0.3760,))
+    source = settings.DataRecipe(mean=(0.3061,), std=(0.3760,))
 
     # The second checkpoint: the first with new statistics, stated, so that no labels are used.
-    plan = Plan(
-        source=source, statistics=StatisticsRecipe("population"), weight=WeightRecipe("keep")
+    plan = bnfix.Plan(
+        source=source,
+        statistics=settings.StatisticsRecipe("population"),
+        weight=settings.WeightRecipe("keep"),
     )
     result = bnfix.calibrate(
         files.checkpoint, data=str(files.calibration), model=demo.SPEC, plan=plan

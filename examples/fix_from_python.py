@@ -4,14 +4,13 @@ import tempfile
 from pathlib import Path
 
 import bnfix
-from bnfix import demo
-from bnfix.core.settings import DataRecipe
+from bnfix import demo, settings
 from bnfix.demo.network import digits_net
-from bnfix.jobs.session import Plan
 
 with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))  # a checkpoint and two .npz files
-    plan = Plan(source=DataRecipe(test=str(files.test), mean=(0.3061,), std=(0.3760,)))
+    source = settings.DataRecipe(test=str(files.test), mean=(0.3061,), std=(0.3760,))
+    plan = bnfix.Plan(source=source)
     result = bnfix.fix(files.checkpoint, data=str(files.calibration), model=demo.SPEC, plan=plan)
 
     print(result.report.verdict_sentence())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ from bnfix.core.settings import (
 from bnfix.jobs.export import ExportRecipe
 from bnfix.jobs.session import TRIED
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 #: For each command, the recipes that its options are the fields of; the first that has one counts.
@@ -70,7 +72,7 @@ def ids(value: Any) -> str:
 
 def test_all_is_the_public_names_sorted():
     assert bnfix.__all__ == sorted(bnfix.__all__)
-    assert len(bnfix.__all__) == len(set(bnfix.__all__)) <= 30
+    assert len(bnfix.__all__) == len(set(bnfix.__all__)) <= 31
     public = {
         name
         for name, value in vars(bnfix).items()
@@ -80,6 +82,22 @@ def test_all_is_the_public_names_sorted():
     assert public == set(bnfix.__all__) - {"__version__"}
     for name in bnfix.__all__:
         assert getattr(bnfix, name).__doc__ or name == "__version__"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_imports_only_public_names(path: Path) -> None:
+    text = path.read_text()
+    imported = re.findall(r"^(?:from|import) (bnfix[\w.]*)", text, re.MULTILINE)
+    assert set(imported) <= {"bnfix", "bnfix.demo.network"}
+    for names in re.findall(r"^from bnfix import (.*)", text, re.MULTILINE):
+        assert set(names.split(", ")) <= {"demo", "settings", *bnfix.__all__}
+
+
+def test_every_recipe_of_a_plan_is_a_public_setting() -> None:
+    for field in dataclasses.fields(bnfix.Plan):
+        recipe = getattr(bnfix.Plan(), field.name)
+        if dataclasses.is_dataclass(recipe):
+            assert getattr(bnfix.settings, type(recipe).__name__) is type(recipe)
 
 
 def test_what_the_contract_names_is_there():

@@ -36,6 +36,7 @@ from bnfix.jobs.inputs import (
     Track,
     Tracked,
     describe_skipped,
+    described_corruption,
     evaluation_batch_size,
     open_inputs,
     silent,
@@ -125,8 +126,7 @@ def evaluate_files(
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)
-    if source.corrupt is not None:
-        notes.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
+    notes += described_corruption(source)
     models = tuple(
         Evaluated(
             name=one.name,

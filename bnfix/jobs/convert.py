@@ -21,10 +21,12 @@ from bnfix.core.runtime import run as run_model
 from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record, history_digests
+from bnfix.jobs.fits import zero_pointwise_
 from bnfix.jobs.inputs import (
     Track,
     Tracked,
     describe_skipped,
+    described_corruption,
     open_inputs,
     resolve_preprocessing,
     silent,
@@ -32,11 +34,10 @@ from bnfix.jobs.inputs import (
 from bnfix.jobs.session import load_one
 from bnfix.metrics.robustness import all_outputs
 from bnfix.models.build import input_channels
-from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_
-from bnfix.recalibrate.refit import REFIT_SAMPLES, Refitting, refit_
-from bnfix.report.records import layer_rows
+from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
+from bnfix.report.records import layer_rows, n_live
 from bnfix.report.report import Report
 from bnfix.report.result import Result
 from bnfix.weights.choose import weighable_layers
@@ -91,26 +92,34 @@ def convert(
     """
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     swap = swap or SwapRecipe()
-    loaded = load_one(checkpoint, recipe, run or RunOptions(), mapped=True)
+    source, run = source or DataRecipe(), run or RunOptions()
+    loaded = load_one(checkpoint, recipe, run, mapped=True)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    source = source or DataRecipe()
+    unlabelled = dataclasses.replace(source, labels="none")
     stated, _ = resolve_preprocessing(loaded, source)
     example = example_input(loaded.model, input_shape, known_shape(loaded.model, stated))
     where = "normal random input"
     if example is None and data is not None:
-        example, where = _first_inputs(loaded, data, source, seed), "examples of the data"
+        where, few = "examples of the data", open_inputs(loaded, data, unlabelled).first_batch(seed)
+        if few is not None and isinstance(few.x, torch.Tensor):
+            example = few.x[:2].to(device_of(loaded.model))
     planned = plan_swap(loaded.model, swap)
     weighs = any(change.example_weight for change in planned.changes)
     original = copy.deepcopy(loaded.model) if weighs and data is not None else None
     plan, difference, notes = _swapped(loaded, planned, swap, example, where)
     notes = [*loaded.checkpoint.notes, *notes]
-    preprocessing, used, refitting = loaded.origin.preprocessing, None, None
-    live = any(layer.live for _, layer in generalized_norms(loaded.model))
-    if original is not None and data is not None and live:
-        fitted = _refit(loaded, original, data, source, run or RunOptions(), seed, samples, track)
-        refitting, preprocessing, used, remarks = fitted
+    preprocessing, used, residuals = loaded.origin.preprocessing, None, None
+    if original is not None and data is not None and n_live(loaded.model):
+        inputs = open_inputs(loaded, data, unlabelled)
+        index, batches = inputs.sample(samples or REFIT_SAMPLES, loaded.model, run, seed)
+        tracked = Tracked(batches, "re-fitting scale and shift", track)
+        refitting = refit_(loaded.model, original, tracked)
         round_as_stored_(loaded.model)
-        notes += [*remarks, refitting.describe()]
+        residuals = {layer.name: layer.residual for layer in refitting.layers}
+        preprocessing, used = inputs.preprocessing, data_record(inputs.images, index)
+        used["fit"] = history_digests(inputs.images, index)
+        notes += [*inputs.notes, *described_corruption(source)]
+        notes += [*describe_skipped([tracked]), refitting.describe()]
     elif data is not None:
         notes.append("--data was not used: at example weight 0 there is nothing to re-fit.")
     elif weighs:
@@ -118,12 +127,8 @@ def convert(
             "scale and shift are the original's, re-fitted for moments pooled over the channel "
             "groups only; give --data to re-fit them to the original's outputs."
         )
-    options = {
-        "model": dataclasses.asdict(recipe),
-        "swap": dataclasses.asdict(swap),
-        "data": dataclasses.asdict(source),
-    }
-    residuals = refitting and {layer.name: layer.residual for layer in refitting.layers}
+    recipes: dict[str, Any] = {"model": recipe, "swap": swap, "data": source}
+    options = {name: dataclasses.asdict(one) for name, one in recipes.items()}
     entry = history_entry(
         "convert",
         options={**options, "samples": samples},
@@ -152,11 +157,12 @@ def _swapped(
 ) -> tuple[SwapPlan, float | None, list[str]]:
     """Swap, and compare the whole network's outputs; they may change at weights above 0 only."""
     before = None if example is None else _outputs(loaded.model, example)
-    was_live = any(layer.live for _, layer in generalized_norms(loaded.model))
+    was_live = n_live(loaded.model) > 0
     plan = swap_planned_(loaded.model, planned)
     notes: list[str] = []
-    if swap.example_weight or swap.to == "group":
-        notes += _zero_pointwise(loaded.model, example)
+    if example is not None and (swap.example_weight or swap.to == "group"):
+        _, excluded = weighable_layers(loaded.model, [_batch_of(example)])
+        notes += zero_pointwise_(loaded.model, excluded)
     round_as_stored_(loaded.model)
     if before is None or example is None:
         notes.append(
@@ -176,55 +182,21 @@ def _difference(
     loaded: Loaded, before: torch.Tensor, after: torch.Tensor, *, was_live: bool
 ) -> float:
     """Largest difference of the outputs by the largest output, refused where it is no rounding."""
+    advice = "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
     if after.shape != before.shape:
-        raise ModelError(
-            "model: gives outputs of other shapes after the swap. It may hold norm layers "
-            "that are reached in ways that cannot be seen; use --skip."
-        )
+        raise ModelError(f"model: gives outputs of other shapes after the swap. {advice}")
     # A network that is broken already gives NaN, and may give the same NaN.
     same = (before == after) | (before.isnan() & after.isnan())
     gap = torch.where(same, 0.0, (after - before).abs()).max()
     difference = float(gap / before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1))
-    live = was_live or any(layer.live for _, layer in generalized_norms(loaded.model))
+    live = was_live or n_live(loaded.model)
     is_half = any(d.is_floating_point and d.itemsize < 4 for d in loaded.origin.dtypes.values())
     if not live and not difference <= (_HALF_TOLERANCE if is_half else _TOLERANCE):
         raise ModelError(
             f"model: its outputs changed by {difference:.2g} in the swap, more than rounding. "
-            "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
+            f"{advice}"
         )
     return difference
-
-
-def _refit(
-    loaded: Loaded,
-    original: nn.Module,
-    data: str,
-    source: DataRecipe,
-    run: RunOptions,
-    seed: int,
-    samples: int | None,
-    track: Track,
-) -> tuple[Refitting, Preprocessing | None, dict[str, Any], list[str]]:
-    """Re-fit on some of the data: how well, on inputs made how, what is noted, and remarks."""
-    inputs = open_inputs(loaded, data, dataclasses.replace(source, labels="none"))
-    remarks = list(inputs.notes)
-    if source.corrupt is not None:
-        remarks.append(f"every image was corrupted: {source.corrupt}, after resize and crop.")
-    index, batches = inputs.sample(samples or REFIT_SAMPLES, loaded.model, run, seed)
-    tracked = Tracked(batches, "re-fitting scale and shift", track)
-    found = refit_(loaded.model, original, tracked)
-    images = inputs.images
-    used = {**data_record(images, index), "fit": history_digests(images, index)}
-    return found, inputs.preprocessing, used, [*remarks, *describe_skipped([tracked])]
-
-
-def _first_inputs(loaded: Loaded, data: str, source: DataRecipe, seed: int) -> torch.Tensor | None:
-    """Two examples of the data, where the network takes one tensor."""
-    inputs = open_inputs(loaded, data, dataclasses.replace(source, labels="none"))
-    batch = inputs.first_batch(seed)
-    if batch is None or not isinstance(batch.x, torch.Tensor):
-        return None
-    return batch.x[:2].to(device_of(loaded.model))
 
 
 def known_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...] | None:
@@ -301,18 +273,3 @@ def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
 
 def _batch_of(example: torch.Tensor) -> Batch:
     return Batch(example, None, np.arange(len(example)))
-
-
-def _zero_pointwise(model: nn.Module, example: torch.Tensor | None) -> list[str]:
-    """Layers with a single position keep weight 0: there the formula is another non-linearity."""
-    if example is None:
-        return []
-    _, excluded = weighable_layers(model, [_batch_of(example)])
-    layers = dict(generalized_norms(model))
-    live = [
-        name for name in excluded if layers[name].live and layers[name].running_mean is not None
-    ]
-    if live:
-        set_example_weight_(model, dict.fromkeys(live, 0.0))
-        return [f"{len(live)} layers have a single position a map and keep example weight 0."]
-    return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from bnfix.metrics.metrics import Metrics
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
+from bnfix.report.records import n_live
 from bnfix.training.finetune import Finetuning, finetune_
 from bnfix.weights.choose import choose_example_weight_, weighable_layers
 from bnfix.weights.label_free import fit_moments_, fit_predictions_
@@ -230,19 +231,21 @@ class Fits:
     def refitted(self, _: State) -> Fitted:
         """Fit scale and shift of layers that now weigh the example to the original's outputs."""
         bench = self.bench
-        excluded = self._weighable()[1]
-        layers = dict(generalized_norms(self.model))
-        pointwise = [
-            name for name in excluded
-            if layers[name].live and layers[name].running_mean is not None
-        ]  # fmt: skip
-        set_example_weight_(self.model, dict.fromkeys(pointwise, 0.0))
-        if pointwise:
-            bench.assumptions.append(
-                f"{len(pointwise)} layers have a single position a map and keep example weight 0."
-            )
-        if bench.original is not None and any(layer.live for layer in layers.values()):
+        bench.assumptions += zero_pointwise_(self.model, self._weighable()[1])
+        if bench.original is not None and n_live(self.model):
             index = np.random.default_rng(self.seed).permutation(bench.split.fit)
             batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift").whole()
             bench.assumptions.append(refit_(self.model, bench.original, batches).describe())
         return Fitted("converted and re-fitted")
+
+
+def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
+    """Keep weight 0 where maps have a single position: the formula there is another function."""
+    layers = dict(generalized_norms(model))
+    live = [
+        name for name in excluded if layers[name].live and layers[name].running_mean is not None
+    ]
+    if not live:
+        return []
+    set_example_weight_(model, dict.fromkeys(live, 0.0))
+    return [f"{len(live)} layers have a single position a map and keep example weight 0."]

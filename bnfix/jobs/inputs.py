@@ -98,6 +98,13 @@ class Tracked:
         return of_pass
 
 
+def described_corruption(source: DataRecipe) -> list[str]:
+    """A note where images are corrupted."""
+    if source.corrupt is None:
+        return []
+    return [f"every image was corrupted: {source.corrupt}, after resize and crop."]
+
+
 def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
     """Bad images that passes have met, on any rank, each once, in words."""
     found: dict[str, str] = {}
@@ -149,9 +156,8 @@ class Inputs:
 
     def lenient(self, n: int) -> Inputs:
         """The same, for a look at n images: all of them may be bad."""
-        return dataclasses.replace(
-            self, source=dataclasses.replace(self.source, max_bad=float(n), corrupt=None)
-        )
+        source = dataclasses.replace(self.source, max_bad=float(n))
+        return dataclasses.replace(self, source=source)
 
     def first_batch(self, seed: int) -> Batch | None:
         """A few images, drawn at random; none where none can be read."""

@@ -21,14 +21,7 @@ from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import CheckpointError, ConfigError, DataError, ModelError, plain
 from bnfix.core.memory import first_of
 from bnfix.core.settings import (
-    DataRecipe,
-    FinetuneRecipe,
-    GateRecipe,
-    ModelRecipe,
     RunOptions,
-    StatisticsRecipe,
-    SwapRecipe,
-    WeightRecipe,
 )
 from bnfix.data.arrays import is_callable
 from bnfix.data.batches import Batch, Batches
@@ -51,20 +44,24 @@ _LOW, _HIGH = 0.6, 1.8
 _STATES_KEPT = 4
 
 
+#: The options in a history, and the recipes of a plan that they are.
+_RECIPES = {
+    "model": "model",
+    "data": "source",
+    "swap": "swap",
+    "statistics": "statistics",
+    "example_weight": "weight",
+    "finetune": "finetune",
+    "gate": "gate",
+}
+
+
 def options_of(plan: Plan, averaged: list[dict[str, Any]]) -> dict[str, Any]:
     """The recipes, as the history and the report hold them."""
-    finetune = plan.finetune
-    return {
-        "model": dataclasses.asdict(plan.model),
-        "data": dataclasses.asdict(plan.source),
-        "swap": dataclasses.asdict(plan.swap),
-        "statistics": dataclasses.asdict(plan.statistics),
-        "example_weight": dataclasses.asdict(plan.weight),
-        "finetune": None if finetune is None else dataclasses.asdict(finetune),
-        "gate": dataclasses.asdict(plan.gate),
-        "precision": plan.run.precision,
-        **({"average": averaged} if averaged else {}),
-    }
+    recipes = {name: getattr(plan, part) for name, part in _RECIPES.items()}
+    options = {name: one and dataclasses.asdict(one) for name, one in recipes.items()}
+    options["precision"] = plan.run.precision
+    return {**options, "average": averaged} if averaged else options
 
 
 def replayed_plan(
@@ -72,8 +69,7 @@ def replayed_plan(
 ) -> Plan:
     """Read the plan of the last `fix` or `calibrate` in a file's history."""
     where = Path(path)
-    header = read_checkpoint(where).metadata or {}
-    history = header.get("history")
+    history = (read_checkpoint(where).metadata or {}).get("history")
     entries = [
         entry
         for entry in (history if isinstance(history, list) else [])
@@ -87,41 +83,40 @@ def replayed_plan(
         )
     try:
         found = entries[-1].get("options")
-        options: dict[str, Any] = found if isinstance(found, dict) else {}
-        # Code that a file names is never run.
-        asked = options.get("model")
-        asked = {**asked, "forward": None} if isinstance(asked, dict) else asked
-        model = _recipe(ModelRecipe, {"model": asked}, "model")
-        # A model that the file names is built only where a file's word is enough for that.
-        if model.model is not None and not from_file_allowed(model.model):
-            model = dataclasses.replace(model, model=None, arguments=())
-        none = options.get("finetune") is None
-        return Plan(
-            command_line=command_line,
-            model=model,
-            source=_source(options, test),
-            swap=_recipe(SwapRecipe, options, "swap"),
-            statistics=_recipe(StatisticsRecipe, options, "statistics"),
-            weight=_recipe(WeightRecipe, options, "example_weight"),
-            finetune=None if none else _recipe(FinetuneRecipe, options, "finetune"),
-            gate=_recipe(GateRecipe, options, "gate"),
-            run=dataclasses.replace(run, precision=options.get("precision", run.precision)),
-        )
+        return _replayed(found if isinstance(found, dict) else {}, run, command_line, test)
     except ConfigError as error:
         raise CheckpointError(
             f"{plain(where)}: the options in its history cannot be used: {plain(error)}", path=where
         ) from error
 
 
-def _source(options: Mapping[str, Any], test: str | None) -> DataRecipe:
-    """Where the images come from; a callable that the file names for them is not imported."""
-    source = _recipe(DataRecipe, options, "data")
-    if test is None and source.test is not None and is_callable(source.test):
+def _replayed(
+    options: dict[str, Any], run: RunOptions, command_line: str, test: str | None
+) -> Plan:
+    """The plan of these options, without any code that only the file names."""
+    usual = Plan()
+    recipes = {
+        part: _recipe(type(getattr(usual, part)), options, name)
+        for name, part in _RECIPES.items()
+        if name != "finetune" or options.get(name) is not None
+    }
+    plan = Plan(
+        **{"finetune": None, **recipes},
+        command_line=command_line,
+        run=dataclasses.replace(run, precision=options.get("precision", run.precision)),
+    )
+    model, source = dataclasses.replace(plan.model, forward=None), plan.source
+    # A model that the file names is built only where a file's word is enough for that.
+    if model.model is not None and not from_file_allowed(model.model):
+        model = dataclasses.replace(model, model=None, arguments=())
+    if test is not None:
+        source = dataclasses.replace(source, test=test)
+    elif source.test is not None and is_callable(source.test):
         raise ConfigError(
             f"its test data are code, {plain(source.test)}, which is not run because a file says "
             "so. Name it by --test."
         )
-    return source if test is None else dataclasses.replace(source, test=test)
+    return dataclasses.replace(plan, model=model, source=source)
 
 
 def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Recipe:
@@ -291,8 +286,7 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
     index = bench.split.fit if bench.split.fit.size else bench.split.test
     size = bench.batches(index, "").batches.batch_size
     # A bad image among these few is none of the plan's business.
-    source = replace(bench.plan.source, max_bad=float(len(index)))
-    own = replace(bench, plan=replace(bench.plan, source=source))
+    own = replace(bench, inputs=bench.inputs.lenient(len(index)))
     started = time.perf_counter()
     batches = list(own.batches(index[: _BATCHES * size], "timing a few batches").whole())
     n = sum(len(batch.index) for batch in batches)

@@ -53,21 +53,26 @@ TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
 
 @dataclass(frozen=True)
 class Plan:
-    """All recipes of one command.
+    """All settings of `fix`, `calibrate` or `finetune`, under the names of their options.
+
+    `bnfix.settings` has the recipes: ``bnfix.Plan(source=bnfix.settings.DataRecipe(scale=1.0))``.
 
     Args:
-        command: ``fix``, ``calibrate``, ``finetune`` or ``average``.
-        command_line: as typed.
-        model: which model.
-        source: which examples.
-        swap: which layers and kind.
-        statistics: auto, or which.
-        weight: auto, or which.
-        finetune: the training to try; ``None`` for none.
-        gate: splits, seed, z.
-        run: device and batch size.
+        command: ``fix``, ``calibrate``, ``finetune`` or ``average``; the function called sets it.
+        command_line: as typed, for the history; empty for calls from Python.
+        model: `ModelRecipe`: how the model is built, and where in the file it lies.
+        source: `DataRecipe`: preprocessing, labels, and the data of the test split.
+        swap: `SwapRecipe`: which layers are turned into which kind of normalization.
+        statistics: `StatisticsRecipe`: whether and how running statistics are recalibrated.
+        weight: `WeightRecipe`: how the example weight, from 0 to 1, is chosen.
+        finetune: `FinetuneRecipe`: the training to try; ``None`` for none.
+        gate: `GateRecipe`: parts of the splits, seed, standard errors to win by.
+        run: `RunOptions`: device, precision, batch size, workers.
         state: folder for the state of a long run, to resume it from.
-        average: checkpoints to average the model with, before anything else.
+        average: `AverageRecipe`: checkpoints to average the model with, before anything else.
+
+    Raises:
+        ConfigError: if the example weight needs ``train_batch_size``, and it is not given.
     """
 
     command: str = "fix"
