@@ -121,7 +121,7 @@ def evaluate_files(
         raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
     if also.fast:
         entrants = hasten(entrants, run.precision, seed, notes)
-    arena = Arena(entrants, source, run, seed, track)
+    arena = Arena(entrants, run, seed, track)
     found = arena.outputs("evaluating", corruption_of(source.corrupt, seed), bool(functions))
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
@@ -164,16 +164,15 @@ def _report(
     corruption: str | None,
 ) -> Report:
     """The report on models that went through the same examples; layers are those of the last."""
-    images, record = entrants[-1].inputs.images, data_record(entrants[-1].inputs.images)
+    images = entrants[-1].inputs.images
+    used = {**data_record(images), "n_examples": models[0].metrics.n_examples}
     skipped = describe_skipped(arena.passes)
     history = [entry for one in entrants for entry in one.loaded.origin.history]
     first, last = (one.loaded.model for one in (entrants[0], entrants[-1]))
     return Report(
         command="eval",
         data=DataUsed(
-            spec=record["spec"],
-            n_examples=models[0].metrics.n_examples,
-            fingerprint=record["fingerprint"],
+            **used,
             class_names=images.class_names,
             skipped=skipped,
             n_skipped=len(skipped),
@@ -279,22 +278,21 @@ def hasten(
     entrants: Sequence[Entrant], precision: str, seed: int, notes: list[str]
 ) -> list[Entrant]:
     """Let copies of the models that evaluate faster go through the data."""
-    found = []
-    for one in entrants:
+    found = list(entrants)
+    # Under autocast the operators for prepacked weights would go on in float32.
+    prepack = None if precision == "fp32" else False
+    for k, one in enumerate(entrants):
         few = one.inputs.first_batch(seed)
         if few is None:
-            found.append(one)
             continue
         few = first_of(few, N_CHECKED)
         try:
-            # Under autocast the operators for prepacked weights would go on in float32.
-            net, done = fused(one.loaded.model, few, prepack=None if precision == "fp32" else False)
+            net, done = fused(one.loaded.model, few, prepack=prepack)
         except ModelError as error:
             notes.append(f"{one.name}: evaluated as it is, for all --fast: {error}")
-            found.append(one)
-            continue
-        notes.append(f"{one.name}: {done.text}, on {len(few.index)} images.")
-        found.append(dataclasses.replace(one, fast=net))
+        else:
+            notes.append(f"{one.name}: {done.text}, on {len(few.index)} images.")
+            found[k] = dataclasses.replace(one, fast=net)
     return found
 
 
@@ -302,16 +300,9 @@ class Arena:
     """Where entrants meet the same examples; those of one preprocessing go through together."""
 
     def __init__(
-        self,
-        entrants: Sequence[Entrant],
-        source: DataRecipe,
-        run: RunOptions,
-        seed: int,
-        track: Track,
-        memory_bytes: int | None = None,
+        self, entrants: Sequence[Entrant], run: RunOptions, seed: int, track: Track
     ) -> None:
-        self._entrants, self._source, self._run, self._seed = entrants, source, run, seed
-        self._track = track
+        self._entrants, self._run, self._seed, self._track = entrants, run, seed, track
         self._groups: dict[Any, list[int]] = {}
         for i, one in enumerate(entrants):
             labels = one.inputs.images.labels
@@ -321,12 +312,9 @@ class Arena:
         self.passes: list[Tracked] = []
         #: Batch sizes that had to be made smaller, one sentence each.
         self.notes: list[str] = []
-        self._sizes = [
-            self._fitting([entrants[i] for i in group], memory_bytes)
-            for group in self._groups.values()
-        ]
+        self._sizes = [self._fitting([entrants[i] for i in g]) for g in self._groups.values()]
 
-    def _fitting(self, members: list[Entrant], memory_bytes: int | None) -> BatchSize:
+    def _fitting(self, members: list[Entrant]) -> BatchSize:
         """The batch size of a group's passes, as far as the memory allows."""
         run, first = self._run, members[0]
         size = evaluation_batch_size(run, first.loaded.model, first.inputs.size)
@@ -335,10 +323,7 @@ class Arena:
         if run.batch_size is None:
             few = first.inputs.first_batch(self._seed)
             for one in members:
-                held = None
-                if few is not None:
-                    held = footprint(one.net, few, run.precision, memory_bytes)
-                found.foresee(held)
+                found.foresee(None if few is None else footprint(one.net, few, run.precision))
         return found
 
     @property

@@ -183,18 +183,11 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan would cost on this machine.
+    """What a plan would cost on this machine."""
 
-    Args:
-        seconds: least and most; ``None`` where no batch could be run.
-        memory_bytes: most memory of the process, or of the accelerator where that is used; ``None``
-            where the system does not tell.
-        passes: of all stages, over the examples that each of them has.
-    """
-
-    seconds: tuple[float, float] | None
-    memory_bytes: int | None
-    passes: float
+    seconds: tuple[float, float] | None  # least and most; none where no batch could be run
+    memory_bytes: int | None  # most of the process or the accelerator, where the system tells
+    passes: float  # of all stages, over the examples that each of them has
 
     def to_json(self) -> dict[str, Any]:
         """The numbers under the names that ``--plan --json`` gives them."""
@@ -210,10 +203,9 @@ def estimated(bench: Workbench, work: Sequence[Work]) -> Estimate:
     passes = sum(one.passes for one in work)
     costs = {one.cost for one in work if one.passes and one.examples}
     try:
-        found = _timed(bench, costs)
+        reading, costs_an_example = _timed(bench, costs)
     except DataError:
         return Estimate(None, peak_memory(bench.model), passes)
-    reading, costs_an_example = found
     n_read = len(bench.split.fit) + len(bench.split.select) + len(bench.split.test)
     seconds = n_read * reading
     seconds += sum(one.examples * one.passes * costs_an_example.get(one.cost, 0.0) for one in work)

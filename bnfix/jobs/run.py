@@ -220,9 +220,7 @@ class Run:
         report = Report(
             command=self.plan.command,
             data=DataUsed(
-                spec=data["spec"],
-                n_examples=data["n_examples"],
-                fingerprint=data["fingerprint"],
+                **data,
                 class_names=bench.inputs.images.class_names,
                 splits=bench.split.sizes(),
                 skipped=skipped,
@@ -304,10 +302,7 @@ class Run:
             round_as_stored_(self.model)
             after = before if self.stated.values is self.original.values else self._on_test(name)
         name = f"output: {self.kept.name}"
-        last = Evaluated(
-            name=name, file=None, sha256=None, metrics=after, n_live=n_live(self.model)
-        )
-        return original, last
+        return original, Evaluated(name, None, None, after, n_live=n_live(self.model))
 
     def _on_test(self, name: str, model: nn.Module | None = None) -> Metrics:
         return self.fits.evaluate(lambda: self.bench.test_batches(f"test: {name}"), model)

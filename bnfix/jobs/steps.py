@@ -43,19 +43,12 @@ _LABEL_FREE_PASSES = 12
 
 @dataclass(frozen=True)
 class Work:
-    """Passes of one stage.
+    """Passes of one stage."""
 
-    Args:
-        stage: what they are for, in words.
-        examples: in one pass.
-        passes: how many; parts of a pass count as such.
-        cost: a key of `COSTS`.
-    """
-
-    stage: str
-    examples: int
-    passes: float
-    cost: str = "forward"
+    stage: str  # in words
+    examples: int  # in one pass
+    passes: float  # parts of a pass count as such
+    cost: str = "forward"  # as stored; `live`: with weighed examples; `training`: with gradients
 
 
 @dataclass(frozen=True)
