@@ -9,7 +9,6 @@ coroutines that can stop in the middle of any model's forward pass.
 from __future__ import annotations
 
 import contextvars
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ModelError
-from bnfix.core.memory import LiveBytes
+from bnfix.core.memory import LiveBytes, free_memory
 from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
 from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import (
@@ -41,17 +40,9 @@ _MOST_BATCHES = 256
 
 
 def default_memory(device: torch.device) -> int:
-    """Bytes of activations that may be held: a quarter of the memory that is free.
-
-    Processes of one machine share that quarter.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 4
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return free // (4 * distributed.here().per_machine)
-    except (AttributeError, OSError, ValueError):
-        return 1 << 30
+    """Bytes of activations that may be held: a quarter of the memory that is free."""
+    free = free_memory(device)
+    return 1 << 30 if free is None else free // 4
 
 
 class Walk:
