@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -156,17 +156,7 @@ def _has_weights(value: Any) -> bool:
     return any(isinstance(v, torch.Tensor) and v.ndim > 1 for _, v in _items(value))
 
 
-# All paths to state dicts under the usual names, the most likely first.
-def _paths(content: Any, depth: int = _DEPTH) -> Iterator[list[str]]:
-    entries = dict(_items(content))
-    for nest in NESTS if depth else ():
-        for below in _paths(entries.get(nest), depth - 1):
-            yield [nest, *below]
-    if _has_tensors(content):
-        yield []
-
-
-# Every dotted key under which there are tensors, for a message.
+# Every dotted key under which there are tensors.
 def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
     found = []
     for name, value in _items(content):
@@ -174,6 +164,11 @@ def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
             found += [at + name] if _has_tensors(value) else []
             found += _nests(value, depth - 1, f"{at}{name}.") if depth > 1 else []
     return found
+
+
+# The place of a key among the usual ones: by the order of their names, the innermost first.
+def _likelihood(nest: str) -> list[int]:
+    return [*(NESTS.index(part) for part in nest.split(".")), len(NESTS)]
 
 
 # The value at a dotted key, where a part may have dots of its own; None if not there.
@@ -198,7 +193,8 @@ def find_state_dict(
     if key is None or not _has_tensors(base):
         at = f"{key}." if key else ""
         inside = [n.removeprefix(at) for n in nests if n.startswith(at)]
-        likely = [".".join(steps) for steps in _paths(base)]
+        usual = [n for n in inside if all(part in NESTS for part in n.split("."))]
+        likely = sorted(usual, key=_likelihood) + ([""] if _has_tensors(base) else [])
         means = [n for n in (*likely, *inside) if is_average(n)]
         others = [n for n in inside if not is_average(n)]
         # A single one with weights is meant, whatever its name; a mean if nothing else is there.

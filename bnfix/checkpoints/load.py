@@ -6,7 +6,7 @@ import copy
 import shlex
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -315,32 +315,20 @@ def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.load_state_dict(state, strict=True, assign=empty)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """Settings of a layer in a header, of the right types; files are hostile until checked."""
-
-    channel_groups: int
-    ghost_size: int | None
-    example_weight: Any
-    eps: float
-
-    def __post_init__(self) -> None:
-        integers = (self.channel_groups, 1 if self.ghost_size is None else self.ghost_size)
-        if not all(type(n) is int and n >= 1 for n in integers):
-            raise ValueError("channel_groups and ghost_size are counts of at least 1")
-        weight = self.example_weight
-        for found in weight if isinstance(weight, list) else [weight]:
-            if type(found) not in (int, float) or not 0 <= found <= 1:
-                raise ValueError("example_weight is a number from 0 to 1, or a list of such")
-        if type(self.eps) not in (int, float) or not 0 <= self.eps < 1e6:
-            raise ValueError("eps is a number of at least 0")
-
-
-def _settings(value: Any) -> _Settings:
-    if not isinstance(value, dict):
+def _settings(stated: Any) -> dict[str, Any]:
+    """The settings of a layer in a header, their types checked: files are hostile until then."""
+    if not isinstance(stated, dict):
         raise TypeError("an entry is not an object")
-    stated: dict[str, Any] = {field.name: value.get(field.name) for field in fields(_Settings)}
-    return _Settings(**stated)
+    names = ("channel_groups", "ghost_size", "example_weight", "eps")
+    groups, size, weight, eps = (stated.get(name) for name in names)
+    if not all(type(n) is int and n >= 1 for n in (groups, 1 if size is None else size)):
+        raise ValueError("channel_groups and ghost_size are counts of at least 1")
+    for found in weight if isinstance(weight, list) else [weight]:
+        if type(found) not in (int, float) or not 0 <= found <= 1:
+            raise ValueError("example_weight is a number from 0 to 1, or a list of such")
+    if type(eps) not in (int, float) or not 0 <= eps < 1e6:
+        raise ValueError("eps is a number of at least 0")
+    return stated
 
 
 def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -354,22 +342,22 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise file_error(
             checkpoint.path, f"its header sets norm layers that the model lacks: {some(unknown)}."
         )
+    problem = "the norm settings in its header cannot be used"
     wrong = (BnfixError, TypeError, ValueError, OverflowError, RuntimeError)
-    with file_errors(
-        checkpoint.path, "the norm settings in its header cannot be used", kinds=wrong
-    ):
+    with file_errors(checkpoint.path, problem, kinds=wrong):
         settings = {sites[name]: _settings(value) for name, value in norms.items()}
         plan = plan_swap(model, SwapRecipe(layers=tuple(escape(name) for name in settings)))
-        changes = []
-        for change in plan.changes:
-            to = settings[change.name]
-            groups, size = to.channel_groups, to.ghost_size
-            # Without weights, whose swap changes outputs by intent; they are set after.
-            changes.append(
-                replace(change, channel_groups=groups, ghost_size=size, example_weight=0.0)
+        changes = [
+            replace(
+                change,
+                channel_groups=settings[change.name]["channel_groups"],
+                ghost_size=settings[change.name].get("ghost_size"),
+                example_weight=0.0,  # whose swap changes outputs by intent; set afterwards
             )
+            for change in plan.changes
+        ]
         swap_planned_(model, replace(plan, changes=tuple(changes)))
-        for name, to in settings.items():
+        for name, stated in settings.items():
             layer = model.get_submodule(name)
-            layer.__dict__["eps"] = float(to.eps)
-            set_example_weight_(layer, to.example_weight)
+            layer.__dict__["eps"] = float(stated["eps"])
+            set_example_weight_(layer, stated["example_weight"])

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from bnfix.core.errors import CheckpointError, file_error, file_errors, plain, some
+from bnfix.core.errors import file_error, file_errors, plain, some
 
 #: torch stores its archives uncompressed: inflating further than this is a bomb.
 _INFLATION_LIMIT: Final = 100
@@ -153,8 +153,7 @@ def read_zip(path: Path) -> Any:
         if held < claimed:
             raise file_error(
                 path,
-                f"damaged, storage {plain(key)} claims {claimed} bytes and holds {held}. Fetch it "
-                "again or save it again.",
+                f"damaged, storage {plain(key)} claims {claimed} bytes and holds {held}.{_AGAIN}",
             )
     return _load(path, survey, mapped=not compressed)
 
@@ -214,8 +213,7 @@ def read_legacy(path: Path) -> Any:
     if claimed > size:
         raise file_error(
             path,
-            f"damaged, it claims {claimed} bytes of tensors in {size}. "
-            "Fetch it again or save it again.",
+            f"damaged, it claims {claimed} bytes of tensors in {size}.{_AGAIN}",
         )
     return _load(path, survey, mapped=False)
 
@@ -243,6 +241,7 @@ _HEADER_DEPTH: Final = 64
 #: Characters that one more entry of the history and the settings of the layers may take.
 _ROOM: Final = 8 * 2**20
 
+_AGAIN: Final = " Fetch it again or save it again."
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 _PICKLE_MAGIC: Final = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 
@@ -275,7 +274,9 @@ def require_file(path: Path) -> None:
 
 def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
     """A file's content, the text of its ``bnfix`` header if it has one, and notes."""
-    try:
+    # A damaged or hostile file makes readers raise almost anything.
+    problem = "cannot be read, it is damaged or not a checkpoint"
+    with file_errors(path, problem, _AGAIN, kinds=(Exception,)):
         if is_index(path):
             return _read_index(path)
         kind = _kind_of(path)
@@ -293,15 +294,6 @@ def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
                 "is a real tar archive, which the restricted loader cannot read. "
                 "Unpack it, or load it with the program that wrote it and save its state_dict.",
             )
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged or hostile file makes readers raise almost anything
-        reason = plain(error) or type(error).__name__
-        raise file_error(
-            path,
-            f"cannot be read, it is damaged or not a checkpoint ({reason}). "
-            "Fetch it again or save it again.",
-        ) from error
     expected = "torch" if path.suffix in TORCH_SUFFIXES else "torch or safetensors"
     raise file_error(
         path,

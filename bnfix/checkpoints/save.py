@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, storable
@@ -27,56 +29,22 @@ from bnfix.core.errors import CheckpointError, file_error, file_errors, plain, s
 from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
 
-#: Names of the types in the format, in the order in which its tensors lie.
-_TYPES: Final = {
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.complex64: "C64",
-    torch.float32: "F32",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_ORDER: Final = {dtype: place for place, dtype in enumerate(_TYPES)}
 
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors to a file; those that share memory are written under each name."""
-    unknown = [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in _TYPES]
-    if unknown:
-        raise TypeError(f"no type of the format: {', '.join(unknown[:5])}")
-    # By the bytes of the names: that is how the library sorts.
-    ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0].encode()))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _TYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            if tensor.numel():
-                bare = tensor.detach().resolve_conj().resolve_neg().contiguous()
-                file.write(bare.reshape(-1).view(torch.uint8).numpy().data)
+    ready: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        # The library refuses what shares memory, since it would not share it once loaded.
+        place = whole.untyped_storage().data_ptr()
+        ready[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    try:
+        save_file(ready, path, metadata=dict(metadata))
+    except KeyError as error:  # of its table of types
+        odd = [f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype in error.args]
+        raise TypeError(f"no type of the format: {some(odd)}") from error
 
 
 def check_output(path: str | Path, *, force: bool) -> None:
@@ -135,8 +103,8 @@ def write_checkpoint(
     """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
     path = Path(path)
     check_output(path, force=force)
-    wrong = (TypeError, ValueError, RecursionError)
-    with file_errors(path, "not written, its metadata is not JSON", kinds=wrong):
+    no_json = (TypeError, ValueError, RecursionError)
+    with file_errors(path, "not written, its metadata is not JSON", kinds=no_json):
         text = json.dumps(finite(metadata))
     parse_header(text, path)
     # The format keeps the name __metadata__ for itself, but its writer does not mind.
@@ -153,7 +121,8 @@ def write_checkpoint(
         if not force:  # another program may have written it meanwhile
             check_output(path, force=False)
 
-    with file_errors(path, "not written", kinds=(OSError, RuntimeError, TypeError, ValueError)):
+    wrong = (OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+    with file_errors(path, "not written", kinds=wrong):
         replace_whole(path, write)
 
 

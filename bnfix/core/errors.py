@@ -105,8 +105,11 @@ def file_errors(
     """Turn the errors of other code in a block into one that says what is wrong with a file."""
     try:
         yield
+    except CheckpointError:  # which says it already
+        raise
     except kinds as error:
-        raise file_error(path, f"{problem} ({plain(error)}).{advice}") from error
+        reason = plain(error) or type(error).__name__
+        raise file_error(path, f"{problem} ({reason}).{advice}") from error
 
 
 def model_error(spec: str, text: str) -> ModelError:
