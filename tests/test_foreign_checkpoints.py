@@ -316,7 +316,7 @@ def test_torchvisions_own_files_are_known_by_their_digest():
     assert published_weights(spec, digest).name == "IMAGENET1K_V1"
     assert published_arguments(spec, digest) == {"transform_input": True}
     assert published_arguments(spec, "f" * 64) == {}
-    assert published_arguments("torchvision:resnet18", "f37072fd" + "0" * 56) == {}
+    assert published_arguments("torchvision:resnet18", "f37072fd" + "0" * 56) is None
     second = default_preprocessing("torchvision:resnet50", "11ad3fa6" + "0" * 56)
     assert second is not None
     assert "IMAGENET1K_V2" in second[1]

@@ -33,12 +33,7 @@ from bnfix.core.errors import (
 )
 from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe
 from bnfix.models.build import build_model, build_skeleton, from_file_allowed
-from bnfix.models.published import (
-    published_arguments,
-    published_weights,
-    renamed,
-    wants_transformed_input,
-)
+from bnfix.models.published import published_arguments, published_weights, renamed
 from bnfix.norm.layer import set_example_weight_
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
@@ -200,8 +195,8 @@ def load_ready(
 def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: bool) -> nn.Module:
     """The model that a spec names, with the arguments that belong to weights of its library."""
     spec = origin.spec or ""
-    if wants_transformed_input(spec) and "transform_input" not in origin.arguments:
-        found = published_arguments(spec, checkpoint.sha256)
+    found = published_arguments(spec, checkpoint.sha256)
+    if found is not None and "transform_input" not in origin.arguments:
         origin.arguments = {**found, **origin.arguments}
         if checkpoint.metadata is None:
             notes.append(

@@ -13,11 +13,7 @@ WIDTHS = (16, 32, 48)
 class Block(nn.Module):
     """Two 3x3 convolutions with Batch Normalization, around which the input is added.
 
-    Args:
-        in_channels: channels of the input.
-        channels: channels of the output.
-        stride: step of the first convolution; above 1, or where the channels change, the shortcut
-            is a 1x1 convolution with Batch Normalization.
+    Where the stride or the channels change, the shortcut is a 1x1 convolution of its own.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
@@ -40,11 +36,7 @@ class Block(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """Stem, three residual blocks, global average pooling, linear head.
-
-    Args:
-        num_classes: outputs of the head.
-    """
+    """Stem, three residual blocks, global average pooling, linear head."""
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()

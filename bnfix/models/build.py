@@ -179,11 +179,8 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
 
 # Shapes of the model's state dict, without memory where that works; None if it does not build.
 def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
-    for device in ("meta", "cpu"):
-        found = _with_state(builder, arguments, device)
-        if found is not None:
-            return {n: t.shape for n, t in found[1].items() if isinstance(t, torch.Tensor)}
-    return None
+    found = _with_state(builder, arguments, "meta") or _with_state(builder, arguments, "cpu")
+    return found and {n: t.shape for n, t in found[1].items() if isinstance(t, torch.Tensor)}
 
 
 # A model and its state dict; None if it does not build there: torch raises NotImplementedError
@@ -229,12 +226,12 @@ def _solve(
 ) -> set[int]:
     low, high = _PROBES
     found: set[int] = set()
-    for name, a in first.items():
-        sizes = [a, second.get(name, a), tensors[name].shape if name in tensors else a]
+    for name in first.keys() & second.keys() & tensors.keys():
+        sizes = first[name], second[name], tensors[name].shape
         if len({len(size) for size in sizes}) > 1:
             continue
         for size_a, size_b, size in zip(*sizes, strict=True):
-            if size_a != size_b and name in tensors:
+            if size_a != size_b:
                 classes = low + (size - size_a) * (high - low) / (size_b - size_a)
                 found.add(int(classes) if classes == int(classes) and classes >= 1 else 0)
     return found if 0 not in found else set()

@@ -66,15 +66,12 @@ def published_weights(spec: str, sha256: str) -> Any | None:
     return None
 
 
-def published_arguments(spec: str, sha256: str) -> dict[str, Any]:
-    """Arguments that torchvision gives a builder beside its own weights; the file lacks them."""
-    known = wants_transformed_input(spec) and published_weights(spec, sha256) is not None
-    return {"transform_input": True} if known else {}
-
-
-def wants_transformed_input(spec: str) -> bool:
-    """Whether a model's published weights expect inputs normalized in another way."""
-    return spec in ("torchvision:googlenet", "torchvision:inception_v3")
+def published_arguments(spec: str, sha256: str) -> dict[str, Any] | None:
+    """Arguments that belong to a model's published weights; None where none would need any."""
+    # The authors of these two normalized otherwise: their builder has a switch, the file has none.
+    if spec not in ("torchvision:googlenet", "torchvision:inception_v3"):
+        return None
+    return {} if published_weights(spec, sha256) is None else {"transform_input": True}
 
 
 def preset_preprocessing(preset: str) -> Preprocessing:
@@ -155,6 +152,7 @@ def _interpolation(name: str) -> str:
     return name if name in INTERPOLATIONS else "bilinear"
 
 
+_CALLABLE: Final = "give a callable that builds it: --model path/to/file.py:callable."
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
 #: A longer description is none.
 _TEXT_LIMIT: Final = 8 * 2**20
@@ -172,7 +170,7 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         raise model_error(
             spec,
             f"its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
-            "Where you trust it, give a callable that builds it: --model path/to/file.py:callable.",
+            f"Where you trust it, {_CALLABLE}",
         )
     transformers = import_library("transformers", spec)
     elsewhere = [name for name, value in config.items() if str(value).startswith(_ELSEWHERE)]
@@ -182,7 +180,7 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         raise model_error(
             spec,
             f"its {_CONFIG} names files elsewhere ({elsewhere[0]}), and nothing is fetched. "
-            "Give a callable that builds it: --model path/to/file.py:callable.",
+            f"To use it, {_CALLABLE}",
         )
     if "num_labels" in arguments:
         config = {n: v for n, v in config.items() if n not in ("id2label", "label2id")}
@@ -224,8 +222,7 @@ def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
         raise model_error(
             spec,
             f"its {_CONFIG} names the architecture {plain(name)!r}, which transformers "
-            f"{transformers.__version__} does not have. Install one that has it, or give a "
-            "callable that builds it: --model path/to/file.py:callable.",
+            f"{transformers.__version__} does not have. Install one that has it, or {_CALLABLE}",
         )
     return found
 
