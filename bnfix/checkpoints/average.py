@@ -60,10 +60,24 @@ def average_into_(
 
     Its population moments are then the mean of the files' moments, not those of the mean.
     """
-    first = loaded.checkpoint
+    found = [loaded.checkpoint, *read_alike(loaded.checkpoint, recipe.files, model)]
+    state = loaded.model.state_dict()
+    for name, tensor in mean_of([c.tensors for c in found], recipe.weights).items():
+        if name in state:  # the norm layers may have been swapped since
+            state[name].copy_(tensor)
+    weights = recipe.weights or (1.0,) * len(found)
+    records = [
+        {"file": c.path.name, "sha256": c.sha256, "weight": w}
+        for c, w in zip(found, weights, strict=True)
+    ]
+    return records, _notes(found)
+
+
+def read_alike(first: Checkpoint, files: Sequence[str], model: ModelRecipe) -> list[Checkpoint]:
+    """Read further checkpoints of a first one's network; all problems of all files at once."""
     shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
-    found, problems = [first], []
-    for file in recipe.files:
+    found, problems = [], []
+    for file in files:
         try:
             other = read_checkpoint(
                 file,
@@ -88,16 +102,7 @@ def average_into_(
             f"{len(problems)} of the other files cannot be averaged with it: "
             f"{'; '.join(problems)}. Give checkpoints of one network.",
         )
-    state = loaded.model.state_dict()
-    for name, tensor in mean_of([c.tensors for c in found], recipe.weights).items():
-        if name in state:  # the norm layers may have been swapped since
-            state[name].copy_(tensor)
-    weights = recipe.weights or (1.0,) * len(found)
-    records = [
-        {"file": c.path.name, "sha256": c.sha256, "weight": w}
-        for c, w in zip(found, weights, strict=True)
-    ]
-    return records, _notes(found)
+    return found
 
 
 def _last(name: str) -> str:

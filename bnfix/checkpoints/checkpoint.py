@@ -19,6 +19,28 @@ from bnfix.checkpoints.read import (
 )
 from bnfix.core.errors import file_error, plain, some
 
+#: Where training programs put the state dict, the trained weights before their running means.
+NESTS: Final = tuple(
+    "state_dict model model_state_dict model_state net network params ema state_dict_ema model_ema "
+    "ema_state_dict ema_model params_ema module".split()
+)
+#: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
+_AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
+STATISTICS: Final = ("running_mean", "running_var")
+#: Parts that a running mean of the weights may lack.
+BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
+#: Prefixes of every name in wrappers: DataParallel, torch.compile, Lightning and the like.
+PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
+#: Parts of names that wrappers put anywhere: no module is called so by its author.
+_WRAPPERS: Final = frozenset(
+    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+_DEPTH: Final = 3
+#: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
+_REPEATED_LIMIT: Final = 64 * 2**20
+#: Unusual prefixes that are tried on a model's own names.
+_PREFIX_LIMIT: Final = 32
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -120,27 +142,7 @@ def misfits_of(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Ten
     return Misfits(missing, misshapen, [name for name in tensors if name not in shapes])
 
 
-#: Where training programs put the state dict, the trained weights before their running means.
-NESTS: Final = tuple(
-    "state_dict model model_state_dict model_state net network params ema state_dict_ema model_ema "
-    "ema_state_dict ema_model params_ema module".split()
-)
-#: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
-_AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
-STATISTICS: Final = ("running_mean", "running_var")
-#: Parts that a running mean of the weights may lack.
-BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
-#: Prefixes of every name in wrappers: DataParallel, torch.compile, Lightning and the like.
-PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
-#: Parts of names that wrappers put anywhere: no module is called so by its author.
-_WRAPPERS: Final = frozenset(
-    {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-)
-_DEPTH: Final = 3
-#: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
-_REPEATED_LIMIT: Final = 64 * 2**20
-#: Unusual prefixes that are tried on a model's own names.
-_PREFIX_LIMIT: Final = 32
+# --- nesting ---
 
 
 # Entries of a dict from a file, whose own methods the file may have overwritten.

@@ -315,7 +315,8 @@ def _settings(stated: Any) -> dict[str, Any]:
     if not isinstance(stated, dict):
         raise TypeError("an entry is not an object")
     names = ("channel_groups", "ghost_size", "example_weight", "eps")
-    groups, size, weight, eps = (stated.get(name) for name in names)
+    values: list[Any] = [stated.get(name) for name in names]
+    groups, size, weight, eps = values
     if not all(type(n) is int and n >= 1 for n in (groups, 1 if size is None else size)):
         raise ValueError("channel_groups and ghost_size are counts of at least 1")
     for found in weight if isinstance(weight, list) else [weight]:

@@ -26,6 +26,23 @@ from safetensors import safe_open
 
 from bnfix.core.errors import file_error, file_errors, plain, some
 
+TORCH_SUFFIXES: Final = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
+#: Usual names of the checkpoint in a folder, the safer form first.
+_USUAL_NAMES: Final = tuple(
+    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)
+#: Longest text (header or index) that is parsed as JSON.
+TEXT_LIMIT: Final = 64 * 2**20
+#: The newest header this program reads, and the one it writes.
+FORMAT: Final = 1
+_HEADER_DEPTH: Final = 64
+#: Characters that one more entry of the history and the settings of the layers may take.
+_ROOM: Final = 8 * 2**20
+
+_AGAIN: Final = " Fetch it again or save it again."
+_ZIP_MAGIC: Final = b"PK\x03\x04"
+_PICKLE_MAGIC: Final = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+
 #: torch stores its archives uncompressed: inflating further than this is a bomb.
 _INFLATION_LIMIT: Final = 100
 _INFLATED_FLOOR: Final = 16 * 2**20
@@ -228,22 +245,7 @@ def _pickles(content: mmap.mmap) -> Iterator[bytes]:
         yield content[start : content.tell()]
 
 
-TORCH_SUFFIXES: Final = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
-#: Usual names of the checkpoint in a folder, the safer form first.
-_USUAL_NAMES: Final = tuple(
-    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
-)
-#: Longest text (header or index) that is parsed as JSON.
-TEXT_LIMIT: Final = 64 * 2**20
-#: The newest header this program reads, and the one it writes.
-FORMAT: Final = 1
-_HEADER_DEPTH: Final = 64
-#: Characters that one more entry of the history and the settings of the layers may take.
-_ROOM: Final = 8 * 2**20
-
-_AGAIN: Final = " Fetch it again or save it again."
-_ZIP_MAGIC: Final = b"PK\x03\x04"
-_PICKLE_MAGIC: Final = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
+# --- files of any kind ---
 
 
 def is_index(path: Path) -> bool:
@@ -358,6 +360,18 @@ def read_weight_map(path: Path) -> dict[str, str]:
     return dict(places)
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
+    digest = hashlib.sha256()
+    with file_errors(path, "cannot be read"):
+        shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
+        for part in (path, *(path.parent / shard for shard in shards)):
+            with part.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
 # --- the header: the text under `bnfix` in the metadata ---
 
 
@@ -406,15 +420,3 @@ def check_room(header: Mapping[str, Any] | None, path: Path) -> None:
 def finite(value: Any) -> Any:
     """Plain JSON values, with null for the numbers that JSON cannot express."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
-    digest = hashlib.sha256()
-    with file_errors(path, "cannot be read"):
-        shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
-        for part in (path, *(path.parent / shard for shard in shards)):
-            with part.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-    return digest.hexdigest()

@@ -29,6 +29,10 @@ from bnfix.core.errors import CheckpointError, file_error, file_errors, plain, s
 from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
 
+_HALF = (torch.float16, torch.bfloat16)
+_LARGEST_HALF_LOSS = 1e-3
+_STATE_FORMAT = 1  # of the state of an interrupted run
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors to a file; those that share memory are written under each name."""
@@ -163,8 +167,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-_HALF = (torch.float16, torch.bfloat16)
-_LARGEST_HALF_LOSS = 1e-3
+# --- models ---
 
 
 def save(
@@ -290,7 +293,7 @@ def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> 
     return float((error / scale).nan_to_num(nan=torch.inf).max()) if error.numel() else 0.0
 
 
-_STATE_FORMAT = 1
+# --- the state of an interrupted run ---
 
 
 class StateFolder:
