@@ -52,7 +52,7 @@ DOORS = {
     "matplotlib": {"report.svg"},
     "jinja2": {"report.pages"},
     "onnxruntime": {"deploy.forms"},
-    "safetensors": {"checkpoints.read", "deploy.forms"},
+    "safetensors": {"checkpoints.read", "checkpoints.save", "deploy.forms"},
     "pickle": {"checkpoints.read"},
     "PIL": {
         "data.arrays", "data.batches", "data.corruptions", "data.images",
