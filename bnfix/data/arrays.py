@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from bnfix.core.errors import DataError, ModelError, one_line, some
-from bnfix.core.torch_private import tree_leaves
+from bnfix.core.torch_private import tree_leaves, tree_map
 from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened, digest_of, pixels_of
 from bnfix.models.build import import_callable, importable
 
@@ -94,13 +94,6 @@ def as_inputs(value: Any) -> Any:
     if value.is_floating_point():
         return value.float()
     return value if value.dtype == torch.bool else value.long()
-
-
-def nesting_of(value: Any) -> Any:
-    """How tensors are nested in an item; equal for items that go into one batch."""
-    if isinstance(value, dict):
-        return {key: nesting_of(item) for key, item in value.items()}
-    return tuple(map(nesting_of, value)) if isinstance(value, tuple) else "tensor"
 
 
 def _stacked(items: list[Any]) -> Any:
@@ -270,7 +263,11 @@ def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
 
 def _opened(spec: str, items: list[Any], channels: int) -> Images:
     """Items that are all images, arrays of pixels, or all inputs of one nesting of tensors."""
-    kinds = [None if isinstance(item, np.ndarray) else nesting_of(item) for item in items]
+    # Equal for items that go into one batch: images, or inputs of one nesting.
+    kinds = [
+        None if isinstance(item, np.ndarray) else tree_map(lambda _: "tensor", item)
+        for item in items
+    ]
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if odd is not None:
         words = ("an image" if kinds[i] is None else f"no image ({kinds[i]})" for i in (0, odd))

@@ -223,14 +223,6 @@ class ArrayImages(Images):
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])
 
-    def _hash_all(self, index: Sequence[int]) -> list[bytes]:
-        # As `digest_of`, which costs more than the hash itself where images are small.
-        shape = blake2b(repr(self.array.shape[1:]).encode(), digest_size=DIGEST_SIZE)
-        hashes = [shape.copy() for _ in index]
-        for i, digest in zip(index, hashes, strict=True):
-            digest.update(np.ascontiguousarray(self.array[i]).data)
-        return [digest.digest() for digest in hashes]
-
 
 #: Images, and the class of each by name or number; None where there are none.
 Opened = tuple[Images, list[Any] | np.ndarray | None]

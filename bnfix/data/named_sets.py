@@ -134,15 +134,15 @@ def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path]) -> An
 
 def _open_cifar(kind: Any, root: Path, split: str, channels: int) -> Opened:
     """The Python version, unpacked or as its archive."""
-    held = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+    names = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
     places = (root / kind.base_folder, root / kind.filename.removesuffix(".tar.gz"), root)
-    found = [place for place in places if any((place / name).is_file() for name in held)]
+    found = [place for place in places if any((place / name).is_file() for name in names)]
     if found:
         return _cifar_in(kind, found[0], found[0], split, channels)
     archive = root if root.is_file() else root / kind.filename
     if not archive.is_file():
         raise DataError(
-            f"looked in {root} for {kind.base_folder}/, {held[0]} and the archive "
+            f"looked in {root} for {kind.base_folder}/, {names[0]} and the archive "
             f"{kind.filename}; none is there. Give the folder that holds one of them."
         )
     with TemporaryDirectory() as top:

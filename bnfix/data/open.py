@@ -133,7 +133,7 @@ def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
         folder, _, split = spec.rpartition("#")
         path = Path(folder)
     if (path / "labels.csv").exists() and not split:
-        return _open_csv(path, channels, wanted)
+        return _open_csv(path, wanted, channels)
     tables = find_tables(path) if path.is_dir() else []
     if tables:
         chosen, notes = choose_split(path, tables, split)
@@ -147,10 +147,10 @@ def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
             "neither is there."
         )
     by_file = (inside / "labels.csv").exists()
-    return (_open_csv if by_file else _open_folder)(inside, channels, wanted)
+    return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
 
 
-def _open_folder(path: Path, channels: int, wanted: bool) -> Opened:
+def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
     """A folder of class folders, or a flat folder."""
     loose, folders, n_others = list_images(path)
     by_class: dict[str, list[str]] = {}
@@ -186,7 +186,7 @@ def _open_folder(path: Path, channels: int, wanted: bool) -> Opened:
     return images, classes if files else None
 
 
-def _open_csv(path: Path, channels: int, wanted: bool) -> Opened:
+def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
     """A folder with ``labels.csv``; its labels as text."""
     header, *rows = read_rows(path / "labels.csv", MAX_CSV_BYTES) or [[]]
     if "file" not in header or (wanted and "label" not in header):
@@ -225,11 +225,7 @@ _KINDS: Final = (
         _fits_folder,
         _open_place,
     ),
-    _Kind(
-        "an .npz file with images (or inputs of any shape) and labels",
-        _fits_npz,
-        open_npz,
-    ),
+    _Kind("an .npz file with images (or inputs of any shape) and labels", _fits_npz, open_npz),
     _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
     _Kind(".tar shards", _fits_shards, open_shards),
     _Kind(".parquet files", _fits_parquet, open_tables),

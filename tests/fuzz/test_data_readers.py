@@ -265,7 +265,7 @@ def read_all(spec: str, folder: Path) -> str:
         return str(error)
     said = ""
     for i in range(min(len(images), 20)):
-        for act in (images.read, images.size_of, images.digest):
+        for act in (images.read, images.digest):
             try:
                 found = act(i)
                 assert act != images.read or (found.dtype == np.uint8 and found.ndim == 3)
@@ -308,5 +308,6 @@ def test_damage_is_refused_or_read(
         for path in sorted(folder.rglob("*"), reverse=True):
             path.unlink() if path.is_file() else path.rmdir()
     # Most of the damage must be noticed, or the cases test nothing; some must be let through.
-    assert n < 40 or 0.1 * n < refused < n
+    # Of CIFAR nothing but the distributed files is let through.
+    assert n < 40 or 0.1 * n < refused < n + (kind == "cifar")
     assert peak() - before < _BYTES, (kind, before, peak())
