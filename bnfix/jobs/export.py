@@ -43,7 +43,6 @@ from bnfix.jobs.inputs import (
     as_inputs,
     describe_skipped,
     open_stated,
-    refuse_image_options,
     resolve_preprocessing,
     silent,
 )
@@ -271,7 +270,6 @@ class _Job:
         source = dataclasses.replace(self.source, labels=labels)
         stated, notes = resolve_preprocessing(self.loaded, source)
         images = open_stated(data, source, stated.channels)
-        refuse_image_options(images, source)
         inputs = as_inputs(images, stated, notes, source)
         notes = list(inputs.notes)
         index = np.random.default_rng(self.seed).permutation(len(images))[: recipe.samples]

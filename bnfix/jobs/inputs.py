@@ -180,28 +180,18 @@ def open_inputs(
     """Open DATA as a model needs them; what is `opened`, by channels, is not opened twice."""
     opened = {} if opened is None else opened
     stated, notes = resolve_preprocessing(loaded, source)
-    images, size = open_checked(
-        data,
-        loaded.model,
-        source,
-        stated,
-        known=opened.get(stated.channels),
-        any_task=any_task,
-    )
+    known = opened.get(stated.channels)
+    images, size = open_checked(data, loaded.model, source, stated, known, any_task=any_task)
     opened.setdefault(stated.channels, images)
     return as_inputs(images, stated, notes, source, size)
 
 
 def as_inputs(
-    images: Images,
-    preprocessing: Preprocessing,
-    notes: list[str],
-    source: DataRecipe,
-    size: int = 0,
+    images: Images, stated: Preprocessing, notes: list[str], source: DataRecipe, size: int = 0
 ) -> Inputs:
     """Opened data with their preprocessing, or without it where they hold no images."""
     if not isinstance(images, TensorItems):
-        return Inputs(images, preprocessing, notes, source=source, size=size)
+        return Inputs(images, stated, notes, source=source, size=size)
     notes = [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
     return Inputs(images, None, notes, source=source, size=size)
 
@@ -212,11 +202,8 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
     channels = input_channels(loaded.model)
     channels = channels if channels in (1, 3) else 3
     stored = loaded.origin.preprocessing
-    default = (
-        None
-        if loaded.origin.spec is None
-        else default_preprocessing(loaded.origin.spec, loaded.checkpoint.sha256)
-    )
+    spec, sha256 = loaded.origin.spec, loaded.checkpoint.sha256
+    default = None if spec is None else default_preprocessing(spec, sha256)
     photometric = source.mean is not None or source.std is not None
     if source.preset is not None:
         base = preset_preprocessing(source.preset)
@@ -268,13 +255,11 @@ def open_checked(
 ) -> tuple[Images, int]:
     """Open DATA (or `known`) with labels that fit the model's outputs; and numbers in one input."""
     images = open_stated(data, source, preprocessing.channels) if known is None else known
-    refuse_image_options(images, source)
     max_bad = max_bad_of(len(images), source.max_bad)
     # One good image is enough, and among so many there is one, or there are too many bad ones.
     few = np.arange(1 + int(min(max_bad, len(images) - 1)))
-    first = next(
-        iter(Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad))
-    )
+    batches = Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad)
+    first = next(iter(batches))
     with guards.inference(model) as changed:
         output = runtime.run(model, first, runtime.device_of(model))
     note = f"the forward pass changes {some(changed)} by itself; bnfix puts that back"
@@ -294,15 +279,11 @@ def open_checked(
 
 
 def open_stated(data: str, source: DataRecipe, channels: int) -> Images:
-    """Open DATA with the labels and classes that are stated."""
+    """Open DATA as stated; options for images are refused where the data hold none."""
     class_map = None if source.class_map is None else Path(source.class_map)
-    return open_images(data, class_map=class_map, labels=source.labels, channels=channels)
-
-
-def refuse_image_options(images: Images, source: DataRecipe) -> None:
-    """Refuse options that prepare or corrupt images where the data hold none."""
+    images = open_images(data, class_map=class_map, labels=source.labels, channels=channels)
     if not isinstance(images, TensorItems):
-        return
+        return images
     names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")
     given = [f"--{name}" for name in names if getattr(source, name) not in (None, False)]
     if given:
@@ -310,6 +291,7 @@ def refuse_image_options(images: Images, source: DataRecipe) -> None:
             f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
             f"{', '.join(given)} cannot be applied. Leave them out, or give images of 8-bit pixels."
         )
+    return images
 
 
 def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, list[str]]:

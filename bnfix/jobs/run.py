@@ -65,7 +65,7 @@ def fix(
         checkpoint: the file.
         data: DATA; labelled, unless everything is stated in the plan.
         model: spec of the model, if the file does not carry one.
-        plan: all settings.
+        plan: all settings; `bnfix.settings` has its recipes.
         track: how progress is shown.
 
     Returns:
@@ -88,7 +88,7 @@ def calibrate(
         checkpoint: the file.
         data: DATA; labelled, unless everything is stated in the plan.
         model: spec of the model, if the file does not carry one.
-        plan: all settings.
+        plan: all settings; `bnfix.settings` has its recipes.
         track: how progress is shown.
 
     Returns:
@@ -112,7 +112,7 @@ def finetune(
         checkpoint: the file.
         data: labelled DATA; a fifth is kept for the test, unless the plan names a test.
         model: spec of the model, if the file does not carry one.
-        plan: all settings; its ``finetune`` says what is trained.
+        plan: all settings; its ``finetune``, of `bnfix.settings`, says what is trained.
         track: how progress is shown.
 
     Returns:

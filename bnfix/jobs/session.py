@@ -15,21 +15,10 @@ from torch import nn
 
 from bnfix.checkpoints.load import Loaded, load_ready
 from bnfix.checkpoints.read import check_room
-from bnfix.core import distributed, runtime
+from bnfix.core import distributed, runtime, settings
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.memory import BatchSize, Footprint, footprint
-from bnfix.core.settings import (
-    LABEL_FREE,
-    AverageRecipe,
-    DataRecipe,
-    FinetuneRecipe,
-    GateRecipe,
-    ModelRecipe,
-    RunOptions,
-    StatisticsRecipe,
-    SwapRecipe,
-    WeightRecipe,
-)
+from bnfix.core.settings import ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen
@@ -48,7 +37,7 @@ from bnfix.models.build import import_forward
 from bnfix.models.published import default_preprocessing
 
 #: What `fix` tries where there are labels.
-TRIED = FinetuneRecipe(train="norms+head", example_weight="learn")
+TRIED = settings.FinetuneRecipe(train="norms+head", example_weight="learn")
 
 
 @dataclass(frozen=True)
@@ -77,21 +66,21 @@ class Plan:
 
     command: str = "fix"
     command_line: str = ""
-    model: ModelRecipe = ModelRecipe()
-    source: DataRecipe = DataRecipe()
-    swap: SwapRecipe = SwapRecipe()
-    statistics: StatisticsRecipe = StatisticsRecipe()
-    weight: WeightRecipe = WeightRecipe()
-    finetune: FinetuneRecipe | None = TRIED
-    gate: GateRecipe = GateRecipe()
-    run: RunOptions = RunOptions()
+    model: settings.ModelRecipe = settings.ModelRecipe()
+    source: settings.DataRecipe = settings.DataRecipe()
+    swap: settings.SwapRecipe = settings.SwapRecipe()
+    statistics: settings.StatisticsRecipe = settings.StatisticsRecipe()
+    weight: settings.WeightRecipe = settings.WeightRecipe()
+    finetune: settings.FinetuneRecipe | None = TRIED
+    gate: settings.GateRecipe = settings.GateRecipe()
+    run: settings.RunOptions = settings.RunOptions()
     state: str | None = None
-    average: AverageRecipe | None = None
+    average: settings.AverageRecipe | None = None
 
     def __post_init__(self) -> None:
         """Check combinations of recipes."""
         weight = self.weight.example_weight
-        if weight in LABEL_FREE and self.statistics.train_batch_size is None:
+        if weight in settings.LABEL_FREE and self.statistics.train_batch_size is None:
             raise ConfigError(
                 f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B.",
                 name="train_batch_size",
