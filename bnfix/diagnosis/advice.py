@@ -20,6 +20,7 @@ RECALIBRATE = (
 )
 GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
 _INSPECT = "bnfix inspect CKPT --model SPEC --data DATA"
+_COMPARE = "to see whether they are: bnfix inspect CKPT --against ORIGINAL"
 _REPLACE = "take another checkpoint"
 _MEASURE = (
     "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
@@ -47,7 +48,8 @@ _GROUPS: Final = (
     ("note", "bnfix eval CKPT --model SPEC --data DATA --precision bf16", "beyond-half"),
     ("note", "for statistics of each call: give every call a layer of its own", "reused"),
     ("note", "left alone", "instance-norm"),
-    ("note", "nothing", "dead-channels counter-zero gamma-zero unused single-position"),
+    ("note", _COMPARE, "pruned clustered rounded"),
+    ("note", "nothing", "compared dead-channels counter-zero gamma-zero unused single-position"),
 )
 _FAULTS: Final = {
     fault: (severity, advice) for severity, advice, faults in _GROUPS for fault in faults.split()
