@@ -9,8 +9,7 @@ from torch import nn
 
 from bnfix.recalibrate.collector import Cost
 from bnfix.recalibrate.recalibrate import recalibrate_
-from bnfix.report.records import Trials
-from bnfix.report.wording import done
+from bnfix.report.records import Trials, done
 
 NAP = 0.02
 N_BATCHES = 4

@@ -9,10 +9,18 @@ from typing import Annotated
 
 import typer
 
-from bnfix.cli.commands import convert, evaluate, export, inspect
-from bnfix.cli.flags import flattened
-from bnfix.cli.planned import average, calibrate, demo, finetune, fix
-from bnfix.cli.usage import OneLineGroup
+from bnfix.cli.commands import (
+    average,
+    calibrate,
+    convert,
+    demo,
+    evaluate,
+    export,
+    finetune,
+    fix,
+    inspect,
+)
+from bnfix.cli.flags import OneLineGroup, flattened
 from bnfix.core import __version__, imports_done
 from bnfix.core.runtime import exact_float32, keep_freed_memory
 

@@ -1,4 +1,4 @@
-"""The terminal: results to standard output, progress, notes and errors to standard error."""
+"""The terminal: results to standard output; progress, notes and errors to standard error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -15,7 +16,9 @@ from typing import Any
 
 import torch
 import typer
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,13 +28,17 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
-from bnfix.cli.tables import fitted, shown_text, tables_of
 from bnfix.core import distributed
 from bnfix.core.errors import BnfixError, ConfigError, one_line, some
+from bnfix.diagnosis.advice import Finding
+from bnfix.diagnosis.faults import Behaviour
 from bnfix.jobs.inputs import Track, silent
+from bnfix.jobs.inspect import Inspection
+from bnfix.norm.swap import Change
+from bnfix.report.pages import clean, ends, number, percent
 from bnfix.report.report import Report
 
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
@@ -204,3 +211,283 @@ def _noteworthy(report: Report) -> list[str]:
         return list(report.assumptions)
     left_out = f"unreadable images left out, {report.data.n_skipped}"
     return [*report.assumptions, f"{left_out}: {some(report.data.skipped, 3)}"]
+
+
+#: Columns of a terminal below which tables change their form.
+_LEAST_WIDTH = 60
+#: Findings of one kind that are spelled out.
+_SHOWN = 5
+
+
+def shown_text(text: object) -> str:
+    """A text of any origin on one line, without control characters and without markup."""
+    return escape(clean(text, limit=10_000))
+
+
+# --- reports ---
+
+
+def tables_of(report: Report) -> Iterator[Table]:
+    """The tables of a report that have rows; they fit 80 columns."""
+    if report.decisions:
+        yield _decisions(report)
+    if any(model.metrics.top1 is not None for model in report.models):
+        yield _models(report)
+    if report.ranking:
+        yield _ranks(report)
+    if any(model.custom for model in report.models):
+        yield _own_metrics(report)
+    if report.corruptions:
+        yield _corruptions(report)
+    if report.invariance:
+        yield _invariance(report)
+
+
+def fitted(table: Table, width: int) -> Table:
+    """The table, changed for a narrow terminal: numbers wrap, and columns "was" are left out."""
+    if width < _LEAST_WIDTH:
+        table.columns = [column for column in table.columns if column.header != "was"]
+        for place, column in enumerate(table.columns):
+            column.no_wrap, column.overflow = False, "fold"
+            column.min_width = 5 if place else 10
+    return table
+
+
+def _decisions(report: Report) -> Table:
+    table = _narrow("candidate", "NLL", "was", "top-1", "was", "admitted")
+    for d in report.decisions:
+        nll, top1 = (number(d.nll), number(d.incumbent_nll)), (d.top1, d.incumbent_top1)
+        admitted = "yes" if d.admitted else "no"
+        table.add_row(shown_text(d.candidate), *nll, *map(percent, top1), admitted)
+    n = report.decisions[0].n_examples
+    table.caption = f"judged on {n:,} held-out images; the report says why"
+    return table
+
+
+def _models(report: Report) -> Table:
+    table = _narrow("model", "top-1 (95%)", "NLL (95%)", "scaled", "live")
+    for model in report.models:
+        m = model.metrics
+        if m.problem:
+            table.add_row(shown_text(model.name), "-", m.problem, "-", str(model.n_live))
+            continue
+        low, high = m.interval["top1"]
+        nll_low, nll_high = m.interval["nll"]
+        table.add_row(
+            shown_text(model.name),
+            f"{percent(m.top1)} ({100 * low:.1f} to {100 * high:.1f})",
+            f"{number(m.nll)} ({nll_low:.3f} to {nll_high:.3f})",
+            number(m.nll_temperature_scaled),
+            str(model.n_live),
+        )
+    table.caption = "scaled: NLL after temperature scaling; live: layers with an example weight"
+    return table
+
+
+def _ranks(report: Report) -> Table:
+    table = _narrow("rank, model", "NLL", "difference (95%)", "top-1", "points (95%)")
+    for row in report.ranking:
+        nll = points = "-"
+        if row.paired is not None:
+            nll = "{} ({} to {})".format(*ends(row.paired.nll, points=False))
+            points = "{} ({} to {})".format(*ends(row.paired.top1, points=True))
+        name = f"{row.rank}. {shown_text(row.name)}"
+        table.add_row(name, f"{row.nll:.3f}", nll, f"{100 * row.top1:.1f}%", points)
+    table.caption = f"by NLL, then top-1; differences to {shown_text(report.models[0].name)}"
+    return table
+
+
+def _own_metrics(report: Report) -> Table:
+    table = _narrow("metric, model", "value", "95%", "difference", "95%")
+    found = [(c, model.name) for model in report.models for c in model.custom]
+    for metric in dict.fromkeys(c.name for c, _ in found):
+        for c, model in found:
+            if c.name == metric:
+                difference = "-" if c.difference is None else f"{c.difference:.4g}"
+                name = f"{shown_text(metric)}, {shown_text(model)}"
+                ranges = _range(c.interval), _range(c.difference_interval)
+                table.add_row(name, f"{c.value:.4g}", ranges[0], difference, ranges[1])
+    return table
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "-" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+
+
+def _corruptions(report: Report) -> Table:
+    names = [model.name for model in report.models]
+    shown = names if len(names) <= 2 else [names[0], names[-1]]
+    table = _narrow("top-1 under", *(f"{n}. model" for n in range(1, len(shown) + 1)), "points")
+    rows = {(row.kind, row.severity, row.model): row for row in report.corruptions}
+    for kind, severity in dict.fromkeys((row.kind, row.severity) for row in report.corruptions):
+        found = [rows[kind, severity, name] for name in shown]
+        last = found[-1].paired
+        points = "-"
+        if last is not None and math.isfinite(last.top1.difference):
+            points = "{} ({} to {})".format(*ends(last.top1, points=True))
+        table.add_row(f"{kind} {severity}", *(percent(row.top1) for row in found), points)
+    models = ", ".join(f"{n}. {shown_text(name)}" for n, name in enumerate(shown, 1))
+    table.caption = f"{models}; points: last less first, 95%"
+    return table
+
+
+def _invariance(report: Report) -> Table:
+    table = _narrow("logits differ by", "alone", "same class", "other batch", "same class")
+    for row in report.invariance:
+        cells = [
+            cell
+            for d in (row.alone, row.permuted)
+            for cell in (f"{d.largest_difference:.2g}", f"{100 * d.top1_agreement:.1f}%")
+        ]
+        table.add_row(shown_text(row.model), *cells)
+    first = report.invariance[0]
+    table.caption = f"{first.n_examples:,} images, against batches of {first.batch_size}"
+    return table
+
+
+def _narrow(name: str, *numbers: str) -> Table:
+    """A table of names and numbers that fits a terminal of 80 columns; only names may wrap."""
+    table = Table(
+        name, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left"
+    )
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+# --- plans ---
+
+
+def plan_lines(described: dict[str, Any]) -> list[str]:
+    """The plan of a command in lines."""
+    data = described["data"]
+    split = ", ".join(f"{name} {n:,}" for name, n in data["splits"].items())
+    return [
+        f"{described['command']}: {described['n_layers']} norm layers of {described['model']}",
+        f"data: {data['spec']} ({data['kind']}), {split}",
+        *(f"{i}. {stage}" for i, stage in enumerate(described["stages"], 1)),
+        estimate_line(described),
+        f"would write {described['output']} and its report; nothing was done",
+        *(f"note: {note}" for note in described["assumptions"]),
+    ]
+
+
+def estimate_line(described: dict[str, Any]) -> str:
+    """The cost of a plan in one line."""
+    passes = f"{described['passes']:.3g} passes in all"
+    seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
+    if seconds is None:
+        return f"{passes}; the time is not known, since no batch could be run"
+    room = "" if memory is None else f", up to {memory / 1e9:.2g} GB of memory"
+    return f"{passes}: about {duration_words(*seconds)} on this machine{room}"
+
+
+def duration_words(low: float, high: float) -> str:
+    """A range of time, in the unit that suits its end."""
+    if high < 1:
+        return "a second or less"
+    name, unit = next(
+        (name, unit)
+        for name, unit in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+        if high >= 2 * unit or unit == 1
+    )
+    digits = 1 if high < 5 * unit else 0
+    first, last = (f"{value / unit:.{digits}f}".removesuffix(".0") for value in (low, high))
+    return f"{last} {name}" if first == last else f"{first} to {last} {name}"
+
+
+# --- conversions and inspections ---
+
+
+def changes_table(changes: Iterable[Change]) -> Table:
+    """The layers that a conversion swaps."""
+    table = Table("layer", "was", "channels", "groups", "ghost", "example weight", "difference")
+    table.columns[0].overflow = "fold"
+    for change in changes:
+        table.add_row(
+            shown_text(change.name),
+            shown_text(change.kind),
+            str(change.channels),
+            str(change.channel_groups),
+            "all" if change.ghost_size is None else str(change.ghost_size),
+            f"{change.example_weight or 0:g}",
+            "-" if change.difference is None else f"{change.difference:.1e}",
+        )
+    return table
+
+
+def layers_table(found: Inspection) -> Table:
+    """The norm layers of a checkpoint."""
+    table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    table.columns[0].overflow = "fold"
+    drifts = {} if found.behaviour is None else found.behaviour.drifts
+    if drifts:
+        table.add_column("shift")
+        table.add_column("factor")
+        table.caption = (
+            "shift: distance of the stored means from those of the data, in deviations; factor: "
+            "the same of variances"
+        )
+    for layer in found.layers:
+        shift, ratio = drifts.get(layer.name, (math.nan, math.nan))
+        table.add_row(
+            shown_text(layer.name),
+            shown_text(found.kinds.get(layer.name, "?")),
+            str(layer.channels),
+            "-" if layer.batches_tracked is None else str(layer.batches_tracked),
+            "{:.2g} to {:.2g}".format(*layer.mean_range),
+            "{:.2g} to {:.2g}".format(*layer.var_range),
+            str(layer.n_dead),
+            _short_weight(layer.example_weight),
+            *((f"{shift:.2g}", f"{math.exp(min(ratio, 700)):.3g}") if drifts else ()),
+        )
+    return table
+
+
+def _short_weight(weight: float | list[float]) -> str:
+    if not isinstance(weight, list):
+        return f"{weight:.3g}"
+    return f"{min(weight):.2g} to {max(weight):.2g}" if weight else "?"
+
+
+def inspection_lines(found: Inspection) -> Iterator[str]:
+    """Notes, findings with their advice, and the commands of the file's history."""
+    for note in [*found.notes, *found.problems]:
+        yield f"note: {note}"
+    if found.behaviour is not None:
+        yield _behaviour_line(found.behaviour)
+    yield from _finding_lines(found.findings)
+    for place, entry in enumerate(found.commands, 1):
+        lines = entry.options if entry.command is None else (entry.command,)
+        yield f"history {place}: {lines[0]}"
+        yield from (f"  {line}" for line in (*lines[1:], entry.did))
+    summary = f"{len(found.layers)} norm layers, {len(found.findings)} findings"
+    yield summary if found.layers else "no norm layer with running statistics in this file"
+
+
+def _finding_lines(findings: list[Finding]) -> Iterator[str]:
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for one in findings:
+        groups.setdefault((one.severity, one.fault, one.advice), []).append(one)
+    idle = []
+    for (severity, fault, advice), same in groups.items():
+        layers = [one.layer for one in same]
+        if advice == "nothing":
+            idle.append(f"{len(same)} {fault.replace('-', ' ')} ({some(layers, 3)})")
+            continue
+        for one in same[:_SHOWN]:
+            yield f"{severity}: {one.layer or 'model'}: {one.detail}"
+        also = f"(the same of {some(layers[_SHOWN:])}) " if len(same) > _SHOWN else ""
+        yield f"  {also}-> {advice}"
+    if idle:
+        yield f"note: nothing to do about {'; '.join(idle)}; --json has the details"
+
+
+def _behaviour_line(seen: Behaviour) -> str:
+    evaluation = "{:.3g} to {:.3g}".format(*seen.output_range)
+    training = "{:.3g} to {:.3g}".format(*seen.output_range_training)
+    line = f"on {seen.n_examples} examples: outputs {evaluation} "
+    line += f"(with the statistics of each batch {training})"
+    if seen.top1 is not None and seen.top1_training is not None:
+        line += f"; top-1 {100 * seen.top1:.1f}% (so {100 * seen.top1_training:.1f}%)"
+    return line

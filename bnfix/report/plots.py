@@ -12,8 +12,7 @@ from bnfix.metrics.compare import Decision
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Shifted
 from bnfix.metrics.task import Array
-from bnfix.report.pages import clean, percent
-from bnfix.report.svg import FIRST, INK, LAST, LOSS, MUTED, Picture, picture
+from bnfix.report.pages import FIRST, INK, LAST, LOSS, MUTED, Picture, clean, percent, picture
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import CurvePoint
 

@@ -1,22 +1,25 @@
-"""The parts of a report as records, how they are made, and their JSON."""
+"""The parts of a report as records, and the sentences that they make."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from bnfix.metrics.compare import Decision, Paired
+from bnfix.core.errors import Note, some
+from bnfix.metrics.compare import Decision, Paired, compare
 from bnfix.metrics.custom import Custom
 from bnfix.metrics.metrics import Metrics
-from bnfix.metrics.robustness import Shifted
+from bnfix.metrics.robustness import Moved
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.recalibrate import Calibration
+from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
 
@@ -72,33 +75,6 @@ class Trials:
     choice: WeightChoice | None = None
     finetunings: tuple[Finetuning, ...] = ()
     refused: tuple[Calibration | WeightChoice | Finetuning, ...] = ()  # not in the output
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A model's rank by NLL, then by top-1."""
-
-    rank: int  # from 1; equal models share it
-    name: str
-    nll: float
-    top1: float
-    paired: Paired | None  # against the first model given
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """Top-1 of one class."""
-
-    index: int
-    name: str
-    n_examples: int
-    top1: tuple[float | None, ...]  # one per model
-
-    @property
-    def change(self) -> float:
-        """Of the last model against the first; 0 where one has none."""
-        first, last = self.top1[0], self.top1[-1]
-        return 0.0 if first is None or last is None else last - first
 
 
 def statistics_of(model: nn.Module) -> dict[str, Any]:
@@ -163,99 +139,274 @@ def n_live(model: nn.Module) -> int:
     return sum(layer.live for _, layer in generalized_norms(model))
 
 
-def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
-    """Rank models on the same labelled examples, best first; empty for fewer than two."""
-    keys = sorted(
-        (m.metrics.nll, -m.metrics.top1, i)
-        for i, m in enumerate(models)
-        if m.metrics.nll is not None and m.metrics.top1 is not None
+# --- sentences ---
+
+#: Commands whose first model is the same network before the work.
+_BEFORE = ("fix", "convert", "calibrate", "finetune", "demo", "export")
+_BADGES = {"better": "Better", "same": "Same", "worse": "Worse"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The models and their comparison with the first, as a verdict in words."""
+
+    command: str
+    data: DataUsed | None
+    models: tuple[Evaluated, ...]
+    n_seen: int = 0  # evaluated examples that were used for fitting or choosing
+    moved: Moved | None = None  # how far the outputs moved
+    swap: SwapPlan | None = None
+    seed: int = 0
+
+    @cached_property
+    def paired(self) -> tuple[Paired | None, ...]:
+        """Each further model against the first; ``None`` without labels."""
+        metrics = [model.metrics for model in self.models]
+        return tuple(
+            compare(metrics[0], other, seed=self.seed)
+            if all(m.examples is not None or m.problem for m in (metrics[0], other))
+            else None
+            for other in metrics[1:]
+        )
+
+    @property
+    def _last_pair(self) -> Paired | None:
+        return self.paired[-1] if self.paired else None
+
+    @property
+    def verdict(self) -> str | None:
+        """``better``, ``same`` or ``worse``: the last model against the first."""
+        return None if self._last_pair is None else self._last_pair.verdict
+
+    @property
+    def temperature_only(self) -> bool:
+        """Whether no gain remains after temperature scaling."""
+        return self._last_pair is not None and self._last_pair.temperature_only
+
+    def verdict_sentence(self) -> str:
+        """The verdict, its evidence and its limits."""
+        sentences = " ".join([self.headline(), *self.remarks()])
+        if self.verdict is None:
+            return sentences[:1].upper() + sentences[1:]
+        return f"{self.verdict}: {sentences}"
+
+    def headline(self) -> str:
+        """The first sentence, in small letters: words may stand before it."""
+        if not self.models:
+            n = len(self.swap.changes) if self.swap else 0
+            if n:
+                layers = "layer" if n == 1 else "layers"
+                return f"{count(n)} norm {layers} swapped; accuracy was not evaluated."
+            return "not evaluated: there were no labelled test images."
+        last, images = self.models[-1].metrics, self._images()
+        if not self.models[-1].classified:
+            return self._own_metrics(images)
+        if last.problem:
+            return f"{clean(self.models[-1].name)} cannot be evaluated on {images}: {last.problem}."
+        if last.top1 is None:
+            return f"the {images} have no labels, so accuracy cannot be measured."
+        if len(self.models) == 1:
+            low, high = (100 * end for end in last.interval["top1"])
+            return f"{percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
+        first, paired = self.models[0].metrics, self._last_pair
+        if paired is None or first.top1 is None:
+            why = f"cannot be evaluated: {first.problem}" if first.problem else "was not measured"
+            return f"{percent(last.top1)} of {images} right; {clean(self.models[0].name)} {why}."
+        if self._judged_by_nll():
+            return (
+                f"NLL {number(last.nll)} on {images}, {number(first.nll)} {self._reference()}; "
+                f"the difference is {difference(paired.nll)}."
+            )
+        no = "no measurable difference: " if paired.verdict == "same" else ""
+        return (
+            f"{no}{percent(last.top1)} of {images} right, {percent(first.top1)} "
+            f"{self._reference()}; the difference is {difference(paired.top1, points=True)}."
+        )
+
+    def remarks(self) -> list[Note]:
+        """Facts that qualify the headline, one sentence each."""
+        notes: list[Note] = []
+        paired = self._last_pair
+        if paired is not None and math.isfinite(paired.nll.difference):
+            first, last = self.models[0].metrics, self.models[-1].metrics
+            if self._judged_by_nll():
+                d, words = paired.top1, difference(paired.top1, points=True)
+                name, values = "Top-1", (percent(last.top1), percent(first.top1))
+            else:
+                d, words = paired.nll, difference(paired.nll)
+                name, values = "NLL", (number(last.nll), number(first.nll))
+            text = f"{name} {direction(d)}: {values[0]}, {values[1]} {self._reference()}"
+            notes.append(Note(f"{text} (difference {words})."))
+        cautions = []
+        if self.models and (m := self.models[-1].metrics).top1 is not None:
+            chance = 1 / m.logits.shape[1] if m.logits.size else 0
+            if m.interval["top1"][0] <= chance:
+                cautions.append(
+                    f"This is no better than chance ({percent(chance)}): check preprocessing, "
+                    "--class-map and --output before anything else."
+                )
+        if self.temperature_only:
+            cautions.append("Temperature scaling alone gives the same gain.")
+        if self.n_seen:
+            cautions.append(
+                f"{count(self.n_seen)} of these images were used for fitting or choosing, so this "
+                "is no proof."
+            )
+        notes += [Note(text, "caution") for text in cautions]
+        return notes + ([] if self.moved is None else [self._movement(self.moved)])
+
+    def badge(self) -> str:
+        """One or two words for the head of the page."""
+        if self.verdict is not None:
+            return _BADGES[self.verdict] + (", no proof" if self.n_seen else "")
+        if not self.models:
+            return "Done"
+        measured = self.models[-1].metrics.top1 is not None or self.models[-1].custom
+        return "Measured" if measured else "Not proven"
+
+    def _movement(self, moved: Moved) -> Note:
+        """How far the outputs moved, with a warning if that is far and nothing shows a gain."""
+        n = count(moved.n)
+        if moved.relative_rms == 0 and not moved.top1_changed:
+            return Note(f"The outputs did not change on {n} images.")
+        text = (
+            "The outputs cannot be compared with those before (not finite, or of another shape)"
+            if moved.relative_rms is None
+            else f"The outputs changed by {percent(moved.relative_rms)} (relative RMS)"
+        )
+        if moved.top1_changed is not None:
+            text += f"; the top-1 class changed on {percent(moved.top1_changed)}"
+        text += f" {'on' if moved.top1_changed is None else 'of'} {n} images."
+        if not moved.is_large or self.verdict == "better":
+            return Note(text)
+        return Note(
+            f"{text} Warning: this is a large change, and no labelled image shows that it helps. "
+            "Compare both files with bnfix eval before you use the new one.",
+            "caution",
+        )
+
+    def _judged_by_nll(self) -> bool:
+        """Whether the verdict rests on NLL, not on top-1."""
+        if (paired := self._last_pair) is None or paired.verdict == "same":
+            return False
+        # The other measure may point elsewhere, so the headline names the one that is significant.
+        low, high = paired.top1.interval
+        return not (low > 0 if paired.verdict == "better" else high < 0)
+
+    def _reference(self) -> str:
+        if self.command in _BEFORE and len(self.models) == 2:
+            return "before"
+        if self.command == "average":
+            return "with the first checkpoint"
+        return f"with {clean(self.models[0].name)}"
+
+    def _images(self) -> str:
+        is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
+        corruption = self.data.corruption if self.data is not None else None
+        return (
+            f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}images"
+            f"{f' under {corruption}' if corruption else ''}"
+        )
+
+    def _own_metrics(self, images: str) -> str:
+        """The headline where the outputs are not logits of classes."""
+        shown = self.models[-1].custom[:3]
+        values = [f"{clean(c.name)} {number(c.value)}{self._before(c)}" for c in shown]
+        metrics = ", ".join(values) or "no metric was asked for"
+        return f"on {images}: {metrics}; the outputs are not the logits of classes."
+
+    def _before(self, last: Custom) -> str:
+        first = next((c for c in self.models[0].custom if c.name == last.name), None)
+        if first is None or len(self.models) == 1:
+            return ""
+        return f" ({number(first.value)} {self._reference()})"
+
+
+def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = ()) -> list[str]:
+    """The work that was done, one sentence each."""
+    sentences = []
+
+    def lost(result: Any) -> str:
+        is_kept = not any(result is one for one in trials.refused)
+        return "" if is_kept else " The output does not contain this result."
+
+    if swap and swap.changes:
+        found = [c.difference for c in swap.changes if c.difference is not None]
+        exact = f"; no output changes by more than {max(found):.1g} of its range" if found else ""
+        sentences.append(f"{count(len(swap.changes))} norm layers were swapped{exact}.")
+    # Refused statistics are reported too: they were measured, and are not in the file.
+    for c in (trials.calibration, *trials.refused):
+        if isinstance(c, Calibration):
+            sentences.append(
+                f"Running statistics ({c.target}, {c.feed} feed) were measured on "
+                f"{count(c.n_examples)} images in {count(c.n_batches)} batches: {len(c.layers)} "
+                f"layers, {_passes(c.passes)}, {c.effort.seconds:.1f} s.{_spent(c)}{lost(c)}"
+            )
+    if w := trials.choice:
+        chosen = {"keep": "unchanged", "global": "one for the model"}.get(w.chosen)
+        clock = "" if w.clock_passes is None else f" ({w.clock_passes:.3g} by the clock)"
+        sentences.append(
+            f"Example weight: {chosen or 'one per ' + w.chosen}; {w.n_live} layers use it. "
+            f"The search took {_passes(w.passes)}{clock}, {w.seconds:.1f} s."
+            f"{lost(w) if w.chosen != 'keep' else ''}"
+        )
+    for run in trials.finetunings:
+        kept = f"epoch {run.best_epoch} was kept" if run.best_epoch else "no epoch was kept"
+        sentences.append(
+            f"Fine-tuning of {run.trained}: {count(run.n_parameters)} parameters, "
+            f"{count(run.n_steps)} steps, {run.seconds:.1f} s; {kept}."
+            f"{lost(run) if run.best_epoch else ''}"
+        )
+    if decisions:
+        n = sum(d.admitted for d in decisions)
+        sentences.append(
+            f"{n} of {len(decisions)} candidates passed the gate, on "
+            f"{count(decisions[0].n_examples)} images of the select split."
+        )
+    return sentences
+
+
+def left_out(
+    assumptions: Sequence[str], data: DataUsed | None, swap: SwapPlan | None, trials: Trials
+) -> list[str]:
+    """Assumptions and exclusions, one sentence each, each once."""
+    notes = list(assumptions)
+    if swap:
+        notes += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
+    if trials.calibration:
+        c = trials.calibration.exceptions
+        notes += _grouped("Statistics unchanged, never reached", c.never_reached)
+        notes += _grouped("Statistics unchanged, frozen or excluded", c.left_alone)
+        notes += _grouped("Called more than once per pass, calls pooled", c.called_again)
+    if trials.choice:
+        notes += _grouped("Example weight unchanged", trials.choice.excluded)
+    for run in trials.finetunings:
+        notes += _grouped("Statistics unchanged, frozen or excluded", run.frozen)
+        if n := run.n_skipped_steps:
+            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped, not finite.")
+    if data and (n := data.n_skipped):
+        shown = f": {some(data.skipped, 20)}" if data.skipped else ""
+        notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")
+    return list(dict.fromkeys(notes))
+
+
+def _passes(n: float) -> str:
+    return f"{n:.3g} {'pass' if n == 1 else 'passes'}"
+
+
+def _spent(calibration: Calibration) -> str:
+    """Where the time went, if it was measured."""
+    effort = calibration.effort
+    cost, rate = effort.cost, effort.examples_per_second
+    if not cost.data + cost.forward + cost.statistics > 0:
+        return ""
+    whose = " of the first process's time" if effort.n_processes > 1 else ""
+    speed = "" if rate is None else f"; {rate:,.{0 if rate >= 100 else 2}f} images a second"
+    return (
+        f" Reading data took {cost.data:.2f} s{whose}, forward passes {cost.forward:.2f} s, "
+        f"statistics {cost.statistics:.2f} s{speed}."
     )
-    # Without the position: models with equal numbers share a rank.
-    values = [key[:2] for key in keys]
-    return [
-        Rank(
-            rank=values.index((nll, top1)) + 1,
-            name=models[i].name,
-            nll=nll,
-            top1=-top1,
-            paired=paired[i - 1] if i else None,
-        )
-        for nll, top1, i in keys
-        if len(keys) > 1
-    ]
 
 
-def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
-    """Top-1 of every class that has examples, by index; empty without labels."""
-    examples = [model.metrics.examples for model in models]
-    if not examples or examples[0] is None:
-        return []
-    n = np.bincount(examples[0].labels)
-    right = [
-        None if e is None else np.bincount(e.labels, e.right, minlength=len(n)) for e in examples
-    ]
-    return [
-        ClassRow(
-            index=c,
-            name=names[c] if c < len(names) else f"class {c}",
-            n_examples=int(n[c]),
-            top1=tuple(None if r is None else float(r[c] / n[c]) for r in right),
-        )
-        for c in np.flatnonzero(n).tolist()
-    ]
-
-
-def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
-    """Standard error of each class's change from the first model to the last, if labelled."""
-    first, last = models[0].metrics.examples, models[-1].metrics.examples
-    if first is None or last is None:
-        return None
-    # The variance of a difference of paired outcomes: only images that changed contribute.
-    changed = np.bincount(first.labels, first.right != last.right)[[row.index for row in rows]]
-    n = np.array([row.n_examples for row in rows])
-    change = np.array([row.change for row in rows])
-    return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))
-
-
-def without(record: Any, *names: str) -> dict[str, Any] | None:
-    """A record's fields by name, some left out."""
-    if record is None:
-        return None
-    return {key: value for key, value in dataclasses.asdict(record).items() if key not in names}
-
-
-def model_json(model: Evaluated) -> dict[str, Any]:
-    """The JSON of a model; ``custom`` only where there are metrics of the user's."""
-    m = model.metrics
-    names = ("top1", "top5", "nll", "nll_temperature_scaled", "temperature", "brier", "ece")
-    return {
-        "name": model.name,
-        "file": model.file,
-        "sha256": model.sha256,
-        "n_examples": m.n_examples,
-        "n_live": model.n_live,
-        **{name: getattr(m, name) for name in names},
-        "interval": {"top1": None, "nll": None, **m.interval},
-        "images_per_second": m.images_per_second or None,
-        **({"custom": {c.name: _custom_json(c) for c in model.custom}} if model.custom else {}),
-    }
-
-
-def _custom_json(custom: Custom) -> dict[str, Any]:
-    difference = None
-    if custom.difference is not None:
-        difference = {"difference": custom.difference, "interval": custom.difference_interval}
-    return {"value": custom.value, "interval": custom.interval, "difference": difference}
-
-
-def paired_json(name: str, against: str, paired: Paired | None) -> dict[str, Any]:
-    """The JSON of a pair; all values are ``None`` without labels."""
-    shown = ("top1", "nll", "nll_temperature_scaled", "verdict", "temperature_only")
-    values = without(paired) or dict.fromkeys(shown)
-    return {"name": name, "against": against, **{key: values[key] for key in shown}}
-
-
-def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
-    """The JSON of a model on corrupted images."""
-    paired = None if row.paired is None else paired_json(row.model, against, row.paired)
-    return {**(without(row) or {}), "paired": paired}
+def _grouped(title: str, names: Sequence[str]) -> list[str]:
+    return [f"{title}: {some(names, 8)}."] if names else []

@@ -1,4 +1,4 @@
-"""A report as JSON, Markdown and one HTML page."""
+"""A finished command: its report as JSON, Markdown and one HTML page, and its files."""
 
 from __future__ import annotations
 
@@ -12,34 +12,150 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from bnfix.checkpoints.save import write_text
-from bnfix.core import __version__
-from bnfix.metrics.compare import Decision
+from bnfix.checkpoints.save import check_free, check_output, save, write_text
+from bnfix.core import __version__, distributed
+from bnfix.core.settings import Preprocessing
+from bnfix.metrics.compare import Decision, Paired
+from bnfix.metrics.custom import Custom
 from bnfix.metrics.robustness import BatchInvariance, Shifted
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.report import plots, wording
-from bnfix.report.pages import flat, plain_json, render
-from bnfix.report.records import (
-    ClassRow,
-    LayerRow,
-    Rank,
-    Trials,
-    class_change_errors,
-    class_rows,
-    model_json,
-    paired_json,
-    ranking,
-    shifted_json,
-    without,
-)
-from bnfix.report.svg import Picture
+from bnfix.report import plots
+from bnfix.report.pages import Picture, flat, plain_json, render
+from bnfix.report.records import Evaluated, Findings, LayerRow, Trials, done, left_out
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A model's rank by NLL, then by top-1."""
+
+    rank: int  # from 1; equal models share it
+    name: str
+    nll: float
+    top1: float
+    paired: Paired | None  # against the first model given
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Top-1 of one class."""
+
+    index: int
+    name: str
+    n_examples: int
+    top1: tuple[float | None, ...]  # one per model
+
+    @property
+    def change(self) -> float:
+        """Of the last model against the first; 0 where one has none."""
+        first, last = self.top1[0], self.top1[-1]
+        return 0.0 if first is None or last is None else last - first
+
+
+def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
+    """Rank models on the same labelled examples, best first; empty for fewer than two."""
+    keys = sorted(
+        (m.metrics.nll, -m.metrics.top1, i)
+        for i, m in enumerate(models)
+        if m.metrics.nll is not None and m.metrics.top1 is not None
+    )
+    # Without the position: models with equal numbers share a rank.
+    values = [key[:2] for key in keys]
+    return [
+        Rank(
+            rank=values.index((nll, top1)) + 1,
+            name=models[i].name,
+            nll=nll,
+            top1=-top1,
+            paired=paired[i - 1] if i else None,
+        )
+        for nll, top1, i in keys
+        if len(keys) > 1
+    ]
+
+
+def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
+    """Top-1 of every class that has examples, by index; empty without labels."""
+    examples = [model.metrics.examples for model in models]
+    if not examples or examples[0] is None:
+        return []
+    n = np.bincount(examples[0].labels)
+    right = [
+        None if e is None else np.bincount(e.labels, e.right, minlength=len(n)) for e in examples
+    ]
+    return [
+        ClassRow(
+            index=c,
+            name=names[c] if c < len(names) else f"class {c}",
+            n_examples=int(n[c]),
+            top1=tuple(None if r is None else float(r[c] / n[c]) for r in right),
+        )
+        for c in np.flatnonzero(n).tolist()
+    ]
+
+
+def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
+    """Standard error of each class's change from the first model to the last, if labelled."""
+    first, last = models[0].metrics.examples, models[-1].metrics.examples
+    if first is None or last is None:
+        return None
+    # The variance of a difference of paired outcomes: only images that changed contribute.
+    changed = np.bincount(first.labels, first.right != last.right)[[row.index for row in rows]]
+    n = np.array([row.n_examples for row in rows])
+    change = np.array([row.change for row in rows])
+    return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))
+
+
+def without(record: Any, *names: str) -> dict[str, Any] | None:
+    """A record's fields by name, some left out."""
+    if record is None:
+        return None
+    return {key: value for key, value in dataclasses.asdict(record).items() if key not in names}
+
+
+def model_json(model: Evaluated) -> dict[str, Any]:
+    """The JSON of a model; ``custom`` only where there are metrics of the user's."""
+    m = model.metrics
+    names = ("top1", "top5", "nll", "nll_temperature_scaled", "temperature", "brier", "ece")
+    return {
+        "name": model.name,
+        "file": model.file,
+        "sha256": model.sha256,
+        "n_examples": m.n_examples,
+        "n_live": model.n_live,
+        **{name: getattr(m, name) for name in names},
+        "interval": {"top1": None, "nll": None, **m.interval},
+        "images_per_second": m.images_per_second or None,
+        **({"custom": {c.name: _custom_json(c) for c in model.custom}} if model.custom else {}),
+    }
+
+
+def _custom_json(custom: Custom) -> dict[str, Any]:
+    difference = None
+    if custom.difference is not None:
+        difference = {"difference": custom.difference, "interval": custom.difference_interval}
+    return {"value": custom.value, "interval": custom.interval, "difference": difference}
+
+
+def paired_json(name: str, against: str, paired: Paired | None) -> dict[str, Any]:
+    """The JSON of a pair; all values are ``None`` without labels."""
+    shown = ("top1", "nll", "nll_temperature_scaled", "verdict", "temperature_only")
+    values = without(paired) or dict.fromkeys(shown)
+    return {"name": name, "against": against, **{key: values[key] for key in shown}}
+
+
+def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
+    """The JSON of a model on corrupted images."""
+    paired = None if row.paired is None else paired_json(row.model, against, row.paired)
+    return {**(without(row) or {}), "paired": paired}
+
 
 _DRIFTS = ("mean_shift", "log_var_ratio", "residual")
 
 
 @dataclass(frozen=True)
-class Report(wording.Findings):
+class Report(Findings):
     """The results of a command; pages leave out sections without content."""
 
     layers: tuple[LayerRow, ...] = ()
@@ -183,8 +299,8 @@ class Report(wording.Findings):
             badge=self.badge(),
             headline=headline[:1].upper() + headline[1:],
             remarks=self.remarks(),
-            done=wording.done(self.swap, self.trials, self.decisions),
-            left_out=wording.left_out(self.assumptions, self.data, self.swap, self.trials),
+            done=done(self.swap, self.trials, self.decisions),
+            left_out=left_out(self.assumptions, self.data, self.swap, self.trials),
             decisions=self.decisions,
             pictures=pictures,
             classes=sorted(self._classes, key=lambda row: -abs(row.change)),
@@ -200,3 +316,65 @@ def report_paths(out: Path) -> tuple[Path, Path, Path]:
         out.with_name(f"{out.name}.report.{kind}") for kind in ("json", "md", "html")
     )
     return json_path, md_path, html_path
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """A finished command: the model, the report, and what the output's history will say.
+
+    Args:
+        model: in evaluation mode, on the device it ran on.
+        report: everything that was measured and done.
+        entry: this command's entry in the history.
+        preprocessing: stored in the output.
+    """
+
+    model: nn.Module
+    report: Report
+    entry: Mapping[str, Any]
+    preprocessing: Preprocessing | None = None
+
+    def __repr__(self) -> str:
+        report = self.report
+        n_live = report.models[-1].n_live if report.models else 0
+        verdict = "no verdict" if report.verdict is None else report.verdict
+        return (
+            f"Result({report.command}: {verdict}, {len(report.models)} models measured, "
+            f"{len(report.layers)} norm layers, {n_live} of them live)"
+        )
+
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write the checkpoint and its three reports beside it.
+
+        Args:
+            path: ends in ``.safetensors``; the reports' names start with it.
+            force: replace existing files.
+
+        Raises:
+            CheckpointError: if a file exists or cannot be written.
+        """
+        check_outputs(path, force=force)
+        texts = self.report.texts()  # first: what cannot be reported is not written either
+        save(self.model, path, force=force, entry=self.entry, preprocessing=self.preprocessing)
+        for place, text in zip(report_paths(Path(path)), texts, strict=True):
+            write_text(place, text)
+
+    def save_by_first(self, path: str | Path, *, force: bool = False) -> None:
+        """Write as `save` does, by the first of several processes.
+
+        Args:
+            path: ends in ``.safetensors``.
+            force: replace existing files.
+        """
+
+        def write() -> None:
+            if distributed.here().is_first:
+                self.save(path, force=force)
+
+        distributed.together(write)
+
+
+def check_outputs(path: str | Path, *, force: bool) -> None:
+    """Check before any work that the checkpoint and its reports may be written."""
+    check_output(path, force=force)
+    check_free(*report_paths(Path(path)), force=force)
