@@ -309,7 +309,8 @@ def test_verdict_sentence_says_that_images_were_seen() -> None:
     )  # fmt: skip
     sentence = report.verdict_sentence()
     assert (
-        "1,234 of these images were used for fitting or choosing, so this is no proof." in sentence
+        "1,234 of these images were used to fit or choose the model, so this is no proof."
+        in sentence
     )
     assert "test images" not in sentence
     assert "with old" in sentence

@@ -6,6 +6,7 @@ of its place, in HTML or in Markdown.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import re
@@ -101,6 +102,12 @@ def direction(d: Difference) -> str:
     return "is higher" if low > 0 else "is lower" if high < 0 else "does not differ measurably"
 
 
+def fields_of(record: Any, *left_out: str) -> dict[str, Any]:
+    """A record's fields by name, some left out."""
+    names = (field.name for field in dataclasses.fields(record))
+    return {name: getattr(record, name) for name in names if name not in left_out}
+
+
 def plain_json(value: Any) -> Any:
     """Turn a value into what strict JSON can hold."""
     if value is None or isinstance(value, (bool, int, str)):
@@ -110,6 +117,8 @@ def plain_json(value: Any) -> Any:
         return float(f"{float(value):.9g}") if math.isfinite(value) else None
     if isinstance(value, np.generic):
         return plain_json(value.item())
+    if dataclasses.is_dataclass(value):
+        value = fields_of(value)
     if isinstance(value, Mapping):
         return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

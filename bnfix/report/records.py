@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.recalibrate import Calibration
+from bnfix.recalibrate.settling import drift
 from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
@@ -95,14 +96,11 @@ def drifts_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, t
 
     Mean over channels of |mean' - mean| / sqrt(var' + eps), and |log((var' + eps) / (var + eps))|.
     """
-    drifts = {}
-    for name, (mean, var, eps) in after.items():
-        if name in before and before[name][0].shape == mean.shape:
-            old_mean, old_var, _ = before[name]
-            shift = ((mean - old_mean).abs() / (var.clamp_min(0) + eps).sqrt()).mean()
-            ratio = ((var.clamp_min(0) + eps) / (old_var.clamp_min(0) + eps)).log().abs().mean()
-            drifts[name] = (float(shift), float(ratio))
-    return drifts
+    return {
+        name: drift(before[name][:2], (mean, var.clamp_min(0)), eps)
+        for name, (mean, var, eps) in after.items()
+        if name in before and before[name][0].shape == mean.shape
+    }
 
 
 def layer_rows(
@@ -114,24 +112,21 @@ def layer_rows(
     """One row per norm layer in order, with the drift, residual and errors that are known."""
     weights = weights_of(model)
     errors = {} if calibration is None else {r.name: r for r in calibration.layers}
-    rows = []
-    for site in find_norms(model):
-        shift, ratio = drifts.get(site.name, (None, None))
-        record = errors.get(site.name)
-        rows.append(
-            LayerRow(
-                name=site.name,
-                kind=site.kind,
-                channels=int(getattr(site.module, "num_features", 0)),
-                example_weight=weights.get(site.name, 0.0),
-                mean_shift=shift,
-                log_var_ratio=ratio,
-                residual=fresh[site.name][0] if site.name in fresh else None,
-                mean_se=None if record is None else record.mean_se,
-                var_se=None if record is None else record.var_se,
-            )
+    unknown = (None, None)
+    return tuple(
+        LayerRow(
+            name=site.name,
+            kind=site.kind,
+            channels=int(getattr(site.module, "num_features", 0)),
+            example_weight=weights.get(site.name, 0.0),
+            mean_shift=drifts.get(site.name, unknown)[0],
+            log_var_ratio=drifts.get(site.name, unknown)[1],
+            residual=fresh.get(site.name, unknown)[0],
+            mean_se=getattr(errors.get(site.name), "mean_se", None),
+            var_se=getattr(errors.get(site.name), "var_se", None),
         )
-    return tuple(rows)
+        for site in find_norms(model)
+    )
 
 
 def n_live(model: nn.Module) -> int:
@@ -230,30 +225,32 @@ class Findings:
         if paired is not None and math.isfinite(paired.nll.difference):
             first, last = self.models[0].metrics, self.models[-1].metrics
             if self._judged_by_nll():
-                d, words = paired.top1, difference(paired.top1, points=True)
-                name, values = "Top-1", (percent(last.top1), percent(first.top1))
+                text = f"Top-1 {direction(paired.top1)}: {percent(last.top1)}, "
+                text += f"{percent(first.top1)} {self._reference()}"
+                text += f" (difference {difference(paired.top1, points=True)})."
             else:
-                d, words = paired.nll, difference(paired.nll)
-                name, values = "NLL", (number(last.nll), number(first.nll))
-            text = f"{name} {direction(d)}: {values[0]}, {values[1]} {self._reference()}"
-            notes.append(Note(f"{text} (difference {words})."))
-        cautions = []
+                text = f"NLL {direction(paired.nll)}: {number(last.nll)}, "
+                text += f"{number(first.nll)} {self._reference()}"
+                text += f" (difference {difference(paired.nll)})."
+            notes.append(Note(text))
+        notes += [Note(text, "caution") for text in self._cautions()]
+        return notes + ([] if self.moved is None else [self._movement(self.moved)])
+
+    def _cautions(self) -> Iterator[str]:
         if self.models and (m := self.models[-1].metrics).top1 is not None:
             chance = 1 / m.logits.shape[1] if m.logits.size else 0
             if m.interval["top1"][0] <= chance:
-                cautions.append(
-                    f"This is no better than chance ({percent(chance)}): check preprocessing, "
-                    "--class-map and --output before anything else."
+                yield (
+                    f"This is no better than chance ({percent(chance)}). Check preprocessing, "
+                    "--class-map and --output first."
                 )
         if self.temperature_only:
-            cautions.append("Temperature scaling alone gives the same gain.")
+            yield "Temperature scaling alone gives the same gain."
         if self.n_seen:
-            cautions.append(
-                f"{count(self.n_seen)} of these images were used for fitting or choosing, so this "
-                "is no proof."
+            yield (
+                f"{count(self.n_seen)} of these images were used to fit or choose the model, so "
+                "this is no proof."
             )
-        notes += [Note(text, "caution") for text in cautions]
-        return notes + ([] if self.moved is None else [self._movement(self.moved)])
 
     def badge(self) -> str:
         """One or two words for the head of the page."""
@@ -290,8 +287,7 @@ class Findings:
         if (paired := self._last_pair) is None or paired.verdict == "same":
             return False
         # The other measure may point elsewhere, so the headline names the one that is significant.
-        low, high = paired.top1.interval
-        return not (low > 0 if paired.verdict == "better" else high < 0)
+        return direction(paired.top1) != ("is higher" if paired.verdict == "better" else "is lower")
 
     def _reference(self) -> str:
         if self.command in _BEFORE and len(self.models) == 2:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from bnfix.metrics.custom import Custom
 from bnfix.metrics.robustness import BatchInvariance, Shifted
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
-from bnfix.report.pages import Picture, flat, plain_json, render
+from bnfix.report.pages import Picture, fields_of, flat, plain_json, render
 from bnfix.report.records import Evaluated, Findings, LayerRow, Trials, done, left_out
 
 
@@ -107,13 +106,6 @@ def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -
     return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))
 
 
-def without(record: Any, *names: str) -> dict[str, Any] | None:
-    """A record's fields by name, some left out."""
-    if record is None:
-        return None
-    return {key: value for key, value in dataclasses.asdict(record).items() if key not in names}
-
-
 def model_json(model: Evaluated) -> dict[str, Any]:
     """The JSON of a model; ``custom`` only where there are metrics of the user's."""
     m = model.metrics
@@ -141,14 +133,13 @@ def _custom_json(custom: Custom) -> dict[str, Any]:
 def paired_json(name: str, against: str, paired: Paired | None) -> dict[str, Any]:
     """The JSON of a pair; all values are ``None`` without labels."""
     shown = ("top1", "nll", "nll_temperature_scaled", "verdict", "temperature_only")
-    values = without(paired) or dict.fromkeys(shown)
-    return {"name": name, "against": against, **{key: values[key] for key in shown}}
+    return {"name": name, "against": against, **{key: getattr(paired, key, None) for key in shown}}
 
 
 def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
     """The JSON of a model on corrupted images."""
     paired = None if row.paired is None else paired_json(row.model, against, row.paired)
-    return {**(without(row) or {}), "paired": paired}
+    return {**fields_of(row), "paired": paired}
 
 
 _DRIFTS = ("mean_shift", "log_var_ratio", "residual")
@@ -188,47 +179,47 @@ class Report(Findings):
             "verdict_sentence": self.verdict_sentence(),
             "temperature_only": self.temperature_only,
             "n_seen": self.n_seen,
-            "data": without(self.data, "class_names"),
+            "data": self.data and fields_of(self.data, "class_names"),
             "models": [model_json(model) for model in self.models],
             "paired": [
                 paired_json(model.name, self.models[0].name, paired)
                 for model, paired in zip(self.models[1:], self.paired, strict=True)
             ],
-            "layers": [without(layer) for layer in self.layers],
-            "decisions": [without(decision) for decision in self.decisions],
+            "layers": self.layers,
+            "decisions": self.decisions,
             "calibration": trials.calibration and trials.calibration.to_json(),
             "calibrations_refused": [
                 one.to_json() for one in trials.refused if isinstance(one, Calibration)
             ],
             "choice": self._tried_json(trials.choice, "curve", "decisions", "weights"),
-            "curve": [without(point) for point in trials.choice.curve] if trials.choice else [],
+            "curve": trials.choice.curve if trials.choice else [],
             "training_curve": [self._tried_json(run) for run in trials.finetunings],
-            "outputs_moved": without(self.moved),
-            "swap": without(self.swap),
+            "outputs_moved": self.moved,
+            "swap": self.swap,
             "per_class": [
                 {"class": c.index, "name": c.name, "n_examples": c.n_examples, "top1": c.top1}
                 for c in self._classes
             ],
-            "ranking": [without(row) for row in self.ranking],
+            "ranking": self.ranking,
             "corruptions": [shifted_json(row, self.models[0].name) for row in self.corruptions],
-            "batch_invariance": [without(row) for row in self.invariance],
+            "batch_invariance": self.invariance,
             "reliability": [
-                {"name": m.name, "bins": [dataclasses.asdict(b) for b in m.metrics.reliability]}
-                for m in self.models
+                {"name": model.name, "bins": model.metrics.reliability} for model in self.models
             ],
-            "assumptions": list(self.assumptions),
+            "assumptions": self.assumptions,
             "options": self.options,
             "seed": self.seed,
             "command_line": self.command_line,
             "versions": self.versions,
         }
-        return {key: plain_json(value) for key, value in content.items()}
+        plain: dict[str, Any] = plain_json(content)
+        return plain
 
     def _tried_json(self, result: Any, *left_out: str) -> dict[str, Any] | None:
         """A search or a run, and whether the output holds its result."""
         # By identity: two runs of equal numbers are two runs, and only one is in the output.
         kept = not any(result is one for one in self.trials.refused)
-        return result and {**(without(result, *left_out) or {}), "kept": kept}
+        return result and {**fields_of(result, *left_out), "kept": kept}
 
     def to_markdown(self) -> str:
         """The tables and sentences as Markdown; names cannot break out of their place."""
@@ -240,13 +231,11 @@ class Report(Findings):
 
     def texts(self) -> tuple[str, str, str]:
         """JSON, Markdown and HTML."""
-        as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        return as_json, self.to_markdown(), self.to_html()
+        return json_text(self.to_json()), self.to_markdown(), self.to_html()
 
     def save(self, json_path: Path, md_path: Path, html_path: Path) -> None:
         """Write the three files, each completely or not at all."""
-        for path, text in zip((json_path, md_path, html_path), self.texts(), strict=True):
-            write_text(path, text)
+        write_texts((json_path, md_path, html_path), self.texts())
 
     @cached_property
     def _classes(self) -> list[ClassRow]:
@@ -310,12 +299,20 @@ class Report(Findings):
         )
 
 
-def report_paths(out: Path) -> tuple[Path, Path, Path]:
+def report_paths(out: Path) -> tuple[Path, ...]:
     """The report's files beside an output: ``net.safetensors.report.json``, ``.md``, ``.html``."""
-    json_path, md_path, html_path = (
-        out.with_name(f"{out.name}.report.{kind}") for kind in ("json", "md", "html")
-    )
-    return json_path, md_path, html_path
+    return tuple(out.with_name(f"{out.name}.report.{kind}") for kind in ("json", "md", "html"))
+
+
+def json_text(content: dict[str, Any]) -> str:
+    """A report's JSON as the text of a file."""
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def write_texts(paths: Iterable[Path], texts: Iterable[str]) -> None:
+    """Write the files of a report, each completely or not at all."""
+    for path, text in zip(paths, texts, strict=True):
+        write_text(path, text)
 
 
 @dataclass(frozen=True, repr=False)
@@ -337,7 +334,7 @@ class Result:
     def __repr__(self) -> str:
         report = self.report
         n_live = report.models[-1].n_live if report.models else 0
-        verdict = "no verdict" if report.verdict is None else report.verdict
+        verdict = report.verdict or "no verdict"
         return (
             f"Result({report.command}: {verdict}, {len(report.models)} models measured, "
             f"{len(report.layers)} norm layers, {n_live} of them live)"
@@ -356,16 +353,10 @@ class Result:
         check_outputs(path, force=force)
         texts = self.report.texts()  # first: what cannot be reported is not written either
         save(self.model, path, force=force, entry=self.entry, preprocessing=self.preprocessing)
-        for place, text in zip(report_paths(Path(path)), texts, strict=True):
-            write_text(place, text)
+        write_texts(report_paths(Path(path)), texts)
 
     def save_by_first(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as `save` does, by the first of several processes.
-
-        Args:
-            path: ends in ``.safetensors``.
-            force: replace existing files.
-        """
+        """Write as `save` does, by the first of several processes."""
 
         def write() -> None:
             if distributed.here().is_first:
