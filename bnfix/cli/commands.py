@@ -6,14 +6,13 @@ import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from bnfix import demo as demo_files
 from bnfix.checkpoints.read import finite
-from bnfix.checkpoints.save import check_folder, check_free, check_output, make_folder
+from bnfix.checkpoints.save import check_output, make_folder
 from bnfix.cli.flags import (
     ALSO,
     DATA,
@@ -23,7 +22,9 @@ from bnfix.cli.flags import (
     OUT,
     RUN,
     TRAIN,
+    Averaged,
     Checkpoint,
+    Compared,
     Data,
     Feed,
     Gate,
@@ -38,16 +39,18 @@ from bnfix.cli.flags import (
     State,
     Statistics,
     Tested,
+    Tuned,
     Weight,
     Writes,
     about,
+    check_beside_recipe,
     command_line,
     numbers,
     option_of,
     sizes,
+    written,
 )
 from bnfix.cli.terminal import (
-    Terminal,
     changes_table,
     estimate_line,
     inspection_lines,
@@ -55,7 +58,7 @@ from bnfix.cli.terminal import (
     plan_lines,
 )
 from bnfix.core import distributed
-from bnfix.core.errors import CheckpointError, ConfigError, some
+from bnfix.core.errors import ConfigError, file_error
 from bnfix.core.settings import (
     TRAINED,
     AverageRecipe,
@@ -67,6 +70,7 @@ from bnfix.core.settings import (
     StatisticsRecipe,
     SwapRecipe,
     WeightRecipe,
+    require,
 )
 from bnfix.jobs.compare import evaluate_files, plan_evaluation
 from bnfix.jobs.convert import convert as convert_file
@@ -80,32 +84,29 @@ from bnfix.jobs.steps import open_plan
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.export import Export, check_exports
 from bnfix.report.predictions import check_predictions
-from bnfix.report.report import Result, check_outputs
+from bnfix.report.report import check_outputs, check_report_folder
 
-#: Options that `--recipe` leaves to the command line.
-_BESIDE_A_RECIPE = {
-    "checkpoint", "data", "output", "recipe", "test", "device", "workers", "force", "show_plan",
-    "as_json", "quiet", "debug", "model", "arguments", "key", "prefix", "prefer_ema", "unfreeze",
-    "forward", "logits_output",
-}  # fmt: skip
+_CHECKED_SHAPE = "Input shape of the final check (default: by the preprocessing, else usual sizes)."
+_REFIT_ON = f"Examples to re-fit on, in seeded random order (default {REFIT_SAMPLES})."
+_DEMO = (
+    "A small residual network, trained with batches of 4 on 150 handwritten digits. bnfix repairs "
+    "it with 500 other digits and tests it on 500 more. The same by hand:"
+)
+_LOOK_DATA = "Examples to compare stored statistics, both modes and the outputs on."
+_REFIT_DATA = (
+    "Examples to re-fit scale and shift on, where example weights above 0 change the outputs "
+    "(--to group); needs no labels."
+)
 
 _SHARED = {"model": Model, "source": Tested, "swap": Layers, "run": Run}
 _CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Gate}
-_KEEP = WeightRecipe("keep")
-# What the options of a command do not say; they replace the rest.
+# Defaults of the commands; the options replace some of them.
 _CALIBRATE = Plan(command="calibrate", finetune=None)
-_FINETUNE = Plan(
-    command="finetune",
-    statistics=StatisticsRecipe(statistics="keep"),
-    weight=_KEEP,
-    finetune=FinetuneRecipe(),
+_STATED = replace(_CALIBRATE, weight=WeightRecipe("keep"))
+_FINETUNE = replace(
+    _STATED, command="finetune", statistics=StatisticsRecipe("keep"), finetune=FinetuneRecipe()
 )
-_AVERAGE = Plan(
-    command="average",
-    statistics=StatisticsRecipe(statistics="population"),
-    weight=_KEEP,
-    finetune=None,
-)
+_AVERAGE = replace(_STATED, command="average", statistics=StatisticsRecipe("population"))
 
 
 def fix(
@@ -116,21 +117,22 @@ def fix(
     out: Writes,
     plan: Annotated[Plan, _CHOICES] = Plan(),
     train: Annotated[
-        str, about(f"What fine-tuning may train: none, {', '.join(TRAINED)}.", TRAIN)
+        str, about(f"What to train: none, {', '.join(TRAINED)}.", TRAIN)
     ] = TRIED.train,
     tune: Annotated[FinetuneRecipe, {TRAIN: "epochs lr"}] = TRIED,
     recipe: Annotated[
-        Path | None, about("Replay the options in that file's history.", RUN, "OUT.safetensors")
+        Path | None, about("Replay the options in this file's history.", RUN, "OUT.safetensors")
     ] = None,
 ) -> None:
-    """All of it in one go: statistics, example weights, brief fine-tuning, each before the gate.
+    """Try new statistics, example weights and brief fine-tuning; keep what is proven better.
 
     Example: bnfix fix net.pth --model net.py:build --data photos/ -o fixed.safetensors
     """
     if recipe is not None:
+        check_beside_recipe(context)
         test = plan.source.test
-        replayed = replayed_plan(recipe, run=plan.run, command_line=command_line(), test=test)
-        plan = _only_replayed(context, replayed, plan.model, test)
+        own = replayed_plan(recipe, run=plan.run, command_line=command_line(), test=test)
+        plan = _with_own_model(own, plan.model)
     else:
         plan = replace(plan, finetune=None if train == "none" else replace(tune, train=train))
     _carry_out(plan, checkpoint, data, output, out)
@@ -144,7 +146,7 @@ def calibrate(
     plan: Annotated[Plan, _CHOICES] = _CALIBRATE,
     state: State = None,
 ) -> None:
-    """Population statistics and example weights, each kept only where held-out data proves it.
+    """Recompute statistics and choose example weights; keep each only if it is proven better.
 
     Example: bnfix calibrate net.pth --model net.py:build --data photos/ -o calibrated.safetensors
     """
@@ -161,14 +163,7 @@ def finetune(
         {
             "model": Model,
             "source": Annotated[DataRecipe, {DATA: f"class_map {INPUT} test"}],
-            "finetune": Annotated[
-                FinetuneRecipe,
-                {
-                    TRAIN: "train statistics example_weight epochs steps optimizer lr weight_decay "
-                    "norm_decay norm_decay_target label_smoothing clip accumulate ema augment "
-                    "batch_size"
-                },
-            ],
+            "finetune": Tuned,
             "swap": Annotated[SwapRecipe, {NORM: "to ghost_size channel_groups layers skip"}],
             "statistics": Annotated[StatisticsRecipe, {NORM: "include_frozen"}],
             "run": Annotated[RunOptions, {RUN: "device workers precision"}],
@@ -177,7 +172,7 @@ def finetune(
     ] = _FINETUNE,
     state: State = None,
 ) -> None:
-    """A few epochs on top; the best epoch is kept, or the original where nothing got better.
+    """Train for a few epochs; keep the best epoch, or the original if none is better.
 
     Example: bnfix finetune net.pth --model net.py:build --data photos/ -o tuned.safetensors
     """
@@ -186,9 +181,7 @@ def finetune(
 
 
 def average(
-    checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints.")
-    ],
+    checkpoints: Averaged,
     data: Data,
     output: Output,
     out: Writes,
@@ -196,9 +189,9 @@ def average(
     weights: Annotated[str | None, option_of(AverageRecipe, "weights", NORM)] = None,
     state: State = None,
 ) -> None:
-    """The mean of several checkpoints, with its own statistics; measured against the first one.
+    """Average the weights of several checkpoints, recompute statistics, compare with the first.
 
-    That is on --test, or on a fifth of labelled data.
+    The comparison uses --test, or a fifth of the labelled data.
 
     Example: bnfix average net.pth net2.pth --model net.py:build --data photos/ -o mean.safetensors
     """
@@ -210,7 +203,7 @@ def average(
 def _carry_out(plan: Plan, checkpoint: Path, data: str, output: Path, out: Out) -> None:
     """Check the output, open, do, save, show; or show the plan."""
     terminal = out.terminal()
-    if not plan.command_line:  # the demo and a replayed plan have theirs
+    if not plan.command_line:  # a replayed plan has its own
         # In the batch feed the batches decide what layers above see, so the recipe states them.
         size = plan.run.batch_size or plan.statistics.batch_size
         statistics = replace(plan.statistics, batch_size=size)
@@ -219,96 +212,63 @@ def _carry_out(plan: Plan, checkpoint: Path, data: str, output: Path, out: Out) 
         check_outputs(output, force=out.force)
     with terminal.working() as track:
         bench = open_plan(plan, checkpoint, data, None, track)
-        described = describe(bench, str(output)) if out.show_plan else None
-        result = None if out.show_plan else execute(bench)
-        if result is not None:
+        if out.show_plan:
+            described = describe(bench, str(output))
+        else:
+            result = execute(bench)
             result.save_by_first(output, force=out.force)
-    if result is not None:
+    if out.show_plan:
+        terminal.plan(described, *plan_lines(described))
+    else:
         terminal.show(result.report, output)
-    elif described is not None and out.as_json:
-        terminal.print_json(described)
-    elif described is not None:
-        for line in plan_lines(described):
-            terminal.say(line)
 
 
-def _only_replayed(
-    context: typer.Context, plan: Plan, given: ModelRecipe, test: str | None
-) -> Plan:
-    """A replayed plan with the model and the test data of this command line, and no more of it."""
-    typed = {
-        option.opts[0]
-        for option in context.command.params
-        if option.name not in _BESIDE_A_RECIPE
-        and (source := context.get_parameter_source(option.name or "")) is not None
-        and source.name == "COMMANDLINE"
-    }
-    if typed:
-        raise ConfigError(
-            f"--recipe: replays all options of that file; {some(sorted(typed))} cannot be given "
-            "besides. Leave one of them out."
-        )
+def _with_own_model(plan: Plan, given: ModelRecipe) -> Plan:
+    """A replayed plan with the model of this command line."""
     asked = given
     if given.model is None:
         # A model is called in one way: the stated one replaces that of the file.
         called = given if given.forward or given.logits_output else plan.model
         asked = replace(plan.model, forward=called.forward, logits_output=called.logits_output)
-    unfreeze = given.unfreeze or plan.model.unfreeze
-    plan = replace(plan, model=replace(asked, unfreeze=unfreeze))
-    return plan if test is None else replace(plan, source=replace(plan.source, test=test))
+    return replace(plan, model=replace(asked, unfreeze=given.unfreeze or plan.model.unfreeze))
 
 
 def demo(
+    context: typer.Context,
     out: Writes,
     run: Annotated[RunOptions, {RUN: "device"}],
     gate: Seed,
-    output: Annotated[Path, about("Folder to write.", OUT, "DIR", "-o", "--out")] = Path(
-        "bnfix-demo"
-    ),
+    output: Annotated[Path, written("Folder to write.", "DIR")] = Path("bnfix-demo"),
 ) -> None:
-    """The whole way on embedded data, offline: convert, calibrate, fine-tune, evaluate.
+    """Repair a small network on embedded data, offline, with all steps of fix.
 
     Example: bnfix demo
     """
     terminal = out.terminal()
     if out.show_plan:
-        if out.as_json:
-            terminal.print_json({"command": "demo", "plan": True, "output": str(output)})
-        else:
-            terminal.say(f"demo: would fix the demo files and write {output}; nothing was done")
+        does = f"demo: would fix the demo files and write {output}; nothing was done"
+        terminal.plan({"command": "demo", "plan": True, "output": str(output)}, does)
         return
     fixed = output / "digits_net.fixed.safetensors"
     # The files of an earlier demo are replaced: they are the same every time.
     earlier = (output / "digits_net.safetensors").is_file()
     if output.is_dir() and not (out.force or earlier) and any(output.iterdir()):
-        raise CheckpointError(
-            f"{output}: already exists and is not from an earlier demo. Give another -o DIR, "
-            "or --force.",
-            path=output,
-        )
+        raise file_error(output, "already exists, not from a demo. Give another -o DIR, or --force.")
     make_folder(output)
     check_output(fixed, force=True)
     files, prep = demo_files.write_files(output), demo_files.PREPROCESSING
-    plan = Plan(
-        command_line=shlex.join([
-            "bnfix", "fix", str(files.checkpoint), "--model", demo_files.SPEC,
-            "--data", str(files.calibration), "--test", str(files.test),
-            "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "--device", run.device,
-            "--seed", str(gate.seed), "-o", str(fixed), "--force",
-        ]),
-        model=ModelRecipe(demo_files.SPEC),
-        source=DataRecipe(test=str(files.test), mean=prep.mean, std=prep.std),
-        gate=gate,
-        run=run,
-    )  # fmt: skip
+    words = [
+        "fix", str(files.checkpoint), "--model", demo_files.SPEC,
+        "--data", str(files.calibration), "--test", str(files.test),
+        "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "--device", run.device,
+        "--seed", str(gate.seed), "-o", str(fixed), "--force",
+    ]  # fmt: skip
     if not (out.quiet or out.as_json):
-        text = (
-            "A small residual network, trained with a batch of 4 on 150 handwritten digits; "
-            "500 other digits to repair it with, 500 more to test it. The same by hand:\n"
-            f"  {plan.command_line}\n"
-        )
-        terminal.out.print(escape(text), soft_wrap=True, highlight=False)
-    _carry_out(plan, files.checkpoint, str(files.calibration), fixed, replace(out, force=True))
+        terminal.say(_DEMO)
+        terminal.say(shlex.join(["bnfix", *words]))
+    given = {"--json": out.as_json, "--quiet": out.quiet, "--debug": out.debug}
+    words += [flag for flag, wanted in given.items() if wanted]
+    raise typer.Exit(context.find_root().command.main(words, standalone_mode=False) or 0)
 
 
 def convert(
@@ -320,39 +280,17 @@ def convert(
     run: Annotated[RunOptions, {RUN: "device workers batch_size"}],
     gate: Seed,
     out: Writes,
-    input_shape: Annotated[
-        str | None,
-        about(
-            "Input of the check of the whole model (default: the size that the preprocessing "
-            "leaves, else usual sizes, the small first).",
-            MODEL,
-            metavar="C,H,W",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        about(
-            "Examples on which scale and shift are re-fitted to the original's outputs, where "
-            "example weights above 0 change those (--to group); labels are not used.",
-            DATA,
-            metavar="DATA",
-        ),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        about(
-            f"Examples to re-fit on, drawn in seeded random order (default {REFIT_SAMPLES}).", DATA
-        ),
-    ] = None,
+    input_shape: Annotated[str | None, about(_CHECKED_SHAPE, MODEL, "C,H,W")] = None,
+    data: Annotated[str | None, about(_REFIT_DATA, DATA, "DATA")] = None,
+    samples: Annotated[int | None, about(_REFIT_ON, DATA)] = None,
 ) -> None:
-    """Swap the norm layers; with example weight 0 the outputs stay the same, and that is checked.
+    """Swap the norm layers; at example weight 0 the outputs stay the same, which bnfix checks.
 
     Example: bnfix convert net.pth --model net.py:build --to batch-group -o out.safetensors
     """
     terminal, started = out.terminal(), time.perf_counter()
     shape = None if input_shape is None else sizes(input_shape, "--input-shape")
-    if samples is not None:
-        _check_samples(samples)
+    _check_samples(samples)
     if not out.show_plan:
         check_outputs(output, force=out.force)
     with terminal.working() as track:
@@ -371,48 +309,32 @@ def convert(
         )
         if not out.show_plan:
             result.save(output, force=out.force)
+    report = result.report
+    changes, skipped = (report.swap.changes, report.swap.skipped) if report.swap else ((), ())
     # A re-fit takes a pass for each layer.
-    changes = result.report.swap.changes if result.report.swap is not None else []
     passes = 0 if data is None else len(changes)
-    cost = estimated_again(result.model, time.perf_counter() - started, passes)
-    _show_conversion(terminal, result, None if out.show_plan else output, cost.to_json())
+    cost = estimated_again(result.model, time.perf_counter() - started, passes).to_json()
+    if out.as_json:
+        more = {"plan": True, **cost, "output": None} if out.show_plan else {"output": str(output)}
+        terminal.print_json({**report.to_json(), **more})
+        return
+    if not out.quiet:
+        terminal.out.print(changes_table(changes))
+        terminal.notes([*report.assumptions, *skipped])
+    if out.show_plan:
+        terminal.say(estimate_line(cost))
+    wrote = "nothing was written" if out.show_plan else f"wrote {output} and its report"
+    terminal.say(f"{len(changes)} layers; {wrote}")
 
 
-def _show_conversion(
-    terminal: Terminal, result: Result, output: Path | None, cost: dict[str, object]
-) -> None:
-    swap = result.report.swap
-    if terminal.as_json:
-        content = result.report.to_json() | ({"plan": True, **cost} if output is None else {})
-        terminal.print_json({**content, "output": None if output is None else str(output)})
-    elif swap is None:
-        terminal.show(result.report, output)
-    else:
-        if not terminal.quiet:
-            terminal.out.print(changes_table(swap.changes))
-            terminal.notes([*result.report.assumptions, *swap.skipped])
-        if output is None:
-            terminal.say(estimate_line(cost))
-        wrote = "nothing was written" if output is None else f"wrote {output} and its report"
-        terminal.say(f"{len(swap.changes)} layers; {wrote}")
-
-
-def _check_samples(samples: int) -> None:
-    if samples < 2:
-        raise ConfigError(f"--samples: {samples}, expected at least 2.", name="samples")
+def _check_samples(n: int | None) -> None:
+    require(n is None or n >= 2, f"--samples: {n}, expected at least 2.", "samples")
 
 
 def export(
     checkpoint: Checkpoint,
     output: Annotated[
-        Path,
-        about(
-            "The .onnx, .pt2, .safetensors (folded) or .py (plain) to write.",
-            OUT,
-            "OUT",
-            "-o",
-            "--out",
-        ),
+        Path, written("The .onnx, .pt2, .safetensors (folded) or .py (plain) to write.")
     ],
     to: Annotated[str, option_of(ExportRecipe, "to", OUT)],
     model: Model,
@@ -427,14 +349,14 @@ def export(
         str | None, about("Images to verify on (default: seeded noise).", DATA, "DATA")
     ] = None,
 ) -> None:
-    """ONNX, torch.export, folded weights or one plain Python file, verified against the model.
+    """Export as ONNX, torch.export, folded weights or one Python file; verify against the model.
 
     Example: bnfix export fixed.safetensors --model net.py:build --to onnx -o net.onnx
     """
     terminal, recipe = out.terminal(), replace(recipe, to=to)
     if run.device not in ("auto", "cpu"):
         raise ConfigError(
-            f"--device: {run.device!r}, but export works on the CPU; its output runs anywhere. "
+            f"--device: {run.device!r}, but export runs on the CPU only; its output runs anywhere. "
             "Leave the option out.",
             name="device",
         )
@@ -442,7 +364,7 @@ def export(
         with terminal.working():
             plan = plan_export(checkpoint, output, model=model, recipe=recipe, data=data)
         does = f"export: would write {', '.join(plan['files'])} with {plan['n_norms']} norm layers"
-        _show_plan(terminal, plan, f"{does}, {plan['n_live']} of them live; nothing was done")
+        terminal.plan(plan, f"{does}, {plan['n_live']} of them live; nothing was done")
         return
     check_exports(to, output, force=out.force, checkpoint=checkpoint)
     with terminal.working() as track:
@@ -470,17 +392,8 @@ def export(
         terminal.say(f"wrote {files} and {output.name}.report.html, .md, .json")
 
 
-def _show_plan(terminal: Terminal, plan: dict[str, Any], *lines: str) -> None:
-    if terminal.as_json:
-        terminal.print_json(plan)
-    for line in () if terminal.as_json else lines:
-        terminal.say(line)
-
-
 def evaluate(
-    checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CKPT...", help="One or more checkpoints.")
-    ],
+    checkpoints: Compared,
     data: Data,
     model: Model,
     source: Labelled,
@@ -496,12 +409,12 @@ def evaluate(
     ] = None,
     report: Annotated[Path | None, about("Folder for the report.", OUT, "DIR")] = None,
 ) -> None:
-    """Metrics of one or more checkpoints on the same examples, each paired against the first.
+    """Measure one or more checkpoints on the same examples; compare each with the first.
 
     Example: bnfix eval net.pth fixed.safetensors --model net.py:build --data test/ --report out/
     """
     terminal = out.terminal()
-    paths = () if report is None else _report_files(report, force=out.force)
+    paths = () if report is None else check_report_folder(report, force=out.force)
     if predictions is not None:
         check_predictions(predictions, force=out.force)
     if out.show_plan:
@@ -509,7 +422,7 @@ def evaluate(
             plan = plan_evaluation(checkpoints, data, also, model=model, source=source, run=run)
         size = f"eval: {plan['data']['n_examples']:,} images of {data}"
         plan |= {"report": None if report is None else str(report)}
-        _show_plan(terminal, plan, size, f"{estimate_line(plan)}; nothing was done")
+        terminal.plan(plan, size, f"{estimate_line(plan)}; nothing was done")
         return
     with terminal.working() as track:
         found = evaluate_files(
@@ -531,15 +444,6 @@ def evaluate(
     terminal.show(found)
 
 
-def _report_files(folder: Path, *, force: bool) -> tuple[Path, ...]:
-    paths = tuple(folder / f"report.{end}" for end in ("json", "md", "html"))
-    check_free(*paths, force=force)
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: is not a folder. Give another --report.", path=folder)
-    check_folder(next(path for path in (folder, *folder.parents) if path.exists()) / "report.json")
-    return paths
-
-
 def inspect(
     checkpoint: Checkpoint,
     model: Model,
@@ -547,19 +451,10 @@ def inspect(
     run: Run,
     gate: Seed,
     out: Annotated[Out, {OUT: "as_json quiet debug"}],
-    data: Annotated[
-        str | None,
-        about(
-            "Examples on which stored statistics, both modes and the outputs are compared.",
-            DATA,
-            metavar="DATA",
-        ),
-    ] = None,
-    samples: Annotated[
-        int, about("Examples to run, drawn in seeded random order.", DATA)
-    ] = SAMPLES,
+    data: Annotated[str | None, about(_LOOK_DATA, DATA, "DATA")] = None,
+    samples: Annotated[int, about("Examples to run, in seeded random order.", DATA)] = SAMPLES,
 ) -> None:
-    """What norm layers are there, and what is wrong with them; changes nothing.
+    """List the norm layers and what is wrong with them; change nothing.
 
     Example: bnfix inspect net.pth
     """

@@ -19,9 +19,10 @@ import typer
 from typer.core import TyperGroup
 
 from bnfix.cli.terminal import Terminal, stated
-from bnfix.core.errors import ConfigError
+from bnfix.core.errors import ConfigError, some
 from bnfix.core.settings import (
     DataRecipe,
+    FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
     Preprocessing,
@@ -93,6 +94,14 @@ _FLAGS = {
 _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
     "input_shape": "C,H,W", "logits_output": "NAME|INDEX",
+}  # fmt: skip
+
+
+#: Parameters that `--recipe` leaves to the command line.
+_BESIDE_A_RECIPE = {
+    "checkpoint", "data", "output", "recipe", "test", "device", "workers", "force", "show_plan",
+    "as_json", "quiet", "debug", "model", "arguments", "key", "prefix", "prefer_ema", "unfreeze",
+    "forward", "logits_output",
 }  # fmt: skip
 
 
@@ -199,6 +208,11 @@ def about(help: str, panel: str, metavar: str | None = None, *flags: str) -> Any
     return typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar)
 
 
+def written(help: str, metavar: str = "OUT") -> Any:
+    """The option of the file or folder that a command writes."""
+    return about(help, OUT, metavar, "-o", "--out")
+
+
 def _flags(name: str) -> tuple[str, ...]:
     return _FLAGS.get(name, ("--" + name.replace("_", "-"),))
 
@@ -284,28 +298,43 @@ def flattened(command: Callable[..., None], *, many: bool = False) -> Callable[.
     return run
 
 
+def check_beside_recipe(context: typer.Context) -> None:
+    """Refuse typed options that a recipe replays."""
+    typed = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in _BESIDE_A_RECIPE
+        and getattr(context.get_parameter_source(option.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if typed:
+        raise ConfigError(
+            f"--recipe: replays all options of that file, so {some(sorted(typed))} cannot be "
+            "given. Leave one of them out."
+        )
+
+
 # --- options that several commands have ---
 
 INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
+Compared = Annotated[list[Path], typer.Argument(metavar="CKPT...", help="One or more checkpoints.")]
+Averaged = Annotated[
+    list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints.")
+]
 Data = Annotated[
     str,
     about(
         "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, "
         "parquet or a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable.",
         DATA,
-        metavar="DATA",
+        "DATA",
     ),
 ]
-Output = Annotated[Path, about("The .safetensors to write.", OUT, "OUT", "-o", "--out")]
+Output = Annotated[Path, written("The .safetensors to write.")]
 State = Annotated[
     str | None,
-    about(
-        "Folder for the state of the run; interrupted, the same command goes on from it.",
-        RUN,
-        metavar="DIR",
-    ),
+    about("Folder for the run's state; after an interrupt the same command resumes.", RUN, "DIR"),
 ]
 Model = Annotated[
     ModelRecipe,
@@ -321,6 +350,13 @@ Statistics = Annotated[
 ]
 Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
 Weight = Annotated[WeightRecipe, {NORM: "example_weight granularity pointwise thin"}]
+Tuned = Annotated[
+    FinetuneRecipe,
+    {
+        TRAIN: "train statistics example_weight epochs steps optimizer lr weight_decay norm_decay "
+        "norm_decay_target label_smoothing clip accumulate ema augment batch_size"
+    },
+]
 Gate = Annotated[GateRecipe, {NORM: "z", RUN: "seed"}]
 Seed = Annotated[GateRecipe, {RUN: "seed"}]
 Run = Annotated[RunOptions, {RUN: "device workers precision batch_size"}]

@@ -24,12 +24,10 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
-    Task,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
-from rich.text import Text
 
 from bnfix.core import distributed
 from bnfix.core.errors import BnfixError, ConfigError, one_line, some
@@ -43,7 +41,7 @@ from bnfix.report.report import Report
 
 #: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
 _UNBOUNDED = 1000
-#: Columns below which a progress line leaves out all but the stage and the time left.
+#: Columns below which a progress line shows only the stage, the percentage and the time left.
 _NARROW = 50
 
 
@@ -97,9 +95,18 @@ class Terminal:
                 self.out.print(fitted(table, self.out.width))
         self.say(report.verdict_sentence())
         if not self.quiet:
-            self.notes(_noteworthy(report))
+            self.notes(report.assumptions)
+            if report.data is not None and (n := report.data.n_skipped):
+                self.notes([f"unreadable images left out, {n}: {some(report.data.skipped, 3)}"])
             if written is not None:
                 self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
+
+    def plan(self, content: dict[str, Any], *lines: str) -> None:
+        """Print a plan: lines, or JSON."""
+        if self.as_json:
+            self.print_json(content)
+        for line in () if self.as_json else lines:
+            self.say(line)
 
     def say(self, text: str) -> None:
         """Print one line of any origin."""
@@ -117,31 +124,21 @@ class Terminal:
             sys.stdout.flush()
 
 
-class _RateColumn(ProgressColumn):
-    """Batches a second, or seconds a batch."""
-
-    def render(self, task: Task) -> Text:
-        if not task.speed:
-            return Text("")
-        slow = task.speed < 1
-        return Text(f"{1 / task.speed:.1f} s each" if slow else f"{task.speed:.1f}/s")
-
-
-def _columns(width: int) -> tuple[ProgressColumn, ...]:
-    """The columns that fit: stage and time left always, then count and rate, then the bar."""
+def _columns(width: int) -> Iterator[ProgressColumn]:
+    """The columns that fit: stage and time left always, then the count, then the bar."""
+    bar = width // 4 if width >= 2 * _NARROW else 0
+    room = width - (14 if width < _NARROW else 30 + bar)
     # The other columns have fixed widths: a long stage is cut, not the time.
-    bar = BarColumn(max(10, width // 4)) if width >= 2 * _NARROW else None
-    room = width - 14 if width < _NARROW else width - 40 - (bar.bar_width or 0 if bar else 0)
-    words = TextColumn(
-        "{task.description}",
-        table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(12, room)),
-    )
-    left = TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5))
+    stage = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, room))
+    yield TextColumn("{task.description}", table_column=stage)
+    if bar:
+        yield BarColumn(bar)
     if width < _NARROW:
-        part = TextColumn("{task.percentage:>3.0f}%", table_column=Column(min_width=4))
-        return words, part, left
-    rest = MofNCompleteColumn(), TextColumn("batches"), _RateColumn(), left
-    return (words, *rest) if bar is None else (words, bar, *rest)
+        yield TextColumn("{task.percentage:>3.0f}%", table_column=Column(min_width=4))
+    else:
+        yield MofNCompleteColumn()
+        yield TextColumn("batches")
+    yield TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5))
 
 
 @contextlib.contextmanager
@@ -203,14 +200,6 @@ def _fail(error: BaseException, code: int, message: str, debug: bool) -> None:
         text = shown_text(f"bnfix: {message}")
         Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     raise typer.Exit(code)
-
-
-def _noteworthy(report: Report) -> list[str]:
-    """The assumptions of a report, and the images that were left out."""
-    if report.data is None or not report.data.n_skipped:
-        return list(report.assumptions)
-    left_out = f"unreadable images left out, {report.data.n_skipped}"
-    return [*report.assumptions, f"{left_out}: {some(report.data.skipped, 3)}"]
 
 
 #: Columns of a terminal below which tables change their form.
@@ -386,11 +375,9 @@ def duration_words(low: float, high: float) -> str:
     """A range of time, in the unit that suits its end."""
     if high < 1:
         return "a second or less"
-    name, unit = next(
-        (name, unit)
-        for name, unit in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
-        if high >= 2 * unit or unit == 1
-    )
+    units = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+    name = next((name for name in units if high >= 2 * units[name]), "seconds")
+    unit = units[name]
     digits = 1 if high < 5 * unit else 0
     first, last = (f"{value / unit:.{digits}f}".removesuffix(".0") for value in (low, high))
     return f"{last} {name}" if first == last else f"{first} to {last} {name}"

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bnfix.checkpoints.save import check_free, check_output, save, write_text
+from bnfix.checkpoints.save import check_folder, check_free, check_output, save, write_text
 from bnfix.core import __version__, distributed
+from bnfix.core.errors import file_error
 from bnfix.core.settings import Preprocessing
 from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.custom import Custom
@@ -369,3 +370,13 @@ def check_outputs(path: str | Path, *, force: bool) -> None:
     """Check before any work that the checkpoint and its reports may be written."""
     check_output(path, force=force)
     check_free(*report_paths(Path(path)), force=force)
+
+
+def check_report_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
+    """Check before any work that a folder may get a report; the files it gets."""
+    paths = tuple(folder / f"report.{kind}" for kind in ("json", "md", "html"))
+    check_free(*paths, force=force)
+    if folder.exists() and not folder.is_dir():
+        raise file_error(folder, "is not a folder. Give another --report.")
+    check_folder(next(path for path in (folder, *folder.parents) if path.exists()) / "report.json")
+    return paths
