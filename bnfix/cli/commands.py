@@ -253,21 +253,20 @@ def demo(
     # The files of an earlier demo are replaced: they are the same every time.
     earlier = (output / "digits_net.safetensors").is_file()
     if output.is_dir() and not (out.force or earlier) and any(output.iterdir()):
-        raise file_error(output, "already exists, not from a demo. Give another -o DIR, or --force.")
+        raise file_error(output, "already exists. Give another -o, or --force to write into it.")
     make_folder(output)
     check_output(fixed, force=True)
     files, prep = demo_files.write_files(output), demo_files.PREPROCESSING
+    shown = {"--json": out.as_json, "--quiet": out.quiet, "--debug": out.debug}
     words = [
-        "fix", str(files.checkpoint), "--model", demo_files.SPEC,
-        "--data", str(files.calibration), "--test", str(files.test),
+        "fix", *(flag for flag, on in shown.items() if on), str(files.checkpoint),
+        "--model", demo_files.SPEC, "--data", str(files.calibration), "--test", str(files.test),
         "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "--device", run.device,
         "--seed", str(gate.seed), "-o", str(fixed), "--force",
     ]  # fmt: skip
     if not (out.quiet or out.as_json):
         terminal.say(_DEMO)
         terminal.say(shlex.join(["bnfix", *words]))
-    given = {"--json": out.as_json, "--quiet": out.quiet, "--debug": out.debug}
-    words += [flag for flag, wanted in given.items() if wanted]
     raise typer.Exit(context.find_root().command.main(words, standalone_mode=False) or 0)
 
 
