@@ -18,8 +18,8 @@ from bnfix.metrics.robustness import Moved
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
+from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.recalibrate.settling import drift
 from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
