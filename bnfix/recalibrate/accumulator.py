@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfix.core import distributed
-from bnfix.norm.moments import LOST, Moments, mean_squares, mix, pool
+from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, mix, pool
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
 _WAITING = 1 << 18
@@ -220,13 +220,12 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
         return _refined(values)
     if values.is_contiguous():
         mean = values.mean(-1).double()
-        var = mean_squares(values, torch.float64)
+        var = mean_squares(values, torch.float64) - mean.square()
     elif values.transpose(1, 2).is_contiguous():
-        mean, var = _over_columns(values.transpose(1, 2))
+        mean, var = (moment.double() for moment in column_moments(values.transpose(1, 2)))
     else:
         return _refined(values)
     square = mean.square()
-    var -= square
     # NaN is not at most anything, so what is not finite is done over too, and stays what it is.
     lost = ~(square <= var * LOST)
     n_lost = int(lost.sum())
@@ -235,20 +234,6 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     if n_lost:
         mean[lost], var[lost] = (t.view(-1) for t in _refined(values[lost].unsqueeze(1)))
     return mean, var
-
-
-def _over_columns(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and mean square ``(N, C)``, float64, of ``(N, L, C)``."""
-    n, positions, channels = values.shape
-    pieces = torch.split(values, max(1, _CHUNK // max(1, channels * positions)))
-    squares = torch.empty_like(pieces[0])
-    mean, square = values.new_empty(2, n, channels)
-    start = 0
-    for piece in pieces:
-        rows = slice(start, start := start + len(piece))
-        torch.mean(piece, 1, out=mean[rows])
-        torch.mean(torch.mul(piece, piece, out=squares[: len(piece)]), 1, out=square[rows])
-    return mean.double(), square.double()
 
 
 def _refined(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -314,13 +314,27 @@ def _of_all(index: int) -> int:
     return index * place.size + place.rank
 
 
-class Settled:
-    """What the passes of the sequential feed have measured, and how well it agrees with itself."""
+class Seen(NamedTuple):
+    """What a pass has seen."""
 
-    def __init__(self, collector: Collector) -> None:
-        self.collector, self.passes, self.error = collector, 0.0, 0.0
-        #: Moments of layers that did not settle: those that came nearest.
-        self.nearest: _Moments = {}
+    n_examples: int
+    n_batches: int
+    n_own: int  # examples of this rank
+
+
+@dataclass
+class Found:
+    """What a feed has measured, and what it took."""
+
+    collector: Collector  # that has measured, by the last passes or the walk
+    calls: Mapping[str, int]  # of each layer by a batch, at most
+    seen: Seen
+    passes: float
+    how: str = "passes"
+    disturbed: bool = False
+    error: float = 0.0  # how far the moments are from those that a pass with them meets
+    #: Moments of layers that did not settle: those that came nearest.
+    nearest: _Moments = field(default_factory=dict)
 
 
 @dataclass
@@ -335,7 +349,7 @@ class _Round:
 
 
 def settle(
-    found: Settled, names: Sequence[str], measure: Callable[[Sequence[str]], _Moments]
+    found: Found, names: Sequence[str], measure: Callable[[Sequence[str]], _Moments]
 ) -> None:
     """Repeat passes until the moments that layers use are those that they meet.
 
@@ -345,10 +359,21 @@ def settle(
 
     Source: Anderson, "Iterative Procedures for Nonlinear Integral Equations", 1965.
     """
-    found.collector.stops = False
-    use, sites = found.collector.use, [found.collector.by_name[name] for name in names]
+    collector, use = found.collector, found.collector.use
+    collector.stops = False
+    sites = [collector.by_name[name] for name in names]
     space = _Space(sites, use)
-    best = last = _one_round(found, names, measure)
+
+    def one_round() -> _Round:
+        used = {name: use[name] for name in names}
+        found.passes += 1.0
+        met = measure(names)
+        errors = [max(drift(used[s.name], met[s.name], eps_of(s))) for s in sites]
+        n_settled = next((i for i, error in enumerate(errors) if not error < _SETTLED), len(errors))
+        measured = {name: collector.sums.measured[name] for name in names}
+        return _Round(max(errors), used, met, measured=measured, n_settled=n_settled)
+
+    best = last = one_round()
     history, part, enough = [last], 1.0, _SETTLED
     step = last.met
     for _ in range(_ROUNDS + len(names)):
@@ -357,7 +382,7 @@ def settle(
             return
         use.update(space.stored(step))
         try:
-            now = _one_round(found, names, measure)
+            now = one_round()
         except NumericError:
             now = replace(last, error=math.inf, n_settled=0)  # a step into what overflows
         if now.error < best.error:
@@ -375,22 +400,8 @@ def settle(
         step, last = space.mixed(history, part), now
     found.error = max(found.error, best.error)
     use.update(best.used)
-    found.collector.sums.measured.update(best.measured)
+    collector.sums.measured.update(best.measured)
     found.nearest.update(best.used)
-
-
-def _one_round(
-    found: Settled, names: Sequence[str], measure: Callable[[Sequence[str]], _Moments]
-) -> _Round:
-    collector = found.collector
-    used = {name: collector.use[name] for name in names}
-    found.passes += 1.0
-    met = measure(names)
-    eps = {name: eps_of(collector.by_name[name]) for name in names}
-    errors = [max(drift(used[name], met[name], eps[name])) for name in names]
-    n_settled = next((i for i, error in enumerate(errors) if not error < _SETTLED), len(errors))
-    measured = {name: collector.sums.measured[name] for name in names}
-    return _Round(error=max(errors), used=used, met=met, measured=measured, n_settled=n_settled)
 
 
 class _Space:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -240,7 +240,8 @@ class _Walker:
 
     def __init__(self, index: int, batch: Any) -> None:
         self.index, self.batch = index, batch
-        tensors = [leaf for leaf in tree_leaves(_plain(batch)) if isinstance(leaf, Tensor)]
+        plain = dict(batch) if isinstance(batch, Mapping) else batch
+        tensors = [leaf for leaf in tree_leaves(plain) if isinstance(leaf, Tensor)]
         self.size = sum(tensor.numel() for tensor in tensors) or 1
         self.at: Any = None
         self.x: Any = None
@@ -250,7 +251,7 @@ class _Walker:
         self.live = LiveBytes(sum(tensor.numel() * tensor.itemsize for tensor in tensors))
 
 
-_State = Any
+_State = Callable[[], AbstractContextManager[None]]
 
 
 def _thread_state(device: torch.device) -> _State:
@@ -274,7 +275,3 @@ def _thread_state(device: torch.device) -> _State:
             yield
 
     return enter
-
-
-def _plain(batch: Any) -> Any:
-    return dict(batch) if isinstance(batch, Mapping) else batch

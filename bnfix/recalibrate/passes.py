@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from bnfix.recalibrate.collector import (
     MOST_UNCOUNTED,
     UNCHECKED,
     Collector,
-    Settled,
+    Found,
+    Seen,
     Source,
     StopHereError,
     as_stored,
@@ -40,14 +41,6 @@ _ROUNDING = 1e-4
 _SOON, _MOST = 1.0, 30.0
 #: `samples="auto"`: examples between two looks at the errors, as a part of those seen.
 _LOOK_AGAIN = 0.1
-
-
-class Seen(NamedTuple):
-    """What a pass has seen."""
-
-    n_examples: int
-    n_batches: int
-    n_own: int  # examples of this rank
 
 
 class Kept:
@@ -255,20 +248,6 @@ def layer_error(accumulator: Accumulator, eps: float) -> float:
     return float(squares.mean(1).max().sqrt())
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a feed has measured, and what it took."""
-
-    collector: Collector  # that has measured, by the last passes or the walk
-    calls: Mapping[str, int]  # of each layer by a batch, at most
-    seen: Seen
-    passes: float
-    how: str
-    disturbed: bool = False
-    error: float = 0.0
-    nearest: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
 def collect(
     source: Source,
     sites: list[NormSite],
@@ -284,7 +263,7 @@ def collect(
     if feed == "batch":
         seen = _scout(source, scout, auto, keeper)
         _refuse_single_examples(source, scout, seen)
-        return Found(scout, scout.sums.n_calls, seen, passes=1.0, how="passes")
+        return Found(scout, scout.sums.n_calls, seen, passes=1.0)
     scouted = None if auto is None else _scout(source, scout, auto, keeper)
     if scouted is not None:
         # Each rank ends where the errors of all were small enough.
@@ -298,25 +277,18 @@ def collect(
         disturbed = walked.n_batches > 1 and not _as_alone(source, walk.first, walking)
         if not disturbed:
             passes = 1.0 + before + (scouted is not None)
-            return Found(walking, walking.sums.n_calls, walked, passes=passes, how="walk")
+            return Found(walking, walking.sums.n_calls, walked, passes, how="walk")
     else:
         disturbed = any(distributed.gather(walk.disturbed))
     seen = scouted or _scout(source, scout, None, keeper)
-    settled = _sequential(source, scout, keeper)
-    if disturbed:
-        settled.passes, settled.error = settled.passes + 1, _left(source, settled)
     # A walk given up has run as much of the network as the layers that it came to.
-    passes = 1.0 + before + settled.passes + walk.n_steps / len(scout.sums.measured)
-    return Found(
-        settled.collector,
-        scout.sums.n_calls,
-        seen,
-        passes=passes,
-        how="passes",
-        disturbed=disturbed,
-        error=settled.error,
-        nearest=settled.nearest,
-    )
+    passes = 1.0 + before + walk.n_steps / len(scout.sums.measured)
+    collector = Collector(sites, source.cost, by_batch=False)
+    found = Found(collector, scout.sums.n_calls, seen, passes, disturbed=disturbed)
+    _sequential(source, scout, found, keeper)
+    if disturbed:
+        found.passes, found.error = found.passes + 1.0, _left(source, collector)
+    return found
 
 
 def _refuse_single_examples(source: Source, scout: Collector, seen: Seen) -> None:
@@ -371,11 +343,11 @@ def _is_rounding(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> bool:
     return bool((torch.maximum(shift, ratio) <= _ROUNDING).all())
 
 
-def _left(source: Source, settled: Settled) -> float:
+def _left(source: Source, collector: Collector) -> float:
     """How far one more pass is from the moments found, at the layer where it is furthest."""
-    sites = settled.collector.by_name
+    sites = collector.by_name
     last = Collector(list(sites.values()), source.cost, by_batch=False)
-    last.use = settled.collector.use
+    last.use = collector.use
     one_pass(source, last)
     return max(
         max(drift(last.use[name], source.target.moments(sites[name], sums), eps_of(sites[name])))
@@ -398,17 +370,15 @@ def _check_reached(collector: Collector, seen: Seen) -> None:
         raise NormError(f"{some(list(collector.by_name))}: never reached by the data.")
 
 
-def _sequential(source: Source, scout: Collector, keeper: Kept | None) -> Settled:
+def _sequential(source: Source, scout: Collector, found: Found, keeper: Kept | None) -> None:
     """Layer after layer in call order, each measured while all before it are final."""
-    order, target = scout.sums.order(), source.target
-    collector = Collector(list(scout.sites.values()), source.cost, by_batch=False)
+    order, target, collector = scout.sums.order(), source.target, found.collector
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     collector.use = use = {
         name: as_stored(site, *target.moments(site, scout.sums.measured[name]))
         for name, site in scout.by_name.items()
         if name in scout.sums.measured
     }
-    found = Settled(collector)
 
     def measure(names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
         for name in names:
@@ -438,4 +408,3 @@ def _sequential(source: Source, scout: Collector, keeper: Kept | None) -> Settle
             new = measure([name])
             use[name] = as_stored(collector.by_name[name], *new[name])
             found.passes += depth / len(order)
-    return found

@@ -23,6 +23,7 @@ from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import (
     Collector,
     Cost,
+    Found,
     Source,
     Target,
     as_stored,
@@ -30,7 +31,7 @@ from bnfix.recalibrate.collector import (
     eps_of,
     stored_moments,
 )
-from bnfix.recalibrate.passes import Enough, Found, Kept, collect, one_pass
+from bnfix.recalibrate.passes import Enough, Kept, collect, one_pass
 from bnfix.recalibrate.reference import Reference
 
 #: Residual that is worth a word.
