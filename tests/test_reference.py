@@ -12,6 +12,7 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
 from bnfix.recalibrate.recalibrate import describe_missing, recalibrate_
 from tests import nets
+from tests.real import DATA, needs_data
 from tests.reference import channel_moments
 
 EPS = 1e-5
@@ -329,3 +330,48 @@ def test_auto_decides_on_the_examples_of_both():
     expected = pruned(original)
     matched_(expected, original, drawn(200)[: done.n_examples].split(10))
     assert farthest(statistics(model), statistics(expected)) < 1e-6
+
+
+def test_an_eps_that_no_variance_can_match_leaves_the_mean_right():
+    """(var_O + eps_O) r - eps_M is below 0: the least variance there is, and the mean for it."""
+    original = some(nets.plain)
+    model = copy.deepcopy(original)
+    model.bn1.eps = 10.0
+    done = matched_(model, original, [drawn()])
+    assert done.layers[0].n_unmatched == 4
+    assert bool((model.bn1.running_var == 0).all())
+    ours, theirs = (net.bn1(net.conv1(drawn())).mean((0, 2, 3)) for net in (model, original))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@needs_data
+def test_a_pruned_network_comes_back_from_few_images_of_any_kind():
+    """A public ResNet-20 without 70% of its weights, on 1,000 images that it has not met."""
+    path = DATA / "cifar10" / "resnet20.th"
+    content = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    original = nets.resnet20().eval()
+    keys = {key.removeprefix("module."): value for key, value in content.items()}
+    original.load_state_dict(keys, strict=False)
+    damaged = pruned(original, 0.7)
+    shift, scale = (torch.tensor(t).view(3, 1, 1) for t in ([0.485, 0.456, 0.406], [0.226] * 3))
+
+    def opened(path, n):
+        with np.load(DATA / path) as found:
+            images = torch.from_numpy(found["images"][:n]).float() / 255
+            labels = torch.from_numpy(found["labels"][:n])
+        if images.ndim == 3:
+            images = nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(-1).expand(-1, -1, -1, 3)
+        return (images.permute(0, 3, 1, 2) - shift) / scale, labels
+
+    x, y = opened("cifar10/test.npz", 1000)
+    found = {}
+    for name, path in (("own", "cifar10/calibration.npz"), ("digits", "mnist/calibration.npz")):
+        batches = opened(path, 64)[0].split(32)
+        for target in ("reference", "population"):
+            model = copy.deepcopy(damaged)
+            options = {"reference": original} if target == "reference" else {}
+            recalibrate_(model, batches, target=target, feed="sequential", **options)
+            with torch.no_grad():
+                found[name, target] = float(model(x).argmax(1).eq(y).float().mean())
+    assert found["own", "reference"] > found["own", "population"] + 0.03
+    assert found["digits", "reference"] > found["digits", "population"] + 0.2

@@ -60,15 +60,13 @@ class Cost:
 
     def reading(self, batches: Iterable[_T]) -> Iterator[_T]:
         """Go through batches, and count the time that each is waited for."""
-        started = time.perf_counter()
+        started, end = time.perf_counter(), object()
         iterator = iter(batches)
         while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
+            batch: Any = next(iterator, end)
+            self.data += time.perf_counter() - started
+            if batch is end:
                 return
-            finally:
-                self.data += time.perf_counter() - started
             yield batch
             del batch  # not held while the next one is read
             started = time.perf_counter()
@@ -144,10 +142,14 @@ class Collector:
         self.stops = False
         #: Moments of the first batches, call by call.
         self.traces: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
-        self._cost = cost
-        self._checks = _Checks(is_strict)
+        self._cost, self._is_strict = cost, is_strict
         self._batch_index = 0
         self._own: dict[int, tuple[Any, Any]] = {}
+        #: Calls to be looked at later: a look makes the host wait for the device.
+        self._unchecked: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
+        self._n_unchecked = 0
+        #: The first layer, and batch, to get one value a channel.
+        self._single: tuple[str, int] | None = None
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure a layer's input and hand it the moments to use; a forward pre-hook."""
@@ -202,38 +204,14 @@ class Collector:
         sums.most_examples = max(sums.most_examples, len(values))
         if index < TRACED and not self.by_batch:
             self.traces.setdefault(index, []).append((site.name, *mixed))
-        self._checks.add(index, site.name, mean, var, mixed[1])
+        self._unchecked.append((index, site.name, mean, var, mixed[1]))
+        self._n_unchecked += 2 * mean.numel()
         if site.name not in sums.measured:
             sums.measured[site.name] = Accumulator(mixed[0])
         sums.measured[site.name].add(mean, var, values.shape[2])
-        is_single = len(values) * values.shape[2] == 1
-        self._checks.refuse_single(site.name, index, is_single, len(sums.measured))
-        return mixed
-
-    def check_finite(self, at_most: int = 0) -> None:
-        """Raise if an input was not finite; numbers that wait for it may be left for later."""
-        self._checks.check_finite(at_most)
-
-
-class _Checks:
-    """What is refused of inputs: values that are not finite, one value a channel by itself."""
-
-    def __init__(self, is_strict: bool) -> None:
-        self._is_strict = is_strict
-        self._calls: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
-        self._n_waiting = 0
-        self._single: tuple[str, int] | None = None
-
-    def add(self, index: int, name: str, mean: Tensor, var: Tensor, mixed_var: Tensor) -> None:
-        """Remember a call, to be looked at later: a look makes the host wait for the device."""
-        self._calls.append((index, name, mean, var, mixed_var))
-        self._n_waiting += 2 * mean.numel()
-
-    def refuse_single(self, name: str, index: int, is_single: bool, n_layers: int) -> None:
-        """Refuse batches that give a layer one value a channel, if another layer is above it."""
-        if is_single and self._single is None:
-            self._single = name, index
-        if self._is_strict and self._single is not None and n_layers > 1:
+        if len(values) * values.shape[2] == 1 and self._single is None:
+            self._single = site.name, index
+        if self._is_strict and self._single is not None and len(sums.measured) > 1:
             name, index = self._single
             raise NormError(
                 f"{name}: gets one value a channel in batch {_of_all(index)} (counted from 0), "
@@ -241,12 +219,13 @@ class _Checks:
                 "end, or the sequential feed (--feed sequential).",
                 name=name,
             )
+        return mixed
 
-    def check_finite(self, at_most: int) -> None:
-        """One synchronization for all calls since the last check."""
-        if self._n_waiting <= at_most:
+    def check_finite(self, at_most: int = 0) -> None:
+        """Raise if an input was not finite; numbers that wait for it may be left for later."""
+        if self._n_unchecked <= at_most:
             return
-        calls, self._calls, self._n_waiting = self._calls, [], 0
+        calls, self._unchecked, self._n_unchecked = self._unchecked, [], 0
         # What is not finite in any example is not finite in the mixture either.
         if bool(torch.cat([mixed for *_, mixed in calls]).isfinite().all()):
             return
