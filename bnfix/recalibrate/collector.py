@@ -63,8 +63,10 @@ class Cost:
         started, end = time.perf_counter(), object()
         iterator = iter(batches)
         while True:
-            batch: Any = next(iterator, end)
-            self.data += time.perf_counter() - started
+            try:
+                batch: Any = next(iterator, end)
+            finally:
+                self.data += time.perf_counter() - started
             if batch is end:
                 return
             yield batch
