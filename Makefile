@@ -4,7 +4,9 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LOWEST := .venv-lowest
 DIST := dist
-TESTED := --doctest-modules bnfix tests
+# Two processes share the tests, a file each; the longest files begin (see tests/conftest.py).
+JOBS ?= 2
+TESTED := -n $(JOBS) --dist loadfile --no-loadscope-reorder --doctest-modules bnfix tests
 COVERAGE := 95
 SHOWN := bnfix-demo
 CASES ?= 5000

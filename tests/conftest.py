@@ -30,6 +30,14 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: Files whose tests take longest; they begin, so that no process is left alone with one.
+LONGEST = ("test_processes", "test_docs", "test_pipeline", "test_nets", "test_cli", "test_kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
+
+
 NETS = """
 import torch
 from torch import nn

@@ -646,3 +646,12 @@ def test_a_bare_bnfix_shows_its_help_and_nothing_else() -> None:
     assert (found.returncode, found.stderr) == (2, "")
     assert "Usage:" in found.stdout
     assert "calibrate" in found.stdout
+
+
+def test_the_start_imports_nothing_that_takes_seconds():
+    code = (
+        "import sys, bnfix.cli.commands; "
+        "print(*{'torchvision', 'torch._dynamo', 'scipy', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.checkpoints.checkpoint import (
     STATISTICS,
@@ -35,7 +34,7 @@ from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe
 from bnfix.models.build import build_model, build_skeleton, from_file_allowed
 from bnfix.models.published import published_arguments, published_weights, renamed
 from bnfix.norm.layer import set_example_weight_
-from bnfix.norm.sites import find_norms
+from bnfix.norm.sites import find_norms, is_frozen_kind
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
 
 
@@ -183,7 +182,7 @@ def load_ready(
     published = published_weights(origin.spec or "", checkpoint.sha256)
     if published is not None and published.name == "COCO_V1":
         for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d) or module in thawed:
+            if is_frozen_kind(module) or module in thawed:
                 module.__dict__["eps"] = 0.0  # as torchvision sets it beside these weights
     origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
     _apply_norms(model, checkpoint)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ModelError
-from bnfix.core.torch_private import TorchDispatchMode, tree_leaves, tree_map
+from bnfix.core.torch_private import TorchDispatchMode, eager, tree_leaves, tree_map
 
 _T = TypeVar("_T")
 _GIB = 1 << 30
@@ -128,7 +128,7 @@ def _peak(model: nn.Module, batch: Any, precision: str) -> tuple[int, int]:
     with (
         guards.seeded(0),
         guards.inference(model),
-        torch.compiler.set_stance("force_eager"),
+        eager(),
         runtime.autocast(device, precision),
         LiveBytes(already) as live,
     ):

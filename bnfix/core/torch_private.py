@@ -6,7 +6,9 @@ Where a name is missing, a fall-back costs speed or a refinement, never a right 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
     "BatchNormBase", "ConvBase", "ConvTransposeBase", "InstanceNormBase", "LazyNormBase",
-    "TorchDispatchMode", "default_store", "has_modes", "is_forward_differentiated",
+    "TorchDispatchMode", "default_store", "eager", "has_modes", "is_forward_differentiated",
     "is_transformed", "packed_convolution", "packed_weight", "tree_leaves", "tree_map",
 ]  # fmt: skip
 
@@ -91,6 +93,13 @@ def is_forward_differentiated() -> bool:
     """Whether a level of forward-mode autograd is open; True where torch does not say."""
     level = _find("torch.autograd.forward_ad", "_current_level")
     return level is None or level >= 0
+
+
+def eager() -> AbstractContextManager[Any]:
+    """Let no torch.compile start; where its compiler was never imported, none can."""
+    # set_stance itself would import it, which takes seconds.
+    is_there = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if is_there else nullcontext()
 
 
 def has_modes() -> bool:

@@ -14,9 +14,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from bnfix.core.errors import ConfigError, DataError, some
 from bnfix.core.settings import Preprocessing
@@ -79,10 +76,11 @@ class _Shaper(Dataset[list["np.ndarray | str"]]):
             if len(resize) == 1 and resize[0] ** 2 * max(image.size) > MAX_PIXELS * min(image.size):
                 name = self.images.name(i)
                 return f"{name}: bad image, {image.size} resized is above {MAX_PIXELS:,} pixels."
-            mode = InterpolationMode(self.preprocessing.interpolation)
-            image = transforms.resize(image, list(resize), interpolation=mode, antialias=True)
+            v2 = _v2()
+            mode = v2.InterpolationMode(self.preprocessing.interpolation)
+            image = v2.functional.resize(image, list(resize), mode, antialias=True)
         if crop is not None:
-            image = transforms.center_crop(image, list(crop))
+            image = _v2().functional.center_crop(image, list(crop))
         return np.array(image).reshape(image.height, image.width, -1)
 
 
@@ -210,7 +208,9 @@ class Batches:
         if isinstance(self.images, ArrayImages) and self.preprocessing.resize is None:
             for group in groups:
                 whole = torch.from_numpy(self.images.take(group)).permute(0, 3, 1, 2)
-                yield group, whole if crop is None else transforms.center_crop(whole, list(crop))
+                if crop is not None:
+                    whole = _v2().functional.center_crop(whole, list(crop))
+                yield group, whole
             return
         n_bad = 0
         for group, loaded in zip(groups, self._loaded(groups), strict=True):
@@ -351,10 +351,19 @@ def _draw(seed: int, epoch: int, position: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
 
 
-def _transform(kind: str, height: int, width: int) -> v2.Compose:
+def _v2() -> Any:
+    from torchvision.transforms import v2  # takes seconds to import
+
+    return v2
+
+
+def _transform(kind: str, height: int, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    v2 = _v2()
     if kind == "light":
         padding = (width // 8, height // 8)
-        place: v2.Transform = v2.RandomCrop((height, width), padding, padding_mode="reflect")
+        place = v2.RandomCrop((height, width), padding, padding_mode="reflect")
     else:
         place = v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3))
-    return v2.Compose([v2.RandomHorizontalFlip(), place])
+    whole: Callable[[torch.Tensor], torch.Tensor]
+    whole = v2.Compose([v2.RandomHorizontalFlip(), place])
+    return whole

@@ -23,8 +23,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from torchvision.datasets import CIFAR10, CIFAR100, SVHN, Flowers102
-from torchvision.datasets.utils import check_integrity
 
 from bnfix.core.errors import DataError, some
 from bnfix.data.images import (
@@ -108,6 +106,12 @@ def _broken(found: str, todo: str = "Fetch the data set again.") -> DataError:
 # --- CIFAR, SVHN and Flowers-102: by torchvision's classes ---
 
 
+def _torchvision() -> Any:
+    import torchvision.datasets  # takes seconds
+
+    return torchvision.datasets
+
+
 @contextmanager
 def _root_with(folder: Path, name: str) -> Iterator[Path]:
     """A root in which torchvision finds the folder under the only name that it looks for."""
@@ -132,9 +136,10 @@ def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path]) -> An
         raise _broken(f"{place}: {found}", todo) from error
 
 
-def _open_cifar(kind: Any, root: Path, split: str, channels: int) -> Opened:
+def _open_cifar(name: str, root: Path, split: str, channels: int) -> Opened:
     """The Python version, unpacked or as its archive."""
-    names = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+    kind = getattr(_torchvision(), name)
+    names = [n for n, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
     places = (root / kind.base_folder, root / kind.filename.removesuffix(".tar.gz"), root)
     found = [place for place in places if any((place / name).is_file() for name in names)]
     if found:
@@ -152,7 +157,7 @@ def _open_cifar(kind: Any, root: Path, split: str, channels: int) -> Opened:
 
 
 def _unpack(archive: Path, md5: str, folder: str) -> None:
-    if not check_integrity(archive, md5):
+    if not _torchvision().utils.check_integrity(archive, md5):
         raise OSError("another MD5")
     shutil.unpack_archive(archive, folder, "gztar", filter="data")
 
@@ -175,7 +180,7 @@ def _open_svhn(root: Path, split: str, channels: int) -> Opened:
             f"looked for {name} in {root}; it is not there. Give the folder that holds "
             "the cropped digits (train_32x32.mat and test_32x32.mat)."
         )
-    held = _checked(lambda: SVHN(path.parent, split), path, [path])
+    held = _checked(lambda: _torchvision().SVHN(path.parent, split), path, [path])
     pixels = np.ascontiguousarray(held.data.transpose(0, 2, 3, 1))
     images = ArrayImages(str(path), pixels, channels)
     images.class_names = tuple(str(k) for k in range(10))
@@ -186,7 +191,7 @@ def _open_flowers102(root: Path, split: str, channels: int) -> Opened:
     folder = _find_root(root, ("flowers-102", "flowers102"), "jpg")
     needed = [folder / "setid.mat", folder / "imagelabels.mat"]
     with _root_with(folder, "flowers-102") as top:
-        held = _checked(lambda: Flowers102(top, split, loader=Path), folder, needed)
+        held = _checked(lambda: _torchvision().Flowers102(top, split, loader=Path), folder, needed)
     listed = [held[i] for i in range(len(held))]
     images = _files(folder, [f"jpg/{path.name}" for path, _ in listed], channels)
     return images, np.asarray([label for _, label in listed], dtype=np.int64)
@@ -443,8 +448,8 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 DATASETS: Final = {
-    "cifar10": _Layout(partial(_open_cifar, CIFAR10), ("train", "test")),
-    "cifar100": _Layout(partial(_open_cifar, CIFAR100), ("train", "test")),
+    "cifar10": _Layout(partial(_open_cifar, "CIFAR10"), ("train", "test")),
+    "cifar100": _Layout(partial(_open_cifar, "CIFAR100"), ("train", "test")),
     "svhn": _Layout(_open_svhn, ("train", "test")),
     "caltech256": _Layout(_open_caltech256, ("train", "test")),
     "flowers102": _Layout(_open_flowers102, ("train", "val", "test")),

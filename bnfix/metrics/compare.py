@@ -6,11 +6,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import (  # as scipy.stats computes them, which takes long to import
-    bdtr,
-    ndtr,
-    stdtr,
-)
 
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.metrics.metrics import (
@@ -145,6 +140,8 @@ def _sign(difference: Difference) -> int:
 
 
 def _mcnemar(difference: Array) -> float:
+    from scipy.special import bdtr
+
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     return min(1.0, float(2 * bdtr(min(gained, lost), gained + lost, 0.5)))
 
@@ -168,8 +165,14 @@ def gain_t(difference: Array, blind: float) -> float:
 
 def _paired_p(difference: Array, blind: float) -> float:
     sign = 1 if difference.mean() < 0 else -1
-    t = gain_t(sign * difference, sign * blind)
-    return float(2 * stdtr(len(difference), -t))
+    return 2 * _tail(len(difference), gain_t(sign * difference, sign * blind))
+
+
+def _tail(freedom: float, t: float) -> float:
+    """The upper tail of Student's t; of the normal at infinite degrees of freedom."""
+    from scipy.special import stdtr  # as scipy.stats computes it; seconds to import, both
+
+    return float(stdtr(freedom, -t))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +231,7 @@ def judge(
         n = len(after.losses)
         t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
         # z = 0 demands no proof, only a lower mean.
-        sure = z == 0 or stdtr(n, -t) < ndtr(-z)
+        sure = z == 0 or _tail(n, t) < _tail(math.inf, z)
         admitted, reason = _admitted(n, loss, top1, z, sure=sure)
     return Decision(
         stage=stage,

@@ -24,13 +24,11 @@ from types import ModuleType
 from typing import Any, Final
 
 import torch
-import torchvision
 from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.core.errors import ModelError, did_you_mean, model_error, one_line, some
 from bnfix.core.guards import exchange_
-from bnfix.models.published import build_pretrained, import_library
+from bnfix.models.published import build_pretrained, import_library, tv_models
 from bnfix.norm.sites import remember_frozen_
 
 #: Names that builders give to the number of classes.
@@ -299,7 +297,7 @@ def _resolve(
             quiet=True,
         )
     if not where or not attribute:
-        close = difflib.get_close_matches(spec, torchvision.models.list_models(), 1)
+        close = difflib.get_close_matches(spec, tv_models().list_models(), 1)
         hint = f" Did you mean torchvision:{close[0]}?" if close else ""
         raise model_error(spec, f"is not a model, expected {_FORMS}.{hint}")
     near = difflib.get_close_matches(kind, ("torchvision", "timm", "transformers"), 1, 0.7)
@@ -322,10 +320,10 @@ def _unknown_name(spec: str, name: str, names: Sequence[str], library: str) -> M
 
 
 def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | None) -> _Builder:
-    names = torchvision.models.list_models()
+    names = tv_models().list_models()
     if name not in names:
         raise _unknown_name(spec, name, names, "torchvision")
-    call = torchvision.models.get_model_builder(name)
+    call = tv_models().get_model_builder(name)
     fixed: dict[str, Any] = {"weights": None}
     parameters = inspect.signature(call).parameters
     if "weights_backbone" in parameters:
@@ -349,6 +347,8 @@ def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) ->
     stored = [name for name in norms if f"{name}.running_var" in tensors]
     if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
         return
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
     for name in stored:
         norm = norms[name]
         exchange_(norm, FrozenBatchNorm2d(norm.num_features, norm.eps))

@@ -19,7 +19,6 @@ from types import ModuleType
 from typing import Any, Final
 
 import torch
-import torchvision
 from torch import nn
 
 from bnfix.core.errors import ConfigError, ModelError, did_you_mean, model_error, one_line, plain
@@ -37,17 +36,24 @@ def import_library(name: str, spec: str) -> ModuleType:
         ) from error
 
 
+def tv_models() -> Any:
+    """Torchvision's models; a function, since the import takes seconds."""
+    import torchvision
+
+    return torchvision.models
+
+
 def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, str] | None:
     """The preprocessing of a published model's authors, and whose; nothing is downloaded."""
     kind, _, name = spec.partition(":")
     if kind == "transformers":
         own = folder_preprocessing(spec, name)
         return None if own is None else (own, f"preprocessing of {spec}")
-    if kind != "torchvision" or name not in torchvision.models.list_models():
+    if kind != "torchvision" or name not in tv_models().list_models():
         return None
     # A file's own weights are known by its digest; else the first ImageNet weights are taken.
     published = filter(None, [published_weights(spec, sha256)])
-    for weights in (*published, *torchvision.models.get_model_weights(name)):
+    for weights in (*published, *tv_models().get_model_weights(name)):
         found = _of_transforms(weights)
         if found is not None and "IMAGENET1K" in weights.name:
             return found, f"preprocessing of torchvision's {type(weights).__name__}.{weights.name}"
@@ -57,9 +63,9 @@ def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, s
 def published_weights(spec: str, sha256: str) -> Any | None:
     """The published weights that a file is, by its digest, whose digits torchvision's URL has."""
     kind, _, name = spec.partition(":")
-    if kind != "torchvision" or not sha256 or name not in torchvision.models.list_models():
+    if kind != "torchvision" or not sha256 or name not in tv_models().list_models():
         return None
-    for weights in torchvision.models.get_model_weights(name):
+    for weights in tv_models().get_model_weights(name):
         digits = str(weights.url).rpartition("-")[2].partition(".")[0]
         if len(digits) >= 8 and sha256.startswith(digits):
             return weights
@@ -79,7 +85,7 @@ def preset_preprocessing(preset: str) -> Preprocessing:
     kind, _, name = preset.partition(":")
     if kind == "torchvision":
         try:
-            found = _of_transforms(torchvision.models.get_weight(name))
+            found = _of_transforms(tv_models().get_weight(name))
         except (AttributeError, KeyError, ValueError) as error:
             hint = did_you_mean(name, _weight_names(), 2)
             raise _unusable(preset, f"torchvision has no such weights.{hint}") from error
@@ -105,7 +111,7 @@ def _unusable(preset: str, text: str) -> ConfigError:
 
 
 def _weight_names() -> list[str]:
-    enums = [torchvision.models.get_model_weights(m) for m in torchvision.models.list_models()]
+    enums = [tv_models().get_model_weights(m) for m in tv_models().list_models()]
     return [f"{enum.__name__}.{weights.name}" for enum in enums for weights in enum]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -9,7 +10,6 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.core.errors import some
 from bnfix.core.torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
@@ -146,6 +146,13 @@ def _near(pattern: str, names: Sequence[str]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
+def is_frozen_kind(module: nn.Module) -> bool:
+    """Whether a module is torchvision's Batch Norm of constants."""
+    # Importing torchvision takes seconds; where nobody has, nobody has made such a layer.
+    found = sys.modules.get("torchvision.ops.misc")
+    return found is not None and type(module) is found.FrozenBatchNorm2d
+
+
 def is_timm_act(module: nn.Module) -> bool:
     """Whether a module is one of timm's Batch Norms with an activation."""
     kind = type(module)
@@ -160,8 +167,8 @@ def _problem(module: nn.Module, *, is_root: bool) -> str:
         return _SCRIPTED
     if isinstance(module, LazyNormBase):
         return f"{kind.__name__} has no size yet; run the model once before"
-    known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm, FrozenBatchNorm2d) or is_timm_act(module)
-    if not known:
+    known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm)
+    if not (known or is_frozen_kind(module) or is_timm_act(module)):
         return (
             f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and it may do "
             "more than normalize; leave it with --skip"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.memory import LiveBytes, free_memory
-from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
+from bnfix.core.torch_private import eager, has_modes, tree_leaves, tree_map
 from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import (
     TRACED,
@@ -75,7 +75,7 @@ class Walk:
         with (
             guards.inference(source.model) as changed,
             guards.hooks() as handles,
-            torch.compiler.set_stance("force_eager"),
+            eager(),
             # Threads are made as they are needed: no walker ends before all have begun.
             ThreadPoolExecutor(_MOST_BATCHES) as pool,
         ):

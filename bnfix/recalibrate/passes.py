@@ -17,6 +17,7 @@ from torch import Tensor
 from bnfix.checkpoints.save import StateFolder
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, NormError, some
+from bnfix.core.torch_private import eager
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.accumulator import Accumulator, Sums
 from bnfix.recalibrate.collector import (
@@ -176,7 +177,7 @@ def _own_part(
         guards.inference(model) as changed,
         guards.hooks() as handles,
         # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
-        torch.compiler.set_stance("force_eager"),
+        eager(),
     ):
         for site in collector.sites.values():
             module = site.module

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import DataError, NormError, NumericError, some
+from bnfix.core.torch_private import eager
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
 from bnfix.norm.moments import Moments, pool
 from bnfix.norm.sites import find_norms
@@ -228,8 +229,7 @@ class _Fit:
                 raise StopHereError
 
         # Compiled code would not see the hook.
-        eager = torch.compiler.set_stance("force_eager")
-        with guards.inference(model), guards.hooks() as handles, eager:
+        with guards.inference(model), guards.hooks() as handles, eager():
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
             with suppress(StopHereError):
                 self._run(model, batch)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
@@ -196,6 +195,8 @@ def best_root(loss: Callable[[float], float], losses: Mapping[float, float], n_s
     best = min(losses, key=lambda root: losses[root])
     low = max((root for root in losses if root < best), default=0.0)
     high = min((root for root in losses if root > best), default=1.0)
+    from scipy.optimize import minimize_scalar  # takes a second to import
+
     found = minimize_scalar(
         lambda root: loss(float(root) ** 2),
         bounds=(low, high),
