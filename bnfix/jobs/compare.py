@@ -35,8 +35,8 @@ from bnfix.jobs.inputs import (
     Inputs,
     Track,
     Tracked,
+    describe_corruption,
     describe_skipped,
-    described_corruption,
     evaluation_batch_size,
     open_inputs,
     silent,
@@ -126,7 +126,7 @@ def evaluate_files(
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)
-    notes += described_corruption(source)
+    notes += describe_corruption(source)
     models = tuple(
         Evaluated(
             name=one.name,

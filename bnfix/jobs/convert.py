@@ -25,8 +25,8 @@ from bnfix.jobs.fits import zero_pointwise_
 from bnfix.jobs.inputs import (
     Track,
     Tracked,
+    describe_corruption,
     describe_skipped,
-    described_corruption,
     open_inputs,
     resolve_preprocessing,
     silent,
@@ -117,7 +117,7 @@ def convert(
         residuals = {layer.name: layer.residual for layer in refitting.layers}
         preprocessing, used = inputs.preprocessing, data_record(inputs.images, index)
         used["fit"] = history_digests(inputs.images, index)
-        notes += [*inputs.notes, *described_corruption(source)]
+        notes += [*inputs.notes, *describe_corruption(source)]
         notes += [*describe_skipped([tracked]), refitting.describe()]
     elif data is not None:
         notes.append("--data was not used: at example weight 0 there is nothing to re-fit.")

@@ -98,7 +98,7 @@ class Tracked:
         return of_pass
 
 
-def described_corruption(source: DataRecipe) -> list[str]:
+def describe_corruption(source: DataRecipe) -> list[str]:
     """A note where images are corrupted."""
     if source.corrupt is None:
         return []
