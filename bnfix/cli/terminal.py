@@ -97,7 +97,7 @@ class Terminal:
         if not self.quiet:
             self.notes(report.assumptions)
             if report.data is not None and (n := report.data.n_skipped):
-                self.notes([f"unreadable images left out, {n}: {some(report.data.skipped, 3)}"])
+                self.notes([f"{n} unreadable images skipped: {some(report.data.skipped, 3)}"])
             if written is not None:
                 self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
 
@@ -168,7 +168,7 @@ def stated(*, many: bool = False, debug: bool = False) -> Iterator[None]:
         if many:
             stack.enter_context(distributed.joined())
         elif distributed.launched().shared:
-            raise ConfigError("this command works in one process. Start it without torchrun.")
+            raise ConfigError("this command works in one process only. Start it without torchrun.")
         # Inside, since the processes still have to agree on which of them prints the error.
         stack.enter_context(_translated(debug))
         yield
@@ -189,7 +189,7 @@ def _translated(debug: bool) -> Iterator[None]:
         hint = "Lower --batch-size, or use --device cpu."
         _fail(error, 1, f"out of memory: {message} {hint}", debug)
     except Exception as error:  # noqa: BLE001 - a library's traceback says nothing to most users
-        hint = "Its traceback: --debug. If it is not of your own code, report it with that."
+        hint = "Add --debug for the traceback; report it, unless the error is in your own code."
         _fail(error, 1, f"unexpected {one_line(error)}. {hint}", debug)
 
 
@@ -316,7 +316,7 @@ def _corruptions(report: Report) -> Table:
             points = "{} ({} to {})".format(*ends(last.top1, points=True))
         table.add_row(f"{kind} {severity}", *(percent(row.top1) for row in found), points)
     models = ", ".join(f"{n}. {shown_text(name)}" for n, name in enumerate(shown, 1))
-    table.caption = f"{models}; points: last less first, 95%"
+    table.caption = f"{models}; points: last minus first, 95%"
     return table
 
 
@@ -366,7 +366,7 @@ def estimate_line(described: dict[str, Any]) -> str:
     passes = f"{described['passes']:.3g} passes in all"
     seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
     if seconds is None:
-        return f"{passes}; the time is not known, since no batch could be run"
+        return f"{passes}; time unknown, because no batch could be run"
     room = "" if memory is None else f", up to {memory / 1e9:.2g} GB of memory"
     return f"{passes}: about {duration_words(*seconds)} on this machine{room}"
 
@@ -412,8 +412,8 @@ def layers_table(found: Inspection) -> Table:
         table.add_column("shift")
         table.add_column("factor")
         table.caption = (
-            "shift: distance of the stored means from those of the data, in deviations; factor: "
-            "the same of variances"
+            "shift: stored against measured means, in standard deviations; factor: ratio of the "
+            "variances"
         )
     for layer in found.layers:
         shift, ratio = drifts.get(layer.name, (math.nan, math.nan))
@@ -464,17 +464,16 @@ def _finding_lines(findings: list[Finding]) -> Iterator[str]:
             continue
         for one in same[:_SHOWN]:
             yield f"{severity}: {one.layer or 'model'}: {one.detail}"
-        also = f"(the same of {some(layers[_SHOWN:])}) " if len(same) > _SHOWN else ""
+        also = f"(also {some(layers[_SHOWN:])}) " if len(same) > _SHOWN else ""
         yield f"  {also}-> {advice}"
     if idle:
         yield f"note: nothing to do about {'; '.join(idle)}; --json has the details"
 
 
 def _behaviour_line(seen: Behaviour) -> str:
-    evaluation = "{:.3g} to {:.3g}".format(*seen.output_range)
-    training = "{:.3g} to {:.3g}".format(*seen.output_range_training)
-    line = f"on {seen.n_examples} examples: outputs {evaluation} "
-    line += f"(with the statistics of each batch {training})"
+    stored = "outputs {:.3g} to {:.3g}".format(*seen.output_range)
+    batch = "{:.3g} to {:.3g}".format(*seen.output_range_training)
     if seen.top1 is not None and seen.top1_training is not None:
-        line += f"; top-1 {100 * seen.top1:.1f}% (so {100 * seen.top1_training:.1f}%)"
-    return line
+        stored += f", top-1 {percent(seen.top1)}"
+        batch += f", {percent(seen.top1_training)}"
+    return f"on {seen.n_examples} examples: {stored} (with batch statistics {batch})"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +9,12 @@ from typing import Any, Final
 
 from bnfix.checkpoints.save import check_folder, check_free, write_bytes
 from bnfix.core import __version__
-from bnfix.core.errors import CheckpointError, some
+from bnfix.core.errors import file_error, some
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement
 from bnfix.report.pages import count, percent, plain_json, render
-from bnfix.report.report import Report, report_paths
+from bnfix.report.report import Report, json_text, report_paths, write_texts
 
 #: The choices of `--to`, and the suffix of each file.
 SUFFIXES: Final = {"onnx": ".onnx", "pt2": ".pt2", "folded": ".safetensors", "plain": ".py"}
@@ -77,12 +75,10 @@ class Export:
         # The file asked for comes last: once it exists, the export is complete.
         for place, content in zip(files[::-1], contents[::-1], strict=True):
             write_bytes(place, content)
-        for place, text in zip(report_paths(path), texts, strict=True):
-            write_bytes(place, text.encode("utf-8", errors="backslashreplace"))
+        write_texts(report_paths(path), texts)
 
     def texts(self) -> tuple[str, str, str]:
         """The report as JSON, Markdown and HTML."""
-        as_json = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         values = {
             "e": self,
             "r": self.report,
@@ -91,7 +87,8 @@ class Export:
             "sentence": self.sentence(),
             "remarks": self.remarks(),
         }
-        return as_json, render("export.md.j2", **values), render("export.html.j2", **values)
+        markdown, page = render("export.md.j2", **values), render("export.html.j2", **values)
+        return json_text(self.to_json()), markdown, page
 
     def to_json(self) -> dict[str, Any]:
         """The keys of every report, and ``export``."""
@@ -104,17 +101,18 @@ class Export:
             "other_shape": verified.other_shape,
             "opset": self.opset,
             "operators": self.operators,
-            "verification": dataclasses.asdict(verified.agreement),
-            "folded": [] if folding is None else [dataclasses.asdict(f) for f in folding.folded],
+            "verification": verified.agreement,
+            "folded": [] if folding is None else folding.folded,
             "folds_checked_on": None if folding is None else folding.checked_on,
             "traced_by": None if folding is None else folding.traced_by,
             "left": self._left(),
             "live": self.live,
             "zeroed": self.zeroed,
-            "cost_of_zero": None if self.cost is None else dataclasses.asdict(self.cost),
+            "cost_of_zero": self.cost,
         }
         content = {**self.report.to_json(), "verdict_sentence": self.sentence(), "export": export}
-        return {key: plain_json(value) for key, value in content.items()}
+        plain: dict[str, Any] = plain_json(content)
+        return plain
 
     def sentence(self) -> str:
         """The result in one sentence."""
@@ -144,7 +142,7 @@ class Export:
             )
             sentences += [f"Not folded: {name}: {why}." for name, why in list(others.items())[:8]]
         elif self.live:
-            sentences.append(f"{len(self.live)} norm layers weigh the example: {some(self.live)}.")
+            sentences.append(f"{len(self.live)} norm layers use the example: {some(self.live)}.")
         if self.zeroed and self.cost is not None:
             top1 = self.cost.top1_agreement
             same = "" if top1 is None else f"; top-1 agrees with before on {percent(top1)}"
@@ -182,17 +180,12 @@ def check_exports(
     """
     path = Path(path)
     if path.suffix != SUFFIXES[to]:
-        raise CheckpointError(
-            f"{path}: expected a name that ends in {SUFFIXES[to]} for --to {to}. Use "
-            f"{path.with_suffix(SUFFIXES[to]).name if path.name else f'out{SUFFIXES[to]}'}.",
-            path=path,
-        )
+        better = path.with_suffix(SUFFIXES[to]).name if path.name else f"out{SUFFIXES[to]}"
+        ends = f"expected a name that ends in {SUFFIXES[to]} for --to {to}"
+        raise file_error(path, f"{ends}. Use {better}.")
     files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
     check_folder(path)
     check_free(*files, force=force)
     old = None if checkpoint is None else Path(checkpoint)
     if old and old.exists() and any(f.exists() and f.samefile(old) for f in files):
-        raise CheckpointError(
-            f"{path}: would replace the checkpoint itself. Give another name.",
-            path=path,
-        )
+        raise file_error(path, "would replace the checkpoint itself. Give another name.")

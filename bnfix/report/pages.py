@@ -51,14 +51,11 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def _on_one_line(text: object) -> str:
-    """Line breaks and tabs are a space each; spaces stay, since a path may hold two in a row."""
-    return re.sub(r"\s*[^\S ]\s*", " ", str(text)).strip()
-
-
 def clean(text: object, limit: int = 500) -> str:
     """Put a text of unknown origin on one line, without control characters."""
-    line = "".join(sign if sign.isprintable() else "?" for sign in _on_one_line(text))
+    # Line breaks and tabs are a space each; spaces stay, since a path may hold two in a row.
+    line = re.sub(r"\s*[^\S ]\s*", " ", str(text)).strip()
+    line = "".join(sign if sign.isprintable() else "?" for sign in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -186,7 +186,7 @@ def reliability(models: Sequence[tuple[str, Metrics]]) -> Picture:
             upper, lower = axes[0, column], axes[1, column]
             bins = [b for b in metrics.reliability if b.n_examples]
             left, width = [b.low for b in bins], [b.high - b.low for b in bins]
-            color = _colors(len(models))[column]
+            color = LAST if column == len(models) - 1 else FIRST
             accuracy = [b.accuracy for b in bins]
             upper.bar(left, accuracy, width, align="edge", color=color, alpha=0.75)
             upper.plot([0, 1], [0, 1], color=INK, linestyle="--", linewidth=1)
@@ -253,7 +253,7 @@ def speed(models: Sequence[tuple[str, float]]) -> Picture:
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         rates = [rate for _, rate in models]
-        axis.barh(range(len(models)), rates, height=0.6, color=_colors(len(models)))
+        axis.barh(range(len(models)), rates, height=0.6, color=[FIRST] * (len(models) - 1) + [LAST])
         for row, rate in enumerate(rates):
             axis.annotate(
                 f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center"
@@ -334,11 +334,6 @@ def corruptions(rows: Sequence[Shifted]) -> Picture:
         draw,
         1.2 + 0.3 * len(kinds),
     )
-
-
-def _colors(n: int) -> list[str]:
-    """Models side by side: the last one stands out."""
-    return [FIRST] * (n - 1) + [LAST]
 
 
 def _depth(axis: Any, n: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bnfix.checkpoints.save import check_folder, check_free, replace_whole, write_text
-from bnfix.core.errors import CheckpointError, ConfigError, plain
+from bnfix.core.errors import ConfigError, file_errors, plain
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.metrics import chunks, log_softmax, nll_of
 from bnfix.metrics.task import Array
@@ -62,19 +62,17 @@ def write_predictions(path: Path, columns: dict[str, list[Any] | Array]) -> None
         write_text(path, text.getvalue())
         return
     arrow, parquet = _pyarrow()
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in columns]
-    values = [
-        [str(v).encode("utf-8", "backslashreplace").decode() for v in column]
-        if isinstance(column, list)
-        else column
-        for column in columns.values()
-    ]
+    names = [_utf8(name) for name in columns]
+    values = [list(map(_utf8, c)) if isinstance(c, list) else c for c in columns.values()]
     table = arrow.table(values, names=names)
     check_folder(path)
-    try:
+    with file_errors(path, "not written", kinds=(OSError,)):
         replace_whole(path, lambda temporary: parquet.write_table(table, temporary))
-    except OSError as error:
-        raise CheckpointError(f"{plain(path)}: not written ({plain(error)}).", path=path) from error
+
+
+def _utf8(text: object) -> str:
+    """A text without the half characters that a file name may hold."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def _shown(column: list[Any] | Array) -> list[Any]:

@@ -308,7 +308,7 @@ class Findings:
         """The headline where the outputs are not logits of classes."""
         shown = self.models[-1].custom[:3]
         values = [f"{clean(c.name)} {number(c.value)}{self._before(c)}" for c in shown]
-        metrics = ", ".join(values) or "no metric was asked for"
+        metrics = ", ".join(values) or "no metric was given"
         return f"on {images}: {metrics}; the outputs are not the logits of classes."
 
     def _before(self, last: Custom) -> str:
@@ -340,7 +340,7 @@ def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = 
             )
     if w := trials.choice:
         chosen = {"keep": "unchanged", "global": "one for the model"}.get(w.chosen)
-        clock = "" if w.clock_passes is None else f" ({w.clock_passes:.3g} by the clock)"
+        clock = "" if w.clock_passes is None else f" ({w.clock_passes:.3g} by wall-clock time)"
         sentences.append(
             f"Example weight: {chosen or 'one per ' + w.chosen}; {w.n_live} layers use it. "
             f"The search took {_passes(w.passes)}{clock}, {w.seconds:.1f} s."
