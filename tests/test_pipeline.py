@@ -527,7 +527,7 @@ def test_a_recipe_stands_alone(run, cli, files, tmp_path):
     given += ["-o", tmp_path / "again.safetensors"]
     outcome = cli(*given, "--epochs", "3", "--seed", "0")
     assert outcome.code == 2
-    assert "--epochs, --seed cannot be given besides" in outcome.message
+    assert "--epochs, --seed cannot be given" in outcome.message
     outcome = cli(*given, "--test", files.test, "--device", "cpu", "--workers", "0", "--json")
     assert outcome.json["data"]["splits"]["test"] == 120
     assert outcome.json["training_curve"] == []  # calibrate has tried no fine-tuning

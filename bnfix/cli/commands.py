@@ -355,7 +355,7 @@ def export(
     terminal, recipe = out.terminal(), replace(recipe, to=to)
     if run.device not in ("auto", "cpu"):
         raise ConfigError(
-            f"--device: {run.device!r}, but export runs on the CPU only; its output runs anywhere. "
+            f"--device: {run.device!r}, but export works on the CPU; its output runs anywhere. "
             "Leave the option out.",
             name="device",
         )
