@@ -244,7 +244,7 @@ class Batches:
                 sampler=to_read,
                 batch_size=None,
                 num_workers=n_workers,
-                collate_fn=_as_is,
+                collate_fn=list,
                 generator=torch.Generator(),  # or the global one would move with the workers
             )
             with warnings.catch_warnings():
@@ -315,10 +315,6 @@ def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:
         raise ConfigError(f"--seed: {seed}, expected 0 or more.", name="seed")
     # By name: numpy may change the generator behind `default_rng`.
     return np.random.Generator(np.random.PCG64(seed)).permutation(index)
-
-
-def _as_is(loaded: list[np.ndarray | str]) -> list[np.ndarray | str]:
-    return loaded
 
 
 def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:

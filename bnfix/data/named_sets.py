@@ -139,7 +139,7 @@ def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path]) -> An
 def _open_cifar(name: str, root: Path, split: str, channels: int) -> Opened:
     """The Python version, unpacked or as its archive."""
     kind = getattr(_torchvision(), name)
-    names = [n for n, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+    names = _cifar_files(kind)
     places = (root / kind.base_folder, root / kind.filename.removesuffix(".tar.gz"), root)
     found = [place for place in places if any((place / name).is_file() for name in names)]
     if found:
@@ -156,6 +156,10 @@ def _open_cifar(name: str, root: Path, split: str, channels: int) -> Opened:
         return _cifar_in(kind, Path(top) / kind.base_folder, archive, split, channels)
 
 
+def _cifar_files(kind: Any) -> list[str]:
+    return [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+
+
 def _unpack(archive: Path, md5: str, folder: str) -> None:
     if not _torchvision().utils.check_integrity(archive, md5):
         raise OSError("another MD5")
@@ -163,9 +167,8 @@ def _unpack(archive: Path, md5: str, folder: str) -> None:
 
 
 def _cifar_in(kind: Any, folder: Path, place: Path, split: str, channels: int) -> Opened:
-    names = [name for name, _ in (*kind.train_list, *kind.test_list)] + [kind.meta["filename"]]
+    needed = [folder / name for name in _cifar_files(kind)]
     with _root_with(folder, kind.base_folder) as top:
-        needed = [folder / name for name in names]
         held = _checked(lambda: kind(top, train=split == "train"), place, needed)
     images = ArrayImages(str(place), np.ascontiguousarray(held.data), channels)
     images.class_names = tuple(held.classes)
@@ -206,11 +209,10 @@ def _find_root(root: Path, folders: Sequence[str], needed: str) -> Path:
     for place in places:
         if (place / needed).exists():
             return place
-    packed = (".tar", ".tgz", ".tar.gz", ".zip")
-    inside = [] if root.is_file() else sorted(path.name for path in root.iterdir())
-    archives = [root.name] if root.is_file() else [n for n in inside if n.endswith(packed)]
-    todo = "Give the folder that holds the data set."
+    beside = [root.name] if root.is_file() else sorted(path.name for path in root.iterdir())
+    archives = [name for name in beside if name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
     found = f"looked for {some([str(place / needed) for place in places])}; not there"
+    todo = "Give the folder that holds the data set."
     if archives:
         found += f", but {some(archives)} is"
         todo = "Unpack it (tar xf) and give the folder."

@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
 
@@ -114,12 +115,8 @@ def _fits_npz(_: str, path: Path) -> bool:
     return path.suffix.lower() == ".npz" and path.is_file()
 
 
-def _fits_shards(_: str, path: Path) -> bool:
-    return path.suffix.lower() == ".tar"
-
-
-def _fits_parquet(_: str, path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
+def _fits_suffix(suffix: str, _: str, path: Path) -> bool:
+    return path.suffix.lower() == suffix
 
 
 def _fits_callable(spec: str, path: Path) -> bool:
@@ -227,8 +224,8 @@ _KINDS: Final = (
     ),
     _Kind("an .npz file with images (or inputs of any shape) and labels", _fits_npz, open_npz),
     _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
-    _Kind(".tar shards", _fits_shards, open_shards),
-    _Kind(".parquet files", _fits_parquet, open_tables),
+    _Kind(".tar shards", partial(_fits_suffix, ".tar"), open_shards),
+    _Kind(".parquet files", partial(_fits_suffix, ".parquet"), open_tables),
     _Kind("or package.module:callable", _fits_callable, open_callable),
 )
 
