@@ -113,6 +113,8 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
     """The examples of two metrics, checked to be the same ones."""
     if before.examples is None or after.examples is None:
         raise DataError("comparison: the examples have no labels, so nothing can be compared.")
+    if before.examples.words != after.examples.words:
+        raise DataError("comparison: one was judged by labels, the other by a reference.")
     if not np.array_equal(before.examples.labels, after.examples.labels):
         raise DataError("comparison: the two were not measured on the same examples.")
     return before.examples, after.examples
@@ -232,7 +234,7 @@ def judge(
         t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
         # z = 0 demands no proof, only a lower mean.
         sure = z == 0 or _tail(n, t) < _tail(math.inf, z)
-        admitted, reason = _admitted(n, loss, top1, z, sure=sure)
+        admitted, reason = _admitted(n, loss, top1, z, sure=sure, words=after.words)
     return Decision(
         stage=stage,
         candidate=name,
@@ -253,21 +255,31 @@ def judge(
 
 
 def _admitted(
-    n: int, loss: tuple[float, float], top1: tuple[float, float], z: float, *, sure: bool
+    n: int,
+    loss: tuple[float, float],
+    top1: tuple[float, float],
+    z: float,
+    *,
+    sure: bool,
+    words: tuple[str, str],
 ) -> tuple[bool, str]:
     """Whether mean differences with these standard errors are enough, and why."""
     difference, se = loss
+    of_loss, of_right = words
     if n < LEAST_EXAMPLES:
         return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
     if not (difference < -z * se and difference < -ROUNDING):
-        return False, f"its loss is not lower by more than {z:g} standard errors"
+        return False, f"its {of_loss} is not lower by more than {z:g} standard errors"
     if not sure:
-        return False, f"its loss is lower, but {n} examples with such differences do not prove it"
+        return (
+            False,
+            f"its {of_loss} is lower, but {n} examples with such differences do not prove it",
+        )
     if top1[0] < -z * top1[1]:
-        return False, f"its top-1 is lower by more than {z:g} standard errors"
+        return False, f"its {of_right} is lower by more than {z:g} standard errors"
     alike = se <= ROUNDING * abs(difference)
     by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"
-    return True, f"its loss is lower by {-difference:.3g} nats, {by}"
+    return True, f"its {of_loss} is lower by {-difference:.3g} nats, {by}"
 
 
 def _mean_and_se(difference: Array) -> tuple[float, float]:

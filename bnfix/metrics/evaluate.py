@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,16 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, ModelError, NumericError
-from bnfix.metrics.metrics import Metrics, measure, nll_of, refuse_not_finite
-from bnfix.metrics.task import LABELS, Array, as_array, caller, raw_labels
+from bnfix.metrics.metrics import Metrics, losses_of, measure, refuse_not_finite
+from bnfix.metrics.task import (
+    LABELS,
+    Array,
+    Reference,
+    Task,
+    as_array,
+    caller,
+    raw_labels,
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -24,9 +32,10 @@ class Outputs:
     """The outputs of one model for all examples, one row an example."""
 
     outputs: Array  # (N, K) logits, or (N, ...) of another task; float32
-    labels: Array | None
+    labels: Array | None  # or what else the task gives as targets
     images_per_second: float  # through the model, without loading
     positions: Array | None = None  # of the examples in their data, where the batches say them
+    task: Task = LABELS
 
     @property
     def classified(self) -> bool:
@@ -34,7 +43,7 @@ class Outputs:
         if self.outputs.ndim != 2 or not self.outputs.size:
             return False
         y = self.labels
-        if y is None:
+        if y is None or self.task != LABELS:
             return True
         ok = y.dtype.kind in "iub" and y.shape == self.outputs.shape[:1]
         return bool(ok and 0 <= y.min() <= y.max() < self.outputs.shape[1])
@@ -54,15 +63,19 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    reference: nn.Module | None = None,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
     seed: int = 0,
 ) -> Metrics:
-    """Measure a classifier in evaluation mode on labelled batches.
+    """Measure a classifier in evaluation mode, by labels or by another network's predictions.
 
     Args:
         model: on the device to run on; modes are left as found.
         batches: any iterable of ``(x, y)``; without labels only logits and speed are had.
+        reference: the network O whose predictions are the targets in place of labels, which are
+            then not read. ``nll`` is the mean of KL(p_O || p) = sum_k p_O (log p_O - log p),
+            0 for equal logits, and ``top1`` the fraction with the same largest logit.
         forward: called as ``forward(model, batch)`` and returns logits, for unusual batches.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         seed: of the bootstrap and of the halves for the temperature.
@@ -72,53 +85,76 @@ def evaluate(
 
     Raises:
         DataError: if there are no examples, or labels do not fit.
-        ModelError: if the output is no logits, or not always for the same number of classes.
+        ModelError: if the output is no logits, or not always for the same number of classes, which
+            must be the reference's too.
         NumericError: if a logit is not finite.
     """
-    (found,) = collect([model], batches, forward=forward, precision=precision)
-    rate = found.images_per_second
-    return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
+    task = LABELS if reference is None else Reference(reference, forward)
+    (found,) = collect([model], batches, task, forward=forward, precision=precision)
+    return _measure(found, seed)
+
+
+def _measure(found: Outputs, seed: int) -> Metrics:
+    return measure(
+        found.outputs,
+        found.labels,
+        task=found.task,
+        images_per_second=found.images_per_second,
+        seed=seed,
+    )
 
 
 def measured(found: Outputs, seed: int) -> Metrics:
     """Metrics of logits, or why there are none; of other outputs only their number."""
-    n, rate, problem = len(found.outputs), found.images_per_second, ""
+    problem = ""
     if found.classified:
         try:
-            return measure(found.outputs, found.labels, images_per_second=rate, seed=seed)
+            return _measure(found, seed)
         except NumericError:
             problem = "its logits are not finite"
-    return Metrics(n_examples=n, images_per_second=rate, problem=problem)
+    rate = found.images_per_second
+    return Metrics(n_examples=len(found.outputs), images_per_second=rate, problem=problem)
+
+
+def against(found: Outputs, reference: Outputs, task: Reference) -> Outputs:
+    """The same outputs, with those of the task's network on the same examples as their targets."""
+    ours, theirs = found.positions, reference.positions
+    if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
+        raise DataError("reference: it was run on other examples. Run it on the same ones.")
+    return replace(found, labels=reference.outputs, task=task)
 
 
 def score(
     model: nn.Module,
     batches: Iterable[Any],
+    task: Task = LABELS,
     *,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> Score:
     """Measure loss and accuracy only, without the cost of intervals."""
-    (found,) = collect([model], batches, forward=forward, precision=precision)
-    logits, labels = found.outputs, found.labels
-    if labels is None:
+    (found,) = collect([model], batches, task, forward=forward, precision=precision)
+    logits, targets = found.outputs, found.labels
+    if targets is None:
         raise DataError("batches: no labels in them. Give (x, y) with integer classes y.")
     refuse_not_finite(logits)
+    targets, labels = task.checked(targets, logits.shape)
+    losses = losses_of(logits, targets, task)
     right = logits.argmax(1) == labels
-    losses = nll_of(logits, labels)
     return Score(len(labels), float(losses.mean()), float(right.mean()), losses)
 
 
 def collect(
     models: Sequence[nn.Module],
     batches: Iterable[Any],
+    task: Task = LABELS,
     *,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
     any_task: bool = False,
 ) -> list[Outputs]:
     """Run several models over the same batches, which are read once."""
-    gathered = [_Gathered(model, any_task) for model in models]
+    gathered = [_Gathered(model, task, any_task) for model in models]
 
     def own_share() -> list[tuple[list[_Row], float]]:
         with ExitStack() as modes:
@@ -132,7 +168,7 @@ def collect(
     shares = distributed.together(own_share)
     if not any(len(found) for share in shares for rows, _ in share for found, *_ in rows):
         raise DataError("evaluation: no examples. Give at least one batch.")
-    return [_put_together(parts) for parts in zip(*shares, strict=True)]
+    return [_put_together(parts, task) for parts in zip(*shares, strict=True)]
 
 
 #: Outputs, labels and positions of one batch.
@@ -142,8 +178,9 @@ _Row = tuple[Array, Array | None, Array | None]
 class _Gathered:
     """One model's outputs, batch by batch, and the time they took."""
 
-    def __init__(self, model: nn.Module, any_task: bool) -> None:
-        self.model, self.any_task, self.device = model, any_task, runtime.device_of(model)
+    def __init__(self, model: nn.Module, task: Task, any_task: bool) -> None:
+        self.model, self.task, self.any_task = model, task, any_task
+        self.device = runtime.device_of(model)
         self.rows: list[_Row] = []
         self._n_timed, self._seconds = 0, 0.0
 
@@ -169,7 +206,7 @@ class _Gathered:
             raw = raw_labels(batch)
             labels = None if raw is None else as_array(raw)
         else:
-            targets = LABELS.targets(batch, tensor, caller(self.model, forward))
+            targets = self.task.targets(batch, tensor, caller(self.model, forward))
             labels = None if targets is None else targets.cpu().numpy()
         index = getattr(batch, "index", None)  # of plain tuples a method
         self.rows.append((found, labels, index if isinstance(index, np.ndarray) else None))
@@ -189,7 +226,7 @@ def _check_shape(new: tuple[int, ...], old: tuple[int, ...], n_batches: int) -> 
     )
 
 
-def _put_together(parts: Sequence[tuple[list[_Row], float]]) -> Outputs:
+def _put_together(parts: Sequence[tuple[list[_Row], float]], task: Task) -> Outputs:
     """One model's rows of all ranks, in the order in which batches were dealt."""
     rows = distributed.interleaved([rows for rows, _ in parts])
     labels = [labels for _, labels, _ in rows if labels is not None]
@@ -204,6 +241,7 @@ def _put_together(parts: Sequence[tuple[list[_Row], float]]) -> Outputs:
         labels=np.concatenate(labels) if labels else None,
         images_per_second=sum(rate for _, rate in parts),
         positions=np.concatenate(positions) if len(positions) == len(rows) else None,
+        task=task,
     )
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from bnfix.core.errors import DataError, NumericError
-from bnfix.metrics.task import Array, checked_labels
+from bnfix.metrics.task import LABELS, Array, Task
 
 Interval = tuple[float, float]
 N_RESAMPLES = 1000
@@ -48,36 +49,48 @@ def log_softmax(logits: Array, inverse_temperature: float = 1.0) -> Array:
     return np.asarray(scaled - np.log(np.exp(scaled).sum(1, keepdims=True)))
 
 
-def nll_of(logits: Array, labels: Array, inverse_temperature: float = 1.0) -> Array:
-    """Negative log-likelihood of each example, nats."""
-    losses = np.empty(len(labels))
+def losses_of(
+    logits: Array, targets: Array, task: Task = LABELS, inverse_temperature: float = 1.0
+) -> Array:
+    """The task's loss of each example, nats, in float64."""
+    losses = np.empty(len(logits))
     for part in chunks(logits):
-        log_p = log_softmax(logits[part], inverse_temperature)
-        losses[part] = -np.take_along_axis(log_p, labels[part, None], 1)[:, 0]
+        z = torch.from_numpy(logits[part].astype(np.float64) * inverse_temperature)
+        losses[part] = task.losses(z, torch.from_numpy(targets[part].copy())).numpy()
     return losses
 
 
-def scaled_losses(logits: Array, labels: Array, seed: int) -> tuple[Array, float]:
-    """NLL of each example under the temperature fitted on the half that it is not in."""
-    half = np.zeros(len(labels), dtype=bool)
-    half[np.random.default_rng(seed).permutation(len(labels))[: len(labels) // 2]] = True
-    losses = np.empty(len(labels))
+def expected(values: Array, targets: Array) -> Array:
+    """Mean of values ``(N, K)`` over the classes as each target weighs them.
+
+    A label has all the weight; a reference's logits weigh by their softmax.
+    """
+    if targets.ndim == 1:
+        return np.take_along_axis(values, targets[:, None], 1)[:, 0]
+    return np.asarray((np.exp(log_softmax(targets)) * values).sum(1))
+
+
+def scaled_losses(logits: Array, targets: Array, task: Task, seed: int) -> tuple[Array, float]:
+    """Loss of each example under the temperature fitted on the half that it is not in."""
+    half = np.zeros(len(targets), dtype=bool)
+    half[np.random.default_rng(seed).permutation(len(targets))[: len(targets) // 2]] = True
+    losses = np.empty(len(targets))
     inverses = []
     for fitted, applied in ((half, ~half), (~half, half)):
-        inverses.append(_inverse_temperature(logits[fitted], labels[fitted]))
-        losses[applied] = nll_of(logits[applied], labels[applied], inverses[-1])
+        inverses.append(_inverse_temperature(logits[fitted], targets[fitted]))
+        losses[applied] = losses_of(logits[applied], targets[applied], task, inverses[-1])
     return losses, float(np.exp(-np.mean(np.log(inverses))))
 
 
-def _inverse_temperature(logits: Array, labels: Array) -> float:
-    """The b > 0 with the least NLL of b * logits, which is convex in b, by guarded Newton steps."""
+def _inverse_temperature(logits: Array, targets: Array) -> float:
+    """The b > 0 with the least loss of b * logits, convex in b, by guarded Newton steps."""
     # One more example than there are is spread over all labels (Platt's idea): without it the best
     # b of a half without a mistake is infinite, and a mistake in the other half costs as much.
-    n = len(labels)
+    n = len(targets)
     target = scale = 0.0
     for part in chunks(logits):
         z = logits[part].astype(np.float64)
-        own = np.take_along_axis(z, labels[part, None], 1)[:, 0]
+        own = expected(z, targets[part])
         target += float((n * own + z.mean(1) - (n + 1) * z.max(1)).sum()) / (n + 1)
         scale += float(z.std(1).sum())
     if scale == 0:
@@ -134,7 +147,8 @@ class PerExample:
     losses: Array
     scaled_losses: Array  # at the temperature fitted on the half that the example is not in
     right: Array
-    blind_loss: float  # mean NLL, nats, if each label were any of the classes alike
+    blind_loss: float  # mean, nats, if each target were drawn with its classes permuted
+    words: tuple[str, str] = LABELS.words  # of the task
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -194,21 +208,27 @@ class Metrics(Scores):
 
 
 def measure(
-    logits: Array, labels: Array | None, *, images_per_second: float = 0.0, seed: int = 0
+    logits: Array,
+    targets: Array | None,
+    *,
+    task: Task = LABELS,
+    images_per_second: float = 0.0,
+    seed: int = 0,
 ) -> Metrics:
-    """Metrics of given logits."""
+    """Metrics of given logits against labels ``(N,)``, or logits ``(N, K)`` of a reference."""
     if logits.ndim != 2 or not logits.size:
         raise DataError(
             f"logits: shape {logits.shape}, expected (examples, classes), both above 0."
         )
     refuse_not_finite(logits)
-    if labels is None:
+    if targets is None:
         return Metrics(n_examples=len(logits), logits=logits, images_per_second=images_per_second)
     n = len(logits)
-    labels = checked_labels(labels, n, logits.shape[1])
-    rank, losses, blind, brier, confidence = _per_example(logits, labels)
+    targets, labels = task.checked(targets, logits.shape)
+    losses = losses_of(logits, targets, task)
+    rank, blind, brier, confidence = _per_example(logits, targets, labels)
     right = rank == 0
-    scaled, temperature = scaled_losses(logits, labels, seed)
+    scaled, temperature = scaled_losses(logits, targets, task, seed)
     bins, gaps = _reliability(confidence, right)
     columns = np.column_stack([right, rank < 5, losses, scaled, brier]).astype(np.float64)
     means = [float(mean) for mean in columns.mean(0)]
@@ -238,6 +258,7 @@ def measure(
             scaled_losses=scaled,
             right=right,
             blind_loss=float(blind.mean()),
+            words=task.words,
         ),
     )
 
@@ -252,23 +273,29 @@ def refuse_not_finite(logits: Array) -> None:
         )
 
 
-def _per_example(logits: Array, labels: Array) -> tuple[Array, Array, Array, Array, Array]:
-    """Rank of the label from 0, NLL, NLL at any label, Brier, confidence, each ``(N,)``."""
+def _per_example(logits: Array, targets: Array, labels: Array) -> tuple[Array, ...]:
+    """Rank of the label from 0, loss if blind, Brier, confidence, each ``(N,)``."""
     n = len(labels)
-    rank, (losses, blind, brier, confidence) = np.empty(n, int), np.empty((4, n))
+    rank, (blind, brier, confidence) = np.empty(n, int), np.empty((3, n))
     for part in chunks(logits):
         own = np.take_along_axis(logits[part], labels[part, None], 1)
         # A tie is won by the smaller index, as argmax has it: equal logits must not all be right.
         earlier = np.arange(logits.shape[1]) < labels[part, None]
         rank[part] = ((logits[part] > own) | ((logits[part] == own) & earlier)).sum(1)
         log_p = log_softmax(logits[part])
-        losses[part] = -np.take_along_axis(log_p, labels[part, None], 1)[:, 0]
         blind[part] = -log_p.mean(1)
         p = np.exp(log_p)
         confidence[part] = p.max(1)
-        np.put_along_axis(p, labels[part, None], -np.expm1(-losses[part, None]), 1)
+        if targets.ndim == 1:
+            at_label = np.take_along_axis(log_p, labels[part, None], 1)
+            np.put_along_axis(p, labels[part, None], -np.expm1(at_label), 1)
+        else:
+            log_t = log_softmax(targets[part])
+            # Any permutation of the target's classes has its entropy.
+            blind[part] += expected(log_t, targets[part])
+            p -= np.exp(log_t)
         brier[part] = (p**2).sum(1)
-    return rank, losses, blind, brier, confidence
+    return rank, blind, brier, confidence
 
 
 def _reliability(confidence: Array, right: Array) -> tuple[tuple[Bin, ...], Array]:

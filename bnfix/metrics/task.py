@@ -12,14 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core import runtime
-from bnfix.core.errors import DataError
+from bnfix.core import guards, runtime
+from bnfix.core.errors import DataError, ModelError
 
 Array = NDArray[Any]
 
 
 class Task(Protocol):
     """Where targets come from, and the loss by which networks learn and are judged."""
+
+    @property
+    def words(self) -> tuple[str, str]:
+        """Names of the loss, and of the fraction whose largest output is the target's."""
 
     def targets(self, batch: Any, logits: Tensor, model: nn.Module | None) -> Tensor | None:
         """One row for each of the logits' rows, ``None`` if the batch has none.
@@ -30,12 +34,16 @@ class Task(Protocol):
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The loss of each example, ``(N,)`` nats, with its graph, as precise as the logits."""
 
+    def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Targets that fit logits of a shape, and the right class of each example."""
+
 
 @dataclass(frozen=True)
 class Labels:
     """The right classes, in the batches: the loss is cross-entropy."""
 
     smoothing: float = 0.0
+    words: tuple[str, str] = "loss", "top-1"
 
     def targets(self, batch: Any, logits: Tensor, model: nn.Module | None) -> Tensor | None:
         """The labels ``(N,)``, int64."""
@@ -46,8 +54,57 @@ class Labels:
         """Negative log-likelihood, -log softmax(z)_y."""
         return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.smoothing)
 
+    def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """The labels as int64, twice."""
+        labels = checked_labels(targets, *shape)
+        return labels, labels
+
 
 LABELS = Labels()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The predictions of another network: the loss is the divergence KL(p_O || p) from them."""
+
+    model: nn.Module  # O, which is run in evaluation and left as found
+    forward: runtime.Forward | None = None
+    words: tuple[str, str] = "divergence from the reference", "agreement with the reference"
+
+    def targets(self, batch: Any, logits: Tensor, model: nn.Module | None) -> Tensor:
+        """O's logits ``(N, K)``, float32, which are log-probabilities but for a constant a row."""
+        with guards.inference(self.model):
+            output = runtime.run(self.model, batch, runtime.device_of(self.model), self.forward)
+        found = runtime.logits_of(output).float()
+        self._check_shape(found.shape, logits.shape)
+        return found
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum over k of p_O (log p_O - log p): exactly 0 where the logits are equal."""
+        log_p = targets.to(logits.dtype).log_softmax(1)
+        return (log_p.exp() * (log_p - logits.log_softmax(1))).sum(1)
+
+    def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """O's logits, and its predictions."""
+        self._check_shape(targets.shape, shape)
+        finite = np.isfinite(targets).all(1)
+        if not finite.all():
+            raise ModelError(
+                f"reference: its logits of example {int(finite.argmin())} (from 0) are not finite. "
+                "Give a network that works."
+            )
+        return targets, targets.argmax(1)
+
+    def _check_shape(self, theirs: tuple[int, ...], own: tuple[int, ...]) -> None:
+        if theirs[1:] != own[1:]:
+            raise ModelError(
+                f"reference: it has {theirs[1]} classes and the model {own[1]}. Give the network "
+                "that the model was made from."
+            )
+        if theirs != own:
+            raise DataError(
+                f"reference: {theirs[0]} examples, the model has {own[0]}. Give the same ones."
+            )
 
 
 def mean_loss(

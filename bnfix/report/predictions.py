@@ -14,7 +14,7 @@ import numpy as np
 from bnfix.checkpoints.save import check_folder, check_free, replace_whole, write_text
 from bnfix.core.errors import ConfigError, file_errors, plain
 from bnfix.metrics.evaluate import Outputs
-from bnfix.metrics.metrics import chunks, log_softmax, nll_of
+from bnfix.metrics.metrics import chunks, log_softmax, losses_of
 from bnfix.metrics.task import Array
 
 SUFFIXES = (".csv", ".parquet")
@@ -48,7 +48,7 @@ def table_of(
         columns[f"{name}.prediction"] = one.outputs.argmax(1)
         columns[f"{name}.confidence"] = confidence
         if one.labels is not None:
-            columns[f"{name}.nll"] = nll_of(one.outputs, one.labels.astype(np.int64))
+            columns[f"{name}.nll"] = losses_of(one.outputs, one.labels.astype(np.int64))
     return columns
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnfix.checkpoints.save import (
     StateFolder,
@@ -25,6 +25,7 @@ from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ConfigError, NormError, NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.metrics.evaluate import first_look, score
+from bnfix.metrics.task import LABELS, Labels, Reference, Task
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     set_example_weight_,
@@ -51,8 +52,8 @@ class TrainingPoint:
     epoch: int
     step: int
     loss: float | None  # mean of training; None at epoch 0, or where no step was taken
-    nll: float  # on the monitor batches, in evaluation
-    top1: float
+    nll: float  # on the monitor batches, in evaluation; with a reference the divergence from it
+    top1: float  # with a reference the agreement with it
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def finetune_(
     *,
     epochs: int | None = None,
     monitor: Iterable[Any] | None = None,
+    reference: nn.Module | None = None,
     recipe: FinetuneRecipe | None = None,
     weighable: dict[str, GeneralizedBatchNorm] | None = None,
     forward: runtime.Forward | None = None,
@@ -89,7 +91,10 @@ def finetune_(
     precision: str = "fp32",
     include_frozen: bool = False,
 ) -> Finetuning:
-    """Train a part of the model for a few epochs; keep the epoch with the least monitor NLL.
+    """Train a part of the model for a few epochs; keep the epoch with the least monitor loss.
+
+    The loss is cross-entropy with the labels or, with a reference O and without labels, the mean
+    divergence from O's predictions, KL(p_O || p) = sum_k p_O,k (log p_O,k - log p_k).
 
     With ``statistics="frozen"`` the norm layers stay in evaluation, and their statistics and
     example weights are part of what is tuned. With ``"train"`` they normalize by batch (or ghost)
@@ -101,7 +106,9 @@ def finetune_(
         epochs: overrides the recipe's epochs and steps.
         monitor: labelled batches that decide which epoch is kept; by default every fifth of
             ``batches``, which are then read into a list.
-        recipe: what is trained and how.
+        reference: the network O to learn from in place of labels, which are then not read. It is
+            run in evaluation, on its own device, and left as found.
+        recipe: what is trained and how; label smoothing is for labels only.
         weighable: layers whose example weight is learned with ``example_weight="learn"``, by name;
             by default all generalized layers with running statistics that are not frozen and have
             more than one position a map.
@@ -122,10 +129,10 @@ def finetune_(
         The curve and what was kept.
 
     Raises:
-        ConfigError: if weights are to be learned while statistics are trained, or the precision is
-            fp16, in which gradients underflow.
+        ConfigError: if weights are to be learned while statistics are trained, the precision is
+            fp16, in which gradients underflow, or the reference would be trained too.
         NormError: if there is no layer to learn weights of, or to set the ghost size of.
-        ModelError: if there is nothing to train.
+        ModelError: if there is nothing to train, or the reference has other classes.
         NumericError: if the loss stays not finite; the model is then as it was.
         DataError: if there are no labelled batches.
         CheckpointError: if the folder holds the state of another run, or cannot be written to.
@@ -144,9 +151,11 @@ def finetune_(
     started = time.perf_counter()
     with guards.seeded(seed):
         batches, monitor = runtime.hold_out(batches, monitor, every=5)
+        judged: Task = LABELS if reference is None else Reference(reference, forward)
         how = Setting(
             model=model,
             recipe=recipe,
+            task=Labels(recipe.label_smoothing) if reference is None else judged,
             forward=forward,
             precision=precision,
             include_frozen=include_frozen,
@@ -158,11 +167,12 @@ def finetune_(
         # Only what is unusual, so that states of earlier versions are still known.
         settings |= {} if precision == "fp32" else {"precision": precision}
         settings |= {"include_frozen": True} if include_frozen else {}
+        settings |= {} if reference is None else {"reference": identity_of(reference, {})}
         folder = None if state is None else StateFolder(state, identity_of(model, settings))
         # The first rank's file holds for all: what is trained is the same on every rank.
         reads = folder is not None and distributed.here().is_first
         found = distributed.together(lambda: folder.read() if folder and reads else None)[0]
-        course = _Course(how, monitor, folder)
+        course = _Course(how, judged, monitor, folder)
         try:
             if not found:
                 course.add(0, 0, None)
@@ -172,6 +182,7 @@ def finetune_(
                 trainable_weights(layers, "channel", _START) as leaves,
             ):
                 run = Run(how, n_steps, groups, leaves.values())
+                _refuse_trained(reference, run.parameters)
                 with guards.only_these_require_grad(model, run.parameters):
                     course.go(run, found, batches, after_epoch)
         except BaseException:
@@ -205,12 +216,23 @@ def _check(recipe: FinetuneRecipe, precision: str) -> None:
         )
 
 
+def _refuse_trained(reference: nn.Module | None, trained: Iterable[Tensor]) -> None:
+    own = {id(parameter) for parameter in trained}
+    if reference is not None and any(id(p) in own for p in reference.parameters()):
+        raise ConfigError(
+            "reference: it shares parameters with what is trained. Give a copy of its own.",
+            name="reference",
+        )
+
+
 class _Course:
     """The epochs so far, the best of them, and their state in a folder, if there is one."""
 
-    def __init__(self, how: Setting, monitor: Iterable[Any], folder: StateFolder | None) -> None:
+    def __init__(
+        self, how: Setting, judged: Task, monitor: Iterable[Any], folder: StateFolder | None
+    ) -> None:
         self._model, self._folder = how.model, folder
-        self._evaluate = partial(score, how.model, monitor, forward=how.forward)
+        self._evaluate = partial(score, how.model, monitor, judged, forward=how.forward)
         self.points: list[TrainingPoint] = []
         self.changed: dict[str, None] = {}
         self.before = self._best = guards.Snapshot(how.model)

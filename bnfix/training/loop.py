@@ -17,7 +17,7 @@ from bnfix.checkpoints.save import random_state, set_random_state_
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError, NormError, NumericError, some
 from bnfix.core.settings import TRAINED, FinetuneRecipe
-from bnfix.metrics.task import Labels, mean_loss
+from bnfix.metrics.task import Task, mean_loss
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.sites import find_norms
 
@@ -166,15 +166,15 @@ class Setting:
 
     model: nn.Module
     recipe: FinetuneRecipe
+    task: Task  # to learn
     forward: runtime.Forward | None
     precision: str  # of forward and backward passes; parameters and their steps are in float32
     include_frozen: bool
 
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of a batch, with its graph."""
-        task = Labels(self.recipe.label_smoothing)
         loss = mean_loss(
-            task, self.model, batch, self.forward, what="fine-tuning", precision=self.precision
+            self.task, self.model, batch, self.forward, what="fine-tuning", precision=self.precision
         )
         if not loss.requires_grad:
             raise ModelError(

@@ -25,7 +25,7 @@ from bnfix.core.settings import WeightRecipe
 from bnfix.metrics.compare import Decision, judge
 from bnfix.metrics.evaluate import Score, evaluate, first_look, score
 from bnfix.metrics.metrics import Metrics
-from bnfix.metrics.task import LABELS, Array, mean_loss
+from bnfix.metrics.task import LABELS, Array, Reference, Task, mean_loss
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
@@ -58,6 +58,7 @@ class WeightSearch:
     learn: runtime.Batches
     forward: runtime.Forward | None
     precision: str  # of evaluation; learning is in fp32
+    task: Task = LABELS
     n_batches: int = 0  # of a pass, as are the examples
     n_examples: int = 0
     n_watched: int = 0
@@ -164,7 +165,7 @@ class WeightSearch:
         return max(1, self.n_batches // n, min(self.n_batches, _LEAST_BATCHES))
 
     def _loss(self, batch: Any) -> Tensor:
-        loss = mean_loss(LABELS, self.model, batch, self.forward, what="example weight")
+        loss = mean_loss(self.task, self.model, batch, self.forward, what="example weight")
         if not loss.requires_grad:
             raise ModelError(
                 "example weight: the model's output has no gradient in the weights. Look for "
@@ -174,7 +175,9 @@ class WeightSearch:
         return loss
 
     def _score(self, batches: Iterable[Any]) -> Score:
-        found = score(self.model, batches, forward=self.forward, precision=self.precision)
+        found = score(
+            self.model, batches, self.task, forward=self.forward, precision=self.precision
+        )
         self.n_run += found.n_examples
         return found
 
@@ -278,6 +281,7 @@ def choose_example_weight_(
     *,
     select: Iterable[Any] | None = None,
     monitor: Iterable[Any] | None = None,
+    reference: nn.Module | None = None,
     recipe: WeightRecipe | None = None,
     z: float = 2.0,
     incumbent: tuple[str, Metrics] | None = None,
@@ -292,6 +296,7 @@ def choose_example_weight_(
         select: labelled batches for the gate; by default every fourth of ``batches``.
         monitor: labelled batches on which learning decides when to stop; by default every fifth
             of the rest. What is held out is not fitted on.
+        reference: a network whose predictions stand in for labels, as in `evaluate`.
         recipe: granularity, rates, whether layers with one position take part.
         z: standard errors that the gate demands.
         incumbent: name and select metrics of the current model, if known.
@@ -315,12 +320,15 @@ def choose_example_weight_(
     require_generalized(model)
     learn, watched, chosen_on = _divide(batches, select, monitor)
     layers, excluded = weighable_layers(model, watched, forward, pointwise=recipe.pointwise)
-    measured = partial(evaluate, model, chosen_on, forward=forward, precision=precision)
+    measured = partial(
+        evaluate, model, chosen_on, reference=reference, forward=forward, precision=precision
+    )
     name, metrics = incumbent or ("as it was", measured())
     if metrics.examples is None and not metrics.problem:
         raise DataError("example weight: the select batches have no labels to choose by.")
     search = WeightSearch(
         model=model,
+        task=LABELS if reference is None else Reference(reference, forward),
         layers=layers,
         monitor=watched,
         learn=learn,
