@@ -22,6 +22,7 @@ from bnfix.metrics.task import Array
 ROUNDING = 1e-6
 #: Fewer examples than this, or of losses fewer that differ, prove nothing.
 LEAST_EXAMPLES = 20
+_MeanAndSe = tuple[float, float]
 
 
 @dataclass(frozen=True, repr=False)
@@ -255,26 +256,17 @@ def judge(
 
 
 def _admitted(
-    n: int,
-    loss: tuple[float, float],
-    top1: tuple[float, float],
-    z: float,
-    *,
-    sure: bool,
-    words: tuple[str, str],
+    n: int, loss: _MeanAndSe, top1: _MeanAndSe, z: float, *, sure: bool, words: tuple[str, str]
 ) -> tuple[bool, str]:
     """Whether mean differences with these standard errors are enough, and why."""
-    difference, se = loss
-    of_loss, of_right = words
+    (difference, se), (of_loss, of_right) = loss, words
     if n < LEAST_EXAMPLES:
         return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
     if not (difference < -z * se and difference < -ROUNDING):
         return False, f"its {of_loss} is not lower by more than {z:g} standard errors"
     if not sure:
-        return (
-            False,
-            f"its {of_loss} is lower, but {n} examples with such differences do not prove it",
-        )
+        unproven = f"but {n} examples with such differences do not prove it"
+        return False, f"its {of_loss} is lower, {unproven}"
     if top1[0] < -z * top1[1]:
         return False, f"its {of_right} is lower by more than {z:g} standard errors"
     alike = se <= ROUNDING * abs(difference)
@@ -282,7 +274,7 @@ def _admitted(
     return True, f"its {of_loss} is lower by {-difference:.3g} nats, {by}"
 
 
-def _mean_and_se(difference: Array) -> tuple[float, float]:
+def _mean_and_se(difference: Array) -> _MeanAndSe:
     n = len(difference)
     se = float(difference.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
     return float(difference.mean()), float(se)
