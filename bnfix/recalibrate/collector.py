@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bnfix.core import distributed, runtime
+from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, NormError, NumericError
+from bnfix.core.torch_private import eager
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.moments import mix, over_channel_groups
 from bnfix.norm.sites import NormSite
@@ -152,6 +153,23 @@ class Collector:
         self._n_unchecked = 0
         #: The first layer, and batch, to get one value a channel.
         self._single: tuple[str, int] | None = None
+
+    @contextmanager
+    def attached(
+        self, model: nn.Module, before: Callable[..., None] | None = None
+    ) -> Iterator[list[str]]:
+        """Put hooks on the sites, in evaluation; what forward has changed is listed at the end."""
+        with (
+            guards.inference(model) as changed,
+            guards.hooks() as handles,
+            # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
+            eager(),
+        ):
+            for module in [site.module for site in self.sites.values()]:
+                hook = before or self.before
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                handles.append(module.register_forward_hook(self.after, always_call=True))
+            yield changed
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Measure a layer's input and hand it the moments to use; a forward pre-hook."""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.core import distributed, guards, runtime
+from bnfix.core import distributed, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.memory import LiveBytes, free_memory
-from bnfix.core.torch_private import eager, has_modes, tree_leaves, tree_map
+from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
 from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import (
     TRACED,
@@ -69,19 +69,14 @@ class Walk:
         """
         if self._limit <= 0 or has_modes():
             return False
-        source, collector = self._source, self._collector
+        source = self._source
         enter = _thread_state(self._device)
         # Buffers that are lent when the walk is given up come back with all other state.
         with (
-            guards.inference(source.model) as changed,
-            guards.hooks() as handles,
-            eager(),
+            self._collector.attached(source.model, self._before) as changed,
             # Threads are made as they are needed: no walker ends before all have begun.
             ThreadPoolExecutor(_MOST_BATCHES) as pool,
         ):
-            for module in [site.module for site in collector.sites.values()]:
-                handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
-                handles.append(module.register_forward_hook(collector.after, always_call=True))
             try:
                 distributed.together(lambda: self._start(pool, enter))
                 self._step_by_step()

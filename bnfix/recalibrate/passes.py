@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from bnfix.checkpoints.save import StateFolder
-from bnfix.core import distributed, guards, runtime
+from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError, NormError, some
-from bnfix.core.torch_private import eager
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.accumulator import Accumulator, Sums
 from bnfix.recalibrate.collector import (
@@ -173,16 +172,7 @@ def _own_part(
             collector.check_finite(0 if at_once else UNCHECKED.get(device.type, 0))
         return runtime.n_examples_of(batch)
 
-    with (
-        guards.inference(model) as changed,
-        guards.hooks() as handles,
-        # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
-        eager(),
-    ):
-        for site in collector.sites.values():
-            module = site.module
-            handles.append(module.register_forward_pre_hook(collector.before, with_kwargs=True))
-            handles.append(module.register_forward_hook(collector.after, always_call=True))
+    with collector.attached(model) as changed:
         for index, batch in enumerate(distributed.in_step(rest) if looks else rest, n_gone):
             work = partial(measure, batch, index)
             n = distributed.together(work)[place.rank] if looks else work()
