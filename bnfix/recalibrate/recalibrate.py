@@ -52,7 +52,7 @@ class LayerStatistics:
     #: Largest standard error of a mean, by sqrt(var + eps); infinite from one example.
     mean_se: float
     var_se: float  # largest of a variance, divided by var + eps
-    #: Channels not matched to the reference in both moments: dead there or here, or far apart.
+    #: Channels not matched to the reference in both moments: dead there or here only, or far apart.
     n_unmatched: int = 0
 
 
@@ -454,8 +454,8 @@ def describe_missing(calibration: Calibration) -> list[str]:
         (
             unmatched,
             f"{sum(layer.n_unmatched for layer in unmatched)} channels (of "
-            f"{some([layer.name for layer in unmatched])}) are dead or do not match the original; "
-            "they keep its scale or get population moments.",
+            f"{some([layer.name for layer in unmatched])}) are dead in one of the two networks, or "
+            "far from the original; they keep its scale or get population moments.",
         ),
     )
     others = [name for name in layers.left_alone if name not in layers.frozen]

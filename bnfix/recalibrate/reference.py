@@ -87,7 +87,8 @@ class Reference(Target):
         mean = mean_m - scale * (mean_o - stored_mean)
         # NaN, of two variances that are 0, is not in the range either.
         foreign = ~dead_m & (dead_o | ~((ratio >= _LEAST) & (ratio <= _MOST)))
-        self.unmatched[site.name] = int((dead_m | negative | foreign).sum())
+        # Dead in both, a channel has the original's moments: a constant.
+        self.unmatched[site.name] = int((dead_m & ~dead_o | negative | foreign).sum())
         return torch.where(foreign, mean_m, mean), torch.where(foreign, var_m, var)
 
 
