@@ -12,7 +12,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -200,7 +200,7 @@ class Walk:
         walker.go.acquire()
         try:
             if not self._ending:
-                with enter(), walker.live if walker.index == 0 else ExitStack():
+                with enter(), walker.live if walker.index == 0 else nullcontext():
                     source = self._source
                     runtime.run(source.model, walker.batch, self._device, source.forward)
         except StopHereError:
@@ -258,15 +258,9 @@ def _thread_state(device: torch.device) -> _State:
 
     @contextmanager
     def enter() -> Iterator[None]:
-        with ExitStack() as stack:
-            if inference:
-                stack.enter_context(torch.inference_mode())
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(
-                torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached)
-            )
-            if stream is not None:
-                stack.enter_context(torch.cuda.stream(stream))
+        autocast = torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached)
+        on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
+        with torch.inference_mode(inference), torch.no_grad(), autocast, on_stream:
             yield
 
     return enter

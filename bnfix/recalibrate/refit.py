@@ -155,8 +155,8 @@ class _Fit:
         total, n = 0.0, 0
         for batch in up_to(batches, self.samples):
             with guards.inference(self.model), guards.inference(self.original):
-                own, wanted = _outputs(
-                    self._run(self.model, batch), self._run(self.original, batch)
+                own, wanted = (
+                    _logits(self._run(net, batch)) for net in (self.model, self.original)
                 )
             if own is None or wanted is None or own.shape != wanted.shape:
                 return 0.0
@@ -181,7 +181,7 @@ class _Fit:
         with guards.inference(self.model), guards.hooks() as handles:
             for layer in layers.values():
                 handles.append(
-                    layer.register_forward_pre_hook(lambda m, args: calls.update([names[m]]))
+                    layer.register_forward_pre_hook(lambda m, _: calls.update([names[m]]))
                 )
             self._run(self.model, batch)
         return calls
@@ -190,7 +190,7 @@ class _Fit:
         self, batches: Iterable[Any], name: str, layer: nn.Module, own: nn.Module, n_calls: int
     ) -> Moments:
         """Moments of z, y and z + y, three rows, over all examples."""
-        total: Moments | None = None
+        parts: list[Moments] = []
         self.n_examples = 0
         for index, batch in enumerate(up_to(batches, self.samples)):
             met = self._inputs(self.model, layer, batch, n_calls)
@@ -208,14 +208,14 @@ class _Fit:
                         "Leave that batch out, or look at the model.",
                         name=name,
                     )
-                total = part if total is None else pool([total, part])
+                parts.append(part)
             self.n_examples += len(met[0]) if met else 0
-        if total is None:
+        if not parts:
             raise DataError(
                 f"re-fitting: a pass over the batches never came to {name}. Give batches that can "
                 "be read more than once."
             )
-        return total
+        return pool(parts)
 
     def _inputs(self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int) -> list[Tensor]:
         """The inputs of a layer in one forward pass, which ends there."""
@@ -236,13 +236,12 @@ class _Fit:
         return [x for x in met if x.numel()]
 
 
-def _outputs(*outputs: Any) -> list[Tensor | None]:
-    """Of each output the logits, or else its first tensor, if it has one row an example."""
-    first = [next(iter(runtime.tensors_in(getattr(o, "logits", o))), None) for o in outputs]
-    return [
-        t.double() if t is not None and t.ndim > 1 and t.is_floating_point() else None
-        for t in first
-    ]
+def _logits(output: Any) -> Tensor | None:
+    """The logits of an output, or else its first tensor, if it has one row an example."""
+    found = next(iter(runtime.tensors_in(getattr(output, "logits", output))), None)
+    if found is None or found.ndim < 2 or not found.is_floating_point():
+        return None
+    return found.double()
 
 
 @torch.no_grad()
