@@ -95,6 +95,13 @@ def everything():
         options = {"target": "reference", "reference": original, "memory_bytes": memory}
         recalibrate_(damaged, dealt(), **options)
         found |= {f"reference {memory} {name}": v for name, v in statistics(damaged).items()}
+    judged = evaluate(damaged, dealt(), reference=original)
+    found["agreement"] = np.array([judged.top1, judged.nll, judged.examples.blind_loss])
+    recipe = FinetuneRecipe(train="norms", epochs=1)
+    tuned = finetune_(damaged, sliced, monitor=dealt(), reference=original, recipe=recipe)
+    found["curve distilled"] = np.array([point.nll for point in tuned.curve])
+    for name, value in damaged.named_parameters():
+        found[f"tuned distilled {name}"] = value.detach().numpy()
     metrics = evaluate(model, dealt())
     found["logits"] = metrics.logits
     found["metrics"] = np.array([metrics.top1, metrics.nll, metrics.ece, metrics.brier])
