@@ -199,3 +199,47 @@ def test_two_trainings_are_told_apart_from_one():
     found = compare_weights(a, b)
     assert {one.cause for one in found.changed} == {"unrelated"}
     assert len(found.moved) == 19
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def damaged(files, tmp_path):
+    """The trained network of the files with most of its weights pruned."""
+    state = on_weights(torch.load(files.net, weights_only=True), pruned)
+    torch.save(state, tmp_path / "pruned.pth")
+    return tmp_path / "pruned.pth"
+
+
+def test_inspect_names_pruning_and_asks_for_the_original(cli, damaged):
+    (found,) = cli("inspect", damaged, "--json").json["findings"]
+    assert (found["fault"], found["severity"]) == ("pruned", "note")
+    assert found["advice"].endswith(f"bnfix inspect {damaged} --against ORIGINAL")
+
+
+def test_inspect_against_the_original_says_what_is_stale_and_what_to_run(cli, files, damaged):
+    found = cli("inspect", damaged, "--against", files.net, "--json").json
+    against = found["against"]
+    assert against["file"] == str(files.net)
+    assert against["stale"] == ["bn1", "bn2"]
+    assert {change["cause"] for change in against["changed"]} == {"pruned"}
+    assert all(change["traces"]["sparsity"] > 0.69 for change in against["changed"])
+    (finding,) = found["findings"]
+    assert (finding["fault"], finding["severity"]) == ("stale-weights", "warning")
+    assert f"bnfix calibrate {damaged}" in finding["advice"]
+    shown = cli("inspect", damaged, "--against", files.net).out
+    assert "no statistics differ: they are stale" in shown
+
+
+def test_inspect_against_itself_shows_that_nothing_differs(cli, files):
+    outcome = cli("inspect", files.net, "--against", files.net)
+    assert "neither a weight nor a statistic differs" in outcome.out
+    assert outcome.code == 0
+
+
+def test_inspect_against_another_network_is_refused(cli, files, tmp_path):
+    torch.save(nets.bn1d().state_dict(), tmp_path / "other.pth")
+    outcome = cli("inspect", files.net, "--against", tmp_path / "other.pth")
+    assert outcome.code == 1
+    assert "no weight has the same name and shape in both files" in outcome.err

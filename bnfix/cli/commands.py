@@ -92,11 +92,9 @@ _DEMO = (
     "A small residual network, trained with batches of 4 on 150 handwritten digits. bnfix repairs "
     "it with 500 other digits and tests it on 500 more. The same by hand:"
 )
+_AGAINST = "The original of CKPT: says which weights differ, and if the statistics followed."
 _LOOK_DATA = "Examples to compare stored statistics, both modes and the outputs on."
-_REFIT_DATA = (
-    "Examples to re-fit scale and shift on, where example weights above 0 change the outputs "
-    "(--to group); needs no labels."
-)
+_REFIT_DATA = "Examples to re-fit scale and shift on (--to group, weights above 0), without labels."
 
 _SHARED = {"model": Model, "source": Tested, "swap": Layers, "run": Run}
 _CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Gate}
@@ -452,6 +450,7 @@ def inspect(
     out: Annotated[Out, {OUT: "as_json quiet debug"}],
     data: Annotated[str | None, about(_LOOK_DATA, DATA, "DATA")] = None,
     samples: Annotated[int, about("Examples to run, in seeded random order.", DATA)] = SAMPLES,
+    against: Annotated[Path | None, about(_AGAINST, MODEL, "ORIGINAL")] = None,
 ) -> None:
     """List the norm layers and what is wrong with them; change nothing.
 
@@ -468,6 +467,7 @@ def inspect(
             run=run,
             samples=samples,
             seed=gate.seed,
+            against=against,
             track=track,
         )
     if out.as_json:

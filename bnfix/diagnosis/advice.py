@@ -39,6 +39,8 @@ _GROUPS: Final = (
     ("error", _REPLACE, "gamma-not-finite beta-not-finite moment-missing odd-statistics"),
     ("error", f"fetch the file again, or {_REPLACE}", "length-mismatch"),
     ("warning", _MEASURE, "evaluation-mode"),
+    # New statistics of a pruned network can be worse than stale ones, so they have to be compared.
+    ("warning", GATED, "stale-weights"),
     ("warning", _TUNE, "gamma-all-zero"),
     ("warning", _TRACK, "no-statistics"),
     ("note", RECALIBRATE, "counter-behind half-statistics momentum-none"),
@@ -49,7 +51,8 @@ _GROUPS: Final = (
     ("note", "for statistics of each call: give every call a layer of its own", "reused"),
     ("note", "left alone", "instance-norm"),
     ("note", _COMPARE, "pruned clustered rounded"),
-    ("note", "nothing", "compared dead-channels counter-zero gamma-zero unused single-position"),
+    ("note", "no new statistics are needed", "compared"),
+    ("note", "nothing", "dead-channels counter-zero gamma-zero unused single-position"),
 )
 _FAULTS: Final = {
     fault: (severity, advice) for severity, advice, faults in _GROUPS for fault in faults.split()
@@ -106,6 +109,7 @@ class Call:
     asks_model: bool  # neither the options nor the file name a model
     labelled: bool
     frozen: dict[str, str]  # by layer, the option with which commands change it
+    original: Path | None = None
 
     def fill(self, found: Finding) -> str:
         """Put file, model, data and all options that were given into an advice's command."""
@@ -121,6 +125,7 @@ class Call:
         acts = "OUT" in given and (flag == "--unfreeze" or name == "calibrate")
         replaced = {
             "CKPT": [f"./{self.path}" if str(self.path).startswith("-") else str(self.path)],
+            "ORIGINAL": ["ORIGINAL" if self.original is None else str(self.original)],
             "OUT": [f"{self.path.stem}.{name}d.safetensors"],
             "--model": [],
             "SPEC": ["--model", "SPEC"] * self.asks_model + _options(self.model),

@@ -225,7 +225,8 @@ def _traces_of(weight: Tensor) -> Traces:
         return is_so(*whole) or sum(is_so(*one) for one in channels) > len(channels) / 2
 
     sparsity = 1 - int(values.count_nonzero()) / len(values)
-    kind = "pruned" if sparsity >= _SPARSE else ""
+    # A weight of nothing but zeros was made so.
+    kind = "pruned" if _SPARSE <= sparsity < 1 else ""
     if shows(_on_grid):
         kind = "rounded"
     elif shows(_are_few) or _repeats_filters(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
 from bnfix.diagnosis.advice import Call, Entry, Finding, gated, mapping, read_history
+from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
 from bnfix.diagnosis.faults import (
     Behaviour,
     NormTensors,
@@ -38,6 +40,29 @@ _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
 @dataclass(frozen=True)
+class Original:
+    """The checkpoint that another one was made from, and how they differ."""
+
+    file: Checkpoint
+    comparison: Comparison
+
+    @staticmethod
+    def read(path: str | Path, damaged: Checkpoint, recipe: ModelRecipe) -> Original:
+        """Read the original in the same way, and compare."""
+        file = read_checkpoint(path, prefer_ema=recipe.prefer_ema)
+        return Original(file, compare_weights(damaged.tensors, file.tensors))
+
+    def findings(self) -> list[Finding]:
+        """The comparison as a finding."""
+        return self.comparison.findings()
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of `inspect --json` on the original."""
+        file = {"file": str(self.file.path), "sha256": self.file.sha256}
+        return {**file, **dataclasses.asdict(self.comparison), "sentence": self.comparison.sentence}
+
+
+@dataclass(frozen=True)
 class Inspection:
     """The norm layers of a checkpoint, their faults, and the file's history."""
 
@@ -50,6 +75,7 @@ class Inspection:
     data: dict[str, Any] | None  # their spec, size and fingerprint
     commands: list[Entry]  # of the file's history
     notes: list[str]  # how the file was read, and what was assumed
+    original: Original | None = None  # the file that it is compared with
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``inspect --json`` prints; its numbers may be NaN or infinite."""
@@ -79,6 +105,7 @@ class Inspection:
             "behaviour": behaviour,
             "data": self.data,
             "history": history if isinstance(history, list) else [],
+            "against": None if self.original is None else self.original.to_json(),
             "commands": [dataclasses.asdict(entry) for entry in self.commands],
         }
 
@@ -92,9 +119,13 @@ def inspect_checkpoint(
     run: RunOptions | None = None,
     samples: int = SAMPLES,
     seed: int = 0,
+    against: str | Path | None = None,
     track: Track = silent,
 ) -> Inspection:
-    """Find the faults that the file shows, the model's settings and one call, and data if given."""
+    """Find the faults that the file shows, the model's settings and one call, and data if given.
+
+    ``against`` is the checkpoint that this one was made from.
+    """
     recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
     loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
     found = (
@@ -104,7 +135,9 @@ def inspect_checkpoint(
     )
     header = found.metadata or {}
     layers = read_norms(found.tensors, mapping(header.get("norms")))
-    findings = diagnose(found.tensors, layers)
+    original = None if against is None else Original.read(against, found, recipe)
+    weights = diagnose_weights(found.tensors) if original is None else original.findings()
+    findings = [*diagnose(found.tensors, layers), *weights]
     seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
     if loaded is not None:
         sites = find_norms(loaded.model)
@@ -125,22 +158,18 @@ def inspect_checkpoint(
     if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
         findings = [gated(finding) for finding in findings]
     stated = mapping(header.get("model"))
-    spec, arguments = stated.get("spec"), mapping(stated.get("arguments"))
-    asks_model = recipe.model is None and not isinstance(spec, str)
-    if recipe.model is None and isinstance(spec, str) and not from_file_allowed(spec):
-        # Commands run no code that only a file names, so they must be given the model.
-        recipe = replace(recipe, model=spec, arguments=tuple(arguments.items()))
     call = Call(
         path=Path(path),
-        model=recipe,
+        model=_for_commands(recipe, stated),
         data=data,
         source=source,
         run=run,
         seed=seed,
         samples=() if samples == SAMPLES else ("--samples", str(samples)),
-        asks_model=asks_model,
+        asks_model=recipe.model is None and not isinstance(stated.get("spec"), str),
         labelled=seen.labelled,
         frozen=frozen,
+        original=None if original is None else original.file.path,
     )
     findings = [replace(one, advice=call.fill(one)) for one in findings]
     return Inspection(
@@ -153,7 +182,17 @@ def inspect_checkpoint(
         data=seen.record,
         commands=read_history(header.get("history")),
         notes=[*found.notes, *seen.remarks],
+        original=original,
     )
+
+
+def _for_commands(recipe: ModelRecipe, stated: Mapping[str, Any]) -> ModelRecipe:
+    """The model's options in commands to copy, which run no code that only a file names."""
+    spec = stated.get("spec")
+    if recipe.model is not None or not isinstance(spec, str) or from_file_allowed(spec):
+        return recipe
+    arguments = tuple(mapping(stated.get("arguments")).items())
+    return replace(recipe, model=spec, arguments=arguments)
 
 
 @dataclass(frozen=True)
