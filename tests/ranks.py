@@ -95,6 +95,9 @@ def everything():
         options = {"target": "reference", "reference": original, "memory_bytes": memory}
         recalibrate_(damaged, dealt(), **options)
         found |= {f"reference {memory} {name}": v for name, v in statistics(damaged).items()}
+        mixed = net()
+        recalibrate_(mixed, dealt(), target="blend", feed="sequential", memory_bytes=memory)
+        found |= {f"blend {memory} {name}": v for name, v in statistics(mixed).items()}
     judged = evaluate(damaged, dealt(), reference=original)
     found["agreement"] = np.array([judged.top1, judged.nll, judged.examples.blind_loss])
     recipe = FinetuneRecipe(train="norms", epochs=1)

@@ -111,6 +111,12 @@ class Accumulator:
         self._flush()
         return self._values
 
+    @property
+    def n_examples(self) -> int:
+        """Examples, each counted once a call."""
+        self._flush()
+        return int(self._examples.count)
+
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
         mean, var = self.values.mean, self.values.var

@@ -101,6 +101,8 @@ class Target:
         self.name = "population" if batch_size is None else f"train-batch {batch_size}"
         #: Channels, by layer, that a rule does not fit, so that they get other moments.
         self.unmatched: dict[str, int] = {}
+        #: Of a mixture, by layer: the weight of what was measured, a mean over the channels.
+        self.weights: dict[str, float] = {}
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
         """Measure what the rule needs beside the model, by passes; return how many it took."""

@@ -25,14 +25,13 @@ from bnfix.recalibrate.collector import (
     Cost,
     Found,
     Source,
-    Target,
     as_stored,
     drift,
     eps_of,
     stored_moments,
 )
 from bnfix.recalibrate.passes import Enough, Kept, collect, one_pass
-from bnfix.recalibrate.reference import Reference
+from bnfix.recalibrate.targets import Wanted
 
 #: Residual that is worth a word.
 _SMALL = 1e-3
@@ -54,6 +53,8 @@ class LayerStatistics:
     var_se: float  # largest of a variance, divided by var + eps
     #: Channels not matched to the reference in both moments: dead there or here only, or far apart.
     n_unmatched: int = 0
+    #: Of a mixture: the weight of the measured statistics, a mean over the channels.
+    new_weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Effort:
 class Calibration:
     """What `recalibrate_` did."""
 
-    target: str  # population, train-batch B or reference
+    target: str  # population, train-batch B, reference or blend
     feed: str
     n_examples: int
     n_batches: int
@@ -133,6 +134,8 @@ def recalibrate_(
     target: str = "population",
     train_batch_size: int | None = None,
     reference: nn.Module | None = None,
+    prior: float | str | None = None,
+    new_weight: float | None = None,
     feed: str | None = None,
     samples: int | str | None = None,
     tolerance: float = 0.04,
@@ -160,9 +163,15 @@ def recalibrate_(
             average: var - Vm / B, Vm the variance over examples of the per-example mean; or
             ``reference``, those that give each layer's output the moments that the original's has
             on the same examples (`bnfix.recalibrate.reference`), which may be few, and others than
-            those of training. Standard errors are those of population moments, which are larger.
+            those of training; or ``blend``, between those stored and the population's, by the law
+            of total variance (`bnfix.recalibrate.blend`). Standard errors are those of population
+            moments.
         train_batch_size: B of ``train-batch``.
         reference: the original, with the same norm layers; only read. Costs one pass more.
+        prior: of ``blend``: how many examples the stored statistics count for, N, so that new ones
+            of n examples weigh n / (n + N); 0 for ``population``; ``auto``, the default: by how far
+            each layer has drifted.
+        new_weight: of ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
         feed: what the layers above a layer see. ``batch``, the default: its output normalized by
             the batch's own moments, one pass. ``sequential``, the only one of ``reference``: its
             output in inference with its new moments, layer after layer, exact whatever the batches
@@ -219,21 +228,19 @@ def recalibrate_(
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
     feed = feed or ("sequential" if target == "reference" else "batch")
-    _check_target(target, train_batch_size, reference, feed)
+    wanted = Wanted(target, train_batch_size, reference, prior=prior, new_weight=new_weight)
+    wanted.check(feed)
     _check_samples(samples, tolerance, batches)
     started = time.perf_counter()
     sites, frozen = _sites(model, layers, skip, include_frozen)
-    rule = Target(train_batch_size if target == "train-batch" else None)
-    if reference is not None:
-        rule = Reference(reference, model, sites)
+    rule = wanted.rule(model, sites)
     auto = Enough(tolerance) if samples == "auto" else None
     keeper = None
     if state is not None:
         settings = {
-            "target": target, "size": rule.batch_size, "feed": feed, "samples": samples,
+            **wanted.to_json(), "size": rule.batch_size, "feed": feed, "samples": samples,
             "of": identity, "tolerance": tolerance, "layers": [site.name for site in sites],
             **({} if precision == "fp32" else {"precision": precision}),
-            **({} if reference is None else {"reference": identity_of(reference, {})}),
         }  # fmt: skip
         keeper = Kept(state, identity_of(model, settings))
     source = Source(
@@ -365,30 +372,6 @@ def residuals(
     return found
 
 
-def _check_target(
-    target: str, train_batch_size: int | None, reference: nn.Module | None, feed: str
-) -> None:
-    known = target in ("population", "train-batch", "reference")
-    if not known or feed not in ("batch", "sequential"):
-        raise ConfigError(
-            f"target {target!r}, feed {feed!r}: expected population, train-batch or reference, "
-            "batch or sequential."
-        )
-    if target == "train-batch" and (train_batch_size is None or train_batch_size < 1):
-        raise ConfigError("target train-batch: give train_batch_size, at least 1.")
-    if (target == "reference") != (reference is not None):
-        raise ConfigError(
-            "target reference: give the original as reference=; no other target takes one.",
-            name="reference",
-        )
-    if target == "reference" and feed == "batch":
-        raise ConfigError(
-            "target reference: needs the sequential feed. Under the batch feed a layer sees what "
-            "batches normalized by themselves, which the original's stored statistics never gave.",
-            name="feed",
-        )
-
-
 def _check_samples(samples: int | str | None, tolerance: float, batches: runtime.Batches) -> None:
     if not (samples >= 1 if isinstance(samples, int) else samples in (None, "auto")):
         raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
@@ -422,6 +405,7 @@ def _record(
         mean_se=float((mean_se / spread.sqrt()).max()),
         var_se=float((var_se / spread).max()),
         n_unmatched=source.target.unmatched.get(site.name, 0),
+        new_weight=source.target.weights.get(site.name),
     )
 
 

@@ -1,0 +1,85 @@
+"""The statistics that are asked for: what belongs to which target, and its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bnfix.checkpoints.save import identity_of
+from bnfix.core.errors import ConfigError
+from bnfix.norm.sites import NormSite
+from bnfix.recalibrate.blend import Blend, Weight, by_drift, by_examples, fixed
+from bnfix.recalibrate.collector import Target
+from bnfix.recalibrate.reference import Reference
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A target, and the options that are its own."""
+
+    target: str
+    train_batch_size: int | None = None
+    reference: nn.Module | None = None
+    prior: float | str | None = None
+    new_weight: float | None = None
+
+    def check(self, feed: str) -> None:
+        """Refuse what is unknown, missing, out of range or another target's."""
+        target, b = self.target, self.train_batch_size
+        known = target in ("population", "train-batch", "reference", "blend")
+        if not known or feed not in ("batch", "sequential"):
+            raise ConfigError(
+                f"target {target!r}, feed {feed!r}: expected population, train-batch, reference "
+                "or blend, batch or sequential."
+            )
+        if target == "train-batch" and (b is None or b < 1):
+            raise ConfigError("target train-batch: give train_batch_size, at least 1.")
+        if (target == "reference") != (self.reference is not None):
+            raise ConfigError(
+                "target reference: give the original as reference=; no other target takes one.",
+                name="reference",
+            )
+        if target == "reference" and feed == "batch":
+            raise ConfigError(
+                "target reference: needs the sequential feed. Under the batch feed a layer sees "
+                "what batches normalized by themselves, which the original's stored statistics "
+                "never gave.",
+                name="feed",
+            )
+        self._check_blend()
+
+    def _check_blend(self) -> None:
+        prior, weight = self.prior, self.new_weight
+        if self.target != "blend" and (prior is not None or weight is not None):
+            raise ConfigError("prior, new_weight: only target blend takes them.", name="prior")
+        if prior is not None and weight is not None:
+            raise ConfigError("prior, new_weight: both say how much. Give one.", name="prior")
+        if not (prior in (None, "auto") or (not isinstance(prior, str) and 0 <= prior < 1e15)):
+            raise ConfigError(f"prior: {prior}, expected auto or a number from 0.", name="prior")
+        if weight is not None and not 0 <= weight <= 1:
+            raise ConfigError(f"new_weight: {weight}, expected 0 to 1.", name="new_weight")
+
+    def rule(self, model: nn.Module, sites: Sequence[NormSite]) -> Target:
+        """The rule of these statistics for a model."""
+        if self.reference is not None:
+            return Reference(self.reference, model, sites)
+        if self.target == "blend":
+            return Blend(sites, self._weight())
+        return Target(self.train_batch_size if self.target == "train-batch" else None)
+
+    def _weight(self) -> Weight:
+        if self.new_weight is not None:
+            return fixed(self.new_weight)
+        if self.prior is None or isinstance(self.prior, str):
+            return by_drift
+        return by_examples(self.prior)
+
+    def to_json(self) -> dict[str, Any]:
+        """What tells runs of different targets apart."""
+        own = {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
+        if self.reference is not None:
+            own["reference"] = identity_of(self.reference, {})
+        return {"target": self.target, **own}

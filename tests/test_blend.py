@@ -1,0 +1,165 @@
+"""Mixtures of stored and measured statistics: their two ends, and a slow version by hand."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from bnfix.core.errors import ConfigError
+from bnfix.norm.sites import find_norms
+from bnfix.norm.swap import swap_norms_
+from bnfix.recalibrate.recalibrate import recalibrate_
+from tests import nets
+from tests.reference import channel_moments
+
+FEEDS = ("batch", "sequential")
+MAKE = {"plain": nets.plain, "residual": nets.residual, "shared": nets.shared_norm}
+
+
+def some(make=nets.residual, seed=0):
+    torch.manual_seed(seed)
+    return nets.lived_in(make()).eval()
+
+
+def drawn(n=24, seed=1, size=8):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+
+
+def blended_(model, batches, **options):
+    return recalibrate_(model, batches, target="blend", **options)
+
+
+def statistics(model):
+    return {
+        site.name: (site.module.running_mean.double(), site.module.running_var.double())
+        for site in find_norms(model)
+    }
+
+
+def equal(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return all(
+        torch.equal(value, other[name]) for name, value in one.items() if "tracked" not in name
+    )
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("groups", [None, 2])
+def test_both_ends_are_what_was_stored_and_what_was_measured(feed, make, dtype, groups):
+    net = some(MAKE[make]).to(dtype)
+    if groups is not None:
+        swap_norms_(net, channel_groups=groups)
+        recalibrate_(net, [drawn(seed=5).to(dtype)])  # a group's channels hold the same
+    batches = drawn().to(dtype).split(7)
+    kept, population = copy.deepcopy(net), copy.deepcopy(net)
+    recalibrate_(population, batches, feed=feed)
+    for options in ({"new_weight": 0.0}, {"prior": 1e14}, {"new_weight": 1.0}, {"prior": 0}):
+        model = copy.deepcopy(net)
+        blended_(model, batches, feed=feed, **options)
+        if options == {"prior": 1e14}:
+            for name, (mean, var) in statistics(model).items():
+                torch.testing.assert_close(mean, statistics(kept)[name][0])
+                torch.testing.assert_close(var, statistics(kept)[name][1])
+            continue
+        assert equal(model, kept if options == {"new_weight": 0.0} else population), options
+
+
+def by_hand(net, x, weight):
+    """The statistics of a `Plain` network, layer by layer, in float64."""
+    model = copy.deepcopy(net).double()
+    y, found = x.double(), {}
+    with torch.no_grad():
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
+            z, norm = getattr(model, conv)(y), getattr(model, bn)
+            mean, var = channel_moments(z)
+            old_mean, old_var = norm.running_mean.numpy(), norm.running_var.numpy()
+            mixed = (1 - weight) * old_mean + weight * mean
+            raw = (1 - weight) * (old_var + old_mean**2) + weight * (var + mean**2)
+            norm.running_mean.copy_(torch.from_numpy(mixed))
+            norm.running_var.copy_(torch.from_numpy(raw - mixed**2))
+            found[bn] = norm.running_mean.clone(), norm.running_var.clone()
+            y = norm(z).relu()
+    return found
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 0])
+@pytest.mark.parametrize("options", [{"new_weight": 0.3}, {"prior": 8}, {"prior": 24.0}])
+def test_statistics_are_those_found_by_hand(memory_bytes, options):
+    net = some(nets.plain)
+    expected = by_hand(net, drawn(), options.get("new_weight", 24 / (24 + options.get("prior", 0))))
+    done = blended_(net, drawn().split(5), feed="sequential", memory_bytes=memory_bytes, **options)
+    assert done.target == "blend"
+    for name, moments in statistics(net).items():
+        torch.testing.assert_close(moments, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_layers_above_see_the_batch_normalized_by_itself_under_the_batch_feed():
+    net = some(nets.plain)
+    population, old = copy.deepcopy(net), statistics(net)
+    recalibrate_(population, drawn().split(6), feed="batch")
+    blended_(net, drawn().split(6), feed="batch", new_weight=0.25)
+    for name, (mean, var) in statistics(population).items():
+        old_mean, old_var = old[name]
+        expected = 0.75 * old_mean + 0.25 * mean
+        raw = 0.75 * (old_var + old_mean**2) + 0.25 * (var + mean**2)
+        found = statistics(net)[name]
+        torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1], raw - expected**2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"new_weight": 0.4}, {"prior": 10}, {}])
+def test_batches_of_any_size_and_order_give_the_same(options):
+    net, x = some(), drawn()
+    found = []
+    for batches in ([x], x.split(1), x.split(7), x.flip(0).split(5), iter(x.split(9))):
+        model = copy.deepcopy(net)
+        done = blended_(model, batches, feed="sequential", **options)
+        found.append((statistics(model), [layer.new_weight for layer in done.layers]))
+    for moments, weights in found[1:]:
+        assert weights == pytest.approx(found[0][1], rel=1e-5)
+        for name in moments:
+            torch.testing.assert_close(moments[name], found[0][0][name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_more_examples_the_nearer_to_the_population():
+    net = some()
+    weights = []
+    for n in (1, 2, 8, 24):
+        done = blended_(copy.deepcopy(net), [drawn(n)], prior=8)
+        assert [layer.new_weight for layer in done.layers] == pytest.approx([n / (n + 8)] * 5)
+        weights.append(done.layers[0].new_weight)
+    assert weights == sorted(weights)
+
+
+def test_an_interrupted_run_of_another_prior_is_not_taken(tmp_path):
+    net = some()
+    blended_(copy.deepcopy(net), drawn().split(6), memory_bytes=0, state=tmp_path, prior=8)
+    model, expected = copy.deepcopy(net), copy.deepcopy(net)
+    done = blended_(model, drawn().split(6), memory_bytes=0, state=tmp_path, prior=2)
+    assert done.effort.n_resumed == 0
+    blended_(expected, drawn().split(6), memory_bytes=0, prior=2)
+    assert equal(model, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"target": "population", "prior": 3}, "only target blend"),
+        ({"target": "train-batch", "train_batch_size": 2, "new_weight": 0.5}, "only target blend"),
+        ({"prior": "auto", "new_weight": 0.5}, "both say how much"),
+        ({"prior": -1}, "prior: -1"),
+        ({"prior": "most"}, "prior: most"),
+        ({"prior": math.nan}, "prior: nan"),
+        ({"new_weight": 1.5}, "new_weight: 1.5"),
+        ({"target": "half"}, "expected population, train-batch, reference or blend"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, found):
+    net = some()
+    before = copy.deepcopy(net)
+    with pytest.raises(ConfigError, match=found):
+        recalibrate_(net, [drawn()], **{"target": "blend"} | options)
+    assert equal(net, before)
