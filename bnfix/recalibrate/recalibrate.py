@@ -31,6 +31,7 @@ from bnfix.recalibrate.collector import (
     stored_moments,
 )
 from bnfix.recalibrate.passes import Enough, Kept, collect, one_pass
+from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.targets import Wanted
 
 #: Residual that is worth a word.
@@ -99,7 +100,7 @@ class Effort:
 class Calibration:
     """What `recalibrate_` did."""
 
-    target: str  # population, train-batch B, reference or blend
+    target: str  # population, train-batch B, reference, interpolated or blend
     feed: str
     n_examples: int
     n_batches: int
@@ -133,7 +134,7 @@ def recalibrate_(
     *,
     target: str = "population",
     train_batch_size: int | None = None,
-    reference: nn.Module | None = None,
+    reference: Originals | None = None,
     prior: float | str | None = None,
     new_weight: float | None = None,
     feed: str | None = None,
@@ -163,17 +164,19 @@ def recalibrate_(
             average: var - Vm / B, Vm the variance over examples of the per-example mean; or
             ``reference``, those that give each layer's output the moments that the original's has
             on the same examples (`bnfix.recalibrate.reference`), which may be few, and others than
-            those of training; or ``blend``, between those stored and the population's, by the law
-            of total variance (`bnfix.recalibrate.blend`). Standard errors are those of population
+            those of training; ``interpolated``, the same with the mean of several networks' means
+            and deviations; or ``blend``, between those stored and the population's, by the law of
+            total variance (`bnfix.recalibrate.blend`). Standard errors are those of population
             moments.
         train_batch_size: B of ``train-batch``.
-        reference: the original, with the same norm layers; only read. Costs one pass more.
+        reference: the original, with the same norm layers; only read. Costs one pass more. Of
+            ``interpolated`` the networks that the model is the mean of, each with its weight.
         prior: of ``blend``: how many examples the stored statistics count for, N, so that new ones
             of n examples weigh n / (n + N); 0 for ``population``; ``auto``, the default: by how far
             each layer has drifted.
         new_weight: of ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
         feed: what the layers above a layer see. ``batch``, the default: its output normalized by
-            the batch's own moments, one pass. ``sequential``, the only one of ``reference``: its
+            the batch's own moments, one pass. ``sequential``, the only one with a reference: its
             output in inference with its new moments, layer after layer, exact whatever the batches
             (if every pass gives the same examples). One pass, in which all batches wait for each
             other at each layer, if what they hold fits the memory, and the first two by themselves
@@ -227,7 +230,7 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    feed = feed or ("sequential" if target == "reference" else "batch")
+    feed = feed or ("batch" if reference is None else "sequential")
     wanted = Wanted(target, train_batch_size, reference, prior=prior, new_weight=new_weight)
     wanted.check(feed)
     _check_samples(samples, tolerance, batches)

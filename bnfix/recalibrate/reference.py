@@ -10,6 +10,14 @@ its normalized output has the moments that the original's has, for which mean_O,
 So the original's statistics stay the anchor: that the images are few, or others than those of
 training, moves mu_M with mu_O and v_M with v_O, and cancels (a control variate).
 
+A mean of several networks has all of them for originals. With their weights w_k, of sum 1, its
+normalized output gets the mean and the standard deviation
+
+    m = sum_k w_k (mu_k - mean_k) / sqrt(var_k + eps_k)
+    s = sum_k w_k sqrt(v_k / (var_k + eps_k))
+
+which for one original are those above.
+
 Source: Jordan et al., "REPAIR", 2023, corrects merged networks by the same two moments. Deviations
 are matched, not regressed: a slope cov / v_M shrinks every layer by the correlation lost.
 """
@@ -17,7 +25,7 @@ are matched, not regressed: a slope cov / v_M shrinks every layer by the correla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,30 +43,52 @@ from bnfix.recalibrate.collector import (
     stored_moments,
 )
 
+#: The network to match, or several with their weights.
+Originals = nn.Module | Mapping[nn.Module, float]
+
 #: v_M / v_O beyond which the two networks' channels have little in common: 100 deviations to 1.
 _LEAST, _MOST = 1e-4, 1e4
 #: A channel is dead if its variance is at most this part of eps, or of its squared mean.
 _DEAD_BY_EPS, _DEAD_BY_MEAN = 1e-6, 1e-10
 
 
-class Reference(Target):
-    """The rule of a network that is healthy, and that is only read."""
+@dataclass
+class _Original:
+    """A network to match, and what its layers have met."""
 
-    def __init__(self, original: nn.Module, model: nn.Module, sites: Sequence[NormSite]) -> None:
+    network: nn.Module
+    weight: float
+    sites: dict[str, NormSite]
+    measured: Mapping[str, Accumulator]
+
+
+class Reference(Target):
+    """The rule of a network that is healthy, or of several with a weight each; only read."""
+
+    def __init__(self, originals: Originals, model: nn.Module, sites: Sequence[NormSite]) -> None:
         super().__init__()
-        self.name = "reference"
-        self._original = original
-        self._sites = _counterparts(original, model, sites)
-        self._measured: Mapping[str, Accumulator] = {}
+        self.name = "reference" if isinstance(originals, nn.Module) else "interpolated"
+        weights = {originals: 1.0} if isinstance(originals, nn.Module) else originals
+        if not weights or min(weights.values()) <= 0:
+            raise ConfigError(
+                f"reference: weights {list(weights.values())}, expected numbers above 0.",
+                name="reference",
+            )
+        whole = sum(weights.values())
+        self._originals = [
+            _Original(network, weight / whole, _counterparts(network, model, sites), {})
+            for network, weight in weights.items()
+        ]
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
-        """Run the batches through the original, once, as in inference."""
-        # What its forward changes is put back, and no word to the model's owner.
-        source = replace(source, model=self._original, changed={})
-        collector = Collector(list(self._sites.values()), source.cost, by_batch=False)
-        run(source, collector)
-        self._measured = collector.sums.measured
-        return 1.0
+        """Run the batches through each original, once, as in inference."""
+        for one in self._originals:
+            # What its forward changes is put back, and no word to the model's owner.
+            theirs = replace(source, model=one.network, changed={})
+            collector = Collector(list(one.sites.values()), source.cost, by_batch=False)
+            run(theirs, collector)
+            one.measured = collector.sums.measured
+        return float(len(self._originals))
 
     def moments(self, site: NormSite, sums: Accumulator) -> tuple[Tensor, Tensor]:
         """Mean and variance ``(C,)``, float64, that give the layer's output the original's moments.
@@ -67,29 +97,45 @@ class Reference(Target):
         only the original's is, or r is out of range, the population moments are all there is.
         """
         mean_m, var_m = super().moments(site, sums)
-        if site.name not in self._measured:
+        if not all(site.name in one.measured for one in self._originals):
             self.unmatched[site.name] = mean_m.numel()
             return mean_m, var_m
-        # Their layer's channel groups may be finer than this one's.
-        theirs = self._sites[site.name]
-        mean_o, var_o, stored_mean, stored_var = (
-            moment.to(mean_m)
-            for pair in (self._measured[site.name].statistics(None), stored_moments(theirs))
-            for moment in over_groups(site, *pair)
-        )
-        eps_m, eps_o = eps_of(site), eps_of(theirs)
+        mean_o, var_o, stored_mean, spread = self._as_one(site, mean_m)
+        eps_m, eps_o = eps_of(site), eps_of(self._originals[0].sites[site.name])
         dead_m, dead_o = _dead(mean_m, var_m, eps_m), _dead(mean_o, var_o, eps_o)
         ratio = torch.where(dead_m, 1.0, var_m / var_o)
-        var = (stored_var + eps_o) * ratio - eps_m
+        var = spread * ratio - eps_m
         negative = var < 0
         var = var.clamp_min(0)
-        scale = ((var + eps_m) / (stored_var + eps_o)).sqrt()
+        scale = ((var + eps_m) / spread).sqrt()
         mean = mean_m - scale * (mean_o - stored_mean)
         # NaN, of two variances that are 0, is not in the range either.
         foreign = ~dead_m & (dead_o | ~((ratio >= _LEAST) & (ratio <= _MOST)))
         # Dead in both, a channel has the original's moments: a constant.
         self.unmatched[site.name] = int((dead_m & ~dead_o | negative | foreign).sum())
         return torch.where(foreign, mean_m, mean), torch.where(foreign, var_m, var)
+
+    def _as_one(self, site: NormSite, like: Tensor) -> tuple[Tensor, ...]:
+        """Moments met, stored mean, and stored var + eps, of one original that stands for all."""
+        found: Any = 0.0
+        for one in self._originals:
+            theirs = one.sites[site.name]
+            # Their layer's channel groups may be finer than this one's.
+            mean, var, stored_mean, stored_var = (
+                moment.to(like)
+                for pair in (one.measured[site.name].statistics(None), stored_moments(theirs))
+                for moment in over_groups(site, *pair)
+            )
+            deviation = (stored_var + eps_of(theirs)).sqrt()
+            shift, scale = (mean - stored_mean) / deviation, var.sqrt() / deviation
+            found += one.weight * torch.stack([shift, scale, stored_mean, deviation])
+        shift, scale, stored_mean, deviation = found
+        return (
+            stored_mean + shift * deviation,
+            (scale * deviation).square(),
+            stored_mean,
+            deviation.square(),
+        )
 
 
 def _dead(mean: Tensor, var: Tensor, eps: float) -> Tensor:

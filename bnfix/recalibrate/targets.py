@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from bnfix.core.errors import ConfigError
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.blend import Blend, Weight, by_drift, by_examples, fixed
 from bnfix.recalibrate.collector import Target
-from bnfix.recalibrate.reference import Reference
+from bnfix.recalibrate.reference import Originals, Reference
 
 
 @dataclass(frozen=True)
@@ -22,29 +22,31 @@ class Wanted:
 
     target: str
     train_batch_size: int | None = None
-    reference: nn.Module | None = None
+    reference: Originals | None = None
     prior: float | str | None = None
     new_weight: float | None = None
 
     def check(self, feed: str) -> None:
         """Refuse what is unknown, missing, out of range or another target's."""
         target, b = self.target, self.train_batch_size
-        known = target in ("population", "train-batch", "reference", "blend")
+        takes = {"reference": nn.Module, "interpolated": Mapping}.get(target)
+        known = takes is not None or target in ("population", "train-batch", "blend")
         if not known or feed not in ("batch", "sequential"):
             raise ConfigError(
-                f"target {target!r}, feed {feed!r}: expected population, train-batch, reference "
-                "or blend, batch or sequential."
+                f"target {target!r}, feed {feed!r}: expected population, train-batch, "
+                "reference, interpolated or blend, batch or sequential."
             )
         if target == "train-batch" and (b is None or b < 1):
             raise ConfigError("target train-batch: give train_batch_size, at least 1.")
-        if (target == "reference") != (self.reference is not None):
+        if not isinstance(self.reference, takes or type(None)):
             raise ConfigError(
-                "target reference: give the original as reference=; no other target takes one.",
+                "target reference: give the original as reference=; interpolated: the networks, "
+                "each with its weight, as reference={network: weight}; no other target takes one.",
                 name="reference",
             )
-        if target == "reference" and feed == "batch":
+        if takes is not None and feed == "batch":
             raise ConfigError(
-                "target reference: needs the sequential feed. Under the batch feed a layer sees "
+                f"target {target}: needs the sequential feed. Under the batch feed a layer sees "
                 "what batches normalized by themselves, which the original's stored statistics "
                 "never gave.",
                 name="feed",
@@ -79,7 +81,9 @@ class Wanted:
 
     def to_json(self) -> dict[str, Any]:
         """What tells runs of different targets apart."""
-        own = {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
-        if self.reference is not None:
+        own: dict[str, Any] = {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
+        if isinstance(self.reference, nn.Module):
             own["reference"] = identity_of(self.reference, {})
+        elif self.reference is not None:
+            own["reference"] = [(identity_of(n, {}), w) for n, w in self.reference.items()]
         return {"target": self.target, **own}
