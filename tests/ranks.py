@@ -1,5 +1,6 @@
 """What test_processes.py starts in several processes: everything that the ranks do together."""
 
+import copy
 import sys
 
 import numpy as np
@@ -98,6 +99,10 @@ def everything():
         mixed = net()
         recalibrate_(mixed, dealt(), target="blend", feed="sequential", memory_bytes=memory)
         found |= {f"blend {memory} {name}": v for name, v in statistics(mixed).items()}
+        mean, both = copy.deepcopy(damaged), {original: 1.0, lived_in(net(), seed=4): 3.0}
+        options = {"target": "interpolated", "reference": both, "memory_bytes": memory}
+        recalibrate_(mean, dealt(), **options)
+        found |= {f"interpolated {memory} {name}": v for name, v in statistics(mean).items()}
     judged = evaluate(damaged, dealt(), reference=original)
     found["agreement"] = np.array([judged.top1, judged.nll, judged.examples.blind_loss])
     recipe = FinetuneRecipe(train="norms", epochs=1)

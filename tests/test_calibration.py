@@ -1013,7 +1013,10 @@ def test_batches_that_can_be_had_only_once_are_refused_where_they_are_needed_aga
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"target": "train"}, "target 'train', feed 'batch': expected population, train-batch or"),
+        (
+            {"target": "train"},
+            "target 'train', feed 'batch': expected population, train-batch, reference or",
+        ),
         ({"feed": "all"}, "target 'population', feed 'all': expected"),
         ({"target": "train-batch"}, "train-batch: give train_batch_size, at least 1"),
         ({"target": "train-batch", "train_batch_size": 0}, "give train_batch_size, at least 1"),

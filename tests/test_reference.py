@@ -211,6 +211,16 @@ def test_a_layer_that_the_original_never_reaches_gets_population_moments():
         ({"reference": None}, "target reference: give the original as reference="),
         ({"feed": "batch"}, "target reference: needs the sequential feed"),
         ({"target": "population"}, "target reference: give the original as reference="),
+        ({"target": "interpolated"}, r"as reference=\{network: weight\}"),
+        ({"target": "interpolated", "reference": {}}, r"reference: weights \[\], expected"),
+        (
+            {"target": "interpolated", "reference": {nets.plain(): 0.0}},
+            r"weights \[0\.0\], expected",
+        ),
+        (
+            {"target": "reference", "reference": {nets.plain(): 1.0}},
+            "give the original as reference=",
+        ),
     ],
 )
 def test_options_that_contradict_are_refused(options, found):
@@ -375,3 +385,78 @@ def test_a_pruned_network_comes_back_from_few_images_of_any_kind():
                 found[name, target] = float(model(x).argmax(1).eq(y).float().mean())
     assert found["own", "reference"] > found["own", "population"] + 0.03
     assert found["digits", "reference"] > found["digits", "population"] + 0.2
+
+
+# --- several originals: the mean of their normalized moments ---
+
+
+def mean_by_hand(model, originals, x):
+    """The statistics of a `Plain` network between others, layer by layer, in float64."""
+    model = copy.deepcopy(model).double()
+    nets_of = [(copy.deepcopy(net).double(), weight) for net, weight in originals.items()]
+    whole = sum(weight for _, weight in nets_of)
+    y, theirs = x.double(), [x.double()] * len(nets_of)
+    found = {}
+    with torch.no_grad():
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
+            shift = scale = 0.0
+            for k, (net, weight) in enumerate(nets_of):
+                norm = getattr(net, bn)
+                below = getattr(net, conv)(theirs[k])
+                plain = nn.functional.batch_norm(
+                    below, norm.running_mean, norm.running_var, eps=norm.eps
+                )
+                mean, var = channel_moments(plain)
+                shift, scale = shift + weight / whole * mean, scale + weight / whole * var**0.5
+                theirs[k] = norm(below).relu()
+            z, norm = getattr(model, conv)(y), getattr(model, bn)
+            mean, var = channel_moments(z)
+            # (mean - m) / sqrt(v + eps) = shift and sqrt(var / (v + eps)) = scale.
+            norm.running_var.copy_(torch.from_numpy(var / scale**2 - norm.eps))
+            norm.running_mean.copy_(torch.from_numpy(mean - shift * var**0.5 / scale))
+            found[bn] = (norm.running_mean.clone(), norm.running_var.clone())
+            y = norm(z).relu()
+    return found
+
+
+def several(n=3):
+    return {some(nets.plain, seed=seed): 1.0 + seed for seed in range(n)}
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 0])
+def test_statistics_between_several_are_those_found_by_hand(memory_bytes):
+    originals = several()
+    model = some(nets.plain, seed=7)
+    model.bn1.eps, next(iter(originals)).bn2.eps = 1e-3, 1e-2
+    expected = mean_by_hand(model, originals, drawn())
+    before = [{k: v.clone() for k, v in net.state_dict().items()} for net in originals]
+    batches = drawn().split(5)
+    done = recalibrate_(
+        model, batches, target="interpolated", reference=originals, memory_bytes=memory_bytes
+    )
+    assert farthest(statistics(model), expected) < 1e-5
+    assert (done.target, done.feed) == ("interpolated", "sequential")
+    # One pass of each original, and what the feed takes by itself.
+    assert done.passes == pytest.approx(4.0 if memory_bytes is None else 5.0)
+    for net, values in zip(originals, before, strict=True):
+        assert all(torch.equal(v, values[k]) for k, v in net.state_dict().items())
+
+
+def test_one_original_or_copies_of_it_are_a_reference():
+    original = some(nets.residual)
+    expected = pruned(original)
+    matched_(expected, original, [drawn()])
+    for originals in ({original: 5.0}, {original: 1.0, copy.deepcopy(original): 2.0}):
+        model = pruned(original)
+        recalibrate_(model, [drawn()], target="interpolated", reference=originals)
+        assert farthest(statistics(model), statistics(expected)) < 1e-6
+
+
+def test_only_the_ratio_of_the_weights_matters():
+    found = []
+    for factor in (1, 10):
+        model = some(nets.plain, seed=7)
+        originals = {net: factor * weight for net, weight in several().items()}
+        recalibrate_(model, [drawn()], target="interpolated", reference=originals)
+        found.append(statistics(model))
+    assert farthest(*found) < 1e-6

@@ -34,7 +34,7 @@ class Wanted:
         if not known or feed not in ("batch", "sequential"):
             raise ConfigError(
                 f"target {target!r}, feed {feed!r}: expected population, train-batch, "
-                "reference, interpolated or blend, batch or sequential."
+                "reference or blend (or interpolated), batch or sequential."
             )
         if target == "train-batch" and (b is None or b < 1):
             raise ConfigError("target train-batch: give train_batch_size, at least 1.")
@@ -81,7 +81,9 @@ class Wanted:
 
     def to_json(self) -> dict[str, Any]:
         """What tells runs of different targets apart."""
-        own: dict[str, Any] = {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
+        own: dict[str, Any] = (
+            {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
+        )
         if isinstance(self.reference, nn.Module):
             own["reference"] = identity_of(self.reference, {})
         elif self.reference is not None:
