@@ -13,21 +13,38 @@ def population(running, groups):
     return out_mean, out_var
 
 
-def evaluate(x, gamma, beta, running, *, groups, example_weight, eps):
+def evaluate(
+    x, gamma, beta, running, *, groups, example_weight, eps, batch_weight=0.0, median=False
+):
     """Inference, one example and one channel group at a time, from raw moments."""
     x = np.asarray(x, np.float64)
     n, c = x.shape[:2]
-    a = np.broadcast_to(np.asarray(example_weight, np.float64), (c,))
+    a, b = (
+        np.broadcast_to(np.asarray(w, np.float64), (c,)) for w in (example_weight, batch_weight)
+    )
     pop_mean, pop_var = population(running, groups)
     y = np.empty_like(x)
-    for i in range(n):
-        for group in np.split(np.arange(c), groups):
+    for group in np.split(np.arange(c), groups):
+        batch_mean, batch_var = batch_moments([x[i, group] for i in range(n)], median)
+        for i in range(n):
             block = x[i, group]
             for ch in group:
-                m1 = (1 - a[ch]) * pop_mean[ch] + a[ch] * block.mean()
-                m2 = (1 - a[ch]) * (pop_var[ch] + pop_mean[ch] ** 2) + a[ch] * (block**2).mean()
+                rest = 1 - a[ch] - b[ch]
+                m1 = rest * pop_mean[ch] + b[ch] * batch_mean + a[ch] * block.mean()
+                m2 = rest * (pop_var[ch] + pop_mean[ch] ** 2) + a[ch] * (block**2).mean()
+                m2 += b[ch] * (batch_var + batch_mean**2)
                 y[i, ch] = gamma[ch] * (x[i, ch] - m1) / np.sqrt(m2 - m1**2 + eps) + beta[ch]
     return y
+
+
+def batch_moments(blocks, median):
+    """Mean and variance of all values, or by medians over the examples' moments."""
+    if not median:
+        return np.mean(blocks), np.var(blocks)
+    means, variances = ([f(block) for block in blocks] for f in (np.mean, np.var))
+    centre = np.median(means)
+    spread = 1.4826 * np.median(np.abs(np.asarray(means) - centre))
+    return centre, np.median(variances) + spread**2
 
 
 def train(x, gamma, beta, *, groups, ghost_size, eps):

@@ -347,6 +347,12 @@ FORGED: dict[str, Any] = {
     "eps negative": {"format": 1, "norms": {"bn1": BN1 | {"eps": -1}}},
     "eps a text": {"format": 1, "norms": {"bn1": BN1 | {"eps": "1e-5"}}},
     "eps true": {"format": 1, "norms": {"bn1": BN1 | {"eps": True}}},
+    "batch above 1": {"format": 1, "norms": {"bn1": BN1 | {"batch_weight": 1.5}}},
+    "both above 1": {"format": 1, "norms": {"bn1": BN1 | {"batch_weight": 0.6}}},
+    "batch a text": {"format": 1, "norms": {"bn1": BN1 | {"batch_weight": "0.5"}}},
+    "batch true": {"format": 1, "norms": {"bn1": BN1 | {"batch_weight": [True] * 6}}},
+    "batch too few": {"format": 1, "norms": {"bn1": BN1 | {"batch_weight": [0.5] * 5}}},
+    "estimator": {"format": 1, "norms": {"bn1": BN1 | {"batch_estimator": ["mode"]}}},
     "history a text": {"format": 1, "history": "long"},
     "history of numbers": {"format": 1, "history": [1, 2]},
 }

@@ -477,7 +477,9 @@ def test_every_field_is_kept():
     for name, value in old.items():
         if name not in ("_buffers", "_non_persistent_buffers_set"):
             assert new[name] == value, name
-    assert set(new) - set(old) == {"channel_groups", "ghost_size", "_live", "_shiftable"}
+    assert set(new) - set(old) == {
+        "channel_groups", "ghost_size", "_live", "_shiftable", "_uses_batch",
+    }  # fmt: skip
     assert list(stock_state(net)) == keys
     assert net[0].eps == 3e-3
     assert net[0].momentum is None

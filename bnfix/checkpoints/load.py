@@ -221,11 +221,12 @@ def _stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def weight_buffers(model: nn.Module) -> set[str]:
-    """The keys of the example weights of bnfix's layers, which stock layers do not have."""
+    """The keys of the weights of bnfix's layers, which stock layers do not have."""
     return {
-        f"{name}.example_weight".removeprefix(".")  # the model may be a layer itself
+        f"{name}.{weight}".removeprefix(".")  # the model may be a layer itself
         for site in find_norms(model)
         for name in (site.name, *site.aliases)
+        for weight in ("example_weight", "batch_weight")
         if hasattr(site.module, "channel_groups")
     }
 
@@ -316,11 +317,13 @@ def _settings(stated: Any) -> dict[str, Any]:
     names = ("channel_groups", "ghost_size", "example_weight", "eps")
     values: list[Any] = [stated.get(name) for name in names]
     groups, size, weight, eps = values
+    batch = stated.get("batch_weight", 0)
     if not all(type(n) is int and n >= 1 for n in (groups, 1 if size is None else size)):
         raise ValueError("channel_groups and ghost_size are counts of at least 1")
-    for found in weight if isinstance(weight, list) else [weight]:
-        if type(found) not in (int, float) or not 0 <= found <= 1:
-            raise ValueError("example_weight is a number from 0 to 1, or a list of such")
+    for name, stated_weight in (("example_weight", weight), ("batch_weight", batch)):
+        for found in stated_weight if isinstance(stated_weight, list) else [stated_weight]:
+            if type(found) not in (int, float) or not 0 <= found <= 1:
+                raise ValueError(f"{name} is a number from 0 to 1, or a list of such")
     if type(eps) not in (int, float) or not 0 <= eps < 1e6:
         raise ValueError("eps is a number of at least 0")
     return stated
@@ -355,4 +358,9 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
         for name, stated in settings.items():
             layer = model.get_submodule(name)
             layer.__dict__["eps"] = float(stated["eps"])
-            set_example_weight_(layer, stated["example_weight"])
+            set_example_weight_(
+                layer,
+                stated["example_weight"],
+                batch_weight=stated.get("batch_weight", 0.0),
+                batch_estimator=stated.get("batch_estimator", "mean"),
+            )

@@ -206,16 +206,17 @@ def metadata_of(
     """The header of a model's file: settings of the norm layers, and where the model came from."""
     origin = origin_of(model)
     known = preprocessing or origin.preprocessing
-    norms = {}
+    norms: dict[str, dict[str, Any]] = {}
     for name, layer in generalized_norms(model):
-        weight = layer.example_weight
-        equal = weight.ndim == 0 or bool((weight == weight[0]).all())
         norms[name] = {
             "channel_groups": layer.channel_groups,
             "ghost_size": layer.ghost_size,
-            "example_weight": float(weight.flatten()[0]) if equal else weight.tolist(),
+            "example_weight": _weight(layer.example_weight),
             "eps": layer.eps,
         }
+        if layer.batch_weight is not None:
+            norms[name]["batch_weight"] = _weight(layer.batch_weight)
+            norms[name]["batch_estimator"] = layer.batch_estimator
     return {
         "format": FORMAT,
         "bnfix": __version__,
@@ -224,6 +225,12 @@ def metadata_of(
         "norms": norms,
         "history": [*origin.history, *([] if entry is None else [dict(entry)])],
     }
+
+
+def _weight(weight: Tensor) -> float | list[float]:
+    """One number where all channels have the same, or one a channel."""
+    equal = weight.ndim == 0 or bool((weight == weight[0]).all())
+    return float(weight.flatten()[0]) if equal else weight.tolist()
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:

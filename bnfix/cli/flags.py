@@ -343,13 +343,16 @@ Model = Annotated[
 Inputs = Annotated[DataRecipe, {DATA: INPUT}]
 Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}"}]
 Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} test"}]
+Swapped = Annotated[
+    SwapRecipe, {NORM: "to ghost_size channel_groups layers skip example_weight batch_weight"}
+]
 Layers = Annotated[SwapRecipe, {NORM: "layers skip"}]
 Statistics = Annotated[
     StatisticsRecipe,
     {NORM: "statistics train_batch_size feed samples tolerance include_frozen"},
 ]
 Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
-Weight = Annotated[WeightRecipe, {NORM: "example_weight granularity pointwise thin"}]
+Weight = Annotated[WeightRecipe, {NORM: "example_weight batch_weight granularity pointwise thin"}]
 Tuned = Annotated[
     FinetuneRecipe,
     {

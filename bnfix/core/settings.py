@@ -91,6 +91,7 @@ class SwapRecipe:
     channel_groups: int | None = option(None, "Channel groups that share their statistics.")
     layers: tuple[str, ...] = option((), "Only layers whose dotted name matches; repeatable.")
     skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
+    batch_weight: float | None = option(None, "Weight of the batch in the statistics, 0..1.")
 
     def __post_init__(self) -> None:
         one_of(self.to, KINDS, "--to")
@@ -98,6 +99,8 @@ class SwapRecipe:
         require(
             a is None or 0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight"
         )
+        room, b = 1 - (KINDS[self.to][2] if a is None else a), self.batch_weight or 0.0
+        require(0 <= b <= room, f"--batch-weight: {b}, expected 0 to {room:g}.", "batch_weight")
         in_range(self, 1, math.inf, "ghost_size", "channel_groups")
 
 
@@ -190,6 +193,7 @@ class WeightRecipe:
     )
     lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
     start: float = option(0.05, "Least weight from which learning starts.")
+    batch_weight: str | float = option("keep", "keep, or the weight of the batch, 0 to 1.")
 
     def __post_init__(self) -> None:
         a = self.example_weight
@@ -197,6 +201,9 @@ class WeightRecipe:
             one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
         else:
             require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
+        b, room = self.batch_weight, 1.0 if isinstance(a, str) else 1 - a
+        ok = b == "keep" or (not isinstance(b, str) and 0 <= b <= room)
+        require(ok, f"--batch-weight: {b}, expected keep or 0 to {room:g}.", "batch_weight")
         one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
         in_range(self, 0, 1, "thin")
 

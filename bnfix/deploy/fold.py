@@ -169,7 +169,8 @@ def _candidate(
     """A fold that may be tried, or why not."""
     norm = site.module
     if isinstance(norm, GeneralizedBatchNorm) and norm.live:
-        return "weighs the example (example weight above 0)"
+        looked_at = "batch" if norm.uses_batch else "example"
+        return f"weighs the {looked_at} ({looked_at} weight above 0)"
     if site.problem or not site.has_statistics:
         return site.problem or "keeps no population statistics"
     if hooked(norm):

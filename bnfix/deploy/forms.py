@@ -84,8 +84,15 @@ class Making:
             self.notes.append(f"nothing was folded: {error}")
         for layer in [layer for _, layer in generalized_norms(self.net) if layer.live]:
             # The plain layer is made of standard operators only.
-            weight, groups = layer.example_weight, layer.channel_groups
-            guards.exchange_(layer, plain.ExampleNorm(layer, weight, groups, layer.eps).eval())
+            new = plain.ExampleNorm(
+                layer,
+                layer.example_weight,
+                layer.channel_groups,
+                layer.eps,
+                0.0 if layer.batch_weight is None else layer.batch_weight,
+                layer.batch_estimator == "median",
+            )
+            guards.exchange_(layer, new.eval())
         content = self._write(self.net, self.names)
         return content, None, self._runner(content)
 

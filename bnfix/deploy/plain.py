@@ -29,13 +29,16 @@ class ExampleNorm(nn.Module):
     """Batch Norm at inference with each example's own moments mixed into the population's.
 
     mu = (1-a) mean + a mean_i; var' = (1-a) var + a var_i + a (1-a) (mean_i - mean)^2; then
-    y = gamma (x - mu) / sqrt(var' + eps) + beta, per example i and channel group.
+    y = gamma (x - mu) / sqrt(var' + eps) + beta, per example i and channel group. A weight of the
+    batch mixes its moments into (mean, var) first, so that outputs depend on the batch.
 
     Args:
         norm: the layer it replaces, whose parameters, buffers and submodules it takes over.
         example_weight: a, one number or one a channel.
         channel_groups: groups of channels that share their moments.
         eps: added to the variance.
+        batch_weight: b, one number or one a channel; a + b is at most 1.
+        median: the batch's moments are medians over its examples.
     """
 
     weight: Tensor | None
@@ -43,9 +46,16 @@ class ExampleNorm(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
     example_weight: Tensor
+    batch_share: Tensor  # of what is not the example's
 
     def __init__(
-        self, norm: nn.Module, example_weight: Any, channel_groups: int, eps: float
+        self,
+        norm: nn.Module,
+        example_weight: Any,
+        channel_groups: int,
+        eps: float,
+        batch_weight: Any = 0.0,
+        median: bool = False,
     ) -> None:
         super().__init__()
         for name, parameter in norm._parameters.items():
@@ -54,9 +64,16 @@ class ExampleNorm(nn.Module):
             self.register_buffer(name, buffer)
         for name, child in norm._modules.items():
             self.add_module(name, child)
-        self.groups, self.eps = channel_groups, eps
+        self.groups, self.eps, self.median = channel_groups, eps, median
         a = torch.as_tensor(example_weight, dtype=torch.float32)
-        self.register_buffer("example_weight", a, persistent=False)
+        b = torch.as_tensor(batch_weight, dtype=torch.float32)
+        share = (b / (1 - a).clamp_min(1e-6)).clamp_max(1.0)
+        for name, buffer in (("example_weight", a), ("batch_share", share)):
+            # A replaced layer of bnfix has brought buffers of its own.
+            self._buffers.pop(name, None)
+            self.register_buffer(name, buffer, persistent=False)
+        self._buffers.pop("batch_weight", None)
+        self.uses_batch = bool((b != 0).any())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize."""
@@ -72,6 +89,10 @@ class ExampleNorm(nn.Module):
                 self.running_mean.to(values.dtype).view(one),
                 self.running_var.to(values.dtype).view(one),
             )
+            if self.uses_batch:
+                population_mean, population_var = self._with_batch(
+                    mu, var, population_mean, population_var
+                )
             a = self.example_weight.to(values.dtype).view(one)
             gap = mu - population_mean
             mu = population_mean + a * gap
@@ -87,6 +108,24 @@ class ExampleNorm(nn.Module):
             y = child(y)
         return y
 
+    def _with_batch(
+        self, mean: Tensor, var: Tensor, population_mean: Tensor, population_var: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mix the batch's moments, made from its examples', into the population's."""
+        if self.median:
+            centre = _median(mean)
+            spread = 1.4826 * _median((mean - centre).abs())
+            mean, var = centre, _median(var) + spread * spread
+        else:
+            centre = mean.mean(0, keepdim=True)
+            gaps = mean - centre
+            mean, var = centre, (var + gaps * gaps).mean(0, keepdim=True)
+        share = self.batch_share.to(mean.dtype).view(1, -1, *(1 for _ in mean.shape[2:]))
+        gap = mean - population_mean
+        spread = share * (1 - share) * gap * gap
+        var = (1 - share) * population_var + share * var + spread
+        return population_mean + share * gap, var
+
     def _pooled(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """Mix the moments within each channel group; every channel gets its group's."""
         if self.groups == mean.shape[1]:
@@ -96,6 +135,16 @@ class ExampleNorm(nn.Module):
         group = means.mean(2, keepdim=True)
         spread = (variances + (means - group) * (means - group)).mean(2, keepdim=True)
         return group.expand_as(means).flatten(1, 2), spread.expand_as(means).flatten(1, 2)
+
+
+def _median(values: Tensor) -> Tensor:
+    """Over examples; of an even number the mean of the middle two."""
+    # By ranks, not by an index, which a tracer would bind to the number of examples.
+    rank = torch.arange(values.shape[0], device=values.device)
+    middle = (2 * rank - (values.shape[0] - 1)).abs() <= 1
+    ordered = values.sort(0).values
+    chosen = torch.where(middle.view(-1, *(1 for _ in values.shape[1:])), ordered, 0.0)
+    return chosen.sum(0, keepdim=True) / middle.sum()
 
 
 def build() -> nn.Module:
@@ -128,8 +177,10 @@ def load(model: nn.Module | None = None, weights: str | Path | None = None) -> n
     for name, norm in json.loads(metadata.get("bnfix", "{}")).get("norms", {}).items():
         old, a = model.get_submodule(name), norm["example_weight"]
         old.__dict__["eps"] = norm["eps"]
-        if any(a if isinstance(a, list) else [a]):
-            _replace(old, ExampleNorm(old, a, norm["channel_groups"], norm["eps"]))
+        b, median = norm.get("batch_weight", 0.0), norm.get("batch_estimator") == "median"
+        if any(any(w if isinstance(w, list) else [w]) for w in (a, b)):
+            new = ExampleNorm(old, a, norm["channel_groups"], norm["eps"], b, median)
+            _replace(old, new)
     folded = json.loads(metadata.get("bnfix_folded", "{}"))
     for name in folded.get("norms", []):
         old = model.get_submodule(name)

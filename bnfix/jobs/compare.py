@@ -51,6 +51,7 @@ from bnfix.report.predictions import check_predictions, table_of, write_predicti
 from bnfix.report.records import (
     DataUsed,
     Evaluated,
+    describe_neighbours,
     drifts_between,
     layer_rows,
     n_live,
@@ -269,7 +270,8 @@ def enter(
         loaded = load_one(path, recipe, run)
         any_task = own_metrics and runtime.has_forward(loaded.model)
         inputs = open_inputs(loaded, data, source, opened=opened, any_task=any_task)
-        notes += [f"{name}: {note}" for note in (*loaded.checkpoint.notes, *inputs.notes)]
+        remarks = [*loaded.checkpoint.notes, *inputs.notes, *describe_neighbours(loaded.model)]
+        notes += [f"{name}: {remark}" for remark in remarks]
         entrants.append(Entrant(name=name, path=str(path), loaded=loaded, inputs=inputs))
     return entrants
 

@@ -37,7 +37,7 @@ from bnfix.models.build import input_channels
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
-from bnfix.report.records import layer_rows, n_live
+from bnfix.report.records import describe_neighbours, layer_rows, n_live
 from bnfix.report.report import Report, Result
 from bnfix.weights.choose import weighable_layers
 
@@ -103,7 +103,7 @@ def convert(
         if few is not None and isinstance(few.x, torch.Tensor):
             example = few.x[:2].to(device_of(loaded.model))
     planned = plan_swap(loaded.model, swap)
-    weighs = any(change.example_weight for change in planned.changes)
+    weighs = any(change.example_weight or change.batch_weight for change in planned.changes)
     original = copy.deepcopy(loaded.model) if weighs and data is not None else None
     plan, difference, notes = _swapped(loaded, planned, swap, example, where)
     notes = [*loaded.checkpoint.notes, *notes]
@@ -143,7 +143,7 @@ def convert(
         models=(),
         layers=layer_rows(loaded.model, {}, {}),
         swap=plan,
-        assumptions=(*notes, *plan.notes),
+        assumptions=(*notes, *plan.notes, *describe_neighbours(loaded.model)),
         options=options,
         command_line=command_line,
         versions=versions(),
@@ -159,8 +159,8 @@ def _swapped(
     was_live = n_live(loaded.model) > 0
     plan = swap_planned_(loaded.model, planned)
     notes: list[str] = []
-    if example is not None and (swap.example_weight or swap.to == "group"):
-        _, excluded = weighable_layers(loaded.model, [_batch_of(example)])
+    if example is not None and (swap.example_weight or swap.batch_weight or swap.to == "group"):
+        _, excluded = weighable_layers(loaded.model, [_batch_of(example)], beside_batch=True)
         notes += zero_pointwise_(loaded.model, excluded)
     round_as_stored_(loaded.model)
     if before is None or example is None:

@@ -51,7 +51,7 @@ from bnfix.jobs.session import load_one
 from bnfix.metrics.evaluate import evaluate
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.report.export import SUFFIXES, Export, Verified
-from bnfix.report.records import DataUsed, Evaluated, layer_rows, n_live
+from bnfix.report.records import DataUsed, Evaluated, describe_neighbours, layer_rows, n_live
 from bnfix.report.report import Report
 
 #: Labelled examples that the cost of `--force-zero` is measured on, at most.
@@ -77,7 +77,7 @@ class ExportRecipe:
         forms.OPSETS[0], f"ONNX operator set, {forms.OPSETS[0]} to {forms.OPSETS[-1]}."
     )
     force_zero: bool = option(
-        False, "Set all example weights to 0 first, and report what that costs."
+        False, "Set all weights of examples and batches to 0 first, and report what that costs."
     )
     input_shape: tuple[int, ...] | None = option(
         None,
@@ -186,8 +186,10 @@ def export(
     net = loaded.model.eval()
     live = tuple(name for name, layer in generalized_norms(net) if layer.live)
     if recipe.to == "folded" and live and not recipe.force_zero:
+        batch = any(layer.uses_batch for _, layer in generalized_norms(net))
         raise ModelError(
-            f"--to folded: {len(live)} layers weigh the example and cannot be folded: "
+            f"--to folded: {len(live)} layers weigh the {'batch' if batch else 'example'} and "
+            f"cannot be folded: "
             f"{some(live)}. Use --to onnx, pt2 or plain, or --force-zero."
         )
     job = _Job(loaded, recipe, source, workers=workers, seed=seed, track=track)
@@ -204,7 +206,7 @@ def export(
         with inputs.free_size():
             elsewhere = agreement(torch_runner(net), runner, inputs.other, names, timed=False)
             job.check(elsewhere, made, inputs, inputs.other)
-    notes = [*loaded.checkpoint.notes, *inputs.notes, *made.notes]
+    notes = [*loaded.checkpoint.notes, *inputs.notes, *made.notes, *describe_neighbours(net)]
     return Export(
         to=recipe.to,
         content=content,
@@ -350,7 +352,7 @@ class _Job:
         """Set all example weights to 0, and measure the change."""
         after = self.loaded.model
         before = copy.deepcopy(after)
-        set_example_weight_(after, 0.0)
+        set_example_weight_(after, 0.0, batch_weight=0.0)
         runners = torch_runner(before), torch_runner(after)
         with guards.state_kept(before), guards.state_kept(after):
             cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))

@@ -133,19 +133,30 @@ class Fits:
         self._set_weight(value)
         return Fitted(f"example weight {value:.3g}")
 
-    def _set_weight(self, weight: float) -> None:
-        layers, excluded = self._weighable()
-        if layers:
-            set_example_weight_(self.model, dict.fromkeys(layers, weight))
+    def batch_weight(self, _: State, *, value: float) -> Fitted:
+        """One stated batch weight on every layer that can have one."""
+        self._set_weight(value, "batch")
+        return Fitted(f"batch weight {value:.3g}")
+
+    def _set_weight(self, weight: float, source: str = "example") -> None:
+        layers, excluded = self._weighable(beside_batch=True)
+        wanted = dict.fromkeys(layers, weight)
+        if layers and source == "batch":
+            set_example_weight_(self.model, batch_weight=wanted)
+        elif layers:
+            set_example_weight_(self.model, wanted)
         if excluded and weight:
             self.bench.assumptions.append(
-                f"{len(excluded)} layers keep their example weight: they have a single position a "
+                f"{len(excluded)} layers keep their {source} weight: they have a single position a "
                 "map, or no statistics (--pointwise takes the first in)."
             )
 
-    def _weighable(self) -> tuple[dict[str, GeneralizedBatchNorm], list[str]]:
+    def _weighable(
+        self, *, beside_batch: bool = False
+    ) -> tuple[dict[str, GeneralizedBatchNorm], list[str]]:
         batches = self.bench.batches(self.bench.split.fit[:8], "a look at the layers")
-        return weighable_layers(self.model, batches, pointwise=self.plan.weight.pointwise)
+        pointwise = self.plan.weight.pointwise
+        return weighable_layers(self.model, batches, pointwise=pointwise, beside_batch=beside_batch)
 
     def label_free(self, _: State, *, how: str, train_batch_size: int) -> Fitted:
         """Example weights fitted to the network's own behaviour in training mode."""
@@ -231,7 +242,7 @@ class Fits:
     def refitted(self, _: State) -> Fitted:
         """Fit scale and shift of layers that now weigh the example to the original's outputs."""
         bench = self.bench
-        bench.assumptions += zero_pointwise_(self.model, self._weighable()[1])
+        bench.assumptions += zero_pointwise_(self.model, self._weighable(beside_batch=True)[1])
         if bench.original is not None and n_live(self.model):
             index = np.random.default_rng(self.seed).permutation(bench.split.fit)
             batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift").whole()
@@ -247,5 +258,6 @@ def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
     ]
     if not live:
         return []
-    set_example_weight_(model, dict.fromkeys(live, 0.0))
+    none = dict.fromkeys(live, 0.0)
+    set_example_weight_(model, none, batch_weight=none)
     return [f"{len(live)} layers have a single position a map and keep example weight 0."]

@@ -32,6 +32,7 @@ from bnfix.report.records import (
     DataUsed,
     Evaluated,
     Trials,
+    describe_neighbours,
     drifts_between,
     layer_rows,
     n_live,
@@ -241,7 +242,9 @@ class Run:
                 refused=tuple(one for one in self.tried if id(one) not in held),
             ),
             moved=movement,
-            assumptions=tuple(dict.fromkeys(bench.assumptions)),
+            assumptions=tuple(
+                dict.fromkeys([*bench.assumptions, *describe_neighbours(self.model)])
+            ),
             n_seen=seen_before(bench.test.images, bench.split.test, bench.loaded.origin.history),
             options=options,
             seed=self.plan.gate.seed,

@@ -103,6 +103,10 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
         fit = partial(Fits.label_free, how=weight, train_batch_size=b)
         work = (Work(f"example weight: {weight}", n.fit, _LABEL_FREE_PASSES, "live"),)
         steps.append(Step(f"example weight: {weight}", WEIGHT, fit, work, gate=""))
+    batch = plan.weight.batch_weight
+    if not isinstance(batch, str):
+        fit = partial(Fits.batch_weight, value=float(batch))
+        steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
     return [*steps, *(_tuning(plan, n) if labelled else [])]
 
 
@@ -197,6 +201,7 @@ def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
                 channel_groups=swap.channel_groups or layer.channel_groups,
                 ghost_size=swap.ghost_size or layer.ghost_size,
                 example_weight=swap.example_weight,
+                batch_weight=swap.batch_weight,
             )
 
         swapped = dataclasses.replace(swapped, changes=tuple(map(keeping, swapped.changes)))

@@ -17,6 +17,9 @@ Three ways beside the plain form:
 
 With gradients, contiguous inputs on a CPU go by `moments`, others by the plain form. An epilogue
 (`Finish`) is done in place while the output is still in the cache.
+
+A weight b of the batch adds a third part. The law of total variance can be applied in any order, so
+the batch's moments, made from its examples', are mixed into the population's with b / (1-a) first.
 """
 
 from __future__ import annotations
@@ -99,10 +102,12 @@ class Terms(NamedTuple):
     eps: float
     channel_groups: int
     shiftable: bool = False  # no weight is above `SHIFTABLE`
+    batch_weight: Tensor | None = None  # b, () or (C,); needs a population
+    median: bool = False  # the batch's moments are medians over its examples
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
-        return self.mean, self.var, self.example_weight, self.gamma, self.beta
+        return self.mean, self.var, self.example_weight, self.gamma, self.beta, self.batch_weight
 
     def cast(self, dtype: torch.dtype) -> Terms:
         """Convert every tensor."""
@@ -115,9 +120,34 @@ class Terms(NamedTuple):
         kept = self._with([t if t is None or t.ndim == 0 else t[index] for t in self.tensors()])
         return kept._replace(channel_groups=self.channel_groups * len(index) // of)
 
+    def weight(self) -> Tensor:
+        """How much of the moments is measured: the example's and the batch's weight."""
+        a, b = self.example_weight, self.batch_weight
+        return a if b is None else a + b
+
+    def alone(self) -> Terms:
+        """The same for a single example, which is its batch."""
+        return self._replace(example_weight=self.weight(), batch_weight=None)
+
+    def among(self, mean: Tensor, var: Tensor) -> Terms:
+        """Mix the batch into the population, by the moments ``(N, C)`` of the batch's examples."""
+        if self.batch_weight is None or self.mean is None or self.var is None:
+            return self
+        mean, var = moments.median_mix(mean, var) if self.median else moments.mix(mean, var)
+        # The least divisor lets the weight be 0 where the example's is 1.
+        share = (self.batch_weight / (1 - self.example_weight).clamp_min(1e-6)).clamp_max(1.0)
+        gap = mean - self.mean
+        return self._replace(
+            mean=torch.lerp(self.mean, mean, share),  # exact at both ends
+            var=torch.lerp(self.var, var, share) + share * (1 - share) * gap * gap,
+            batch_weight=None,
+        )
+
     def _with(self, tensors: list[Any]) -> Terms:
-        mean, var, weight, gamma, beta = tensors
-        return self._replace(mean=mean, var=var, example_weight=weight, gamma=gamma, beta=beta)
+        mean, var, weight, gamma, beta, batch = tensors
+        return self._replace(
+            mean=mean, var=var, example_weight=weight, gamma=gamma, beta=beta, batch_weight=batch
+        )
 
 
 def values_of(input: Tensor) -> Tensor:
@@ -152,8 +182,9 @@ def affine(
 
 
 def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Moments to normalize by ``(N, C)``: the example's, mixed into the population's."""
+    """Moments to normalize by ``(N, C)``: the example's, mixed into the others."""
     mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    terms = terms.among(mean, var)
     if terms.mean is None or terms.var is None:
         return mean, var
     distance = mean - terms.mean
@@ -170,7 +201,8 @@ def _mixed_with_room(
     if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
         mu, mixed = _mixed(mean, var, terms, a)
         mixed = mixed + terms.eps
-        least = a.clamp_min(_LEAST) if isinstance(a, Tensor) else max(a, _LEAST)
+        weight = a if terms.batch_weight is None else a + terms.batch_weight
+        least = weight.clamp_min(_LEAST) if isinstance(weight, Tensor) else max(weight, _LEAST)
         return mu, mixed, torch.sub(mixed, mean * mean * (least / moments.LOST))
     # The usual case in few operations: for small layers each costs as much as the arithmetic.
     distance = mean - terms.mean
@@ -206,12 +238,17 @@ def _shifted(input: Tensor, terms: Terms) -> Tensor:
         distance, square = (
             t.view(grouped).mean(-1).repeat_interleave(size, -1) for t in (distance, square)
         )
-    a = terms.example_weight
-    var = (1 - a) * terms.var + a * (square - a * distance * distance)
+    a, b = terms.example_weight, terms.batch_weight
+    if b is None:
+        moved = a * distance
+        var = (1 - a) * terms.var + a * (square - a * distance * distance)
+    else:
+        moved = a * distance + b * distance.mean(0)
+        var = (1 - a - b) * terms.var + a * square + b * square.mean(0) - moved * moved
     scale = torch.rsqrt(var + terms.eps)
     if terms.gamma is not None:
         scale = scale * terms.gamma
-    shift = -a * distance * scale
+    shift = -moved * scale
     if terms.beta is not None:
         shift = shift + terms.beta
     shape = (*scale.shape, *(1 for _ in axes))
@@ -229,6 +266,8 @@ def evaluate(
     An epilogue, and ``overwrite`` (the output takes the input's memory, which nobody else reads),
     are for callers that ask for no gradients.
     """
+    if terms.batch_weight is not None and input.shape[0] == 1:
+        terms = terms.alone()
     if torch.compiler.is_compiling():
         fits = _fits_shift(input, terms)
         return finish.apply(_shifted(input, terms) if fits else plain(input, terms))
@@ -246,7 +285,7 @@ def evaluate(
 
 
 def _fits_shift(input: Tensor, terms: Terms) -> bool:
-    return terms.shiftable and terms.mean is not None and input.dim() > 2
+    return terms.shiftable and not terms.median and terms.mean is not None and input.dim() > 2
 
 
 def has_rows(input: Tensor) -> bool:
@@ -300,6 +339,7 @@ def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
         by_rows=input.is_contiguous(),
         dims=input.dim(),
         weight_dims=terms.example_weight.ndim,
+        batch_dims=None if terms.batch_weight is None else terms.batch_weight.ndim,
         has_residual=residual is not None,
         activation=finish.activation,
     )
@@ -328,6 +368,7 @@ def _proved(
     by_rows: bool,
     dims: int,
     weight_dims: int,
+    batch_dims: int | None,
     has_residual: bool,
     activation: Activation | None,
 ) -> bool:
@@ -340,6 +381,8 @@ def _proved(
     mean, var, weight, gamma, beta = (torch.full((3,), 0.5, device=device) for _ in range(5))
     weight = weight if weight_dims else weight[0].clone()
     terms = Terms(mean, var, weight, gamma, beta=beta, eps=1e-5, channel_groups=3, shiftable=True)
+    if batch_dims is not None:
+        terms = terms._replace(batch_weight=torch.full((3,) * batch_dims, 0.25, device=device))
     finish = Finish(x.clone() if has_residual else None, activation)
     try:
         made, expected = _compiler()(x.clone(), terms, finish), finish.apply(plain(x, terms))
@@ -357,23 +400,55 @@ def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_ro
     """By so many examples at once that the second reading finds them in the cache."""
     wide = terms.cast(_wide(input.dtype))
     step = max(1, _SLAB * len(input) // input.numel())
-    if step >= len(input):
+    if step >= len(input) and wide.batch_weight is None:
         _slab(input, output, wide, by_rows)
         return finish.apply(output)
-    for start in range(0, len(input), step):
-        part = slice(start, start + step)
+    parts = [slice(start, start + step) for start in range(0, len(input), step)]
+    if wide.batch_weight is not None:
+        return _in_batch(input, output, wide, finish, parts, by_rows=by_rows)
+    for part in parts:
         _slab(input[part], output[part], wide, by_rows)
         finish.of(part).apply(output[part])
     return output
 
 
+def _in_batch(
+    input: Tensor,
+    output: Tensor,
+    terms: Terms,
+    finish: Finish,
+    parts: list[slice],
+    *,
+    by_rows: bool,
+) -> Tensor:
+    """As by slabs, but all moments come first, since the batch's are made from its examples'."""
+    measure = moments.row_moments if by_rows else moments.column_moments
+    wide = terms.example_weight.dtype
+    found = [measure(_flat(input[part], by_rows).to(wide)) for part in parts]
+    mean, var = (torch.cat(kind) for kind in zip(*found, strict=True))
+    mu, var, room = _mixed_with_room(mean, var, terms, terms.example_weight)
+    redone = None if room.min().item() > 0 else _redone(input, ~(room > 0).all(0), terms)
+    scale = moments.scale_rows if by_rows else moments.scale_columns
+    for part in parts:
+        values, into = (_flat(t[part], by_rows) for t in (input, output))
+        scale(values.to(wide), mu[part], var[part], terms.gamma, terms.beta, into)
+        if redone is not None:
+            output[part].index_copy_(1, redone[0], redone[1][part])
+        finish.of(part).apply(output[part])
+    return output
+
+
+def _flat(input: Tensor, by_rows: bool) -> Tensor:
+    """Contiguous values as ``(N, C, L)``, or ``(N, L, C)`` where channels are last."""
+    if by_rows:
+        return input.view(*input.shape[:2], -1)
+    return input.movedim(1, -1).view(input.shape[0], -1, input.shape[1])
+
+
 def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     weight = terms.example_weight
     a = weight if weight.ndim else weight.item()  # arithmetic with a number is the cheaper
-    x, y = (input, output) if by_rows else (input.movedim(1, -1), output.movedim(1, -1))
-    n, channels = input.shape[:2]
-    shape = (n, channels, -1) if by_rows else (n, -1, channels)
-    values, into = x.view(shape).to(weight.dtype), y.view(shape)
+    values, into = _flat(input, by_rows).to(weight.dtype), _flat(output, by_rows)
     mean, var = (moments.row_moments if by_rows else moments.column_moments)(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
     # NaN anywhere makes the least NaN, and that is not above 0.

@@ -10,6 +10,12 @@ Evaluation, per example i and channel group, a = example_weight:
     var = (1-a) var_p  + a var_i + a (1-a) (mean_i - mean_p)^2
     y   = gamma (x - mu) / sqrt(var + eps) + beta
 
+With b = batch_weight the batch's moments are the third part of the mixture, of weights 1-a-b, b, a:
+
+    mu  = (1-a-b) mean_p + b mean_b + a mean_i
+    var = (1-a-b) (var_p + (mean_p - mu)^2) + b (var_b + (mean_b - mu)^2)
+          + a (var_i + (mean_i - mu)^2)
+
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR
 2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and mixing
 is done on central moments.
@@ -17,7 +23,7 @@ is done on central moments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -25,9 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core.errors import ConfigError, NormError, NumericError
+from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.norm import kernels
+from bnfix.norm.mixture import Weight, weight_errors
 from bnfix.norm.moments import (
     differentiable_moments,
     differentiable_scale,
@@ -36,8 +43,6 @@ from bnfix.norm.moments import (
     mix,
     over_channel_groups,
 )
-
-Weight = float | Sequence[float] | Tensor
 
 
 class GeneralizedBatchNorm(BatchNormBase):
@@ -57,6 +62,10 @@ class GeneralizedBatchNorm(BatchNormBase):
         ghost_size: examples a ghost batch in training; default the whole batch.
         example_weight: weight a of the example in its own statistics at evaluation, a number or
             one a channel, 0 to 1.
+        batch_weight: weight b of the batch at evaluation, a number or one a channel, a + b at most
+            1; an example's output then depends on those beside it. A batch of one is the example.
+        batch_estimator: how the batch's moments are made from its examples': ``mean``, the batch's
+            own, or ``median``, which bears that fewer than half of the examples are garbage.
         device: where parameters and buffers lie.
         dtype: their type.
 
@@ -76,7 +85,10 @@ class GeneralizedBatchNorm(BatchNormBase):
     ghost_size: int | None
     example_weight: Tensor
     frozen: bool = False
+    batch_weight: Tensor | None  # None is 0: then a state dict has no such entry
     _shiftable: bool = False
+    _uses_batch: bool = False
+    _median: bool = False
 
     def __init__(
         self,
@@ -89,20 +101,22 @@ class GeneralizedBatchNorm(BatchNormBase):
         channel_groups: int | None = None,
         ghost_size: int | None = None,
         example_weight: Weight = 0.0,
+        batch_weight: Weight = 0.0,
+        batch_estimator: str = "mean",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._configure(channel_groups, ghost_size, example_weight, device)
+        self._configure(channel_groups, ghost_size, device)
+        self._assign(example_weight, batch_weight, batch_estimator)
 
     def _configure(
         self,
         channel_groups: int | None,
         ghost_size: int | None,
-        example_weight: Weight,
         device: torch.device | str | None = None,
     ) -> None:
-        """Check and set the three settings; surgery turns a stock layer into this one by it."""
+        """Check and set the two sizes, with weights of 0; surgery makes a stock layer this one."""
         groups = self.num_features if channel_groups is None else channel_groups
         if groups < 1 or self.num_features % groups:
             raise NormError(
@@ -116,46 +130,69 @@ class GeneralizedBatchNorm(BatchNormBase):
             )
         self.channel_groups, self.ghost_size = groups, ghost_size
         self.register_buffer("example_weight", torch.zeros((), device=device))
-        self._assign_weight(example_weight)
+        self.register_buffer("batch_weight", None)
+        self._refresh_flags()
 
-    def _assign_weight(self, weight: Weight) -> None:
-        """Check a weight, store it and refresh the plain flag that forward branches on."""
-        value = torch.as_tensor(weight, dtype=torch.float32, device=self.example_weight.device)
-        self._check_weight(value)
-        self.example_weight = value.detach().clone()
-        self._refresh_flag()
-
-    def _check_weight(self, value: Tensor) -> None:
-        name = "example_weight"
-        if value.shape not in ((), (self.num_features,)):
+    def _assign(
+        self,
+        weight: Weight | None = None,
+        batch: Weight | None = None,
+        estimator: str | None = None,
+    ) -> None:
+        """Check and store what is given, and refresh the plain flags that forward branches on."""
+        like = self.example_weight
+        a, b = (
+            None if w is None else torch.as_tensor(w, dtype=torch.float32, device=like.device)
+            for w in (weight, batch)
+        )
+        if estimator not in (None, "mean", "median"):
             raise ConfigError(
-                f"{name}: shape {tuple(value.shape)}, expected one number or {self.num_features} "
-                "(one a channel).",
-                name=name,
+                f"batch_estimator: {estimator!r} is not known. Use mean or median.",
+                name="batch_estimator",
             )
-        if value.device.type == "meta":
-            return
-        if not bool(((value >= 0) & (value <= 1)).all()):
-            raise ConfigError(
-                f"{name}: a value outside 0 to 1. Give weights from 0 to 1.", name=name
-            )
-        if self.running_mean is None and not bool((value == value.flatten()[0].round()).all()):
-            raise NormError(
-                f"{name}: the layer keeps no running statistics to mix the example's with. Use 0 "
-                "or 1, or track_running_stats=True.",
-                name=name,
-            )
+        for error in self._weight_errors(a, b):
+            raise error
+        if a is not None:
+            self.example_weight = a.detach().clone()
+        if b is not None:
+            self.batch_weight = b.detach().clone()
+        if estimator is not None:
+            self._median = estimator == "median"
+        self._refresh_flags()
 
-    def _refresh_flag(self) -> None:
-        weight = self.example_weight
-        known = weight.device.type != "meta"
-        self._live = known and bool((weight != 0).any())
-        self._shiftable = known and bool((weight <= kernels.SHIFTABLE).all())
+    def _weight_errors(self, weight: Tensor | None, batch: Tensor | None) -> list[BnfixError]:
+        """All that speaks against weights, of which None stays as it is."""
+        given = {"example_weight": weight, "batch_weight": batch}
+        both = (
+            self.example_weight if weight is None else weight,
+            self.batch_weight if batch is None else batch,
+        )
+        tracks = self.running_mean is not None
+        return weight_errors(given, both, self.num_features, tracks=tracks)
+
+    def _refresh_flags(self) -> None:
+        a, b = self.example_weight, self.batch_weight
+        known = a.device.type != "meta"
+        if known and b is not None and not bool((b != 0).any()):
+            b = self.batch_weight = None
+        self._uses_batch = known and b is not None
+        self._live = known and (self._uses_batch or bool((a != 0).any()))
+        self._shiftable = known and bool((a if b is None else a + b).le(kernels.SHIFTABLE).all())
 
     @property
     def live(self) -> bool:
-        """Whether evaluation looks at the example: some channel's weight is above 0."""
+        """Whether evaluation looks at its input: some channel's weight is above 0."""
         return self._live
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether an example's output depends on those beside it: some batch weight is above 0."""
+        return self._uses_batch
+
+    @property
+    def batch_estimator(self) -> str:
+        """How the batch's moments are made from its examples'."""
+        return "median" if self._median else "mean"
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -200,6 +237,8 @@ class GeneralizedBatchNorm(BatchNormBase):
             eps=self.eps,
             channel_groups=self.channel_groups,
             shiftable=self._shiftable,
+            batch_weight=self.batch_weight if self._uses_batch else None,
+            median=self._median,
         )
 
     def _by_runs(self, input: Tensor) -> Tensor:
@@ -249,29 +288,34 @@ class GeneralizedBatchNorm(BatchNormBase):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Take a stock layer's state as it is; a missing example weight stays what it was."""
-        key = prefix + "example_weight"
-        given = state_dict.get(key)
-        try:
-            if isinstance(given, Tensor):
-                self._check_weight(given)
-                if given.shape != self.example_weight.shape:
-                    self.example_weight = self.example_weight.new_empty(given.shape)
-            state_dict.setdefault(key, self.example_weight)
-        except (ConfigError, NormError) as error:
-            rest[-1].append(f"{prefix}{error}")
-            state_dict[key] = self.example_weight
+        """Take a stock layer's state as it is; weights that it lacks stay what they were."""
+        own = {"example_weight": self.example_weight, "batch_weight": self.batch_weight}
+        given = {name: state_dict.get(prefix + name) for name in own}
+        found = {name: w if isinstance(w, Tensor) else None for name, w in given.items()}
+        errors = self._weight_errors(found["example_weight"], found["batch_weight"])
+        rest[-1].extend(f"{prefix}{error}" for error in errors)
+        for name, weight in found.items():
+            mine = own[name]
+            if errors or given[name] is None:
+                # What is there loads into itself.
+                if mine is not None:
+                    state_dict[prefix + name] = mine
+                else:
+                    state_dict.pop(prefix + name, None)
+            elif weight is not None and (mine is None or mine.shape != weight.shape):
+                setattr(self, name, self.example_weight.new_empty(weight.shape))
         if self.frozen:
             state_dict.pop(prefix + "num_batches_tracked", None)
             nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
         # The caller's dict stays as it was.
-        if given is None:
-            del state_dict[key]
-        else:
-            state_dict[key] = given
-        self._refresh_flag()
+        for name, value in given.items():
+            if value is None:
+                state_dict.pop(prefix + name, None)
+            else:
+                state_dict[prefix + name] = value
+        self._refresh_flags()
 
     def extra_repr(self) -> str:
         """List torch's own settings, then those that differ from the stock layer's."""
@@ -280,11 +324,14 @@ class GeneralizedBatchNorm(BatchNormBase):
             parts.append(f"channel_groups={self.channel_groups}")
         if self.ghost_size is not None:
             parts.append(f"ghost_size={self.ghost_size}")
-        weight = self.example_weight
-        if weight.device.type != "meta" and weight.ndim == 0:
-            parts.append(f"example_weight={weight.item():.4g}")
-        elif weight.device.type != "meta":
-            parts.append(f"example_weight={weight.min().item():.3g}..{weight.max().item():.3g}")
+        for name in ("example_weight", "batch_weight"):
+            weight = getattr(self, name)
+            if weight is None or weight.device.type == "meta":
+                continue
+            low, high = weight.min().item(), weight.max().item()
+            parts.append(f"{name}={f'{low:.4g}' if weight.ndim == 0 else f'{low:.3g}..{high:.3g}'}")
+        if self._uses_batch and self._median:
+            parts.append("batch_estimator=median")
         if self.frozen:
             parts.append("frozen=True")
         return ", ".join(parts)
@@ -353,33 +400,51 @@ def require_generalized(model: nn.Module) -> dict[str, GeneralizedBatchNorm]:
     return layers
 
 
-def set_example_weight_(model: nn.Module, weight: Weight | Mapping[str, Weight]) -> None:
-    """Set the example weight of a layer, or of all generalized layers of a model.
+def set_example_weight_(
+    model: nn.Module,
+    weight: Weight | Mapping[str, Weight] | None = None,
+    *,
+    batch_weight: Weight | Mapping[str, Weight] | None = None,
+    batch_estimator: str | None = None,
+) -> None:
+    """Set the weights of a layer, or of all generalized layers of a model.
+
+    The two weights of a channel are parts of one mixture, whose sum is checked after both are set.
 
     Args:
         model: a ``GeneralizedBatchNorm``, or a model that holds some.
         weight: one number in [0, 1], one a channel, or a mapping from dotted layer name to either;
-            layers that a mapping does not name stay as they are.
+            layers that a mapping does not name stay as they are, and all do without it.
+        batch_weight: the same for the weight of the batch; 0 makes outputs independent of it.
+        batch_estimator: ``mean`` or ``median``, for every layer; by default as it is.
 
     Raises:
         NormError: if there is no such layer, or one lacks running statistics to mix with.
-        ConfigError: if a weight is out of range or misshapen.
+        ConfigError: if a weight is out of range or misshapen, or both together are above 1.
 
     Changes:
-        The buffer ``example_weight`` of the layers, and the flag that forward branches on.
+        The buffers ``example_weight`` and ``batch_weight`` of the layers, and the flags that
+        forward branches on.
     """
     layers = require_generalized(model)
-    wanted = weight if isinstance(weight, Mapping) else dict.fromkeys(layers, weight)
+    given = [
+        w if isinstance(w, Mapping) else {} if w is None else dict.fromkeys(layers, w)
+        for w in (weight, batch_weight)
+    ]
+    every = [] if batch_estimator is None else list(layers)
+    wanted = dict.fromkeys([*given[0], *given[1], *every])
     unknown = [name for name in wanted if name not in layers]
     if unknown:
         raise NormError(f"{unknown[0]}: not a GeneralizedBatchNorm of this model.", name=unknown[0])
-    before = {name: layers[name].example_weight for name in wanted}
+    before = {name: (layers[name]._buffers.copy(), layers[name]._median) for name in wanted}
     try:
-        for name, value in wanted.items():
-            layers[name]._assign_weight(value)
+        for name in wanted:
+            layers[name]._assign(given[0].get(name), given[1].get(name), batch_estimator)
     except (NormError, ConfigError) as error:
-        for name, value in before.items():
-            layers[name]._assign_weight(value)
+        for done, (buffers, median) in before.items():
+            layers[done]._buffers.update(buffers)
+            layers[done]._median = median
+            layers[done]._refresh_flags()
         raise type(error)(f"{name}: {error}", name=name) from error
 
 
@@ -402,4 +467,4 @@ def trainable_weights(
     finally:
         for layer, weight in before:
             layer._buffers["example_weight"] = weight
-            layer._refresh_flag()
+            layer._refresh_flags()

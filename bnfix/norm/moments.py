@@ -78,6 +78,27 @@ def mix(
     return mixed_mean, mixed_var
 
 
+def median_mix(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of examples taken together, of which fewer than half may be garbage.
+
+    ``mean = median mean_i``, ``var = median var_i + (1.4826 median |mean_i - mean|)^2``: the two
+    parts of the law of total variance over examples ``(N, C)``, each by a median; NaN counts as
+    large. 1.4826 makes the spread of normal means their deviation.
+
+    Source:
+        Differs from MedBN (Park et al., CVPR 2024), which takes the median of all values and their
+        mean square about it: a single wild example makes that variance as large as it likes.
+    """
+    centre = _median(mean)
+    return centre, _median(var) + (1.4826 * _median((mean - centre).abs())).square()
+
+
+def _median(values: Tensor) -> Tensor:
+    """Along the first axis; of an even number the mean of the middle two, unlike torch's."""
+    ordered, n = values.sort(0).values, values.shape[0]
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+
+
 def example_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of every (example, channel), and the values centred by them."""
     mean = values.mean(-1)

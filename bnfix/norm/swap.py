@@ -37,6 +37,7 @@ class Change:
     channel_groups: int
     ghost_size: int | None
     example_weight: float | None  # None keeps the weight of a generalized layer
+    batch_weight: float | None = 0.0  # the same
     # Largest |output after - output before| in evaluation on normal inputs of the layer's own
     # moments, in float64 from the tensors as stored, relative to the largest output where that is
     # above 1; None until done, where a live layer means another output, or not measurable.
@@ -98,6 +99,7 @@ def swap_norms_(
     *,
     to: str = "example-aware",
     example_weight: float | None = None,
+    batch_weight: float | None = None,
     ghost_size: int | None = None,
     channel_groups: int | None = None,
     layers: Sequence[str] = (),
@@ -114,6 +116,8 @@ def swap_norms_(
         model: any module; layers that are generalized already get the new settings.
         to: kind of normalization, a key of ``bnfix.core.settings.KINDS``.
         example_weight: overrides the kind's, 0 to 1.
+        batch_weight: weight of the batch in the statistics, 0 by default; with it an example's
+            output depends on those beside it.
         ghost_size: overrides the kind's, in examples.
         channel_groups: overrides the kind's, a count of groups.
         layers: only names that match one of these globs.
@@ -137,6 +141,7 @@ def swap_norms_(
     recipe = SwapRecipe(
         to=to,
         example_weight=example_weight,
+        batch_weight=batch_weight,
         ghost_size=ghost_size,
         channel_groups=channel_groups,
         layers=tuple(layers),
@@ -250,6 +255,8 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
             "keeps no running statistics, so groups or ghost batches would change its outputs in "
             "evaluation too; leave it with --skip"
         )
+    if recipe.batch_weight and not site.has_statistics:
+        problems.append("keeps no running statistics to mix the batch's with; leave it with --skip")
     change = Change(
         site.name,
         site.kind,
@@ -257,6 +264,7 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         channel_groups=groups,
         ghost_size=ghost,
         example_weight=weight,
+        batch_weight=recipe.batch_weight or 0.0,
     )
     return change, problems
 
@@ -272,7 +280,8 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
         layer.__dict__[table] = dict(old.__dict__[table])
     # A compiled call would go on calling the old layer.
     layer.__dict__.pop("_compiled_call_impl", None)
-    layer._buffers.pop("example_weight", None)
+    for name in ("example_weight", "batch_weight"):
+        layer._buffers.pop(name, None)
     layer.__dict__["_non_persistent_buffers_set"] = set(old._non_persistent_buffers_set)
     if activated:
         # SyncBatchNormAct may lack either, and then does without it.
@@ -282,10 +291,12 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
         _complete_frozen(layer, old)
     own = (*layer._parameters.values(), *layer._buffers.values())
     device = next((t.device for t in own if t is not None), None)
-    weight: Any = change.example_weight
-    if weight is None:
-        weight = old.example_weight if isinstance(old, GeneralizedBatchNorm) else 0.0
-    layer._configure(change.channel_groups, change.ghost_size, weight, device)
+    layer._configure(change.channel_groups, change.ghost_size, device)
+    weights: list[Any] = [change.example_weight, change.batch_weight]
+    if isinstance(old, GeneralizedBatchNorm):
+        before = (old.example_weight, old.batch_weight)
+        weights = [b if w is None else w for w, b in zip(weights, before, strict=True)]
+    layer._assign(*weights)
     was_grouped = isinstance(old, GeneralizedBatchNorm) and old.channel_groups < change.channels
     if was_grouped or change.channel_groups < change.channels:
         _refit(layer, old)

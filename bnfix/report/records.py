@@ -33,7 +33,7 @@ class Evaluated:
     file: str | None  # read from or written to
     sha256: str | None
     metrics: Metrics
-    n_live: int = 0  # layers with an example weight above 0
+    n_live: int = 0  # layers with an example or batch weight above 0
     custom: tuple[Custom, ...] = ()
     classified: bool = True  # False if outputs are no logits: then metrics only count examples
 
@@ -60,6 +60,7 @@ class LayerRow:
     kind: str
     channels: int
     example_weight: float | list[float] = 0.0  # one per layer or per channel
+    batch_weight: float | list[float] = 0.0
     mean_shift: float | None = None  # new statistics against old, see `drifts_between`
     log_var_ratio: float | None = None
     residual: float | None = None  # stored statistics against one verifying pass
@@ -110,7 +111,8 @@ def layer_rows(
     calibration: Calibration | None = None,
 ) -> tuple[LayerRow, ...]:
     """One row per norm layer in order, with the drift, residual and errors that are known."""
-    weights = weights_of(model)
+    weights, layers = weights_of(model), dict(generalized_norms(model))
+    batch = {n: x.batch_weight.tolist() for n, x in layers.items() if x.batch_weight is not None}
     errors = {} if calibration is None else {r.name: r for r in calibration.layers}
     unknown = (None, None)
     return tuple(
@@ -119,6 +121,7 @@ def layer_rows(
             kind=site.kind,
             channels=int(getattr(site.module, "num_features", 0)),
             example_weight=weights.get(site.name, 0.0),
+            batch_weight=batch.get(site.name, 0.0),
             mean_shift=drifts.get(site.name, unknown)[0],
             log_var_ratio=drifts.get(site.name, unknown)[1],
             residual=fresh.get(site.name, unknown)[0],
@@ -130,8 +133,21 @@ def layer_rows(
 
 
 def n_live(model: nn.Module) -> int:
-    """How many layers have an example weight above 0."""
+    """How many layers look at their input: an example or batch weight is above 0."""
     return sum(layer.live for _, layer in generalized_norms(model))
+
+
+def describe_neighbours(model: nn.Module) -> list[str]:
+    """A sentence on a network whose outputs depend on the batch, if it is one."""
+    found = [x.batch_weight for _, x in generalized_norms(model) if x.batch_weight is not None]
+    if not found:
+        return []
+    highest = max(float(weight.max()) for weight in found)
+    layers = "1 norm layer" if len(found) == 1 else f"{len(found)} norm layers"
+    return [
+        f"predictions depend on the other images in the batch: it has a weight of up to "
+        f"{highest:.3g} in the statistics of {layers}; eval --compare-batch-sizes shows how much."
+    ]
 
 
 # --- sentences ---

@@ -425,8 +425,12 @@ def weighable_layers(
     forward: runtime.Forward | None = None,
     *,
     pointwise: bool = False,
+    beside_batch: bool = False,
 ) -> tuple[dict[str, GeneralizedBatchNorm], list[str]]:
-    """The layers whose example weight may be chosen, seen on one batch, and names of the others."""
+    """The layers whose example weight may be chosen, seen on one batch, and names of the others.
+
+    Those with a batch weight, which leaves less room for it, are among them where that is asked.
+    """
     # With a single position the example's variance is 0 and the formula turns into a squashing
     # non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with `pointwise`. A layer
     # that is called more than once counts by its smallest map, one that is not reached never.
@@ -438,7 +442,9 @@ def weighable_layers(
     taking_part = {
         name: layer
         for name, layer in everything.items()
-        if layer.running_mean is not None and fewest.get(name, 0) > (0 if pointwise else 1)
+        if layer.running_mean is not None
+        and fewest.get(name, 0) > (0 if pointwise else 1)
+        and (beside_batch or not layer.uses_batch)
     }
     return taking_part, [name for name in everything if name not in taking_part]
 
