@@ -60,6 +60,7 @@ from bnfix.cli.terminal import (
 )
 from bnfix.core import distributed
 from bnfix.core.errors import ConfigError, file_error
+from bnfix.core.options import require
 from bnfix.core.settings import (
     TRAINED,
     AverageRecipe,
@@ -71,7 +72,6 @@ from bnfix.core.settings import (
     StatisticsRecipe,
     SwapRecipe,
     WeightRecipe,
-    require,
 )
 from bnfix.jobs.compare import evaluate_files, plan_evaluation
 from bnfix.jobs.convert import convert as convert_file

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.core.errors import ConfigError, some
+from bnfix.core.options import option
 from bnfix.core.settings import (
     DataRecipe,
     FinetuneRecipe,
@@ -30,7 +31,6 @@ from bnfix.core.settings import (
     StatisticsRecipe,
     SwapRecipe,
     WeightRecipe,
-    option,
 )
 
 _TYPED: Final[ContextVar[tuple[str, ...]]] = ContextVar("typed", default=())

@@ -7,13 +7,11 @@ here once: the command line reads both from these classes.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from bnfix.core.errors import ConfigError
+from bnfix.core.options import check_seed, in_range, one_of, option, require
 
 #: What `--to` offers: (channel groups, ghost size, example weight), before overrides.
 #: ``None`` groups: one channel each; ``None`` ghost: the whole batch; ``"gcd32"``: gcd(C, 32).
@@ -35,23 +33,6 @@ TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text, which the command line shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def require(condition: bool, message: str, name: str) -> None:
-    """Refuse a setting unless a condition holds."""
-    if not condition:
-        raise ConfigError(message, name=name)
-
-
-def check_seed(seed: int) -> None:
-    """Check that every generator takes a seed."""
-    ok = 0 <= seed < 2**63
-    require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
-
-
 def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
     """Read a corruption of images."""
     kind, _, severity = text.partition(":")
@@ -63,20 +44,6 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
         "corrupt",
     )
     return kind, int(severity)
-
-
-def one_of(value: Any, choices: Collection[str], name: str) -> None:
-    """Refuse a setting that is none of the choices."""
-    listed = ", ".join(choices)
-    require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
-
-
-def in_range(recipe: Any, low: float, high: float, *names: str) -> None:
-    """Refuse settings that are numbers outside of [low, high)."""
-    for name in names:
-        value, flag = getattr(recipe, name), "--" + name.replace("_", "-")
-        span = f"at least {low}" if high > 1 else f"{low} to 1, 1 excluded"
-        require(value is None or low <= value < high, f"{flag}: {value}, expected {span}.", name)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from bnfix.checkpoints.save import versions
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError
 from bnfix.core.memory import BatchSize, first_of, footprint
+from bnfix.core.options import check_seed
 from bnfix.core.settings import (
     CORRUPTIONS,
     SEVERITIES,
@@ -25,7 +26,6 @@ from bnfix.core.settings import (
     EvaluationRecipe,
     ModelRecipe,
     RunOptions,
-    check_seed,
 )
 from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
 from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before

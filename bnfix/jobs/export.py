@@ -19,16 +19,8 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.save import versions
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ConfigError, ModelError, one_line, some
-from bnfix.core.settings import (
-    DataRecipe,
-    ModelRecipe,
-    Preprocessing,
-    RunOptions,
-    check_seed,
-    one_of,
-    option,
-    require,
-)
+from bnfix.core.options import check_seed, one_of, option, require
+from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
