@@ -51,13 +51,8 @@ from bnfix.cli.flags import (
     sizes,
     written,
 )
-from bnfix.cli.terminal import (
-    changes_table,
-    estimate_line,
-    inspection_lines,
-    layers_table,
-    plan_lines,
-)
+from bnfix.cli.layers import changes_table, inspection_lines, layers_table
+from bnfix.cli.terminal import estimate_line, plan_lines
 from bnfix.core import distributed
 from bnfix.core.errors import ConfigError, file_error
 from bnfix.core.options import require

@@ -1,0 +1,112 @@
+"""The tables and lines of conversions and inspections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from rich.table import Table
+
+from bnfix.cli.terminal import shown_text
+from bnfix.core.errors import some
+from bnfix.diagnosis.advice import Finding
+from bnfix.diagnosis.faults import Behaviour
+from bnfix.jobs.inspect import Inspection
+from bnfix.norm.swap import Change
+from bnfix.report.pages import percent
+
+#: Findings of one kind that are spelled out.
+_SHOWN = 5
+
+
+def changes_table(changes: Iterable[Change]) -> Table:
+    """The layers that a conversion swaps."""
+    table = Table("layer", "was", "channels", "groups", "ghost", "example weight", "difference")
+    table.columns[0].overflow = "fold"
+    for change in changes:
+        table.add_row(
+            shown_text(change.name),
+            shown_text(change.kind),
+            str(change.channels),
+            str(change.channel_groups),
+            "all" if change.ghost_size is None else str(change.ghost_size),
+            f"{change.example_weight or 0:g}",
+            "-" if change.difference is None else f"{change.difference:.1e}",
+        )
+    return table
+
+
+def layers_table(found: Inspection) -> Table:
+    """The norm layers of a checkpoint."""
+    table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    table.columns[0].overflow = "fold"
+    drifts = {} if found.behaviour is None else found.behaviour.drifts
+    if drifts:
+        table.add_column("shift")
+        table.add_column("factor")
+        table.caption = (
+            "shift: stored against measured means, in standard deviations; factor: ratio of the "
+            "variances"
+        )
+    for layer in found.layers:
+        shift, ratio = drifts.get(layer.name, (math.nan, math.nan))
+        table.add_row(
+            shown_text(layer.name),
+            shown_text(found.kinds.get(layer.name, "?")),
+            str(layer.channels),
+            "-" if layer.batches_tracked is None else str(layer.batches_tracked),
+            "{:.2g} to {:.2g}".format(*layer.mean_range),
+            "{:.2g} to {:.2g}".format(*layer.var_range),
+            str(layer.n_dead),
+            _short_weight(layer.example_weight),
+            *((f"{shift:.2g}", f"{math.exp(min(ratio, 700)):.3g}") if drifts else ()),
+        )
+    return table
+
+
+def _short_weight(weight: float | list[float]) -> str:
+    if not isinstance(weight, list):
+        return f"{weight:.3g}"
+    return f"{min(weight):.2g} to {max(weight):.2g}" if weight else "?"
+
+
+def inspection_lines(found: Inspection) -> Iterator[str]:
+    """Notes, findings with their advice, and the commands of the file's history."""
+    for note in [*found.notes, *found.problems]:
+        yield f"note: {note}"
+    if found.behaviour is not None:
+        yield _behaviour_line(found.behaviour)
+    yield from _finding_lines(found.findings)
+    for place, entry in enumerate(found.commands, 1):
+        lines = entry.options if entry.command is None else (entry.command,)
+        yield f"history {place}: {lines[0]}"
+        yield from (f"  {line}" for line in (*lines[1:], entry.did))
+    summary = f"{len(found.layers)} norm layers, {len(found.findings)} findings"
+    yield summary if found.layers else "no norm layer with running statistics in this file"
+
+
+def _finding_lines(findings: list[Finding]) -> Iterator[str]:
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for one in findings:
+        groups.setdefault((one.severity, one.fault, one.advice), []).append(one)
+    idle = []
+    for (severity, fault, advice), same in groups.items():
+        layers = [one.layer for one in same]
+        if advice == "nothing":
+            idle.append(f"{len(same)} {fault.replace('-', ' ')} ({some(layers, 3)})")
+            continue
+        for one in same[:_SHOWN]:
+            yield f"{severity}: {one.layer or 'model'}: {one.detail}"
+        also = f"(also {some(layers[_SHOWN:])}) " if len(same) > _SHOWN else ""
+        yield f"  {also}-> {advice}"
+    if idle:
+        yield f"note: nothing to do about {'; '.join(idle)}; --json has the details"
+
+
+def _behaviour_line(seen: Behaviour) -> str:
+    stored = "outputs {:.3g} to {:.3g}".format(*seen.output_range)
+    batch = "{:.3g} to {:.3g}".format(*seen.output_range_training)
+    if seen.top1 is not None and seen.top1_training is not None:
+        stored += f", top-1 {percent(seen.top1)}"
+        batch += f", {percent(seen.top1_training)}"
+    return f"on {seen.n_examples} examples: {stored} (with batch statistics {batch})"
