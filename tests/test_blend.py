@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from bnfix.recalibrate.recalibrate import recalibrate_
 from tests import nets
 from tests.reference import channel_moments
 
+EPS = 1e-5
 FEEDS = ("batch", "sequential")
 MAKE = {"plain": nets.plain, "residual": nets.residual, "shared": nets.shared_norm}
 
@@ -90,7 +92,7 @@ def by_hand(net, x, weight):
 def test_statistics_are_those_found_by_hand(memory_bytes, options):
     net = some(nets.plain)
     expected = by_hand(net, drawn(), options.get("new_weight", 24 / (24 + options.get("prior", 0))))
-    done = blended_(net, drawn().split(5), feed="sequential", memory_bytes=memory_bytes, **options)
+    done = blended_(net, drawn().split(5), memory_bytes=memory_bytes, **options)
     assert done.target == "blend"
     for name, moments in statistics(net).items():
         torch.testing.assert_close(moments, expected[name], rtol=1e-5, atol=1e-5)
@@ -116,7 +118,7 @@ def test_batches_of_any_size_and_order_give_the_same(options):
     found = []
     for batches in ([x], x.split(1), x.split(7), x.flip(0).split(5), iter(x.split(9))):
         model = copy.deepcopy(net)
-        done = blended_(model, batches, feed="sequential", **options)
+        done = blended_(model, batches, **options)
         found.append((statistics(model), [layer.new_weight for layer in done.layers]))
     for moments, weights in found[1:]:
         assert weights == pytest.approx(found[0][1], rel=1e-5)
@@ -132,6 +134,55 @@ def test_the_more_examples_the_nearer_to_the_population():
         assert [layer.new_weight for layer in done.layers] == pytest.approx([n / (n + 8)] * 5)
         weights.append(done.layers[0].new_weight)
     assert weights == sorted(weights)
+
+
+def drift_weight(old, rows):
+    """The weight of the rule, from each example's mean and variance ``(n, C)``, two layers."""
+    (old_mean, old_var), (means, variances) = old, rows
+    n = len(means)
+    mean, var = means.mean(0), (variances + (means - means.mean(0)) ** 2).mean(0)
+    squares = variances + (means - mean) ** 2
+    drift = (mean - old_mean) ** 2 / (old_var + EPS)
+    drift += np.log((var + EPS) / (old_var + EPS)) ** 2 / 2
+    chance = means.var(0, ddof=1) / n / (old_var + EPS)
+    chance += squares.var(0, ddof=1) / n / (var + EPS) ** 2 / 2
+    known = max(0, drift.mean() - chance.mean())
+    return 0.75 * known / (known + chance.mean() + 0.02), mean, var
+
+
+def test_auto_weighs_by_the_drift_less_what_chance_explains():
+    net = some(nets.plain)
+    model, y, expected = copy.deepcopy(net).double(), drawn().double(), []
+    for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
+        z, norm = getattr(model, conv)(y).detach(), getattr(model, bn)
+        values = z.flatten(2).numpy()
+        old = norm.running_mean.numpy(), norm.running_var.numpy()
+        weight, mean, var = drift_weight(old, (values.mean(2), values.var(2)))
+        mixed = (1 - weight) * old[0] + weight * mean
+        raw = (1 - weight) * (old[1] + old[0] ** 2) + weight * (var + mean**2)
+        norm.running_mean.copy_(torch.from_numpy(mixed))
+        norm.running_var.copy_(torch.from_numpy(raw - mixed**2))
+        y = norm(z).relu().detach()
+        expected.append(weight)
+    for options in ({}, {"prior": "auto"}):
+        found = copy.deepcopy(net)
+        done = blended_(found, drawn().split(5), **options)
+        assert done.feed == "sequential"
+        assert [layer.new_weight for layer in done.layers] == pytest.approx(expected, rel=1e-4)
+        for name, moments in statistics(found).items():
+            torch.testing.assert_close(moments, statistics(model)[name], rtol=1e-4, atol=1e-5)
+
+
+def test_auto_moves_nothing_by_one_example_or_without_drift():
+    net = some()
+    one = copy.deepcopy(net)
+    blended_(one, [drawn(1)])  # how much of it is chance is not known
+    assert equal(one, net)
+    recalibrate_(net, [drawn(200)], feed="sequential")
+    few = blended_(copy.deepcopy(net), [drawn(4, seed=3)])
+    many = blended_(copy.deepcopy(net), [drawn(100, seed=3) + 2.0])
+    assert max(layer.new_weight for layer in few.layers) < 0.25
+    assert many.layers[0].new_weight > 0.5
 
 
 def test_an_interrupted_run_of_another_prior_is_not_taken(tmp_path):

@@ -6,7 +6,13 @@ Two sources, o stored and m measured, mix by the law of total variance with a we
     var  = (1 - w) var_o + w var_m + w (1 - w) (mean_m - mean_o)^2
 
 w is a number, or n / (n + N): the stored statistics count as N examples beside the n measured, or
-is found layer by layer from the drift itself (`by_drift`). The layer stays static, and folds.
+is found layer by layer from the drift itself (`by_drift`):
+
+    D = mean over channels of (mean_m - mean_o)^2 / var_o + log(var_m / var_o)^2 / 2
+    S = the same of the standard errors; E = max(0, D - S)
+    w = (1 + 1/L) / 2 * E / (E + S + 0.02), L the number of layers
+
+The layer stays static, and folds.
 
 Source: Schneider et al., "Improving robustness against common corruptions by covariate shift
 adaptation", 2020, has n / (n + N), and mixes the variances without the term of the means.
@@ -23,11 +29,12 @@ from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import Target, eps_of, stored_moments
 
-#: The weight, one or one a channel: by layer, its stored moments, and what it met.
-Weight = Callable[[NormSite, tuple[Tensor, Tensor], Accumulator], "float | Tensor"]
+#: Drift of layers of healthy networks on images of their own kind, chance taken off.
+_USUAL = 0.02
 
-#: Drift that healthy networks show on images of their own kind.
-_USUAL = 0.05
+_Moments = tuple[Tensor, Tensor]
+#: The weight of the new: of a layer with its stored moments, by those measured.
+Weight = Callable[[NormSite, _Moments, Accumulator], float]
 
 
 class Blend(Target):
@@ -40,27 +47,23 @@ class Blend(Target):
         # Taken now: while batches run, layers hold what they are lent.
         self._stored = {site.name: stored_moments(site) for site in sites}
 
-    def moments(self, site: NormSite, sums: Accumulator) -> tuple[Tensor, Tensor]:
+    def moments(self, site: NormSite, sums: Accumulator) -> _Moments:
         """Mean and variance ``(C,)``, float64, between the stored ones and the population's."""
         old, new = self._stored[site.name], super().moments(site, sums)
-        weight = torch.as_tensor(self._weight(site, old, sums), dtype=torch.float64)
-        weight = weight.to(new[0]).expand_as(new[0])
-        self.weights[site.name] = float(weight.mean())
+        old = old[0].to(new[0]), old[1].to(new[1])
+        weight = self.weights[site.name] = self._weight(site, old, sums)
         return between(old, new, weight)
 
 
-def between(
-    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def between(old: _Moments, new: _Moments, weight: float) -> _Moments:
     """The mixture of two pairs of moments; at weight 0 and 1 one of them, bit for bit."""
-    between_means = weight * (1 - weight) * (new[0] - old[0]).square()
     # Unlike a sum of two products, lerp gives its ends exactly.
     mean, var = (torch.lerp(o, n, weight) for o, n in zip(old, new, strict=True))
-    return mean, var.clamp_min(0) + between_means
+    return mean, var + weight * (1 - weight) * (new[0] - old[0]).square()
 
 
 def fixed(weight: float) -> Weight:
-    """The same weight everywhere."""
+    """Weigh every layer's new moments alike."""
     return lambda site, old, sums: weight
 
 
@@ -69,17 +72,22 @@ def by_examples(prior: float) -> Weight:
     return lambda site, old, sums: sums.n_examples / (sums.n_examples + prior)
 
 
-def by_drift(site: NormSite, old: tuple[Tensor, Tensor], sums: Accumulator) -> float:
-    """The weight by how far a layer has drifted, less what few examples do by chance."""
-    drift, error = drift_of(site, old, sums)
-    drift = max(0.0, drift - error)
-    return drift / (drift + error + _USUAL)
+def by_drift(n_layers: int) -> Weight:
+    """Weigh by how far a layer has drifted, less what few examples do by chance."""
+    most = (1 + 1 / n_layers) / 2
+
+    def weight(site: NormSite, old: _Moments, sums: Accumulator) -> float:
+        drift, chance = drift_of(site, old, sums)
+        drift = max(0.0, drift - chance)
+        return most * drift / (drift + chance + _USUAL)
+
+    return weight
 
 
-def drift_of(site: NormSite, old: tuple[Tensor, Tensor], sums: Accumulator) -> tuple[float, float]:
-    """How far a layer's moments are from the stored ones, and what of it chance explains.
+def drift_of(site: NormSite, old: _Moments, sums: Accumulator) -> tuple[float, float]:
+    """How far a layer's moments are from the stored ones, and how far chance brings them.
 
-    Means over the channels of shift^2 / var_o + log(var_m / var_o)^2 / 2, with eps in variances.
+    Means over channels of d^2 / var_o + log(var_m / var_o)^2 / 2, d of the means, eps in variances.
     """
     eps = eps_of(site)
     mean, var = sums.statistics(None)

@@ -230,7 +230,7 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    feed = feed or ("batch" if reference is None else "sequential")
+    feed = feed or ("batch" if target in ("population", "train-batch") else "sequential")
     wanted = Wanted(target, train_batch_size, reference, prior=prior, new_weight=new_weight)
     wanted.check(feed)
     _check_samples(samples, tolerance, batches)

@@ -69,14 +69,14 @@ class Wanted:
         if self.reference is not None:
             return Reference(self.reference, model, sites)
         if self.target == "blend":
-            return Blend(sites, self._weight())
+            return Blend(sites, self._weight(len(sites)))
         return Target(self.train_batch_size if self.target == "train-batch" else None)
 
-    def _weight(self) -> Weight:
+    def _weight(self, n_layers: int) -> Weight:
         if self.new_weight is not None:
             return fixed(self.new_weight)
         if self.prior is None or isinstance(self.prior, str):
-            return by_drift
+            return by_drift(n_layers)
         return by_examples(self.prior)
 
     def to_json(self) -> dict[str, Any]:
