@@ -160,7 +160,7 @@ def load_ready(
     if recipe.unfreeze:
         found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
         notes.append(f"--unfreeze: {found}")
-    shapes = _stock_shapes(model)
+    shapes = stock_shapes(model)
     misfits = misfits_of(shapes, checkpoint.tensors)
     if misfits and recipe.prefix is None:
         # Known names may make another prefix the better one.
@@ -209,7 +209,7 @@ def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: 
     return build_model(spec, origin.arguments, tensors) if skeleton is None else skeleton
 
 
-def _stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
+def stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """The shapes of the tensors that a file for the model has, by name."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     # Once unfrozen, a file has counters, which layers that are constants load and drop.

@@ -16,7 +16,6 @@ from bnfix.checkpoints.save import check_output, make_folder
 from bnfix.cli.flags import (
     ALSO,
     DATA,
-    INPUT,
     MODEL,
     NORM,
     OUT,
@@ -34,6 +33,7 @@ from bnfix.cli.flags import (
     Model,
     Out,
     Output,
+    Referred,
     Run,
     Seed,
     State,
@@ -59,10 +59,8 @@ from bnfix.core.options import require
 from bnfix.core.settings import (
     TRAINED,
     AverageRecipe,
-    DataRecipe,
     EvaluationRecipe,
     FinetuneRecipe,
-    ModelRecipe,
     RunOptions,
     StatisticsRecipe,
     SwapRecipe,
@@ -73,7 +71,7 @@ from bnfix.jobs.convert import convert as convert_file
 from bnfix.jobs.export import ExportRecipe, plan_export
 from bnfix.jobs.export import export as export_file
 from bnfix.jobs.inspect import SAMPLES, inspect_checkpoint
-from bnfix.jobs.plan import describe, estimated_again, replayed_plan
+from bnfix.jobs.plan import describe, estimated_again, replayed_plan, with_own_models
 from bnfix.jobs.run import execute
 from bnfix.jobs.session import TRIED, Plan
 from bnfix.jobs.steps import open_plan
@@ -126,7 +124,7 @@ def fix(
         check_beside_recipe(context)
         test = plan.source.test
         own = replayed_plan(recipe, run=plan.run, command_line=command_line(), test=test)
-        plan = _with_own_model(own, plan.model)
+        plan = with_own_models(own, plan)
     else:
         plan = replace(plan, finetune=None if train == "none" else replace(tune, train=train))
     _carry_out(plan, checkpoint, data, output, out)
@@ -156,10 +154,10 @@ def finetune(
         Plan,
         {
             "model": Model,
-            "source": Annotated[DataRecipe, {DATA: f"class_map {INPUT} test"}],
+            "source": Tested,
             "finetune": Tuned,
             "swap": Annotated[SwapRecipe, {NORM: "to ghost_size channel_groups layers skip"}],
-            "statistics": Annotated[StatisticsRecipe, {NORM: "include_frozen"}],
+            "statistics": Referred,
             "run": Annotated[RunOptions, {RUN: "device workers precision"}],
             "gate": Seed,
         },
@@ -215,16 +213,6 @@ def _carry_out(plan: Plan, checkpoint: Path, data: str, output: Path, out: Out) 
         terminal.plan(described, *plan_lines(described))
     else:
         terminal.show(result.report, output)
-
-
-def _with_own_model(plan: Plan, given: ModelRecipe) -> Plan:
-    """A replayed plan with the model of this command line."""
-    asked = given
-    if given.model is None:
-        # A model is called in one way: the stated one replaces that of the file.
-        called = given if given.forward or given.logits_output else plan.model
-        asked = replace(plan.model, forward=called.forward, logits_output=called.logits_output)
-    return replace(plan, model=replace(asked, unfreeze=given.unfreeze or plan.model.unfreeze))
 
 
 def demo(

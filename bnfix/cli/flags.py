@@ -93,7 +93,8 @@ _FLAGS = {
 }
 _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
-    "input_shape": "C,H,W", "logits_output": "NAME|INDEX",
+    "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "reference": "CKPT",
+    "reference_model": "SPEC",
 }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ _METAVARS = {
 _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "test", "device", "workers", "force", "show_plan",
     "as_json", "quiet", "debug", "model", "arguments", "key", "prefix", "prefer_ema", "unfreeze",
-    "forward", "logits_output",
+    "forward", "logits_output", "reference", "reference_model",
 }  # fmt: skip
 
 
@@ -315,6 +316,7 @@ def check_beside_recipe(context: typer.Context) -> None:
 
 # --- options that several commands have ---
 
+REFERENCE = "reference reference_model"
 INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
@@ -349,8 +351,12 @@ Swapped = Annotated[
 Layers = Annotated[SwapRecipe, {NORM: "layers skip"}]
 Statistics = Annotated[
     StatisticsRecipe,
-    {NORM: "statistics train_batch_size feed samples tolerance include_frozen"},
+    {
+        NORM: "statistics train_batch_size feed samples tolerance include_frozen",
+        MODEL: REFERENCE,
+    },
 ]
+Referred = Annotated[StatisticsRecipe, {NORM: "include_frozen", MODEL: REFERENCE}]
 Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
 Weight = Annotated[WeightRecipe, {NORM: "example_weight batch_weight granularity pointwise thin"}]
 Tuned = Annotated[

@@ -99,7 +99,11 @@ class AverageRecipe:
 class StatisticsRecipe:
     """Whether and how running statistics are recalibrated."""
 
-    statistics: str = option("auto", "auto, keep, population or train-batch.")
+    statistics: str = option("auto", "auto, keep, population, train-batch or reference.")
+    reference: str | None = option(
+        None, "Checkpoint of the undamaged network that this one was made from."
+    )
+    reference_model: str | None = option(None, "Its model spec (default: as the checkpoint's).")
     train_batch_size: int | None = option(
         None, "Batch size a device that the network was trained with."
     )
@@ -122,7 +126,14 @@ class StatisticsRecipe:
     )
 
     def __post_init__(self) -> None:
-        one_of(self.statistics, ("auto", "keep", "population", "train-batch"), "--statistics")
+        kinds = ("auto", "keep", "population", "train-batch", "reference")
+        one_of(self.statistics, kinds, "--statistics")
+        require(
+            self.reference is not None
+            or not (self.statistics == kinds[-1] or self.reference_model),
+            "--reference: the undamaged network's checkpoint is missing. Give --reference CKPT.",
+            "reference",
+        )
         one_of(self.feed, ("batch", "sequential"), "--feed")
         in_range(self, 1, math.inf, "train_batch_size", "batch_size")
         require(

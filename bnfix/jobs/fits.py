@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from bnfix.core.settings import AverageRecipe, FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision
-from bnfix.metrics.evaluate import collect, measured
+from bnfix.metrics.evaluate import Outputs, against, collect, measured
 from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.task import Reference
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
@@ -64,23 +66,47 @@ class Fits:
             bench.assumptions,
             remark="; with the batch feed the statistics depend a little on this",
         )
+        self._theirs: dict[str, Outputs] = {}  # of the reference, by split
 
-    def evaluate(
-        self, batches_of: Callable[[], Tracked], model: nn.Module | None = None
-    ) -> Metrics:
-        """Metrics of a model, by default as it is now, in batches that fit the memory."""
+    @property
+    def _reference(self) -> nn.Module | None:
+        return None if self.bench.reference is None else self.bench.reference.model
 
-        def attempt(_: int) -> Metrics:
+    def _outputs(self, model: nn.Module, batches_of: Callable[[], Tracked]) -> Outputs:
+        """Outputs of a model, in batches that fit the memory."""
+
+        def attempt(_: int) -> Outputs:
             batches = batches_of()
             self.passes.append(batches)
-            (found,) = collect([model or self.model], batches, precision=self.precision)
-            return measured(found, self.seed)
+            return collect([model], batches, precision=self.precision)[0]
 
         return self.bench.evaluation.run(attempt)
 
+    def _measured(self, split: str, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
+        """Metrics of a model on select or test by the labels, and by the reference if it counts."""
+
+        def batches_of(name: str) -> Tracked:
+            if split == "test":
+                return self.bench.test_batches(f"test: {name}")
+            return self.bench.batches(self.bench.split.select, f"select: {name}")
+
+        found = self._outputs(model, partial(batches_of, name))
+        reference = self._reference
+        if reference is None or (split == "select" and self.bench.labelled):
+            return measured(found, self.seed), None
+        if split not in self._theirs:
+            self._theirs[split] = self._outputs(reference, partial(batches_of, "the reference"))
+        compared = against(found, self._theirs[split], Reference(reference))
+        return measured(found, self.seed), measured(compared, self.seed)
+
     def on_select(self, name: str) -> Metrics:
-        """Metrics of the model as it is now on the select split."""
-        return self.evaluate(lambda: self.bench.batches(self.bench.split.select, f"select: {name}"))
+        """What the model as it is now is judged by, on the select split."""
+        by_labels, by_reference = self._measured("select", name, self.model)
+        return by_reference or by_labels
+
+    def on_test(self, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
+        """Metrics of a model on the test split: by the labels, and by the reference."""
+        return self._measured("test", name, model)
 
     def mean(self, _: State, *, recipe: AverageRecipe) -> Fitted:
         """The mean of several checkpoints; the first one stays the original."""
@@ -92,6 +118,8 @@ class Fits:
         """New population statistics, and an example weight that goes with them."""
         calibration = self._recalibrate(target)
         name = f"statistics of the data ({calibration.target})"
+        if target == "reference":
+            name = "statistics matched to the reference"
         if example_weight is not None:
             self._set_weight(example_weight)
             name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
@@ -113,7 +141,8 @@ class Fits:
                 batches,
                 target=target,
                 train_batch_size=recipe.train_batch_size,
-                feed=recipe.feed,
+                reference=self._reference if target == "reference" else None,
+                feed=None if target == "reference" else recipe.feed,
                 samples="auto" if recipe.samples == "auto" else None,
                 tolerance=recipe.tolerance,
                 precision=self.precision,
@@ -186,6 +215,7 @@ class Fits:
             bench.batches(learn, "example weight: fitting", size).shuffled(self.seed),
             select=bench.batches(bench.split.select, "select: example weight"),
             monitor=bench.batches(monitor, "example weight: watching"),
+            reference=None if bench.labelled else self._reference,
             recipe=recipe,
             z=self.plan.gate.z,
             incumbent=None if now.metrics is None else (now.name, now.metrics),
@@ -195,21 +225,30 @@ class Fits:
         name = None if choice.chosen == "keep" else admitted[-1]
         return Fitted(name, (choice,), choice.decisions)
 
-    def tuned(self, _: State, *, recipe: FinetuneRecipe, gated: bool) -> Fitted:
+    def tuned(
+        self, _: State, *, recipe: FinetuneRecipe, gated: bool, distils: bool, alone: bool = False
+    ) -> Fitted:
         """Fine-tuning, best epoch kept; the select split judges it, or else its monitor has."""
         calibrations: list[Calibration] = []
-        tuned = self._finetune(recipe, None if gated else self.plan.state, calibrations)
+        state = None if gated else self.plan.state
+        tuned = self._finetune(recipe, state, calibrations, distils=distils)
         # A resumed run has measured the statistics of the last epochs only.
         k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
         own = calibrations[k : k + 1] if tuned.best_epoch and k >= 0 else []
         results = (tuned, *(own if tuned.best_epoch else calibrations[-1:]))
+        did = "distilled" if distils else "fine-tuned"
         if gated:
             learned = " with example weights" if recipe.example_weight == "learn" else ""
-            return Fitted(f"fine-tuned {recipe.train}{learned}", results)
-        return Fitted(f"fine-tuned {tuned.trained}" if tuned.best_epoch else None, results, ())
+            return Fitted(f"{did} {recipe.train}{learned}{' alone' * alone}", results)
+        return Fitted(f"{did} {tuned.trained}" if tuned.best_epoch else None, results, ())
 
     def _finetune(
-        self, recipe: FinetuneRecipe, state: str | None, calibrations: list[Calibration]
+        self,
+        recipe: FinetuneRecipe,
+        state: str | None,
+        calibrations: list[Calibration],
+        *,
+        distils: bool,
     ) -> Finetuning:
         bench = self.bench
         learn, monitor = bench.learn_and_monitor()
@@ -218,7 +257,9 @@ class Fits:
         identity = ""
         if state is not None:
             of_data = bench.identity(learn, monitor, batch_size=size)
-            identity = f"{of_data} {self.plan.statistics}"
+            # The reference counts by its numbers, wherever its file is.
+            statistics = replace(self.plan.statistics, reference=None, reference_model=None)
+            identity = f"{of_data} {statistics}"
         # Candidates of `fix` are trained in fp32 where it evaluates in fp16.
         fp32 = self.precision == "fp16" and self.plan.command == "fix"
 
@@ -229,6 +270,7 @@ class Fits:
             self.model,
             training.shuffled(self.seed, recipe.augment),
             monitor=bench.batches(monitor, "fine-tuning: watching"),
+            reference=self._reference if distils else None,
             recipe=recipe,
             weighable=self._weighable()[0] if recipe.example_weight == "learn" else None,
             seed=self.seed,

@@ -109,6 +109,9 @@ def _replayed(
     # A model that the file names is built only where a file's word is enough for that.
     if model.model is not None and not from_file_allowed(model.model):
         model = dataclasses.replace(model, model=None, arguments=())
+    stated = plan.statistics.reference_model
+    if stated is not None and not from_file_allowed(stated):
+        plan = replace(plan, statistics=replace(plan.statistics, reference_model=None))
     if test is not None:
         source = dataclasses.replace(source, test=test)
     elif source.test is not None and is_callable(source.test):
@@ -117,6 +120,20 @@ def _replayed(
             "so. Name it by --test."
         )
     return dataclasses.replace(plan, model=model, source=source)
+
+
+def with_own_models(plan: Plan, typed: Plan) -> Plan:
+    """A replayed plan with the model and the reference that were typed beside it."""
+    given, statistics = typed.model, typed.statistics
+    if statistics.reference is not None:
+        own = {name: getattr(statistics, name) for name in ("reference", "reference_model")}
+        plan = replace(plan, statistics=replace(plan.statistics, **own))
+    asked = given
+    if given.model is None:
+        # A model is called in one way: the stated one replaces that of the file.
+        called = given if given.forward or given.logits_output else plan.model
+        asked = replace(plan.model, forward=called.forward, logits_output=called.logits_output)
+    return replace(plan, model=replace(asked, unfreeze=given.unfreeze or plan.model.unfreeze))
 
 
 def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Recipe:
@@ -165,6 +182,7 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
         "command": plan.command,
         "plan": True,
         "model": bench.loaded.origin.spec,
+        "reference": plan.statistics.reference,
         "n_layers": len(find_norms(bench.model)),
         "data": {
             **data_record(bench.inputs.images),

@@ -6,9 +6,9 @@ No example is in two splits: what is fitted on *fit* is judged on *select*; the 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.recalibrate.recalibrate import Calibration, residuals
+from bnfix.report.agreement import agreement_json
 from bnfix.report.records import (
     DataUsed,
     Evaluated,
@@ -94,7 +95,7 @@ def calibrate(
     Returns:
         Model, report, history entry; nothing is written until ``result.save(path)``.
     """
-    plan = dataclasses.replace(plan or Plan(), command="calibrate", finetune=None)
+    plan = replace(plan or Plan(), command="calibrate", finetune=None)
     return execute(open_plan(plan, checkpoint, data, model, track))
 
 
@@ -118,7 +119,7 @@ def finetune(
     Returns:
         Model, report, history entry; nothing is written until ``result.save(path)``.
     """
-    plan = dataclasses.replace(plan or Plan(finetune=FinetuneRecipe()), command="finetune")
+    plan = replace(plan or Plan(finetune=FinetuneRecipe()), command="finetune")
     return execute(open_plan(plan, checkpoint, data, model, track))
 
 
@@ -145,23 +146,27 @@ class Run:
 
     def take_steps(self) -> None:
         """Fit, judge, keep or put back, step by step."""
-        base, track = self.kept, self.bench.track
+        starts, track = {"input": self.kept, "base": self.kept}, self.bench.track
         for k, step in enumerate(self.steps, 1):
             self.bench.track = _numbered(track, f"{k}/{len(self.steps)} ")
             if step.gate == "select":
                 self._metrics_of_kept()
-            start = base if step.from_base else self.kept
-            if step.from_base:
+            start = self.kept
+            if step.start != "kept":
+                start = starts.get(step.start, starts["base"])
                 start.values.restore_()
             fitted = self._fitted(step)
+            results = (*start.results, *fitted.results)
+            if step.leaves and fitted.name is not None:
+                left = State(fitted.name, guards.Snapshot(self.model), results=results)
+                starts[step.leaves] = left
             name, metrics = self._judged(step, fitted)
             if name is None:
                 self.kept.values.restore_()
             else:
-                results = (*start.results, *fitted.results)
                 self.kept = State(name, guards.Snapshot(self.model), metrics, results)
             if step.stage == STATISTICS or not step.gate:
-                base = self.kept
+                starts["base"] = self.kept
             if not step.gate:
                 self.stated = self.kept
         self.bench.track = track
@@ -169,7 +174,7 @@ class Run:
     def _metrics_of_kept(self) -> Metrics:
         """Metrics on select, measured once, while the model is in this state."""
         metrics = self.kept.metrics or self.fits.on_select(self.kept.name)
-        self.kept = dataclasses.replace(self.kept, metrics=metrics)
+        self.kept = replace(self.kept, metrics=metrics)
         return metrics
 
     def _fitted(self, step: Step) -> Fitted:
@@ -208,7 +213,8 @@ class Run:
             )
         round_as_stored_(self.model)
         models: tuple[Evaluated, ...] = ()
-        if bench.test.images.labels is not None and bench.split.test.size:
+        known = bench.test.images.labels is not None or bench.reference is not None
+        if known and bench.split.test.size:
             models = self._tested()
             bench.assumptions += describe_unlisted(bench.loaded.origin.history)
         movement = self._movement()
@@ -217,6 +223,9 @@ class Run:
         data = data_record(bench.inputs.images)
         skipped = describe_skipped(self.fits.passes)
         options = options_of(self.plan, self.fits.averaged)
+        if bench.reference is not None:
+            file = bench.reference.checkpoint
+            options["reference"] = {"file": file.path.name, "sha256": file.sha256}
         report = Report(
             command=self.plan.command,
             data=DataUsed(
@@ -262,7 +271,7 @@ class Run:
         images, split = self.bench.inputs.images, self.bench.split
         parts = {"fit": split.fit, "select": split.select}
         digests = {name: history_digests(images, part) for name, part in parts.items()}
-        last = models[-1].metrics if models else None
+        last = models[-1] if models else None
         return history_entry(
             self.plan.command,
             options=options,
@@ -271,8 +280,9 @@ class Run:
             data={**data, **digests},
             results={
                 "output": self.kept.name,
-                "top1": last and last.top1,
-                "nll": last and last.nll,
+                "top1": last and last.metrics.top1,
+                "nll": last and last.metrics.nll,
+                **agreement_json(None if last is None else last.agreement),
             },
             command_line=self.plan.command_line,
         )
@@ -280,18 +290,14 @@ class Run:
     def _tested(self) -> tuple[Evaluated, ...]:
         """Original and output on the test split; an output that is worse there is put back."""
         bench, checkpoint = self.bench, self.bench.loaded.checkpoint
-        original = self._at_original(
-            lambda model: Evaluated(
-                name=ORIGINAL,
-                file=str(checkpoint.path),
-                sha256=checkpoint.sha256,
-                metrics=self._on_test(ORIGINAL, model),
-                n_live=n_live(model),
-            )
-        )
-        before = original.metrics
-        after = self._on_test(self.kept.name)
-        worse = compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
+        was = self._at_original(lambda model: self._evaluated(ORIGINAL, model))
+        was = replace(was, file=str(checkpoint.path), sha256=checkpoint.sha256)
+        now = self._evaluated(self.kept.name, self.model)
+        labelled = bench.test.images.labels is not None
+        before, after = (one.metrics if labelled else one.agreement for one in (was, now))
+        worse = False
+        if before is not None and after is not None:
+            worse = compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
         # Another kind of normalization was asked for, whatever it costs.
         if worse and bench.original is None and self.kept.values is not self.stated.values:
             name = self.stated.name
@@ -302,12 +308,14 @@ class Run:
             self.kept = self.stated
             self.kept.values.restore_()
             round_as_stored_(self.model)
-            after = before if self.stated.values is self.original.values else self._on_test(name)
-        name = f"output: {self.kept.name}"
-        return original, Evaluated(name, None, None, after, n_live=n_live(self.model))
+            is_input = self.stated.values is self.original.values
+            now = was if is_input else self._evaluated(name, self.model)
+        return was, replace(now, name=f"output: {self.kept.name}", file=None, sha256=None)
 
-    def _on_test(self, name: str, model: nn.Module | None = None) -> Metrics:
-        return self.fits.evaluate(lambda: self.bench.test_batches(f"test: {name}"), model)
+    def _evaluated(self, name: str, model: nn.Module) -> Evaluated:
+        """A model on the test split."""
+        metrics, agreement = self.fits.on_test(name, model)
+        return Evaluated(name, None, None, metrics, n_live=n_live(model), agreement=agreement)
 
     def _at_original(self, work: Callable[[nn.Module], _T]) -> _T:
         """Do something with the network as it was; the model is put back."""

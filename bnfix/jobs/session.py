@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfix.checkpoints.load import Loaded, load_ready
+from bnfix.checkpoints.checkpoint import misfits_of
+from bnfix.checkpoints.load import Loaded, load_ready, stock_shapes
 from bnfix.checkpoints.read import check_room
 from bnfix.core import distributed, runtime, settings
-from bnfix.core.errors import ConfigError, DataError
+from bnfix.core.errors import CheckpointError, ConfigError, DataError, file_error
 from bnfix.core.memory import BatchSize, Footprint, footprint
 from bnfix.core.settings import ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
@@ -100,6 +101,7 @@ class Workbench:
     track: Track
     evaluation: BatchSize  # of passes without gradients; it shrinks where memory is short
     footprint: Footprint | None = None  # what forward passes hold, where that is known
+    reference: Loaded | None = None  # the undamaged network, its model on the device
     # Before layers were swapped that now weigh the example, and are still to be re-fitted to it.
     original: nn.Module | None = None
 
@@ -112,6 +114,11 @@ class Workbench:
     def labelled(self) -> bool:
         """Whether the data has labels that may be used."""
         return self.inputs.images.labels is not None
+
+    @property
+    def judged(self) -> bool:
+        """Whether candidates can be judged, by labels or by a reference in their place."""
+        return self.labelled or self.reference is not None
 
     @property
     def everything(self) -> np.ndarray:
@@ -144,7 +151,7 @@ class Workbench:
             model, source, self.inputs.preprocessing, self.plan.gate.seed, batch_size,
             list(map(len, parts)),
         ]).encode())  # fmt: skip
-        for spec in (model.model, model.forward):
+        for spec in (model.model, model.forward, self.plan.statistics.reference_model):
             name = (spec or "").rpartition(":")[0]
             code = Path(getattr(sys.modules.get(name), "__file__", None) or name)
             digest.update(code.read_bytes() if code.is_file() else b"")
@@ -178,8 +185,11 @@ def open_workbench(
     lenders = () if plan.average is None else plan.average.files
     loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    reference = _open_reference(loaded, plan)
     inputs = test = open_inputs(loaded, data, source)
     images, notes = inputs.images, [*loaded.checkpoint.notes, *inputs.notes]
+    if reference is not None:
+        notes += [f"reference: {note}" for note in reference.checkpoint.notes]
     split = cut(images, fractions, seed)
     for name, wanted in zip(("fit", "select"), fractions, strict=False):
         if wanted and split.sizes()[name] < 2:
@@ -223,7 +233,30 @@ def open_workbench(
         track=track,
         evaluation=evaluation,
         footprint=held,
+        reference=reference,
     )
+
+
+def _open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
+    """The network that a checkpoint was made from; one of other tensors is refused."""
+    path, spec = plan.statistics.reference, plan.statistics.reference_model
+    if path is None:
+        return None
+    made = f"For --reference, give the network that {loaded.checkpoint.path.name} was made from."
+    arguments = () if spec else tuple(loaded.origin.arguments.items())
+    spec = spec or loaded.origin.spec
+    # Where the tensors lie in the damaged file says nothing of this one.
+    recipe = dataclasses.replace(plan.model, model=spec, arguments=arguments, key=None, prefix=None)
+    try:
+        reference = load_one(path, recipe, plan.run)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {made}", path=Path(path)) from error
+    own, theirs = stock_shapes(loaded.model), stock_shapes(reference.model)
+    misfits = misfits_of(own, {n: torch.empty(s, device="meta") for n, s in theirs.items()})
+    if misfits:
+        problem = f"is another network than the checkpoint, {len(misfits)} problems: {misfits}."
+        raise file_error(Path(path), f"{problem} {made}")
+    return reference
 
 
 def _first_look(loaded: Loaded, batch: Batch | None, *, as_given: bool) -> list[str]:

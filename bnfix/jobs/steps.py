@@ -8,10 +8,9 @@ The cheaper candidate at inference comes first, so it wins ties.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +36,8 @@ from bnfix.recalibrate.refit import REFIT_SAMPLES
 STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
 #: The search of one global weight tries so many, each on a third of the examples.
 _TRIED_WEIGHTS = 10
+#: Steps of a reference's candidate, at least.
+_LEAST_STEPS = 40
 #: Fits without labels: one pass in training mode, then some tried weights.
 _LABEL_FREE_PASSES = 12
 
@@ -56,8 +57,9 @@ class Step:
     """One step: a fit, and who judges it.
 
     ``gate`` is ``select`` (the select split), ``monitor`` (the fit's own early stopping), or empty
-    for what was stated, which stays whatever it costs. A step ``from_base`` starts from the state
-    after the statistics.
+    for what was stated, which stays whatever it costs. A step starts from the state ``kept`` so
+    far, from the ``base``, which is the one after the statistics, from the ``input``, or from a
+    state that an earlier step ``leaves`` under a name, kept or not.
     """
 
     name: str
@@ -65,7 +67,8 @@ class Step:
     fit: Callable[[Fits, State], Fitted]
     work: tuple[Work, ...] = ()
     gate: str = "select"
-    from_base: bool = False
+    start: str = "kept"
+    leaves: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class _Sizes:
     monitor: int = 0
     layers: int = 1
     feed_passes: float = 1.0
+    by_depth: float = 1.0  # passes of the sequential feed where memory is short
     training_batch: Callable[[int | None], int] = lambda stated: stated or 64
 
 
@@ -85,14 +89,15 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     """The steps of a plan; without a session as if there were labels, and without costs."""
     n = _Sizes() if bench is None else _sizes(plan, bench)
     if plan.command == "finetune":
-        return _alone(plan, n, converted=bench is not None and bench.original is not None)
+        return _alone(plan, n, bench)
+    judged = bench is None or bench.judged
     labelled = bench is None or bench.labelled
     steps = []
     if plan.average is not None:
         name = f"mean of {len(plan.average.files) + 1} checkpoints"
         fit = partial(Fits.mean, recipe=plan.average)
         steps.append(Step(name, "mean", fit, gate=""))
-    steps += _statistics(plan, n, labelled=labelled)
+    steps += _statistics(plan, n, judged=judged)
     weight, b = plan.weight.example_weight, plan.statistics.train_batch_size
     if weight == "match" and b is not None:
         weight = 1 / b
@@ -107,6 +112,8 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     if not isinstance(batch, str):
         fit = partial(Fits.batch_weight, value=float(batch))
         steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
+    # Without labels it takes a reference to learn from; weights act where labels show a gain.
+    steps += _distilling(plan, n) if judged else []
     return [*steps, *(_tuning(plan, n) if labelled else [])]
 
 
@@ -119,12 +126,17 @@ def work_of(plan: Plan, bench: Workbench) -> list[Work]:
     """All passes of a command where every candidate is tried."""
     steps, n_test = resolve(plan, bench), len(bench.split.test)
     work = [work for step in steps for work in step.work]
+    n_networks = 1 if bench.reference is None else 2
     if is_gated(steps):
-        work.append(Work("select: the input", len(bench.split.select), 1))
+        passes = 1 if bench.labelled else n_networks
+        work.append(Work("select: the input", len(bench.split.select), passes))
     if any(step.stage == STATISTICS for step in steps):
         work.append(Work("residual of the statistics", len(bench.split.fit), 1, "live"))
-    if bench.test.images.labels is not None and n_test:
-        work += [Work("test: the input", n_test, 1), Work("test: the output", n_test, 1, "live")]
+    if n_test and (bench.test.images.labels is not None or bench.reference):
+        work += [
+            Work("test: the input", n_test, n_networks),
+            Work("test: the output", n_test, 1, "live"),
+        ]
     n_moved = min(MOST_IMAGES, len(bench.everything))
     return [*work, Work("how far the outputs moved", n_moved, 2, "live")]
 
@@ -136,7 +148,8 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
         return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
     if plan.average is not None and not given and plan.source.labels != "none":
         return 0.8, 0.0, 0.2
-    if not is_gated(resolve(plan)) or plan.source.labels == "none":
+    unjudged = plan.source.labels == "none" and plan.statistics.reference is None
+    if not is_gated(resolve(plan)) or unjudged:
         return 1.0, 0.0, 0.0
     return (0.75, 0.25, 0.0) if given else (gate.fit, gate.select, 1 - gate.fit - gate.select)
 
@@ -146,31 +159,35 @@ def open_plan(
 ) -> Workbench:
     """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
     if model is not None:
-        plan = dataclasses.replace(plan, model=dataclasses.replace(plan.model, model=model))
+        plan = replace(plan, model=replace(plan.model, model=model))
     bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
     if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":
         # Its statistics belong to other weights.
-        measured = dataclasses.replace(plan.statistics, statistics="population")
-        plan = bench.plan = dataclasses.replace(plan, statistics=measured)
+        measured = replace(plan.statistics, statistics="population")
+        plan = bench.plan = replace(plan, statistics=measured)
     notes, split, none = bench.assumptions, bench.split, bench.split.test[:0]
     tune = plan.finetune
-    if tune is not None and not bench.labelled:
+    if tune is not None and not bench.judged:
         if plan.command != "fix":
             raise DataError(
-                f"{data}: has no labels, and fine-tuning needs them. Give labelled data."
+                f"{data}: has no labels, and fine-tuning needs them. Give labelled data, or "
+                "the undamaged network to learn from (--reference)."
             )
         notes.append("fine-tuning was not tried: the data has no labels.")
     if plan.average is not None and not bench.labelled and plan.source.test is None:
-        bench.split = dataclasses.replace(split, fit=_joined(split.fit, split.test), test=none)
-    if is_gated(resolve(plan)) and plan.command != "finetune" and not bench.labelled:
+        bench.split = replace(split, fit=_joined(split.fit, split.test), test=none)
+    if is_gated(resolve(plan)) and plan.command != "finetune" and not bench.judged:
         notes.append(
             "without labels nothing can be proven, so `auto` keeps what is there. These act: "
+            "--reference CKPT (the undamaged network, by which candidates are judged), "
             "--statistics population, --statistics train-batch --train-batch-size B, "
             "--example-weight match, fit-moments, fit-predictions or a number."
         )
         if split.select.size:
             fit = _joined(split.fit, split.select, split.test)
-            bench.split = dataclasses.replace(split, fit=fit, select=none, test=none)
+            bench.split = replace(split, fit=fit, select=none, test=none)
+    if bench.reference is not None and plan.command == "finetune" and bench.labelled:
+        notes.append("the labels were learned, not the reference (--labels none to learn from it).")
     if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
         notes.append(
             "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
@@ -189,14 +206,14 @@ def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
     swapped = plan_swap(bench.model, swap)
     layers = dict(generalized_norms(bench.model))
     if layers:
-        if dataclasses.replace(swap, layers=(), skip=()) == SwapRecipe():
+        if replace(swap, layers=(), skip=()) == SwapRecipe():
             return
 
         def keeping(change: Change) -> Change:
             layer = layers.get(change.name)
             if layer is None or swap.to != SwapRecipe().to:
                 return change
-            return dataclasses.replace(
+            return replace(
                 change,
                 channel_groups=swap.channel_groups or layer.channel_groups,
                 ghost_size=swap.ghost_size or layer.ghost_size,
@@ -204,7 +221,7 @@ def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
                 batch_weight=swap.batch_weight,
             )
 
-        swapped = dataclasses.replace(swapped, changes=tuple(map(keeping, swapped.changes)))
+        swapped = replace(swapped, changes=tuple(map(keeping, swapped.changes)))
     live = any(layer.live for layer in layers.values())
     if not live and any(change.example_weight for change in swapped.changes):
         bench.original = copy.deepcopy(bench.model)
@@ -218,28 +235,32 @@ def _sizes(plan: Plan, bench: Workbench) -> _Sizes:
     n_monitor = max(1, n_fit // 5) if n_fit else 0
     # All batches walk together, or each layer takes a pass that is shorter than the next.
     n_norms = sum(site.has_statistics and not site.frozen for site in sites)
+    by_depth = (n_norms + 3) / 2
     return _Sizes(
         fit=n_fit,
         select=len(bench.split.select),
         learn=n_fit - n_monitor,
         monitor=n_monitor,
         layers=max(1, len(sites)),
-        feed_passes=1.0 if plan.statistics.feed == "batch" else (n_norms + 3) / 2,
+        feed_passes=1.0 if plan.statistics.feed == "batch" else by_depth,
+        by_depth=by_depth,
         training_batch=bench.training_batch_size,
     )
 
 
-def _statistics(plan: Plan, n: _Sizes, *, labelled: bool) -> list[Step]:
+def _statistics(plan: Plan, n: _Sizes, *, judged: bool) -> list[Step]:
     """New statistics: stated, or each kind as a candidate."""
     recipe, weight = plan.statistics, plan.weight.example_weight
     kind, b = recipe.statistics, recipe.train_batch_size
     if weight in LABEL_FREE and kind == "auto":
         kind = "train-batch"
-    if kind == "keep" or (kind == "auto" and not labelled):
+    if kind == "keep" or (kind == "auto" and not judged):
         return []
     if kind != "auto":
         return [_statistics_step(recipe, n, kind, gate="")]
     steps = [_statistics_step(recipe, n, "population")]
+    if recipe.reference is not None:
+        steps.append(_statistics_step(recipe, n, "reference"))
     if b is not None:
         steps.append(_statistics_step(recipe, n, "train-batch"))
         if weight == "auto":
@@ -255,20 +276,46 @@ def _statistics_step(
     gate: str = "select",
     example_weight: float | None = None,
 ) -> Step:
-    more = "" if n.feed_passes == 1 else f", or {n.feed_passes:g} where memory is short"
+    feed, passes, plain = recipe.feed, n.feed_passes, 1
+    if target == "reference":
+        # The layers' new moments depend on each other, so they are found by depth; and one pass
+        # through the reference.
+        feed, passes, plain = "sequential", n.by_depth + 1, 2
+    more = "" if passes == plain else f", or {passes:g} where memory is short"
+    over = f"{plain} pass{'es' if plain > 1 else ''} over fit{more}"
     with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"
     used = min(n.fit, recipe.samples) if isinstance(recipe.samples, int) else n.fit
-    work = [Work(STATISTICS, used, n.feed_passes, "live")]
+    work = [Work(STATISTICS, used, passes, "live")]
     if gate:
         work.append(Work(f"select: {STATISTICS}", n.select, 1))
     return Step(
-        name=f"population statistics ({target}, {recipe.feed} feed){with_weight}: "
-        f"1 pass over fit{more}",
+        name=f"population statistics ({target}, {feed} feed){with_weight}: {over}",
         stage=STATISTICS,
         fit=partial(Fits.statistics, target=target, example_weight=example_weight),
         work=tuple(work),
         gate=gate,
+        leaves=target if target == "reference" else "",
     )
+
+
+def _distilling(plan: Plan, n: _Sizes) -> list[Step]:
+    """Fine-tuning to a reference's predictions: of the input, and after matched statistics."""
+    if plan.finetune is None or plan.statistics.reference is None:
+        return []
+    recipe = replace(plan.finetune, example_weight="keep")
+    a_pass = max(1, math.ceil(n.learn / n.training_batch(recipe.batch_size)))
+    # Predictions say more of an image than a label does, so that more passes can be taken.
+    epochs = max(recipe.epochs, math.ceil(_LEAST_STEPS / a_pass))
+    recipe = recipe if recipe.steps is not None else replace(recipe, epochs=epochs)
+    starts = ["input", "reference"]
+    # What was stated for statistics or weights is part of whatever follows.
+    weight = plan.weight
+    stated = weight.example_weight not in ("auto", "keep") or not isinstance(
+        weight.batch_weight, str
+    )
+    if plan.statistics.statistics != "auto" or stated:
+        starts = ["base"]
+    return [_tuning_step(recipe, n, distils=True, start=start) for start in starts]
 
 
 def _tuning(plan: Plan, n: _Sizes) -> list[Step]:
@@ -276,30 +323,40 @@ def _tuning(plan: Plan, n: _Sizes) -> list[Step]:
     recipe, steps = plan.finetune, []
     # Trained statistics belong to the weights trained with them; frozen ones to all.
     frozen = recipe is None or recipe.statistics == "frozen"
+    start = "base" if frozen else "kept"
     if recipe is not None:
-        steps.append(_tuning_step(dataclasses.replace(recipe, example_weight="keep"), n))
+        steps.append(_tuning_step(replace(recipe, example_weight="keep"), n))
     if plan.weight.example_weight != "auto":
         return steps
     name = f"example weight (up to per {plan.weight.granularity}), on fit"
     work = _choice_work(plan.weight, n)
-    steps.append(Step(name, WEIGHT, Fits.chosen_weights, work, from_base=frozen))
+    steps.append(Step(name, WEIGHT, Fits.chosen_weights, work, start=start))
     if recipe is not None and recipe.example_weight == "learn" and frozen:
-        steps.append(dataclasses.replace(_tuning_step(recipe, n), from_base=True))
+        steps.append(_tuning_step(recipe, n, start=start))
     return steps
 
 
-def _alone(plan: Plan, n: _Sizes, *, converted: bool) -> list[Step]:
+def _alone(plan: Plan, n: _Sizes, bench: Workbench | None) -> list[Step]:
     """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
+    converted = bench is not None and bench.original is not None
     steps = []
     if plan.finetune is not None and converted:
         work = (Work("re-fitting scale and shift", min(n.fit, REFIT_SAMPLES), 2, "live"),)
         steps.append(Step("re-fitting scale and shift", "re-fitting", Fits.refitted, work, gate=""))
     if plan.finetune is not None:
-        steps.append(_tuning_step(plan.finetune, n, gate="monitor"))
+        distils = bench is not None and not bench.labelled
+        steps.append(_tuning_step(plan.finetune, n, gate="monitor", distils=distils))
     return steps
 
 
-def _tuning_step(recipe: FinetuneRecipe, n: _Sizes, gate: str = "select") -> Step:
+def _tuning_step(
+    recipe: FinetuneRecipe,
+    n: _Sizes,
+    *,
+    gate: str = "select",
+    distils: bool = False,
+    start: str = "kept",
+) -> Step:
     size = n.training_batch(recipe.batch_size) * recipe.accumulate
     epochs = float(recipe.epochs)
     if recipe.steps is not None:
@@ -309,17 +366,27 @@ def _tuning_step(recipe: FinetuneRecipe, n: _Sizes, gate: str = "select") -> Ste
         Work(f"fine-tuning {recipe.train}", n.learn, epochs, "training"),
         Work("fine-tuning: watching", n.monitor, watched + 1, "live"),
     ]
+    if distils:
+        work.append(Work("distilling: the reference", n.learn, epochs))
     if recipe.statistics == "train":
         work.append(Work("statistics after each epoch", n.fit, watched, "live"))
     if gate == "select":
         work.append(Work("select: fine-tuned", n.select, 1, "live"))
     weights = " with example weights" if recipe.example_weight == "learn" else ""
+    verb, alone = "distilling" if distils else "fine-tuning", " alone" * (start == "input")
     return Step(
-        name=f"fine-tuning ({recipe.train}){weights}: {epochs:g} epochs",
+        name=f"{verb} ({recipe.train}){alone}{weights}: {epochs:g} epochs",
         stage=TUNING,
-        fit=partial(Fits.tuned, recipe=recipe, gated=gate == "select"),
+        fit=partial(
+            Fits.tuned,
+            recipe=recipe,
+            gated=gate == "select",
+            distils=distils,
+            alone=start == "input",
+        ),
         work=tuple(work),
         gate=gate,
+        start=start,
     )
 
 

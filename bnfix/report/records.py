@@ -20,6 +20,7 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
+from bnfix.report.agreement import BADGES, Closeness
 from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
@@ -36,6 +37,7 @@ class Evaluated:
     n_live: int = 0  # layers with an example or batch weight above 0
     custom: tuple[Custom, ...] = ()
     classified: bool = True  # False if outputs are no logits: then metrics only count examples
+    agreement: Metrics | None = None  # measured against a reference in place of labels
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def describe_neighbours(model: nn.Module) -> list[str]:
 
 #: Commands whose first model is the same network before the work.
 _BEFORE = ("fix", "convert", "calibrate", "finetune", "demo", "export")
-_BADGES = {"better": "Better", "same": "Same", "worse": "Worse"}
+_VERDICTS = {"better": "Better", "same": "Same", "worse": "Worse"}
 
 
 @dataclass(frozen=True)
@@ -172,12 +174,21 @@ class Findings:
     @cached_property
     def paired(self) -> tuple[Paired | None, ...]:
         """Each further model against the first; ``None`` without labels."""
-        metrics = [model.metrics for model in self.models]
+        return self._pairs([model.metrics for model in self.models])
+
+    @cached_property
+    def agreed(self) -> tuple[Paired | None, ...]:
+        """Each further model against the first, by the reference; ``None`` without one."""
+        return self._pairs([model.agreement for model in self.models])
+
+    def _pairs(self, found: Sequence[Metrics | None]) -> tuple[Paired | None, ...]:
         return tuple(
-            compare(metrics[0], other, seed=self.seed)
-            if all(m.examples is not None or m.problem for m in (metrics[0], other))
+            compare(found[0], other, seed=self.seed)
+            if found[0] is not None
+            and other is not None
+            and all(m.examples is not None or m.problem for m in (found[0], other))
             else None
-            for other in metrics[1:]
+            for other in found[1:]
         )
 
     @property
@@ -188,6 +199,20 @@ class Findings:
     def verdict(self) -> str | None:
         """``better``, ``same`` or ``worse``: the last model against the first."""
         return None if self._last_pair is None else self._last_pair.verdict
+
+    @property
+    def _closeness(self) -> Closeness | None:
+        """The last model against the first by the reference, if there is one."""
+        paired = self.agreed[-1] if self.agreed else None
+        first, last = (self.models[k].agreement if self.models else None for k in (0, -1))
+        if paired is None or first is None or last is None:
+            return None
+        return Closeness(first=first, last=last, paired=paired, before=self._reference())
+
+    @property
+    def agreement_verdict(self) -> str | None:
+        """The same by divergence from a reference and agreement with it; ``None`` without one."""
+        return None if self._closeness is None else self._closeness.paired.verdict
 
     @property
     def temperature_only(self) -> bool:
@@ -214,6 +239,8 @@ class Findings:
             return self._own_metrics(images)
         if last.problem:
             return f"{clean(self.models[-1].name)} cannot be evaluated on {images}: {last.problem}."
+        if last.top1 is None and (close := self._closeness) is not None:
+            return close.headline(images)
         if last.top1 is None:
             return f"the {images} have no labels, so accuracy cannot be measured."
         if len(self.models) == 1:
@@ -249,6 +276,8 @@ class Findings:
                 text += f"{number(first.nll)} {self._reference()}"
                 text += f" (difference {difference(paired.nll)})."
             notes.append(Note(text))
+        if (close := self._closeness) is not None:
+            notes += map(Note, close.remarks(labelled=self.verdict is not None))
         notes += [Note(text, "caution") for text in self._cautions()]
         return notes + ([] if self.moved is None else [self._movement(self.moved)])
 
@@ -271,7 +300,9 @@ class Findings:
     def badge(self) -> str:
         """One or two words for the head of the page."""
         if self.verdict is not None:
-            return _BADGES[self.verdict] + (", no proof" if self.n_seen else "")
+            return _VERDICTS[self.verdict] + (", no proof" if self.n_seen else "")
+        if self.agreement_verdict is not None:
+            return BADGES[self.agreement_verdict]
         if not self.models:
             return "Done"
         measured = self.models[-1].metrics.top1 is not None or self.models[-1].custom
@@ -290,7 +321,7 @@ class Findings:
         if moved.top1_changed is not None:
             text += f"; the top-1 class changed on {percent(moved.top1_changed)}"
         text += f" {'on' if moved.top1_changed is None else 'of'} {n} images."
-        if not moved.is_large or self.verdict == "better":
+        if not moved.is_large or (self.verdict or self.agreement_verdict) == "better":
             return Note(text)
         return Note(
             f"{text} Warning: this is a large change, and no labelled image shows that it helps. "

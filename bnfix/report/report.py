@@ -22,6 +22,7 @@ from bnfix.metrics.custom import Custom
 from bnfix.metrics.robustness import BatchInvariance, Shifted
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
+from bnfix.report.agreement import agreed_json, agreement_intervals, agreement_json
 from bnfix.report.pages import Picture, fields_of, flat, plain_json, render
 from bnfix.report.records import Evaluated, Findings, LayerRow, Trials, done, left_out
 
@@ -118,7 +119,13 @@ def model_json(model: Evaluated) -> dict[str, Any]:
         "n_examples": m.n_examples,
         "n_live": model.n_live,
         **{name: getattr(m, name) for name in names},
-        "interval": {"top1": None, "nll": None, **m.interval},
+        **agreement_json(model.agreement),
+        "interval": {
+            "top1": None,
+            "nll": None,
+            **m.interval,
+            **agreement_intervals(model.agreement),
+        },
         "images_per_second": m.images_per_second or None,
         **({"custom": {c.name: _custom_json(c) for c in model.custom}} if model.custom else {}),
     }
@@ -179,12 +186,15 @@ class Report(Findings):
             "verdict": self.verdict,
             "verdict_sentence": self.verdict_sentence(),
             "temperature_only": self.temperature_only,
+            "agreement_verdict": self.agreement_verdict,
             "n_seen": self.n_seen,
             "data": self.data and fields_of(self.data, "class_names"),
             "models": [model_json(model) for model in self.models],
             "paired": [
-                paired_json(model.name, self.models[0].name, paired)
-                for model, paired in zip(self.models[1:], self.paired, strict=True)
+                {**paired_json(model.name, self.models[0].name, paired), **agreed_json(agreed)}
+                for model, paired, agreed in zip(
+                    self.models[1:], self.paired, self.agreed, strict=True
+                )
             ],
             "layers": self.layers,
             "decisions": self.decisions,

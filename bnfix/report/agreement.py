@@ -1,0 +1,82 @@
+"""Closeness to a reference network, in place of right answers or beside them: words and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from bnfix.metrics.compare import Paired
+from bnfix.metrics.metrics import Metrics
+from bnfix.report.pages import difference, direction, number, percent
+
+#: Metrics against a reference, and their names in the JSON of a model.
+_NAMES = {"top1": "agreement", "nll": "divergence"}
+BADGES = {"better": "Closer", "same": "As close", "worse": "Farther"}
+_VERDICTS = {
+    "better": "closer to the reference",
+    "same": "no measurable difference in closeness to the reference",
+    "worse": "farther from the reference",
+}
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """The first and the last model as a reference judges them."""
+
+    first: Metrics
+    last: Metrics
+    paired: Paired
+    before: str  # names the first model
+
+    def headline(self, images: str) -> str:
+        """The first sentence, where there are no labels; in small letters."""
+        return f"{_VERDICTS[self.paired.verdict]}: {self._same_class(images)}."
+
+    def remarks(self, *, labelled: bool) -> Iterator[str]:
+        """The rest of the evidence, and the limit of what it says."""
+        if labelled:
+            text = self._same_class("these images")
+            yield f"{text[:1].upper()}{text[1:]}."
+        nll = self.paired.nll
+        if math.isfinite(nll.difference):
+            yield (
+                f"Divergence from the reference's predictions {direction(nll)}: "
+                f"{number(self.last.nll)} nats, {number(self.first.nll)} {self.before} "
+                f"(difference {difference(nll)})."
+            )
+        if not labelled:
+            yield (
+                "This is agreement with the reference network. How many answers are right is not "
+                "known without labels."
+            )
+
+    def _same_class(self, images: str) -> str:
+        if self.last.top1 is None:
+            return f"the output cannot be evaluated on {images}: {self.last.problem}"
+        now = f"the same class as the reference on {percent(self.last.top1)} of {images}"
+        if self.first.top1 is None:
+            return f"{now}; {self.before} it could not be evaluated: {self.first.problem}"
+        change = difference(self.paired.top1, points=True)
+        return f"{now}, {percent(self.first.top1)} {self.before}; the difference is {change}"
+
+
+def agreement_json(agreement: Metrics | None) -> dict[str, float | None]:
+    """Agreement with a reference and divergence from it; nothing without one."""
+    if agreement is None:
+        return {}
+    return {name: getattr(agreement, key) for key, name in _NAMES.items()}
+
+
+def agreement_intervals(agreement: Metrics | None) -> dict[str, Any]:
+    """Their intervals, where they are known."""
+    found = {} if agreement is None else agreement.interval
+    return {name: found[key] for key, name in _NAMES.items() if key in found}
+
+
+def agreed_json(paired: Paired | None) -> dict[str, Any]:
+    """The JSON of a pair as a reference judges it; nothing without one."""
+    if paired is None:
+        return {}
+    return {"agreement": paired.top1, "divergence": paired.nll, "agreement_verdict": paired.verdict}
