@@ -54,6 +54,8 @@ RECIPES: dict[str, list[Any]] = {
 OTHERS: dict[tuple[str, str], Any] = {
     ("fix", "epochs"): TRIED, ("fix", "lr"): TRIED, ("finetune", "ghost_size"): SwapRecipe(),
     ("finetune", "include_frozen"): StatisticsRecipe(),
+    ("finetune", "reference"): StatisticsRecipe(),
+    ("finetune", "reference_model"): StatisticsRecipe(),
 }  # fmt: skip
 RUN = ("device", "precision", "batch_size", "workers")
 #: Options whose text is put together from several fields, or which are no field of a recipe.
