@@ -11,8 +11,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bnfix"
 
-LINES = 23_990  # on the way to 18,500
-FILES = 95  # on the way to 80
+LINES = 24_321  # on the way to 18,500
+FILES = 96  # on the way to 80
 FILE = 480
 BODY = 60
 FIELDS = 12

@@ -44,9 +44,9 @@ from bnfix.cli.flags import (
     Weight,
     Writes,
     about,
+    averaged,
     check_beside_recipe,
     command_line,
-    numbers,
     option_of,
     sizes,
     written,
@@ -177,8 +177,11 @@ def average(
     data: Data,
     output: Output,
     out: Writes,
-    plan: Annotated[Plan, {**_SHARED, "statistics": Feed, "gate": Seed}] = _AVERAGE,
+    plan: Annotated[Plan, {**_SHARED, "statistics": Feed, "gate": Gate}] = _AVERAGE,
     weights: Annotated[str | None, option_of(AverageRecipe, "weights", NORM)] = None,
+    method: Annotated[str, option_of(AverageRecipe, "method", NORM)] = "uniform",
+    best: Annotated[int | None, option_of(AverageRecipe, "best", NORM)] = None,
+    statistics: Annotated[str, option_of(AverageRecipe, "statistics", NORM)] = "auto",
     state: State = None,
 ) -> None:
     """Average the weights of several checkpoints, recompute statistics, compare with the first.
@@ -187,9 +190,8 @@ def average(
 
     Example: bnfix average net.pth net2.pth --model net.py:build --data photos/ -o mean.safetensors
     """
-    parts = () if weights is None else numbers(weights, "--weights")
-    mean = AverageRecipe(files=tuple(map(str, checkpoints[1:])), weights=parts)
-    _carry_out(replace(plan, average=mean, state=state), checkpoints[0], data, output, out)
+    first, mean = averaged(checkpoints, weights, method=method, best=best, statistics=statistics)
+    _carry_out(replace(plan, average=mean, state=state), first, data, output, out)
 
 
 def _carry_out(plan: Plan, checkpoint: Path, data: str, output: Path, out: Out) -> None:
@@ -314,9 +316,7 @@ def _check_samples(n: int | None) -> None:
 
 def export(
     checkpoint: Checkpoint,
-    output: Annotated[
-        Path, written("The .onnx, .pt2, .safetensors (folded) or .py (plain) to write.")
-    ],
+    output: Annotated[Path, written("The .onnx, .pt2, folded .safetensors or plain .py to write.")],
     to: Annotated[str, option_of(ExportRecipe, "to", OUT)],
     model: Model,
     source: Labelled,

@@ -18,10 +18,12 @@ from typing import Annotated, Any, Final, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from bnfix.checkpoints.average import matching
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.core.errors import ConfigError, some
 from bnfix.core.options import option
 from bnfix.core.settings import (
+    AverageRecipe,
     DataRecipe,
     FinetuneRecipe,
     GateRecipe,
@@ -196,6 +198,13 @@ _READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
 # --- fields to options ---
 
 
+def averaged(files: list[Path], weights: str | None, **how: Any) -> tuple[Path, AverageRecipe]:
+    """The first checkpoint, and what it is averaged with; patterns are replaced by their files."""
+    first, *others = matching(list(map(str, files)))
+    parts = () if weights is None else numbers(weights, "--weights")
+    return Path(first), AverageRecipe(files=tuple(others), weights=parts, **how)
+
+
 def option_of(recipe: type, name: str, panel: str) -> Any:
     """The option of a recipe's field, for ``Annotated``; the recipe has its help."""
     fields: Any = recipe.__dataclass_fields__  # type: ignore[attr-defined]
@@ -322,7 +331,7 @@ INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
 Compared = Annotated[list[Path], typer.Argument(metavar="CKPT...", help="One or more checkpoints.")]
 Averaged = Annotated[
-    list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints.")
+    list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints, or patterns.")
 ]
 Data = Annotated[
     str,

@@ -73,11 +73,24 @@ class SwapRecipe:
 
 @dataclass(frozen=True)
 class AverageRecipe:
-    """Which further checkpoints a model is averaged with, and by which weights."""
+    """Which further checkpoints a model is averaged with, by which weights, and how."""
 
     files: tuple[str, ...] = option((), "Further checkpoints.")
     weights: tuple[float, ...] = option(
         (), "Weights of the checkpoints, comma-separated (default: all the same)."
+    )
+    method: str = option(
+        "uniform",
+        "uniform: all of them. greedy: from the best one on, each is kept only if the mean with it "
+        "is better on labelled images.",
+    )
+    best: int | None = option(
+        None, "Only the N best, by a number that all the files hold, such as best_acc."
+    )
+    statistics: str = option(
+        "auto",
+        "population; interpolated: each layer's output gets the mean of the checkpoints' means and "
+        "deviations; auto: population, unless labels prove interpolated better.",
     )
 
     def __post_init__(self) -> None:
@@ -91,6 +104,19 @@ class AverageRecipe:
         require(
             all(0 < w < 1e6 for w in self.weights),
             f"--weights: {', '.join(map(str, self.weights))}, expected numbers above 0.",
+            "weights",
+        )
+        one_of(self.method, ("uniform", "greedy"), "--method")
+        one_of(self.statistics, ("auto", "population", "interpolated"), "--statistics")
+        best = self.best
+        require(
+            best is None or 2 <= best <= n,
+            f"--best: {best}, expected 2 to {n}, of {n} files.",
+            "best",
+        )
+        require(
+            best is None or not self.weights,
+            "--weights: the order of the files with --best is not known before. Leave one out.",
             "weights",
         )
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bnfix.checkpoints.average import average_into_
+from bnfix.checkpoints.average import Ingredients
 from bnfix.core import guards
 from bnfix.core.memory import BatchSize
-from bnfix.core.settings import AverageRecipe, FinetuneRecipe
+from bnfix.core.settings import FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision
@@ -22,6 +22,7 @@ from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.task import Reference
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
+from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
 from bnfix.report.records import n_live
 from bnfix.training.finetune import Finetuning, finetune_
@@ -58,7 +59,7 @@ class Fits:
         self.bench, self.plan, self.model = bench, bench.plan, bench.model
         self.seed, self.precision = self.plan.gate.seed, self.plan.run.precision
         self.passes: list[Tracked] = []
-        self.averaged: list[dict[str, Any]] = []
+        self.ingredients: Ingredients | None = None  # of `average`
         # Stated or not, this batch size is left unless it cannot fit.
         self._statistics_size = BatchSize(
             self.plan.statistics.batch_size,
@@ -108,15 +109,16 @@ class Fits:
         """Metrics of a model on the test split: by the labels, and by the reference."""
         return self._measured("test", name, model)
 
-    def mean(self, _: State, *, recipe: AverageRecipe) -> Fitted:
-        """The mean of several checkpoints; the first one stays the original."""
-        self.averaged, notes = average_into_(self.bench.loaded, recipe, self.plan.model)
-        self.bench.assumptions += notes
-        return Fitted(f"mean of {len(self.averaged)} checkpoints")
-
-    def statistics(self, _: State, *, target: str, example_weight: float | None = None) -> Fitted:
+    def statistics(
+        self,
+        _: State,
+        *,
+        target: str,
+        example_weight: float | None = None,
+        originals: Originals | None = None,
+    ) -> Fitted:
         """New population statistics, and an example weight that goes with them."""
-        calibration = self._recalibrate(target)
+        calibration = self._recalibrate(target, originals)
         name = f"statistics of the data ({calibration.target})"
         if target == "reference":
             name = "statistics matched to the reference"
@@ -125,8 +127,10 @@ class Fits:
             name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
         return Fitted(name, (calibration,))
 
-    def _recalibrate(self, target: str) -> Calibration:
+    def _recalibrate(self, target: str, originals: Originals | None = None) -> Calibration:
         recipe, bench = self.plan.statistics, self.bench
+        if target == "reference":
+            originals = self._reference
         order = np.random.default_rng(self.seed).permutation(bench.split.fit)
         state = None if self.plan.command == "finetune" else self.plan.state
         if isinstance(recipe.samples, int):
@@ -141,8 +145,8 @@ class Fits:
                 batches,
                 target=target,
                 train_batch_size=recipe.train_batch_size,
-                reference=self._reference if target == "reference" else None,
-                feed=None if target == "reference" else recipe.feed,
+                reference=originals,
+                feed=recipe.feed if originals is None else None,
                 samples="auto" if recipe.samples == "auto" else None,
                 tolerance=recipe.tolerance,
                 precision=self.precision,

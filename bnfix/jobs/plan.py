@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnfix.checkpoints.average import Ingredients
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import CheckpointError, ConfigError, DataError, ModelError, plain
@@ -56,12 +57,18 @@ _RECIPES = {
 }
 
 
-def options_of(plan: Plan, averaged: list[dict[str, Any]]) -> dict[str, Any]:
+def options_of(plan: Plan, averaged: Ingredients | None) -> dict[str, Any]:
     """The recipes, as the history and the report hold them."""
     recipes = {name: getattr(plan, part) for name, part in _RECIPES.items()}
     options = {name: one and dataclasses.asdict(one) for name, one in recipes.items()}
     options["precision"] = plan.run.precision
-    return {**options, "average": averaged} if averaged else options
+    if averaged is not None and plan.average is not None:
+        how = plan.average
+        options["averaging"] = {
+            "method": how.method, "best": how.best, "statistics": how.statistics,
+        }  # fmt: skip
+        options["average"] = averaged.records()
+    return options
 
 
 def replayed_plan(

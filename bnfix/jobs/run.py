@@ -222,7 +222,7 @@ class Run:
         held = set(map(id, results))
         data = data_record(bench.inputs.images)
         skipped = describe_skipped(self.fits.passes)
-        options = options_of(self.plan, self.fits.averaged)
+        options = options_of(self.plan, self.fits.ingredients)
         if bench.reference is not None:
             file = bench.reference.checkpoint
             options["reference"] = {"file": file.path.name, "sha256": file.sha256}

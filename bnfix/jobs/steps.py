@@ -19,11 +19,13 @@ import numpy as np
 from bnfix.core.errors import DataError
 from bnfix.core.settings import (
     LABEL_FREE,
+    AverageRecipe,
     FinetuneRecipe,
     StatisticsRecipe,
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
 from bnfix.jobs.fits import Fits, Fitted, State
 from bnfix.jobs.inputs import Track
 from bnfix.jobs.session import Plan, Workbench, open_workbench
@@ -94,10 +96,9 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     labelled = bench is None or bench.labelled
     steps = []
     if plan.average is not None:
-        name = f"mean of {len(plan.average.files) + 1} checkpoints"
-        fit = partial(Fits.mean, recipe=plan.average)
-        steps.append(Step(name, "mean", fit, gate=""))
-    steps += _statistics(plan, n, judged=judged)
+        steps += _mean(plan.average, plan.statistics, n, labelled=labelled)
+    else:
+        steps += _statistics(plan, n, judged=judged)
     weight, b = plan.weight.example_weight, plan.statistics.train_batch_size
     if weight == "match" and b is not None:
         weight = 1 / b
@@ -146,10 +147,10 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
     given, gate = plan.source.test is not None, plan.gate
     if plan.command == "finetune":
         return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
-    if plan.average is not None and not given and plan.source.labels != "none":
+    gated, labelled = is_gated(resolve(plan)), plan.source.labels != "none"
+    if plan.average is not None and labelled and not given and not gated:
         return 0.8, 0.0, 0.2
-    unjudged = plan.source.labels == "none" and plan.statistics.reference is None
-    if not is_gated(resolve(plan)) or unjudged:
+    if not gated or not (labelled or plan.statistics.reference):
         return 1.0, 0.0, 0.0
     return (0.75, 0.25, 0.0) if given else (gate.fit, gate.select, 1 - gate.fit - gate.select)
 
@@ -160,7 +161,9 @@ def open_plan(
     """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
     if model is not None:
         plan = replace(plan, model=replace(plan.model, model=model))
+    plan, checkpoint, chosen = narrowed(plan, checkpoint)
     bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
+    bench.assumptions += chosen
     if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":
         # Its statistics belong to other weights.
         measured = replace(plan.statistics, statistics="population")
@@ -174,9 +177,12 @@ def open_plan(
                 "the undamaged network to learn from (--reference)."
             )
         notes.append("fine-tuning was not tried: the data has no labels.")
-    if plan.average is not None and not bench.labelled and plan.source.test is None:
-        bench.split = replace(split, fit=_joined(split.fit, split.test), test=none)
-    if is_gated(resolve(plan)) and plan.command != "finetune" and not bench.judged:
+    if plan.average is not None and not bench.labelled:
+        notes += check_unlabelled(plan.average, data)
+        if plan.source.test is None:
+            fit = _joined(split.fit, split.select, split.test)
+            bench.split = replace(split, fit=fit, select=none, test=none)
+    elif is_gated(resolve(plan)) and plan.command != "finetune" and not bench.judged:
         notes.append(
             "without labels nothing can be proven, so `auto` keeps what is there. These act: "
             "--reference CKPT (the undamaged network, by which candidates are judged), "
@@ -246,6 +252,31 @@ def _sizes(plan: Plan, bench: Workbench) -> _Sizes:
         by_depth=by_depth,
         training_batch=bench.training_batch_size,
     )
+
+
+def _mean(
+    recipe: AverageRecipe, statistics: StatisticsRecipe, n: _Sizes, *, labelled: bool
+) -> list[Step]:
+    """The mean of checkpoints; of its statistics the population's, those between, or the better."""
+    n_files, kind, steps = len(recipe.files) + 1, recipe.statistics, list[Step]()
+    new = _statistics_step(statistics, n, "population", gate="")
+    if recipe.method == "greedy":
+        name = f"greedy mean of up to {n_files} checkpoints, each time with new statistics"
+        work = [replace(one, passes=n_files * one.passes) for one in new.work]
+        work.append(Work("select: checkpoints and means", n.select, 2 * n_files - 1))
+        steps.append(Step(name, MEAN, partial(greedy, recipe=recipe), tuple(work)))
+    else:
+        fit = partial(uniform, recipe=recipe)
+        steps.append(Step(f"mean of {n_files} checkpoints", MEAN, fit, gate=""))
+        steps += [] if kind == "interpolated" else [new]
+    gate = "select" if kind == "auto" else ""
+    if (gate and labelled) or (kind == "interpolated" and recipe.method == "uniform"):
+        name = f"statistics between those of {n_files} checkpoints (interpolated)"
+        fit = partial(interpolated, gated=bool(gate))
+        work = [replace(one, passes=n_files + n.by_depth) for one in new.work]
+        work += [Work("select: interpolated statistics", n.select, 1)] if gate else []
+        steps.append(Step(name, STATISTICS, fit, tuple(work), gate=gate))
+    return steps
 
 
 def _statistics(plan: Plan, n: _Sizes, *, judged: bool) -> list[Step]:

@@ -1,0 +1,154 @@
+"""The means of `average`: of all checkpoints, or of those that the gate keeps one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bnfix.checkpoints.average import Ingredients, best_of
+from bnfix.core import guards
+from bnfix.core.errors import CheckpointError, DataError, NumericError, some
+from bnfix.core.settings import AverageRecipe
+from bnfix.jobs.fits import Fits, Fitted, State
+from bnfix.jobs.session import Plan
+from bnfix.metrics.compare import Decision, judge
+from bnfix.metrics.metrics import Metrics
+
+MEAN = "mean"
+
+
+def narrowed(plan: Plan, checkpoint: str | Path) -> tuple[Plan, str | Path, list[str]]:
+    """A plan and its first checkpoint with the best files alone, where so many are asked for."""
+    recipe = plan.average
+    if recipe is None or recipe.best is None:
+        return plan, checkpoint, []
+    (first, *rest), note = best_of([str(checkpoint), *recipe.files], recipe.best)
+    left = dataclasses.replace(recipe, files=tuple(rest))
+    return dataclasses.replace(plan, average=left), first, [note]
+
+
+def check_unlabelled(recipe: AverageRecipe, data: str) -> list[str]:
+    """Refuse what labels alone can judge; notes on the rest."""
+    if recipe.method == "greedy":
+        raise DataError(f"{data}: has no labels, and --method greedy needs them to judge by.")
+    if recipe.statistics != "auto":
+        return []
+    return [
+        "the statistics are population, since without labels nothing proves others better; "
+        "--statistics interpolated takes those between the checkpoints'."
+    ]
+
+
+def uniform(fits: Fits, _: State, *, recipe: AverageRecipe) -> Fitted:
+    """The mean of all checkpoints; the first one stays the original."""
+    found = _open(fits, recipe)
+    found.put_(found.which)
+    return Fitted(f"mean of {len(found.which)} checkpoints")
+
+
+def interpolated(fits: Fits, now: State, *, gated: bool) -> Fitted:
+    """Statistics between those of the checkpoints in the mean, in place of the population's."""
+    found = fits.ingredients
+    if found is None or len(found.which) < 2:
+        return Fitted(None)
+    try:
+        networks = found.networks()
+    except CheckpointError as error:
+        if not gated:
+            raise
+        fits.bench.assumptions.append(f"interpolated statistics were not tried: {error}")
+        return Fitted(None)
+    fitted = fits.statistics(now, target="interpolated", originals=networks)
+    named = f"mean of {len(found.which)} checkpoints, {fitted.name}"
+    return dataclasses.replace(fitted, name=named if gated else fitted.name)
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """A mean on its way: the positions of its checkpoints, and what the select split says."""
+
+    name: str
+    which: tuple[int, ...]
+    metrics: Metrics
+    values: guards.Snapshot
+    results: tuple[Any, ...] = ()
+
+    @property
+    def loss(self) -> float:
+        """What checkpoints are ordered by; infinite where it cannot be measured."""
+        nll = self.metrics.nll
+        return math.inf if nll is None or math.isnan(nll) else nll
+
+    def against(self, rival: _Mean, z: float) -> Decision:
+        """Whether it may take the rival's place."""
+        return judge(MEAN, (self.name, self.metrics), (rival.name, rival.metrics), z)
+
+
+def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
+    """The mean of those checkpoints with which it is better, tried in the order of their loss.
+
+    It begins with the best one as it is in its file; then that with new statistics. A mean has to
+    be better than the one kept so far, and than the best checkpoint: then neither loss nor top-1
+    can fall below that checkpoint's by many small steps.
+
+    Source: Wortsman et al., "Model soups", 2022, recipe 1. Differs: not lower is not enough, it has
+    to be better by z standard errors.
+    """
+    found, z = _open(fits, recipe), fits.plan.gate.z
+    alone = [_alone(fits, found, i, now) for i in range(len(found.names))]
+    best, *others = sorted(alone, key=lambda one: one.loss)
+    if best.which != (0,):
+        found.put_(best.which)
+        best = dataclasses.replace(best, values=guards.Snapshot(fits.model))
+    kept, decisions = best, list[Decision]()
+    for which in [(), *(other.which for other in others)]:
+        try:
+            tried = _tried(fits, found, (*kept.which, *which), recipe, now)
+        except NumericError as error:
+            name = found.names[(which or best.which)[0]]
+            fits.bench.assumptions.append(f"the mean with {name} was given up: {error}")
+            continue
+        decisions.append(tried.against(kept, z))
+        if decisions[-1].admitted and kept is not best:
+            decisions.append(tried.against(best, z))
+        if decisions[-1].admitted:
+            kept = tried
+    kept.values.restore_()
+    found.which = kept.which
+    unchanged = kept is best and best.which == (0,)
+    return Fitted(None if unchanged else kept.name, kept.results, tuple(decisions))
+
+
+def _open(fits: Fits, recipe: AverageRecipe) -> Ingredients:
+    fits.ingredients = found = Ingredients(fits.bench.loaded, recipe, fits.plan.model)
+    fits.bench.assumptions += found.notes
+    return found
+
+
+def _alone(fits: Fits, found: Ingredients, i: int, now: State) -> _Mean:
+    """One checkpoint as it is in its file; its values are not kept."""
+    name, metrics = f"{found.names[i]} alone", now.metrics if i == 0 else None
+    if metrics is None:
+        found.put_([i])
+        metrics = fits.on_select(name)
+    return _Mean(name, (i,), metrics, now.values)
+
+
+def _tried(
+    fits: Fits, found: Ingredients, which: Sequence[int], recipe: AverageRecipe, now: State
+) -> _Mean:
+    """The mean of these with the statistics that are right for it."""
+    found.put_(which)
+    if recipe.statistics == "interpolated" and len(which) > 1:
+        fitted = interpolated(fits, now, gated=False)
+    else:
+        fitted = fits.statistics(now, target="population")
+    members = [found.names[i] for i in which]
+    of = f"mean of {some(members)}" if len(which) > 1 else members[0]
+    name = f"{of}, {fitted.name}"
+    metrics, values = fits.on_select(name), guards.Snapshot(fits.model)
+    return _Mean(name, tuple(which), metrics, values, results=fitted.results)
