@@ -237,7 +237,8 @@ def fitted(table: Table, width: int) -> Table:
 
 
 def _decisions(report: Report) -> Table:
-    table = _narrow("candidate", "NLL", "was", "top-1", "was", "admitted")
+    loss, right = report.decisions[-1].measures
+    table = _narrow("candidate", loss, "was", right, "was", "admitted")
     for d in report.decisions:
         nll, top1 = (number(d.nll), number(d.incumbent_nll)), (d.top1, d.incumbent_top1)
         admitted = "yes" if d.admitted else "no"

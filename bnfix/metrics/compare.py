@@ -16,7 +16,7 @@ from bnfix.metrics.metrics import (
     middle,
     resampled_means,
 )
-from bnfix.metrics.task import Array
+from bnfix.metrics.task import LABELS, Array
 
 #: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
 ROUNDING = 1e-6
@@ -203,6 +203,12 @@ class Decision(Evidence):
     z: float  # standard errors demanded
     admitted: bool
     reason: str
+    by_reference: bool = False  # then divergence and agreement are under the names nll and top1
+
+    @property
+    def measures(self) -> tuple[str, str]:
+        """Short names of the loss and of the fraction judged by."""
+        return ("KL", "agreement") if self.by_reference else ("NLL", "top-1")
 
 
 def judge(
@@ -252,6 +258,7 @@ def judge(
         z=z,
         admitted=admitted,
         reason=reason,
+        by_reference=new.examples is not None and new.examples.words != LABELS.words,
     )
 
 

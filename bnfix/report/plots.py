@@ -22,7 +22,8 @@ _MOST_CLASSES, _SHOWN_CLASSES = 40, 20
 
 
 def gate(decisions: Sequence[Decision]) -> Picture:
-    """Each candidate's paired NLL difference with the interval that the gate demands."""
+    """Each candidate's paired difference of the loss with the interval that the gate demands."""
+    loss, right = decisions[-1].measures
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
@@ -36,14 +37,14 @@ def gate(decisions: Sequence[Decision]) -> Picture:
             face = color if d.admitted else "none"
             axis.plot([d.nll_difference], [row], "o", mec=color, mfc=face, markersize=7)
         _rows(axis, [d.candidate for d in decisions], 26)
-        axis.set_xlabel("NLL difference; left is better")
+        axis.set_xlabel(f"{loss} difference; left is better")
 
     return picture(
         "gate",
         "Candidates before the gate",
-        "Paired difference in NLL on the select split, with the standard errors that the gate "
+        f"Paired difference in {loss} on the select split, with the standard errors that the gate "
         "demands. A candidate is admitted (filled) if its bar lies left of 0, clearly so "
-        "where there are few images, and its top-1 does not fall.",
+        f"where there are few images, and its {right} does not fall.",
         draw,
         1.0 + 0.36 * len(decisions),
     )
