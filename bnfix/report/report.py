@@ -186,7 +186,7 @@ class Report(Findings):
             "verdict": self.verdict,
             "verdict_sentence": self.verdict_sentence(),
             "temperature_only": self.temperature_only,
-            "agreement_verdict": self.agreement_verdict,
+            **({"agreement_verdict": agreed} if (agreed := self.agreement_verdict) else {}),
             "n_seen": self.n_seen,
             "data": self.data and fields_of(self.data, "class_names"),
             "models": [model_json(model) for model in self.models],
