@@ -87,7 +87,9 @@ _DEMO = (
     "it with 500 other digits and tests it on 500 more. The same by hand:"
 )
 _AGAINST = "The original of CKPT: says which weights differ, and if the statistics followed."
-_LOOK_DATA = "Examples to compare stored statistics, both modes and the outputs on."
+_LOOK_DATA = (
+    "Examples to compare stored statistics, both modes and the outputs on; labels are optional."
+)
 _REFIT_DATA = "Examples to re-fit scale and shift on (--to group, weights above 0), without labels."
 
 _SHARED = {"model": Model, "source": Tested, "swap": Layers, "run": Run}

@@ -11,6 +11,7 @@ from bnfix.cli.terminal import shown_text
 from bnfix.core.errors import some
 from bnfix.diagnosis.advice import Finding
 from bnfix.diagnosis.faults import Behaviour
+from bnfix.diagnosis.shift import Shifts
 from bnfix.jobs.inspect import Inspection
 from bnfix.norm.swap import Change
 from bnfix.report.pages import percent
@@ -40,17 +41,17 @@ def layers_table(found: Inspection) -> Table:
     """The norm layers of a checkpoint."""
     table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
     table.columns[0].overflow = "fold"
-    drifts = {} if found.behaviour is None else found.behaviour.drifts
-    if drifts:
-        table.add_column("shift")
-        table.add_column("factor")
+    shifts = Shifts() if found.behaviour is None else found.behaviour.shifts
+    if shifts.sequential or shifts.batch:
+        for heading in ("shift", "factor", "gaps, sequential", "gaps, batch"):
+            table.add_column(heading)
         table.caption = (
             "shift: stored against measured means, in standard deviations; factor: ratio of the "
-            "variances"
+            f"variances; gaps: of mean and deviation from single batches of {shifts.batch_size}, "
+            "where the layers before use stored statistics (sequential feed) or the batch's"
         )
     for layer in found.layers:
-        shift, ratio = drifts.get(layer.name, (math.nan, math.nan))
-        table.add_row(
+        row = [
             shown_text(layer.name),
             shown_text(found.kinds.get(layer.name, "?")),
             str(layer.channels),
@@ -59,9 +60,19 @@ def layers_table(found: Inspection) -> Table:
             "{:.2g} to {:.2g}".format(*layer.var_range),
             str(layer.n_dead),
             _short_weight(layer.example_weight),
-            *((f"{shift:.2g}", f"{math.exp(min(ratio, 700)):.3g}") if drifts else ()),
-        )
+        ]
+        table.add_row(*row, *(_shift_cells(shifts, layer.name) if table.caption else ()))
     return table
+
+
+def _shift_cells(shifts: Shifts, name: str) -> Iterator[str]:
+    own = shifts.sequential.get(name)
+    yield "nan" if own is None else f"{own.mean_shift:.2g}"
+    yield "nan" if own is None else f"{math.exp(min(own.log_var_ratio, 700)):.3g}"
+    for feed in (shifts.sequential, shifts.batch):
+        found = feed.get(name)
+        gaps = [None] if found is None else [found.mean_gap, found.sd_gap]
+        yield ", ".join("-" if gap is None else f"{gap:.2g}" for gap in gaps)
 
 
 def _short_weight(weight: float | list[float]) -> str:
@@ -76,6 +87,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         yield f"note: {note}"
     if found.behaviour is not None:
         yield _behaviour_line(found.behaviour)
+        if reading := found.behaviour.shifts.reading:
+            yield reading
     yield from _finding_lines(found.findings)
     for place, entry in enumerate(found.commands, 1):
         lines = entry.options if entry.command is None else (entry.command,)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.core import guards, runtime
-from bnfix.core.errors import ModelError, NumericError
+from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.diagnosis.advice import Fault, Finding, finding
+from bnfix.diagnosis.shift import Shifts, measure_shifts
 from bnfix.metrics.task import labels_of
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
-from bnfix.recalibrate.recalibrate import residuals
 
 _MOMENTS = ("running_mean", "running_var")
 _TINY_VAR = 1e-5
@@ -257,12 +257,22 @@ class Behaviour:
     """A model on data, in evaluation and (``..._training``) with each batch's own statistics."""
 
     n_examples: int
-    # Mean shift in deviations and log variance ratio, stored against data: means over channels.
-    drifts: dict[str, tuple[float, float]]
+    shifts: Shifts
     top1: float | None  # None without labels or logits
     top1_training: float | None
     output_range: tuple[float, float]
     output_range_training: tuple[float, float]
+
+    @property
+    def drifts(self) -> dict[str, tuple[float, float]]:
+        """Mean shift in deviations and log variance ratio in inference, stored against data."""
+        found = self.shifts.sequential
+        return {name: (shift.mean_shift, shift.log_var_ratio) for name, shift in found.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the layers."""
+        shifts, own = self.shifts, {k: v for k, v in vars(self).items() if k != "shifts"}
+        return {**own, "batch_size": shifts.batch_size, "reading": shifts.reading}
 
 
 def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Finding]:
@@ -369,23 +379,19 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
 
 def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behaviour, list[Finding]]:
     """Run data through a model in both modes, and compare."""
-    try:
-        measured = residuals(model, batches)
-    except NumericError:  # of a layer further down; outputs that are not finite are found below
-        measured = {}
-    drifts = {name: (shift, ratio) for name, (ratio, shift) in measured.items()}
+    shifts = measure_shifts(model, batches)
     evaluation = _pass(model, batches, training=False)
     training = _pass(model, batches, training=True)
     seen = Behaviour(
         n_examples=evaluation.n,
-        drifts=drifts,
+        shifts=shifts,
         top1=evaluation.top1,
         top1_training=training.top1,
         output_range=(evaluation.low, evaluation.high),
         output_range_training=(training.low, training.high),
     )
     faults = _mode_faults(evaluation, training)
-    return seen, [*_stale_layers(drifts), *(finding("", *fault) for fault in faults)]
+    return seen, [*_stale_layers(seen.drifts), *(finding("", *fault) for fault in faults)]
 
 
 @dataclass

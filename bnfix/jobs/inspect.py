@@ -28,6 +28,7 @@ from bnfix.diagnosis.faults import (
     examine_model,
     read_norms,
 )
+from bnfix.diagnosis.shift import Shifts
 from bnfix.jobs.convert import example_input, known_shape
 from bnfix.jobs.inputs import Track, Tracked, open_inputs, resolve_preprocessing, silent
 from bnfix.jobs.session import load_one
@@ -80,8 +81,8 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """The object that ``inspect --json`` prints; its numbers may be NaN or infinite."""
         history = (self.checkpoint.metadata or {}).get("history")
-        behaviour = None if self.behaviour is None else dataclasses.asdict(self.behaviour)
-        drifts = {} if behaviour is None else behaviour.pop("drifts")
+        seen = self.behaviour
+        shifts = Shifts() if seen is None else seen.shifts
         return {
             "bnfix": __version__,
             "command": "inspect",
@@ -95,14 +96,13 @@ class Inspection:
                 {
                     **dataclasses.asdict(layer),
                     "kind": self.kinds.get(layer.name),
-                    "mean_shift": drifts.get(layer.name, (None, None))[0],
-                    "log_var_ratio": drifts.get(layer.name, (None, None))[1],
+                    **shifts.to_json(layer.name),
                 }
                 for layer in self.layers
             ],
             "findings": [dataclasses.asdict(finding) for finding in self.findings],
             "problems": self.problems,
-            "behaviour": behaviour,
+            "behaviour": None if seen is None else seen.to_json(),
             "data": self.data,
             "history": history if isinstance(history, list) else [],
             "against": None if self.original is None else self.original.to_json(),

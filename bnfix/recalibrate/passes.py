@@ -9,15 +9,15 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnfix.checkpoints.save import StateFolder
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError, NormError, some
-from bnfix.norm.sites import NormSite
+from bnfix.norm.sites import NormSite, find_norms
 from bnfix.recalibrate.accumulator import Accumulator, Sums
 from bnfix.recalibrate.collector import (
     MOST_UNCOUNTED,
@@ -31,6 +31,7 @@ from bnfix.recalibrate.collector import (
     drift,
     eps_of,
     settle,
+    stored_moments,
     up_to,
 )
 from bnfix.recalibrate.lockstep import Walk, default_memory
@@ -41,6 +42,8 @@ _ROUNDING = 1e-4
 _SOON, _MOST = 1.0, 30.0
 #: `samples="auto"`: examples between two looks at the errors, as a part of those seen.
 _LOOK_AGAIN = 0.1
+
+_Kind = TypeVar("_Kind", bound=Collector)
 
 
 class Kept:
@@ -399,3 +402,28 @@ def _sequential(source: Source, scout: Collector, found: Found, keeper: Kept | N
             new = measure([name])
             use[name] = as_stored(collector.by_name[name], *new[name])
             found.passes += depth / len(order)
+
+
+def met_in_a_pass(
+    model: nn.Module,
+    batches: Iterable[Any],
+    kind: type[_Kind],
+    *,
+    forward: runtime.Forward | None = None,
+    by_batch: bool = False,
+) -> _Kind:
+    """Measure in one pass what all layers meet, in inference or by each batch's statistics."""
+    # Frozen layers too: whether their constants fit the data is worth knowing.
+    sites = [site for site in find_norms(model) if site.has_statistics and site.is_measurable]
+    source = Source(model, batches, forward)
+    collector = kind(sites, source.cost, by_batch=by_batch)
+    if one_pass(source, collector).n_examples == 0:
+        raise DataError("residuals: no examples. Give at least one batch.")
+    return collector
+
+
+def stored_drift(met: Collector, name: str) -> tuple[float, float]:
+    """How far a layer's stored moments are from those measured; see `drift`."""
+    site = met.by_name[name]
+    fresh = met.sums.measured[name].statistics(None)
+    return drift(stored_moments(site), fresh, eps_of(site))

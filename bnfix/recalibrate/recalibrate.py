@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
-from bnfix.core.errors import ConfigError, DataError, NormError, NumericError, some
+from bnfix.core.errors import ConfigError, NormError, NumericError, some
 from bnfix.norm.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
 from bnfix.recalibrate.accumulator import Accumulator
 from bnfix.recalibrate.collector import (
@@ -30,7 +30,7 @@ from bnfix.recalibrate.collector import (
     eps_of,
     stored_moments,
 )
-from bnfix.recalibrate.passes import Enough, Kept, collect, one_pass
+from bnfix.recalibrate.passes import Enough, Kept, collect, met_in_a_pass, stored_drift
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.targets import Wanted
 
@@ -360,19 +360,9 @@ def residuals(
     Raises:
         DataError: if there are no examples.
     """
-    # Frozen layers too: whether their constants fit the data is worth knowing.
-    sites = [site for site in find_norms(model) if site.has_statistics and site.is_measurable]
-    source = Source(model, batches, forward)
-    collector = Collector(sites, source.cost, by_batch=False)
-    if one_pass(source, collector).n_examples == 0:
-        raise DataError("residuals: no examples. Give at least one batch.")
-    found = {}
-    for site in sites:
-        if sums := collector.sums.measured.get(site.name):
-            fresh = sums.statistics(None)
-            mean_shift, log_var_ratio = drift(stored_moments(site), fresh, eps_of(site))
-            found[site.name] = (log_var_ratio, mean_shift)
-    return found
+    met = met_in_a_pass(model, batches, Collector, forward=forward)
+    drifts = {name: stored_drift(met, name) for name in met.by_name if name in met.sums.measured}
+    return {name: (log_var_ratio, shift) for name, (shift, log_var_ratio) in drifts.items()}
 
 
 def _check_samples(samples: int | str | None, tolerance: float, batches: runtime.Batches) -> None:
