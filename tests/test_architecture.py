@@ -22,7 +22,7 @@ FLOORS: dict[str, set[str]] = {
     "data": {"core", "models"},
     "checkpoints": {"core", "models", "norm"},
     "recalibrate": {"checkpoints", "core", "norm"},
-    "metrics": {"core", "data", "models"},
+    "metrics": {"core", "models"},
     "weights": {"core", "metrics", "norm"},
     "training": {"checkpoints", "core", "metrics", "norm", "weights"},
     "deploy": {"checkpoints", "core", "models", "norm"},

@@ -22,6 +22,7 @@ from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.moments import median_mix
 from bnfix.norm.swap import swap_norms_
 from tests import nets, reference
+from tests.conftest import images_of
 from tests.test_exporting import NETS, spec
 from tests.test_kernels import LAYOUTS, close, laid_out, oracle, terms_for
 from tests.test_norms import arrays, layer_with, shapes
@@ -533,4 +534,32 @@ def test_convert_sets_it(files, cli, tmp_path):
     assert "--batch-weight: 0.75, expected 0 to 0.5." in wrong.message
     word = cli("calibrate", files.net, "--data", files.data, *files.common, "--batch-weight",
                "some", "-o", out, "--force")  # fmt: skip
-    assert "--batch-weight: some, expected keep" in word.message
+    assert "--batch-weight: some, expected auto, keep or 0 to 1" in word.message
+
+
+@pytest.mark.parametrize("assumed", [False, True])
+def test_auto_is_refused_where_a_sorted_stream_would_suffer(files, cli, tmp_path, assumed):
+    """The colour that tells the class is what a batch of one class takes away."""
+    images, labels = images_of(600, seed=2)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    out = tmp_path / "out.safetensors"
+    found = cli("calibrate", files.net, "--data", tmp_path / "data.npz", *files.common,
+                "--statistics", "keep", "--example-weight", "keep", "--batch-weight", "auto",
+                "--batch-size", "16", "--corrupt", "contrast:2", "-o", out, "--json",
+                *(["--assume-iid"] if assumed else [])).json  # fmt: skip
+    (decision,) = found["decisions"]
+    assert (decision["stage"], decision["admitted"]) == ("batch weight", assumed)
+    assert decision["nll_difference"] < 0
+    assert ("images sorted by class would suffer" in decision["reason"]) != assumed
+    (weight,) = {norm.get("batch_weight", 0) for norm in header(out)["norms"].values()}
+    expected = float(decision["candidate"].split()[-1]) if assumed else 0
+    assert weight == pytest.approx(expected)
+
+
+def test_auto_keeps_a_network_that_gains_nothing(files, cli, tmp_path):
+    out = tmp_path / "out.safetensors"
+    found = cli("calibrate", files.net, "--data", files.data, *files.common, "--statistics",
+                "keep", "--example-weight", "keep", "--batch-weight", "auto", "-o", out,
+                "--json").json  # fmt: skip
+    assert [d["admitted"] for d in found["decisions"]] == [False]
+    assert not any("batch_weight" in norm for norm in header(out)["norms"].values())

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.core.errors import DataError
-from bnfix.metrics.robustness import batch_invariance
+import bnfix
+from bnfix.core.errors import ConfigError, DataError
+from bnfix.metrics.robustness import STREAMS, batch_invariance, in_stream, streams_of
 
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 3, 6, 6))).float()
 
@@ -102,3 +103,64 @@ def test_the_command_finds_a_network_that_looks_at_its_neighbours(cli, files, tm
     words = ["--model", f"{tmp_path / 'near.py'}:build", "--data", files.test, "--workers", "0"]
     found = cli("eval", tmp_path / "near.pth", *words, "--compare-batch-sizes", "--json").json
     assert found["batch_invariance"][0]["invariant"] is False
+
+
+# ---- the same images in other orders ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 20])
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_has_every_image_once_in_its_order(name, size):
+    labels = np.random.default_rng(0).integers(0, 4, 101)
+    order = in_stream(name, labels, size, seed=3)
+    assert sorted(order) == list(range(101))
+    assert np.array_equal(order, in_stream(name, labels, size, seed=3))
+    drawn = labels[order]
+    if name == "sorted":
+        assert np.array_equal(drawn, np.sort(labels))
+        assert not np.array_equal(order, np.argsort(labels, kind="stable"))
+    if name == "mixed" and size == 20:
+        # The first half of a batch goes on by class, and the other half holds several classes.
+        assert np.array_equal(drawn[:10], np.zeros(10))
+        assert len(set(drawn[10:20])) > 1
+
+
+def test_streams_are_read_from_a_list():
+    assert streams_of("sorted,iid,sorted") == ("sorted", "iid")
+    with pytest.raises(ConfigError, match=r"--streams: 'random' is not known. Use one of: iid"):
+        streams_of("iid,random")
+
+
+def test_the_command_has_a_row_a_stream_and_model(cli, files, tmp_path):
+    near = tmp_path / "near.safetensors"
+    model = bnfix.load(files.net, files.model())
+    bnfix.swap_norms_(model, batch_weight=1.0)
+    bnfix.save(model, near)
+    words = ("eval", files.net, near, "--data", files.test, *files.common, "--workers", "0",
+             "--batch-size", "20")  # fmt: skip
+    done = cli(*words, "--streams", "iid,sorted,mixed,single", "--json", "--report", tmp_path)
+    rows = done.json["streams"]
+    assert [(row["stream"], row["batch_size"]) for row in rows[::2]] == [
+        ("iid", 20), ("sorted", 20), ("mixed", 20), ("single", 1),
+    ]  # fmt: skip
+    stock, batched = rows[::2], rows[1::2]
+    top1 = done.json["models"][0]["top1"]
+    assert {row["top1"] for row in stock} == {top1}
+    assert all(abs(row["nll"] - stock[0]["nll"]) < 1e-5 for row in stock)
+    found = {row["stream"]: row["nll"] for row in batched}
+    assert found["sorted"] > found["iid"]
+    assert batched[1]["paired"]["nll"]["difference"] == pytest.approx(
+        batched[1]["nll"] - stock[1]["nll"]
+    )
+    for kind in ("md", "html"):
+        text = (tmp_path / f"report.{kind}").read_text()
+        assert "In other orders" in text
+        assert "Under common corruptions" not in text
+    assert "sorted 20" in cli(*words, "--streams", "sorted").out
+    assert "streams" not in cli(*words, "--json").json
+
+
+def test_streams_need_labels(cli, files):
+    outcome = cli("eval", files.net, "--data", files.flat, *files.common, "--streams", "iid")
+    assert outcome.code == 2
+    assert "--streams: the examples have no labels" in outcome.message

@@ -381,7 +381,7 @@ def evaluate(
     model: Model,
     source: Labelled,
     also: Annotated[
-        EvaluationRecipe, {ALSO: "corruptions compare_batch_sizes metric", RUN: "fast"}
+        EvaluationRecipe, {ALSO: "corruptions compare_batch_sizes streams metric", RUN: "fast"}
     ],
     run: Run,
     gate: Seed,

@@ -367,7 +367,9 @@ Statistics = Annotated[
 ]
 Referred = Annotated[StatisticsRecipe, {NORM: "include_frozen", MODEL: REFERENCE}]
 Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
-Weight = Annotated[WeightRecipe, {NORM: "example_weight batch_weight granularity pointwise thin"}]
+Weight = Annotated[
+    WeightRecipe, {NORM: "example_weight batch_weight assume_iid granularity pointwise thin"}
+]
 Tuned = Annotated[
     FinetuneRecipe,
     {

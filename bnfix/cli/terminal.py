@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +220,8 @@ def tables_of(report: Report) -> Iterator[Table]:
         yield _ranks(report)
     if any(model.custom for model in report.models):
         yield _own_metrics(report)
-    if report.corruptions:
-        yield _corruptions(report)
+    for title, *_, rows in report.shifts:
+        yield _shifted(report, "top-1 under" if title.startswith("Under") else "top-1", rows)
     if report.invariance:
         yield _invariance(report)
 
@@ -298,12 +298,12 @@ def _range(interval: tuple[float, float] | None) -> str:
     return "-" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
 
 
-def _corruptions(report: Report) -> Table:
+def _shifted(report: Report, heading: str, every: Sequence[Any]) -> Table:
     names = [model.name for model in report.models]
     shown = names if len(names) <= 2 else [names[0], names[-1]]
-    table = _narrow("top-1 under", *(f"{n}. model" for n in range(1, len(shown) + 1)), "points")
-    rows = {(row.kind, row.severity, row.model): row for row in report.corruptions}
-    for kind, severity in dict.fromkeys((row.kind, row.severity) for row in report.corruptions):
+    table = _narrow(heading, *(f"{n}. model" for n in range(1, len(shown) + 1)), "points")
+    rows = {(row.kind, row.severity, row.model): row for row in every}
+    for kind, severity in dict.fromkeys((row.kind, row.severity) for row in every):
         found = [rows[kind, severity, name] for name in shown]
         last = found[-1].paired
         points = "-"

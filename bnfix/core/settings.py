@@ -62,11 +62,10 @@ class SwapRecipe:
 
     def __post_init__(self) -> None:
         one_of(self.to, KINDS, "--to")
-        a = self.example_weight
-        require(
-            a is None or 0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight"
-        )
-        room, b = 1 - (KINDS[self.to][2] if a is None else a), self.batch_weight or 0.0
+        a, b = self.example_weight, self.batch_weight or 0.0
+        ok = a is None or 0 <= a <= 1
+        require(ok, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
+        room = 1 - (KINDS[self.to][2] if a is None else a)
         require(0 <= b <= room, f"--batch-weight: {b}, expected 0 to {room:g}.", "batch_weight")
         in_range(self, 1, math.inf, "ghost_size", "channel_groups")
 
@@ -197,7 +196,8 @@ class WeightRecipe:
     )
     lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
     start: float = option(0.05, "Least weight from which learning starts.")
-    batch_weight: str | float = option("keep", "keep, or the weight of the batch, 0 to 1.")
+    batch_weight: str | float = option("keep", "auto, keep, or the weight of the batch, 0 to 1.")
+    assume_iid: bool = option(False, "Let --batch-weight auto harm images sorted by class.")
 
     def __post_init__(self) -> None:
         a = self.example_weight
@@ -206,8 +206,8 @@ class WeightRecipe:
         else:
             require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
         b, room = self.batch_weight, 1.0 if isinstance(a, str) else 1 - a
-        ok = b == "keep" or (not isinstance(b, str) and 0 <= b <= room)
-        require(ok, f"--batch-weight: {b}, expected keep or 0 to {room:g}.", "batch_weight")
+        ok = b in ("auto", "keep") if isinstance(b, str) else 0 <= b <= room
+        require(ok, f"--batch-weight: {b}, expected auto, keep or 0 to {room:g}.", "batch_weight")
         one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
         in_range(self, 0, 1, "thin")
 
@@ -374,6 +374,7 @@ class EvaluationRecipe:
     compare_batch_sizes: bool = option(
         False, "Also compare each image's logits alone, in its batch and in another batch."
     )
+    streams: str | None = option(None, "Also in other orders: iid,sorted,mixed,single, or some.")
     fast: bool = option(
         False,
         "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "

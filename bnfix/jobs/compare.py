@@ -46,7 +46,14 @@ from bnfix.jobs.session import load_one
 from bnfix.metrics.custom import custom_metrics, import_metric
 from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import refuse_not_finite
-from bnfix.metrics.robustness import BatchInvariance, Shifted, batch_invariance, shifted
+from bnfix.metrics.robustness import (
+    BatchInvariance,
+    Shifted,
+    batch_invariance,
+    in_stream,
+    shifted,
+    streams_of,
+)
 from bnfix.report.predictions import check_predictions, table_of, write_predictions
 from bnfix.report.records import (
     DataUsed,
@@ -111,19 +118,22 @@ def evaluate_files(
         raise ConfigError("eval: no checkpoint given.")
     if also.corruptions and source.corrupt is not None:
         raise ConfigError("--corruptions: not together with --corrupt. Leave one of them out.")
+    streams = () if also.streams is None else streams_of(also.streams)
     functions = [import_metric(spec) for spec in also.metric]
     if predictions is not None:
         check_predictions(predictions, force=force)
     notes: list[str] = []
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
-    if also.corruptions and entrants[0].inputs.images.labels is None:
-        raise ConfigError("--corruptions: the examples have no labels. Give labels.")
+    for option, wanted in (("--corruptions", also.corruptions), ("--streams", streams)):
+        if wanted and entrants[0].inputs.images.labels is None:
+            raise ConfigError(f"{option}: the examples have no labels. Give labels.")
     if also.corruptions and entrants[0].inputs.preprocessing is None:
         raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
     if also.fast:
         entrants = hasten(entrants, run.precision, seed, notes)
     arena = Arena(entrants, run, seed, track)
-    found = arena.outputs("evaluating", corruption_of(source.corrupt, seed), bool(functions))
+    corruption = corruption_of(source.corrupt, seed)
+    found = arena.outputs("evaluating", corruption, bool(functions))
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)
@@ -154,6 +164,7 @@ def evaluate_files(
         command_line=command_line,
         corruptions=tuple(arena.shifted()) if also.corruptions else (),
         invariance=tuple(arena.invariance()) if also.compare_batch_sizes else (),
+        streams=tuple(arena.streamed(streams, corruption)),
     )
 
 
@@ -360,7 +371,24 @@ class Arena:
         """Measure every entrant under every corruption."""
         for corruption in every_corruption(self._seed):
             found = self.outputs(f"under {corruption.text},", corruption)
-            yield from shifted(self._names, found, corruption, seed=self._seed)
+            kind, severity = corruption.kind, corruption.severity
+            yield from shifted(self._names, found, kind, severity, seed=self._seed)
+
+    def streamed(self, names: Sequence[str], corruption: Corruption | None) -> Iterator[Shifted]:
+        """Measure every entrant on batches of the same images in other orders."""
+        used: list[int] = []
+
+        def run(name: str, members: list[Entrant], size: int) -> list[Outputs]:
+            labels = np.asarray(members[0].inputs.images.labels)[self._good]
+            index = self._good[in_stream(name, labels, size, self._seed)]
+            used.append(1 if name == "single" else size)
+            batches = self._batches(members[0], index, used[-1], f"stream: {name}", corruption)
+            models = [one.net for one in members]
+            return collect(models, batches, precision=self._run.precision)
+
+        for name in names:
+            found = self._by_group(partial(run, name))
+            yield from shifted(self._names, found, name, used[-1], seed=self._seed)
 
     def invariance(self) -> list[BatchInvariance]:
         """Look at some examples in several batches."""

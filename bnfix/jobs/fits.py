@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +17,10 @@ from bnfix.core.memory import BatchSize
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
-from bnfix.metrics.compare import Decision
+from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.evaluate import Outputs, against, collect, measured
 from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.robustness import in_stream
 from bnfix.metrics.task import Reference
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
@@ -28,6 +30,11 @@ from bnfix.report.records import n_live
 from bnfix.training.finetune import Finetuning, finetune_
 from bnfix.weights.choose import choose_example_weight_, weighable_layers
 from bnfix.weights.label_free import fit_moments_, fit_predictions_
+
+#: Name of the network before all steps.
+ORIGINAL = "as it was"
+#: What `--batch-weight auto` tries, on so many examples at most.
+BATCH_WEIGHTS, BATCH_WEIGHT_EXAMPLES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 2000
 
 
 @dataclass(frozen=True)
@@ -170,6 +177,50 @@ class Fits:
         """One stated batch weight on every layer that can have one."""
         self._set_weight(value, "batch")
         return Fitted(f"batch weight {value:.3g}")
+
+    def chosen_batch_weight(self, now: State) -> Fitted:
+        """One batch weight, the best on fit, against the state of now in two orders of select."""
+        bench, recipe = self.bench, self.plan.weight
+        labels = np.asarray(bench.inputs.images.labels)
+        found, _ = self._weighable(beside_batch=True)
+        room = 1 - max((float(x.example_weight.max()) for x in found.values()), default=1.0)
+        tried = [b for b in BATCH_WEIGHTS if b <= room]
+        if not tried or any(layer.uses_batch for layer in found.values()):
+            return Fitted(None, decisions=())
+        drawn = np.random.default_rng(self.seed).permutation(bench.split.fit)[
+            :BATCH_WEIGHT_EXAMPLES
+        ]
+
+        def measured_on(index: np.ndarray, what: str, weight: float) -> Metrics:
+            set_example_weight_(self.model, batch_weight=dict.fromkeys(found, weight))
+            batches_of = partial(bench.batches, index, f"{what}: batch weight {weight:.3g}")
+            return measured(self._outputs(self.model, batches_of), self.seed)
+
+        fits = {b: measured_on(drawn, "fit", b) for b in tried}
+        losses = {b: math.inf if (nll := m.nll) is None else nll for b, m in fits.items()}
+        best = min(losses, key=losses.__getitem__)
+        name = f"batch weight {best:.3g}"
+        name = name if now.name == ORIGINAL else f"{now.name}, {name}"
+
+        def in_order(order: str) -> tuple[Metrics, Metrics]:
+            index = bench.split.select
+            index = index[in_stream(order, labels[index], bench.evaluation.size, self.seed)]
+            old, new = (measured_on(index, f"select, {order}", b) for b in (0.0, best))
+            return old, new
+
+        old, new = in_order("iid")
+        decision = judge("batch weight", (name, new), (now.name, old), self.plan.gate.z)
+        if decision.admitted and not recipe.assume_iid:
+            # A batch of few classes has their statistics, and loses what tells them from others.
+            old, new = in_order("sorted")
+            if compare(old, new, seed=self.seed).verdict == "worse":
+                reason = (
+                    f"images sorted by class would suffer: top-1 {old.top1:.1%} becomes "
+                    f"{new.top1:.1%}, NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid takes "
+                    "it all the same)"
+                )
+                decision = replace(decision, admitted=False, reason=reason)
+        return Fitted(name if decision.admitted else None, decisions=(decision,))
 
     def _set_weight(self, weight: float, source: str = "example") -> None:
         layers, excluded = self._weighable(beside_batch=True)

@@ -19,7 +19,7 @@ from bnfix.core import distributed, guards
 from bnfix.core.errors import NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.data.fingerprints import data_record, describe_unlisted, history_digests, seen_before
-from bnfix.jobs.fits import Fits, Fitted, State
+from bnfix.jobs.fits import ORIGINAL, Fits, Fitted, State
 from bnfix.jobs.inputs import Track, describe_skipped, silent
 from bnfix.jobs.plan import options_of
 from bnfix.jobs.session import Plan, Workbench
@@ -43,7 +43,6 @@ from bnfix.report.report import Report, Result
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice
 
-ORIGINAL = "as it was"
 _T = TypeVar("_T")
 
 

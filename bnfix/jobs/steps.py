@@ -26,7 +26,7 @@ from bnfix.core.settings import (
     WeightRecipe,
 )
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
-from bnfix.jobs.fits import Fits, Fitted, State
+from bnfix.jobs.fits import BATCH_WEIGHT_EXAMPLES, BATCH_WEIGHTS, Fits, Fitted, State
 from bnfix.jobs.inputs import Track
 from bnfix.jobs.session import Plan, Workbench, open_workbench
 from bnfix.metrics.robustness import MOST_IMAGES
@@ -36,6 +36,7 @@ from bnfix.norm.swap import Change, plan_swap, swap_planned_
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 
 STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
+BATCH = "batch weight"
 #: The search of one global weight tries so many, each on a third of the examples.
 _TRIED_WEIGHTS = 10
 #: Steps of a reference's candidate, at least.
@@ -115,7 +116,18 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
         steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
     # Without labels it takes a reference to learn from; weights act where labels show a gain.
     steps += _distilling(plan, n) if judged else []
-    return [*steps, *(_tuning(plan, n) if labelled else [])]
+    if not labelled:
+        return steps
+    steps += _tuning(plan, n)
+    if batch == "auto":
+        # The last one, since it makes predictions depend on each other.
+        used = min(n.fit, BATCH_WEIGHT_EXAMPLES)
+        passes = (
+            Work("batch weight: fit", used, len(BATCH_WEIGHTS), "live"),
+            Work("select: batch weight", n.select, 4, "live"),
+        )
+        steps.append(Step("batch weight, on fit", BATCH, Fits.chosen_batch_weight, passes))
+    return steps
 
 
 def is_gated(steps: list[Step]) -> bool:

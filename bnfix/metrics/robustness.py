@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import DataError, ModelError
-from bnfix.data.corruptions import Corruption
+from bnfix.core.options import one_of
 from bnfix.metrics.compare import Paired, compare
 from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import Interval
@@ -112,11 +112,14 @@ TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 @dataclass(frozen=True)
 class Shifted:
-    """One model on images of one corruption; numbers as in `Metrics`, `None` if not evaluable."""
+    """One model on images of one corruption, or in one order; numbers as in `Metrics`.
+
+    They are ``None`` where the model is not evaluable.
+    """
 
     model: str
-    kind: str
-    severity: int  # 1, 2 or 3
+    kind: str  # of the corruption, or the name of the order
+    severity: int  # 1, 2 or 3; of an order the batch size
     n_examples: int
     top1: float | None
     nll: float | None
@@ -126,20 +129,20 @@ class Shifted:
 
 
 def shifted(
-    names: Sequence[str], found: Sequence[Outputs], corruption: Corruption, *, seed: int = 0
+    names: Sequence[str], found: Sequence[Outputs], kind: str, severity: int, *, seed: int = 0
 ) -> list[Shifted]:
-    """Judge several models by their logits for the same corrupted images."""
+    """Judge several models by their logits for the same images, corrupted or in another order."""
     every = [measured(one, seed) for one in found]
     shown = ("top1", "nll", "nll_temperature_scaled")
     rows: list[Shifted] = []
     for name, m in zip(names, every, strict=True):
         if m.examples is None and not m.problem:
-            raise DataError("--corruptions: the examples have no labels. Give labels.")
+            raise DataError(f"{kind}: the examples have no labels. Give labels.")
         rows.append(
             Shifted(
                 model=name,
-                kind=corruption.kind,
-                severity=corruption.severity,
+                kind=kind,
+                severity=severity,
                 n_examples=m.n_examples,
                 top1=m.top1,
                 nll=m.nll,
@@ -149,6 +152,37 @@ def shifted(
             )
         )
     return rows
+
+
+#: Orders in which images may come.
+STREAMS = ("iid", "sorted", "mixed", "single")
+
+
+def streams_of(text: str) -> tuple[str, ...]:
+    """The orders in a list of their names."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        one_of(name, STREAMS, "--streams")
+    return names
+
+
+def in_stream(name: str, labels: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
+    """Positions of all examples in the order of a stream.
+
+    ``iid`` and ``single`` are in seeded random order, ``sorted`` by class; in ``mixed`` half of
+    every batch goes on in that order, and the other half is random.
+    """
+    drawn = np.random.default_rng(seed).permutation(len(labels))
+    by_class = drawn[np.argsort(labels[drawn], kind="stable")]
+    if name != "mixed":
+        return by_class if name == "sorted" else drawn
+    # Every other example of the run by class is left for the random half.
+    run, others = by_class[::2], np.random.default_rng(seed).permutation(by_class[1::2])
+    half = max(1, batch_size // 2)
+    parts = [
+        part[start : start + half] for start in range(0, len(run), half) for part in (run, others)
+    ]
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

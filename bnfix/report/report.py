@@ -165,6 +165,28 @@ class Report(Findings):
     versions: Mapping[str, str] = field(default_factory=dict)
     corruptions: tuple[Shifted, ...] = ()
     invariance: tuple[BatchInvariance, ...] = ()
+    streams: tuple[Shifted, ...] = ()
+
+    @property
+    def shifts(self) -> list[tuple[str, str, tuple[str, str], tuple[Shifted, ...]]]:
+        """Tables of the same images under other conditions: title, sentence, headings, rows."""
+        tables = [
+            (
+                "Under common corruptions",
+                "The same images, corrupted after resize and crop and before normalization",
+                ("Corruption", "Severity"),
+                self.corruptions,
+            ),
+            (
+                "In other orders",
+                "The same images in random order (iid), by class (sorted), half of every batch by "
+                "class and half random (mixed), and one by one (single). A model gives the same in "
+                "all of them unless its predictions depend on the other images in the batch",
+                ("Order", "Batch size"),
+                self.streams,
+            ),
+        ]
+        return [table for table in tables if table[-1]]
 
     @property
     def decisions(self) -> tuple[Decision, ...]:
@@ -214,6 +236,7 @@ class Report(Findings):
             "ranking": self.ranking,
             "corruptions": [shifted_json(row, self.models[0].name) for row in self.corruptions],
             "batch_invariance": self.invariance,
+            **({"streams": self._streams_json()} if self.streams else {}),
             "reliability": [
                 {"name": model.name, "bins": model.metrics.reliability} for model in self.models
             ],
@@ -225,6 +248,12 @@ class Report(Findings):
         }
         plain: dict[str, Any] = plain_json(content)
         return plain
+
+    def _streams_json(self) -> list[dict[str, Any]]:
+        rows = [shifted_json(row, self.models[0].name) for row in self.streams]
+        for row in rows:
+            row["stream"], row["batch_size"] = row.pop("kind"), row.pop("severity")
+        return rows
 
     def _tried_json(self, result: Any, *left_out: str) -> dict[str, Any] | None:
         """A search or a run, and whether the output holds its result."""
