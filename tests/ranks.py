@@ -99,6 +99,8 @@ def everything():
         mixed = net()
         recalibrate_(mixed, dealt(), target="blend", feed="sequential", memory_bytes=memory)
         found |= {f"blend {memory} {name}": v for name, v in statistics(mixed).items()}
+        recalibrate_(mixed, dealt(), robust=True, memory_bytes=memory)
+        found |= {f"robust {memory} {name}": v for name, v in statistics(mixed).items()}
         mean, both = copy.deepcopy(damaged), {original: 1.0, lived_in(net(), seed=4): 3.0}
         options = {"target": "interpolated", "reference": both, "memory_bytes": memory}
         recalibrate_(mean, dealt(), **options)

@@ -6,8 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bnfix.core.errors import ConfigError
+from bnfix.data.open import open_images
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
 from bnfix.recalibrate.recalibrate import recalibrate_
@@ -147,7 +149,7 @@ def drift_weight(old, rows):
     chance = means.var(0, ddof=1) / n / (old_var + EPS)
     chance += squares.var(0, ddof=1) / n / (var + EPS) ** 2 / 2
     known = max(0, drift.mean() - chance.mean())
-    return 0.75 * known / (known + chance.mean() + 0.02), mean, var
+    return known / (known + 4 * chance.mean() + 0.02), mean, var  # two layers: all of it
 
 
 def test_auto_weighs_by_the_drift_less_what_chance_explains():
@@ -195,6 +197,98 @@ def test_an_interrupted_run_of_another_prior_is_not_taken(tmp_path):
     assert equal(model, expected)
 
 
+def medians(values):
+    """Mean and variance of ``(N, C, H, W)`` by medians over the examples."""
+    means, variances = (getattr(values.flatten(2).numpy(), f)(2) for f in ("mean", "var"))
+    centre = np.median(means, 0)
+    between = 1.4826 * np.median(np.abs(means - centre), 0)
+    return centre, np.median(variances, 0) + between**2
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 0])
+@pytest.mark.parametrize("weight", [None, 0.4])
+@pytest.mark.parametrize("n", [23, 24])
+def test_robust_statistics_are_those_found_by_hand(memory_bytes, weight, n):
+    net = some(nets.plain)
+    model, y = copy.deepcopy(net).double(), drawn(n).double()
+    for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
+        z, norm = getattr(model, conv)(y).detach(), getattr(model, bn)
+        mean, var = (torch.from_numpy(moment) for moment in medians(z))
+        w, old, old_var = weight or 1.0, norm.running_mean.clone(), norm.running_var.clone()
+        norm.running_mean.copy_((1 - w) * old + w * mean)
+        norm.running_var.copy_((1 - w) * old_var + w * var + w * (1 - w) * (mean - old) ** 2)
+        y = norm(z).relu().detach()
+    options = {"target": "blend", "new_weight": weight} if weight else {}
+    done = recalibrate_(net, drawn(n).split(5), robust=True, memory_bytes=memory_bytes, **options)
+    assert done.target == f"robust {options.get('target', 'population')}"
+    for name, moments in statistics(net).items():
+        torch.testing.assert_close(moments, statistics(model)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"target": "population"}, {"target": "blend"}])
+def test_garbage_in_fewer_than_half_leaves_statistics_among_those_of_clean_images(options):
+    """However wild it is, and in any batches; without medians it takes them along."""
+    net, x = some(nets.plain), drawn(41)
+    z = net.conv1(x).detach().flatten(2)
+    spoiled = x.clone()
+    spoiled[::2] = 1e4 * drawn(41, seed=9)[::2]  # 21 of 41
+    spoiled[0] = x[0]  # 20 of 41
+    found = []
+    for batches in (spoiled.split(8), spoiled.flip(0).split(3)):
+        model = copy.deepcopy(net)
+        recalibrate_(model, batches, robust=True, **options)
+        found.append(statistics(model))
+        mean = model.bn1.running_mean
+        least, most = z.mean(2).amin(0), z.mean(2).amax(0)
+        assert bool((mean >= torch.minimum(least, net.bn1.running_mean) - 1e-5).all())
+        assert bool((mean <= torch.maximum(most, net.bn1.running_mean) + 1e-5).all())
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+    plain = copy.deepcopy(net)
+    recalibrate_(plain, spoiled.split(8), **options, feed="sequential")
+    assert float(plain.bn1.running_var.max()) > 1e4
+
+
+@pytest.mark.parametrize("robust", [False, True])
+@pytest.mark.parametrize("prior", [None, "auto", 20])
+def test_the_command_mixes_as_python_does(files, cli, tmp_path, prior, robust):
+    words = () if prior is None else ("--prior", prior)
+    words += ("--robust",) * robust
+    words = ("--data", files.flat, *files.common, "--statistics", "blend", *words)
+    out = tmp_path / "out.safetensors"
+    done = cli("calibrate", files.stale, *words, "--example-weight", "keep", "-o", out, "--json")
+    assert done.code == 0, done.err
+    found = done.json
+    assert found["calibration"]["target"] == "robust " * robust + "blend"
+    assert found["calibration"]["feed"] == "sequential"
+    assert any("mixed with the stored ones; the new" in line for line in found["assumptions"])
+    images = open_images(str(files.flat))
+    x = torch.stack([torch.from_numpy(np.asarray(images.read(i))) for i in range(len(images))])
+    x = (x.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
+    model = files.model()
+    model.load_state_dict(torch.load(files.stale, weights_only=True))
+    blended_(model, [x], prior=prior, robust=robust)
+    for name, value in load_file(out).items():
+        if name.endswith(("_mean", "_var")):
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prior", "8"], "--prior: only --statistics blend takes it. Leave it out."),
+        (["--robust"], "--robust: only --statistics population, blend take it."),
+        (["--statistics", "blend", "--prior", "-1"], "--prior: -1.0, expected auto or a number"),
+        (["--statistics", "blend", "--prior", "some"], "--prior: some, expected auto or a number"),
+    ],
+)
+def test_a_prior_that_says_nothing_is_refused(files, cli, tmp_path, words, message):
+    given = ("--data", files.flat, *files.common, *words)
+    done = cli("calibrate", files.net, *given, "-o", tmp_path / "out.safetensors")
+    assert done.code == 2
+    assert message in done.err
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [
@@ -205,6 +299,8 @@ def test_an_interrupted_run_of_another_prior_is_not_taken(tmp_path):
         ({"prior": "most"}, "prior: most"),
         ({"prior": math.nan}, "prior: nan"),
         ({"new_weight": 1.5}, "new_weight: 1.5"),
+        ({"robust": True, "feed": "batch"}, "by the sequential feed"),
+        ({"robust": True, "target": "train-batch", "train_batch_size": 4}, "only for targets"),
         ({"target": "half"}, "expected population, train-batch, reference or blend"),
     ],
 )

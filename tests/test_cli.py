@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bnfix.core.settings import KINDS
+from bnfix.core.options import KINDS
 from tests.conftest import Files, command_of, environment, images_of
 
 COMMANDS = (

@@ -15,7 +15,8 @@ from torch import nn
 
 import bnfix
 from bnfix.core.errors import CheckpointError, ConfigError, ModelError, NormError
-from bnfix.core.settings import KINDS, DataRecipe, SwapRecipe
+from bnfix.core.options import KINDS
+from bnfix.core.settings import DataRecipe, SwapRecipe
 from bnfix.jobs.convert import convert, example_input
 from bnfix.norm.layer import generalized_norms
 from tests.conftest import images_of, inputs_of

@@ -11,7 +11,8 @@ from safetensors import safe_open
 from scipy.ndimage import gaussian_filter
 
 from bnfix.core.errors import ConfigError
-from bnfix.core.settings import CORRUPTIONS, SEVERITIES, DataRecipe, Preprocessing
+from bnfix.core.options import CORRUPTIONS, SEVERITIES
+from bnfix.core.settings import DataRecipe, Preprocessing
 from bnfix.data.batches import Batches
 from bnfix.data.corruptions import STRENGTHS, Corruption, corruption_of, every_corruption
 from bnfix.data.open import open_images

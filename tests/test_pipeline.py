@@ -205,7 +205,10 @@ def test_without_labels_auto_keeps_and_says_which_options_act(run, files, words)
     assert all(torch.equal(t, original[n]) for n, t in load_file(out).items())
     assert found["verdict"] is None
     told = " ".join(found["assumptions"])
-    for option in ("--statistics population", "--train-batch-size B", "--example-weight match"):
+    for option in (
+        "--statistics blend", "--statistics population", "--train-batch-size B",
+        "--example-weight match",
+    ):  # fmt: skip
         assert option in told
 
 

@@ -191,6 +191,7 @@ _READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
     tuple[tuple[str, Any], ...]: (list[str] | None, _arguments),
     int | str | None: (str | None, functools.partial(_or_word, int)),
     str | float: (str, functools.partial(_or_word, float)),
+    float | str | None: (str | None, functools.partial(_or_word, float)),
     "scale": (str | None, _number),
 }
 
@@ -209,7 +210,9 @@ def option_of(recipe: type, name: str, panel: str) -> Any:
     """The option of a recipe's field, for ``Annotated``; the recipe has its help."""
     fields: Any = recipe.__dataclass_fields__  # type: ignore[attr-defined]
     own = fields[name].metadata or Preprocessing.__dataclass_fields__[name].metadata
-    metavar = "N|auto" if "int | str" in str(fields[name].type) else _METAVARS.get(name)
+    metavar = _METAVARS.get(name)
+    if str(fields[name].type) in ("int | str | None", "float | str | None"):
+        metavar = "N|auto"
     return about(own["help"], panel, metavar, *_flags(name))
 
 
@@ -361,7 +364,7 @@ Layers = Annotated[SwapRecipe, {NORM: "layers skip"}]
 Statistics = Annotated[
     StatisticsRecipe,
     {
-        NORM: "statistics train_batch_size feed samples tolerance include_frozen",
+        NORM: "statistics prior robust train_batch_size feed samples tolerance include_frozen",
         MODEL: REFERENCE,
     },
 ]

@@ -11,39 +11,23 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from bnfix.core.options import check_seed, in_range, one_of, option, require
+from bnfix.core.options import (
+    CORRUPTIONS,
+    KINDS,
+    check_corruption,
+    check_seed,
+    in_range,
+    one_of,
+    option,
+    require,
+)
 
-#: What `--to` offers: (channel groups, ghost size, example weight), before overrides.
-#: ``None`` groups: one channel each; ``None`` ghost: the whole batch; ``"gcd32"``: gcd(C, 32).
-KINDS: dict[str, tuple[str | None, int | None, float]] = {
-    "example-aware": (None, None, 0.0),
-    "ghost": (None, 16, 0.0),
-    "batch-group": ("gcd32", 2, 0.0),
-    "group": ("gcd32", 1, 1.0),
-    "batch": (None, None, 0.0),
-}
 #: Ways to set the example weight without labels, for networks trained with batches of B.
 LABEL_FREE = ("match", "fit-moments", "fit-predictions")
-#: What `--corrupt` and `--corruptions` offer.
-CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "pixelate")
-SEVERITIES = (1, 2, 3)
 #: What fine-tuning may train.
 TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
 #: Ways to resize an image.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
-def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
-    """Read a corruption of images."""
-    kind, _, severity = text.partition(":")
-    known = kind in CORRUPTIONS and severity in map(str, SEVERITIES)
-    require(
-        known,
-        f"{where}: {text!r} is not known. Give KIND:SEVERITY, such as blur:2; kinds: "
-        f"{', '.join(CORRUPTIONS)}; severities: {', '.join(map(str, SEVERITIES))}.",
-        "corrupt",
-    )
-    return kind, int(severity)
 
 
 @dataclass(frozen=True)
@@ -124,7 +108,15 @@ class AverageRecipe:
 class StatisticsRecipe:
     """Whether and how running statistics are recalibrated."""
 
-    statistics: str = option("auto", "auto, keep, population, train-batch or reference.")
+    statistics: str = option("auto", "auto, keep, population, train-batch, reference or blend.")
+    prior: float | str | None = option(
+        None,
+        "With --statistics blend: how many examples the stored statistics count as, N, so that n "
+        "new ones weigh n/(n+N); or auto, the default: by how far each layer has drifted.",
+    )
+    robust: bool = option(
+        False, "Medians over images, for population and blend; fewer than half may be garbage."
+    )
     reference: str | None = option(
         None, "Checkpoint of the undamaged network that this one was made from."
     )
@@ -151,7 +143,7 @@ class StatisticsRecipe:
     )
 
     def __post_init__(self) -> None:
-        kinds = ("auto", "keep", "population", "train-batch", "reference")
+        kinds = ("auto", "keep", "population", "train-batch", "blend", "reference")
         one_of(self.statistics, kinds, "--statistics")
         require(
             self.reference is not None
@@ -169,6 +161,13 @@ class StatisticsRecipe:
         n = self.samples
         ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
         require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
+        prior = self.prior
+        ok = prior in (None, "auto") or (not isinstance(prior, str) and 0 <= prior < math.inf)
+        require(ok, f"--prior: {prior}, expected auto or a number of at least 0.", "prior")
+        ok = prior is None or self.statistics == "blend"
+        require(ok, "--prior: only --statistics blend takes it. Leave it out.", "prior")
+        ok = not self.robust or self.statistics in ("population", "blend")
+        require(ok, "--robust: only --statistics population, blend take it.", "robust")
         t = self.tolerance
         require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
 

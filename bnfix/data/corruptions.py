@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from bnfix.core.settings import CORRUPTIONS, SEVERITIES, check_corruption
+from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_corruption
 
 #: How strong each severity is, in the units of `_WORDS`.
 STRENGTHS: Final[dict[str, tuple[float, float, float]]] = {

@@ -18,15 +18,8 @@ from bnfix.checkpoints.save import versions
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError
 from bnfix.core.memory import BatchSize, first_of, footprint
-from bnfix.core.options import check_seed
-from bnfix.core.settings import (
-    CORRUPTIONS,
-    SEVERITIES,
-    DataRecipe,
-    EvaluationRecipe,
-    ModelRecipe,
-    RunOptions,
-)
+from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_seed
+from bnfix.core.settings import DataRecipe, EvaluationRecipe, ModelRecipe, RunOptions
 from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
 from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
 from bnfix.data.images import Images

@@ -127,6 +127,8 @@ class Fits:
         """New population statistics, and an example weight that goes with them."""
         calibration = self._recalibrate(target, originals)
         name = f"statistics of the data ({calibration.target})"
+        if target == "blend":
+            name = "statistics between stored and measured"
         if target == "reference":
             name = "statistics matched to the reference"
         if example_weight is not None:
@@ -138,6 +140,8 @@ class Fits:
         recipe, bench = self.plan.statistics, self.bench
         if target == "reference":
             originals = self._reference
+        # What a layer gets of a mixture depends on those before it.
+        by_batch = originals is None and target != "blend" and not recipe.robust
         order = np.random.default_rng(self.seed).permutation(bench.split.fit)
         state = None if self.plan.command == "finetune" else self.plan.state
         if isinstance(recipe.samples, int):
@@ -153,7 +157,9 @@ class Fits:
                 target=target,
                 train_batch_size=recipe.train_batch_size,
                 reference=originals,
-                feed=recipe.feed if originals is None else None,
+                prior=recipe.prior if target == "blend" else None,
+                robust=recipe.robust,
+                feed=recipe.feed if by_batch else None,
                 samples="auto" if recipe.samples == "auto" else None,
                 tolerance=recipe.tolerance,
                 precision=self.precision,

@@ -197,7 +197,8 @@ def open_plan(
     elif is_gated(resolve(plan)) and plan.command != "finetune" and not bench.judged:
         notes.append(
             "without labels nothing can be proven, so `auto` keeps what is there. These act: "
-            "--reference CKPT (the undamaged network, by which candidates are judged), "
+            "--statistics blend (between stored and measured; the least risk where no original is "
+            "there), --reference CKPT (the undamaged network, by which candidates are judged), "
             "--statistics population, --statistics train-batch --train-batch-size B, "
             "--example-weight match, fit-moments, fit-predictions or a number."
         )
@@ -320,10 +321,10 @@ def _statistics_step(
     example_weight: float | None = None,
 ) -> Step:
     feed, passes, plain = recipe.feed, n.feed_passes, 1
-    if target == "reference":
-        # The layers' new moments depend on each other, so they are found by depth; and one pass
-        # through the reference.
-        feed, passes, plain = "sequential", n.by_depth + 1, 2
+    if target in ("reference", "blend") or recipe.robust:
+        # One pass more goes through the reference.
+        plain = 2 if target == "reference" else 1
+        feed, passes = "sequential", n.by_depth + plain - 1
     more = "" if passes == plain else f", or {passes:g} where memory is short"
     over = f"{plain} pass{'es' if plain > 1 else ''} over fit{more}"
     with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bnfix.core.errors import NormError, some
 from bnfix.core.guards import exchange_, tensors_kept
-from bnfix.core.settings import KINDS, SwapRecipe
+from bnfix.core.options import KINDS
+from bnfix.core.settings import SwapRecipe
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct
 from bnfix.norm.moments import over_channel_groups
@@ -114,7 +115,7 @@ def swap_norms_(
 
     Args:
         model: any module; layers that are generalized already get the new settings.
-        to: kind of normalization, a key of ``bnfix.core.settings.KINDS``.
+        to: kind of normalization, a key of ``bnfix.core.options.KINDS``.
         example_weight: overrides the kind's, 0 to 1.
         batch_weight: weight of the batch in the statistics, 0 by default; with it an example's
             output depends on those beside it.

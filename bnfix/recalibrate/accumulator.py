@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bnfix.core import distributed
-from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, mix, pool
+from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, median_mix, mix, pool
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
 _WAITING = 1 << 18
@@ -23,7 +23,7 @@ _CHUNK = 1 << 19
 class Accumulator:
     """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
 
-    def __init__(self, shift: Tensor) -> None:
+    def __init__(self, shift: Tensor, *, robust: bool = False) -> None:
         # Per-example means are taken from the first batch's, so that none of them is large.
         self._shift = shift
         none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
@@ -31,6 +31,8 @@ class Accumulator:
         self._examples = Moments(none, rows, rows)
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._positions = self._n_waiting = 0
+        #: Every example's mean and variance, where medians are wanted.
+        self._each: list[tuple[Tensor, Tensor]] | None = [] if robust else None
 
     def add(self, mean: Tensor, var: Tensor, positions: int) -> None:
         """Add one call's per-example moments ``(N, C)``, float64, each of so many positions."""
@@ -39,6 +41,8 @@ class Accumulator:
             self._flush()
         self._positions = positions
         self._waiting.append((mean, var))
+        if self._each is not None:
+            self._each.append((mean, var))
         self._n_waiting += mean.shape[0]
 
     def _flush(self) -> None:
@@ -58,6 +62,8 @@ class Accumulator:
         """These sums and those of others together, as if one had seen all."""
         whole = Accumulator(self._shift)
         everyone = [self, *others]
+        if self._each is not None:
+            whole._each = [pair for accumulator in everyone for pair in accumulator._each or ()]
         for accumulator in everyone:
             accumulator._flush()
         whole._values = pool([accumulator._values for accumulator in everyone])
@@ -92,6 +98,7 @@ class Accumulator:
             "sums": [tensor.cpu() for tensor in sums],
             "waiting": [[mean.cpu(), var.cpu()] for mean, var in self._waiting],
             "positions": self._positions,
+            "each": self._each and [[mean.cpu(), var.cpu()] for mean, var in self._each],
         }
 
     @classmethod
@@ -99,6 +106,8 @@ class Accumulator:
         """Sums that go on from a state."""
         shift, *rest = (tensor.to(device) for tensor in state["sums"])
         self = cls(shift)
+        if (each := state.get("each")) is not None:
+            self._each = [(mean.to(device), var.to(device)) for mean, var in each]
         self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])
         self._waiting = [(mean.to(device), var.to(device)) for mean, var in state["waiting"]]
         self._n_waiting = sum(mean.shape[0] for mean, _ in self._waiting)
@@ -118,14 +127,35 @@ class Accumulator:
         return int(self._examples.count)
 
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
+        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B.
+
+        Of robust sums: medians over the examples.
+        """
+        if self._each is not None:
+            return median_mix(*self._rows())
         mean, var = self.values.mean, self.values.var
         if train_batch_size is None:
             return mean, var
         return mean, (var - self._examples.var[0] / train_batch_size).clamp_min(0)
 
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        mean, var = (torch.cat(parts) for parts in zip(*self._each or (), strict=True))
+        return mean, var
+
     def errors(self) -> tuple[Tensor, Tensor]:
-        """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n)."""
+        """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n).
+
+        Of robust sums: those of medians of normal values, with deviations by medians too.
+        """
+        if self._each is not None and self.n_examples > 1:
+            mean, var = self._rows()
+            squares = var + (mean - median_mix(mean, var)[0]).square()
+            none = torch.zeros_like(mean)
+            part = math.sqrt(math.pi / 2 / self.n_examples)
+            return (
+                part * median_mix(mean, none)[1].sqrt(),
+                part * median_mix(squares, none)[1].sqrt(),
+            )
         m = self.values.mean - self._shift
         var_d, var_r, var_sum = self._examples.var
         n = float(self._examples.count)
@@ -141,8 +171,8 @@ class Accumulator:
 class Sums:
     """The sums of all layers, and how often and in which order batches have called them."""
 
-    def __init__(self, devices: Mapping[str, torch.device]) -> None:
-        self._devices = devices
+    def __init__(self, devices: Mapping[str, torch.device], *, robust: bool = False) -> None:
+        self._devices, self.robust = devices, robust
         self.measured: dict[str, Accumulator] = {}
         self.n_calls: dict[str, int] = {}  # by one batch, at most
         #: Layers from the first call to the last of one that is called again.

@@ -10,9 +10,11 @@ is found layer by layer from the drift itself (`by_drift`):
 
     D = mean over channels of (mean_m - mean_o)^2 / var_o + log(var_m / var_o)^2 / 2
     S = the same of the standard errors; E = max(0, D - S)
-    w = (1 + 1/L) / 2 * E / (E + S + 0.02), L the number of layers
+    w = min(1, 1/2 + 1/L) E / (E + 4 S + 0.02), L the number of layers
 
-The layer stays static, and folds.
+Half of the way is enough in a deep network: what a layer leaves, those above it meet in their turn,
+under the sequential feed; the noise of few examples they do not undo. The layer stays static, and
+folds.
 
 Source: Schneider et al., "Improving robustness against common corruptions by covariate shift
 adaptation", 2020, has n / (n + N), and mixes the variances without the term of the means.
@@ -31,6 +33,8 @@ from bnfix.recalibrate.collector import Target, eps_of, stored_moments
 
 #: Drift of layers of healthy networks on images of their own kind, chance taken off.
 _USUAL = 0.02
+#: How often chance counts: errors of all layers add up, as drift that is left does not.
+_CHANCE = 4
 
 _Moments = tuple[Tensor, Tensor]
 #: The weight of the new: of a layer with its stored moments, by those measured.
@@ -74,12 +78,12 @@ def by_examples(prior: float) -> Weight:
 
 def by_drift(n_layers: int) -> Weight:
     """Weigh by how far a layer has drifted, less what few examples do by chance."""
-    most = (1 + 1 / n_layers) / 2
+    most = min(1.0, 1 / 2 + 1 / n_layers)
 
     def weight(site: NormSite, old: _Moments, sums: Accumulator) -> float:
         drift, chance = drift_of(site, old, sums)
         drift = max(0.0, drift - chance)
-        return most * drift / (drift + chance + _USUAL)
+        return most * drift / (drift + _CHANCE * chance + _USUAL)
 
     return weight
 

@@ -103,6 +103,7 @@ class Target:
         self.unmatched: dict[str, int] = {}
         #: Of a mixture, by layer: the weight of what was measured, a mean over the channels.
         self.weights: dict[str, float] = {}
+        self.robust = False  # medians over the examples, in place of means
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
         """Measure what the rule needs beside the model, by passes; return how many it took."""
@@ -135,11 +136,17 @@ class Collector:
     """Hooks on the sites: measure inputs; decide what each layer normalizes by."""
 
     def __init__(
-        self, sites: Sequence[NormSite], cost: Cost, *, by_batch: bool, is_strict: bool = False
+        self,
+        sites: Sequence[NormSite],
+        cost: Cost,
+        *,
+        by_batch: bool,
+        is_strict: bool = False,
+        robust: bool = False,
     ) -> None:
         self.sites = {id(site.module): site for site in sites}
         self.by_name = {site.name: site for site in sites}
-        self.sums = Sums({site.name: device_of_site(site) for site in sites})
+        self.sums = Sums({site.name: device_of_site(site) for site in sites}, robust=robust)
         self.by_batch = by_batch
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
         #: Layers to measure, all by default, and whether a pass ends at the first of them.
@@ -229,7 +236,7 @@ class Collector:
         self._unchecked.append((index, site.name, mean, var, mixed[1]))
         self._n_unchecked += 2 * mean.numel()
         if site.name not in sums.measured:
-            sums.measured[site.name] = Accumulator(mixed[0])
+            sums.measured[site.name] = Accumulator(mixed[0], robust=sums.robust)
         sums.measured[site.name].add(mean, var, values.shape[2])
         if len(values) * values.shape[2] == 1 and self._single is None:
             self._single = site.name, index

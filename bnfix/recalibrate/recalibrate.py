@@ -100,7 +100,7 @@ class Effort:
 class Calibration:
     """What `recalibrate_` did."""
 
-    target: str  # population, train-batch B, reference, interpolated or blend
+    target: str  # (robust) population, train-batch B, reference, interpolated or blend
     feed: str
     n_examples: int
     n_batches: int
@@ -137,6 +137,7 @@ def recalibrate_(
     reference: Originals | None = None,
     prior: float | str | None = None,
     new_weight: float | None = None,
+    robust: bool = False,
     feed: str | None = None,
     samples: int | str | None = None,
     tolerance: float = 0.04,
@@ -175,6 +176,9 @@ def recalibrate_(
             of n examples weigh n / (n + N); 0 for ``population``; ``auto``, the default: by how far
             each layer has drifted.
         new_weight: of ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
+        robust: of ``population`` and ``blend``: medians over the examples of their means and
+            variances, and of the spread of those means, so that fewer than half of the examples may
+            be garbage. Keeps two numbers a channel and example in memory. Sequential feed only.
         feed: what the layers above a layer see. ``batch``, the default: its output normalized by
             the batch's own moments, one pass. ``sequential``, the only one with a reference: its
             output in inference with its new moments, layer after layer, exact whatever the batches
@@ -230,8 +234,11 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    feed = feed or ("batch" if target in ("population", "train-batch") else "sequential")
-    wanted = Wanted(target, train_batch_size, reference, prior=prior, new_weight=new_weight)
+    by_batch = target in ("population", "train-batch") and not robust
+    feed = feed or ("batch" if by_batch else "sequential")
+    wanted = Wanted(
+        target, train_batch_size, reference, prior=prior, new_weight=new_weight, robust=robust
+    )
     wanted.check(feed)
     _check_samples(samples, tolerance, batches)
     started = time.perf_counter()
@@ -406,12 +413,18 @@ def describe_missing(calibration: Calibration) -> list[str]:
     """Sentences for the report on layers that were passed over."""
     trust, layers = calibration.trust, calibration.exceptions
     unmatched = [layer for layer in calibration.layers if layer.n_unmatched]
+    weights = [layer.new_weight for layer in calibration.layers if layer.new_weight is not None]
     enough = "were enough" if trust.is_enough else "are all there are, and not enough"
     sentences = (
         (
             calibration.effort.n_resumed,
             f"{calibration.effort.n_resumed} examples were not run again; an interrupted run had "
             "kept what they measured.",
+        ),
+        (
+            weights,
+            "mixed with the stored ones; the new ones weigh "
+            f"{min(weights, default=0):.2g} to {max(weights, default=0):.2g} by layer.",
         ),
         (
             trust.slowest,

@@ -25,6 +25,7 @@ class Wanted:
     reference: Originals | None = None
     prior: float | str | None = None
     new_weight: float | None = None
+    robust: bool = False
 
     def check(self, feed: str) -> None:
         """Refuse what is unknown, missing, out of range or another target's."""
@@ -51,6 +52,12 @@ class Wanted:
                 "never gave.",
                 name="feed",
             )
+        if self.robust and (feed == "batch" or target not in ("population", "blend")):
+            raise ConfigError(
+                "robust: only for targets population and blend, by the sequential feed. Under the "
+                "batch feed garbage normalizes its whole batch.",
+                name="robust",
+            )
         self._check_blend()
 
     def _check_blend(self) -> None:
@@ -68,9 +75,12 @@ class Wanted:
         """The rule of these statistics for a model."""
         if self.reference is not None:
             return Reference(self.reference, model, sites)
+        rule = Target(self.train_batch_size if self.target == "train-batch" else None)
         if self.target == "blend":
-            return Blend(sites, self._weight(len(sites)))
-        return Target(self.train_batch_size if self.target == "train-batch" else None)
+            rule = Blend(sites, self._weight(len(sites)))
+        if self.robust:
+            rule.robust, rule.name = True, f"robust {rule.name}"
+        return rule
 
     def _weight(self, n_layers: int) -> Weight:
         if self.new_weight is not None:
@@ -84,6 +94,8 @@ class Wanted:
         own: dict[str, Any] = (
             {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
         )
+        if self.robust:
+            own["robust"] = True
         if isinstance(self.reference, nn.Module):
             own["reference"] = identity_of(self.reference, {})
         elif self.reference is not None:
