@@ -115,7 +115,7 @@ def corruption_rows(names: tuple[str, ...]) -> tuple[Shifted, ...]:
             logits, labels = logits_of(200)
             logits = shifted(logits, labels, 0.4 * k - 0.3 * corruption.severity)
             found.append(Outputs(logits, labels, 1.0))
-        rows += shifted_rows(names, found, corruption)
+        rows += shifted_rows(names, found, corruption.kind, corruption.severity)
     return tuple(rows)
 
 

@@ -35,6 +35,8 @@ from bnfix.weights.label_free import fit_moments_, fit_predictions_
 ORIGINAL = "as it was"
 #: What `--batch-weight auto` tries, on so many examples at most.
 BATCH_WEIGHTS, BATCH_WEIGHT_EXAMPLES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 2000
+#: Least batch of the stream sorted by class that a batch weight must bear.
+FEWEST_SORTED = 8
 
 
 @dataclass(frozen=True)
@@ -185,48 +187,61 @@ class Fits:
         return Fitted(f"batch weight {value:.3g}")
 
     def chosen_batch_weight(self, now: State) -> Fitted:
-        """One batch weight, the best on fit, against the state of now in two orders of select."""
-        bench, recipe = self.bench, self.plan.weight
-        labels = np.asarray(bench.inputs.images.labels)
+        """One batch weight, the best on fit, or less until a stream sorted by class bears it."""
+        bench = self.bench
         found, _ = self._weighable(beside_batch=True)
         room = 1 - max((float(x.example_weight.max()) for x in found.values()), default=1.0)
         tried = [b for b in BATCH_WEIGHTS if b <= room]
         if not tried or any(layer.uses_batch for layer in found.values()):
             return Fitted(None, decisions=())
-        drawn = np.random.default_rng(self.seed).permutation(bench.split.fit)[
-            :BATCH_WEIGHT_EXAMPLES
-        ]
-
-        def measured_on(index: np.ndarray, what: str, weight: float) -> Metrics:
-            set_example_weight_(self.model, batch_weight=dict.fromkeys(found, weight))
-            batches_of = partial(bench.batches, index, f"{what}: batch weight {weight:.3g}")
-            return measured(self._outputs(self.model, batches_of), self.seed)
-
-        fits = {b: measured_on(drawn, "fit", b) for b in tried}
-        losses = {b: math.inf if (nll := m.nll) is None else nll for b, m in fits.items()}
-        best = min(losses, key=losses.__getitem__)
-        name = f"batch weight {best:.3g}"
-        name = name if now.name == ORIGINAL else f"{now.name}, {name}"
-
-        def in_order(order: str) -> tuple[Metrics, Metrics]:
-            index = bench.split.select
-            index = index[in_stream(order, labels[index], bench.evaluation.size, self.seed)]
-            old, new = (measured_on(index, f"select, {order}", b) for b in (0.0, best))
-            return old, new
-
-        old, new = in_order("iid")
-        decision = judge("batch weight", (name, new), (now.name, old), self.plan.gate.z)
-        if decision.admitted and not recipe.assume_iid:
+        drawn = np.random.default_rng(self.seed).permutation(bench.split.fit)
+        drawn = drawn[:BATCH_WEIGHT_EXAMPLES]
+        nlls = [self._with_batch_weight(found, b, drawn, "fit").nll for b in tried]
+        losses = [math.inf if nll is None else nll for nll in nlls]
+        decisions: list[Decision] = []
+        for b in reversed(tried[: losses.index(min(losses)) + 1]):
+            name = f"batch weight {b:.3g}"
+            name = name if now.name == ORIGINAL else f"{now.name}, {name}"
+            old, new = (self._in_order("iid", found, w) for w in (0.0, b))
+            decision = judge("batch weight", (name, new), (now.name, old), self.plan.gate.z)
+            decisions.append(decision)
+            if not decision.admitted:
+                break
+            if self.plan.weight.assume_iid:
+                return Fitted(name, decisions=tuple(decisions))
             # A batch of few classes has their statistics, and loses what tells them from others.
-            old, new = in_order("sorted")
-            if compare(old, new, seed=self.seed).verdict == "worse":
-                reason = (
-                    f"images sorted by class would suffer: top-1 {old.top1:.1%} becomes "
-                    f"{new.top1:.1%}, NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid takes "
-                    "it all the same)"
-                )
-                decision = replace(decision, admitted=False, reason=reason)
-        return Fitted(name if decision.admitted else None, decisions=(decision,))
+            old, new = (self._in_order("sorted", found, w) for w in (0.0, b))
+            if compare(old, new, seed=self.seed).verdict != "worse":
+                return Fitted(name, decisions=tuple(decisions))
+            reason = (
+                f"images sorted by class would suffer: top-1 {old.top1:.1%} becomes "
+                f"{new.top1:.1%}, NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid takes it "
+                "all the same)"
+            )
+            decisions[-1] = replace(decision, admitted=False, reason=reason)
+        return Fitted(None, decisions=tuple(decisions))
+
+    def _in_order(self, order: str, layers: Iterable[str], weight: float) -> Metrics:
+        """Metrics on select in an order, with a batch weight."""
+        index, size = self.bench.split.select, self.bench.evaluation.size
+        labels = np.asarray(self.bench.inputs.images.labels)[index]
+        if order == "sorted":
+            # Few images of each class are at hand, and a long stream fills batches with one.
+            size = min(size, max(FEWEST_SORTED, len(index) // len(np.unique(labels))))
+        index = index[in_stream(order, labels, size, self.seed)]
+        return self._with_batch_weight(layers, weight, index, f"select, {order}", size)
+
+    def _with_batch_weight(
+        self,
+        layers: Iterable[str],
+        weight: float,
+        index: np.ndarray,
+        what: str,
+        size: int | None = None,
+    ) -> Metrics:
+        set_example_weight_(self.model, batch_weight=dict.fromkeys(layers, weight))
+        batches_of = partial(self.bench.batches, index, f"{what}: batch weight {weight:.3g}", size)
+        return measured(self._outputs(self.model, batches_of), self.seed)
 
     def _set_weight(self, weight: float, source: str = "example") -> None:
         layers, excluded = self._weighable(beside_batch=True)
