@@ -40,7 +40,7 @@ BATCH = "batch weight"
 #: The search of one global weight tries so many, each on a third of the examples.
 _TRIED_WEIGHTS = 10
 #: Steps of a reference's candidate, at least.
-_LEAST_STEPS = 40
+_LEAST_STEPS = 100
 #: Fits without labels: one pass in training mode, then some tried weights.
 _LABEL_FREE_PASSES = 12
 
@@ -83,6 +83,7 @@ class _Sizes:
     learn: int = 0
     monitor: int = 0
     layers: int = 1
+    of_images: bool = False  # which can be varied
     feed_passes: float = 1.0
     by_depth: float = 1.0  # passes of the sequential feed where memory is short
     training_batch: Callable[[int | None], int] = lambda stated: stated or 64
@@ -261,6 +262,7 @@ def _sizes(plan: Plan, bench: Workbench) -> _Sizes:
         learn=n_fit - n_monitor,
         monitor=n_monitor,
         layers=max(1, len(sites)),
+        of_images=bench.inputs.preprocessing is not None,
         feed_passes=1.0 if plan.statistics.feed == "batch" else by_depth,
         by_depth=by_depth,
         training_batch=bench.training_batch_size,
@@ -351,6 +353,9 @@ def _distilling(plan: Plan, n: _Sizes) -> list[Step]:
     # Predictions say more of an image than a label does, so that more passes can be taken.
     epochs = max(recipe.epochs, math.ceil(_LEAST_STEPS / a_pass))
     recipe = recipe if recipe.steps is not None else replace(recipe, epochs=epochs)
+    if n.of_images and recipe.augment == "none":
+        # The reference sees the same variant, so that no variation can make its answer wrong.
+        recipe = replace(recipe, augment="light")
     starts = ["input", "reference"]
     # What was stated for statistics or weights is part of whatever follows.
     weight = plan.weight
