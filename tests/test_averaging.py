@@ -377,18 +377,16 @@ def test_who_is_judged_against_whom(cli, files, tmp_path):
     paths = perturbed_files(files, tmp_path, {"a": 0.6, "b": 0.5, "c": 0.6, "d": 2.0})
     outcome = greedily(cli, files, paths, tmp_path / "out.safetensors")
     assert outcome.code == 0, outcome.err
-    new = "statistics of the data (population)"
+    new, between = (f"statistics of the data ({n})" for n in ("population", "interpolated"))
     assert [(d["candidate"], d["incumbent"], d["admitted"]) for d in outcome.json["decisions"]] == [
         (f"c.pt, {new}", "c.pt alone", True),
         (f"mean of c.pt, b.pt, {new}", f"c.pt, {new}", True),
         (f"mean of c.pt, b.pt, {new}", "c.pt alone", True),
+        (f"mean of c.pt, b.pt, {between}", f"mean of c.pt, b.pt, {new}", False),
         (f"mean of c.pt, b.pt, a.pt, {new}", f"mean of c.pt, b.pt, {new}", False),
+        (f"mean of c.pt, b.pt, a.pt, {between}", f"mean of c.pt, b.pt, {new}", False),
         (f"mean of c.pt, b.pt, d.pt, {new}", f"mean of c.pt, b.pt, {new}", False),
-        (
-            "mean of 2 checkpoints, statistics of the data (interpolated)",
-            f"mean of c.pt, b.pt, {new}",
-            False,
-        ),
+        (f"mean of c.pt, b.pt, d.pt, {between}", f"mean of c.pt, b.pt, {new}", False),
     ]
     assert outcome.json["models"][-1]["name"] == f"output: mean of c.pt, b.pt, {new}"
     means = mean_of([load_file(paths[i]) for i in (2, 1)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnfix.checkpoints.average import mean_of
 from bnfix.core.errors import ConfigError, NumericError
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
@@ -354,25 +355,35 @@ def test_an_eps_that_no_variance_can_match_leaves_the_mean_right():
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+def public(name):
+    """A public ResNet-20."""
+    content = torch.load(DATA / "cifar10" / name, map_location="cpu", weights_only=True)
+    found = nets.resnet20().eval()
+    keys = {key.removeprefix("module."): value for key, value in content["state_dict"].items()}
+    found.load_state_dict(keys, strict=False)
+    return found
+
+
+def opened(path, n):
+    shift, scale = (torch.tensor(t).view(3, 1, 1) for t in ([0.485, 0.456, 0.406], [0.226] * 3))
+    with np.load(DATA / path) as found:
+        images = torch.from_numpy(found["images"][:n]).float() / 255
+        labels = torch.from_numpy(found["labels"][:n])
+    if images.ndim == 3:
+        images = nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(-1).expand(-1, -1, -1, 3)
+    return (images.permute(0, 3, 1, 2) - shift) / scale, labels
+
+
+def top1(model, x, y):
+    with torch.no_grad():
+        return float(model(x).argmax(1).eq(y).float().mean())
+
+
 @needs_data
 def test_a_pruned_network_comes_back_from_few_images_of_any_kind():
     """A public ResNet-20 without 70% of its weights, on 1,000 images that it has not met."""
-    path = DATA / "cifar10" / "resnet20.th"
-    content = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    original = nets.resnet20().eval()
-    keys = {key.removeprefix("module."): value for key, value in content.items()}
-    original.load_state_dict(keys, strict=False)
+    original = public("resnet20.th")
     damaged = pruned(original, 0.7)
-    shift, scale = (torch.tensor(t).view(3, 1, 1) for t in ([0.485, 0.456, 0.406], [0.226] * 3))
-
-    def opened(path, n):
-        with np.load(DATA / path) as found:
-            images = torch.from_numpy(found["images"][:n]).float() / 255
-            labels = torch.from_numpy(found["labels"][:n])
-        if images.ndim == 3:
-            images = nn.functional.pad(images, (2, 2, 2, 2)).unsqueeze(-1).expand(-1, -1, -1, 3)
-        return (images.permute(0, 3, 1, 2) - shift) / scale, labels
-
     x, y = opened("cifar10/test.npz", 1000)
     found = {}
     for name, path in (("own", "cifar10/calibration.npz"), ("digits", "mnist/calibration.npz")):
@@ -381,10 +392,26 @@ def test_a_pruned_network_comes_back_from_few_images_of_any_kind():
             model = copy.deepcopy(damaged)
             options = {"reference": original} if target == "reference" else {}
             recalibrate_(model, batches, target=target, feed="sequential", **options)
-            with torch.no_grad():
-                found[name, target] = float(model(x).argmax(1).eq(y).float().mean())
+            found[name, target] = top1(model, x, y)
     assert found["own", "reference"] > found["own", "population"] + 0.03
     assert found["digits", "reference"] > found["digits", "population"] + 0.2
+
+
+@needs_data
+def test_a_mean_of_public_networks_is_better_with_statistics_between_theirs():
+    """Two public ResNet-20 of one author each, 9 to 1, on 1,000 images that they have not met."""
+    originals = {public("resnet20.th"): 9.0, public("resnet20_b.th"): 1.0}
+    x, y = opened("cifar10/test.npz", 1000)
+    batches = opened("cifar10/calibration.npz", 128)[0].split(32)
+    found = {}
+    for target in ("interpolated", "population"):
+        model = public("resnet20.th")
+        model.load_state_dict(mean_of([n.state_dict() for n in originals], (9.0, 1.0)))
+        options = {"reference": originals} if target == "interpolated" else {}
+        recalibrate_(model, batches, target=target, feed="sequential", **options)
+        found[target] = top1(model, x, y)
+
+    assert found["interpolated"] > found["population"] + 0.01
 
 
 # --- several originals: the mean of their normalized moments ---

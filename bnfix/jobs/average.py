@@ -91,7 +91,8 @@ class _Mean:
 def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
     """The mean of those checkpoints with which it is better, tried in the order of their loss.
 
-    It begins with the best one as it is in its file; then that with new statistics. A mean has to
+    It begins with the best one as it is in its file; then that with new statistics. Each mean is
+    tried with every kind of statistics, since one may be right where the other is not. It has to
     be better than the one kept so far, and than the best checkpoint: then neither loss nor top-1
     can fall below that checkpoint's by many small steps.
 
@@ -105,18 +106,17 @@ def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
         found.put_(best.which)
         best = dataclasses.replace(best, values=guards.Snapshot(fits.model))
     kept, decisions = best, list[Decision]()
-    for which in [(), *(other.which for other in others)]:
-        try:
-            tried = _tried(fits, found, (*kept.which, *which), recipe, now)
-        except NumericError as error:
-            name = found.names[(which or best.which)[0]]
-            fits.bench.assumptions.append(f"the mean with {name} was given up: {error}")
-            continue
-        decisions.append(tried.against(kept, z))
-        if decisions[-1].admitted and kept is not best:
-            decisions.append(tried.against(best, z))
-        if decisions[-1].admitted:
-            kept = tried
+    for more in [(), *(other.which for other in others)]:
+        which = (*kept.which, *more)
+        for target in _targets(recipe, which):
+            tried = _tried(fits, found, which, target, now)
+            if tried is None:
+                continue
+            decisions.append(tried.against(kept, z))
+            if decisions[-1].admitted and kept is not best:
+                decisions.append(tried.against(best, z))
+            if decisions[-1].admitted:
+                kept = tried
     kept.values.restore_()
     found.which = kept.which
     unchanged = kept is best and best.which == (0,)
@@ -138,17 +138,31 @@ def _alone(fits: Fits, found: Ingredients, i: int, now: State) -> _Mean:
     return _Mean(name, (i,), metrics, now.values)
 
 
+def _targets(recipe: AverageRecipe, which: Sequence[int]) -> tuple[str, ...]:
+    """The statistics to try: between one checkpoint and itself there are none."""
+    if len(which) == 1:
+        return ("population",)
+    both = ("population", "interpolated")
+    return both if recipe.statistics == "auto" else (recipe.statistics,)
+
+
 def _tried(
-    fits: Fits, found: Ingredients, which: Sequence[int], recipe: AverageRecipe, now: State
-) -> _Mean:
-    """The mean of these with the statistics that are right for it."""
-    found.put_(which)
-    if recipe.statistics == "interpolated" and len(which) > 1:
-        fitted = interpolated(fits, now, gated=False)
-    else:
-        fitted = fits.statistics(now, target="population")
-    members = [found.names[i] for i in which]
-    of = f"mean of {some(members)}" if len(which) > 1 else members[0]
-    name = f"{of}, {fitted.name}"
+    fits: Fits, found: Ingredients, which: Sequence[int], target: str, now: State
+) -> _Mean | None:
+    """The mean of these with new statistics; none where its numbers are not finite, or missing."""
+    members = some([found.names[i] for i in which])
+    of = f"mean of {members}" if len(which) > 1 else members
+    try:
+        found.put_(which)
+        if target == "interpolated":
+            fitted = interpolated(fits, now, gated=True)
+        else:
+            fitted = fits.statistics(now, target=target)
+    except NumericError as error:
+        fits.bench.assumptions.append(f"{of} ({target}): was given up: {error}")
+        return None
+    if not fitted.results:
+        return None
+    name = f"{of}, statistics of the data ({target})"
     metrics, values = fits.on_select(name), guards.Snapshot(fits.model)
     return _Mean(name, tuple(which), metrics, values, results=fitted.results)

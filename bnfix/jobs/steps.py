@@ -277,15 +277,17 @@ def _mean(
     new = _statistics_step(statistics, n, "population", gate="")
     if recipe.method == "greedy":
         name = f"greedy mean of up to {n_files} checkpoints, each time with new statistics"
-        work = [replace(one, passes=n_files * one.passes) for one in new.work]
-        work.append(Work("select: checkpoints and means", n.select, 2 * n_files - 1))
+        # Of k checkpoints, as of all, each runs once for statistics between them.
+        between = 0 if kind == "population" else n_files * (n.by_depth + n_files / 2)
+        work = [replace(one, passes=n_files * one.passes + between) for one in new.work]
+        work.append(Work("select: checkpoints and means", n.select, 3 * n_files - 2))
         steps.append(Step(name, MEAN, partial(greedy, recipe=recipe), tuple(work)))
     else:
         fit = partial(uniform, recipe=recipe)
         steps.append(Step(f"mean of {n_files} checkpoints", MEAN, fit, gate=""))
         steps += [] if kind == "interpolated" else [new]
     gate = "select" if kind == "auto" else ""
-    if (gate and labelled) or (kind == "interpolated" and recipe.method == "uniform"):
+    if recipe.method == "uniform" and (kind == "interpolated" or (gate and labelled)):
         name = f"statistics between those of {n_files} checkpoints (interpolated)"
         fit = partial(interpolated, gated=bool(gate))
         work = [replace(one, passes=n_files + n.by_depth) for one in new.work]
