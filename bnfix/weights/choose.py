@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from bnfix.norm.layer import (
 
 #: Batches that a fit of few numbers uses at least.
 _LEAST_BATCHES = 8
-_COARSE = (0.01, 0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,18 @@ class CurvePoint:
 class WeightSearch:
     """Finds weights of some layers on labelled examples, and counts what that costs."""
 
+    #: The gate's name for these weights, and for its candidates in rising freedom.
+    stage: ClassVar[str] = "example weight"
+    names: ClassVar[Mapping[str, str]] = {
+        "global": "one example weight",
+        "layer": "example weight per layer",
+        "channel": "example weight per channel",
+    }
+    #: Tried first, beside 0.
+    coarse: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.1, 0.3)
+
     model: nn.Module
-    layers: dict[str, GeneralizedBatchNorm]
+    layers: dict[str, Any]  # generalized; a mixture's may be any Batch Norm
     monitor: Iterable[Any]
     learn: runtime.Batches
     forward: runtime.Forward | None
@@ -69,6 +78,14 @@ class WeightSearch:
         """The layers as they are now, to go back to."""
         return guards.Snapshot(nn.ModuleList(self.layers.values()))
 
+    def set_(self, weights: Mapping[str, Any]) -> None:
+        """Set the weight of some layers, a number or one a channel."""
+        set_example_weight_(self.model, weights)
+
+    def leaves(self, granularity: str, start: float) -> AbstractContextManager[dict[str, Tensor]]:
+        """Let the weights take gradients; all is put back on leaving."""
+        return trainable_weights(self.layers, granularity, start)
+
     def one_weight(self) -> tuple[CurvePoint, ...]:
         """One weight for all layers by bracketed search; leaves the best one set."""
         points: dict[float, CurvePoint] = {}
@@ -76,7 +93,7 @@ class WeightSearch:
 
         def loss(a: float) -> float:
             if a not in points:
-                set_example_weight_(self.model, dict.fromkeys(self.layers, a))
+                self.set_(dict.fromkeys(self.layers, a))
                 # One number needs few examples: a part of the batches is as good, and cheaper.
                 found = self._score(itertools.islice(runtime.pass_of(self.learn, 0), self._part(3)))
                 points[a] = CurvePoint(a, found.nll, found.top1)
@@ -85,11 +102,11 @@ class WeightSearch:
         started = time.perf_counter()
         loss(0.0)
         self.seconds_an_example = (time.perf_counter() - started) / max(self.n_run, 1)
-        for a in _COARSE:
+        for a in self.coarse:
             loss(a)
         best_root(loss, {a**0.5: point.nll for a, point in points.items()}, n_steps=5)
         best = min(points, key=lambda a: points[a].nll)
-        set_example_weight_(self.model, dict.fromkeys(self.layers, best))
+        self.set_(dict.fromkeys(self.layers, best))
         return tuple(points[a] for a in sorted(points))
 
     def thin(self, part: float, squares: dict[str, Tensor]) -> None:
@@ -133,10 +150,10 @@ class WeightSearch:
         part, epochs = self.n_batches, recipe.epochs
         if granularity == "layer":  # one number a layer needs fewer examples than one a channel
             part, epochs = self._part(2), min(1, epochs)
-        rates = recipe.start, recipe.lr, part * epochs
+        trainable = self.leaves(granularity, recipe.start)
         with (
             guards.random_kept(self.model),
-            descent(self.model, self.layers, granularity, *rates) as (leaves, step),
+            descent(self.model, self.layers, trainable, recipe.lr, part * epochs) as (leaves, step),
         ):
             for epoch in range(epochs):
                 squares = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -157,7 +174,7 @@ class WeightSearch:
                     best_loss = now
                     best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         if best:
-            set_example_weight_(self.model, best)
+            self.set_(best)
         return squares
 
     def _part(self, n: int) -> int:
@@ -165,10 +182,10 @@ class WeightSearch:
         return max(1, self.n_batches // n, min(self.n_batches, _LEAST_BATCHES))
 
     def _loss(self, batch: Any) -> Tensor:
-        loss = mean_loss(self.task, self.model, batch, self.forward, what="example weight")
+        loss = mean_loss(self.task, self.model, batch, self.forward, what=self.stage)
         if not loss.requires_grad:
             raise ModelError(
-                "example weight: the model's output has no gradient in the weights. Look for "
+                f"{self.stage}: the model's output has no gradient in the weights. Look for "
                 "no_grad or detach in the model, or use --granularity global."
             )
         self.n_run += 3 * runtime.n_examples_of(batch) * distributed.here().size
@@ -212,17 +229,16 @@ def best_root(loss: Callable[[float], float], losses: Mapping[float, float], n_s
 @contextmanager
 def descent(
     model: nn.Module,
-    layers: Mapping[str, GeneralizedBatchNorm],
-    granularity: str,
-    start: float,
+    layers: Mapping[str, nn.Module],
+    trainable: AbstractContextManager[dict[str, Tensor]],
     lr: float,
     n_steps: int,
 ) -> Iterator[tuple[dict[str, Tensor], Callable[[], None]]]:
-    """Example weights as leaves, in evaluation, and a step of Adam on them, projected to [0, 1]."""
+    """Weights as leaves, in evaluation, and a step of Adam on them, projected to [0, 1]."""
     with (
         guards.modes_kept(model),
         guards.state_kept(model, but=list(layers.values())),
-        trainable_weights(dict(layers), granularity, start) as leaves,
+        trainable as leaves,
         guards.only_these_require_grad(model, list(leaves.values())),
     ):
         model.eval()
@@ -238,14 +254,6 @@ def descent(
                 leaf.clamp_(0, 1)
 
         yield leaves, step
-
-
-#: In rising freedom.
-_LABELS = {
-    "global": "one example weight",
-    "layer": "example weight per layer",
-    "channel": "example weight per channel",
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -335,10 +343,10 @@ def choose_example_weight_(
         forward=forward,
         precision=precision,
     )
-    levels = _Levels(search, measured, recipe, z, (name, metrics))
+    levels = Levels(search, measured, recipe, z, (name, metrics))
     before = search.snapshot()
     try:
-        for level in _LABELS if layers else ():
+        for level in search.names if layers else ():
             levels.try_(level)
             if level == recipe.granularity:
                 break
@@ -362,7 +370,7 @@ def choose_example_weight_(
     )
 
 
-class _Levels:
+class Levels:
     """Candidates in rising freedom: each starts from the last that was admitted."""
 
     def __init__(
@@ -383,7 +391,8 @@ class _Levels:
     def _judge(self, level: str, incumbent: tuple[str, Metrics]) -> tuple[Decision, Metrics]:
         found = self._measured()
         self._search.n_run += found.n_examples
-        return judge("example weight", (_LABELS[level], found), incumbent, self._z), found
+        named = self._search.names[level], found
+        return judge(self._search.stage, named, incumbent, self._z), found
 
     def try_(self, level: str) -> None:
         """Fit a level, and keep it if the gate admits it."""
@@ -396,10 +405,14 @@ class _Levels:
         decision, metrics = self._judge(level, self.incumbent)
         self.decisions[level] = decision
         if decision.admitted:
-            self._below, self.incumbent = self.incumbent, (_LABELS[level], metrics)
+            self._below, self.incumbent = self.incumbent, (decision.candidate, metrics)
             self.chosen, self._admitted = level, self._search.snapshot()
         else:
-            self._admitted.restore_()
+            self.put_back_()
+
+    def put_back_(self) -> None:
+        """Go back to the level admitted last."""
+        self._admitted.restore_()
 
     def thin_later(self) -> None:
         """Thin the layers' weights, if that was left for a finer level that was not admitted."""

@@ -36,6 +36,7 @@ from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
     set_example_weight_,
+    trainable_weights,
 )
 from bnfix.norm.moments import example_moments, mix, over_channel_groups
 from bnfix.weights.choose import best_root, descent
@@ -282,7 +283,8 @@ def _descent(
     """One weight a layer by projected Adam; gives the weights after every epoch."""
     ends: list[dict[str, Tensor]] = []
     n_steps = _EPOCHS * len(pairs)
-    with descent(model, layers, "layer", _START, _LR, n_steps) as (leaves, step):
+    trainable = trainable_weights(layers, "layer", _START)
+    with descent(model, layers, trainable, _LR, n_steps) as (leaves, step):
         for _ in range(_EPOCHS):
             for x, target in pairs:
                 _divergence(model, x, target).mean().backward()  # type: ignore[no-untyped-call]

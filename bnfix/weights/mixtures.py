@@ -1,0 +1,198 @@
+"""`choose_mixture_`: statistics between two pairs, by labelled examples, each before the gate.
+
+Old and new statistics are mixed as `bnfix.recalibrate.blend` does, with a weight w of the new:
+
+    mean = (1 - w) mean_o + w mean_n
+    var  = (1 - w) var_o + w var_n + w (1 - w) (mean_n - mean_o)^2
+
+First one w for the model, by the bracketed search of example weights; from there one a layer, by
+gradient. The layers stay static, so that a mixture costs nothing at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.core import guards, runtime
+from bnfix.core.errors import ModelError
+from bnfix.core.settings import WeightRecipe
+from bnfix.core.torch_private import eager
+from bnfix.metrics.compare import Decision
+from bnfix.metrics.evaluate import evaluate
+from bnfix.metrics.metrics import Metrics
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.moments import over_channel_groups
+from bnfix.recalibrate.blend import between
+from bnfix.weights.choose import Levels, WeightSearch
+
+_Moments = tuple[Tensor, Tensor]
+
+#: A rate at which few steps can go from one end to the other.
+_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class MixtureChoice:
+    """The candidates, the one that won, and the weights of the new statistics."""
+
+    decisions: tuple[Decision, ...]  # one a level tried
+    chosen: str  # keep, global or layer
+    weights: dict[str, float]  # by layer, of the level that won; none with keep
+    note: str = ""  # why the finer level was given up
+
+
+@dataclass
+class MixtureSearch(WeightSearch):
+    """Finds the weights of new statistics; between passes layers hold the mixture."""
+
+    stage: ClassVar[str] = "statistics"
+    names: ClassVar[Mapping[str, str]] = {
+        "global": "one mixture of statistics",
+        "layer": "mixture of statistics per layer",
+    }
+    coarse: ClassVar[tuple[float, ...]] = (0.1, 0.3, 0.6, 1.0)
+
+    #: Mean and variance ``(C,)``, float64, of each layer: the old ones and the new.
+    pairs: Mapping[str, tuple[_Moments, _Moments]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def set_(self, weights: Mapping[str, Any]) -> None:
+        """Write the mixture with these weights into the layers."""
+        self.weights = {name: float(weight) for name, weight in weights.items()}
+        for name, weight in self.weights.items():
+            buffers, w = self.layers[name]._buffers, torch.tensor(weight, dtype=torch.float64)
+            for key, moment in zip(_KEYS, between(*self.pairs[name], w), strict=True):
+                buffers[key].copy_(moment)
+
+    @contextmanager
+    def leaves(self, granularity: str, start: float) -> Iterator[dict[str, Tensor]]:
+        """Let the weights, one a layer, take gradients; all is put back on leaving."""
+        layers = nn.ModuleList(self.layers.values())
+        leaves: dict[str, Tensor] = {}
+        # Compiled code would not see the hooks.
+        with guards.tensors_kept(layers), guards.hooks() as handles, eager():
+            for name, layer in self.layers.items():
+                old = self.pairs[name][0][0]
+                leaves[name] = old.new_tensor(self.weights[name]).requires_grad_()
+                affine = layer._parameters.get("weight"), layer._parameters.get("bias")
+                lend = partial(_lend, self.pairs[name], leaves[name], affine)
+                handles.append(layer.register_forward_pre_hook(lend))
+            yield leaves
+
+
+_KEYS = ("running_mean", "running_var")
+
+
+def _lend(
+    pair: tuple[_Moments, _Moments],
+    leaf: Any,
+    affine: tuple[Tensor | None, Tensor | None],
+    layer: Any,
+    _: object,
+) -> None:
+    """Let a layer normalize by the mixture, with its graph; a forward pre-hook."""
+    buffers = layer._buffers
+    mean, var = (moment.to(buffers["running_mean"]) for moment in between(*pair, leaf))
+    if getattr(layer, "live", False):
+        buffers.update(zip(_KEYS, (mean, var), strict=True))
+        return
+    # torch's kernel gives statistics no gradient. So it goes by scale and shift, which with the
+    # mixture's own moments m, s as constants give the same function, and keep their values:
+    # y = gamma s/sd (x - m)/s + beta + gamma (m - mean)/sd.
+    buffers.update(zip(_KEYS, (mean.detach(), var.detach()), strict=True))
+    if isinstance(layer, GeneralizedBatchNorm):
+        mean, var = over_channel_groups(mean, var, layer.channel_groups)
+    sd = (var + layer.eps).sqrt()
+    gamma, beta = affine
+    scale = sd.detach() / sd
+    shift = (mean.detach() - mean) / sd
+    if gamma is not None:
+        scale, shift = gamma * scale, gamma * shift
+    layer._parameters.update(weight=scale, bias=shift if beta is None else beta + shift)
+
+
+def choose_mixture_(
+    model: nn.Module,
+    pairs: Mapping[str, tuple[_Moments, _Moments]],
+    learn: runtime.Batches,
+    *,
+    monitor: Iterable[Any],
+    select: Iterable[Any],
+    incumbent: tuple[str, Metrics],
+    recipe: WeightRecipe | None = None,
+    z: float = 2.0,
+    forward: runtime.Forward | None = None,
+    precision: str = "fp32",
+) -> MixtureChoice:
+    """Choose how much of new statistics a model gets beside its old ones.
+
+    Args:
+        model: with norm layers that keep statistics, on the device to run on.
+        pairs: old and new moments, each mean and biased variance ``(C,)``, by layer.
+        learn: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
+        monitor: labelled batches on which learning decides when to stop.
+        select: labelled batches for the gate.
+        incumbent: name and select metrics of what a mixture must beat.
+        recipe: the finest granularity allowed; ``channel`` is as ``layer`` here.
+        z: standard errors that the gate demands.
+        forward: called as ``forward(model, batch)`` for unusual batches.
+        precision: ``fp32``, ``bf16`` or ``fp16`` for evaluation; learning is in fp32.
+
+    Returns:
+        The decisions, and the weights now set.
+
+    Raises:
+        ModelError: if the model cannot be run on the batches.
+
+    Changes:
+        Running means and variances of the layers of ``pairs``, if a candidate won; else, and after
+        an exception, nothing.
+    """
+    recipe = recipe or WeightRecipe()
+    finest = "global" if recipe.granularity == "global" else "layer"
+    modules = dict(model.named_modules())
+    device = runtime.device_of(model)
+    search = MixtureSearch(
+        model=model,
+        layers={name: modules[name] for name in pairs},
+        monitor=monitor,
+        learn=learn,
+        forward=forward,
+        precision=precision,
+        pairs={name: (_on(device, old), _on(device, new)) for name, (old, new) in pairs.items()},
+    )
+    measured = partial(evaluate, model, select, forward=forward, precision=precision)
+    by_layer = replace(recipe, granularity=finest, thin=0.0, lr=_RATE)
+    levels = Levels(search, measured, by_layer, z, incumbent)
+    weights, note, before = dict[str, float](), "", search.snapshot()
+    try:
+        for level in search.names if pairs else ():
+            try:
+                levels.try_(level)
+            except (ModelError, RuntimeError) as error:
+                # One weight needs no gradients, which some models and memories do not have.
+                if level == "global":
+                    raise
+                levels.put_back_()
+                note = f"{search.names[level]}: was given up: {error}"
+            if levels.chosen == level:
+                weights = search.weights
+            if level == finest:
+                break
+    except BaseException:
+        before.restore_()
+        raise
+    return MixtureChoice(tuple(levels.decisions.values()), levels.chosen, weights, note)
+
+
+def _on(device: torch.device, moments: _Moments) -> _Moments:
+    mean, var = moments
+    return mean.to(device), var.to(device)
