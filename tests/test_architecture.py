@@ -23,7 +23,7 @@ FLOORS: dict[str, set[str]] = {
     "checkpoints": {"core", "models", "norm"},
     "recalibrate": {"checkpoints", "core", "norm"},
     "metrics": {"core", "models"},
-    "weights": {"core", "metrics", "norm"},
+    "weights": {"core", "metrics", "norm", "recalibrate"},
     "training": {"checkpoints", "core", "metrics", "norm", "weights"},
     "deploy": {"checkpoints", "core", "models", "norm"},
     "diagnosis": {"core", "metrics", "norm", "recalibrate"},

@@ -62,8 +62,11 @@ def test_every_candidate_is_judged_against_the_last_one_admitted(files, z):
     table = found.report.decisions
     expected = ["statistics of the data (population)", "statistics of the data (train-batch 4)"]
     assert [d.candidate for d in table[:2]] == expected
-    assert [d.stage for d in table[:4]] == ["statistics"] * 3 + ["fine-tuning"]
-    assert {d.stage for d in table[4:]} == {"example weight", "fine-tuning"}
+    mixtures = ["one mixture of statistics", "mixture of statistics per layer"]
+    assert [d.candidate for d in table[2:4]] == mixtures
+    assert table[4].candidate == "match (statistics train-batch 4, example weight 0.25)"
+    assert [d.stage for d in table[:6]] == ["statistics"] * 5 + ["fine-tuning"]
+    assert {d.stage for d in table[6:]} == {"example weight", "fine-tuning"}
     standing: Decision | None = None
     for d in table:
         if standing is None:

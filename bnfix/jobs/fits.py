@@ -26,10 +26,11 @@ from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_exampl
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
-from bnfix.report.records import n_live
+from bnfix.report.records import n_live, statistics_of
 from bnfix.training.finetune import Finetuning, finetune_
 from bnfix.weights.choose import choose_example_weight_, weighable_layers
 from bnfix.weights.label_free import fit_moments_, fit_predictions_
+from bnfix.weights.mixtures import choose_mixture_
 
 #: Name of the network before all steps.
 ORIGINAL = "as it was"
@@ -77,6 +78,8 @@ class Fits:
             remark="; with the batch feed the statistics depend a little on this",
         )
         self._theirs: dict[str, Outputs] = {}  # of the reference, by split
+        #: The last population measured, and each layer's moments before and after it.
+        self._population: tuple[Calibration, dict[str, Any]] | None = None
 
     @property
     def _reference(self) -> nn.Module | None:
@@ -127,7 +130,12 @@ class Fits:
         originals: Originals | None = None,
     ) -> Fitted:
         """New population statistics, and an example weight that goes with them."""
+        before = statistics_of(self.model)
         calibration = self._recalibrate(target, originals)
+        if target == "population":
+            after, names = statistics_of(self.model), [layer.name for layer in calibration.layers]
+            pairs = {layer: (before[layer][:2], after[layer][:2]) for layer in names}
+            self._population = calibration, pairs
         name = f"statistics of the data ({calibration.target})"
         if target == "blend":
             name = "statistics between stored and measured"
@@ -137,6 +145,35 @@ class Fits:
             self._set_weight(example_weight)
             name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
         return Fitted(name, (calibration,))
+
+    def mixed(self, now: State) -> Fitted:
+        """Mixtures of the statistics before and the population's, against the state of now."""
+        if self._population is None or now.metrics is None:
+            return Fitted(None)  # the population could not be measured
+        bench, (calibration, pairs) = self.bench, self._population
+        learn, monitor = bench.learn_and_monitor()
+        size = bench.training_batch_size(self.plan.weight.batch_size)
+        choice = choose_mixture_(
+            self.model,
+            pairs,
+            bench.batches(learn, "mixture: fitting", size).shuffled(self.seed),
+            monitor=bench.batches(monitor, "mixture: watching"),
+            select=bench.batches(bench.split.select, "select: mixture"),
+            incumbent=(now.name, now.metrics),
+            recipe=self.plan.weight,
+            z=self.plan.gate.z,
+            precision=self.precision,
+        )
+        bench.assumptions += choice.notes
+        admitted = [d.candidate for d in choice.decisions if d.admitted]
+        if not admitted:
+            return Fitted(None, (), choice.decisions)
+        layers = tuple(
+            replace(layer, new_weight=choice.weights.get(layer.name, 1.0))
+            for layer in calibration.layers
+        )
+        found = replace(calibration, target="blend", layers=layers)
+        return Fitted(admitted[-1], (found,), choice.decisions)
 
     def _recalibrate(self, target: str, originals: Originals | None = None) -> Calibration:
         recipe, bench = self.plan.statistics, self.bench

@@ -100,7 +100,7 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     if plan.average is not None:
         steps += _mean(plan.average, plan.statistics, n, labelled=labelled)
     else:
-        steps += _statistics(plan, n, judged=judged)
+        steps += _statistics(plan, n, judged=judged, labelled=labelled)
     weight, b = plan.weight.example_weight, plan.statistics.train_batch_size
     if weight == "match" and b is not None:
         weight = 1 / b
@@ -296,7 +296,7 @@ def _mean(
     return steps
 
 
-def _statistics(plan: Plan, n: _Sizes, *, judged: bool) -> list[Step]:
+def _statistics(plan: Plan, n: _Sizes, *, judged: bool, labelled: bool) -> list[Step]:
     """New statistics: stated, or each kind as a candidate."""
     recipe, weight = plan.statistics, plan.weight.example_weight
     kind, b = recipe.statistics, recipe.train_batch_size
@@ -311,9 +311,23 @@ def _statistics(plan: Plan, n: _Sizes, *, judged: bool) -> list[Step]:
         steps.append(_statistics_step(recipe, n, "reference"))
     if b is not None:
         steps.append(_statistics_step(recipe, n, "train-batch"))
-        if weight == "auto":
-            steps.append(_statistics_step(recipe, n, "train-batch", example_weight=1 / b))
+    if labelled:
+        steps.append(_mixture_step(plan.weight, n))
+    if b is not None and weight == "auto":
+        steps.append(_statistics_step(recipe, n, "train-batch", example_weight=1 / b))
     return steps
+
+
+def _mixture_step(recipe: WeightRecipe, n: _Sizes) -> Step:
+    """Mixtures of the statistics before and the population's, which are as free at inference."""
+    by_layer = recipe.granularity != "global"
+    work = [Work("mixture: one for all layers", n.learn, _TRIED_WEIGHTS / 3)]
+    if by_layer:
+        work.append(Work("mixture: per layer", n.learn, min(1, recipe.epochs) / 2, "training"))
+        work.append(Work("mixture: watching", n.monitor, min(1, recipe.epochs)))
+    work.append(Work("select: mixture", n.select, 1 + by_layer))
+    name = f"mixture of old and new statistics (up to per {'layer' if by_layer else 'model'})"
+    return Step(f"{name}, on fit", STATISTICS, Fits.mixed, tuple(work), start="population")
 
 
 def _statistics_step(
@@ -342,7 +356,7 @@ def _statistics_step(
         fit=partial(Fits.statistics, target=target, example_weight=example_weight),
         work=tuple(work),
         gate=gate,
-        leaves=target if target == "reference" else "",
+        leaves=target if target in ("population", "reference") else "",
     )
 
 

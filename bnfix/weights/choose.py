@@ -400,7 +400,7 @@ class Levels:
             self.curve = self._search.one_weight()
         else:
             self._squares[level] = self._search.learned(level, self._recipe)
-        if level == self._recipe.granularity != "global":
+        if level == self._recipe.granularity != "global" and self._recipe.thin:
             self._search.thin(self._recipe.thin, self._squares[level])
         decision, metrics = self._judge(level, self.incumbent)
         self.decisions[level] = decision

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -45,7 +46,7 @@ class MixtureChoice:
     decisions: tuple[Decision, ...]  # one a level tried
     chosen: str  # keep, global or layer
     weights: dict[str, float]  # by layer, of the level that won; none with keep
-    note: str = ""  # why the finer level was given up
+    notes: tuple[str, ...]  # the same in words, and why a finer level was given up
 
 
 @dataclass
@@ -68,8 +69,8 @@ class MixtureSearch(WeightSearch):
         """Write the mixture with these weights into the layers."""
         self.weights = {name: float(weight) for name, weight in weights.items()}
         for name, weight in self.weights.items():
-            buffers, w = self.layers[name]._buffers, torch.tensor(weight, dtype=torch.float64)
-            for key, moment in zip(_KEYS, between(*self.pairs[name], w), strict=True):
+            buffers = self.layers[name]._buffers
+            for key, moment in zip(_KEYS, between(*self.pairs[name], weight), strict=True):
                 buffers[key].copy_(moment)
 
     @contextmanager
@@ -136,7 +137,8 @@ def choose_mixture_(
 
     Args:
         model: with norm layers that keep statistics, on the device to run on.
-        pairs: old and new moments, each mean and biased variance ``(C,)``, by layer.
+        pairs: old and new moments, each mean and biased variance ``(C,)``, float64, by layer. A
+            layer where one of them is not finite keeps what it holds.
         learn: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
         monitor: labelled batches on which learning decides when to stop.
         select: labelled batches for the gate.
@@ -160,21 +162,26 @@ def choose_mixture_(
     finest = "global" if recipe.granularity == "global" else "layer"
     modules = dict(model.named_modules())
     device = runtime.device_of(model)
+    usable = {
+        name: (_on(device, old), _on(device, new))
+        for name, (old, new) in pairs.items()
+        if all(bool(moment.isfinite().all()) for moment in (*old, *new))
+    }
     search = MixtureSearch(
         model=model,
-        layers={name: modules[name] for name in pairs},
+        layers={name: modules[name] for name in usable},
         monitor=monitor,
         learn=learn,
         forward=forward,
         precision=precision,
-        pairs={name: (_on(device, old), _on(device, new)) for name, (old, new) in pairs.items()},
+        pairs=usable,
     )
     measured = partial(evaluate, model, select, forward=forward, precision=precision)
     by_layer = replace(recipe, granularity=finest, thin=0.0, lr=_RATE)
     levels = Levels(search, measured, by_layer, z, incumbent)
-    weights, note, before = dict[str, float](), "", search.snapshot()
+    weights, notes, before = dict[str, float](), list[str](), search.snapshot()
     try:
-        for level in search.names if pairs else ():
+        for level in search.names if search.pairs else ():
             try:
                 levels.try_(level)
             except (ModelError, RuntimeError) as error:
@@ -182,7 +189,7 @@ def choose_mixture_(
                 if level == "global":
                     raise
                 levels.put_back_()
-                note = f"{search.names[level]}: was given up: {error}"
+                notes.append(f"{search.names[level]}: was given up: {error}")
             if levels.chosen == level:
                 weights = search.weights
             if level == finest:
@@ -190,7 +197,14 @@ def choose_mixture_(
     except BaseException:
         before.restore_()
         raise
-    return MixtureChoice(tuple(levels.decisions.values()), levels.chosen, weights, note)
+    if weights:
+        low, high, mean = min(weights.values()), max(weights.values()), fmean(weights.values())
+        words = f"from {low:.2f} to {high:.2f}, {mean:.2f} on average" * (high > low)
+        name = search.names[levels.chosen]
+        notes.append(f"{name}: the new statistics weigh {words or f'{mean:.2f}'}.")
+    return MixtureChoice(
+        tuple(levels.decisions.values()), levels.chosen, weights, notes=tuple(notes)
+    )
 
 
 def _on(device: torch.device, moments: _Moments) -> _Moments:
