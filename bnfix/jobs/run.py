@@ -57,9 +57,9 @@ def fix(
     """Repair a checkpoint at its norm layers, as far as held-out data proves it better.
 
     Candidates: new population statistics, alone and mixed with the old; brief fine-tuning of norms
-    and head; example weights; both together. Each is fitted on the fit split and judged on the select split, the cheaper at
-    inference first, so that it wins ties; the verdict comes from the test split. Where nothing is
-    better the output is the input.
+    and head; example weights; both together. Each is fitted on the fit split and judged on the
+    select split, the cheaper at inference first, so that it wins ties; the verdict comes from the
+    test split. Where nothing is better the output is the input.
 
     Args:
         checkpoint: the file.
