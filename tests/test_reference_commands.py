@@ -154,7 +154,12 @@ def test_the_original_itself_is_left_as_it_is(run, files):
 def test_with_labels_the_gate_is_theirs_and_agreement_stands_beside(run, files):
     report, _ = run("calibrate", files.stale, "--example-weight", "keep", "--z", "1")
     names = [d["candidate"] for d in report["decisions"]]
-    assert names == ["statistics of the data (population)", "statistics matched to the reference"]
+    assert names == [
+        "statistics of the data (population)",
+        "statistics matched to the reference",
+        "one mixture of statistics",
+        "mixture of statistics per layer",
+    ]
     assert not any(d["by_reference"] for d in report["decisions"])
     assert report["verdict"] is not None
     assert report["models"][-1]["top1"] is not None
