@@ -1015,7 +1015,7 @@ def test_batches_that_can_be_had_only_once_are_refused_where_they_are_needed_aga
     [
         (
             {"target": "train"},
-            "target 'train', feed 'batch': expected population, train-batch, reference or",
+            "target 'train', feed 'sequential': expected population, train-batch, reference or",
         ),
         ({"feed": "all"}, "target 'population', feed 'all': expected"),
         ({"target": "train-batch"}, "train-batch: give train_batch_size, at least 1"),

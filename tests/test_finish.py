@@ -25,7 +25,7 @@ from tests.test_report import full_report
     ("words", "meant"),
     [
         (["calibrate", "a", "--granularty", "x"], "--granularity?"),
-        (["fix", "a", "--exmaple-weight", "1"], "--example-weight?"),
+        (["fix", "a", "--exmaple-weight", "1"], "--example-weight"),
         (["calibrat", "a"], "'calibrate'?"),
         (["fx"], "'fix'?"),
     ],

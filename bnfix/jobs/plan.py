@@ -102,6 +102,8 @@ def _replayed(
 ) -> Plan:
     """The plan of these options, without any code that only the file names."""
     usual = Plan()
+    if isinstance(asked := options.get("model"), dict):
+        options = {**options, "model": {**asked, "forward": None}}
     recipes = {
         part: _recipe(type(getattr(usual, part)), options, name)
         for name, part in _RECIPES.items()
@@ -112,7 +114,7 @@ def _replayed(
         command_line=command_line,
         run=dataclasses.replace(run, precision=options.get("precision", run.precision)),
     )
-    model, source = dataclasses.replace(plan.model, forward=None), plan.source
+    model, source = plan.model, plan.source
     # A model that the file names is built only where a file's word is enough for that.
     if model.model is not None and not from_file_allowed(model.model):
         model = dataclasses.replace(model, model=None, arguments=())
