@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import pytest
 import torch
 from torch import Tensor
@@ -228,8 +230,19 @@ def test_inspect_against_the_original_says_what_is_stale_and_what_to_run(cli, fi
     (finding,) = found["findings"]
     assert (finding["fault"], finding["severity"]) == ("stale-weights", "warning")
     assert f"bnfix calibrate {damaged}" in finding["advice"]
+    assert f"--reference '{files.net}'" in finding["advice"]
     shown = cli("inspect", damaged, "--against", files.net).out
     assert "no statistics differ: they are stale" in shown
+
+
+def test_the_repair_that_is_advised_runs_as_printed(cli, files, damaged, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", files.spec, "--data", files.data, "--against", files.net, "--json")
+    advice = [one["advice"] for one in cli("inspect", damaged, *words).json["findings"]]
+    (repair,) = [one for one in advice if "--reference" in one]
+    outcome = cli(*shlex.split(repair.partition(": bnfix ")[2]), "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["options"]["statistics"]["reference"] == str(files.net)
 
 
 def test_inspect_against_itself_shows_that_nothing_differs(cli, files):

@@ -21,6 +21,10 @@ RECALIBRATE = (
 GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
 _INSPECT = "bnfix inspect CKPT --model SPEC --data DATA"
 _COMPARE = "to see whether they are: bnfix inspect CKPT --against ORIGINAL"
+_REPAIR = (
+    "repair it against the original: bnfix calibrate CKPT --model SPEC --reference ORIGINAL "
+    "--data DATA -o OUT"
+)
 _REPLACE = "take another checkpoint"
 _MEASURE = (
     "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
@@ -39,8 +43,8 @@ _GROUPS: Final = (
     ("error", _REPLACE, "gamma-not-finite beta-not-finite moment-missing odd-statistics"),
     ("error", f"fetch the file again, or {_REPLACE}", "length-mismatch"),
     ("warning", _MEASURE, "evaluation-mode"),
-    # New statistics of a pruned network can be worse than stale ones, so they have to be compared.
-    ("warning", GATED, "stale-weights"),
+    # New statistics of a pruned network can be worse than stale ones, so the command compares them.
+    ("warning", _REPAIR, "stale-weights"),
     ("warning", _TUNE, "gamma-all-zero"),
     ("warning", _TRACK, "no-statistics"),
     ("note", RECALIBRATE, "counter-behind half-statistics momentum-none"),
