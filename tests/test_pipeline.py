@@ -672,3 +672,12 @@ def test_progress_is_shown_by_stage(files):
 def test_a_seed_out_of_range_is_refused_at_once(seed):
     with pytest.raises(ConfigError, match="--seed"):
         GateRecipe(seed=seed)
+
+
+def test_without_labels_the_test_of_other_data_stays_the_test(cli, files, tmp_path):
+    outcome = cli(
+        "fix", files.stale, *files.common, "--data", files.flat, "--test", files.test, "--json",
+        "-o", tmp_path / "out.safetensors",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["data"]["splits"] == {"fit": 60, "select": 0, "test": 120}

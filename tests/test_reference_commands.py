@@ -214,7 +214,8 @@ def test_finetune_learns_from_the_reference(run, files, pruned, train):
 
 def test_example_weights_are_learned_along_the_way(run, files, pruned):
     words = ["--labels", "none", "--example-weight", "learn", "--epochs", "2"]
-    report, _ = run("finetune", pruned, *words)
+    report, _ = run("finetune", pruned, *words, "--label-smoothing", "0.1")
+    assert any("no labels to smooth" in note for note in report["assumptions"])
     assert report["training_curve"][0]["trained"] == "norms and example weights"
 
 

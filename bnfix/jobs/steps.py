@@ -204,10 +204,14 @@ def open_plan(
             "--example-weight match, fit-moments, fit-predictions or a number."
         )
         if split.select.size:
-            fit = _joined(split.fit, split.select, split.test)
-            bench.split = replace(split, fit=fit, select=none, test=none)
+            # Positions of the test are those of other data where `--test` names some.
+            own, test = (split.test, none) if plan.source.test is None else (none, split.test)
+            fit = _joined(split.fit, split.select, own)
+            bench.split = replace(split, fit=fit, select=none, test=test)
     if bench.reference is not None and plan.command == "finetune" and bench.labelled:
         notes.append("the labels were learned, not the reference (--labels none to learn from it).")
+    if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:
+        notes.append("--label-smoothing had no effect: there are no labels to smooth.")
     if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
         notes.append(
             "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
