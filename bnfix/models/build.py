@@ -393,9 +393,10 @@ def _import_file(spec: str, path: Path) -> ModuleType:
         raise model_error(spec, "no such file. Give the path to a Python file.")
     # By content: the same file gives the same classes, a changed one does not meet the old ones.
     try:
-        identity = hashlib.sha256(str(path.resolve()).encode() + b"\0" + path.read_bytes())
+        source = path.read_bytes()
     except OSError as error:
         raise model_error(spec, f"cannot be read ({error.strerror}).") from error
+    identity = hashlib.sha256(str(path.resolve()).encode() + b"\0" + source)
     name = f"_bnfix_{re.sub(r'[^0-9A-Za-z]', '_', path.stem)}_{identity.hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -405,7 +406,8 @@ def _import_file(spec: str, path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(described)
     sys.modules[name] = module  # before it runs, as its classes may be pickled while it does
     try:
-        described.loader.exec_module(module)
+        # Not by the loader: its bytecode may be that of a version of the same second and size.
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         del sys.modules[name]
         if not isinstance(error, Exception | SystemExit):
