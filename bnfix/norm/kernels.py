@@ -127,7 +127,7 @@ class Terms(NamedTuple):
 
     def alone(self) -> Terms:
         """The same for a single example, which is its batch."""
-        return self._replace(example_weight=self.weight(), batch_weight=None)
+        return self._with([self.mean, self.var, self.weight(), self.gamma, self.beta, None])
 
     def among(self, mean: Tensor, var: Tensor) -> Terms:
         """Mix the batch into the population, by the moments ``(N, C)`` of the batch's examples."""
@@ -137,16 +137,24 @@ class Terms(NamedTuple):
         # The least divisor lets the weight be 0 where the example's is 1.
         share = (self.batch_weight / (1 - self.example_weight).clamp_min(1e-6)).clamp_max(1.0)
         gap = mean - self.mean
-        return self._replace(
-            mean=torch.lerp(self.mean, mean, share),  # exact at both ends
-            var=torch.lerp(self.var, var, share) + share * (1 - share) * gap * gap,
-            batch_weight=None,
-        )
+        mixed = torch.lerp(self.mean, mean, share)  # exact at both ends
+        spread = torch.lerp(self.var, var, share) + share * (1 - share) * gap * gap
+        return self._with([mixed, spread, self.example_weight, self.gamma, self.beta, None])
 
     def _with(self, tensors: list[Any]) -> Terms:
         mean, var, weight, gamma, beta, batch = tensors
-        return self._replace(
-            mean=mean, var=var, example_weight=weight, gamma=gamma, beta=beta, batch_weight=batch
+        # Not by _replace, which torch 2.8 does not compile.
+        return Terms(
+            mean=mean,
+            var=var,
+            example_weight=weight,
+            gamma=gamma,
+            beta=beta,
+            eps=self.eps,
+            channel_groups=self.channel_groups,
+            shiftable=self.shiftable,
+            batch_weight=batch,
+            median=self.median,
         )
 
 
