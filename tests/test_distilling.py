@@ -25,14 +25,6 @@ RNG = np.random.default_rng(0)
 ANY = Reference(nn.Identity())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def softmax(z):
     p = np.exp(z - z.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
