@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from bnfix.core.finetune_settings import TRAINED as TRAINED
+from bnfix.core.finetune_settings import FinetuneRecipe as FinetuneRecipe
 from bnfix.core.options import (
     CORRUPTIONS,
     KINDS,
@@ -24,8 +26,6 @@ from bnfix.core.options import (
 
 #: Ways to set the example weight without labels, for networks trained with batches of B.
 LABEL_FREE = ("match", "fit-moments", "fit-predictions")
-#: What fine-tuning may train.
-TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
 #: Ways to resize an image.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -209,84 +209,6 @@ class WeightRecipe:
         require(ok, f"--batch-weight: {b}, expected auto, keep or 0 to {room:g}.", "batch_weight")
         one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
         in_range(self, 0, 1, "thin")
-
-
-@dataclass(frozen=True)
-class OptimizerRecipe:
-    """How the steps of a training run are taken."""
-
-    optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
-    lr: float | None = option(
-        None,
-        "Peak learning rate, falling to 0 by cosine (default 0.006; 0.0005 with --train all).",
-    )
-    weight_lr: float = option(0.02, "Peak rate for learned example weights.")
-    warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
-    weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
-    norm_decay: float = option(0.0, "Decay of gamma and beta, decoupled from the gradient.")
-    norm_decay_target: str = option(
-        "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
-    )
-    clip: float | None = option(
-        None, "Largest norm of the gradient over all that is trained; a larger one is shortened."
-    )
-    accumulate: int = option(
-        1, "Batches a step: their gradients together are those of all their examples in one batch."
-    )
-    ema: float | None = option(
-        None,
-        "Evaluate and keep an exponential moving average of what is trained: its decay, such as "
-        "0.99 (less at the start, where a step t counts as min(decay, (1+t)/(10+t))).",
-    )
-
-    def __post_init__(self) -> None:
-        one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
-        one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
-        in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay", "norm_decay")
-        in_range(self, 0, 1, "warmup", "ema")
-        clip = self.clip
-        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
-        in_range(self, 1, math.inf, "accumulate")
-
-
-@dataclass(frozen=True)
-class FinetuneRecipe(OptimizerRecipe):
-    """A short training run on top of a trained checkpoint."""
-
-    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
-    statistics: str = option(
-        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
-    )
-    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
-    epochs: int = option(2, "Passes over the fit examples.")
-    steps: int | None = option(None, "Number of steps, instead of epochs.")
-    batch_size: int | None = option(
-        None, "Batch size of training (default 64, less for large inputs)."
-    )
-    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
-    label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
-    augment: str = option(
-        "none",
-        "Training images: none; light (mirror, shift by up to 1/8); standard (mirror, random crop "
-        "of 1/2 to all of the area). Not for digits or text, which mirroring makes wrong.",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(self.train, TRAINED, "--train")
-        one_of(self.statistics, ("frozen", "train"), "--statistics")
-        one_of(self.example_weight, ("keep", "learn"), "--example-weight")
-        one_of(self.augment, ("none", "light", "standard"), "--augment")
-        in_range(self, 0, math.inf, "epochs", "steps")
-        in_range(self, 1, math.inf, "batch_size", "ghost_size")
-        in_range(self, 0, 1, "label_smoothing")
-
-    @property
-    def peak_lr(self) -> float:
-        """The peak learning rate: the one stated, or that for what is trained."""
-        if self.lr is not None:
-            return self.lr
-        return 0.0005 if self.train == "all" else 0.006
 
 
 @dataclass(frozen=True)

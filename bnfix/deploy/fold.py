@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import ConvBase, ConvTransposeBase, tree_map
-from bnfix.deploy.graph import Source, hooked, sources_of
+from bnfix.models.graph import Source, hooked, sources_of
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import NormSite, find_norms, is_timm_act

@@ -31,8 +31,8 @@ from bnfix.core.errors import ConfigError, ModelError, some
 from bnfix.core.runtime import outputs_by_name
 from bnfix.deploy import plain
 from bnfix.deploy.fold import Folding, optimize_
-from bnfix.deploy.graph import export_program, quiet, root_line
 from bnfix.models.build import build_model, builder_arguments, from_file_allowed
+from bnfix.models.graph import export_program, quiet, root_line
 from bnfix.norm.layer import generalized_norms
 
 #: Inputs to outputs, in the order of `outputs_of`.

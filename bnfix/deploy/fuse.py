@@ -24,7 +24,7 @@ from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import packed_convolution, packed_weight
 from bnfix.deploy.fold import CONVOLUTIONS, Folding, optimize_, outputs_on, relative_change
-from bnfix.deploy.graph import graph_of, hooked
+from bnfix.models.graph import graph_of, hooked
 from bnfix.norm.kernels import (
     Activation,
     Finish,
