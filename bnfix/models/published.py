@@ -21,8 +21,9 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from bnfix.core.data_settings import INTERPOLATIONS
 from bnfix.core.errors import ConfigError, ModelError, did_you_mean, model_error, one_line, plain
-from bnfix.core.settings import INTERPOLATIONS, Preprocessing
+from bnfix.core.settings import Preprocessing
 
 
 def import_library(name: str, spec: str) -> ModuleType:
