@@ -28,6 +28,7 @@ from bnfix.cli.flags import (
     Feed,
     Gate,
     Inputs,
+    Grouped,
     Labelled,
     Layers,
     Model,
@@ -379,7 +380,7 @@ def evaluate(
     checkpoints: Compared,
     data: Data,
     model: Model,
-    source: Labelled,
+    source: Grouped,
     also: Annotated[
         EvaluationRecipe, {ALSO: "corruptions compare_batch_sizes streams metric", RUN: "fast"}
     ],

@@ -95,6 +95,7 @@ _FLAGS = {
 }
 _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
+    "groups": "SPEC",
     "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "reference": "CKPT",
     "reference_model": "SPEC",
 }  # fmt: skip
@@ -356,7 +357,8 @@ Model = Annotated[
 ]
 Inputs = Annotated[DataRecipe, {DATA: INPUT}]
 Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}"}]
-Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} test"}]
+Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups"}]
+Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups test"}]
 Swapped = Annotated[
     SwapRecipe, {NORM: "to ghost_size channel_groups layers skip example_weight batch_weight"}
 ]

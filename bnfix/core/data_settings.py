@@ -40,6 +40,12 @@ class DataRecipe(InputRecipe):
     test: str | None = option(None, "Examples for the claim, used for nothing else.")
     class_map: str | None = option(None, "JSON file: folder name to class index.")
     labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
+    groups: str | None = option(
+        None,
+        "Groups of examples that depend on each other, such as frames of one video: a column of "
+        "labels.csv, a regular expression for file names (its first group, or the whole match), an "
+        "array of the .npz, or an .npy or .npz file with one group an example.",
+    )
     max_bad: float | None = option(
         None, "Bad images that a pass may meet (default: 1%, and at least 5)."
     )

@@ -12,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,17 @@ def _npz_labels(archive: zipfile.ZipFile, n: int) -> np.ndarray | None:
     if dtype.kind not in "iu" or shape != (n,):
         raise DataError(f"labels are {dtype} {shape}, expected whole numbers ({n},), one an image.")
     return _npy(archive, "labels")
+
+
+def named_array(path: Path, name: str) -> np.ndarray:
+    """One array of an ``.npz`` file; its header is read first."""
+    try:
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")
+            _npy_header(archive, name)
+            return _npy(archive, name)
+    except _ARCHIVE_ERRORS as error:
+        raise DataError(f"not a readable .npz file ({error})") from error
 
 
 def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:

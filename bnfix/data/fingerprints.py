@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError
+from bnfix.data.groups import deal
 from bnfix.data.images import DIGEST_SIZE, Images
 
 #: Images that a history lists one by one, at most; 8 characters each.
@@ -50,13 +51,17 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
 
     Every part gets its fraction of every class to within 1; a class of 3 or more is in every part
     that has a fraction, wherever that bound allows it; over all classes the parts are balanced.
-    An image's part depends on the seed and on its bytes, not on the machine.
+    An image's part depends on the seed and on its bytes, not on the machine. Groups stay whole, so
+    the fractions hold as far as their sizes allow.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ConfigError(f"fractions: {fractions}, expected 0 or more, together 1.")
     digests = images.digests()
     _, first = np.unique(_numbers(digests), return_index=True)
     n = len(first)
+    if images.groups is not None:
+        parts_of_groups = _cut_groups(images, first, fractions, seed)
+        return Split(*parts_of_groups, duplicates=len(images) - n)
     labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
     draws = _numbers([_draw(seed, digests[i]) for i in first])
     order = first[np.lexsort((first, draws, labels[first]))]
@@ -74,6 +79,46 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
             parts[k] += members[ends[k] - sizes[k] : ends[k]]
     fit, select, test = (np.asarray(sorted(part), dtype=np.int64) for part in parts)
     return Split(fit, select, test, duplicates=len(images) - n)
+
+
+def _cut_groups(
+    images: Images, index: np.ndarray, fractions: tuple[float, float, float], seed: int
+) -> list[np.ndarray]:
+    """The three parts, of whole groups; at least two to fit on, since training watches some."""
+    least = [n * (f > 0) for n, f in zip((2, 1, 1), fractions, strict=True)]
+    index, groups = np.sort(index), np.asarray(images.groups)
+    ids, inverse, sizes = np.unique(groups[index], return_inverse=True, return_counts=True)
+    if len(ids) < sum(least):
+        raise DataError(
+            f"{images.spec}: {len(ids)} groups, expected at least {sum(least)}: 2 to fit on, and "
+            "one for each further split. Give more data, or --groups with smaller groups."
+        )
+    classes = np.zeros(len(ids), dtype=np.int64)
+    if images.labels is not None and images.labels.ndim == 1:
+        labels = images.labels[index]
+        classes = np.asarray([np.bincount(labels[inverse == g]).argmax() for g in range(len(ids))])
+    # As for single images, neither names nor places matter.
+    digests = images.digests(index)
+    least_digest = [min(digests[i] for i in np.flatnonzero(inverse == g)) for g in range(len(ids))]
+    draws = _numbers([_draw(seed, digest) for digest in least_digest])
+    order = np.lexsort((draws, classes))
+    part = np.empty(len(ids), dtype=np.int64)
+    part[order] = deal(sizes[order], classes[order], fractions, least)
+    return [index[part[inverse] == k] for k in range(3)]
+
+
+def watched(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Which examples early stopping watches: whole groups of about a fifth of them."""
+    ids, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(ids) < 2:
+        raise DataError(
+            "--groups: one group to fit on, expected at least 2, to learn on one and watch "
+            "another. Give more data, or smaller groups."
+        )
+    order = rng.permutation(len(ids))
+    part = np.empty(len(ids), dtype=np.int64)
+    part[order] = deal(sizes[order], np.zeros_like(order), (0.8, 0.2), (1, 1))
+    return np.asarray(part[inverse] == 1)
 
 
 def history_digests(images: Images, index: np.ndarray) -> dict[str, Any]:
@@ -108,12 +153,16 @@ def data_record(images: Images, index: np.ndarray | None = None) -> dict[str, An
 
 
 def unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
-    """Positions of test images that are not in the data, and how many are."""
-    known = set(images.digests())
-    kept = [i for i, digest in enumerate(test.digests()) if digest not in known]
+    """Positions of test images that are not in the data, nor in its groups, and how many are."""
+    known, names = set(images.digests()), set(images.group_names)
+    # Groups have the same name where they are the same.
+    shared = np.asarray([name in names for name in test.group_names], dtype=bool)
+    inside = np.zeros(len(test), dtype=bool) if test.groups is None else shared[test.groups]
+    kept = [i for i, d in enumerate(test.digests()) if d not in known and not inside[i]]
     if not kept:
         raise DataError(
-            f"{test.spec}: every test image is in {images.spec} too, so it can prove nothing. "
+            f"{test.spec}: every test image is in {images.spec} too"
+            f"{', or in one of its groups' if names else ''}, so it can prove nothing. "
             "Give other images."
         )
     return np.asarray(kept, dtype=np.int64), len(test) - len(kept)

@@ -59,8 +59,10 @@ _STRIP_PIXELS = 1 << 22
 class Images(ABC):
     """One opened DATA: its images by position, and their labels where there are any.
 
-    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``notes`` are sentences on
-    assumptions and files passed over; ``shaped`` keeps resized images for `Batches`.
+    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``groups`` is int64 (n,), of
+    the names in ``group_names``, where examples depend on each other, or None; ``fields`` are the
+    columns of ``labels.csv``; ``notes`` are sentences on assumptions and files passed over;
+    ``shaped`` keeps resized images for `Batches`.
     """
 
     kind: str
@@ -71,6 +73,9 @@ class Images(ABC):
         self.channels = channels
         self.labels: np.ndarray | None = None
         self.class_names: tuple[str, ...] | None = None
+        self.groups: np.ndarray | None = None
+        self.group_names: tuple[str, ...] = ()
+        self.fields: dict[str, list[str]] = {}
         self.notes: list[str] = []
         self.shaped: dict[Any, Any] = {}
         self.classes_given: Any = None  # before they were numbered, for `for_outputs`
@@ -78,7 +83,7 @@ class Images(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # Worker processes decode; sending them what is already decoded would copy it to each.
-        return self.__dict__ | {"shaped": {}, "_digests": {}, "classes_given": None}
+        return self.__dict__ | {"shaped": {}, "_digests": {}, "classes_given": None, "fields": {}}
 
     @abstractmethod
     def __len__(self) -> int: ...

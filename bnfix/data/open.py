@@ -20,6 +20,7 @@ import numpy as np
 from bnfix.core.errors import ConfigError, DataError, Note, some
 from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
 from bnfix.data.arrays import is_callable, open_callable, open_npz
+from bnfix.data.groups import group_
 from bnfix.data.images import (
     SUFFIXES,
     FileImages,
@@ -48,8 +49,9 @@ def open_images(
     labels: str = "auto",
     n_classes: int | None = None,
     channels: int = 3,
+    groups: str | None = None,
 ) -> Images:
-    """Open DATA: find out its kind, list its images, and give each its class."""
+    """Open DATA: find out its kind, list its images, and give each its class and its group."""
     if labels not in ("auto", "none"):
         raise ConfigError(f"--labels: {labels!r}, expected auto or none.", name="labels")
     if channels not in (1, 3):
@@ -67,6 +69,8 @@ def open_images(
         message = f"DATA {spec}: cannot be read ({error})."
         raise DataError(message, name=spec, path=spec) from error
     images.spec = spec
+    if groups is not None:
+        group_(images, groups)
     if classes is not None and wanted:
         images.classes_given = classes, mapping, tuple(images.notes)
         _set_labels(images, classes, mapping, n_classes)
@@ -208,6 +212,9 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
     if found:
         raise DataError(f"labels.csv: {found}. Correct the file.")
     images = FileImages(path, "labels.csv", files, channels)
+    images.fields = {
+        name: [row[k] if k < len(row) else "" for row in rows] for k, name in enumerate(header)
+    }
     unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
         images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")

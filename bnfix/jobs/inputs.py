@@ -68,6 +68,11 @@ class Tracked:
     def __len__(self) -> int:
         return len(self.batches)
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The group of every example of the data, if it is known."""
+        return self.batches.images.groups
+
     def starting_at(self, n: int) -> Tracked:
         """The same without the first batches."""
         return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
@@ -281,7 +286,9 @@ def open_checked(
 def open_stated(data: str, source: DataRecipe, channels: int) -> Images:
     """Open DATA as stated; options for images are refused where the data hold none."""
     class_map = None if source.class_map is None else Path(source.class_map)
-    images = open_images(data, class_map=class_map, labels=source.labels, channels=channels)
+    images = open_images(
+        data, class_map=class_map, labels=source.labels, channels=channels, groups=source.groups
+    )
     if not isinstance(images, TensorItems):
         return images
     names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")

@@ -22,7 +22,8 @@ from bnfix.core.memory import BatchSize, Footprint, footprint
 from bnfix.core.settings import ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
-from bnfix.data.fingerprints import Split, cut, unseen
+from bnfix.data.fingerprints import Split, cut, unseen, watched
+from bnfix.data.groups import describe_groups, groups_of_test
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
     Inputs,
@@ -167,7 +168,11 @@ class Workbench:
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
         """Cut the fit split for early stopping: four fifths to learn on, one to watch."""
-        order = np.random.default_rng(self.plan.gate.seed).permutation(self.split.fit)
+        rng, groups = np.random.default_rng(self.plan.gate.seed), self.inputs.images.groups
+        if groups is not None:
+            is_watched = watched(groups[self.split.fit], rng)
+            return self.split.fit[~is_watched], self.split.fit[is_watched]
+        order = rng.permutation(self.split.fit)
         n_monitor = max(1, len(order) // 5)
         return np.sort(order[n_monitor:]), np.sort(order[:n_monitor])
 
@@ -198,12 +203,15 @@ def open_workbench(
                 "expected at least 2. Give more data."
             )
     if source.test is not None:
-        test = open_inputs(loaded, source.test, source)
+        of_test = dataclasses.replace(source, groups=groups_of_test(source.groups))
+        test = open_inputs(loaded, source.test, of_test)
         found, n_dropped = unseen(test.images, images)
         split = dataclasses.replace(split, test=found)
         if n_dropped:
             notes.append(
-                f"{n_dropped} test images are in the data too; they were left out of the test."
+                f"{n_dropped} test images are in the data too"
+                f"{', or in one of its groups' if test.images.group_names else ''}; they were left "
+                "out of the test."
             )
     if split.duplicates:
         notes.append(
@@ -211,6 +219,8 @@ def open_workbench(
             "no image is in two splits."
         )
     notes += [f"{data}: {note}." for note in images.notes]
+    for one in (images,) if test is inputs else (images, test.images):
+        notes += describe_groups(one)
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
     corruption = corruption_of(source.corrupt, seed)
