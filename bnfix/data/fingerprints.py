@@ -60,8 +60,8 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
     _, first = np.unique(_numbers(digests), return_index=True)
     n = len(first)
     if images.groups is not None:
-        parts_of_groups = _cut_groups(images, first, fractions, seed)
-        return Split(*parts_of_groups, duplicates=len(images) - n)
+        fit, select, test = _cut_groups(images, first, fractions, seed)
+        return Split(fit, select, test, duplicates=len(images) - n)
     labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
     draws = _numbers([_draw(seed, digests[i]) for i in first])
     order = first[np.lexsort((first, draws, labels[first]))]
@@ -93,14 +93,12 @@ def _cut_groups(
             f"{images.spec}: {len(ids)} groups, expected at least {sum(least)}: 2 to fit on, and "
             "one for each further split. Give more data, or --groups with smaller groups."
         )
+    members = np.split(index[np.argsort(inverse, kind="stable")], np.cumsum(sizes)[:-1])
     classes = np.zeros(len(ids), dtype=np.int64)
     if images.labels is not None and images.labels.ndim == 1:
-        labels = images.labels[index]
-        classes = np.asarray([np.bincount(labels[inverse == g]).argmax() for g in range(len(ids))])
+        classes = np.asarray([np.bincount(images.labels[group]).argmax() for group in members])
     # As for single images, neither names nor places matter.
-    digests = images.digests(index)
-    least_digest = [min(digests[i] for i in np.flatnonzero(inverse == g)) for g in range(len(ids))]
-    draws = _numbers([_draw(seed, digest) for digest in least_digest])
+    draws = _numbers([_draw(seed, min(images.digests(group))) for group in members])
     order = np.lexsort((draws, classes))
     part = np.empty(len(ids), dtype=np.int64)
     part[order] = deal(sizes[order], classes[order], fractions, least)

@@ -22,6 +22,7 @@ from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_seed
 from bnfix.core.settings import DataRecipe, EvaluationRecipe, ModelRecipe, RunOptions
 from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
 from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
+from bnfix.data.groups import describe_groups
 from bnfix.data.images import Images
 from bnfix.deploy.fuse import fused
 from bnfix.jobs.inputs import (
@@ -117,6 +118,7 @@ def evaluate_files(
         check_predictions(predictions, force=force)
     notes: list[str] = []
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
+    notes += describe_groups(entrants[0].inputs.images)
     for option, wanted in (("--corruptions", also.corruptions), ("--streams", streams)):
         if wanted and entrants[0].inputs.images.labels is None:
             raise ConfigError(f"{option}: the examples have no labels. Give labels.")
@@ -146,7 +148,7 @@ def evaluate_files(
     last = entrants[-1].inputs.preprocessing
     options = {
         "preprocessing": last and dataclasses.asdict(last),
-        **({"corrupt": source.corrupt} if source.corrupt else {}),
+        **{name: v for name in ("corrupt", "groups") if (v := getattr(source, name))},
         **{name: value for name, value in dataclasses.asdict(also).items() if value},
     }
     report = _report(entrants, arena, models, notes, source.corrupt)

@@ -1,0 +1,331 @@
+"""Groups of examples that depend on each other: splits keep them whole, and claims count them."""
+
+from __future__ import annotations
+
+import base64
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.core.data_settings import DataRecipe
+from bnfix.core.errors import ConfigError, DataError
+from bnfix.core.settings import GateRecipe, ModelRecipe, RunOptions
+from bnfix.data.fingerprints import cut, unseen, watched
+from bnfix.data.groups import describe_groups
+from bnfix.data.images import ArrayImages
+from bnfix.data.open import open_images
+from bnfix.jobs.session import Plan, open_workbench
+from tests.conftest import Files, Outcome, images_of
+from tests.test_processes import ended, start
+
+
+def grouped(groups, labels=None, order=None):
+    """One image an entry, all different; a number says its group."""
+    n = len(groups)
+    order = np.arange(n) if order is None else order
+    pixels = np.arange(n, dtype=np.uint16)[:, None].view(np.uint8).reshape(n, 1, 2, 1)
+    images = ArrayImages("data", pixels[order], 1)
+    images.groups = np.unique(np.asarray(groups)[order], return_inverse=True)[1]
+    images.labels = None if labels is None else np.asarray(labels)[order]
+    return images
+
+
+def files_in(folder: Path, names) -> Path:
+    """Tiny images of these names, no two the same."""
+    for i, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 2, 3), (i % 256, i // 256, 7), np.uint8)).save(path)
+    return folder
+
+
+# --- splits ---
+
+FRACTIONS = [(0.6, 0.2, 0.2), (0.75, 0.25, 0.0), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2)]
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=4, max_size=40),
+    fractions=st.sampled_from(FRACTIONS),
+    seed=st.integers(0, 2**40),
+    labelled=st.booleans(),
+    data=st.data(),
+)
+def test_no_group_is_in_two_splits(sizes, fractions, seed, labelled, data):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    labels = data.draw(st.lists(st.integers(0, 2), min_size=len(groups), max_size=len(groups)))
+    labels = labels if labelled else None
+    split = cut(grouped(groups, labels), fractions, seed)
+    parts = [split.fit, split.select, split.test]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(groups)))
+    held = [set(groups[part].tolist()) for part in parts]
+    assert not held[0] & held[1] | held[0] & held[2] | held[1] & held[2]
+    for part, inside, fraction, least in zip(parts, held, fractions, (2, 1, 1), strict=True):
+        assert len(inside) >= least if fraction else not inside
+        assert (np.diff(part) > 0).all()
+        # Each group goes to the part that is owed most: no part is owed more than two groups.
+        assert abs(len(part) - fraction * len(groups)) <= 3 * max(sizes)
+    # Neither names nor places matter.
+    order = np.asarray(data.draw(st.permutations(range(len(groups)))))
+    again = cut(grouped(-groups, labels, order), fractions, seed)
+    assert np.sort(order[again.fit]).tolist() == split.fit.tolist()
+    assert np.sort(order[again.test]).tolist() == split.test.tolist()
+
+
+def test_classes_and_fractions_hold_where_groups_allow():
+    groups, labels = np.repeat(np.arange(100), 4), np.repeat(np.arange(100) % 2, 4)
+    split = cut(grouped(groups, labels), (0.6, 0.2, 0.2), 3)
+    for part, n in ((split.fit, 120), (split.select, 40), (split.test, 40)):
+        assert np.bincount(labels[part]).tolist() == [n, n]
+
+
+def test_copies_are_left_out_of_groups_too():
+    images = grouped([0, 0, 1, 1, 2, 2, 3, 3])
+    images.array[7] = images.array[0]
+    split = cut(images, (0.6, 0.2, 0.2), 0)
+    assert split.duplicates == 1
+    assert 7 not in np.concatenate([split.fit, split.select, split.test])
+
+
+@pytest.mark.parametrize(("n", "fractions"), [(3, FRACTIONS[0]), (2, FRACTIONS[1])])
+def test_too_few_groups_are_refused(n, fractions):
+    with pytest.raises(DataError, match=f"{n} groups, expected at least {n + 1}: 2 to fit on"):
+        cut(grouped(np.repeat(np.arange(n), 5)), fractions, 0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(sizes=st.lists(st.integers(1, 9), min_size=2, max_size=30), seed=st.integers(0, 99))
+def test_early_stopping_watches_whole_groups(sizes, seed):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    found = watched(groups, np.random.default_rng(seed))
+    assert 0 < found.sum() < len(groups)
+    assert not set(groups[found].tolist()) & set(groups[~found].tolist())
+    assert abs(found.sum() - len(groups) / 5) <= 2 * max(sizes)
+
+
+def test_one_group_cannot_be_learned_on_and_watched():
+    with pytest.raises(DataError, match="one group to fit on, expected at least 2"):
+        watched(np.zeros(5, int), np.random.default_rng(0))
+
+
+def test_test_images_of_a_group_of_the_data_are_left_out(tmp_path):
+    data = open_images(
+        str(files_in(tmp_path / "a", ["x_1.png", "x_2.png", "y_1.png"])), groups="^."
+    )
+    names = [f"{c}_{i}.png" for i in range(3) for c in "wyz"]
+    rest = [f"{i}.png" for i in range(9)]
+    test = open_images(str(files_in(tmp_path / "b", [*rest, *names])), groups="^.")
+    kept, n = unseen(test, data)
+    assert n == 3 + 3  # three exact copies, and three of group y
+    assert [test.name(i) for i in kept] == [*rest[3:], *sorted(x for x in names if x[0] != "y")]
+
+
+# --- where groups come from ---
+
+
+def test_groups_from_names_columns_arrays_and_files(tmp_path):
+    folder = files_in(tmp_path / "flat", ["a1_01.png", "a1_02.png", "b_07.png"])
+    whole = open_images(str(folder), groups="^[a-z]")
+    assert whole.groups.tolist() == [0, 0, 1]
+    assert whole.group_names == ("a", "b")
+    first = open_images(str(folder), groups=r"^([a-z0-9]+)_(\d+)")
+    assert first.group_names == ("a1", "b")
+    (folder / "labels.csv").write_text(
+        "file,label,clip\na1_01.png,0,9\na1_02.png,1,9\nb_07.png,0,10\n"
+    )
+    by_column = open_images(str(folder), groups="clip")
+    assert by_column.groups.tolist() == [1, 1, 0]
+    assert by_column.group_names == ("10", "9")
+    assert open_images(str(folder), groups="^.").group_names == ("a", "b")
+    np.save(tmp_path / "g.npy", np.array([5, 7, 5], np.uint8))
+    assert open_images(str(folder), groups=str(tmp_path / "g.npy")).groups.tolist() == [0, 1, 0]
+    np.savez(tmp_path / "g.npz", groups=np.array(["u", "u", "v"]), test_groups=np.array([1, 1, 2]))
+    assert open_images(str(folder), groups=str(tmp_path / "g.npz")).group_names == ("u", "v")
+    other = open_images(str(folder), groups=f"{tmp_path / 'g.npz'}#test_groups")
+    assert other.group_names == ("1", "2")
+    np.savez(tmp_path / "d.npz", images=np.zeros((3, 2, 2, 3), np.uint8), clip=np.array([1, 2, 1]))
+    assert open_images(str(tmp_path / "d.npz"), groups="clip").groups.tolist() == [0, 1, 0]
+
+
+def test_a_group_for_each_example_is_no_group(tmp_path):
+    folder = files_in(tmp_path, ["a.png", "b.png", "c.png"])
+    images = open_images(str(folder), groups="^.")
+    assert images.groups is None
+    assert any("every example has a group of its own" in note for note in images.notes)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("^x", r"2 of 4 file names do not match \(y_1.png, z_1.png\)"),
+        ("_", "all 4 examples are in the group '_', expected at least 2"),
+        ("(", "no column, no file, and not a regular expression"),
+        ("short.npy", "3 groups for the 4 examples of .*, expected one for each"),
+        ("square.npy", r"int64 \(2, 2\), expected one whole number or word"),
+        ("real.npy", r"float64 \(4,\), expected one whole number or word"),
+        ("objects.npy", "cannot be read"),
+        ("none.npz", "none.npz cannot be read .*expected one named groups"),
+        ("text.npz", "cannot be read"),
+        ("words.npy", r"1 examples without a group \(y_1.png\)"),
+    ],
+)
+def test_wrong_groups_are_refused(tmp_path, monkeypatch, spec, says):
+    folder = files_in(tmp_path / "d", ["x_1.png", "x_2.png", "y_1.png", "z_1.png"])
+    monkeypatch.chdir(tmp_path)
+    np.save("short.npy", np.arange(3))
+    np.save("square.npy", np.zeros((2, 2), int))
+    np.save("real.npy", np.zeros(4))
+    np.save("objects.npy", np.array([1, "a", None, {}], dtype=object), allow_pickle=True)
+    np.savez("none.npz", other=np.arange(4))
+    np.save("words.npy", np.array(["a", "a", "", "b"]))
+    Path("text.npz").write_text("no archive")
+    with pytest.raises(ConfigError, match=says) as error:
+        open_images(str(folder), groups=spec)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_column_or_array_is_refused(tmp_path):
+    folder = files_in(tmp_path / "d", ["x_1.png", "y_1.png"])
+    (folder / "labels.csv").write_text("file,label,clip\nx_1.png,0,1\ny_1.png,1,\n")
+    with pytest.raises(ConfigError, match=r"no such column in .*labels.csv, which has file, label"):
+        open_images(str(folder), groups="patient")
+    with pytest.raises(ConfigError, match=r"1 examples without a group \(y_1.png\)"):
+        open_images(str(folder), groups="clip")
+    np.savez(tmp_path / "d.npz", images=np.zeros((2, 2, 2, 3), np.uint8))
+    with pytest.raises(ConfigError, match="expected one named patient"):
+        open_images(str(tmp_path / "d.npz"), groups="patient")
+    with pytest.raises(ConfigError, match="have no file names that an expression could match"):
+        open_images(str(tmp_path / "d.npz"), groups="^(a)")
+
+
+# --- without --groups ---
+
+
+def numbered(*prefixes, n=10, folder=""):
+    return [f"{folder}{prefix}{i:05}.png" for prefix in prefixes for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("names", "sequences"),
+    [
+        (numbered("0016E5_", "0001TP_", "Seq05VD_f"), 3),
+        (numbered("a/", "b/v_"), None),  # class folders of one numbering each
+        ([*numbered("p1_", "p2_", folder="sick/"), *numbered("p3_", folder="well/")], 3),
+        (numbered("img_", n=40), None),
+        (numbered("", n=40), None),
+        ([*numbered("img_", folder="cat/"), *numbered("img_", folder="dog/")], None),
+        ([*numbered("cat_", folder="cat/"), *numbered("dog_", folder="dog/")], None),
+        (numbered(*(f"{i:x}f_" for i in range(10)), n=4), None),  # too many for their frames
+        ([f"{name[:-4]}x.png" for name in numbered("u_", "v_")], None),  # no running numbers
+        (numbered("u_", "v_", n=9), None),  # too few files
+    ],
+)
+def test_frames_of_few_sequences_are_noted(tmp_path, names, sequences):
+    folder = str(files_in(tmp_path, names))
+    for labels in ("auto", "none"):
+        notes = describe_groups(open_images(folder, labels=labels))
+        if sequences is None:
+            assert notes == []
+            continue
+        assert f"frames of {sequences} sequences" in notes[0]
+        expression = re.search("--groups '(.*?)' keeps", notes[0])[1]
+        images = open_images(folder, labels=labels, groups=expression)
+        assert len(images.group_names) == sequences
+        assert f"in {sequences} groups of 10 to 10" in describe_groups(images)[0]
+
+
+# --- commands ---
+
+
+def clips(folder: Path, n_groups=30, size=6) -> Path:
+    """Images whose array `clip` says which six belong together."""
+    n = n_groups * size
+    images, labels = images_of(n, seed=2)
+    clip = np.random.default_rng(1).permutation(np.arange(n) // size)
+    path = folder / "clips.npz"
+    np.savez(path, images=images, labels=labels, clip=clip)
+    return path
+
+
+def parts_of(output: Path, data: Path) -> list[set[int]]:
+    """The groups of the fit and the select split, by the history of a file."""
+    images, clip = open_images(str(data)), np.load(data)["clip"]
+    used = read_checkpoint(output).metadata["history"][-1]["data"]
+    listed = [base64.b64decode(used[name]["digests"]) for name in ("fit", "select")]
+    found = [{text[i : i + 6] for i in range(0, len(text), 6)} for text in listed]
+    return [{int(clip[i]) for i, d in enumerate(images.digests()) if d in part} for part in found]
+
+
+@pytest.mark.parametrize("command", ["fix", "calibrate", "finetune"])
+def test_every_command_keeps_groups_together(files: Files, cli, tmp_path, command):
+    data, out = clips(tmp_path), tmp_path / "out.safetensors"
+    more = {"fix": ("--train", "none"), "finetune": ("--epochs", "1")}.get(command, ())
+    done: Outcome = cli(
+        command, files.stale, *files.common, "--data", data, "--groups", "clip", "-o", out,
+        "--json", *more,
+    )  # fmt: skip
+    splits = done.json["data"]["splits"]
+    fit, select = parts_of(out, data)
+    assert not fit & select
+    assert len(fit) * 6 == splits["fit"]
+    assert len(select) * 6 == splits["select"]
+    assert splits["test"] == 180 - splits["fit"] - splits["select"] > 0
+    assert any("180 examples in 30 groups of 6 to 6" in note for note in done.json["assumptions"])
+
+
+def test_learning_and_watching_share_no_group(files: Files, tmp_path):
+    data = clips(tmp_path)
+    plan = Plan(
+        model=ModelRecipe(files.spec),
+        source=DataRecipe(mean=(0.5,), std=(0.25,), groups="clip"),
+        run=RunOptions("cpu", workers=0),
+        gate=GateRecipe(seed=4),
+    )
+    bench = open_workbench(files.net, str(data), plan, (0.6, 0.2, 0.2))
+    learn, monitor = bench.learn_and_monitor()
+    groups = bench.inputs.images.groups
+    assert sorted([*learn, *monitor]) == bench.split.fit.tolist()
+    assert not set(groups[learn]) & set(groups[monitor])
+    assert 12 <= len(monitor) <= 30
+
+
+def test_several_processes_cut_the_same_groups(files: Files, tmp_path):
+    data, outs = clips(tmp_path), [tmp_path / f"{n}.safetensors" for n in (1, 2)]
+    for n, out in enumerate(outs, 1):
+        command = (
+            "-m", "bnfix", "calibrate", files.stale, *files.common, "--data", data, "--groups",
+            "clip", "-o", out,
+        )  # fmt: skip
+        codes, outputs = ended(start(n, *command))
+        assert codes == [0] * n, outputs
+    assert parts_of(outs[0], data) == parts_of(outs[1], data)
+
+
+def test_groups_of_test_data_come_from_their_own_array(files: Files, cli, tmp_path):
+    data, out = clips(tmp_path), tmp_path / "out.safetensors"
+    clip, n_test = np.load(data)["clip"], 120
+    np.save(tmp_path / "g.npy", clip)
+    np.savez(tmp_path / "g.npz", groups=clip, test_groups=100 + np.arange(n_test) // 8)
+    common = (
+        "calibrate",
+        files.stale,
+        *files.common,
+        "--data",
+        data,
+        "--test",
+        files.test,
+        "-o",
+        out,
+    )
+    refused = cli(*common, "--groups", tmp_path / "g.npy")
+    assert "has no groups for the examples of --test" in refused.message
+    done = cli(*common, "--groups", tmp_path / "g.npz", "--json")
+    notes = done.json["assumptions"]
+    assert any("120 examples in 15 groups of 8 to 8" in note for note in notes)
