@@ -24,7 +24,7 @@ FLOORS: dict[str, set[str]] = {
     "recalibrate": {"checkpoints", "core", "norm"},
     "metrics": {"core", "models"},
     "weights": {"core", "metrics", "norm", "recalibrate"},
-    "training": {"checkpoints", "core", "metrics", "norm", "weights"},
+    "training": {"checkpoints", "core", "metrics", "models", "norm", "weights"},
     "deploy": {"checkpoints", "core", "models", "norm"},
     "diagnosis": {"core", "metrics", "norm", "recalibrate"},
     "report": {

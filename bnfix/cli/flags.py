@@ -250,7 +250,7 @@ class _Group:
                 yield inspect.Parameter(
                     name,
                     inspect.Parameter.KEYWORD_ONLY,
-                    default=default if reader is None or isinstance(default, str) else None,
+                    default=default if reader is None or isinstance(default, str | float) else None,
                     annotation=Annotated[annotation, option_of(type(self.base), name, part)],
                 )
 
@@ -379,7 +379,8 @@ Tuned = Annotated[
     FinetuneRecipe,
     {
         TRAIN: "train statistics example_weight epochs steps optimizer lr weight_decay norm_decay "
-        "norm_decay_target label_smoothing clip accumulate ema augment batch_size"
+        "norm_decay_target label_smoothing clip accumulate ema augment batch_size "
+        "batch_statistics ghost_noise consistency sharpness"
     },
 ]
 Gate = Annotated[GateRecipe, {NORM: "z", RUN: "seed"}]

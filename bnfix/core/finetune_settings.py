@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from bnfix.core.options import in_range, one_of, option, require
 
 #: What fine-tuning may train.
 TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
+#: What a norm layer is to the residual branches around it.
+ROLES = ("last", "shortcut", "stem", "other")
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,12 @@ class OptimizerRecipe:
     weight_lr: float = option(0.02, "Peak rate for learned example weights.")
     warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
     weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
-    norm_decay: float = option(0.0, "Decay of gamma and beta, decoupled from the gradient.")
+    norm_decay: float | str = option(
+        0.0,
+        "Decay of gamma and beta, decoupled from the gradient; or one a role, such as "
+        "last=0.05,shortcut=0,other=0.01: the last layer of a residual branch, that of its "
+        "shortcut, the stem's, any other.",
+    )
     norm_decay_target: str = option(
         "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
     )
@@ -42,15 +50,68 @@ class OptimizerRecipe:
     def __post_init__(self) -> None:
         one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
         one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
-        in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay", "norm_decay")
+        in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay")
+        for role, decay in self.norm_decays.items():
+            ok = role in ROLES and 0 <= decay <= 1000
+            known = f"expected 0 to 1000, or {', '.join(ROLES)} with = and such a number"
+            require(ok, f"--norm-decay: {self.norm_decay}, {known}.", "norm_decay")
         in_range(self, 0, 1, "warmup", "ema")
         clip = self.clip
         require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
         in_range(self, 1, math.inf, "accumulate")
 
+    @property
+    def norm_decays(self) -> dict[str, float]:
+        """The decay of each role; a single number is that of all, ``other``."""
+        if not isinstance(self.norm_decay, str):
+            return {"other": self.norm_decay}
+        parts = [part.partition("=") for part in self.norm_decay.split(",")]
+        return {role.strip(): _number(value) for role, _, value in parts}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
 
 @dataclass(frozen=True)
-class FinetuneRecipe(OptimizerRecipe):
+class IngredientRecipe(OptimizerRecipe):
+    """What a step adds to plain training; all of it is off by default."""
+
+    batch_statistics: str = option(
+        "inclusive",
+        "With --statistics train: inclusive, or exclusive, where the others of its ghost batch "
+        "normalize an example.",
+    )
+    ghost_noise: int | None = option(
+        None,
+        "With --statistics frozen: noise on the statistics, as large as in ghost batches of N.",
+    )
+    consistency: tuple[float, ...] | None = option(
+        None,
+        "Penalty on the gaps between stored and batch statistics that inspect shows: factors of "
+        "the mean gap and the sd gap, such as 0.1,0.01.",
+    )
+    sharpness: float = option(
+        0.0,
+        "Sharpness-aware steps: gradients are taken where gamma and beta lie this far uphill; each "
+        "step costs two.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.batch_statistics, ("inclusive", "exclusive"), "--batch-statistics")
+        in_range(self, 2, math.inf, "ghost_noise")
+        in_range(self, 0, 1000, "sharpness")
+        factors = self.consistency
+        ok = factors is None or (len(factors) == 2 and all(0 <= f <= 1000 for f in factors))
+        require(ok, f"--consistency: {factors}, expected two numbers from 0.", "consistency")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(IngredientRecipe):
     """A short training run on top of a trained checkpoint."""
 
     train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
@@ -80,6 +141,13 @@ class FinetuneRecipe(OptimizerRecipe):
         in_range(self, 0, math.inf, "epochs", "steps")
         in_range(self, 1, math.inf, "batch_size", "ghost_size")
         in_range(self, 0, 1, "label_smoothing")
+        trains = self.statistics == "train"
+        ok = trains or self.batch_statistics == "inclusive"
+        only = "statistics are only made of batches with --statistics train. Add it, or leave this"
+        require(ok, f"--batch-statistics exclusive: {only} out.", "batch_statistics")
+        ok = not trains or self.ghost_noise is None
+        only = "batches bring noise of their own with --statistics train. Leave one of them out"
+        require(ok, f"--ghost-noise: {only}.", "ghost_noise")
 
     @property
     def peak_lr(self) -> float:
@@ -87,3 +155,10 @@ class FinetuneRecipe(OptimizerRecipe):
         if self.lr is not None:
             return self.lr
         return 0.0005 if self.train == "all" else 0.006
+
+    def stated(self) -> dict[str, Any]:
+        """All settings but ingredients that are off, as earlier versions state them."""
+        plain = asdict(IngredientRecipe())
+        later = plain.keys() - asdict(OptimizerRecipe()).keys()
+        own = asdict(self)
+        return {k: v for k, v in own.items() if k not in later or v != plain[k]}

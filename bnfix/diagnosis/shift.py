@@ -21,10 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bnfix.core.errors import NumericError
+from bnfix.norm.moments import gaps
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.collector import Collector, Cost, eps_of, stored_moments
 from bnfix.recalibrate.passes import met_in_a_pass, stored_drift
@@ -117,8 +117,8 @@ class _Gaps(Collector):
         """Measure a call, and add its gaps, which count as often as it has examples."""
         mean, var = super().measure(site, x)
         if x.numel() > x.shape[1]:  # a single value has no deviation
-            gaps = len(x) * _gaps(self._stored[site.name], (mean, var), eps_of(site))
-            self._gaps[site.name] = gaps + self._gaps.get(site.name, 0)
+            found = len(x) * gaps(self._stored[site.name], (mean, var), eps_of(site))
+            self._gaps[site.name] = found + self._gaps.get(site.name, 0)
             self._n[site.name] += len(x)
         return mean, var
 
@@ -134,10 +134,3 @@ class _Gaps(Collector):
             mean_gap, sd_gap = (self._gaps[name] / n).tolist()
         mean_shift, log_var_ratio = stored_drift(self, name)
         return Shift(mean_gap, sd_gap, mean_shift=mean_shift, log_var_ratio=log_var_ratio)
-
-
-def _gaps(stored: tuple[Tensor, Tensor], met: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    sd = (met[1] + eps).sqrt()
-    mean_gap = (stored[0] - met[0]).abs() / sd
-    sd_gap = ((stored[1].clamp_min(0) + eps).sqrt() / sd - 1).abs()
-    return torch.stack((mean_gap.mean(), sd_gap.mean()))

@@ -41,6 +41,7 @@ from bnfix.norm.moments import (
     example_moments,
     keep_their_digits,
     mix,
+    others,
     over_channel_groups,
 )
 
@@ -85,6 +86,7 @@ class GeneralizedBatchNorm(BatchNormBase):
     ghost_size: int | None
     example_weight: Tensor
     frozen: bool = False
+    exclusive: bool = False  # in training the others of its ghost batch normalize an example
     batch_weight: Tensor | None  # None is 0: then a state dict has no such entry
     _shiftable: bool = False
     _uses_batch: bool = False
@@ -211,6 +213,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         if self.training or (self.running_mean is None and not self._live):
             whole = self.ghost_size is None or self.ghost_size >= input.shape[0]
             compiled_average = self.momentum is None and torch.compiler.is_compiling()
+            whole = whole and not self.exclusive
             if whole and self.channel_groups == self.num_features and not compiled_average:
                 return super().forward(input)
             return self._by_runs(input)
@@ -246,6 +249,11 @@ class GeneralizedBatchNorm(BatchNormBase):
         values = kernels.values_of(input)
         n = values.shape[0]
         n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
+        if self.exclusive and n // n_runs < 2:
+            raise NumericError(
+                f"expected more than 1 example per ghost batch with exclusive statistics, got {n} "
+                f"with ghost_size {self.ghost_size}"
+            )
         if n // n_runs * values.shape[2] * (self.num_features // self.channel_groups) < 2:
             raise NumericError(
                 "expected more than 1 value per ghost batch and channel group when training, got "
@@ -255,16 +263,35 @@ class GeneralizedBatchNorm(BatchNormBase):
         one_type = all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias))
         if one_type and kernels.has_rows(input):
             mean, var = differentiable_moments(input)
-            run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
+            run_mean, run_var = self._over_runs(mean, var, n_runs)
             run_var = run_var + self.eps
             if keep_their_digits(mean, run_var):
                 self._update_running(mean, var, n_values)
                 return differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
         mean, var, centred = example_moments(values)
-        run_mean, run_var = _over_runs(mean, var, n_runs, self.channel_groups)
+        run_mean, run_var = self._over_runs(mean, var, n_runs)
         self._update_running(mean, var, n_values)
         output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
         return output.view(input.shape).to(input.dtype)
+
+    def _over_runs(self, mean: Tensor, var: Tensor, n_runs: int) -> tuple[Tensor, Tensor]:
+        """Mix ``(N, C)`` within runs of examples and channel groups, for every example."""
+        n, channels = mean.shape
+        base, longer = divmod(n, n_runs)
+        middle = longer * (base + 1)
+        parts = []
+        # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
+        for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
+            if len(mean[part]):
+                shape = (-1, length, channels)
+                run = mean[part].view(shape), var[part].view(shape)
+                mixed = others(*run) if self.exclusive else mix(*run, dim=1)
+                pooled = over_channel_groups(*mixed, self.channel_groups)
+                one_each = 1 if self.exclusive else length
+                rows = (t.reshape(-1, channels) for t in pooled)
+                parts.append([t.repeat_interleave(one_each, 0) for t in rows])
+        run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+        return run_mean, run_var
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
@@ -350,23 +377,6 @@ class GeneralizedBatchNormAct(GeneralizedBatchNorm):
         """Normalize, drop, activate."""
         activated: Tensor = self.act(self.drop(super().forward(input)))
         return activated
-
-
-def _over_runs(mean: Tensor, var: Tensor, n_runs: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Mix ``(N, C)`` within runs of examples and channel groups; every example gets its run's."""
-    n, channels = mean.shape
-    base, longer = divmod(n, n_runs)
-    middle = longer * (base + 1)
-    parts = []
-    # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
-    for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
-        if len(mean[part]):
-            shape = (-1, length, channels)
-            mixed = mix(mean[part].view(shape), var[part].view(shape), dim=1)
-            mixed = over_channel_groups(*mixed, groups)
-            parts.append([t.repeat_interleave(length, 0) for t in mixed])
-    run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-    return run_mean, run_var
 
 
 def require_eager(model: nn.Module) -> None:

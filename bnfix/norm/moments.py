@@ -99,6 +99,38 @@ def _median(values: Tensor) -> Tensor:
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
+def gaps(stored: tuple[Tensor, Tensor], met: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """Mean gap and sd gap of stored moments ``(C,)`` from those that a batch has, ``(2,)``.
+
+    ``mean_c |mean_stored - mean_b| / sd_b`` and ``mean_c |sd_stored / sd_b - 1|``, where
+    ``sd = sqrt(var + eps)``.
+    """
+    sd = (met[1] + eps).sqrt()
+    mean_gap = (stored[0] - met[0]).abs() / sd
+    sd_gap = ((stored[1].clamp_min(0) + eps).sqrt() / sd - 1).abs()
+    return torch.stack((mean_gap.mean(), sd_gap.mean()))
+
+
+def others(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each example ``(..., N, C)`` the moments of the N - 1 others, for exclusive statistics.
+
+    With d_i = mean_i less the mean of all: ``mean_-i = mean - d_i / (N-1)`` and ``var_-i =
+    (sum_j (var_j + d_j^2) - var_i - d_i^2) / (N-1) - (d_i / (N-1))^2``, whose gradient in the
+    values of example i is 0.
+
+    Source:
+        Kosson et al., "Ghost noise for regularizing deep neural networks", AAAI 2024. Differs: on
+        central moments.
+    """
+    n = mean.shape[-2]
+    centre = mean.mean(-2, keepdim=True)
+    own = mean - centre
+    squares = var + own.square()
+    shift = own / (n - 1)
+    left = (squares.sum(-2, keepdim=True) - squares) / (n - 1)
+    return centre - shift, (left - shift.square()).clamp_min(0)
+
+
 def example_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of every (example, channel), and the values centred by them."""
     mean = values.mean(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from bnfix.norm.layer import (
     set_example_weight_,
     trainable_weights,
 )
+from bnfix.training.ingredients import Added, training_norms
 from bnfix.training.loop import (
     Run,
     Setting,
@@ -38,7 +39,6 @@ from bnfix.training.loop import (
     head_of,
     n_steps_of,
     parameter_groups,
-    training_norms,
 )
 from bnfix.weights.choose import weighable_layers
 
@@ -159,11 +159,12 @@ def finetune_(
             forward=forward,
             precision=precision,
             include_frozen=include_frozen,
+            added=Added(model, recipe),
         )
         groups = _groups(how, monitor)
         layers = _learned(how, weighable, monitor)
         n_steps = n_steps_of(recipe, batches)
-        settings = {"recipe": asdict(recipe), "seed": seed, "n_steps": n_steps, "of": identity}
+        settings = {"recipe": recipe.stated(), "seed": seed, "n_steps": n_steps, "of": identity}
         # Only what is unusual, so that states of earlier versions are still known.
         settings |= {} if precision == "fp32" else {"precision": precision}
         settings |= {"include_frozen": True} if include_frozen else {}
@@ -180,6 +181,7 @@ def finetune_(
                 guards.modes_kept(model),
                 training_norms(model, recipe),
                 trainable_weights(layers, "channel", _START) as leaves,
+                how.added.hooked(),
             ):
                 run = Run(how, n_steps, groups, leaves.values())
                 _refuse_trained(reference, run.parameters)
@@ -360,7 +362,7 @@ def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
         model,
         lr=recipe.peak_lr,
         weight_decay=recipe.weight_decay,
-        norm_decay=recipe.norm_decay,
+        norm_decay=recipe.norm_decays.get("other", 0.0),
         train=recipe.train,
         head=head,
     )

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.save import random_state, set_random_state_
 from bnfix.core import distributed, runtime
-from bnfix.core.errors import ConfigError, DataError, ModelError, NormError, NumericError, some
+from bnfix.core.errors import ConfigError, DataError, ModelError, NumericError
 from bnfix.core.settings import TRAINED, FinetuneRecipe
 from bnfix.metrics.task import Task, mean_loss
-from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.sites import find_norms
+from bnfix.training.ingredients import Added, require_norms, uphill
+from bnfix.training.roles import decays_of
 
 
 def parameter_groups(
@@ -170,9 +171,10 @@ class Setting:
     forward: runtime.Forward | None
     precision: str  # of forward and backward passes; parameters and their steps are in float32
     include_frozen: bool
+    added: Added
 
     def loss(self, batch: Any) -> Tensor:
-        """The mean loss of a batch, with its graph."""
+        """The mean loss of a batch and what ingredients add to it, with its graph."""
         loss = mean_loss(
             self.task, self.model, batch, self.forward, what="fine-tuning", precision=self.precision
         )
@@ -181,7 +183,8 @@ class Setting:
                 f"--train {self.recipe.train}: the model's output has no gradient in what is "
                 "trained. Look for no_grad or detach in the model, or use --train all."
             )
-        return loss
+        penalty = self.added.penalty()
+        return loss if penalty is None else loss + penalty
 
 
 @dataclass
@@ -216,10 +219,15 @@ class Run:
             groups = [*groups, learned]
         self.parameters: list[Tensor] = [p for group in groups for p in group["params"]]
         trained = {id(p) for p in self.parameters}
-        self._decaying = [
+        decaying = [
             layer for layer in norm_layers(how.model)
             if any(id(p) in trained for p in layer.parameters(recurse=False))
         ]  # fmt: skip
+        self._decays = decays_of(how.model, decaying, recipe)
+        self._norms: list[Tensor] = next(
+            (g["params"] for g in groups if g.get("name") == "norms"), []
+        )
+        require_norms(recipe, self._norms)
         self._peaks = [group["lr"] for group in groups]
         sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
         kind: Any = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
@@ -315,6 +323,8 @@ class Run:
             return None
         self.optimizer.zero_grad()
         value = self._gradients(gathered)
+        if self.how.recipe.sharpness:
+            self._sharpen(gathered)
         # Clipping to infinity changes nothing, and gives the norm.
         limit = math.inf if self.how.recipe.clip is None else self.how.recipe.clip
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
@@ -330,8 +340,8 @@ class Run:
         self.optimizer.step()
         for group in self.optimizer.param_groups:
             if group.get("name") == "norms":
-                decay, target = group["norm_decay"], self.how.recipe.norm_decay_target
-                decay_norms_(self._decaying, group["lr"], decay, target)
+                for decay, layers in self._decays:
+                    decay_norms_(layers, group["lr"], decay, self.how.recipe.norm_decay_target)
         self._after_update()
         return value
 
@@ -352,6 +362,16 @@ class Run:
             (loss if len(gathered) == 1 else loss * part).backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach()) * part
         return value
+
+    def _sharpen(self, gathered: list[Any]) -> None:
+        """Replace the gradients by those uphill; running moments follow the first pass only."""
+        met = [buffer.clone() for buffer, _ in self._moments]
+        with uphill(self._norms, self.how.recipe.sharpness) as moved:
+            if moved:
+                self.optimizer.zero_grad()
+                self._gradients(gathered)
+        for (buffer, _), value in zip(self._moments, met, strict=True):
+            buffer.copy_(value)
 
     @torch.no_grad()
     def _after_update(self) -> None:
@@ -405,34 +425,6 @@ class Run:
             mean.copy_(value)
         self.count = Counts(*map(int, state["counters"]))
         self.epoch = state["epoch"]
-
-
-@contextmanager
-def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
-    """The recipe's ghost size and momentum for gathered batches, where statistics are trained."""
-    trains = recipe.statistics == "train"
-    sites = [site for site in find_norms(model) if trains and not site.frozen]
-    stock = [site.name for site in sites if not isinstance(site.module, GeneralizedBatchNorm)]
-    if stock and recipe.ghost_size is not None:
-        raise NormError(
-            f"--ghost-size: {some(stock)}: no GeneralizedBatchNorm. Call swap_norms_(model) first.",
-            name=stock[0],
-        )
-    before: list[tuple[nn.Module, str, Any]] = []
-    try:
-        for layer in (site.module for site in sites):
-            settings = {} if recipe.ghost_size is None else {"ghost_size": recipe.ghost_size}
-            momentum: Any = getattr(layer, "momentum", None)
-            if recipe.accumulate > 1 and momentum is not None:
-                # K batches move the running moments as far as one does otherwise.
-                settings["momentum"] = 1 - (1 - momentum) ** (1 / recipe.accumulate)
-            for name, value in settings.items():
-                before.append((layer, name, getattr(layer, name)))
-                setattr(layer, name, value)
-        yield
-    finally:
-        for layer, name, value in before:
-            setattr(layer, name, value)
 
 
 def followed(model: nn.Module) -> list[nn.Module]:
