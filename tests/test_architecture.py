@@ -19,8 +19,8 @@ FLOORS: dict[str, set[str]] = {
     "core": set(),
     "norm": {"core"},
     "models": {"core", "norm"},
-    "data": {"core", "models"},
     "checkpoints": {"core", "models", "norm"},
+    "data": {"checkpoints", "core", "models"},
     "recalibrate": {"checkpoints", "core", "norm"},
     "metrics": {"core", "models"},
     "weights": {"core", "metrics", "norm", "recalibrate"},
@@ -55,7 +55,7 @@ DOORS = {
     "safetensors": {"checkpoints.read", "checkpoints.save", "deploy.forms"},
     "pickle": {"checkpoints.read"},
     "PIL": {
-        "data.arrays", "data.batches", "data.corruptions", "data.images",
+        "data.batches", "data.callables", "data.corruptions", "data.images", "data.targets",
     },
 }  # fmt: skip
 

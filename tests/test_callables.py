@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from bnfix.core.errors import CheckpointError, DataError
 from bnfix.core.settings import RunOptions
-from bnfix.data.arrays import TensorItems, is_callable
+from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batches
+from bnfix.data.callables import is_callable
 from bnfix.data.open import open_images
 from bnfix.jobs.plan import replayed_plan
 from tests.conftest import Files, Outcome
@@ -76,10 +77,6 @@ def scaled():
     return [(torch.zeros(3, 4, 4), 0)]
 
 
-def labelled():
-    return [(PIXELS[0], 0.5)]
-
-
 def broken():
     yield PIXELS[0], 0
     raise RuntimeError("no more")
@@ -112,8 +109,16 @@ def triple():
     return [(torch.zeros(3), torch.zeros(3), 1)]
 
 
-def target():
-    return [(torch.zeros(3), torch.zeros(3))]
+def not_a_target():
+    return [(torch.zeros(3), torch.zeros(3, dtype=torch.complex64))]
+
+
+def not_a_number():
+    return [(torch.zeros(3), np.zeros((1, 2))), (torch.zeros(3), np.array([[1, np.nan]]))]
+
+
+def unlabelled():
+    return [(torch.zeros(3), 0.5), (torch.zeros(3), None)]
 
 
 def words():
@@ -172,12 +177,13 @@ def test_a_module_of_the_current_folder(
         ("none", "gave no images"),
         ("some", r"1 of 2 images have no label \(item 1\)\. Add them"),
         ("triple", r"item 0 is a tuple of 3, expected \(input, label\)\. Give several inputs as o"),
-        ("target", r"item 0: its label is a Tensor, expected a whole number.*\(\(a, b\), label\)"),
+        ("not_a_target", r"item 0: its target is a tensor of torch.complex64, expected floating"),
+        ("not_a_number", r"item 1: its target\[0, 1\] is nan, expected finite numbers"),
+        ("unlabelled", r"item 1: its target is a NoneType, expected floating-point"),
         ("words", "item 0 is a str, expected floating-point or whole numbers .*recalibrate_"),
         ("complexes", "item 0 is a tensor of torch.complex64, expected floating-point"),
         ("mixed", r"item 0 is an image, item 1 is no image"),
-        ("labelled", "item 0: its label is a float"),
-        ("broken", r"its code failed at item 1 \(RuntimeError: no more, at .*mine.py:61\)"),
+        ("broken", r"its code failed at item 1 \(RuntimeError: no more, at .*mine.py:57\)"),
         ("number", "gave a int, expected an iterable"),
         ("absent", "there is no absent in it"),
     ],

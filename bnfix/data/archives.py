@@ -65,7 +65,8 @@ def expand_braces(spec: str) -> list[str]:
     return ["".join(chosen) for chosen in product(*choices)]
 
 
-def _named_files(spec: str) -> list[Path]:
+def named_files(spec: str) -> list[Path]:
+    """One file, or a range of them; all must be there."""
     paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
@@ -120,7 +121,7 @@ class _Sample:
 def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
     """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
     passed: defaultdict[str, list[str]] = defaultdict(list)
-    paths = _named_files(spec)
+    paths = named_files(spec)
     found = [one for k in range(len(paths)) for one in _samples(k, paths[k], wanted, passed)]
     samples = [one for one in found if one.size >= 0]
     uncut = passed.pop(_NO_END, [])
@@ -277,7 +278,7 @@ def _arrow() -> Any:
 
 def open_tables(spec: str | list[Path], wanted: bool, channels: int) -> Opened:
     """Open parquet or .arrow files of one layout, listed or as one name or a range of them."""
-    paths = _named_files(spec) if isinstance(spec, str) else spec
+    paths = named_files(spec) if isinstance(spec, str) else spec
     try:
         arrow = _arrow()
     except ImportError as error:
@@ -286,8 +287,7 @@ def open_tables(spec: str | list[Path], wanted: bool, channels: int) -> Opened:
         ) from error
     errors = (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError,
               OverflowError, AttributeError, RecursionError)  # fmt: skip
-    path, labels = paths[0], []
-    images = TableImages(paths, channels)
+    path, labels, images = paths[0], [], TableImages(paths, channels)
     try:
         for path in paths:
             labels += images.add(path, wanted)

@@ -1,6 +1,6 @@
-"""Arrays in memory: ``.npz`` files, and what a callable of the user's own gives.
+"""Arrays in memory: ``.npz``, ``.pt`` and ``.safetensors`` files, and inputs that are no images.
 
-Only a callable named on the command line is imported, never one that comes out of a file.
+Files may come from strangers: headers are checked before memory is taken, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -10,27 +10,31 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from bnfix.core.errors import DataError, ModelError, one_line, some
-from bnfix.core.torch_private import tree_leaves, tree_map
-from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened, digest_of, pixels_of
-from bnfix.models.build import import_callable, importable
+from bnfix.checkpoints.read import read_file
+from bnfix.core.errors import CheckpointError, DataError, some
+from bnfix.core.torch_private import tree_leaves
+from bnfix.data.archives import named_files
+from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened
 
 _EXPECTED = (
     "floating-point or whole numbers (a tensor, an array, a number), or tuples and dicts of them. "
     "From Python, batches of any form work: bnfix.recalibrate_(model, batches, forward=...)"
 )
-#: Under which name an item that is a dict may have its label.
-_LABELS = ("label", "labels", "target", "targets", "y")
+#: Arrays of a file that say what is right.
+_TARGETS = ("labels", "targets")
+#: The one type of each sort: networks refuse float64 and int32 beside their own.
+_TYPES = {"f": np.float32, "b": np.bool_}
+#: Numbers looked at in one piece.
+_AT_ONCE = 1 << 24
 _GIB = 1 << 30
 # What zipfile and numpy's header parser raise on archives that are broken on purpose.
 _ARCHIVE_ERRORS = (
@@ -40,11 +44,16 @@ _ARCHIVE_ERRORS = (
 
 
 class TensorItems(Images):
-    """Inputs by position: one tensor with a row an item, or a list of tensors or nests of them."""
+    """Inputs by position: one tensor with a row an item, or a list of tensors or nests of them.
 
-    def __init__(self, spec: str, items: Tensor | Sequence[Any], kind: str) -> None:
+    A batch of ``ragged`` items is a list of them.
+    """
+
+    def __init__(
+        self, spec: str, items: Tensor | Sequence[Any], kind: str, *, ragged: bool = False
+    ) -> None:
         super().__init__(spec, 0)
-        self.items, self.kind = items, kind
+        self.items, self.kind, self.ragged = items, kind, ragged
 
     def __len__(self) -> int:
         return len(self.items)
@@ -52,7 +61,9 @@ class TensorItems(Images):
     def take(self, index: np.ndarray) -> Any:
         """A batch of items, a new leading dimension on each tensor."""
         if isinstance(self.items, Tensor):
-            return self.items[torch.from_numpy(index)]
+            return as_inputs(self.items[torch.from_numpy(index)])
+        if self.ragged:
+            return [self.items[i] for i in index.tolist()]
         try:
             return _stacked([self.items[i] for i in index.tolist()])
         except RuntimeError as error:
@@ -84,13 +95,10 @@ def as_inputs(value: Any) -> Any:
         array = np.asarray(value)
         if array.dtype.kind not in "fiub":
             raise DataError(f"an array of {array.dtype}, expected {_EXPECTED}.")
-        value = torch.from_numpy(
-            array.astype({"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64))
-        )
+        value = torch.from_numpy(array.astype(_TYPES.get(array.dtype.kind, np.int64)))
     if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
         found = f"tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise DataError(f"a {found}, expected {_EXPECTED}.")
-    # One type of each sort: networks refuse float64 and int32 beside their own.
     value = value.detach().cpu()
     if value.is_floating_point():
         return value.float()
@@ -106,67 +114,176 @@ def _stacked(items: list[Any]) -> Any:
     return torch.stack(items)
 
 
-# --- .npz files ---
+# --- files of arrays ---
 
 
-def open_npz(spec: str, wanted: bool, channels: int) -> Opened:
-    """Open an ``.npz`` file: headers first, then memory, then the arrays."""
-    try:
-        with warnings.catch_warnings(), zipfile.ZipFile(spec) as archive:
-            warnings.simplefilter("ignore")  # of headers that another numpy has written
-            members = archive.namelist()
-            is_image = "images.npy" in members or "inputs.npy" not in members
-            name = "images" if is_image else "inputs"
-            shape, dtype = _npy_header(archive, name)
-            (_check_images if is_image else _check_inputs)(shape, dtype)
-            labels = _npz_labels(archive, shape[0]) if wanted else None
-            array = _npy(archive, name)
-    except _ARCHIVE_ERRORS as error:
-        raise DataError(f"not a readable .npz file ({error}).") from error
-    notes = []
-    others = [member for member in members if member not in (f"{name}.npy", "labels.npy")]
+def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
+    """Open ``.npz``, ``.pt`` or ``.safetensors`` files of named arrays, one or a range of them."""
+    paths = named_files(spec)
+    found = [_read(path, wanted) for path in paths]
+    for path, (arrays, _) in zip(paths, found, strict=True):
+        odd = [k for k in {**arrays, **found[0][0]} if _row(arrays, k) != _row(found[0][0], k)]
+        if odd:
+            raise DataError(
+                f"{some(odd)} in {path.name} and {paths[0].name} differ: "
+                f"{_row(arrays, odd[0])} and {_row(found[0][0], odd[0])}. Make them alike."
+            )
+    parts = [arrays for arrays, _ in found]
+    arrays = parts[0]
+    if len(parts) > 1:
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in arrays}
+    others = sorted({other for _, names in found for other in names})
+    images = _images_of(spec, arrays, channels)
     if others:
-        notes.append(f"arrays passed over: {some(others)}")
-    if not is_image:
-        inputs = TensorItems(spec, as_inputs(array), "npz")
-        inputs.notes += notes
-        return inputs, labels
+        images.notes.insert(0, f"arrays passed over: {some(others)}")
+    images.kind = paths[0].suffix.removeprefix(".")
+    if "targets" in arrays:
+        targets = _raw(arrays["targets"])
+        images.targets = TensorItems(spec, targets, "targets")
+        # Whole numbers of the size of the pixels are masks.
+        if isinstance(images, ArrayImages) and not targets.is_floating_point():
+            images.moves = targets.shape == images.array.shape[:3]
+    return images, arrays.get("labels")
+
+
+def _row(arrays: dict[str, np.ndarray], name: str) -> str:
+    """Type and shape of one row of an array, in words."""
+    return f"{arrays[name].dtype} {arrays[name].shape[1:]}" if name in arrays else "none"
+
+
+def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Images:
+    array = arrays["images" if "images" in arrays else "inputs"]
+    if "images" not in arrays and not _are_pixels(array.shape, array.dtype):
+        with np.errstate(over="ignore"):  # what float32 cannot hold is found as an infinity
+            inputs = torch.from_numpy(
+                array.astype(_TYPES.get(array.dtype.kind, np.int64), copy=False)
+            )
+        refuse_not_finite("inputs", inputs)
+        return TensorItems(spec, inputs, "npz")
     images = ArrayImages(spec, array[..., None] if array.ndim == 3 else array, channels)
     n_channels = images.array.shape[3]
     if n_channels == 4:
-        notes.append("the fourth channel (alpha) is dropped")
+        images.notes.append("the fourth channel (alpha) is dropped")
     if n_channels == 1 < channels:
-        notes.append("grey images, repeated to 3 channels")
+        images.notes.append("grey images, repeated to 3 channels")
     if channels == 1 < n_channels:
-        notes.append("colour images, turned to grey by ITU-R 601 luma")
-    images.notes += notes
-    return images, labels
+        images.notes.append("colour images, turned to grey by ITU-R 601 luma")
+    return images
 
 
-def _check_images(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    n_channels = 1 if len(shape) == 3 else shape[-1] if len(shape) == 4 else 0
-    if dtype != np.uint8 or n_channels not in (1, 3, 4):
+def _raw(array: np.ndarray) -> Tensor:
+    """Targets in a small type, since maps of them are large; `TensorItems.take` converts them."""
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            targets = torch.from_numpy(array.astype(np.float32, copy=False))
+        refuse_not_finite("targets", targets)
+        return targets
+    small = {"bool": np.uint8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
+    return torch.from_numpy(array.astype(small.get(array.dtype.name, np.int64), copy=False))
+
+
+def refuse_not_finite(name: str, values: Tensor, *, infinite: bool = True) -> None:
+    """Refuse floats that are not numbers, or not finite either, with the place of the first."""
+    if not values.is_floating_point() or not values.numel():
+        return
+    values = values if values.ndim else values[None]
+    rows = max(1, _AT_ONCE * len(values) // values.numel())
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows]
+        bad = ~part.isfinite() if infinite else part.isnan()
+        if bool(bad.any()):
+            place = bad.nonzero()[0].tolist()
+            value = float(part[tuple(place)])
+            place[0] += start
+            raise DataError(
+                f"{name}{place} is {value}, expected finite numbers in float32. "
+                "Remove or replace it."
+            )
+
+
+def _read(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of one file that are used, checked, and the names of others."""
+    try:
+        return (_read_npz if path.suffix.lower() == ".npz" else _read_tensors)(path, wanted)
+    except _ARCHIVE_ERRORS as error:
+        raise DataError(f"not a readable .npz file ({error}).") from error
+    except CheckpointError as error:
+        raise DataError(str(error).removeprefix(f"{path}: ")) from error
+
+
+def _read_npz(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Headers first, then memory, then the arrays."""
+    with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+        warnings.simplefilter("ignore")  # of headers that another numpy has written
+        members = archive.namelist()
+        names = _names([m.removesuffix(".npy") for m in members], members, wanted)
+        _check({name: _npy_header(archive, name) for name in names})
+        arrays = {name: _npy(archive, name) for name in names}
+    return arrays, [m for m in members if m.removesuffix(".npy") not in (*names, *_TARGETS)]
+
+
+def _read_tensors(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Tensors by name, of torch's restricted loader; mapped from the disk where they can be."""
+    content, *_ = read_file(path)
+    if not isinstance(content, Mapping):
+        raise DataError(f"holds a {type(content).__name__}, expected a dict with inputs, targets.")
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    names = _names(list(tensors), list(map(str, content)), wanted)
+    arrays = {}
+    for name in names:
+        tensor = tensors[name].detach()
+        plain_one = tensor.layout == torch.strided and not tensor.is_quantized
+        # Repeated by a stride of 0, a few bytes can claim any size.
+        if not plain_one or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise DataError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected plain numbers."
+            )
+        arrays[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    _check({name: (array.shape, array.dtype) for name, array in arrays.items()})
+    return arrays, [str(name) for name in content if name not in (*names, *_TARGETS)]
+
+
+def _names(arrays: Sequence[str], members: Sequence[str], wanted: bool) -> list[str]:
+    """The arrays that are used: images or inputs, and labels or targets where they are wanted."""
+    inputs = [name for name in ("images", "inputs") if name in arrays][:1]
+    if not inputs:
         raise DataError(
-            f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
-            "(N, H, W, C) with 1, 3 or 4 channels last."
+            f"arrays {some(members) or 'none'}, expected one named images, or inputs for what is "
+            "no image."
         )
-    if min(shape) == 0:
-        raise DataError(f"no images; their shape is {shape}.")
+    given = [name for name in _TARGETS if wanted and name in arrays]
+    if len(given) > 1:
+        raise DataError("labels and targets, expected one of them: classes, or what else is right.")
+    return inputs + given
 
 
-def _check_inputs(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    if dtype.kind not in "fiub" or not shape or min(shape) == 0:
+def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    """Refuse arrays of other kinds or lengths than expected, by their headers."""
+    (name, (shape, dtype)), *others = headers.items()
+    if name == "images":
+        n_channels = 1 if len(shape) == 3 else shape[-1] if len(shape) == 4 else 0
+        if dtype != np.uint8 or n_channels not in (1, 3, 4):
+            raise DataError(
+                f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
+                "(N, H, W, C) with 1, 3 or 4 channels last."
+            )
+        if min(shape) == 0:
+            raise DataError(f"no images; their shape is {shape}.")
+    elif dtype.kind not in "fiub" or not shape or min(shape) == 0:
         raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
+    for other, (found, kind) in others:
+        n = shape[0]
+        if other == "labels" and (kind.kind not in "iu" or found != (n,)):
+            raise DataError(
+                f"labels are {kind} {found}, expected whole numbers ({n},), one an image."
+            )
+        if other == "targets" and (kind.kind not in "fiub" or found[:1] != (n,) or 0 in found):
+            raise DataError(f"targets are {kind} {found}, expected numbers of shape ({n}, ...).")
 
 
-def _npz_labels(archive: zipfile.ZipFile, n: int) -> np.ndarray | None:
-    """Class indices, one an item, where the archive has them."""
-    if "labels.npy" not in archive.namelist():
-        return None
-    shape, dtype = _npy_header(archive, "labels")
-    if dtype.kind not in "iu" or shape != (n,):
-        raise DataError(f"labels are {dtype} {shape}, expected whole numbers ({n},), one an image.")
-    return _npy(archive, "labels")
+def _are_pixels(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether inputs are images: 8 bits, channels last. Other whole numbers are codes."""
+    return dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3, 4)
 
 
 def named_array(path: Path, name: str) -> np.ndarray:
@@ -182,12 +299,9 @@ def named_array(path: Path, name: str) -> np.ndarray:
 
 def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
     """Shape and dtype of an array in the archive, once its declared size is believed."""
-    members = archive.namelist()
-    if members.count(f"{name}.npy") != 1:
-        raise DataError(
-            f"arrays {some(members) or 'none'}, expected one named {name}"
-            f"{', or inputs for what is no image' if name == 'images' else ''}."
-        )
+    if archive.namelist().count(f"{name}.npy") != 1:
+        found = some(archive.namelist()) or "none"
+        raise DataError(f"arrays {found}, expected one named {name}.")
     info = archive.getinfo(f"{name}.npy")
     # Images of one colour compress 1000 times; below 1 GiB that does no harm.
     if info.file_size > max(_GIB, 100 * info.compress_size):
@@ -216,131 +330,3 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
 def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
-
-
-# --- callables ---
-
-
-class ItemImages(Images):
-    """Images that the user's code has given, kept in memory."""
-
-    kind = "callable"
-
-    def __init__(self, spec: str, items: list[np.ndarray], channels: int) -> None:
-        super().__init__(spec, channels)
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def read(self, i: int) -> np.ndarray:
-        """The pixels as they were given, in the channels asked for."""
-        return pixels_of(Image.fromarray(self.items[i]), self.channels)
-
-    def _hash(self, i: int) -> bytes:
-        return digest_of(self.items[i])
-
-
-def is_callable(spec: str) -> bool:
-    """Say whether a spec can be the name of a callable; nothing is imported."""
-    where, _, name = spec.rpartition(":")
-    if not where or not all(part.isidentifier() for part in name.split(".")):
-        return False
-    return where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
-
-
-def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
-    """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
-    pairs: list[tuple[Any, Any]] = []
-    try:
-        call, folder = import_callable(spec)
-        # A generator runs, and may import, only when its items are asked for.
-        with importable(folder):
-            for item in _items(call() if callable(call) else call):
-                pairs.append(_pair(item, f"item {len(pairs)}"))
-    except ModelError as error:
-        raise DataError(str(error).removeprefix(f"{spec}: ")) from error
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"its code failed at item {len(pairs)} ({one_line(error)}). It gives items "
-            "one by one, each (input, label) or an input."
-        ) from error
-    if not pairs:
-        raise DataError("gave no images, expected pairs of image and label.")
-    images = _opened(spec, [inputs for inputs, _ in pairs], channels)
-    return images, [label for _, label in pairs] if wanted else None
-
-
-def _opened(spec: str, items: list[Any], channels: int) -> Images:
-    """Items that are all images, arrays of pixels, or all inputs of one nesting of tensors."""
-    # Equal for items that go into one batch: images, or inputs of one nesting.
-    kinds = [
-        None if isinstance(item, np.ndarray) else tree_map(lambda _: "tensor", item)
-        for item in items
-    ]
-    odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
-    if odd is not None:
-        words = ("an image" if kinds[i] is None else f"no image ({kinds[i]})" for i in (0, odd))
-        raise DataError(f"item 0 is {next(words)}, item {odd} is {next(words)}. Give one kind.")
-    if kinds[0] is None:
-        return ItemImages(spec, items, channels)
-    return TensorItems(spec, items, "callable")
-
-
-def _items(source: Any) -> Iterator[Any]:
-    # Iteration waits for an IndexError, which many a Dataset with a length never raises.
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        for i in range(len(source)):
-            yield source[i]
-    elif isinstance(source, Iterable):
-        yield from source
-    else:
-        raise DataError(
-            f"gave a {type(source).__name__}, expected an iterable or a Dataset of (image, label)."
-        )
-
-
-def _pair(item: Any, place: str) -> tuple[Any, Any]:
-    """Pixels of an image, or tensors of any other input; and the label."""
-    inputs, label = item, None
-    if isinstance(item, dict):
-        name = next((name for name in _LABELS if name in item), None)
-        label = None if name is None else item[name]
-        inputs = item.get("image", {key: item[key] for key in item if key != name})
-    elif isinstance(item, tuple | list):
-        if len(item) not in (1, 2):
-            raise DataError(
-                f"{place} is a {type(item).__name__} of {len(item)}, expected (input, label). "
-                "Give several inputs as one tuple: ((a, b), label), or ((a, b), None)."
-            )
-        inputs, label = (*item, None)[:2]
-    if isinstance(label, torch.Tensor | np.ndarray | np.generic) and label.ndim == 0:
-        label = label.item()
-    if isinstance(label, bool) or not isinstance(label, int | str | None):
-        raise DataError(
-            f"{place}: its label is a {type(label).__name__}, expected a whole number, a class "
-            "name, or None. Give several inputs as one tuple: ((a, b), label)."
-        )
-    pixels = _pixels(inputs)
-    if pixels is not None:
-        return pixels, label
-    try:
-        return as_inputs(inputs), label
-    except DataError as error:
-        raise DataError(f"{place} is {error}") from error
-
-
-def _pixels(image: Any) -> np.ndarray | None:
-    """Pixels of a Pillow image, or of 8 bits: (H, W[, C]) as an array, (C, H, W) as a tensor."""
-    if isinstance(image, Image.Image):
-        return pixels_of(image, 1 if image.mode in ("1", "L") else 3)
-    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
-        image = image.permute(1, 2, 0).numpy(force=True)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
-        return None
-    if image.ndim == 3 and image.shape[2] == 1:
-        image = image[..., 0]
-    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-    return np.ascontiguousarray(image) if is_image else None

@@ -20,13 +20,14 @@ from bnfix.core.settings import Preprocessing
 from bnfix.data.arrays import TensorItems
 from bnfix.data.corruptions import Corruption
 from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
+from bnfix.data.targets import MisfitError, as_pair, cropped, resized, together
 
 
 class Batch(NamedTuple):
     """Inputs, their labels, and their positions in the data."""
 
     x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of them
-    y: torch.Tensor | None  # (N,) int64
+    y: Any  # labels (N,) int64, masks (N, H, W) int64, or targets as they are; or None
     index: np.ndarray  # type: ignore[assignment]  # (N,) int64; hides tuple.index
 
 
@@ -38,38 +39,49 @@ class Skipped:
     reason: str
 
 
+class _Refused(str):
+    """Why an image and its target do not fit: an error, where a bad image is passed over."""
+
+
+#: Pixels and what moves with them, if anything; or the reason why there are none.
+_Item = tuple[np.ndarray, Any] | str
+
+
 @dataclass
 class _Shaped:
     """Images after resize and crop, by position; a bad one is its reason."""
 
-    known: dict[int, np.ndarray | str] = field(default_factory=dict)
+    known: dict[int, _Item] = field(default_factory=dict)
     n_bytes: int = 0
 
-    def keep(self, i: int, shaped: np.ndarray | str, cache_bytes: int) -> None:
+    def keep(self, i: int, shaped: _Item, cache_bytes: int) -> None:
         """Remember one image, unless the memory allowed is used up."""
-        size = 0 if isinstance(shaped, str) else shaped.nbytes
+        size = 0 if isinstance(shaped, str) else sum(getattr(v, "nbytes", 0) for v in shaped)
         if i not in self.known and self.n_bytes + size <= cache_bytes:
             self.known[i] = shaped
             self.n_bytes += size
 
 
-class _Shaper(Dataset[list["np.ndarray | str"]]):
+class _Shaper(Dataset[list[_Item]]):
     """Lists of positions to their resized and cropped pixels, or why there are none."""
 
     def __init__(self, images: Images, preprocessing: Preprocessing) -> None:
         self.images, self.preprocessing = images, preprocessing
 
-    def __getitem__(self, positions: Sequence[int]) -> list[np.ndarray | str]:
+    def __getitem__(self, positions: Sequence[int]) -> list[_Item]:
         return [self._shape(i) for i in positions]
 
-    def _shape(self, i: int) -> np.ndarray | str:
+    def _shape(self, i: int) -> _Item:
         try:
             pixels = self.images.read(i)
+            target = self.images.target(i) if self.images.moves else None
+        except MisfitError as error:
+            return _Refused(error)
         except DataError as error:
             return str(error)
         resize, crop = self.preprocessing.resize, self.preprocessing.crop
         if resize is None and crop is None:
-            return pixels
+            return pixels, target
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         if resize is not None:
             # Resized by its shorter side, an image of 1 x 5000 pixels would become enormous.
@@ -79,9 +91,20 @@ class _Shaper(Dataset[list["np.ndarray | str"]]):
             v2 = _v2()
             mode = v2.InterpolationMode(self.preprocessing.interpolation)
             image = v2.functional.resize(image, list(resize), mode, antialias=True)
+        try:
+            if target is not None:
+                target = self._moved(target, pixels.shape[:2], (image.height, image.width))
+        except MisfitError as error:
+            return _Refused(f"{self.images.name(i)}: its target {error}")
         if crop is not None:
             image = _v2().functional.center_crop(image, list(crop))
-        return np.array(image).reshape(image.height, image.width, -1)
+        return np.array(image).reshape(image.height, image.width, -1), target
+
+    def _moved(self, target: Any, before: tuple[int, int], after: tuple[int, int]) -> Any:
+        if self.preprocessing.resize is not None:
+            target = resized(target, before, after)
+        crop = self.preprocessing.crop
+        return target if crop is None else cropped(target, after, crop)
 
 
 class Batches:
@@ -123,6 +146,7 @@ class Batches:
                 f"the images opened from {images.spec}. Open them with the same number.",
                 name="channels",
             )
+        _check_maps(images, preprocessing)
         index = np.asarray(index, dtype=np.int64)
         if index.size and not (0 <= index.min() and index.max() < len(images)):
             raise ConfigError(f"index: positions outside 0 to {len(images) - 1}.", name="index")
@@ -184,39 +208,50 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         groups = self._groups()
         n_good = 0
-        for index, x in self._inputs(groups):
+        for index, x, moved in self._inputs(groups):
             n_good += len(index)
-            labels = self.images.labels
-            y = None if labels is None else torch.from_numpy(labels[index])
-            yield Batch(x, y, index)
+            yield Batch(x, self._targets(index) if moved is None else moved, index)
         if n_good == 0 and (groups or not len(self._order)):
             why = f": {self.skipped[0].reason}" if self.skipped else "."
             n = sum(map(len, groups))
             raise DataError(f"{self.images.spec}: no usable image among {n}{why}")
 
-    def _inputs(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Any]]:
-        """Positions and inputs of each group's good examples."""
-        if isinstance(self.images, TensorItems):
-            yield from ((group, self.images.take(group)) for group in groups)
-            return
-        for index, pixels in self._pixels(groups):
-            yield index, self._scaled(self._corrupted(pixels, index))
+    def _targets(self, index: np.ndarray) -> Any:
+        """Labels, or targets that are not moved with the pixels."""
+        images = self.images
+        if images.labels is not None:
+            return torch.from_numpy(images.labels[index])
+        return None if images.targets is None else images.targets.take(index)
 
-    def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Positions and pixels, uint8 (n, C, H, W), of each group's good images."""
-        crop = self.preprocessing.crop
-        if isinstance(self.images, ArrayImages) and self.preprocessing.resize is None:
+    def _inputs(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Any, Any]]:
+        """Positions, inputs and targets moved with them, of each group's good examples."""
+        if isinstance(self.images, TensorItems):
+            yield from ((group, self.images.take(group), None) for group in groups)
+            return
+        for index, pixels, moved in self._pixels(groups):
+            yield index, self._scaled(self._corrupted(pixels, index)), moved
+
+    def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor, Any]]:
+        """Positions, pixels, uint8 (n, C, H, W), and targets of each group's good images."""
+        crop, moves = self.preprocessing.crop, self.images.moves
+        if (
+            isinstance(self.images, ArrayImages)
+            and self.preprocessing.resize is None
+            and not (moves and crop)
+        ):
             for group in groups:
                 whole = torch.from_numpy(self.images.take(group)).permute(0, 3, 1, 2)
                 if crop is not None:
                     whole = _v2().functional.center_crop(whole, list(crop))
-                yield group, whole
+                yield group, whole, None
             return
         n_bad = 0
         for group, loaded in zip(groups, self._loaded(groups), strict=True):
-            good: dict[int, np.ndarray] = {}
+            good: dict[int, tuple[np.ndarray, Any]] = {}
             for i in group.tolist():
                 shaped = loaded[i]
+                if isinstance(shaped, _Refused):
+                    raise DataError(f"{self.images.spec}: {shaped}", path=self.images.spec)
                 if isinstance(shaped, str):
                     n_bad += 1
                     self._skip(i, shaped, n_bad)
@@ -226,10 +261,11 @@ class Batches:
                 self._check_sizes(good)
                 # By the group: a position given twice comes twice.
                 index = np.asarray([i for i in group.tolist() if i in good], dtype=np.int64)
-                stacked = np.stack([good[i] for i in index.tolist()])
-                yield index, torch.from_numpy(stacked).permute(0, 3, 1, 2)
+                pixels, moved = zip(*(good[i] for i in index.tolist()), strict=True)
+                stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+                yield index, stacked, together(moved) if moves else None
 
-    def _loaded(self, groups: list[np.ndarray]) -> Iterator[dict[int, np.ndarray | str]]:
+    def _loaded(self, groups: list[np.ndarray]) -> Iterator[dict[int, _Item]]:
         """Each group's images, from memory or from disk."""
         known, shaper = self._shaped.known, _Shaper(self.images, self.preprocessing)
         # Fixed before the first read: another pass may fill the memory in between.
@@ -237,7 +273,7 @@ class Batches:
         wanted = [[i for i in dict.fromkeys(group.tolist()) if i not in before] for group in groups]
         to_read = [positions for positions in wanted if positions]
         n_workers = self._n_workers(sum(map(len, wanted)))
-        fresh: Iterator[list[np.ndarray | str]] = map(shaper.__getitem__, to_read)
+        fresh: Iterator[list[_Item]] = map(shaper.__getitem__, to_read)
         if n_workers:
             loader = DataLoader(
                 shaper,
@@ -278,8 +314,8 @@ class Batches:
                 f"{self.skipped[0].reason} Remove them, or allow more with --max-bad."
             )
 
-    def _check_sizes(self, good: dict[int, np.ndarray]) -> None:
-        first = {pixels.shape[:2]: i for i, pixels in reversed(good.items())}
+    def _check_sizes(self, good: dict[int, tuple[np.ndarray, Any]]) -> None:
+        first = {pixels.shape[:2]: i for i, (pixels, _) in reversed(good.items())}
         if len(first) > 1:
             (b, j), (a, i) = list(first.items())[-2:]
             raise DataError(
@@ -303,6 +339,18 @@ class Batches:
         return x.mul_(p.scale).sub_(mean).div_(std)
 
 
+def _check_maps(images: Images, preprocessing: Preprocessing) -> None:
+    """Refuse to move pixels away from maps and coordinates that cannot move with them."""
+    given = [f"--{name}" for name in ("resize", "crop") if getattr(preprocessing, name) is not None]
+    items = None if images.targets is None or images.moves else images.targets.items
+    if given and isinstance(items, torch.Tensor) and items.ndim > 2:
+        raise ConfigError(
+            f"{images.spec}: targets of shape {tuple(items.shape[1:])} an example are no masks of "
+            f"the images' size, and {' and '.join(given)} would not move them. Leave it out.",
+            name=given[0].removeprefix("--"),
+        )
+
+
 def max_bad_of(n: int, stated: float | None) -> float:
     """How many bad images a pass over n images may meet: as stated, else 1%, and at least 5."""
     return max(5.0, 0.01 * n) if stated is None else stated
@@ -322,8 +370,8 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
 
     ``light``: mirrored left to right by chance, and shifted by up to an eighth of the size, with
     the edge mirrored in. ``standard``: mirrored by chance, and a random part (half to all of the
-    area, sides 3:4 to 4:3) resized to the whole. The default is none: mirroring damages digits and
-    text.
+    area, sides 3:4 to 4:3) resized to the whole. Masks vary with their images. The default is
+    none: mirroring damages digits and text.
     """
     if kind not in ("none", "light", "standard"):
         message = f"--augment: {kind!r} is not known. Use one of: none, light, standard."
@@ -332,14 +380,40 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
         if kind == "none":
             yield batch
             continue
-        transform, varied = _transform(kind, *batch.x.shape[-2:]), []
+        transform, varied, is_map = _transform(kind, *batch.x.shape[-2:]), [], _is_map(batch, kind)
         # torchvision draws from torch's own generator, which the run must find as it left it.
         with torch.random.fork_rng(devices=()):
-            for image, position in zip(batch.x, batch.index, strict=True):
+            for k, position in enumerate(batch.index):
                 # By position: batch size and order must not change the variant of an image.
                 torch.manual_seed(_draw(seed, epoch, int(position)))
-                varied.append(transform(image))
-        yield batch._replace(x=torch.stack(varied))
+                varied.append(
+                    transform(*(as_pair(batch.x[k], batch.y[k]) if is_map else (batch.x[k],)))
+                )
+        if is_map:
+            pairs = ([part.as_subclass(torch.Tensor) for part in pair] for pair in varied)
+            x, y = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+            yield batch._replace(x=x, y=y)
+        else:
+            yield batch._replace(x=torch.stack(varied))
+
+
+def _is_map(batch: Batch, kind: str) -> bool:
+    """Whether targets are masks, which vary with the images; others must not depend on place."""
+    y = batch.y
+    if y is None or (isinstance(y, torch.Tensor) and y.ndim == 1):
+        return False
+    found = type(y).__name__
+    if isinstance(y, torch.Tensor):
+        if not y.is_floating_point() and y.shape[1:] == batch.x.shape[-2:]:
+            return True
+        if y.ndim == 2 and bool(((y == 0) | (y == 1)).all()):
+            return False  # marks of what is in the image
+        found = f"{y.dtype} of shape {tuple(y.shape)}".removeprefix("torch.")
+    raise ConfigError(
+        f"--augment {kind}: targets ({found}) are neither classes nor masks of the images' size, "
+        "so they would not move with the images. Leave --augment out.",
+        name="augment",
+    )
 
 
 def _draw(seed: int, epoch: int, position: int) -> int:
@@ -353,13 +427,12 @@ def _v2() -> Any:
     return v2
 
 
-def _transform(kind: str, height: int, width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _transform(kind: str, height: int, width: int) -> Callable[..., Any]:
     v2 = _v2()
     if kind == "light":
         padding = (width // 8, height // 8)
         place = v2.RandomCrop((height, width), padding, padding_mode="reflect")
     else:
         place = v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3))
-    whole: Callable[[torch.Tensor], torch.Tensor]
-    whole = v2.Compose([v2.RandomHorizontalFlip(), place])
+    whole: Callable[..., Any] = v2.Compose([v2.RandomHorizontalFlip(), place])
     return whole

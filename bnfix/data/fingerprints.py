@@ -42,6 +42,11 @@ def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
         labels = images.labels if index is None else images.labels[index]
         label_bytes = labels.astype("<i8").reshape(-1, 1).view(np.uint8)
         rows = np.concatenate([rows, label_bytes], axis=1)
+    elif images.labelled:
+        chosen = range(len(images)) if index is None else index
+        joined = b"".join(images.target_digest(int(i)) for i in chosen)
+        targets = np.frombuffer(joined, dtype=np.uint8).reshape(-1, DIGEST_SIZE)
+        rows = np.concatenate([rows, targets], axis=1)
     rows = rows[np.lexsort(rows.T[::-1])] if rows.size else rows
     return sha256(rows.tobytes()).hexdigest()
 

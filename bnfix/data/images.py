@@ -16,7 +16,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from io import BufferedReader, BytesIO, StringIO
 from pathlib import Path, PureWindowsPath
@@ -59,13 +59,18 @@ _STRIP_PIXELS = 1 << 22
 class Images(ABC):
     """One opened DATA: its images by position, and their labels where there are any.
 
-    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``groups`` is int64 (n,), of
-    the names in ``group_names``, where examples depend on each other, or None; ``fields`` are the
-    columns of ``labels.csv``; ``notes`` are sentences on assumptions and files passed over;
+    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``targets`` are in their
+    place where they are no classes; ``groups`` is int64 (n,), of the names in ``group_names``,
+    where examples depend on each other, or None; ``fields`` are the columns of ``labels.csv``;
+    ``notes`` are sentences on assumptions and files passed over;
     ``shaped`` keeps resized images for `Batches`.
     """
 
     kind: str
+    #: Targets by position, with ``take(index)`` and ``digest(i)``.
+    targets: Any = None
+    #: Whether targets move with the pixels: a mask (H, W), or boxes; `target` gives one.
+    moves = False
     _hash_threads = 1
 
     def __init__(self, spec: str, channels: int) -> None:
@@ -95,6 +100,20 @@ class Images(ABC):
     def read(self, i: int) -> np.ndarray:
         """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
         raise DataError(f"{self.spec}: item {i} is no image.")
+
+    @property
+    def labelled(self) -> bool:
+        """Whether examples have labels, or other targets."""
+        return self.labels is not None or self.targets is not None or self.moves
+
+    def target(self, i: int) -> Any:
+        """The target of one example that moves with its pixels."""
+        return self.targets.items[i].numpy()
+
+    def target_digest(self, i: int) -> bytes:
+        """Six bytes that identify a target that is no class; none where there is no target."""
+        digest: bytes = b"" if self.targets is None else self.targets.digest(i)
+        return digest
 
     @abstractmethod
     def _hash(self, i: int) -> bytes: ...
@@ -129,36 +148,10 @@ class EncodedImages(Images):
             return pixels_of(image, self.channels)
 
     def _hash(self, i: int) -> bytes:
-        try:
-            with self._stream(i) as file:
-                return hashlib.file_digest(file, lambda: blake2b(digest_size=DIGEST_SIZE)).digest()
-        except (OSError, ValueError):
-            return blake2b(self.name(i).encode(), digest_size=DIGEST_SIZE, key=b"name").digest()
+        return digest_of_file(lambda: self._stream(i), self.name(i))
 
-    @contextmanager
-    def _open(self, i: int) -> Iterator[Image.Image]:
-        try:
-            with warnings.catch_warnings(), self._stream(i) as file:
-                # Pillow warns of large or odd files; the cases that matter are errors below.
-                warnings.simplefilter("ignore")
-                if file.seek(0, os.SEEK_END) > MAX_IMAGE_BYTES:
-                    raise OSError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
-                file.seek(0)
-                with Image.open(file, formats=_FORMATS) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise Image.DecompressionBombError
-                    yield image
-        except _DECODE_ERRORS as error:
-            if isinstance(error, Image.DecompressionBombError):
-                reason = f"more than {MAX_PIXELS:,} pixels"
-            elif isinstance(error, UnidentifiedImageError):
-                reason = "not an image in a known format"
-            elif isinstance(error, FileNotFoundError):
-                reason = "no such file"
-            else:
-                reason = plain(str(error)) or type(error).__name__
-            name, path = self.name(i), self._path(i)
-            raise DataError(f"{name}: bad image, {reason}.", name=name, path=path) from error
+    def _open(self, i: int) -> AbstractContextManager[Image.Image]:
+        return opened(lambda: self._stream(i), self.name(i), self._path(i))
 
     def _path(self, i: int) -> Path:
         return Path(self.spec)
@@ -231,6 +224,46 @@ class ArrayImages(Images):
 
 #: Images, and the class of each by name or number; None where there are none.
 Opened = tuple[Images, list[Any] | np.ndarray | None]
+
+
+@contextmanager
+def opened(
+    stream: Callable[[], BufferedReader | BytesIO],
+    name: str,
+    path: Path,
+    formats: tuple[str, ...] = _FORMATS,
+) -> Iterator[Image.Image]:
+    """An image file, its size checked, before its pixels are decoded."""
+    try:
+        with warnings.catch_warnings(), stream() as file:
+            # Pillow warns of large or odd files; the cases that matter are errors below.
+            warnings.simplefilter("ignore")
+            if file.seek(0, os.SEEK_END) > MAX_IMAGE_BYTES:
+                raise OSError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
+            file.seek(0)
+            with Image.open(file, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                yield image
+    except _DECODE_ERRORS as error:
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"more than {MAX_PIXELS:,} pixels"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = f"not an image in {'a known format' if formats == _FORMATS else formats[0]}"
+        elif isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        else:
+            reason = plain(str(error)) or type(error).__name__
+        raise DataError(f"{name}: bad image, {reason}.", name=name, path=path) from error
+
+
+def digest_of_file(stream: Callable[[], BufferedReader | BytesIO], name: str) -> bytes:
+    """Hash a file; one that cannot be read has the hash of its name."""
+    try:
+        with stream() as file:
+            return hashlib.file_digest(file, lambda: blake2b(digest_size=DIGEST_SIZE)).digest()
+    except (OSError, ValueError):
+        return blake2b(name.encode(), digest_size=DIGEST_SIZE, key=b"name").digest()
 
 
 def digest_of(pixels: np.ndarray) -> bytes:

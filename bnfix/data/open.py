@@ -19,7 +19,8 @@ import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, Note, some
 from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
-from bnfix.data.arrays import is_callable, open_callable, open_npz
+from bnfix.data.arrays import open_arrays
+from bnfix.data.callables import is_callable, open_callable
 from bnfix.data.groups import group_
 from bnfix.data.images import (
     SUFFIXES,
@@ -32,10 +33,12 @@ from bnfix.data.images import (
     read_rows,
 )
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
+from bnfix.data.targets import is_segmentation, open_masked
 
 MAX_CSV_BYTES: Final = 500_000_000
 MAX_CLASSES: Final = 1_000_000
 MAX_CLASS_MAP_BYTES: Final = 10_000_000
+_ARRAYS: Final = (".npz", ".pt", ".safetensors")
 _SPLIT_NAMES: Final = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _IMAGENET_ID: Final = re.compile(r"n[0-9]{8}")
 _INTEGER: Final = re.compile(r"[+-]?[0-9]{1,18}")
@@ -75,9 +78,10 @@ def open_images(
         images.classes_given = classes, mapping, tuple(images.notes)
         _set_labels(images, classes, mapping, n_classes)
     else:
-        images.notes.append(
-            "no labels" if wanted else Note("labels are not used (--labels none)", "unused labels")
-        )
+        if not wanted:
+            images.notes.append(Note("labels are not used (--labels none)", "unused labels"))
+        elif not images.labelled:
+            images.notes.append("no labels")
         if mapping is not None:
             images.notes.append("the class map is not used: there are no labels to map")
     return images
@@ -115,8 +119,8 @@ def _fits_folder(spec: str, path: Path) -> bool:
     return path.is_dir() or (not path.exists() and "#" in spec and not is_dataset(spec))
 
 
-def _fits_npz(_: str, path: Path) -> bool:
-    return path.suffix.lower() == ".npz" and path.is_file()
+def _fits_arrays(spec: str, path: Path) -> bool:
+    return path.suffix.lower() in _ARRAYS and (path.is_file() or "{" in spec)
 
 
 def _fits_suffix(suffix: str, _: str, path: Path) -> bool:
@@ -133,6 +137,8 @@ def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
     if not path.is_dir():
         folder, _, split = spec.rpartition("#")
         path = Path(folder)
+    if is_segmentation(path / split):
+        return open_masked(path / split, wanted, channels)
     if (path / "labels.csv").exists() and not split:
         return _open_csv(path, wanted, channels)
     tables = find_tables(path) if path.is_dir() else []
@@ -154,6 +160,9 @@ def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
 def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
     """A folder of class folders, or a flat folder."""
     loose, folders, n_others = list_images(path)
+    parts = [str(path / name) for name in folders if is_segmentation(path / name)]
+    if parts:
+        raise DataError(f"its folders hold images/ and masks/. Give one of them: {some(parts)}.")
     by_class: dict[str, list[str]] = {}
     for folder in folders:
         inside, deeper, n = list_images(path / folder)
@@ -225,11 +234,16 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
 _KINDS: Final = (
     _Kind(
         "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
-        "a Hugging Face folder",
+        "a folder with images/ and masks/, a Hugging Face folder",
         _fits_folder,
         _open_place,
     ),
-    _Kind("an .npz file with images (or inputs of any shape) and labels", _fits_npz, open_npz),
+    _Kind(
+        "an .npz, .pt or .safetensors file with images (or inputs of any shape) and labels (or "
+        "targets of any shape)",
+        _fits_arrays,
+        open_arrays,
+    ),
     _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
     _Kind(".tar shards", partial(_fits_suffix, ".tar"), open_shards),
     _Kind(".parquet files", partial(_fits_suffix, ".parquet"), open_tables),

@@ -24,8 +24,8 @@ from bnfix.core.memory import first_of
 from bnfix.core.settings import (
     RunOptions,
 )
-from bnfix.data.arrays import is_callable
 from bnfix.data.batches import Batch, Batches
+from bnfix.data.callables import is_callable
 from bnfix.data.fingerprints import data_record
 from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import Work, is_gated, resolve, work_of

@@ -158,8 +158,9 @@ class Workbench:
             digest.update(code.read_bytes() if code.is_file() else b"")
         # The order of the images counts too, since batches are made in it.
         for i in np.concatenate(parts):
-            label = "" if self.inputs.images.labels is None else int(self.inputs.images.labels[i])
-            digest.update(self.inputs.images.digest(int(i)) + f"{label};".encode())
+            images, y = self.inputs.images, self.inputs.images.labels
+            label = images.target_digest(int(i)).hex() if y is None else int(y[i])
+            digest.update(images.digest(int(i)) + f"{label};".encode())
         return digest.hexdigest()
 
     def training_batch_size(self, stated: int | None) -> int:
