@@ -17,6 +17,7 @@ from bnfix.core.errors import (
     NormError,
     NumericError,
 )
+from bnfix.core.guards import valid_positions
 from bnfix.jobs.compare import evaluate_files
 from bnfix.jobs.convert import convert
 from bnfix.jobs.export import export
@@ -40,4 +41,5 @@ __all__ = [
     "choose_example_weight_", "compare", "convert", "decay_norms_", "evaluate", "evaluate_files",
     "export", "find_norms", "finetune", "finetune_", "fix", "load", "parameter_groups",
     "recalibrate_", "residuals", "save", "set_example_weight_", "swap_norms_",
+    "valid_positions",
 ]  # fmt: skip

@@ -14,8 +14,18 @@ def population(running, groups):
 
 
 def evaluate(
-    x, gamma, beta, running, *, groups, example_weight, eps, batch_weight=0.0, median=False
-):
+    x,
+    gamma,
+    beta,
+    running,
+    *,
+    groups,
+    example_weight,
+    eps,
+    batch_weight=0.0,
+    median=False,
+    valid=None,
+):  # fmt: skip
     """Inference, one example and one channel group at a time, from raw moments."""
     x = np.asarray(x, np.float64)
     n, c = x.shape[:2]
@@ -25,9 +35,9 @@ def evaluate(
     pop_mean, pop_var = population(running, groups)
     y = np.empty_like(x)
     for group in np.split(np.arange(c), groups):
-        batch_mean, batch_var = batch_moments([x[i, group] for i in range(n)], median)
-        for i in range(n):
-            block = x[i, group]
+        blocks = [x[i, group] if valid is None else x[i, group][:, valid[i]] for i in range(n)]
+        batch_mean, batch_var = batch_moments(blocks, median)
+        for i, block in enumerate(blocks):
             for ch in group:
                 rest = 1 - a[ch] - b[ch]
                 m1 = rest * pop_mean[ch] + b[ch] * batch_mean + a[ch] * block.mean()
@@ -40,7 +50,8 @@ def evaluate(
 def batch_moments(blocks, median):
     """Mean and variance of all values, or by medians over the examples' moments."""
     if not median:
-        return np.mean(blocks), np.var(blocks)
+        values = np.concatenate([block.ravel() for block in blocks])
+        return np.mean(values), np.var(values)
     means, variances = ([f(block) for block in blocks] for f in (np.mean, np.var))
     centre = np.median(means)
     spread = 1.4826 * np.median(np.abs(np.asarray(means) - centre))

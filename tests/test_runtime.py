@@ -208,7 +208,7 @@ def test_too_little_to_hold_out_is_refused(batches):
 PAGES = """
 import resource, sys, threading
 import torch
-from bnfix.core.runtime import keep_freed_memory
+from bnfix.core.memory import keep_freed_memory
 
 keeps, threaded = (argument == "yes" for argument in sys.argv[1:])
 if keeps:

@@ -22,7 +22,8 @@ from bnfix.cli.commands import (
 )
 from bnfix.cli.flags import OneLineGroup, flattened
 from bnfix.core import __version__, imports_done
-from bnfix.core.runtime import exact_float32, keep_freed_memory
+from bnfix.core.memory import keep_freed_memory
+from bnfix.core.runtime import exact_float32
 
 app = typer.Typer(
     name="bnfix",

@@ -1,7 +1,11 @@
-"""Whether a batch fits the memory: measured on one example, and halved until it does."""
+"""Whether a batch fits the memory: measured on one example, and halved until it does.
+
+And whether freed memory is kept for what comes next.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import weakref
 from collections.abc import Callable
@@ -19,6 +23,8 @@ from bnfix.core.torch_private import TorchDispatchMode, eager, tree_leaves, tree
 
 _T = TypeVar("_T")
 _GIB = 1 << 30
+#: From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 #: Of the free memory that a batch may be estimated to hold. What operations use inside themselves
 #: is not in the estimate; processes were seen to grow by 1.0 to 1.6 times as much.
 _PART = 0.5
@@ -211,3 +217,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storages(nest: Any) -> list[Any]:
     leaves = [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor)]
     return [leaf.untyped_storage() for leaf in leaves if leaf.layout == torch.strided]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for reuse; for a program's start, a library should not decide it.
+
+    Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
+    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic.
+    Threads share one arena, since those of their own hold up to 64 MiB and map larger pieces
+    whatever the threshold.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_ARENA_MAX, 1)

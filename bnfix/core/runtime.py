@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import inspect
 import math
-import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,9 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bnfix.core import distributed
-from bnfix.core.errors import BnfixError, ConfigError, DataError, ModelError, one_line, some
-from bnfix.core.torch_private import tree_map
+from bnfix.core import distributed, guards
+from bnfix.core.errors import (
+    BnfixError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NormError,
+    one_line,
+    some,
+)
+from bnfix.core.torch_private import BatchNormBase, tree_map
 
 #: How a model is run on one batch of the user's own form.
 Forward = Callable[[nn.Module, Any], Any]
@@ -28,8 +35,8 @@ Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 FORWARD = "_bnfix_forward"
 #: The attribute of a model that says which of its outputs is meant.
 OUTPUT = "_bnfix_output"
-#: From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+#: Models that train only with their targets, and then give their own losses.
+_TAKES_TARGETS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
 _GIVE_FORWARD = "Give --forward (from Python forward=), called with the model and the batch."
@@ -55,21 +62,6 @@ def resolve_device(text: str) -> torch.device:
             name="device",
         )
     return device
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for reuse; for a program's start, a library should not decide it.
-
-    Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
-    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic.
-    Threads share one arena, since those of their own hold up to 64 MiB and map larger pieces
-    whatever the threshold.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(_M_ARENA_MAX, 1)
 
 
 def exact_float32() -> None:
@@ -100,12 +92,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def unpack(batch: Any, model: nn.Module | None = None) -> tuple[Any, Tensor | None]:
     """The inputs (a tuple of them where there are several) and the labels of a usual batch."""
     args, named, labels = _parts(batch, model)
-    return (named or (args[0] if len(args) == 1 else args)), labels
+    return ((args[0] if len(args) == 1 else args) if args else named), labels
 
 
 def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """How a batch is split: what `model` is called with, and the labels or `None`."""
-    names, most = _parameters(model)
+    names, least, most = _parameters(model)
     if isinstance(batch, Mapping):
         return _parts_by_name(batch, names)
     if not isinstance(batch, list | tuple):
@@ -122,7 +114,13 @@ def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[s
                 f"batch: {described(batch)}, and the model takes up to {most} inputs, so which are "
                 f"labels is not known. {_GIVE_FORWARD}"
             )
-    return tuple(batch[:place]), {}, batch[place] if len(batch) > place else None
+    inputs, labels = tuple(batch[:place]), batch[place] if len(batch) > place else None
+    x = inputs[0] if len(inputs) == 1 else None
+    if isinstance(x, Mapping) and (set(x) <= set(names) or not set(x).isdisjoint(guards.MASK_KEYS)):
+        return (*_parts_by_name(x, names)[:2], labels)
+    if type(x) is tuple and 1 < least <= len(x) <= most:
+        return x, {}, labels
+    return inputs, {}, labels
 
 
 def _parts_by_name(
@@ -136,15 +134,17 @@ def _parts_by_name(
             f"batch: keys {sorted(map(str, batch))}, none of {', '.join(_INPUT_KEYS)}. "
             f"{_GIVE_FORWARD}"
         )
-    if len(taken) > 1 or not found:
+    if len(taken.keys() - set(guards.MASK_KEYS)) > 1 or not found:
         used = set(taken)
         args: tuple[Any, ...] = ()
     else:
         used, args, taken = {found[0]}, (batch[found[0]],), {}
+        # A mask is for the norm layers, and for a model that asks for it too.
+        taken = {key: batch[key] for key in guards.MASK_KEYS if key in batch and key in names}
     left = [
         key
         for key, value in batch.items()
-        if names and key not in used and key not in _LABEL_KEYS
+        if names and key not in (*used, *_LABEL_KEYS, *guards.MASK_KEYS)
         and isinstance(value, Tensor) and value.ndim > 1
     ]  # fmt: skip
     if left:
@@ -155,16 +155,20 @@ def _parts_by_name(
     return args, taken, labels
 
 
-def _parameters(model: nn.Module | None) -> tuple[list[str], float]:
-    """Names of what a model's forward takes, and how many by position; unknown: none, many."""
+def _parameters(model: nn.Module | None) -> tuple[list[str], int, float]:
+    """Names of what a model's forward takes; how many it needs and takes by position.
+
+    Where it is not known there are no names, none needed, and many taken.
+    """
     try:
         found = inspect.signature(model.forward).parameters.values() if model is not None else ()
     except (TypeError, ValueError):
         found = ()
     if not found or any(p.kind == p.VAR_POSITIONAL for p in found):
-        return [], math.inf
+        return [], 0, math.inf
     by_position = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return [p.name for p in found], len(by_position)
+    needed = sum(p.default is p.empty for p in by_position)
+    return [p.name for p in found], needed, len(by_position)
 
 
 def _like_labels(value: Any) -> bool:
@@ -204,17 +208,79 @@ def has_forward(model: nn.Module) -> bool:
 def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
     """Run `model(inputs)`, or `forward(model, batch)`; what fails in it is one ModelError."""
     forward = forward or model.__dict__.get(FORWARD)
-    args, named, _ = ((batch,), {}, None) if forward is not None else _parts(batch, model)
+    args, named, labels = ((batch,), {}, None) if forward is not None else _parts(batch, model)
     args, named = move(args, device), move(named, device)
-    given = named or (args[0] if len(args) == 1 else args)
+    given = (args[0] if len(args) == 1 else args) if args else named
     try:
-        if forward is not None:
-            return forward(model, args[0])
-        return _picked(model, model(*args, **named))
+        with _valid(model, batch, forward is not None):
+            if forward is not None:
+                return forward(model, args[0])
+            if not model.training or labels is None:
+                return _picked(model, model(*args, **named))
+            return _trained(model, args, named, labels, device)
     except (BnfixError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ModelError(_failed(error, given, forward is not None)) from error
+
+
+def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextManager[None]:
+    """The valid positions of a batch with a mask or lengths, for the model's norm layers."""
+    given = guards.mask_in(batch)
+    if by_forward and getattr(given.get("mask"), "ndim", 2) < 2:
+        del given["mask"]  # one value an example, which only the user's function knows
+    if not given:
+        return nullcontext()
+    stock = [
+        name for name, module in model.named_modules()
+        if isinstance(module, BatchNormBase) and not hasattr(module, "example_weight")
+        and (module.training or module.running_mean is None)
+    ]  # fmt: skip
+    if stock:
+        raise NormError(
+            f"{some(stock)}: stock layers take padding for values of the batch, expected "
+            "GeneralizedBatchNorm for batches with a mask. Call swap_norms_(model) first."
+        )
+    x = _first_input(batch)
+    total = x.shape[-1] if isinstance(x, Tensor) and x.ndim > 1 else None
+    return guards.valid_positions(given.get("mask"), lengths=given.get("lengths"), total=total)
+
+
+def _trained(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    named: dict[str, Any],
+    labels: Any,
+    device: torch.device,
+) -> Any:
+    """The output in training mode; a detector refuses to train without its targets, and gets them.
+
+    It then gives losses, which are no output to pick from.
+    """
+    if model not in _TAKES_TARGETS:
+        try:
+            return _picked(model, model(*args, **named))
+        except (AssertionError, TypeError, ValueError):
+            if "targets" not in _parameters(model)[0]:
+                raise
+    output = model(*args, **named, targets=move(labels, device))
+    _TAKES_TARGETS.add(model)
+    return output
+
+
+def trains_by_itself(model: nn.Module) -> bool:
+    """Whether a model was given its targets in training mode, for losses of its own."""
+    return model in _TAKES_TARGETS
+
+
+def own_loss(model: nn.Module, output: Any) -> Tensor | None:
+    """The sum of the losses, a dict of numbers, that such a model has given in training mode."""
+    if not (model.training and trains_by_itself(model) and isinstance(output, Mapping)):
+        return None
+    losses = [t for t in output.values() if isinstance(t, Tensor) and t.numel() == 1]
+    if not losses or len(losses) < len(output):
+        return None
+    return torch.stack([loss.reshape(()).float() for loss in losses]).sum()
 
 
 def _failed(error: Exception, given: Any, by_forward: bool) -> str:
@@ -223,9 +289,13 @@ def _failed(error: Exception, given: Any, by_forward: bool) -> str:
             f"--forward (from Python forward=): failed ({one_line(error)}). It is called with the "
             f"model and a batch, here {described(given)}."
         )
-    is_image = isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point()
-    what = f"shape {'x'.join(map(str, given.shape))}" if is_image else described(given)
-    advice = "--resize, --crop and --model" if is_image else "--data and --model, or give --forward"
+    what = described(given)
+    advice = "--data and --model, or give --forward, a function that calls the model on a batch"
+    if isinstance(given, Tensor) and given.ndim == 4 and given.is_floating_point():
+        kind, _, shape = what.partition(" ")
+        what = f"shape {shape} ({kind})"
+        if not isinstance(error, TypeError):
+            advice = "--resize, --crop and --model"
     return f"model: cannot be run on an input of {what} ({one_line(error)}). Check {advice}."
 
 
@@ -255,7 +325,7 @@ def outputs_by_name(output: Any, name: str = "") -> dict[str, Tensor]:
     if isinstance(output, Tensor):
         return {name: output}
     if dataclasses.is_dataclass(output) and not isinstance(output, type | Mapping):
-        output = vars(output)
+        output = {f.name: getattr(output, f.name, None) for f in dataclasses.fields(output)}
     if hasattr(output, "_asdict"):
         output = output._asdict()
     parts: Iterable[tuple[Any, Any]] = ()
@@ -347,10 +417,24 @@ def n_examples_of(batch: Any) -> int:
         isinstance(image, Tensor) and image.ndim == 3 and len(image) <= 4 for image in found
     ):
         return len(found)  # images of several sizes, as detectors take them
-    while isinstance(found, Mapping | list | tuple) and found:
-        found = next(iter(found.values() if isinstance(found, Mapping) else found))
-    shape = tuple(getattr(found, "shape", ()))
+    shape = tuple(getattr(_first_of(found), "shape", ()))
     return int(shape[0]) if shape else 1
+
+
+def _first_input(batch: Any) -> Any:
+    """The first tensor among a batch's inputs."""
+    try:
+        return _first_of(unpack(batch)[0])
+    except DataError:
+        return _first_of(batch)
+
+
+def _first_of(nest: Any) -> Any:
+    while isinstance(nest, Mapping | list | tuple) and nest:
+        if isinstance(nest, Mapping):
+            nest = [value for key, value in nest.items() if key not in guards.MASK_KEYS] or [None]
+        nest = nest[0]
+    return nest
 
 
 def pass_of(batches: Batches, k: int) -> Iterable[Any]:

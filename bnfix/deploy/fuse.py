@@ -35,6 +35,7 @@ from bnfix.norm.kernels import (
     silu_,
 )
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, generalized_norms
+from bnfix.norm.mixture import evaluate_masked
 
 #: Functions and methods of torch that change each value by itself, without further arguments.
 _FUNCTIONS: dict[Any, Activation] = {
@@ -94,6 +95,10 @@ class FusedNorm(nn.Module):
         if self.norm.training or (torch.is_grad_enabled() and input.requires_grad):
             raise ModelError("fused network: it is for inference. Train the original model.")
         terms = self.norm._terms()
+        valid = guards.current_mask() if guards.mask_is_set else None
+        if valid is not None:
+            finish = Finish(residual, self._activation)
+            return evaluate_masked(input, terms, valid.fitted(input), finish)
         if residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype):
             finish = Finish(residual, self._activation)
             return evaluate(input, terms, finish, overwrite=self.overwrite)

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bnfix.core import guards
 from bnfix.core.errors import NumericError
 from bnfix.norm.moments import gaps
 from bnfix.norm.sites import NormSite
@@ -113,9 +114,11 @@ class _Gaps(Collector):
         self._gaps: dict[str, Tensor] = {}
         self._n: Counter[str] = Counter()
 
-    def measure(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(
+        self, site: NormSite, x: Tensor, valid: guards.Valid | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Measure a call, and add its gaps, which count as often as it has examples."""
-        mean, var = super().measure(site, x)
+        mean, var = super().measure(site, x, valid)
         if x.numel() > x.shape[1]:  # a single value has no deviation
             found = len(x) * gaps(self._stored[site.name], (mean, var), eps_of(site))
             self._gaps[site.name] = found + self._gaps.get(site.name, 0)

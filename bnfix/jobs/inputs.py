@@ -350,7 +350,8 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
 
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         if arguments and isinstance(arguments[0], Tensor):
-            inputs.append(arguments[0].detach())
+            x, valid = arguments[0].detach(), guards.current_mask()
+            inputs.append(x if valid is None else valid.kept(x))
         raise _Seen
 
     with guards.inference(model), guards.hooks() as hooks, suppress(_Seen):

@@ -120,6 +120,8 @@ def mean_loss(
     device = runtime.device_of(model)
     with runtime.autocast(device, precision):
         output = runtime.run(model, batch, device, forward)
+    if (own := runtime.own_loss(model, output)) is not None:
+        return own
     logits = runtime.logits_of(output)
     targets = task.targets(batch, logits, caller(model, forward))
     if targets is None:

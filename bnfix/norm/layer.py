@@ -31,18 +31,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bnfix.core import guards
 from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.norm import kernels
-from bnfix.norm.mixture import Weight, weight_errors
+from bnfix.norm.mixture import Weight, evaluate_masked, train_masked, weight_errors
 from bnfix.norm.moments import (
     differentiable_moments,
     differentiable_scale,
     example_moments,
     keep_their_digits,
     mix,
-    others,
     over_channel_groups,
+    over_runs,
 )
 
 
@@ -210,7 +211,16 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._check_input_dim(input)
         if input.numel() == 0:
             return super().forward(input)
-        if self.training or (self.running_mean is None and not self._live):
+        by_batch = self.training or (self.running_mean is None and not self._live)
+        if (
+            guards.mask_is_set
+            and (by_batch or self._live)
+            and (valid := guards.current_mask()) is not None
+        ):
+            if by_batch:
+                return train_masked(self, input, valid.fitted(input))
+            return evaluate_masked(input, self._terms(), valid.fitted(input))
+        if by_batch:
             whole = self.ghost_size is None or self.ghost_size >= input.shape[0]
             compiled_average = self.momentum is None and torch.compiler.is_compiling()
             whole = whole and not self.exclusive
@@ -263,38 +273,25 @@ class GeneralizedBatchNorm(BatchNormBase):
         one_type = all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias))
         if one_type and kernels.has_rows(input):
             mean, var = differentiable_moments(input)
-            run_mean, run_var = self._over_runs(mean, var, n_runs)
+            run_mean, run_var = over_runs(
+                mean, var, n_runs, self.channel_groups, exclusive=self.exclusive
+            )
             run_var = run_var + self.eps
             if keep_their_digits(mean, run_var):
                 self._update_running(mean, var, n_values)
                 return differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
         mean, var, centred = example_moments(values)
-        run_mean, run_var = self._over_runs(mean, var, n_runs)
+        run_mean, run_var = over_runs(
+            mean, var, n_runs, self.channel_groups, exclusive=self.exclusive
+        )
         self._update_running(mean, var, n_values)
         output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
         return output.view(input.shape).to(input.dtype)
 
-    def _over_runs(self, mean: Tensor, var: Tensor, n_runs: int) -> tuple[Tensor, Tensor]:
-        """Mix ``(N, C)`` within runs of examples and channel groups, for every example."""
-        n, channels = mean.shape
-        base, longer = divmod(n, n_runs)
-        middle = longer * (base + 1)
-        parts = []
-        # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
-        for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
-            if len(mean[part]):
-                shape = (-1, length, channels)
-                run = mean[part].view(shape), var[part].view(shape)
-                mixed = others(*run) if self.exclusive else mix(*run, dim=1)
-                pooled = over_channel_groups(*mixed, self.channel_groups)
-                one_each = 1 if self.exclusive else length
-                rows = (t.reshape(-1, channels) for t in pooled)
-                parts.append([t.repeat_interleave(one_each, 0) for t in rows])
-        run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-        return run_mean, run_var
-
     @torch.no_grad()
-    def _update_running(self, mean: Tensor, var: Tensor, n_values: int) -> None:
+    def _update_running(
+        self, mean: Tensor, var: Tensor, n_values: int, share: Tensor | None = None
+    ) -> None:
         """Move the running moments toward the whole batch's, as torch's layer does."""
         if not (self.training and self.track_running_stats):
             return
@@ -307,7 +304,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         momentum: float | Tensor = self.momentum or 0.0
         if self.momentum is None and counter is not None:
             momentum = counter.to(running_mean.dtype).reciprocal()
-        batch_mean, batch_var = mix(mean, var, dim=0)
+        batch_mean, batch_var = mix(mean, var, share, dim=0)
         batch_var = batch_var * (n_values / max(n_values - 1, 1))
         running_mean.copy_(running_mean + momentum * (batch_mean - running_mean))
         running_var.copy_(running_var + momentum * (batch_var - running_var))

@@ -1,13 +1,26 @@
-"""The weights of a layer's mixture of moments: which of them there can be."""
+"""The mixture of a layer's moments: which weights there can be, and its plain form for a mask.
+
+On padded batches moments are over valid positions, and all positions are normalized by them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnfix.core.errors import BnfixError, ConfigError, NormError
+from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
+from bnfix.norm import kernels
+from bnfix.norm.moments import (
+    masked_moments,
+    median_mix,
+    mix,
+    over_channel_groups,
+    over_runs,
+    shares,
+)
 
 Weight = float | Sequence[float] | Tensor
 
@@ -55,3 +68,49 @@ def _error(name: str, value: Tensor, channels: int, tracks: bool) -> BnfixError 
         "track_running_stats=True.",
         name=name,
     )
+
+
+def evaluate_masked(
+    input: Tensor, terms: kernels.Terms, valid: Tensor, finish: kernels.Finish = kernels.NOTHING
+) -> Tensor:
+    """`kernels.evaluate`, with the moments of positions that are true in ``valid`` ``(N, L)``."""
+    values = kernels.values_of(input)
+    if terms.batch_weight is not None and len(input) == 1:
+        terms = terms.alone()
+    mean, var, count = masked_moments(values, valid)
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    cast = terms.cast(values.dtype)
+    if cast.batch_weight is not None:
+        share = shares(count).to(mean.dtype)
+        batch = median_mix(mean, var) if cast.median else mix(mean, var, share)
+        cast = cast.among(batch[0][None], batch[1][None])
+    if cast.mean is not None and cast.var is not None:
+        a, gap = cast.example_weight, mean - cast.mean
+        mean, var = cast.mean + a * gap, (1 - a) * cast.var + a * (var + (1 - a) * gap * gap)
+    return finish.apply(_scaled(input, mean, var, terms))
+
+
+def train_masked(layer: Any, input: Tensor, valid: Tensor) -> Tensor:
+    """A layer in training: each (ghost batch, channel group) by its own valid positions."""
+    values, groups = kernels.values_of(input), layer.channel_groups
+    n_runs = 1 if layer.ghost_size is None else -(-len(input) // layer.ghost_size)
+    least = min(int(run.sum()) for run in valid.tensor_split(n_runs))
+    if least * (layer.num_features // groups) < 2 or layer.exclusive:
+        found = "exclusive statistics" if layer.exclusive else f"{least} valid positions"
+        raise NumericError(
+            "expected more than 1 valid value per ghost batch and channel group when training "
+            f"with a mask, and no exclusive statistics; got {found}, input size "
+            f"{tuple(input.shape)} with ghost_size {layer.ghost_size}"
+        )
+    mean, var, count = masked_moments(values, valid)
+    layer._update_running(mean, var, int(count.sum()), shares(count).to(mean.dtype))
+    mean, var = over_runs(mean, var, n_runs, groups, count=count)
+    return _scaled(input, mean, var, layer._terms())
+
+
+def _scaled(input: Tensor, mean: Tensor, var: Tensor, terms: kernels.Terms) -> Tensor:
+    """All positions, normalized by moments ``(N, C)``."""
+    values = kernels.values_of(input)
+    centred, none = values - mean.unsqueeze(-1), torch.zeros_like(mean)
+    output = kernels.affine(centred, none, var, terms.gamma, terms.beta, terms.eps)
+    return output.view(input.shape).to(input.dtype)

@@ -138,6 +138,59 @@ def example_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, (centred * centred).mean(-1), centred
 
 
+def masked_moments(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance ``(N, C)`` of ``(N, C, L)`` where ``(N, L)`` is true; counts ``(N,)``.
+
+    ``mean_i = sum_t v_it x_it / L_i``, ``var_i = sum_t v_it (x_it - mean_i)^2 / L_i``,
+    ``L_i = sum_t v_it``. Padding may hold anything, NaN too, and gets no gradient.
+    """
+    where, count = valid.unsqueeze(1), valid.sum(-1)
+    size = count.to(values.dtype).unsqueeze(-1)
+    mean = torch.where(where, values, 0).sum(-1) / size
+    # Chosen before it is squared: the gradient of NaN squared is NaN, even times 0.
+    centred = torch.where(where, values - mean.unsqueeze(-1), 0)
+    return mean, centred.square().sum(-1) / size, count
+
+
+def shares(count: Tensor) -> Tensor:
+    """Weights ``(N, 1)`` of parts by their counts ``(N,)``, float64."""
+    weight = count.double().unsqueeze(-1)
+    return weight / weight.sum()
+
+
+def over_runs(
+    mean: Tensor,
+    var: Tensor,
+    n_runs: int,
+    groups: int,
+    *,
+    exclusive: bool = False,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mix ``(N, C)`` within runs of examples and channel groups, for every example.
+
+    Each counts by its ``count``, if given; with ``exclusive`` an example gets those of the others.
+    """
+    n, channels = mean.shape
+    base, longer = divmod(n, n_runs)
+    middle = longer * (base + 1)
+    parts = []
+    # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
+    for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
+        if len(mean[part]):
+            shape, share = (-1, length, channels), None
+            if count is not None:
+                share = count[part].view(-1, length, 1).to(mean.dtype)
+                share = share / share.sum(1, keepdim=True)
+            run = mean[part].view(shape), var[part].view(shape)
+            mixed = others(*run) if exclusive else mix(*run, share, dim=1)
+            pooled = over_channel_groups(*mixed, groups)
+            rows = (t.reshape(-1, channels) for t in pooled)
+            parts.append([t.repeat_interleave(1 if exclusive else length, 0) for t in rows])
+    run_mean, run_var = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return run_mean, run_var
+
+
 def over_channel_groups(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mix moments ``(..., C)`` within each channel group; every channel gets its group's."""
     size = mean.shape[-1] // groups

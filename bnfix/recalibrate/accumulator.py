@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from bnfix.core import distributed
-from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, median_mix, mix, pool
+from bnfix.core.errors import DataError
+from bnfix.norm.moments import (
+    LOST,
+    Moments,
+    column_moments,
+    mean_squares,
+    median_mix,
+    mix,
+    pool,
+    shares,
+)
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
 _WAITING = 1 << 18
@@ -29,18 +39,29 @@ class Accumulator:
         none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
         self._values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
         self._examples = Moments(none, rows, rows)
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, ...]] = []
         self._positions = self._n_waiting = 0
+        #: Of padded batches the number of examples, which weigh by their valid positions.
+        self._n_masked: int | None = None
         #: Every example's mean and variance, where medians are wanted.
         self._each: list[tuple[Tensor, Tensor]] | None = [] if robust else None
 
-    def add(self, mean: Tensor, var: Tensor, positions: int) -> None:
-        """Add one call's per-example moments ``(N, C)``, float64, each of so many positions."""
+    def add(self, mean: Tensor, var: Tensor, positions: int, count: Tensor | None = None) -> None:
+        """Add one call's per-example moments ``(N, C)``, float64, each of so many positions.
+
+        ``count`` ``(N,)``: how many of them are valid, where a batch is padded.
+        """
+        if (count is None) != (self._n_masked is None):
+            if self._n_waiting or float(self._values.count):
+                raise _mixed_up()
+            self._n_masked = 0
+        if count is not None:
+            positions = 0  # examples of all lengths may wait together
         # Many small sums cost more than one large one, so examples wait for each other.
         if positions != self._positions or self._n_waiting * mean.shape[1] >= _WAITING:
             self._flush()
         self._positions = positions
-        self._waiting.append((mean, var))
+        self._waiting.append((mean, var) if count is None else (mean, var, count))
         if self._each is not None:
             self._each.append((mean, var))
         self._n_waiting += mean.shape[0]
@@ -48,15 +69,22 @@ class Accumulator:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        mean, var = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        mean, var, *counts = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting, self._n_waiting = [], 0
         n = mean.new_full((), float(mean.shape[0]))
-        self._values = pool([self._values, Moments(n * self._positions, *mix(mean, var))])
+        n_values, share, square = n * self._positions, None, None
+        for count in counts:
+            self._n_masked = (self._n_masked or 0) + len(count)
+            # The error of a mean of means that weigh w is made of their squares by w^2.
+            n_values, n = count.double().sum(), count.double().square().sum()
+            share, square = shares(count), shares(count.double().square()).unsqueeze(-1)
+        self._values = pool([self._values, Moments(n_values, *mix(mean, var, share))])
         d = mean - self._shift
         r = var + d.square()
         # Variances of d, r and d + r give their covariance, by the one mixing rule.
         rows = torch.stack((d, r, d + r), 1)
-        self._examples = pool([self._examples, Moments(n, *mix(rows, torch.zeros_like(rows)))])
+        none = torch.zeros_like(rows)
+        self._examples = pool([self._examples, Moments(n, *mix(rows, none, square))])
 
     def merged(self, others: Sequence[Accumulator]) -> Accumulator:
         """These sums and those of others together, as if one had seen all."""
@@ -66,6 +94,11 @@ class Accumulator:
             whole._each = [pair for accumulator in everyone for pair in accumulator._each or ()]
         for accumulator in everyone:
             accumulator._flush()
+        numbers = [accumulator._n_masked for accumulator in everyone]
+        masked = [n for n in numbers if n is not None]
+        if masked and len(masked) < len(numbers):
+            raise _mixed_up()
+        whole._n_masked = sum(masked) if masked else None
         whole._values = pool([accumulator._values for accumulator in everyone])
         whole._examples = pool([a._examples_from(self._shift) for a in everyone])
         return whole
@@ -96,8 +129,9 @@ class Accumulator:
             sums += [moments.count, moments.mean, moments.var]
         return {
             "sums": [tensor.cpu() for tensor in sums],
-            "waiting": [[mean.cpu(), var.cpu()] for mean, var in self._waiting],
+            "waiting": [[tensor.cpu() for tensor in row] for row in self._waiting],
             "positions": self._positions,
+            "n_masked": self._n_masked,
             "each": self._each and [[mean.cpu(), var.cpu()] for mean, var in self._each],
         }
 
@@ -109,8 +143,9 @@ class Accumulator:
         if (each := state.get("each")) is not None:
             self._each = [(mean.to(device), var.to(device)) for mean, var in each]
         self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])
-        self._waiting = [(mean.to(device), var.to(device)) for mean, var in state["waiting"]]
-        self._n_waiting = sum(mean.shape[0] for mean, _ in self._waiting)
+        self._waiting = [tuple(tensor.to(device) for tensor in row) for row in state["waiting"]]
+        self._n_waiting = sum(row[0].shape[0] for row in self._waiting)
+        self._n_masked = state.get("n_masked")
         self._positions = int(state["positions"])
         return self
 
@@ -124,7 +159,7 @@ class Accumulator:
     def n_examples(self) -> int:
         """Examples, each counted once a call."""
         self._flush()
-        return int(self._examples.count)
+        return int(self._examples.count) if self._n_masked is None else self._n_masked
 
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B.
@@ -136,7 +171,23 @@ class Accumulator:
         mean, var = self.values.mean, self.values.var
         if train_batch_size is None:
             return mean, var
-        return mean, (var - self._examples.var[0] / train_batch_size).clamp_min(0)
+        of_means = self._spread()[0] if self._n_masked else self._examples.var[0]
+        return mean, (var - of_means / train_batch_size).clamp_min(0)
+
+    def _spread(self) -> tuple[Tensor, Tensor]:
+        """Of padded examples: ``mean_i (w_i (m_i - m))^2``, w the valid positions by their mean.
+
+        The same of ``q_i = var_i + (m_i - m)^2`` about its mean, the variance.
+        """
+        m = self._values.mean - self._shift
+        (mean_d, mean_r, _), (var_d, var_r, var_sum) = self._examples.mean, self._examples.var
+        var_q = var_r + 4 * m.square() * var_d - 2 * m * (var_sum - var_d - var_r)
+        off_q = mean_r - 2 * m * mean_d + m.square() - self._values.var
+        part = self.n_examples * self._examples.count / self._values.count.square()
+        return (
+            part * (var_d + (mean_d - m).square()),
+            part * (var_q.clamp_min(0) + off_q.square()),
+        )
 
     def _rows(self) -> tuple[Tensor, Tensor]:
         mean, var = (torch.cat(parts) for parts in zip(*self._each or (), strict=True))
@@ -158,14 +209,24 @@ class Accumulator:
             )
         m = self.values.mean - self._shift
         var_d, var_r, var_sum = self._examples.var
-        n = float(self._examples.count)
+        n = float(self.n_examples)
         if n < 2:
             unknown = torch.full_like(var_d, math.inf)
             return unknown, unknown
+        if self._n_masked is not None:
+            of_means, of_squares = self._spread()
+            return (of_means / (n - 1)).sqrt(), (of_squares / (n - 1)).sqrt()
         covariance = (var_sum - var_d - var_r) / 2
         # q_i = var_i + (mean_i - mean)^2 = r_i - 2 m d_i + m^2
         var_q = (var_r + 4 * m.square() * var_d - 4 * m * covariance).clamp_min(0)
         return (var_d / (n - 1)).sqrt(), (var_q / (n - 1)).sqrt()
+
+
+def _mixed_up() -> DataError:
+    return DataError(
+        "batches: some have a mask or lengths and some have none, expected one kind. Give all of "
+        "them lengths; that of an example without padding is the length of the last axis."
+    )
 
 
 class Sums:

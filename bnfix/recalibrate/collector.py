@@ -19,7 +19,7 @@ from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, NormError, NumericError
 from bnfix.core.torch_private import eager
 from bnfix.norm.layer import GeneralizedBatchNorm
-from bnfix.norm.moments import mix, over_channel_groups
+from bnfix.norm.moments import masked_moments, mix, over_channel_groups, shares
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.accumulator import Accumulator, Sums, precise_moments
 
@@ -186,7 +186,7 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
         if (self.wanted is None or site.name in self.wanted) and x.numel():
-            mean, var = self.measure(site, x)
+            mean, var = self.measure(site, x, guards.current_mask())
             if self.stops:
                 raise StopHereError
             if self.by_batch:
@@ -211,12 +211,16 @@ class Collector:
         self._batch_index = index
         self.sums.new_batch()
 
-    def measure(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(
+        self, site: NormSite, x: Tensor, valid: guards.Valid | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Count a call and add its input to the layer's sums; return the input's own moments."""
         with self._cost.measuring():
-            return self._measured(site, x)
+            return self._measured(site, x, valid)
 
-    def _measured(self, site: NormSite, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _measured(
+        self, site: NormSite, x: Tensor, valid: guards.Valid | None
+    ) -> tuple[Tensor, Tensor]:
         sums, index = self.sums, self._batch_index
         sums.count(site.name)
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
@@ -227,9 +231,16 @@ class Collector:
                 f"shape {None if own is None else tuple(own.shape)}. Leave it with skip.",
                 name=site.name,
             )
+        count: Tensor | None = None
+        n_values = len(values) * values.shape[2]
+        if valid is None:
+            mean, var = precise_moments(values)
+        else:
+            mean, var, count = masked_moments(values.double(), valid.fitted(x, site.name))
+            n_values = int(count.sum())
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
-        mean, var = over_groups(site, *precise_moments(values))
-        mixed = mix(mean, var, dim=0)
+        mean, var = over_groups(site, mean, var)
+        mixed = mix(mean, var, None if count is None else shares(count), dim=0)
         sums.most_examples = max(sums.most_examples, len(values))
         if index < TRACED and not self.by_batch:
             self.traces.setdefault(index, []).append((site.name, *mixed))
@@ -237,8 +248,8 @@ class Collector:
         self._n_unchecked += 2 * mean.numel()
         if site.name not in sums.measured:
             sums.measured[site.name] = Accumulator(mixed[0], robust=sums.robust)
-        sums.measured[site.name].add(mean, var, values.shape[2])
-        if len(values) * values.shape[2] == 1 and self._single is None:
+        sums.measured[site.name].add(mean, var, values.shape[2], count)
+        if n_values == 1 and self._single is None:
             self._single = site.name, index
         if self._is_strict and self._single is not None and len(sums.measured) > 1:
             name, index = self._single

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.core import distributed, runtime
+from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.memory import LiveBytes, free_memory
 from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
@@ -175,7 +175,7 @@ class Walk:
         self._running = None
         if walker.at is not None:
             # Here, not in the batch's thread: the many small sums want threads that are awake.
-            self._collector.measure(walker.at, walker.x)
+            self._collector.measure(walker.at, walker.x, walker.valid)
             walker.x = None
         if walker.is_over:
             error = walker.done.exception()
@@ -220,7 +220,7 @@ class Walk:
             if site.name in collector.use:
                 self._impossible = True
                 raise StopHereError
-            walker.at, walker.x = site, x
+            walker.at, walker.x, walker.valid = site, x, guards.current_mask()
             del x
             self._back.release()
             walker.go.acquire()
@@ -240,6 +240,7 @@ class _Walker:
         self.size = sum(tensor.numel() for tensor in tensors) or 1
         self.at: Any = None
         self.x: Any = None
+        self.valid: guards.Valid | None = None  # known to the batch's own thread
         self.is_over = False
         self.go = threading.Semaphore(0)
         self.done: Future[None]

@@ -160,7 +160,8 @@ def recalibrate_(
     Args:
         model: stock or generalized norm layers, on the device to run on.
         batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``; with ``feed="sequential"`` it is
-            read more than once.
+            read more than once. Dicts with ``mask`` ``(N, positions)``, true where valid, or
+            ``lengths`` ``(N,)`` of the last axis: only valid positions count.
         target: ``population``, the total variance; ``train-batch``, what a training batch saw on
             average: var - Vm / B, Vm the variance over examples of the per-example mean; or
             ``reference``, those that give each layer's output the moments that the original's has
@@ -215,7 +216,8 @@ def recalibrate_(
             norm layers.
         NormError: if a pattern matches nothing, there is no layer to recalibrate, the data reach
             none, or under ``batch`` a layer gets a single value a channel.
-        DataError: if there are no examples, or none in a later pass; if batches without a length do
+        DataError: if a mask does not fit or leaves nothing of an example, or some batches have
+            none; if there are no examples, or none in a later pass; if batches without a length do
             not end; if under ``batch`` every one of several batches holds a single example.
         NumericError: if a layer's input is not finite, or its moments do not fit its type.
 

@@ -195,13 +195,14 @@ class _Fit:
         for index, batch in enumerate(up_to(batches, self.samples)):
             met = self._inputs(self.model, layer, batch, n_calls)
             met_own = self._inputs(self.original, own, batch, n_calls)
-            if [x.shape for x in met] != [x.shape for x in met_own]:
+            if [x.shape for x, _ in met] != [x.shape for x, _ in met_own]:
                 raise DataError(
                     f"{name}: the two nets call it {len(met)} and {len(met_own)} times, or on "
                     "other shapes. Give the model that this one was converted from."
                 )
-            for x, x_own in zip(met, met_own, strict=True):
-                part = _joint(_output(layer, x, affine=False), _output(own, x_own))
+            for (x, valid), (x_own, _) in zip(met, met_own, strict=True):
+                with guards.mask_used(valid):
+                    part = _joint(_output(layer, x, affine=False), _output(own, x_own), valid)
                 if not bool((part.mean + part.var).isfinite().all()):
                     raise NumericError(
                         f"{name}: its values are not finite in batch {index} (counted from 0). "
@@ -209,7 +210,7 @@ class _Fit:
                         name=name,
                     )
                 parts.append(part)
-            self.n_examples += len(met[0]) if met else 0
+            self.n_examples += len(met[0][0]) if met else 0
         if not parts:
             raise DataError(
                 f"re-fitting: a pass over the batches never came to {name}. Give batches that can "
@@ -217,14 +218,17 @@ class _Fit:
             )
         return pool(parts)
 
-    def _inputs(self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int) -> list[Tensor]:
-        """The inputs of a layer in one forward pass, which ends there."""
-        met: list[Tensor] = []
+    def _inputs(
+        self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int
+    ) -> list[tuple[Tensor, guards.Valid | None]]:
+        """The inputs of a layer, and their mask, in one forward pass, which ends there."""
+        met: list[tuple[Tensor, guards.Valid | None]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             last = len(met) + 1 == n_calls
-            met.append(x if last else x.clone())  # later layers may work in place
+            # Later layers may work in place.
+            met.append((x if last else x.clone(), guards.current_mask()))
             if last:
                 raise StopHereError
 
@@ -233,7 +237,7 @@ class _Fit:
             handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
             with suppress(StopHereError):
                 self._run(model, batch)
-        return [x for x in met if x.numel()]
+        return [(x, valid) for x, valid in met if x.numel()]
 
 
 def _logits(output: Any) -> Tensor | None:
@@ -258,7 +262,9 @@ def _output(module: Any, x: Tensor, *, affine: bool = True) -> Tensor:
         return GeneralizedBatchNorm.forward(module, x)
 
 
-def _joint(z: Tensor, y: Tensor) -> Moments:
+def _joint(z: Tensor, y: Tensor, valid: guards.Valid | None) -> Moments:
+    if valid is not None:
+        z, y = valid.kept(z), valid.kept(y)
     z, y = (t.double().transpose(0, 1).flatten(1) for t in (z, y))
     var, mean = torch.var_mean(torch.stack((z, y, z + y)), -1, correction=0)
     return Moments(mean.new_tensor(float(z.shape[1])), mean, var)

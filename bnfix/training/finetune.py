@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -194,7 +194,7 @@ def finetune_(
         for name, layer in layers.items():
             set_example_weight_(layer, leaves[name])
     return Finetuning(
-        trained=recipe.train + (" and example weights" if layers else ""),
+        trained=recipe.train + _more(model, layers),
         n_parameters=sum(p.numel() for p in run.parameters),
         curve=tuple(course.points),
         best_epoch=course.best_epoch,
@@ -204,6 +204,12 @@ def finetune_(
         changed_by_forward=tuple(course.changed),
         frozen=tuple(run.frozen),
     )
+
+
+def _more(model: nn.Module, layers: Mapping[str, GeneralizedBatchNorm]) -> str:
+    """Words for what else was trained, and by which loss if not the task's."""
+    weights = " and example weights" if layers else ""
+    return weights + (", by the model's own losses" if runtime.trains_by_itself(model) else "")
 
 
 def _check(recipe: FinetuneRecipe, precision: str) -> None:

@@ -212,6 +212,11 @@ def _whole(batches: Iterable[Any], size: int) -> Iterator[Any]:
     """Inputs of the first batches, each cut to a multiple of ``size``."""
     n_examples = 0
     for batch in batches:
+        if guards.mask_in(batch):
+            raise DataError(
+                "example weight: the batches have a mask or lengths, expected unpadded ones to "
+                "fit without labels. Use --example-weight auto, match or a number."
+            )
         x = runtime.unpack(batch)[0]
         x = x[: len(x) - len(x) % size]
         if len(x):
