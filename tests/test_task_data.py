@@ -1,6 +1,9 @@
 """Data of any task: masks, targets of any shape, boxes; refusals; that targets stay in step."""
 
+import json
+import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -465,6 +468,14 @@ def points():
     return [(image, np.zeros(2)) for image in PIXELS] + [(PIXELS[0], np.full(2, 0.3))]
 
 
+def boxes():
+    return [(image, {"boxes": np.zeros((k, 4))}) for k, image in enumerate(PIXELS)]
+
+
+def depths():
+    return [(image, image[..., 0] / 255) for image in PIXELS]
+
+
 def marks():
     return [(image, np.array([1.0, 0.0])) for image in PIXELS]
 """
@@ -502,3 +513,106 @@ def test_masks_of_a_callable_move_and_other_targets_may_not(code) -> None:
     said = r"--augment light: targets \(float32 of shape \(4, 2\)\) are neither classes nor masks"
     with pytest.raises(ConfigError, match=said):
         list(augmented([only(open_images(f"{code}:points"))], "light", 0, 0))
+    assert only(open_images(f"{code}:points"), Preprocessing(crop=(3, 4))).y.shape == (4, 2)
+    for name, found in (("boxes", "that are nests"), ("depths", r"of shape \(4, 6\)")):
+        images = open_images(f"{code}:{name}")
+        assert len(only(images).y) == 3
+        with pytest.raises(
+            ConfigError, match=rf"targets {found} an example are no masks .* --crop"
+        ):
+            only(images, Preprocessing(crop=(3, 4)))
+
+
+# --- boxes ---
+
+
+def coco(root: Path, **changes: object) -> Path:
+    """Two images of 20 x 40 and 30 x 30 pixels, with a box, a crowd and a line."""
+    (root / "images").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    for k, (height, width) in enumerate([(20, 40), (30, 30)]):
+        Image.new("RGB", (width, height), (k, 0, 0)).save(root / "images" / f"{k}.png")
+    images = [
+        {"id": 7, "file_name": "0.png", "height": 20, "width": 40},
+        {"id": 3, "file_name": "1.png", "height": 30, "width": 30},
+    ]
+    marks = [
+        {"id": 1, "image_id": 7, "bbox": [4, 2, 10, 5], "category_id": 17, "iscrowd": 0},
+        {"id": 2, "image_id": 7, "bbox": [36, 0, 4, 20], "category_id": 90, "iscrowd": 1},
+        {"id": 3, "image_id": 7, "bbox": [1, 1, 0, 5], "category_id": 1, "iscrowd": 0},
+    ]
+    found = {"images": images, "annotations": marks, "categories": [], **changes}
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(found))
+    return root
+
+
+def test_boxes_move_with_their_images(tmp_path, capsys) -> None:
+    pytest.importorskip("pycocotools")
+    images = open_images(f"coco:{coco(tmp_path)}")
+    assert capsys.readouterr().out == ""
+    assert (images.kind, images.labels, images.labelled) == ("coco", None, True)
+    assert images.notes == [
+        "1 boxes without an area left out", "labels of boxes are COCO's category ids"
+    ]  # fmt: skip
+    p = Preprocessing(resize=(40, 40), crop=(40, 30), scale=1.0)
+    batch = only(images, p)
+    none, two = batch.y
+    assert (none["boxes"].shape, int(none["image_id"])) == ((0, 4), 3)
+    # Twice as high, as wide as before; then 5 columns less on each side, so the crowd is gone.
+    assert two["boxes"].tolist() == [[0, 4, 9, 14]]
+    assert (two["labels"].tolist(), two["iscrowd"].tolist()) == ([17], [0])
+    assert type(two["boxes"]) is torch.Tensor
+    batch = only(images, Preprocessing(resize=(40, 40)))
+    assert batch.y[1]["boxes"].tolist() == [[4, 4, 14, 14], [36, 0, 40, 40]]
+    with pytest.raises(ConfigError, match=r"--augment light: targets \(list\) are neither"):
+        list(augmented([batch], "light", 0, 0))
+    assert open_images(f"coco:{tmp_path}#val", labels="none").labelled is False
+
+
+ONE = {"id": 1, "file_name": "x.png", "height": 1, "width": 1}
+MARK = {"id": 1, "image_id": 7, "category_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images": [ONE | {"file_name": "../x.png"}]}, "1 images lead"),
+        ({"images": [ONE]}, "1 images are not"),
+        ({"images": [{"id": 1}]}, "no annotations of instances .KeyError"),
+        ({"images": []}, "no images"),
+        ({"annotations": [MARK | {"bbox": [0, 0, 1e999, 1]}]},
+         "no annotations of instances .ValueError: a box of image 7 is not finite"),
+        ({"annotations": [MARK | {"bbox": 4}]}, "no annotations of instances .TypeError"),
+    ],
+)  # fmt: skip
+def test_annotations_that_cannot_be_used(tmp_path, changes, said) -> None:
+    pytest.importorskip("pycocotools")
+    with pytest.raises(DataError, match=rf"^DATA coco:\S+: instances_val2017\.json: {said}"):
+        open_images(f"coco:{coco(tmp_path, **changes)}")
+
+
+def test_images_that_the_boxes_were_not_drawn_on(tmp_path) -> None:
+    pytest.importorskip("pycocotools")
+    Image.new("RGB", (39, 20)).save(coco(tmp_path) / "images" / "0.png")
+    with pytest.raises(
+        DataError, match=r"0\.png: is 20x39, the annotations say 20x40 \(height x w"
+    ):
+        only(open_images(f"coco:{tmp_path}"), Preprocessing(resize=(8, 8)))
+
+
+def test_folders_that_are_no_coco(tmp_path, monkeypatch) -> None:
+    with pytest.raises(
+        DataError, match=r"^DATA coco:nowhere: no annotations/instances_\*\.json in"
+    ):
+        open_images("coco:nowhere")
+    file = coco(tmp_path) / "annotations" / "instances_val2017.json"
+    (file.parent / "instances_train2017.json").write_text("{}")
+    with pytest.raises(DataError, match=r"annotations of train2017, val2017\. Name one of them"):
+        open_images(f"coco:{tmp_path}#dev")
+    monkeypatch.setitem(sys.modules, "pycocotools", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "pycocotools.coco", raising=False)
+    with pytest.raises(DataError, match=r"needs pycocotools.*pip install 'bnfix\[coco\]'\."):
+        open_images(f"coco:{tmp_path}")
+    os.truncate(file, 1_100_000_000)  # no blocks are written
+    with pytest.raises(DataError, match=r"instances_val2017\.json: larger than 1000 MB"):
+        open_images(f"coco:{tmp_path}")

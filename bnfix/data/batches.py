@@ -342,13 +342,17 @@ class Batches:
 def _check_maps(images: Images, preprocessing: Preprocessing) -> None:
     """Refuse to move pixels away from maps and coordinates that cannot move with them."""
     given = [f"--{name}" for name in ("resize", "crop") if getattr(preprocessing, name) is not None]
-    items = None if images.targets is None or images.moves else images.targets.items
-    if given and isinstance(items, torch.Tensor) and items.ndim > 2:
-        raise ConfigError(
-            f"{images.spec}: targets of shape {tuple(items.shape[1:])} an example are no masks of "
-            f"the images' size, and {' and '.join(given)} would not move them. Leave it out.",
-            name=given[0].removeprefix("--"),
-        )
+    if not given or images.targets is None or images.moves or isinstance(images, TensorItems):
+        return
+    items = images.targets.items
+    for item in items[:1] if isinstance(items, torch.Tensor) else items:
+        if not isinstance(item, torch.Tensor) or item.ndim > 1:
+            found = f"of shape {tuple(item.shape)}" if hasattr(item, "shape") else "that are nests"
+            raise ConfigError(
+                f"{images.spec}: targets {found} an example are no masks of the images' size, and "
+                f"{' and '.join(given)} would not move them. Leave it out.",
+                name=given[0].removeprefix("--"),
+            )
 
 
 def max_bad_of(n: int, stated: float | None) -> float:

@@ -33,7 +33,7 @@ from bnfix.data.images import (
     read_rows,
 )
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
-from bnfix.data.targets import is_segmentation, open_masked
+from bnfix.data.targets import is_coco, is_segmentation, open_coco, open_masked
 
 MAX_CSV_BYTES: Final = 500_000_000
 MAX_CLASSES: Final = 1_000_000
@@ -232,6 +232,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
 
 #: From the first to the last, the first that fits; a new form of DATA is a line here.
 _KINDS: Final = (
+    _Kind("coco:ROOT", is_coco, open_coco),
     _Kind(
         "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
         "a folder with images/ and masks/, a Hugging Face folder",

@@ -5,8 +5,10 @@ Both may come from strangers: sizes are compared by the headers before anything 
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -14,18 +16,25 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bnfix.core.errors import DataError, some
+from bnfix.core.errors import DataError, plain, some
 from bnfix.data.images import (
     FileImages,
     Opened,
+    digest_of,
     digest_of_file,
     list_images,
     open_regular,
     opened,
+    outside_and_missing,
 )
 
 MAX_COCO_BYTES: Final = 1_000_000_000
 _INT32: Final = np.iinfo(np.int32)
+# What pycocotools and the lines here raise on annotations of another form.
+_COCO_ERRORS: Final = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError,
+    MemoryError, OverflowError, RuntimeError,
+)  # fmt: skip
 #: Pillow spreads grey values of 2 and 4 bits over 0 to 255.
 _SPREAD: Final = {2: 85, 4: 17}
 
@@ -189,3 +198,117 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
             images.notes.append(f"{len(extra)} masks without an image passed over: {some(extra)}")
     images.notes += notes if n_others else []
     return images, None
+
+
+# --- COCO folders ---
+
+
+class BoxedImages(FileImages):
+    """Images with boxes, as COCO's annotations give them."""
+
+    moves = True
+
+    def __init__(self, root: Path, files: list[str], channels: int) -> None:
+        super().__init__(root, "coco", files, channels)
+        self.boxes: list[dict[str, Any]] = []
+        self.sizes: list[tuple[int, int]] = []
+
+    def read(self, i: int) -> np.ndarray:
+        """Decode the image; one of another size than its boxes were drawn on is refused."""
+        pixels = super().read(i)
+        if pixels.shape[:2] != self.sizes[i]:
+            found, stated = ("x".join(map(str, s)) for s in (pixels.shape[:2], self.sizes[i]))
+            raise MisfitError(
+                f"{self.name(i)}: is {found}, the annotations say {stated} (height x width). Give "
+                "the images that the annotations were made for."
+            )
+        return pixels
+
+    def target(self, i: int) -> dict[str, Any]:
+        """Boxes (n, 4) float32 (left, top, right, bottom), labels and iscrowd (n,), image_id."""
+        return {name: torch.as_tensor(value) for name, value in self.boxes[i].items()}
+
+    def target_digest(self, i: int) -> bytes:
+        """A hash of boxes and labels."""
+        one = self.boxes[i]
+        return digest_of(np.column_stack([one["boxes"], one["labels"], one["iscrowd"]]))
+
+
+def is_coco(spec: str, path: Path) -> bool:
+    """Whether a spec is ``coco:ROOT``."""
+    return spec.startswith("coco:") and not path.exists()
+
+
+def open_coco(spec: str, wanted: bool, channels: int) -> Opened:
+    """Open ``coco:ROOT#SPLIT``: images, and ``annotations/instances_SPLIT.json``."""
+    place, _, split = spec.removeprefix("coco:").partition("#")
+    root, notes = Path(place).expanduser(), []
+    found = {
+        p.stem.removeprefix("instances_"): p for p in root.glob("annotations/instances_*.json")
+    }
+    if not found:
+        raise DataError(f"no annotations/instances_*.json in {root}.")
+    fitting = [name for name in sorted(found) if name.startswith(split or ("val", "test"))]
+    fitting = [split] if split in found else fitting if split or len(found) > 1 else [*found]
+    if len(fitting) != 1:
+        raise DataError(f"annotations of {some(sorted(found))}. Name one of them, coco:ROOT#NAME.")
+    if not split and len(found) > 1:
+        notes.append(f"no split named, so {fitting[0]} is used (of {some(sorted(found))})")
+    file = found[fitting[0]]
+    if file.stat().st_size > MAX_COCO_BYTES:
+        raise DataError(f"{file.name}: larger than {MAX_COCO_BYTES // 10**6} MB.")
+    places = (root / "images" / fitting[0], root / fitting[0], root / "images")
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise DataError(f"no folder images or {fitting[0]} in {root}.")
+    try:
+        images, n_left_out = _read_coco(folder, file, channels)
+    except ImportError as error:
+        raise DataError(
+            f"needs pycocotools, which is not installed ({error}). pip install 'bnfix[coco]'."
+        ) from error
+    except _COCO_ERRORS as error:
+        reason = plain(str(error)) or type(error).__name__
+        raise DataError(
+            f"{file.name}: no annotations of instances ({type(error).__name__}: {reason}). Give "
+            "images with id, file_name, height and width, and annotations with image_id, bbox "
+            "and category_id."
+        ) from error
+    outside, missing = outside_and_missing(folder, images.files)
+    problems = {"lead out of the folder": outside, f"are not in {folder}": missing}
+    faults = "; ".join(f"{len(v)} images {what} ({some(v)})" for what, v in problems.items() if v)
+    if faults or not images.files:
+        raise DataError(f"{file.name}: {faults or 'no images'}.")
+    if not wanted:
+        return FileImages(folder, "coco", images.files, channels), None
+    if n_left_out:
+        notes.append(f"{n_left_out} boxes without an area left out")
+    images.notes += [*notes, "labels of boxes are COCO's category ids"]
+    return images, None
+
+
+def _read_coco(folder: Path, file: Path, channels: int) -> tuple[BoxedImages, int]:
+    """Images and boxes as plain numbers, and how many boxes have no area."""
+    from torchvision.datasets import CocoDetection
+
+    with redirect_stdout(io.StringIO()):  # pycocotools prints
+        found = CocoDetection(folder, str(file))
+    images, n_left_out = BoxedImages(folder, [], channels), 0
+    for image_id in found.ids:
+        one, marks = found.coco.imgs[image_id], found.coco.imgToAnns.get(image_id, [])
+        table = np.asarray(
+            [(*mark["bbox"], mark["category_id"], mark.get("iscrowd", 0)) for mark in marks],
+            dtype=np.float64,
+        ).reshape(len(marks), 6)
+        if not np.isfinite(table).all():
+            raise ValueError(f"a box of image {image_id} is not finite")
+        kept = table[(table[:, 2] > 0) & (table[:, 3] > 0)]
+        n_left_out += len(table) - len(kept)
+        boxes = np.hstack([kept[:, :2], kept[:, :2] + kept[:, 2:4]]).astype(np.float32)
+        labels, crowds = kept[:, 4:].T.astype(np.int64)
+        images.boxes.append(
+            {"boxes": boxes, "labels": labels, "iscrowd": crowds, "image_id": int(image_id)}
+        )
+        images.files.append(str(PurePosixPath(one["file_name"])))
+        images.sizes.append((int(one["height"]), int(one["width"])))
+    return images, n_left_out
