@@ -116,7 +116,8 @@ def _fits_dataset(spec: str, path: Path) -> bool:
 
 
 def _fits_folder(spec: str, path: Path) -> bool:
-    return path.is_dir() or (not path.exists() and "#" in spec and not is_dataset(spec))
+    named = is_dataset(spec) or is_coco(spec, path)
+    return path.is_dir() or (not path.exists() and "#" in spec and not named)
 
 
 def _fits_arrays(spec: str, path: Path) -> bool:
@@ -232,7 +233,6 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
 
 #: From the first to the last, the first that fits; a new form of DATA is a line here.
 _KINDS: Final = (
-    _Kind("coco:ROOT", is_coco, open_coco),
     _Kind(
         "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
         "a folder with images/ and masks/, a Hugging Face folder",
@@ -246,6 +246,7 @@ _KINDS: Final = (
         open_arrays,
     ),
     _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
+    _Kind("boxes as coco:ROOT#val2017", is_coco, open_coco),
     _Kind(".tar shards", partial(_fits_suffix, ".tar"), open_shards),
     _Kind(".parquet files", partial(_fits_suffix, ".parquet"), open_tables),
     _Kind("or package.module:callable", _fits_callable, open_callable),
