@@ -115,6 +115,10 @@ def everything():
         found |= {f"blend {memory} {name}": v for name, v in statistics(mixed).items()}
         recalibrate_(mixed, dealt(), robust=True, memory_bytes=memory)
         found |= {f"robust {memory} {name}": v for name, v in statistics(mixed).items()}
+        shifted = [(2 * x + 1, y) for x, y in dealt(5)]
+        shifted = shifted[: int(distributed.here().is_first)]  # the others have none of it
+        recalibrate_(mixed := net(), [dealt(), shifted], mix=(1, 3), memory_bytes=memory)
+        found |= {f"sources {memory} {name}": v for name, v in statistics(mixed).items()}
         mean, both = copy.deepcopy(damaged), {original: 1.0, lived_in(net(), seed=4): 3.0}
         options = {"target": "interpolated", "reference": both, "memory_bytes": memory}
         recalibrate_(mean, dealt(), **options)

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 import bnfix
 from bnfix.core.errors import ConfigError, NormError
 from bnfix.core.guards import Snapshot
+from bnfix.core.settings import WeightRecipe
 from bnfix.deploy.plain import ExampleNorm
 from bnfix.norm import kernels
 from bnfix.norm.kernels import Finish
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
-from bnfix.norm.moments import median_mix
+from bnfix.norm.moments import median_mix, median_mix_of_few
 from bnfix.norm.swap import swap_norms_
+from bnfix.weights.mixtures import learn_batch_weight_
 from tests import nets, reference
 from tests.conftest import images_of
 from tests.test_exporting import NETS, spec
@@ -268,6 +270,21 @@ def test_fewer_than_half_garbage_leaves_medians_among_the_clean(n, garbage, data
     centre, found = median_mix(spoiled, spread)
     assert ((centre >= low) & (centre <= high)).all()
     assert (found <= var[wild:].amax(0) + (1.4826 * (high - low)) ** 2).all()
+
+
+@given(
+    n=st.integers(1, 12), c=st.integers(1, 9), dtype=st.sampled_from(DTYPES[:2]),
+    wild=st.sampled_from([0.0, 1e30, np.inf, np.nan]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_medians_by_numpy_are_those_by_torch(n, c, dtype, wild):
+    mean, var = torch.randn(n, c).to(dtype), torch.rand(n, c).to(dtype)
+    if wild:
+        mean[: (n - 1) // 2], var[: (n - 1) // 2] = -wild, abs(wild)
+    given = mean.clone(), var.clone()
+    found, expected = median_mix_of_few(mean, var), median_mix(mean, var)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close((mean, var), given, rtol=0, atol=0, equal_nan=True)
 
 
 def test_garbage_beside_an_image_hardly_moves_it_with_medians():
@@ -537,6 +554,30 @@ def test_convert_sets_it(files, cli, tmp_path):
     assert "--batch-weight: some, expected auto, keep or 0 to 1" in word.message
 
 
+@pytest.mark.parametrize("command", ["calibrate", "convert"])
+def test_the_commands_set_the_estimator(files, cli, tmp_path, command):
+    out, found = tmp_path / "out.safetensors", []
+    data = ("--data", files.data, "--statistics", "keep", "--example-weight", "keep")
+    given = (command, files.net, *files.common, *data[: 6 * (command == "calibrate")])
+    for how in (None, *ESTIMATORS):
+        words = () if how is None else ("--batch-estimator", how)
+        assert cli(*given, "--batch-weight", "0.5", *words, "-o", out, "--force").code == 0
+        norms = header(out)["norms"].values()
+        assert {norm["batch_estimator"] for norm in norms} == {how or "mean"}
+        model = bnfix.load(out, files.model())
+        with torch.no_grad():
+            found.append(model(images(5)))
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[1], found[2], atol=1e-3)
+    for words, message in (
+        (("--batch-weight", "0.5", "--batch-estimator", "mode"), "'mode' is not known"),
+        (("--batch-estimator", "median"), "--batch-estimator: only with --batch-weight, above 0"),
+    ):
+        refused = cli(*given, *words, "-o", out, "--force")
+        assert refused.code == 2
+        assert message in refused.message
+
+
 @pytest.mark.parametrize("assumed", [False, True])
 def test_auto_is_refused_where_a_sorted_stream_would_suffer(files, cli, tmp_path, assumed):
     """The colour that tells the class is what a batch of one class takes away."""
@@ -545,7 +586,8 @@ def test_auto_is_refused_where_a_sorted_stream_would_suffer(files, cli, tmp_path
     out = tmp_path / "out.safetensors"
     found = cli("calibrate", files.net, "--data", tmp_path / "data.npz", *files.common,
                 "--statistics", "keep", "--example-weight", "keep", "--batch-weight", "auto",
-                "--batch-size", "16", "--corrupt", "contrast:2", "-o", out, "--json",
+                "--batch-size", "16", "--corrupt", "contrast:2", "--granularity", "layer",
+                "-o", out, "--json",
                 *(["--assume-iid"] if assumed else [])).json  # fmt: skip
     *refused, decision = found["decisions"]
     assert {d["stage"] for d in found["decisions"]} == {"batch weight"}
@@ -566,3 +608,87 @@ def test_auto_keeps_a_network_that_gains_nothing(files, cli, tmp_path):
                 "--json").json  # fmt: skip
     assert [d["admitted"] for d in found["decisions"]] == [False]
     assert not any("batch_weight" in norm for norm in header(out)["norms"].values())
+
+
+# ---- learned per channel -------------------------------------------------------------------------
+
+
+def planted(n=2400, **options):
+    """A network, and batches of 16 with labels drawn from it with a batch weight per channel."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(GeneralizedBatchNorm(8, **options), nn.Linear(8, 4)).eval()
+        with torch.no_grad():
+            net[1].weight.mul_(6)
+        room = 1 - float(net[0].example_weight.max())
+        weights = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.6, 0.7, 0.8, 0.9]) * room
+        teacher = copy.deepcopy(net)
+        set_example_weight_(teacher, batch_weight=weights)
+        # Every batch has a shift of its own, which the batch's moments take away.
+        x = torch.randn(n // 16, 16, 8) + 1.5 * torch.randn(n // 16, 1, 8)
+        batches = []
+        for rows in x:
+            with torch.no_grad():
+                y = torch.distributions.Categorical(logits=teacher(rows)).sample()
+            batches.append((rows, y))
+    half = len(batches) * 3 // 4
+    return net, weights, batches[:half], batches[half:]
+
+
+@pytest.mark.parametrize("a", [0.0, 0.25])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_planted_weights_of_channels_are_found(estimator, a):
+    net, weights, learn, monitor = planted(example_weight=a, batch_estimator=estimator)
+    layers = {"0": net[0]}
+    set_example_weight_(net, batch_weight=0.4)
+    parameters = copy.deepcopy(net.state_dict())
+    before = bnfix.evaluate(net, monitor).nll
+    recipe = WeightRecipe(epochs=6, lr=0.05)
+    found = learn_batch_weight_(net, layers, learn, monitor=monitor, recipe=recipe)["0"]
+    assert torch.equal(net[0].batch_weight, found)
+    assert bool((found + a <= 1 + 1e-6).all())
+    assert float((found - weights).abs().mean()) < 0.1 < float((0.4 - weights).abs().mean())
+    assert bnfix.evaluate(net, monitor).nll < before - 0.02
+    state = net.state_dict()
+    assert all(torch.equal(t, state[n]) for n, t in parameters.items() if n != "0.batch_weight")
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
+def test_learned_weights_leave_room_and_a_failure_puts_all_back():
+    net, _, learn, monitor = planted(example_weight=[0.5] * 8)
+    set_example_weight_(net, batch_weight=0.5)
+    recipe = WeightRecipe(epochs=2, lr=0.2)
+    layers = {"0": net[0]}
+    found = learn_batch_weight_(net, layers, learn, monitor=monitor, recipe=recipe)["0"]
+    assert 0.4 < float(found.max()) <= 0.5
+    before = net[0].batch_weight.clone()
+
+    def broken():
+        yield learn[0]
+        raise KeyError("gone")
+
+    with pytest.raises(KeyError):
+        learn_batch_weight_(net, layers, lambda k: broken(), monitor=monitor, recipe=recipe)
+    assert torch.equal(net[0].batch_weight, before)
+    assert not net[0].batch_weight.requires_grad
+
+
+@pytest.mark.parametrize("assumed", [False, True])
+def test_auto_learns_one_a_channel_and_judges_it_alike(files, cli, tmp_path, assumed):
+    images, labels = images_of(600, seed=2)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    out = tmp_path / "out.safetensors"
+    done = cli("calibrate", files.net, "--data", tmp_path / "data.npz", *files.common,
+               "--statistics", "keep", "--example-weight", "keep", "--batch-weight", "auto",
+               "--batch-size", "16", "--corrupt", "contrast:2", "--z", "1", "-o", out, "--json",
+               *(["--assume-iid"] if assumed else []))  # fmt: skip
+    decisions = done.json["decisions"]
+    finer = [d for d in decisions if d["candidate"].endswith("batch weight per channel")]
+    scalar = [d for d in decisions if d not in finer and d["admitted"]]
+    # One number comes first; where it is refused, nothing is learned.
+    assert len(finer) == len(scalar) == assumed
+    if assumed:
+        assert finer[0]["incumbent"] == scalar[0]["candidate"]
+        stored = [norm["batch_weight"] for norm in header(out)["norms"].values()]
+        assert all(isinstance(weight, list) == finer[0]["admitted"] for weight in stored)
+        assert bnfix.load(out, files.model()).bn1.uses_batch

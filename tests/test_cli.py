@@ -344,7 +344,10 @@ def test_the_plan_of_fix_counts_what_auto_would_try(cli, files, tmp_path):
     for part in ("statistics", "fine-tuning", "example weight", "select", "test"):
         assert part in text
     bare = cli("fix", files.net, *words, "--train", "none", "--labels", "none", "--json").json
-    assert bare["stages"] == []
+    (stage,) = bare["stages"]
+    assert stage.startswith("population statistics (blend, sequential feed)")
+    kept = cli("calibrate", files.net, *words, "--labels", "none", "--json").json
+    assert kept["stages"] == []
     assert "--statistics population" in " ".join(bare["assumptions"])
     assert bare["data"]["splits"] == {"fit": 180, "select": 0, "test": 0}
 

@@ -258,6 +258,22 @@ def test_every_command_that_is_printed_runs_on_the_same_inputs(
                 report.unlink()
 
 
+def test_without_labels_what_lies_between_is_advised(cli, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(files.stale, weights_only=True)
+    state["bn2.running_var"][0] = -1.0  # worth nothing, so nothing of it is kept
+    torch.save(state, "net.pth")
+    found = cli("inspect", "net.pth", *files.common, "--data", files.flat, "--json").json
+    advice = {(f["layer"], f["fault"]): f["advice"] for f in found["findings"]}
+    assert "--statistics blend" in advice["bn1", "stale"]
+    assert "--statistics population" in advice["bn2", "negative-variance"]
+    assert "blend" not in advice.get(("bn2", "stale"), "")
+    (command,) = commands_in(advice["bn1", "stale"])
+    assert cli(*command).code == 0
+    labelled = cli("inspect", "net.pth", *files.common, "--data", files.data, "--json").json
+    assert not any("blend" in f["advice"] for f in labelled["findings"])
+
+
 def test_what_the_inspection_knows_decides_on_the_model_and_the_data(cli, files, tmp_path):
     torch.save(
         torch.load(files.net, weights_only=True) | PLANTED["gamma-all-zero"], tmp_path / "net.pth"
@@ -290,7 +306,7 @@ def test_every_option_of_a_recipe_is_one_of_the_commands_that_are_advised():
             "--" + name.replace("_", "-")
             for recipe in (ModelRecipe, DataRecipe, RunOptions)
             for name in recipe.__dataclass_fields__
-        } - {"--arguments", "--test"}
+        } - {"--arguments", "--test", "--groups"}  # which inspect has not, and so gives to no other
         assert fields <= known
 
 

@@ -475,12 +475,50 @@ def test_fix_without_fine_tuning(run, files):
     assert header_of(out)["history"][0]["options"]["finetune"] is None
 
 
-def test_fix_without_labels_keeps_and_says_so(run, files):
+def test_fix_without_labels_mixes_statistics_and_says_what_that_did_elsewhere(run, files):
     found, out = run("fix", files.stale, data=files.flat)
-    assert changed(out, files.stale) == set()
+    assert found["decisions"] == []
+    assert found["verdict"] is None
     told = " ".join(found["assumptions"])
-    assert "fine-tuning was not tried" in told
-    assert "--statistics population" in told
+    for words in (
+        "fine-tuning was not tried", "--statistics population", "--statistics keep leaves",
+        "in 68 trials (docs/LOG.md: 25 pairs", "0.9 below at the worst", "may be worse here",
+    ):  # fmt: skip
+        assert words in told
+    assert "safe" not in told
+    assert "--statistics keep leaves" in Path(f"{out}.report.html").read_text()
+    stated = run("fix", files.stale, "--statistics", "blend", data=files.flat)[1]
+    asked = load_file(stated)
+    assert all(torch.equal(t, asked[n]) for n, t in load_file(out).items())
+    assert changed(out, files.stale) == MOMENTS
+
+
+@pytest.mark.parametrize(
+    "words", [["--statistics", "keep"], ["--example-weight", "0.25"], ["--batch-weight", "0.5"]]
+)
+def test_fix_without_labels_keeps_statistics_where_something_is_stated(run, files, words):
+    found, out = run("fix", files.stale, *words, data=files.flat)
+    assert changed(out, files.stale) == set()
+    assert "By default the statistics are mixed" not in " ".join(found["assumptions"])
+
+
+def test_a_mixture_by_default_goes_where_a_labelled_test_shows_that_it_harms(run, files, tmp_path):
+    images, _ = images_of(60, seed=2)
+    np.savez(tmp_path / "dark.npz", images=images // 8)
+    found, out = run("fix", files.net, "--test", files.test, data=tmp_path / "dark.npz")
+    assert changed(out, files.net) == set()
+    told = " ".join(found["assumptions"])
+    assert "turned out significantly worse on the test split, so the output is the input" in told
+    assert found["verdict"] == "same"
+
+
+def test_numbers_that_are_not_finite_keep_the_statistics(run, files, tmp_path):
+    state = torch.load(files.net, weights_only=True)
+    state["conv1.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "net.pth")
+    found, out = run("fix", tmp_path / "net.pth", data=files.flat)
+    assert torch.equal(load_file(out)["bn1.running_mean"], state["bn1.running_mean"])
+    assert "was given up" in " ".join(found["assumptions"])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -102,8 +102,8 @@ def test_without_labels_the_reference_judges_and_proves(run, files):
     report, out = run("fix", files.stale, "--labels", "none", "--z", "1")
     assert report["data"]["splits"] == {"fit": 108, "select": 36, "test": 36}
     assert [d["candidate"] for d in report["decisions"]] == [
-        "statistics of the data (population)", "statistics matched to the reference",
-        "distilled norms+head alone", "distilled norms+head",
+        "statistics of the data (population)", "statistics between stored and measured",
+        "statistics matched to the reference", "distilled norms+head alone", "distilled norms+head",
     ]  # fmt: skip
     assert all(d["by_reference"] for d in report["decisions"])
     assert any(d["admitted"] for d in report["decisions"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,7 @@ from bnfix.cli.flags import (
     Referred,
     Run,
     Seed,
+    Several,
     State,
     Statistics,
     Swapped,
@@ -107,7 +109,7 @@ _AVERAGE = replace(_STATED, command="average", statistics=StatisticsRecipe("popu
 def fix(
     context: typer.Context,
     checkpoint: Checkpoint,
-    data: Data,
+    data: Several,
     output: Output,
     out: Writes,
     plan: Annotated[Plan, _CHOICES] = Plan(),
@@ -135,7 +137,7 @@ def fix(
 
 def calibrate(
     checkpoint: Checkpoint,
-    data: Data,
+    data: Several,
     output: Output,
     out: Writes,
     plan: Annotated[Plan, _CHOICES] = _CALIBRATE,
@@ -197,7 +199,9 @@ def average(
     _carry_out(replace(plan, average=mean, state=state), first, data, output, out)
 
 
-def _carry_out(plan: Plan, checkpoint: Path, data: str, output: Path, out: Out) -> None:
+def _carry_out(
+    plan: Plan, checkpoint: Path, data: str | Sequence[str], output: Path, out: Out
+) -> None:
     """Check the output, open, do, save, show; or show the plan."""
     terminal = out.terminal()
     if not plan.command_line:  # a replayed plan has its own

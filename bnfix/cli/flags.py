@@ -188,6 +188,7 @@ def _arguments(pairs: list[str], flag: str) -> tuple[tuple[str, Any], ...]:
 _READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
     tuple[int, ...] | None: (str | None, sizes),
     tuple[float, ...] | None: (str | None, numbers),
+    tuple[float, ...]: (str | None, numbers),
     tuple[str, ...]: (list[str] | None, _many),
     tuple[tuple[str, Any], ...]: (list[str] | None, _arguments),
     int | str | None: (str | None, functools.partial(_or_word, int)),
@@ -337,14 +338,13 @@ Compared = Annotated[list[Path], typer.Argument(metavar="CKPT...", help="One or 
 Averaged = Annotated[
     list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints, or patterns.")
 ]
-Data = Annotated[
-    str,
-    about(
-        "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, "
-        "parquet or a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable.",
-        DATA,
-        "DATA",
-    ),
+_DATA_IS = (
+    "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, parquet or "
+    "a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable."
+)
+Data = Annotated[str, about(_DATA_IS, DATA, "DATA")]
+Several = Annotated[
+    list[str], about(f"{_DATA_IS} Repeatable: all are taken together.", DATA, "DATA")
 ]
 Output = Annotated[Path, written("The .safetensors to write.")]
 State = Annotated[
@@ -360,20 +360,22 @@ Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}"}]
 Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups"}]
 Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups test"}]
 Swapped = Annotated[
-    SwapRecipe, {NORM: "to ghost_size channel_groups layers skip example_weight batch_weight"}
+    SwapRecipe,
+    {NORM: "to ghost_size channel_groups layers skip example_weight batch_weight batch_estimator"},
 ]
 Layers = Annotated[SwapRecipe, {NORM: "layers skip"}]
 Statistics = Annotated[
     StatisticsRecipe,
     {
-        NORM: "statistics prior robust train_batch_size feed samples tolerance include_frozen",
+        NORM: "statistics prior robust mix train_batch_size feed samples tolerance include_frozen",
         MODEL: REFERENCE,
     },
 ]
 Referred = Annotated[StatisticsRecipe, {NORM: "include_frozen", MODEL: REFERENCE}]
 Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
 Weight = Annotated[
-    WeightRecipe, {NORM: "example_weight batch_weight assume_iid granularity pointwise thin"}
+    WeightRecipe,
+    {NORM: "example_weight batch_weight batch_estimator assume_iid granularity pointwise thin"},
 ]
 Tuned = Annotated[
     FinetuneRecipe,

@@ -28,6 +28,10 @@ from bnfix.core.options import (
 
 #: Ways to set the example weight without labels, for networks trained with batches of B.
 LABEL_FREE = ("match", "fit-moments", "fit-predictions")
+_ESTIMATOR = (
+    "With --batch-weight, how the batch's moments are made from those of its images: mean (the "
+    "default), or median, for which fewer than half of the images may be garbage."
+)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class SwapRecipe:
     layers: tuple[str, ...] = option((), "Only layers whose dotted name matches; repeatable.")
     skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
     batch_weight: float | None = option(None, "Weight of the batch in the statistics, 0..1.")
+    batch_estimator: str | None = option(None, _ESTIMATOR)
 
     def __post_init__(self) -> None:
         one_of(self.to, KINDS, "--to")
@@ -51,7 +56,16 @@ class SwapRecipe:
         require(ok, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
         room = 1 - (KINDS[self.to][2] if a is None else a)
         require(0 <= b <= room, f"--batch-weight: {b}, expected 0 to {room:g}.", "batch_weight")
+        _check_estimator(self.batch_estimator, weighs=bool(self.batch_weight))
         in_range(self, 1, math.inf, "ghost_size", "channel_groups")
+
+
+def _check_estimator(estimator: str | None, *, weighs: bool) -> None:
+    """Refuse an estimator that is not known, or that nothing uses."""
+    if estimator is not None:
+        one_of(estimator, ("mean", "median"), "--batch-estimator")
+        words = "--batch-estimator: only with --batch-weight, above 0. Give both or none."
+        require(weighs, words, "batch_estimator")
 
 
 @dataclass(frozen=True)
@@ -117,6 +131,11 @@ class StatisticsRecipe:
     robust: bool = option(
         False, "Medians over images, for population and blend; fewer than half may be garbage."
     )
+    mix: tuple[float, ...] = option(
+        (),
+        "With several --data, their weights in the statistics, such as 1,1, however many images "
+        "each has (default: by their numbers of images).",
+    )
     reference: str | None = option(
         None, "Checkpoint of the undamaged network that this one was made from."
     )
@@ -168,6 +187,15 @@ class StatisticsRecipe:
         require(ok, "--prior: only --statistics blend takes it. Leave it out.", "prior")
         ok = not self.robust or self.statistics in ("population", "blend")
         require(ok, "--robust: only --statistics population, blend take it.", "robust")
+        require(
+            all(0 < w < 1e6 for w in self.mix),
+            f"--mix: {', '.join(map(str, self.mix))}, expected numbers above 0.",
+            "mix",
+        )
+        ok = self.statistics in ("auto", "population", "blend") and not self.robust
+        ok = not self.mix or (ok and self.reference is None)
+        words = "only --statistics auto, population, blend take it, without --robust or --reference"
+        require(ok, f"--mix: {words}.", "mix")
         t = self.tolerance
         require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
 
@@ -196,6 +224,7 @@ class WeightRecipe:
     lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
     start: float = option(0.05, "Least weight from which learning starts.")
     batch_weight: str | float = option("keep", "auto, keep, or the weight of the batch, 0 to 1.")
+    batch_estimator: str | None = option(None, _ESTIMATOR)
     assume_iid: bool = option(False, "Let --batch-weight auto harm images sorted by class.")
 
     def __post_init__(self) -> None:
@@ -207,8 +236,15 @@ class WeightRecipe:
         b, room = self.batch_weight, 1.0 if isinstance(a, str) else 1 - a
         ok = b in ("auto", "keep") if isinstance(b, str) else 0 <= b <= room
         require(ok, f"--batch-weight: {b}, expected auto, keep or 0 to {room:g}.", "batch_weight")
+        _check_estimator(self.batch_estimator, weighs=b not in ("keep", 0))
         one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
         in_range(self, 0, 1, "thin")
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether a weight was asked for, which needs no labels."""
+        words = self.example_weight in ("auto", "keep") and isinstance(self.batch_weight, str)
+        return not words
 
 
 @dataclass(frozen=True)

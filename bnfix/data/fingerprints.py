@@ -68,6 +68,7 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
         fit, select, test = _cut_groups(images, first, fractions, seed)
         return Split(fit, select, test, duplicates=len(images) - n)
     labels = np.zeros(len(images), dtype=np.int64) if images.labels is None else images.labels
+    labels = of_each_source(images, labels, np.arange(len(images)))
     draws = _numbers([_draw(seed, digests[i]) for i in first])
     order = first[np.lexsort((first, draws, labels[first]))]
     classes, starts = np.unique(labels[order], return_index=True)
@@ -86,6 +87,14 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
     return Split(fit, select, test, duplicates=len(images) - n)
 
 
+def of_each_source(images: Images, classes: np.ndarray, index: Any) -> np.ndarray:
+    """Classes told apart by the source of the images, so that parts get a share of each source."""
+    if images.sources is None:
+        return classes
+    kinds = images.sources[index] * (classes.max() + 1) + classes
+    return np.asarray(kinds, dtype=np.int64)
+
+
 def _cut_groups(
     images: Images, index: np.ndarray, fractions: tuple[float, float, float], seed: int
 ) -> list[np.ndarray]:
@@ -102,6 +111,7 @@ def _cut_groups(
     classes = np.zeros(len(ids), dtype=np.int64)
     if images.labels is not None and images.labels.ndim == 1:
         classes = np.asarray([np.bincount(images.labels[group]).argmax() for group in members])
+    classes = of_each_source(images, classes, [group[0] for group in members])
     # As for single images, neither names nor places matter.
     draws = _numbers([_draw(seed, min(images.digests(group))) for group in members])
     order = np.lexsort((draws, classes))

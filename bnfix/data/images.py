@@ -71,6 +71,8 @@ class Images(ABC):
     targets: Any = None
     #: Whether targets move with the pixels: a mask (H, W), or boxes; `target` gives one.
     moves = False
+    #: Of several DATA taken together, the source of each image, int64 (n,).
+    sources: np.ndarray | None = None
     _hash_threads = 1
 
     def __init__(self, spec: str, channels: int) -> None:
@@ -220,6 +222,41 @@ class ArrayImages(Images):
 
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])
+
+
+class SeveralImages(Images):
+    """The images of several sources; ``sources`` tells which one each image is of."""
+
+    def __init__(self, parts: Sequence[Images]) -> None:
+        super().__init__(" + ".join(part.spec for part in parts), parts[0].channels)
+        kinds = {part.kind for part in parts}
+        self.parts, self.kind = list(parts), kinds.pop() if len(kinds) == 1 else "several"
+        self._hash_threads = max(part._hash_threads for part in parts)
+        sizes = [len(part) for part in parts]
+        self._starts = np.cumsum([0, *sizes])
+        self._source_of = self.sources = np.repeat(np.arange(len(parts)), sizes)
+        self.classes = tuple(sorted({c for part in parts for c in getattr(part, "classes", ())}))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _place(self, i: int) -> tuple[Images, int]:
+        source = int(self._source_of[i])
+        return self.parts[source], i - int(self._starts[source])
+
+    def name(self, i: int) -> str:
+        """Its name in its source, after that."""
+        part, k = self._place(i)
+        return f"{part.spec}: {part.name(k)}"
+
+    def read(self, i: int) -> np.ndarray:
+        """Read it from its source."""
+        part, k = self._place(i)
+        return part.read(k)
+
+    def _hash(self, i: int) -> bytes:
+        part, k = self._place(i)
+        return part._hash(k)
 
 
 #: Images, and the class of each by name or number; None where there are none.

@@ -19,7 +19,7 @@ import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, Note, some
 from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
-from bnfix.data.arrays import open_arrays
+from bnfix.data.arrays import TensorItems, open_arrays
 from bnfix.data.callables import is_callable, open_callable
 from bnfix.data.groups import group_
 from bnfix.data.images import (
@@ -27,6 +27,7 @@ from bnfix.data.images import (
     FileImages,
     Images,
     Opened,
+    SeveralImages,
     list_images,
     outside_and_missing,
     read_bytes,
@@ -85,6 +86,52 @@ def open_images(
         if mapping is not None:
             images.notes.append("the class map is not used: there are no labels to map")
     return images
+
+
+def open_several(specs: Sequence[str], **how: Any) -> Images:
+    """Open several DATA as one; labels are used where all of them have classes."""
+    parts = [open_images(spec, **how) for spec in specs]
+    odd = [p.spec for p in parts if isinstance(p, TensorItems) or (p.labelled and p.labels is None)]
+    if odd:
+        raise DataError(
+            f"DATA {some(odd)}: several --data are taken together only where they are images with "
+            "classes, or without labels. Give one --data."
+        )
+    whole = SeveralImages(parts)
+    is_used = all(part.labels is not None for part in parts)
+    # How each one alone would number its classes is of no interest.
+    notes = [part.classes_given[2] if is_used else part.notes for part in parts]
+    whole.notes = [f"{p.spec}: {note}" for p, own in zip(parts, notes, strict=True) for note in own]
+    if any(part.groups is not None for part in parts):
+        _group_(whole)
+    if not is_used:
+        bare = [part.spec for part in parts if part.labels is None]
+        if len(bare) < len(parts):
+            whole.notes.append(f"labels are not used, since {some(bare)} has none")
+        return whole
+    given = [part.classes_given[0] for part in parts]
+    names = {part.class_names for part in parts if isinstance(part.classes_given[0], np.ndarray)}
+    known = names - {None}
+    if len({type(classes) for classes in given}) > 1 or len(known) > 1:
+        raise DataError(
+            f"DATA {whole.spec}: their classes are named or numbered in different ways, so they "
+            "cannot be taken together. Give them the same names, or --labels none."
+        )
+    whole.class_names = known.pop() if known else None
+    classes = np.concatenate(given) if names else [name for part in given for name in part]
+    whole.classes_given = classes, parts[0].classes_given[1], tuple(whole.notes)
+    return for_outputs(whole, None)
+
+
+def _group_(whole: SeveralImages) -> None:
+    """Groups of all sources; an example without one is a group of its own."""
+    found, names = [], list[str]()
+    for part in whole.parts:
+        groups = np.arange(len(part)) if part.groups is None else part.groups
+        own = part.group_names or tuple(map(part.name, range(len(part))))
+        found.append(groups + len(names))
+        names += [f"{part.spec}: {name}" for name in own]
+    whole.groups, whole.group_names = np.concatenate(found), tuple(names)
 
 
 # --- kinds ---
@@ -256,7 +303,7 @@ _KINDS: Final = (
 # --- classes ---
 
 
-def for_outputs(images: Images, n_classes: int) -> Images:
+def for_outputs(images: Images, n_classes: int | None) -> Images:
     """The same images with classes numbered for a model of so many outputs; nothing is reread."""
     again = object.__new__(type(images))
     again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
@@ -291,7 +338,7 @@ def _set_labels(
             images.class_names = (*known[:n], *map(str, range(len(known), n)))
         return
     names = [str(name) for name in classes]
-    folders = images.classes if isinstance(images, FileImages) else ()
+    folders = getattr(images, "classes", ())  # of folders, some of which may be empty
     indices, how = map_classes(sorted({*names, *folders}), mapping, n, where)
     images.notes.append(how)
     images.labels = np.asarray([indices[name] for name in names], dtype=np.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,10 @@ from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 RECALIBRATE = (
     "bnfix calibrate CKPT --model SPEC --data DATA --statistics population --example-weight keep "
     "-o OUT"
+)
+BLEND = (
+    "without labels the middle way (where weights were changed: --statistics population): bnfix "
+    "calibrate CKPT --model SPEC --data DATA --statistics blend --example-weight keep -o OUT"
 )
 GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
 _INSPECT = "bnfix inspect CKPT --model SPEC --data DATA"
@@ -91,6 +95,17 @@ def gated(found: Finding) -> Finding:
     if not asked or found.severity == "error":
         return found
     return dataclasses.replace(found, advice=words + GATED)
+
+
+def blended(found: Sequence[Finding]) -> list[Finding]:
+    """Advise what lies between stored and new statistics, where no labels tell which are better."""
+    # Layers with other faults hold nothing that is worth keeping a part of.
+    faulty = {one.layer for one in found if one.severity != "note" and one.fault != "stale"} - {""}
+    asked = [f.advice == RECALIBRATE and f.fault in ("stale", "output-range") for f in found]
+    return [
+        dataclasses.replace(one, advice=BLEND) if is_asked and one.layer not in faulty else one
+        for one, is_asked in zip(found, asked, strict=True)
+    ]
 
 
 #: Advice holds at most one command, which runs from this word to its end.

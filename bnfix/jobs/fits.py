@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 
 from bnfix.checkpoints.average import Ingredients
 from bnfix.core import guards
+from bnfix.core.errors import DataError
 from bnfix.core.memory import BatchSize
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
@@ -30,12 +31,13 @@ from bnfix.report.records import n_live, statistics_of
 from bnfix.training.finetune import Finetuning, finetune_
 from bnfix.weights.choose import choose_example_weight_, weighable_layers
 from bnfix.weights.label_free import fit_moments_, fit_predictions_
-from bnfix.weights.mixtures import choose_mixture_
+from bnfix.weights.mixtures import choose_mixture_, learn_batch_weight_
 
 #: Name of the network before all steps.
 ORIGINAL = "as it was"
 #: What `--batch-weight auto` tries, on so many examples at most.
 BATCH_WEIGHTS, BATCH_WEIGHT_EXAMPLES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 2000
+_Weights = Mapping[str, Any]
 #: Least batch of the stream sorted by class that a batch weight must bear.
 FEWEST_SORTED = 8
 
@@ -180,24 +182,32 @@ class Fits:
         if target == "reference":
             originals = self._reference
         # What a layer gets of a mixture depends on those before it.
-        by_batch = originals is None and target != "blend" and not recipe.robust
+        by_batch = originals is None and target != "blend" and not (recipe.robust or recipe.mix)
         order = np.random.default_rng(self.seed).permutation(bench.split.fit)
         state = None if self.plan.command == "finetune" else self.plan.state
         if isinstance(recipe.samples, int):
             order = order[: recipe.samples]
+        parts = bench.by_source(order)
+        if not all(map(len, parts)):
+            raise DataError(
+                f"{bench.inputs.images.spec}: --mix: one of {len(parts)} sources has no image "
+                "among those for the statistics. Give it more, or more --samples."
+            )
         self._statistics_size.foresee(bench.footprint)
 
         def attempt(size: int) -> Calibration:
-            batches = bench.batches(order, f"statistics ({target})", size).evened()
-            self.passes.append(batches)
+            tracked = [bench.batches(part, f"statistics ({target})", size) for part in parts]
+            tracked = [batches.evened() for batches in tracked]
+            self.passes += tracked
             return recalibrate_(
                 self.model,
-                batches,
+                tracked if recipe.mix else tracked[0],
                 target=target,
                 train_batch_size=recipe.train_batch_size,
                 reference=originals,
                 prior=recipe.prior if target == "blend" else None,
                 robust=recipe.robust,
+                mix=recipe.mix,
                 feed=recipe.feed if by_batch else None,
                 samples="auto" if recipe.samples == "auto" else None,
                 tolerance=recipe.tolerance,
@@ -221,10 +231,17 @@ class Fits:
     def batch_weight(self, _: State, *, value: float) -> Fitted:
         """One stated batch weight on every layer that can have one."""
         self._set_weight(value, "batch")
-        return Fitted(f"batch weight {value:.3g}")
+        return Fitted(f"batch weight {value:.3g}{self._by_medians}")
+
+    @property
+    def _by_medians(self) -> str:
+        return " by medians" * (self.plan.weight.batch_estimator == "median")
 
     def chosen_batch_weight(self, now: State) -> Fitted:
-        """One batch weight, the best on fit, or less until a stream sorted by class bears it."""
+        """One batch weight, the best on fit, or less until a stream sorted by class bears it.
+
+        Then one a channel, learned from there, where that is allowed, and judged in the same way.
+        """
         bench = self.bench
         found, _ = self._weighable(beside_batch=True)
         room = 1 - max((float(x.example_weight.max()) for x in found.values()), default=1.0)
@@ -233,58 +250,87 @@ class Fits:
             return Fitted(None, decisions=())
         drawn = np.random.default_rng(self.seed).permutation(bench.split.fit)
         drawn = drawn[:BATCH_WEIGHT_EXAMPLES]
-        nlls = [self._with_batch_weight(found, b, drawn, "fit").nll for b in tried]
+        none: _Weights = dict.fromkeys(found, 0.0)
+        chosen, decisions = none, list[Decision]()
+        nlls = [self._with_batch_weight(dict.fromkeys(found, b), drawn, "fit").nll for b in tried]
         losses = [math.inf if nll is None else nll for nll in nlls]
-        decisions: list[Decision] = []
         for b in reversed(tried[: losses.index(min(losses)) + 1]):
-            name = f"batch weight {b:.3g}"
-            name = name if now.name == ORIGINAL else f"{now.name}, {name}"
-            old, new = (self._in_order("iid", found, w) for w in (0.0, b))
-            decision = judge("batch weight", (name, new), (now.name, old), self.plan.gate.z)
+            own = f"batch weight {b:.3g}{self._by_medians}"
+            name = own if now.name == ORIGINAL else f"{now.name}, {own}"
+            chosen = dict.fromkeys(found, b)
+            decision, is_sorted = self._judged_batch_weight((name, chosen), (now.name, none), none)
             decisions.append(decision)
-            if not decision.admitted:
+            if decision.admitted or not is_sorted:
                 break
-            if self.plan.weight.assume_iid:
-                return Fitted(name, decisions=tuple(decisions))
-            # A batch of few classes has their statistics, and loses what tells them from others.
-            old, new = (self._in_order("sorted", found, w) for w in (0.0, b))
-            if compare(old, new, seed=self.seed).verdict != "worse":
-                return Fitted(name, decisions=tuple(decisions))
-            reason = (
-                f"images sorted by class would suffer: top-1 {old.top1:.1%} becomes "
-                f"{new.top1:.1%}, NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid takes it "
-                "all the same)"
-            )
-            decisions[-1] = replace(decision, admitted=False, reason=reason)
-        return Fitted(None, decisions=tuple(decisions))
+        if not decisions[-1].admitted:
+            return Fitted(None, decisions=tuple(decisions))
+        set_example_weight_(self.model, batch_weight=chosen)
+        if self.plan.weight.granularity == "channel":
+            each = self._batch_weight_per_channel(found)
+            finer = name.replace(own, f"batch weight per channel{self._by_medians}")
+            decision, _ = self._judged_batch_weight((finer, each), (name, chosen), none)
+            decisions.append(decision)
+            name, chosen = (finer, each) if decision.admitted else (name, chosen)
+            set_example_weight_(self.model, batch_weight=chosen)
+        return Fitted(name, decisions=tuple(decisions))
 
-    def _in_order(self, order: str, layers: Iterable[str], weight: float) -> Metrics:
-        """Metrics on select in an order, with a batch weight."""
+    def _batch_weight_per_channel(self, layers: Mapping[str, GeneralizedBatchNorm]) -> _Weights:
+        bench, recipe = self.bench, self.plan.weight
+        learn, monitor = bench.learn_and_monitor()
+        # As images come: in the order of the files a batch could be of one class.
+        monitor = np.random.default_rng(self.seed).permutation(monitor)
+        size = bench.training_batch_size(recipe.batch_size)
+        return learn_batch_weight_(
+            self.model,
+            layers,
+            bench.batches(learn, "batch weight: fitting", size).shuffled(self.seed),
+            monitor=bench.batches(monitor, "batch weight: watching"),
+            recipe=recipe,
+            precision=self.precision,
+        )
+
+    def _judged_batch_weight(
+        self, candidate: tuple[str, _Weights], kept: tuple[str, _Weights], none: _Weights
+    ) -> tuple[Decision, bool]:
+        """The gate's decision, and whether only images sorted by class spoke against it."""
+        old, new = (self._in_order("iid", weights) for _, weights in (kept, candidate))
+        decision = judge("batch weight", (candidate[0], new), (kept[0], old), self.plan.gate.z)
+        if not decision.admitted or self.plan.weight.assume_iid:
+            return decision, False
+        # A batch of few classes has their statistics, and loses what tells them from others.
+        old, new = (self._in_order("sorted", weights) for weights in (none, candidate[1]))
+        if compare(old, new, seed=self.seed).verdict != "worse":
+            return decision, False
+        reason = (
+            f"images sorted by class would suffer: top-1 {old.top1:.1%} becomes {new.top1:.1%}, "
+            f"NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid takes it all the same)"
+        )
+        return replace(decision, admitted=False, reason=reason), True
+
+    def _in_order(self, order: str, weights: _Weights) -> Metrics:
+        """Metrics on select in an order, with batch weights."""
         index, size = self.bench.split.select, self.bench.evaluation.size
         labels = np.asarray(self.bench.inputs.images.labels)[index]
         if order == "sorted":
             # Few images of each class are at hand, and a long stream fills batches with one.
             size = min(size, max(FEWEST_SORTED, len(index) // len(np.unique(labels))))
         index = index[in_stream(order, labels, size, self.seed)]
-        return self._with_batch_weight(layers, weight, index, f"select, {order}", size)
+        return self._with_batch_weight(weights, index, f"select, {order}", size)
 
     def _with_batch_weight(
-        self,
-        layers: Iterable[str],
-        weight: float,
-        index: np.ndarray,
-        what: str,
-        size: int | None = None,
+        self, weights: _Weights, index: np.ndarray, what: str, size: int | None = None
     ) -> Metrics:
-        set_example_weight_(self.model, batch_weight=dict.fromkeys(layers, weight))
-        batches_of = partial(self.bench.batches, index, f"{what}: batch weight {weight:.3g}", size)
+        how = self.plan.weight.batch_estimator
+        set_example_weight_(self.model, batch_weight=weights, batch_estimator=how)
+        batches_of = partial(self.bench.batches, index, f"{what}: batch weight", size)
         return measured(self._outputs(self.model, batches_of), self.seed)
 
     def _set_weight(self, weight: float, source: str = "example") -> None:
         layers, excluded = self._weighable(beside_batch=True)
         wanted = dict.fromkeys(layers, weight)
         if layers and source == "batch":
-            set_example_weight_(self.model, batch_weight=wanted)
+            how = self.plan.weight.batch_estimator
+            set_example_weight_(self.model, batch_weight=wanted, batch_estimator=how)
         elif layers:
             set_example_weight_(self.model, wanted)
         if excluded and weight:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.images import Images
-from bnfix.data.open import for_outputs, open_images
+from bnfix.data.open import for_outputs, open_images, open_several
 from bnfix.models.build import input_channels
 from bnfix.models.published import default_preprocessing, preset_preprocessing
 from bnfix.norm.sites import sites_with_statistics
@@ -176,7 +176,7 @@ class Inputs:
 
 def open_inputs(
     loaded: Loaded,
-    data: str,
+    data: str | Sequence[str],
     source: DataRecipe,
     *,
     opened: dict[int, Images] | None = None,
@@ -251,7 +251,7 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
 
 
 def open_checked(
-    data: str,
+    data: str | Sequence[str],
     model: nn.Module,
     source: DataRecipe,
     preprocessing: Preprocessing,
@@ -283,12 +283,13 @@ def open_checked(
     return images, input_size
 
 
-def open_stated(data: str, source: DataRecipe, channels: int) -> Images:
+def open_stated(data: str | Sequence[str], source: DataRecipe, channels: int) -> Images:
     """Open DATA as stated; options for images are refused where the data hold none."""
-    class_map = None if source.class_map is None else Path(source.class_map)
-    images = open_images(
-        data, class_map=class_map, labels=source.labels, channels=channels, groups=source.groups
-    )
+    how: dict[str, Any] = {
+        "class_map": None if source.class_map is None else Path(source.class_map),
+        "labels": source.labels, "channels": channels, "groups": source.groups,
+    }  # fmt: skip
+    images = open_images(data, **how) if isinstance(data, str) else open_several(data, **how)
     if not isinstance(images, TensorItems):
         return images
     names = ("preset", "resize", "crop", "interpolation", "mean", "std", "scale", "bgr", "corrupt")

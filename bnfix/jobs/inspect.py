@@ -17,7 +17,7 @@ from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
-from bnfix.diagnosis.advice import Call, Entry, Finding, gated, mapping, read_history
+from bnfix.diagnosis.advice import Call, Entry, Finding, blended, gated, mapping, read_history
 from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
 from bnfix.diagnosis.faults import (
     Behaviour,
@@ -157,6 +157,8 @@ def inspect_checkpoint(
         findings += seen.findings
     if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
         findings = [gated(finding) for finding in findings]
+    elif not seen.labelled:
+        findings = blended(findings)
     stated = mapping(header.get("model"))
     call = Call(
         path=Path(path),

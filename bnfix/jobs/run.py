@@ -6,7 +6,7 @@ No example is in two splits: what is fitted on *fit* is judged on *select*; the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 def fix(
     checkpoint: str | Path,
     *,
-    data: str,
+    data: str | Sequence[str],
     model: str | None = None,
     plan: Plan | None = None,
     track: Track = silent,
@@ -59,11 +59,12 @@ def fix(
     Candidates: new population statistics, alone and mixed with the old; brief fine-tuning of norms
     and head; example weights; both together. Each is fitted on the fit split and judged on the
     select split, the cheaper at inference first, so that it wins ties; the verdict comes from the
-    test split. Where nothing is better the output is the input.
+    test split. Where nothing is better the output is the input. With neither labels nor reference,
+    and nothing stated, stored and new statistics are mixed by a rule, unproven.
 
     Args:
         checkpoint: the file.
-        data: DATA; labelled, unless everything is stated in the plan.
+        data: DATA, or several of them taken together; labelled, unless all is stated in the plan.
         model: spec of the model, if the file does not carry one.
         plan: all settings; `bnfix.settings` has its recipes.
         track: how progress is shown.
@@ -77,7 +78,7 @@ def fix(
 def calibrate(
     checkpoint: str | Path,
     *,
-    data: str,
+    data: str | Sequence[str],
     model: str | None = None,
     plan: Plan | None = None,
     track: Track = silent,
@@ -86,7 +87,7 @@ def calibrate(
 
     Args:
         checkpoint: the file.
-        data: DATA; labelled, unless everything is stated in the plan.
+        data: DATA, or several of them taken together; labelled, unless all is stated in the plan.
         model: spec of the model, if the file does not carry one.
         plan: all settings; `bnfix.settings` has its recipes.
         track: how progress is shown.
@@ -190,7 +191,7 @@ class Run:
 
     def _judged(self, step: Step, fitted: Fitted) -> tuple[str | None, Metrics | None]:
         """The network's new name, or none if it is to be put back; its metrics, if measured."""
-        if fitted.decisions is not None or fitted.name is None:
+        if fitted.decisions is not None or fitted.name is None or step.gate == "none":
             self.decisions += fitted.decisions or ()
             return fitted.name, None
         if not step.gate:
@@ -343,8 +344,10 @@ class Run:
             return {}
 
         def attempt(_: int) -> dict[str, tuple[float, float]]:
-            batches = bench.batches(bench.split.fit, "residual of the statistics")
-            return residuals(self.model, batches)
+            parts = bench.by_source(bench.split.fit)
+            tracked = [bench.batches(part, "residual of the statistics") for part in parts]
+            mix = self.plan.statistics.mix
+            return residuals(self.model, tracked if mix else tracked[0], mix=mix)
 
         with suppress(NumericError):
             return bench.evaluation.run(attempt)

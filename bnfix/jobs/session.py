@@ -37,6 +37,7 @@ from bnfix.jobs.inputs import (
 )
 from bnfix.models.build import import_forward
 from bnfix.models.published import default_preprocessing
+from bnfix.recalibrate.blend import MEASURED_SPREAD
 
 #: What `fix` tries where there are labels.
 TRIED = settings.FinetuneRecipe(train="norms+head", example_weight="learn")
@@ -89,6 +90,33 @@ class Plan:
             )
 
 
+_ACTING = (
+    "--reference CKPT (the undamaged network, by which candidates are judged), --statistics "
+    "population, --statistics train-batch --train-batch-size B, --example-weight match, "
+    "fit-moments, fit-predictions or a number."
+)
+_KEPT = (
+    "without labels nothing can be proven, so `auto` keeps what is there. These act: --statistics "
+    f"blend (recommended: between stored and measured; {MEASURED_SPREAD}), {_ACTING}"
+)
+_BLENDED = (
+    "without labels nothing can be proven. By default the statistics are mixed with those of the "
+    f"data (blend), which may be worse here: {MEASURED_SPREAD}. --statistics keep leaves them as "
+    f"they are. These act, too: {_ACTING}"
+)
+
+
+def blends_by_default(plan: Plan) -> bool:
+    """Whether `fix` mixes statistics where nothing can be judged: unless anything was stated."""
+    is_auto = plan.statistics.statistics == "auto" and not plan.weight.is_stated
+    return plan.command == "fix" and is_auto
+
+
+def describe_unjudged(plan: Plan) -> str:
+    """What `auto` does where nothing can be judged, and which options act, in sentences."""
+    return _BLENDED if blends_by_default(plan) else _KEPT
+
+
 @dataclass
 class Workbench:
     """A plan's checkpoint and data, opened."""
@@ -128,6 +156,21 @@ class Workbench:
         if self.test is self.inputs:
             parts.append(self.split.test)
         return np.random.default_rng(self.plan.gate.seed).permutation(np.concatenate(parts))
+
+    def fit_on_all_(self) -> None:
+        """Fit on what would choose and test, since nothing is judged; other data's test stays."""
+        split, none = self.split, self.split.test[:0]
+        # Positions of the test are those of other data where `--test` names some.
+        own, test = (split.test, none) if self.plan.source.test is None else (none, split.test)
+        fit = np.sort(np.concatenate([split.fit, split.select, own]))
+        self.split = dataclasses.replace(split, fit=fit, select=none, test=test)
+
+    def by_source(self, index: np.ndarray) -> list[np.ndarray]:
+        """Positions of each source's images, where `--mix` weighs them; else all of them."""
+        sources = self.inputs.images.sources
+        if not self.plan.statistics.mix or sources is None:
+            return [index]
+        return [index[sources[index] == k] for k in range(len(self.plan.statistics.mix))]
 
     def batches(self, index: np.ndarray, stage: str, size: int | None = None) -> Tracked:
         """Re-iterable batches of chosen images in this order, for a stage that progress names."""
@@ -180,7 +223,7 @@ class Workbench:
 
 def open_workbench(
     checkpoint: str | Path,
-    data: str,
+    data: str | Sequence[str],
     plan: Plan,
     fractions: tuple[float, float, float],
     track: Track = silent,
@@ -188,6 +231,7 @@ def open_workbench(
 ) -> Workbench:
     """Open a plan's checkpoint and data, and cut the data into fit, select and test."""
     source, run, seed = plan.source, plan.run, plan.gate.seed
+    _check_mix(plan.statistics.mix, 1 if isinstance(data, str) else len(data))
     lenders = () if plan.average is None else plan.average.files
     loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
@@ -200,8 +244,8 @@ def open_workbench(
     for name, wanted in zip(("fit", "select"), fractions, strict=False):
         if wanted and split.sizes()[name] < 2:
             raise DataError(
-                f"{data}: {len(images)} images leave {split.sizes()[name]} for the {name} split, "
-                "expected at least 2. Give more data."
+                f"{images.spec}: {len(images)} images leave {split.sizes()[name]} for the {name} "
+                "split, expected at least 2. Give more data."
             )
     if source.test is not None:
         of_test = dataclasses.replace(source, groups=groups_of_test(source.groups))
@@ -219,7 +263,7 @@ def open_workbench(
             f"{split.duplicates} images are exact copies of others; they were left out, so that "
             "no image is in two splits."
         )
-    notes += [f"{data}: {note}." for note in images.notes]
+    notes += [f"{images.spec}: {note}." for note in images.notes]
     for one in (images,) if test is inputs else (images, test.images):
         notes += describe_groups(one)
     few = inputs.first_batch(seed)
@@ -246,6 +290,15 @@ def open_workbench(
         footprint=held,
         reference=reference,
     )
+
+
+def _check_mix(mix: Sequence[float], n_sources: int) -> None:
+    if mix and (len(mix) != n_sources or n_sources < 2):
+        raise ConfigError(
+            f"--mix: {len(mix)} numbers for {n_sources} --data. Give at least two --data, and one "
+            "number for each.",
+            name="mix",
+        )
 
 
 def _open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:

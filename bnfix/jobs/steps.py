@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from bnfix.core.errors import DataError
 from bnfix.core.settings import (
@@ -28,7 +26,13 @@ from bnfix.core.settings import (
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
 from bnfix.jobs.fits import BATCH_WEIGHT_EXAMPLES, BATCH_WEIGHTS, Fits, Fitted, State
 from bnfix.jobs.inputs import Track
-from bnfix.jobs.session import Plan, Workbench, open_workbench
+from bnfix.jobs.session import (
+    Plan,
+    Workbench,
+    blends_by_default,
+    describe_unjudged,
+    open_workbench,
+)
 from bnfix.metrics.robustness import MOST_IMAGES
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
@@ -59,8 +63,9 @@ class Work:
 class Step:
     """One step: a fit, and who judges it.
 
-    ``gate`` is ``select`` (the select split), ``monitor`` (the fit's own early stopping), or empty
-    for what was stated, which stays whatever it costs. A step starts from the state ``kept`` so
+    ``gate`` is ``select`` (the select split), ``monitor`` (the fit's own early stopping), ``none``
+    for what is done by default where nothing can be judged, or empty for what was stated, which
+    stays whatever it costs. A step starts from the state ``kept`` so
     far, from the ``base``, which is the one after the statistics, from the ``input``, or from a
     state that an earlier step ``leaves`` under a name, kept or not.
     """
@@ -123,10 +128,17 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     if batch == "auto":
         # The last one, since it makes predictions depend on each other.
         used = min(n.fit, BATCH_WEIGHT_EXAMPLES)
-        passes = (
+        passes: tuple[Work, ...] = (
             Work("batch weight: fit", used, len(BATCH_WEIGHTS), "live"),
             Work("select: batch weight", n.select, 4, "live"),
         )
+        if plan.weight.granularity == "channel":
+            epochs = plan.weight.epochs
+            passes += (
+                Work("batch weight: per channel", n.learn, epochs, "training"),
+                Work("batch weight: watching", n.monitor, epochs, "live"),
+                Work("select: batch weight per channel", n.select, 4, "live"),
+            )
         steps.append(Step("batch weight, on fit", BATCH, Fits.chosen_batch_weight, passes))
     return steps
 
@@ -169,11 +181,13 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
 
 
 def open_plan(
-    plan: Plan, checkpoint: str | Path, data: str, model: str | None, track: Track
+    plan: Plan, checkpoint: str | Path, data: str | Sequence[str], model: str | None, track: Track
 ) -> Workbench:
     """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
     if model is not None:
         plan = replace(plan, model=replace(plan.model, model=model))
+    # One of them is as a text; and messages name them all.
+    data = data[0] if not isinstance(data, str) and len(data) == 1 else data
     plan, checkpoint, chosen = narrowed(plan, checkpoint)
     bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
     bench.assumptions += chosen
@@ -181,8 +195,7 @@ def open_plan(
         # Its statistics belong to other weights.
         measured = replace(plan.statistics, statistics="population")
         plan = bench.plan = replace(plan, statistics=measured)
-    notes, split, none = bench.assumptions, bench.split, bench.split.test[:0]
-    tune = plan.finetune
+    notes, tune = bench.assumptions, plan.finetune
     if tune is not None and not bench.judged:
         if plan.command != "fix":
             raise DataError(
@@ -191,23 +204,12 @@ def open_plan(
             )
         notes.append("fine-tuning was not tried: the data has no labels.")
     if plan.average is not None and not bench.labelled:
-        notes += check_unlabelled(plan.average, data)
+        notes += check_unlabelled(plan.average, bench.inputs.images.spec)
         if plan.source.test is None:
-            fit = _joined(split.fit, split.select, split.test)
-            bench.split = replace(split, fit=fit, select=none, test=none)
+            bench.fit_on_all_()
     elif is_gated(resolve(plan)) and plan.command != "finetune" and not bench.judged:
-        notes.append(
-            "without labels nothing can be proven, so `auto` keeps what is there. These act: "
-            "--statistics blend (between stored and measured; the least risk where no original is "
-            "there), --reference CKPT (the undamaged network, by which candidates are judged), "
-            "--statistics population, --statistics train-batch --train-batch-size B, "
-            "--example-weight match, fit-moments, fit-predictions or a number."
-        )
-        if split.select.size:
-            # Positions of the test are those of other data where `--test` names some.
-            own, test = (split.test, none) if plan.source.test is None else (none, split.test)
-            fit = _joined(split.fit, split.select, own)
-            bench.split = replace(split, fit=fit, select=none, test=test)
+        notes.append(describe_unjudged(plan))
+        bench.fit_on_all_()
     if bench.reference is not None and plan.command == "finetune" and bench.labelled:
         notes.append("the labels were learned, not the reference (--labels none to learn from it).")
     if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:
@@ -219,10 +221,6 @@ def open_plan(
         )
     _swap_(bench, plan.swap)
     return bench
-
-
-def _joined(*parts: np.ndarray) -> np.ndarray:
-    return np.sort(np.concatenate(parts))
 
 
 def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
@@ -306,11 +304,15 @@ def _statistics(plan: Plan, n: _Sizes, *, judged: bool, labelled: bool) -> list[
     kind, b = recipe.statistics, recipe.train_batch_size
     if weight in LABEL_FREE and kind == "auto":
         kind = "train-batch"
-    if kind == "keep" or (kind == "auto" and not judged):
+    if kind == "auto" and not judged:
+        return [_statistics_step(recipe, n, "blend", gate="none")] * blends_by_default(plan)
+    if kind == "keep":
         return []
     if kind != "auto":
         return [_statistics_step(recipe, n, kind, gate="")]
     steps = [_statistics_step(recipe, n, "population")]
+    if not labelled:
+        steps.append(_statistics_step(recipe, n, "blend"))
     if recipe.reference is not None:
         steps.append(_statistics_step(recipe, n, "reference"))
     if b is not None:
@@ -352,7 +354,7 @@ def _statistics_step(
     with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"
     used = min(n.fit, recipe.samples) if isinstance(recipe.samples, int) else n.fit
     work = [Work(STATISTICS, used, passes, "live")]
-    if gate:
+    if gate == "select":
         work.append(Work(f"select: {STATISTICS}", n.select, 1))
     return Step(
         name=f"population statistics ({target}, {feed} feed){with_weight}: {over}",
@@ -378,11 +380,7 @@ def _distilling(plan: Plan, n: _Sizes) -> list[Step]:
         recipe = replace(recipe, augment="light")
     starts = ["input", "reference"]
     # What was stated for statistics or weights is part of whatever follows.
-    weight = plan.weight
-    stated = weight.example_weight not in ("auto", "keep") or not isinstance(
-        weight.batch_weight, str
-    )
-    if plan.statistics.statistics != "auto" or stated:
+    if plan.statistics.statistics != "auto" or plan.weight.is_stated:
         starts = ["base"]
     return [_tuning_step(recipe, n, distils=True, start=start) for start in starts]
 

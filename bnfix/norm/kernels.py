@@ -28,7 +28,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from bnfix.core.torch_private import is_forward_differentiated, is_transformed
 from bnfix.norm import moments
 from bnfix.norm.moments import example_moments, over_channel_groups
+from bnfix.norm.terms import Terms
 
 _log = logging.getLogger("bnfix")
 
@@ -91,73 +92,6 @@ class Finish(NamedTuple):
 NOTHING = Finish()
 
 
-class Terms(NamedTuple):
-    """The tensors and settings that the layer mixes the example's moments with, and applies."""
-
-    mean: Tensor | None  # the population's, (C,), pooled over channel groups; None with none kept
-    var: Tensor | None  # biased
-    example_weight: Tensor  # a, () or (C,)
-    gamma: Tensor | None
-    beta: Tensor | None
-    eps: float
-    channel_groups: int
-    shiftable: bool = False  # no weight is above `SHIFTABLE`
-    batch_weight: Tensor | None = None  # b, () or (C,); needs a population
-    median: bool = False  # the batch's moments are medians over its examples
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
-        return self.mean, self.var, self.example_weight, self.gamma, self.beta, self.batch_weight
-
-    def cast(self, dtype: torch.dtype) -> Terms:
-        """Convert every tensor."""
-        if all(t is None or t.dtype == dtype for t in self.tensors()):
-            return self
-        return self._with([None if t is None else t.to(dtype) for t in self.tensors()])
-
-    def channels(self, index: Tensor, of: int) -> Terms:
-        """Select channels, whole groups of them."""
-        kept = self._with([t if t is None or t.ndim == 0 else t[index] for t in self.tensors()])
-        return kept._replace(channel_groups=self.channel_groups * len(index) // of)
-
-    def weight(self) -> Tensor:
-        """How much of the moments is measured: the example's and the batch's weight."""
-        a, b = self.example_weight, self.batch_weight
-        return a if b is None else a + b
-
-    def alone(self) -> Terms:
-        """The same for a single example, which is its batch."""
-        return self._with([self.mean, self.var, self.weight(), self.gamma, self.beta, None])
-
-    def among(self, mean: Tensor, var: Tensor) -> Terms:
-        """Mix the batch into the population, by the moments ``(N, C)`` of the batch's examples."""
-        if self.batch_weight is None or self.mean is None or self.var is None:
-            return self
-        mean, var = moments.median_mix(mean, var) if self.median else moments.mix(mean, var)
-        # The least divisor lets the weight be 0 where the example's is 1.
-        share = (self.batch_weight / (1 - self.example_weight).clamp_min(1e-6)).clamp_max(1.0)
-        gap = mean - self.mean
-        mixed = torch.lerp(self.mean, mean, share)  # exact at both ends
-        spread = torch.lerp(self.var, var, share) + share * (1 - share) * gap * gap
-        return self._with([mixed, spread, self.example_weight, self.gamma, self.beta, None])
-
-    def _with(self, tensors: list[Any]) -> Terms:
-        mean, var, weight, gamma, beta, batch = tensors
-        # Not by _replace, which torch 2.8 does not compile.
-        return Terms(
-            mean=mean,
-            var=var,
-            example_weight=weight,
-            gamma=gamma,
-            beta=beta,
-            eps=self.eps,
-            channel_groups=self.channel_groups,
-            shiftable=self.shiftable,
-            batch_weight=batch,
-            median=self.median,
-        )
-
-
 def values_of(input: Tensor) -> Tensor:
     """An input as ``(N, C, L)`` for its statistics, halves as float32."""
     values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
@@ -202,22 +136,53 @@ def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[
 
 
 def _mixed_with_room(
-    mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float
+    mean: Tensor,
+    var: Tensor,
+    terms: Terms,
+    a: Tensor | float,
+    measured: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_mixed`, with eps in the variance; and by how much a channel keeps its digits."""
     single = terms.channel_groups == mean.shape[1]
     if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
         mu, mixed = _mixed(mean, var, terms, a)
         mixed = mixed + terms.eps
-        weight = a if terms.batch_weight is None else a + terms.batch_weight
+        weight = terms.weight() if measured is None else measured
         least = weight.clamp_min(_LEAST) if isinstance(weight, Tensor) else max(weight, _LEAST)
         return mu, mixed, torch.sub(mixed, mean * mean * (least / moments.LOST))
     # The usual case in few operations: for small layers each costs as much as the arithmetic.
     distance = mean - terms.mean
     rest = (terms.var * (1 - a)).add_(terms.eps)
     mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
-    room = torch.addcmul(mixed, mean, mean, value=-max(a, _LEAST) / moments.LOST)
+    least = max(float(a if measured is None else measured), _LEAST)
+    room = torch.addcmul(mixed, mean, mean, value=-least / moments.LOST)
     return torch.add(terms.mean, distance, alpha=a), mixed, room
+
+
+def _batch_with_room(mean: Tensor, var: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_mixed_with_room`; moments ``(1, C)`` where no example weighs more than the others."""
+    a, b, n = terms.example_weight, terms.batch_weight, len(mean)
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    if terms.median:
+        centre, spread = moments.median_mix_of_few(mean, var)
+    else:
+        centre = mean.sum(0).mul_(1 / n)
+        gap = mean - centre
+        spread = torch.addcmul(var, gap, gap).sum(0).mul_(1 / n)
+    if b is None or a.ndim or b.ndim or terms.mean is None or terms.var is None:
+        return _mixed_with_room(mean, var, terms.beside(centre, spread), a, terms.weight())
+    # As there, the usual case in few operations.
+    own, weight = a.item(), terms.weight().item()
+    share = min(1.0, b.item() / max(1 - own, 1e-6))
+    gap = centre - terms.mean
+    spread = torch.lerp(terms.var, spread, share).addcmul_(gap, gap, value=share * (1 - share))
+    centre = torch.lerp(terms.mean, centre, share)
+    if own:
+        terms = terms._replace(mean=centre, var=spread, channel_groups=len(centre))
+        return _mixed_with_room(mean, var, terms, own, weight)
+    mixed = spread.add_(terms.eps).unsqueeze(0)
+    room = torch.addcmul(mixed, mean, mean, value=-max(weight, _LEAST) / moments.LOST)
+    return centre.unsqueeze(0), mixed, room
 
 
 def plain(input: Tensor, terms: Terms) -> Tensor:
@@ -433,13 +398,16 @@ def _in_batch(
     measure = moments.row_moments if by_rows else moments.column_moments
     wide = terms.example_weight.dtype
     found = [measure(_flat(input[part], by_rows).to(wide)) for part in parts]
-    mean, var = (torch.cat(kind) for kind in zip(*found, strict=True))
-    mu, var, room = _mixed_with_room(mean, var, terms, terms.example_weight)
+    mean, var = found[0]
+    if len(parts) > 1:
+        mean, var = (torch.cat(kind) for kind in zip(*found, strict=True))
+    mu, var, room = _batch_with_room(mean, var, terms)
     redone = None if room.min().item() > 0 else _redone(input, ~(room > 0).all(0), terms)
     scale = moments.scale_rows if by_rows else moments.scale_columns
     for part in parts:
         values, into = (_flat(t[part], by_rows) for t in (input, output))
-        scale(values.to(wide), mu[part], var[part], terms.gamma, terms.beta, into)
+        own = (mu, var) if len(mu) == 1 else (mu[part], var[part])
+        scale(values.to(wide), *own, terms.gamma, terms.beta, into)
         if redone is not None:
             output[part].index_copy_(1, redone[0], redone[1][part])
         finish.of(part).apply(output[part])

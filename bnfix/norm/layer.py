@@ -45,6 +45,7 @@ from bnfix.norm.moments import (
     over_channel_groups,
     over_runs,
 )
+from bnfix.norm.terms import Terms
 
 
 class GeneralizedBatchNorm(BatchNormBase):
@@ -239,9 +240,9 @@ class GeneralizedBatchNorm(BatchNormBase):
         mean, var = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         return over_channel_groups(mean, var, self.channel_groups)
 
-    def _terms(self) -> kernels.Terms:
+    def _terms(self) -> Terms:
         mean, var = (None, None) if self.running_mean is None else self._population()
-        return kernels.Terms(
+        return Terms(
             mean,
             var,
             self.example_weight,
@@ -457,21 +458,21 @@ def set_example_weight_(
 
 @contextmanager
 def trainable_weights(
-    layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float
+    layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float, of: str = "example"
 ) -> Iterator[dict[str, Tensor]]:
-    """Let the example weights of some layers take gradients; all is put back on leaving."""
-    before = [(layer, layer.example_weight) for layer in layers.values()]
+    """Let a weight of some layers take gradients, by default the example's; all is put back."""
+    source = f"{of}_weight"
+    before = [(layer, layer._buffers[source]) for layer in layers.values()]
     leaves: dict[str, Tensor] = {}
     try:
-        for name, layer in layers.items():
-            weight = layer.example_weight.detach()
-            per_channel = weight.expand(layer.num_features).clone()
-            value = per_channel if granularity == "channel" else weight.mean()
-            leaves[name] = value.clamp_min(start).requires_grad_()
-            layer._buffers["example_weight"], layer._live = leaves[name], True
+        for (name, layer), (_, own) in zip(layers.items(), before, strict=True):
+            weight = layer.example_weight.new_zeros(()) if own is None else own.detach()
+            value = weight.expand(layer.num_features) if granularity == "channel" else weight.mean()
+            layer._buffers[source] = leaves[name] = value.clamp_min(start).requires_grad_()
+            layer._live, layer._uses_batch = True, layer.batch_weight is not None
             layer._shiftable = False  # a leaf may come near 1
         yield leaves
     finally:
-        for layer, weight in before:
-            layer._buffers["example_weight"] = weight
+        for layer, own in before:
+            layer._buffers[source] = own
             layer._refresh_flags()

@@ -21,6 +21,7 @@ from bnfix.norm.moments import (
     over_runs,
     shares,
 )
+from bnfix.norm.terms import Terms
 
 Weight = float | Sequence[float] | Tensor
 
@@ -71,7 +72,7 @@ def _error(name: str, value: Tensor, channels: int, tracks: bool) -> BnfixError 
 
 
 def evaluate_masked(
-    input: Tensor, terms: kernels.Terms, valid: Tensor, finish: kernels.Finish = kernels.NOTHING
+    input: Tensor, terms: Terms, valid: Tensor, finish: kernels.Finish = kernels.NOTHING
 ) -> Tensor:
     """`kernels.evaluate`, with the moments of positions that are true in ``valid`` ``(N, L)``."""
     values = kernels.values_of(input)
@@ -108,7 +109,7 @@ def train_masked(layer: Any, input: Tensor, valid: Tensor) -> Tensor:
     return _scaled(input, mean, var, layer._terms())
 
 
-def _scaled(input: Tensor, mean: Tensor, var: Tensor, terms: kernels.Terms) -> Tensor:
+def _scaled(input: Tensor, mean: Tensor, var: Tensor, terms: Terms) -> Tensor:
     """All positions, normalized by moments ``(N, C)``."""
     values = kernels.values_of(input)
     centred, none = values - mean.unsqueeze(-1), torch.zeros_like(mean)

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -91,6 +92,23 @@ def median_mix(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
     """
     centre = _median(mean)
     return centre, _median(var) + (1.4826 * _median((mean - centre).abs())).square()
+
+
+def median_mix_of_few(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    """`median_mix` on the CPU, without gradients: numpy is many times faster at short rows."""
+    n, channels = mean.shape
+    if n < 3:  # their mean, and one distance from it
+        middle = mean.mean(0)
+        distance = mean[0] - middle
+        return middle, torch.addcmul(var.mean(0), distance, distance, value=1.4826**2)
+    low, high = (n - 1) // 2, n // 2
+    with np.errstate(all="ignore"):  # as torch says nothing of what is not finite
+        rows = np.sort(np.concatenate((mean.numpy(), var.numpy()), 1).T.copy(), axis=1)
+        centre = (rows[:, low] + rows[:, high]) / 2
+        away = np.sort(np.abs(rows[:channels] - centre[:channels, None]), axis=1)
+        spread = (away[:, low] + away[:, high]) * (1.4826 / 2)
+        centre[channels:] += spread * spread
+    return torch.from_numpy(centre[:channels]), torch.from_numpy(centre[channels:])
 
 
 def _median(values: Tensor) -> Tensor:
@@ -260,9 +278,9 @@ def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
 def scale_rows(
     values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
 ) -> None:
-    """Scale and shift rows, without gradients, into another tensor."""
-    n, channels, _ = values.shape
-    one = (1, n * channels, -1)
+    """Scale and shift rows, without gradients, into another tensor; ``mu`` of each, or of all."""
+    n, channels = mu.shape
+    one = (1, n * channels, -1) if n > 1 else values.shape
     terms = (_each(gamma, n), _each(beta, n), mu.view(-1), var.view(-1), False, 0.0, 0.0)
     if into.dtype == values.dtype:
         unused = values.new_empty(0), values.new_empty(0)

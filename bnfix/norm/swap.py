@@ -39,6 +39,7 @@ class Change:
     ghost_size: int | None
     example_weight: float | None  # None keeps the weight of a generalized layer
     batch_weight: float | None = 0.0  # the same
+    batch_estimator: str | None = None  # the same
     # Largest |output after - output before| in evaluation on normal inputs of the layer's own
     # moments, in float64 from the tensors as stored, relative to the largest output where that is
     # above 1; None until done, where a live layer means another output, or not measurable.
@@ -101,6 +102,7 @@ def swap_norms_(
     to: str = "example-aware",
     example_weight: float | None = None,
     batch_weight: float | None = None,
+    batch_estimator: str | None = None,
     ghost_size: int | None = None,
     channel_groups: int | None = None,
     layers: Sequence[str] = (),
@@ -119,6 +121,7 @@ def swap_norms_(
         example_weight: overrides the kind's, 0 to 1.
         batch_weight: weight of the batch in the statistics, 0 by default; with it an example's
             output depends on those beside it.
+        batch_estimator: ``mean`` or ``median``, how the batch's moments are made.
         ghost_size: overrides the kind's, in examples.
         channel_groups: overrides the kind's, a count of groups.
         layers: only names that match one of these globs.
@@ -143,6 +146,7 @@ def swap_norms_(
         to=to,
         example_weight=example_weight,
         batch_weight=batch_weight,
+        batch_estimator=batch_estimator,
         ghost_size=ghost_size,
         channel_groups=channel_groups,
         layers=tuple(layers),
@@ -266,6 +270,7 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         ghost_size=ghost,
         example_weight=weight,
         batch_weight=recipe.batch_weight or 0.0,
+        batch_estimator=recipe.batch_estimator,
     )
     return change, problems
 
@@ -297,7 +302,8 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
     if isinstance(old, GeneralizedBatchNorm):
         before = (old.example_weight, old.batch_weight)
         weights = [b if w is None else w for w, b in zip(weights, before, strict=True)]
-    layer._assign(*weights)
+    example, batch = weights
+    layer._assign(example, batch, change.batch_estimator)
     was_grouped = isinstance(old, GeneralizedBatchNorm) and old.channel_groups < change.channels
     if was_grouped or change.channel_groups < change.channels:
         _refit(layer, old)

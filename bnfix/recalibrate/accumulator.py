@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -65,6 +66,10 @@ class Accumulator:
         if self._each is not None:
             self._each.append((mean, var))
         self._n_waiting += mean.shape[0]
+
+    def part(self, batch: int) -> Accumulator:
+        """The sums that a batch is added to."""
+        return self
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -193,8 +198,10 @@ class Accumulator:
         mean, var = (torch.cat(parts) for parts in zip(*self._each or (), strict=True))
         return mean, var
 
-    def errors(self) -> tuple[Tensor, Tensor]:
+    def errors(self, about: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n).
+
+        The variance is that about the mean, or about the point given.
 
         Of robust sums: those of medians of normal values, with deviations by medians too.
         """
@@ -207,7 +214,7 @@ class Accumulator:
                 part * median_mix(mean, none)[1].sqrt(),
                 part * median_mix(squares, none)[1].sqrt(),
             )
-        m = self.values.mean - self._shift
+        m = (self.values.mean if about is None else about) - self._shift
         var_d, var_r, var_sum = self._examples.var
         n = float(self.n_examples)
         if n < 2:
@@ -232,8 +239,15 @@ def _mixed_up() -> DataError:
 class Sums:
     """The sums of all layers, and how often and in which order batches have called them."""
 
-    def __init__(self, devices: Mapping[str, torch.device], *, robust: bool = False) -> None:
-        self._devices, self.robust = devices, robust
+    def __init__(
+        self, devices: Mapping[str, torch.device], *, robust: bool = False, sources: Any = None
+    ) -> None:
+        self._devices = devices
+        #: Make a layer's sums, by its first mean or from a state.
+        self.make: Callable[[Tensor], Accumulator] = partial(Accumulator, robust=robust)
+        self.remade: Callable[[Mapping[str, Any], torch.device], Accumulator] = Accumulator.of_state
+        if sources is not None:
+            sources.attach_(self)
         self.measured: dict[str, Accumulator] = {}
         self.n_calls: dict[str, int] = {}  # by one batch, at most
         #: Layers from the first call to the last of one that is called again.
@@ -290,7 +304,7 @@ class Sums:
             for name, names in state["before"].items():
                 self._before.setdefault(name, set()).update(names)
             for name, sums in state["measured"].items():
-                part = Accumulator.of_state(sums, self._devices[name])
+                part = self.remade(sums, self._devices[name])
                 parts.setdefault(name, []).append(part)
         # One part stays as it is, with what still waits: so a run goes on bit for bit.
         self.measured = {
@@ -303,6 +317,7 @@ class Sums:
         if not distributed.here().shared:
             return self.measured
         together = Sums(self._devices)
+        together.remade = self.remade
         together.set_states_(distributed.gather(self.state(summed=True)))
         return together.measured
 

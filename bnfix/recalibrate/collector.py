@@ -104,6 +104,7 @@ class Target:
         #: Of a mixture, by layer: the weight of what was measured, a mean over the channels.
         self.weights: dict[str, float] = {}
         self.robust = False  # medians over the examples, in place of means
+        self.sources: Any = None  # `Sources` of examples that are weighed apart
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
         """Measure what the rule needs beside the model, by passes; return how many it took."""
@@ -142,11 +143,11 @@ class Collector:
         *,
         by_batch: bool,
         is_strict: bool = False,
-        robust: bool = False,
+        sums: Callable[..., Sums] = Sums,
     ) -> None:
         self.sites = {id(site.module): site for site in sites}
         self.by_name = {site.name: site for site in sites}
-        self.sums = Sums({site.name: device_of_site(site) for site in sites}, robust=robust)
+        self.sums = sums({site.name: device_of_site(site) for site in sites})
         self.by_batch = by_batch
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
         #: Layers to measure, all by default, and whether a pass ends at the first of them.
@@ -247,8 +248,8 @@ class Collector:
         self._unchecked.append((index, site.name, mean, var, mixed[1]))
         self._n_unchecked += 2 * mean.numel()
         if site.name not in sums.measured:
-            sums.measured[site.name] = Accumulator(mixed[0], robust=sums.robust)
-        sums.measured[site.name].add(mean, var, values.shape[2], count)
+            sums.measured[site.name] = sums.make(mixed[0])
+        sums.measured[site.name].part(index).add(mean, var, values.shape[2], count)
         if n_values == 1 and self._single is None:
             self._single = site.name, index
         if self._is_strict and self._single is not None and len(sums.measured) > 1:

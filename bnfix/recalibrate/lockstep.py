@@ -149,7 +149,8 @@ class Walk:
     def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
         """What all ranks have measured at a layer."""
         device = device_of_site(self._collector.by_name[name])
-        first, *rest = (Accumulator.of_state(part, device) for part in sums if part is not None)
+        remade = self._collector.sums.remade
+        first, *rest = (remade(part, device) for part in sums if part is not None)
         return first.merged(rest)
 
     def _go_on(self) -> None:

@@ -253,9 +253,9 @@ def collect(
     """Measure every layer's input by the feed asked for, in the cheapest way that is exact."""
     if feed == "sequential" and isinstance(source.batches, Iterator):
         source = replace(source, batches=_kept(source.batches, source.samples))
-    robust = source.target.robust
+    sums = partial(Sums, robust=source.target.robust, sources=source.target.sources)
     strict = feed == "batch"
-    scout = Collector(sites, source.cost, by_batch=True, is_strict=strict, robust=robust)
+    scout = Collector(sites, source.cost, by_batch=True, is_strict=strict, sums=sums)
     if feed == "batch":
         seen = _scout(source, scout, auto, keeper)
         _refuse_single_examples(source, scout, seen)
@@ -265,7 +265,7 @@ def collect(
         # Each rank ends where the errors of all were small enough.
         source = replace(source, samples=scouted.n_own)
     before = source.target.measure_(source, partial(one_pass, keeper=keeper))
-    walking = Collector(sites, source.cost, by_batch=False, robust=robust)
+    walking = Collector(sites, source.cost, by_batch=False, sums=sums)
     walk = Walk(source, walking, memory_bytes)
     if walk.go():
         walked = Seen(walk.n_examples, walk.n_batches, 0)
@@ -279,7 +279,7 @@ def collect(
     seen = scouted or _scout(source, scout, None, keeper)
     # A walk given up has run as much of the network as the layers that it came to.
     passes = 1.0 + before + walk.n_steps / len(scout.sums.measured)
-    collector = Collector(sites, source.cost, by_batch=False, robust=robust)
+    collector = Collector(sites, source.cost, by_batch=False, sums=sums)
     found = Found(collector, scout.sums.n_calls, seen, passes, disturbed=disturbed)
     _sequential(source, scout, found, keeper)
     if disturbed:
@@ -342,8 +342,8 @@ def _is_rounding(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> bool:
 def _left(source: Source, collector: Collector) -> float:
     """How far one more pass is from the moments found, at the layer where it is furthest."""
     sites = collector.by_name
-    robust = source.target.robust
-    last = Collector(list(sites.values()), source.cost, by_batch=False, robust=robust)
+    sums = partial(Sums, robust=source.target.robust, sources=source.target.sources)
+    last = Collector(list(sites.values()), source.cost, by_batch=False, sums=sums)
     last.use = collector.use
     one_pass(source, last)
     return max(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import ConfigError, NormError, NumericError, some
 from bnfix.norm.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
-from bnfix.recalibrate.accumulator import Accumulator
+from bnfix.recalibrate.accumulator import Accumulator, Sums
+from bnfix.recalibrate.blend import Sources
 from bnfix.recalibrate.collector import (
     Collector,
     Cost,
@@ -138,6 +140,7 @@ def recalibrate_(
     prior: float | str | None = None,
     new_weight: float | None = None,
     robust: bool = False,
+    mix: Sequence[float] = (),
     feed: str | None = None,
     samples: int | str | None = None,
     tolerance: float = 0.04,
@@ -180,6 +183,10 @@ def recalibrate_(
         robust: of ``population`` and ``blend``: medians over the examples of their means and
             variances, and of the spread of those means, so that fewer than half of the examples may
             be garbage. Keeps two numbers a channel and example in memory. Sequential feed only.
+        mix: of ``population`` and ``blend``, with a list of several sources as ``batches``: the
+            weight of each in the statistics, whatever its number of examples, by the law of total
+            variance (`bnfix.recalibrate.blend`). By the sequential feed, unless stated otherwise;
+            under the batch feed layers above see each source normalized by itself.
         feed: what the layers above a layer see. ``batch``, the default: its output normalized by
             the batch's own moments, one pass. ``sequential``, the only one with a reference: its
             output in inference with its new moments, layer after layer, exact whatever the batches
@@ -236,16 +243,20 @@ def recalibrate_(
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
     between batches counts, uneven batches are weighed, accumulation is in float64.
     """
-    by_batch = target in ("population", "train-batch") and not robust
+    by_batch = target in ("population", "train-batch") and not robust and not mix
     feed = feed or ("batch" if by_batch else "sequential")
+    mix = tuple(mix)
     wanted = Wanted(
-        target, train_batch_size, reference, prior=prior, new_weight=new_weight, robust=robust
+        target, train_batch_size, reference, prior, new_weight=new_weight, robust=robust, mix=mix
     )
     wanted.check(feed)
+    sources = Sources(batches, mix) if mix else None
+    batches = sources or batches
     _check_samples(samples, tolerance, batches)
     started = time.perf_counter()
     sites, frozen = _sites(model, layers, skip, include_frozen)
     rule = wanted.rule(model, sites)
+    rule.sources = sources
     auto = Enough(tolerance) if samples == "auto" else None
     keeper = None
     if state is not None:
@@ -354,6 +365,7 @@ def residuals(
     batches: Iterable[Any],
     *,
     forward: runtime.Forward | None = None,
+    mix: Sequence[float] = (),
 ) -> dict[str, tuple[float, float]]:
     """Compare stored statistics with those that one inference pass over the data meets.
 
@@ -361,6 +373,7 @@ def residuals(
         model: as it will be used; only read.
         batches: any iterable of batches.
         forward: called as ``forward(model, batch)`` for unusual batches.
+        mix: weights of several sources, with a list of them as ``batches``.
 
     Returns:
         For each layer reached: mean over channels of |log((var_stored + eps)/(var_fresh + eps))|,
@@ -369,7 +382,9 @@ def residuals(
     Raises:
         DataError: if there are no examples.
     """
-    met = met_in_a_pass(model, batches, Collector, forward=forward)
+    sources = Sources(batches, mix) if mix else None
+    kind: Any = partial(Collector, sums=partial(Sums, sources=sources))
+    met: Collector = met_in_a_pass(model, sources or batches, kind, forward=forward)
     drifts = {name: stored_drift(met, name) for name in met.by_name if name in met.sums.measured}
     return {name: (log_var_ratio, shift) for name, (shift, log_var_ratio) in drifts.items()}
 

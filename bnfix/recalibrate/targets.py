@@ -26,6 +26,7 @@ class Wanted:
     prior: float | str | None = None
     new_weight: float | None = None
     robust: bool = False
+    mix: tuple[float, ...] = ()
 
     def check(self, feed: str) -> None:
         """Refuse what is unknown, missing, out of range or another target's."""
@@ -57,6 +58,10 @@ class Wanted:
                 "robust: only for targets population and blend, by the sequential feed. Under the "
                 "batch feed garbage normalizes its whole batch.",
                 name="robust",
+            )
+        if self.mix and (self.robust or target not in ("population", "blend")):
+            raise ConfigError(
+                "mix: only for targets population and blend, and not with robust.", name="mix"
             )
         self._check_blend()
 
@@ -96,6 +101,8 @@ class Wanted:
         )
         if self.robust:
             own["robust"] = True
+        if self.mix:
+            own["mix"] = self.mix
         if isinstance(self.reference, nn.Module):
             own["reference"] = identity_of(self.reference, {})
         elif self.reference is not None:

@@ -7,6 +7,12 @@ Old and new statistics are mixed as `bnfix.recalibrate.blend` does, with a weigh
 
 First one w for the model, by the bracketed search of example weights; from there one a layer, by
 gradient. The layers stay static, so that a mixture costs nothing at inference.
+
+`learn_batch_weight_`: weights of the batch beside stored statistics, one a channel, by gradient,
+on batches in random order. Source: the second phase of TTN (Lim et al., "TTN: A Domain-Shift Aware
+Batch Normalization in Test-Time Adaptation", ICLR 2023). Differs: the labelled images are of the
+domain at hand, the start is one weight for all channels, and no penalty holds the weights to it;
+a gate judges them, in random order and sorted by class.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from bnfix.core.torch_private import eager
 from bnfix.metrics.compare import Decision
 from bnfix.metrics.evaluate import evaluate
 from bnfix.metrics.metrics import Metrics
-from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_, trainable_weights
 from bnfix.norm.moments import over_channel_groups
 from bnfix.recalibrate.blend import between
 from bnfix.weights.choose import Levels, WeightSearch
@@ -210,3 +216,55 @@ def choose_mixture_(
 def _on(device: torch.device, moments: _Moments) -> _Moments:
     mean, var = moments
     return mean.to(device), var.to(device)
+
+
+@dataclass
+class BatchWeightSearch(WeightSearch):
+    """Finds weights of the batch, by the gradients that example weights are found by."""
+
+    stage: ClassVar[str] = "batch weight"
+
+    def set_(self, weights: Mapping[str, Any]) -> None:
+        """Set the weights, as far as the example's leave room."""
+        room = {name: 1 - self.layers[name].example_weight for name in weights}
+        fitting = {name: weight.minimum(room[name]) for name, weight in weights.items()}
+        set_example_weight_(self.model, batch_weight=fitting)
+
+    @contextmanager
+    def leaves(self, granularity: str, start: float) -> Iterator[dict[str, Tensor]]:
+        """Let the weights take gradients; all is put back on leaving."""
+        with trainable_weights(self.layers, granularity, start, "batch") as leaves:
+            yield leaves
+
+    def learned(self, granularity: str, recipe: WeightRecipe) -> dict[str, Tensor]:
+        """Weights by projected Adam; leaves the best epoch's set."""
+        self._count()
+        return super().learned(granularity, recipe)
+
+
+def learn_batch_weight_(
+    model: nn.Module,
+    layers: Mapping[str, GeneralizedBatchNorm],
+    learn: runtime.Batches,
+    *,
+    monitor: Iterable[Any],
+    recipe: WeightRecipe,
+    precision: str = "fp32",
+) -> dict[str, Tensor]:
+    """Set one weight of the batch a channel, from those that are set; return them, ``(C,)``."""
+    search = BatchWeightSearch(
+        model=model,
+        layers=dict(layers),
+        monitor=monitor,
+        learn=learn,
+        forward=None,
+        precision=precision,
+    )
+    before = guards.Snapshot(nn.ModuleList(layers.values()))
+    try:
+        search.learned("channel", replace(recipe, start=0.0))
+    except BaseException:
+        before.restore_()
+        raise
+    found = {name: layer.batch_weight for name, layer in layers.items()}
+    return {name: weight for name, weight in found.items() if weight is not None}
