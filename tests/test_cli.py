@@ -651,9 +651,10 @@ def test_a_bare_bnfix_shows_its_help_and_nothing_else() -> None:
     assert "calibrate" in found.stdout
 
 
-def test_the_start_imports_nothing_that_takes_seconds():
+def test_the_start_and_a_first_look_import_nothing_that_takes_seconds():
     code = (
-        "import sys, bnfix.cli.commands; "
+        "import sys, torch, bnfix.cli.commands; from bnfix.core.memory import footprint; "
+        "assert footprint(torch.nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8)); "
         "print(*{'torchvision', 'torch._dynamo', 'scipy', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

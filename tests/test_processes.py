@@ -1,6 +1,7 @@
 """Several real processes, over gloo: the same answers as one, and what happens when one dies."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from bnfix.core import distributed
 from bnfix.core.distributed import interleaved, launched
 from bnfix.core.errors import BnfixError, ConfigError, DataError
 from tests import ranks
+from tests.forks import Copy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,23 +31,32 @@ def port():
         return found.getsockname()[1]
 
 
-def start(size, *command, **more):
-    """Each rank as a process of its own, without a launcher that would look after them."""
+def start(size, *command, new=0, **more):
+    """Each rank as a process of its own, without a launcher that would look after them.
+
+    The first `new` are Python processes from the start; the others are copies of one.
+    """
     common = {
         **os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port()), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more,
     }  # fmt: skip
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    words, started = [str(word) for word in command], []
+    for rank in range(size):
+        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if rank >= new:
+            started.append(Copy(words, env))
+            continue
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen([sys.executable, *words], env=env, **pipes))
+    return started
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    yield
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def ended(started, seconds=120):
@@ -65,7 +76,9 @@ def alone():
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_any_number_of_processes_gives_the_answers_of_one(size, alone, tmp_path):
-    started = start(size, ROOT / "tests" / "ranks.py", tmp_path / "found.npz")
+    # Another order of sets in one of two must not lead to other decisions.
+    new = 1 if size == 2 else 0
+    started = start(size, ROOT / "tests" / "ranks.py", tmp_path / "found.npz", new=new)
     codes, outputs = ended(started)
     assert codes == [0] * size, outputs
     found = np.load(tmp_path / "found.npz")
@@ -83,7 +96,8 @@ def test_any_number_of_processes_gives_the_answers_of_one(size, alone, tmp_path)
             np.testing.assert_allclose(found[name], expected, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
-SLOW = """
+NET = """
+import os
 import time
 from torch import nn
 from tests.nets import residual, lived_in
@@ -94,7 +108,7 @@ class Slow(nn.Module):
         self.net = residual(4, 3)
 
     def forward(self, x):
-        time.sleep({seconds})
+        time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
         return self.net(x)
 
 def build():
@@ -107,10 +121,9 @@ def synchronized():
 
 @pytest.fixture
 def files(tmp_path):
-    """A checkpoint, 101 images, and a model that takes its time."""
+    """A checkpoint, 101 images, and a model that takes its time where it is asked to."""
     torch.manual_seed(0)
-    (tmp_path / "net.py").write_text(SLOW.format(seconds=0.0))
-    (tmp_path / "slow.py").write_text(SLOW.format(seconds=0.15))
+    (tmp_path / "net.py").write_text(NET)
     net = ranks.lived_in(ranks.residual(4, 3), seed=3)
     torch.save(
         {f"net.{name}": value for name, value in net.state_dict().items()}, tmp_path / "a.pth"
@@ -123,19 +136,20 @@ def files(tmp_path):
     return tmp_path
 
 
-def calibrating(files, name, out, *options, size=2):
+def calibrating(files, out, *options, size=2, seconds="0"):
     return start(
-        size, "-m", "bnfix", "calibrate", files / "a.pth", "--model", f"{files / name}:build",
+        size, "-m", "bnfix", "calibrate", files / "a.pth", "--model", f"{files / 'net.py'}:build",
         "--data", files / "d.npz", "--statistics", "population", "--example-weight", "keep",
         "--batch-size", "3", "-o", files / out, *options,
+        SECONDS_A_BATCH=seconds,
     )  # fmt: skip
 
 
 def test_a_killed_rank_ends_the_other_and_the_rerun_goes_on(files):
     state = ("--state", files / "state")
-    (whole,) = calibrating(files, "net.py", "whole.safetensors", size=1)
+    (whole,) = calibrating(files, "whole.safetensors", size=1)
     assert ended([whole])[0] == [0]
-    started = calibrating(files, "slow.py", "out.safetensors", *state)
+    started = calibrating(files, "out.safetensors", *state, seconds="0.15")
     deadline = time.monotonic() + 60
     while len(list((files / "state").glob("calibration-*of2.pt"))) < 2:
         assert time.monotonic() < deadline
@@ -152,7 +166,7 @@ def test_a_killed_rank_ends_the_other_and_the_rerun_goes_on(files):
     assert "Traceback" not in outputs[0][1]
     assert {path.name for path in files.iterdir()} == before
     assert not (files / "out.safetensors").exists()
-    again = calibrating(files, "slow.py", "out.safetensors", *state)
+    again = calibrating(files, "out.safetensors", *state)
     codes, outputs = ended(again, 60)
     assert codes == [0, 0], outputs
     report = json.loads((files / "out.safetensors.report.json").read_text())
@@ -165,14 +179,15 @@ def test_a_killed_rank_ends_the_other_and_the_rerun_goes_on(files):
 
 def test_a_resumed_calibration_alone_is_the_same_bit_for_bit(files):
     state = ("--state", files / "state", "--feed", "sequential")
-    (slow,) = calibrating(files, "slow.py", "out.safetensors", "--state", files / "s", size=1)
+    kept = ("--state", files / "s")
+    (slow,) = calibrating(files, "out.safetensors", *kept, size=1, seconds="0.15")
     while not list(files.glob("s/*")):
         assert slow.poll() is None
         time.sleep(0.02)
     slow.kill()
     assert ended([slow])[0] == [-signal.SIGKILL]
-    for out, options in (("out", ("--state", files / "s")), ("plain", ()), ("walk", state)):
-        (run,) = calibrating(files, "net.py", f"{out}.safetensors", *options, size=1)
+    for out, options in (("out", kept), ("plain", ()), ("walk", state)):
+        (run,) = calibrating(files, f"{out}.safetensors", *options, size=1)
         assert ended([run])[0] == [0]
     found, expected = (load_file(files / f"{n}.safetensors") for n in ("out", "plain"))
     assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -155,7 +155,9 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 def seeded(seed: int) -> Iterator[None]:
     """Seeded torch randomness inside, all random states from before outside, on CPU and CUDA."""
     with _random_states(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
+        # Where there is no other device, torch.manual_seed would keep a stack trace for each kind.
+        all_of_them = torch.accelerator.is_available()
+        (torch if all_of_them else torch.default_generator).manual_seed(seed)
         yield
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ModelError
-from bnfix.core.torch_private import TorchDispatchMode, eager, tree_leaves, tree_map
+from bnfix.core.torch_private import DispatchMode, eager, tree_leaves, tree_map
 
 _T = TypeVar("_T")
 _GIB = 1 << 30
@@ -183,7 +183,7 @@ def _numbers(path: Path) -> dict[str, int]:
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(DispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made inside it that are still held, and the most there were."""
 
     def __init__(self, already: int) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 __all__ = [
-    "BatchNormBase", "ConvBase", "ConvTransposeBase", "InstanceNormBase", "LazyNormBase",
-    "TorchDispatchMode", "default_store", "eager", "has_modes", "is_forward_differentiated",
-    "is_transformed", "packed_convolution", "packed_weight", "tree_leaves", "tree_map",
+    "BatchNormBase", "ConvBase", "ConvTransposeBase", "DispatchMode", "InstanceNormBase",
+    "LazyNormBase", "TorchDispatchMode", "default_store", "eager", "has_modes",
+    "is_forward_differentiated", "is_transformed", "packed_convolution", "packed_weight",
+    "tree_leaves", "tree_map",
 ]  # fmt: skip
 
 
@@ -55,6 +56,14 @@ else:
             return None
 
     TorchDispatchMode = _find("torch.utils._python_dispatch", "TorchDispatchMode") or _NoMode
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """For modes that are entered inside `eager`: torch imports no compiler to keep it out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def tree_map(fn: Callable[[Any], Any], nest: Any) -> Any:

@@ -388,8 +388,9 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
         # torchvision draws from torch's own generator, which the run must find as it left it.
         with torch.random.fork_rng(devices=()):
             for k, position in enumerate(batch.index):
-                # By position: batch size and order must not change the variant of an image.
-                torch.manual_seed(_draw(seed, epoch, int(position)))
+                # By position: batch size and order must not change the variant of an image. Only
+                # this generator: torch.manual_seed keeps stack traces for devices not in use.
+                torch.default_generator.manual_seed(_draw(seed, epoch, int(position)))
                 varied.append(
                     transform(*(as_pair(batch.x[k], batch.y[k]) if is_map else (batch.x[k],)))
                 )

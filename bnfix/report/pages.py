@@ -7,6 +7,7 @@ of its place, in HTML or in Markdown.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import math
 import re
@@ -31,8 +32,11 @@ class _Code(str):
 
 def render(template: str, **values: Any) -> str:
     """Fill a template; every printed text is cleaned and escaped for the template's language."""
-    html = ".html" in template
+    return _environment(".html" in template).get_template(template).render(**values)
 
+
+@functools.cache
+def _environment(html: bool) -> Environment:
     def finalize(value: Any) -> Any:
         if isinstance(value, (Markup, _Code)):
             return value
@@ -48,7 +52,7 @@ def render(template: str, **values: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(_FILTERS)
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def clean(text: object, limit: int = 500) -> str:
@@ -207,7 +211,8 @@ _STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": _GRID,
-    "figure.constrained_layout.use": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
 }
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
@@ -228,14 +233,16 @@ def picture(
 ) -> Picture:
     """Draw with Matplotlib's own defaults, whatever the user's settings are; height in inches."""
     import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with warnings.catch_warnings(), matplotlib.style.context(["default", _STYLE]):
         warnings.simplefilter("ignore")
-        figure = Figure(figsize=(_WIDTH, height))
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure)
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        # As savefig does it, which would draw all of it twice.
+        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
     return Picture(key, title, caption, _for_page(text.getvalue(), key, f"{title}. {caption}"))
 
 
