@@ -65,7 +65,7 @@ def workplace(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for i, (pixels, label) in enumerate(zip(*images_of(n, seed), strict=True)):
             inside = Path(folder) / ("" if folder == "unlabelled" else f"class {label}")
             inside.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).resize((48, 48)).save(inside / f"{i}.png")
+            Image.fromarray(pixels).resize((24, 24)).save(inside / f"{i}.png")
     yield tmp_path
     sys.modules.pop("net", None)
 
@@ -82,7 +82,7 @@ def test_the_commands_of_readme_and_guides_run_in_their_order(workplace: Path, c
                 continue
             # A published network at its own resolution is too large for a test to fine-tune.
             large = any(word.startswith("torchvision:") for word in words)
-            outcome = cli(*words[1:], *(["--plan"] if large else []))
+            outcome = cli(*words[1:], *(["--plan", "--batch-size", "4"] if large else []))
             assert outcome.code == 0, (shlex.join(words), outcome.err)
             if "-o" in words and "--plan" not in words:
                 out = words[words.index("-o") + 1]
