@@ -34,6 +34,9 @@ help: ## these targets
 demo: $(STAMP) ## the whole way on embedded data, offline, in under a minute
 	$(VENV)/bin/bnfix demo
 
+# A second thread costs small networks more than it saves, and two processes share the cores.
+test test-lowest coverage: export OMP_NUM_THREADS ?= 1
+
 test: $(STAMP) ## all tests and doctests
 	$(PY) -m pytest -q $(TESTED)
 

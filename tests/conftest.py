@@ -31,7 +31,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Files whose tests take longest; they begin, so that no process is left alone with one.
-LONGEST = ("test_processes", "test_docs", "test_pipeline", "test_nets", "test_cli", "test_kernels")
+LONGEST = (
+    "test_docs", "test_pipeline", "test_reference_commands", "test_processes",
+    "test_architectures", "test_cli", "test_kernels",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

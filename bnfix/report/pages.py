@@ -242,7 +242,8 @@ def picture(
         draw(figure)
         text = io.StringIO()
         # As savefig does it, which would draw all of it twice.
-        FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(text, metadata={"Date": None})
     return Picture(key, title, caption, _for_page(text.getvalue(), key, f"{title}. {caption}"))
 
 
