@@ -135,6 +135,47 @@ def test_items_with_lengths_come_from_a_callable(tmp_path: Path):
     np.testing.assert_allclose(net[0].running_var, values.var(), rtol=1e-6)
 
 
+def arrays_of(n: int = 13, total: int = 6) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, total + 1, n).astype(np.int16)
+    x = np.where(np.arange(total) < lengths[:, None, None], rng.normal(size=(n, 2, total)), 50.0)
+    return {"inputs": x, "lengths": lengths, "labels": np.arange(n) % 2}
+
+
+def test_lengths_and_masks_come_from_files(tmp_path: Path):
+    arrays, found = arrays_of(), []
+    mask = np.arange(6) < arrays["lengths"][:, None]
+    np.savez(tmp_path / "lengths.npz", **arrays)
+    masked = {"inputs": arrays["inputs"], "mask": mask}
+    torch.save({name: torch.from_numpy(a) for name, a in masked.items()}, tmp_path / "mask.pt")
+    for name in ("lengths.npz", "mask.pt"):
+        images = open_images(str(tmp_path / name))
+        net = nn.Sequential(nn.BatchNorm1d(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+        bnfix.recalibrate_(net, Batches(images, np.arange(13), None, batch_size=4))
+        found.append((net[0].running_mean, images.digest(3)))
+    expected = arrays["inputs"].transpose(0, 2, 1)[mask].mean(0)
+    np.testing.assert_allclose(found[0][0], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] != found[1][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lengths": np.full(13, 7)}, "lengths: from 7 to 7, expected at most 6"),
+        ({"lengths": np.arange(13) % 6}, r"mask: example 0 \(from 0\) has no valid position"),
+        ({"lengths": np.ones((13, 1), int)}, r"lengths is int64 \(13, 1\), expected the valid"),
+        ({"lengths": np.ones(12, int)}, r"lengths is int64 \(12,\)"),
+        ({"mask": np.ones((13, 6), np.uint8)}, "mask is uint8 .*Masks to learn are targets"),
+        ({"mask": np.ones(13, bool)}, r"mask is bool \(13,\)"),
+    ],
+)
+def test_lengths_and_masks_of_a_file_that_do_not_fit_are_refused(tmp_path, change, said):
+    np.savez(tmp_path / "a.npz", **{**arrays_of(), **change})
+    with pytest.raises(DataError, match=said):
+        open_images(str(tmp_path / "a.npz"))
+
+
 # ---- models that want targets in training mode ---------------------------------------------
 
 

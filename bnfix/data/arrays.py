@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bnfix.checkpoints.read import read_file
 from bnfix.core.errors import CheckpointError, DataError, some
+from bnfix.core.guards import MASK_KEYS, valid_of
 from bnfix.core.torch_private import tree_leaves
 from bnfix.data.archives import named_files
 from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened
@@ -33,6 +34,7 @@ _EXPECTED = (
 _TARGETS = ("labels", "targets")
 #: The one type of each sort: networks refuse float64 and int32 beside their own.
 _TYPES = {"f": np.float32, "b": np.bool_}
+_KINDS = {"mask": "b", "lengths": "iu"}
 #: Numbers looked at in one piece.
 _AT_ONCE = 1 << 24
 _GIB = 1 << 30
@@ -46,7 +48,8 @@ _ARCHIVE_ERRORS = (
 class TensorItems(Images):
     """Inputs by position: one tensor with a row an item, or a list of tensors or nests of them.
 
-    A batch of ``ragged`` items is a list of them.
+    A batch of ``ragged`` items is a list of them. With a ``mask`` or ``lengths`` beside them a
+    batch is a dict.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class TensorItems(Images):
     ) -> None:
         super().__init__(spec, 0)
         self.items, self.kind, self.ragged = items, kind, ragged
+        self.beside: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -61,7 +65,10 @@ class TensorItems(Images):
     def take(self, index: np.ndarray) -> Any:
         """A batch of items, a new leading dimension on each tensor."""
         if isinstance(self.items, Tensor):
-            return as_inputs(self.items[torch.from_numpy(index)])
+            rows = torch.from_numpy(index)
+            taken = as_inputs(self.items[rows])
+            beside = {name: values[rows] for name, values in self.beside.items()}
+            return {"inputs": taken, **beside} if beside else taken
         if self.ragged:
             return [self.items[i] for i in index.tolist()]
         try:
@@ -78,7 +85,7 @@ class TensorItems(Images):
 
     def _hash(self, i: int) -> bytes:
         digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
-        for leaf in tree_leaves(self.items[i]):
+        for leaf in tree_leaves([self.items[i], *(part[i] for part in self.beside.values())]):
             # The same bytes can be other numbers, or the same in another shape.
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             digest.update(leaf.contiguous().numpy().tobytes())
@@ -159,7 +166,12 @@ def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Image
                 array.astype(_TYPES.get(array.dtype.kind, np.int64), copy=False)
             )
         refuse_not_finite("inputs", inputs)
-        return TensorItems(spec, inputs, "npz")
+        items = TensorItems(spec, inputs, "npz")
+        items.beside = {name: as_inputs(arrays[name]) for name in MASK_KEYS if name in arrays}
+        if items.beside:
+            total = inputs.shape[-1] if inputs.ndim > 1 else None
+            valid_of(items.beside.get("mask"), items.beside.get("lengths"), total)
+        return items
     images = ArrayImages(spec, array[..., None] if array.ndim == 3 else array, channels)
     n_channels = images.array.shape[3]
     if n_channels == 4:
@@ -254,7 +266,8 @@ def _names(arrays: Sequence[str], members: Sequence[str], wanted: bool) -> list[
     given = [name for name in _TARGETS if wanted and name in arrays]
     if len(given) > 1:
         raise DataError("labels and targets, expected one of them: classes, or what else is right.")
-    return inputs + given
+    # Images have none: they would have to move with the pixels.
+    return inputs + given + [name for name in MASK_KEYS if name in arrays and inputs == ["inputs"]]
 
 
 def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
@@ -273,6 +286,13 @@ def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None
         raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
     for other, (found, kind) in others:
         n = shape[0]
+        fits = found == (n,) if other == "lengths" else found[:1] == (n,) and len(found) > 1
+        if other in MASK_KEYS and not (fits and kind.kind in _KINDS[other]):
+            raise DataError(
+                f"{other} is {kind} {found}, expected the valid positions of inputs: lengths are "
+                f"whole numbers ({n},), a mask is bool ({n}, positions). Masks to learn are "
+                "targets."
+            )
         if other == "labels" and (kind.kind not in "iu" or found != (n,)):
             raise DataError(
                 f"labels are {kind} {found}, expected whole numbers ({n},), one an image."

@@ -364,7 +364,8 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
     shift, log_var = _distance(inputs[0], mean, var, eps)
     if shift <= _MAX_SHIFT and abs(log_var) <= _MAX_LOG_VAR:
         return None
-    values = [tensor.float() for tensor in runtime.tensors_in(batch.x)]
+    named = runtime.outputs_by_name(batch.x).items()
+    values = [tensor.float() for name, tensor in named if name not in guards.MASK_KEYS]
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     words = ("examples", "", "inputs are not prepared as in the training") if as_given else (
         "images", " after preprocessing",
