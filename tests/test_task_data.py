@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import Preprocessing
+from bnfix.data.arrays import refuse_not_finite
 from bnfix.data.batches import Batch, Batches, augmented
 from bnfix.data.fingerprints import cut, fingerprint
 from bnfix.data.open import open_images
@@ -211,6 +212,14 @@ def test_a_mask_of_another_size_is_refused_wherever_it_is(tmp_path, workers) -> 
         list(batches)
 
 
+def test_sizes_are_compared_before_anything_is_decoded(tmp_path) -> None:
+    root = folder(tmp_path, 1)
+    (root / "images" / "0.png").write_bytes(png(5, 6, 8, 2, b""))  # no pixels behind the header
+    Image.new("L", (6, 6)).save(root / "masks" / "0.png")
+    with pytest.raises(DataError, match=r"the mask is 6x6, its image is 6x5"):
+        only(open_images(str(root)))
+
+
 def test_masks_are_not_padded_and_sizes_need_resize(tmp_path) -> None:
     root = folder(tmp_path, 2)
     with pytest.raises(
@@ -370,6 +379,13 @@ def test_arrays_that_are_refused(tmp_path, arrays, said, suffix) -> None:
     with pytest.raises(DataError, match=rf"^DATA .*a{suffix}: {said}") as caught:
         open_images(save(tmp_path / f"a{suffix}", arrays))
     assert "\n" not in str(caught.value)
+
+
+def test_the_place_of_a_number_far_behind() -> None:
+    values = torch.zeros((1 << 23) + 5, 4)
+    values[(1 << 23) + 3, 2] = torch.inf
+    with pytest.raises(DataError, match=r"^inputs\[8388611, 2\] is inf"):
+        refuse_not_finite("inputs", values)
 
 
 class Code:
