@@ -35,6 +35,8 @@ _TARGETS = ("labels", "targets")
 #: The one type of each sort: networks refuse float64 and int32 beside their own.
 _TYPES = {"f": np.float32, "b": np.bool_}
 _KINDS = {"mask": "b", "lengths": "iu"}
+# Maps are large, so targets keep a small type until `TensorItems.take` converts them.
+_SMALL = {"bool": np.uint8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
 #: Numbers looked at in one piece.
 _AT_ONCE = 1 << 24
 _GIB = 1 << 30
@@ -145,7 +147,7 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
         images.notes.insert(0, f"arrays passed over: {some(others)}")
     images.kind = paths[0].suffix.removeprefix(".")
     if "targets" in arrays:
-        targets = _raw(arrays["targets"])
+        targets = _tensor("targets", arrays["targets"], _SMALL)
         images.targets = TensorItems(spec, targets, "targets")
         # Whole numbers of the size of the pixels are masks.
         if isinstance(images, ArrayImages) and not targets.is_floating_point():
@@ -161,11 +163,7 @@ def _row(arrays: dict[str, np.ndarray], name: str) -> str:
 def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Images:
     array = arrays["images" if "images" in arrays else "inputs"]
     if "images" not in arrays and not _are_pixels(array.shape, array.dtype):
-        with np.errstate(over="ignore"):  # what float32 cannot hold is found as an infinity
-            inputs = torch.from_numpy(
-                array.astype(_TYPES.get(array.dtype.kind, np.int64), copy=False)
-            )
-        refuse_not_finite("inputs", inputs)
+        inputs = _tensor("inputs", array, {"bool": np.bool_})
         items = TensorItems(spec, inputs, "npz")
         items.beside = {name: as_inputs(arrays[name]) for name in MASK_KEYS if name in arrays}
         if items.beside:
@@ -183,15 +181,13 @@ def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Image
     return images
 
 
-def _raw(array: np.ndarray) -> Tensor:
-    """Targets in a small type, since maps of them are large; `TensorItems.take` converts them."""
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):
-            targets = torch.from_numpy(array.astype(np.float32, copy=False))
-        refuse_not_finite("targets", targets)
-        return targets
-    small = {"bool": np.uint8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
-    return torch.from_numpy(array.astype(small.get(array.dtype.name, np.int64), copy=False))
+def _tensor(name: str, array: np.ndarray, kept: Mapping[str, Any]) -> Tensor:
+    """An array as float32, or as int64 unless its type is kept; not copied where it need not be."""
+    kind = np.float32 if array.dtype.kind == "f" else kept.get(array.dtype.name, np.int64)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is found as an infinity
+        values = torch.from_numpy(array.astype(kind, copy=False))
+    refuse_not_finite(name, values)
+    return values
 
 
 def refuse_not_finite(name: str, values: Tensor, *, infinite: bool = True) -> None:
@@ -218,7 +214,7 @@ def _read(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
     try:
         return (_read_npz if path.suffix.lower() == ".npz" else _read_tensors)(path, wanted)
     except _ARCHIVE_ERRORS as error:
-        raise DataError(f"not a readable .npz file ({error}).") from error
+        raise DataError(f"not a readable {path.suffix} file ({error}).") from error
     except CheckpointError as error:
         raise DataError(str(error).removeprefix(f"{path}: ")) from error
 

@@ -20,7 +20,7 @@ from bnfix.core.settings import Preprocessing
 from bnfix.data.arrays import TensorItems
 from bnfix.data.corruptions import Corruption
 from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
-from bnfix.data.targets import MisfitError, as_pair, cropped, resized, together
+from bnfix.data.targets import MisfitError, as_pair, moved, together
 
 
 class Batch(NamedTuple):
@@ -93,18 +93,12 @@ class _Shaper(Dataset[list[_Item]]):
             image = v2.functional.resize(image, list(resize), mode, antialias=True)
         try:
             if target is not None:
-                target = self._moved(target, pixels.shape[:2], (image.height, image.width))
+                target = moved(target, pixels.shape[:2], (image.height, image.width), crop)
         except MisfitError as error:
             return _Refused(f"{self.images.name(i)}: its target {error}")
         if crop is not None:
             image = _v2().functional.center_crop(image, list(crop))
         return np.array(image).reshape(image.height, image.width, -1), target
-
-    def _moved(self, target: Any, before: tuple[int, int], after: tuple[int, int]) -> Any:
-        if self.preprocessing.resize is not None:
-            target = resized(target, before, after)
-        crop = self.preprocessing.crop
-        return target if crop is None else cropped(target, after, crop)
 
 
 class Batches:
@@ -208,9 +202,9 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         groups = self._groups()
         n_good = 0
-        for index, x, moved in self._inputs(groups):
+        for index, x, y in self._inputs(groups):
             n_good += len(index)
-            yield Batch(x, self._targets(index) if moved is None else moved, index)
+            yield Batch(x, self._targets(index) if y is None else y, index)
         if n_good == 0 and (groups or not len(self._order)):
             why = f": {self.skipped[0].reason}" if self.skipped else "."
             n = sum(map(len, groups))
@@ -228,8 +222,8 @@ class Batches:
         if isinstance(self.images, TensorItems):
             yield from ((group, self.images.take(group), None) for group in groups)
             return
-        for index, pixels, moved in self._pixels(groups):
-            yield index, self._scaled(self._corrupted(pixels, index)), moved
+        for index, pixels, y in self._pixels(groups):
+            yield index, self._scaled(self._corrupted(pixels, index)), y
 
     def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor, Any]]:
         """Positions, pixels, uint8 (n, C, H, W), and targets of each group's good images."""
@@ -261,9 +255,9 @@ class Batches:
                 self._check_sizes(good)
                 # By the group: a position given twice comes twice.
                 index = np.asarray([i for i in group.tolist() if i in good], dtype=np.int64)
-                pixels, moved = zip(*(good[i] for i in index.tolist()), strict=True)
+                pixels, targets = zip(*(good[i] for i in index.tolist()), strict=True)
                 stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-                yield index, stacked, together(moved) if moves else None
+                yield index, stacked, together(targets) if moves else None
 
     def _loaded(self, groups: list[np.ndarray]) -> Iterator[dict[int, _Item]]:
         """Each group's images, from memory or from disk."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bnfix.core.errors import DataError, plain, some
+from bnfix.core.errors import DataError, one_line, some
 from bnfix.data.images import (
     FileImages,
     Opened,
@@ -46,31 +46,35 @@ class MisfitError(DataError):
 # --- geometry ---
 
 
-def resized(target: Any, before: tuple[int, int], after: tuple[int, int]) -> Any:
-    """A mask, or boxes, as the image was resized; a mask takes the nearest pixel.
+def moved(
+    target: Any, before: tuple[int, int], after: tuple[int, int], crop: tuple[int, int] | None
+) -> Any:
+    """A mask, or boxes, as the image was resized, then cropped about its centre.
 
-    By Pillow, as images: it takes the pixel at the centre. torchvision's mode for masks takes the
-    first one, which moves a mask against its image by half a pixel, or more where it shrinks.
+    A mask takes the nearest pixel, by Pillow: it takes that at the centre, as images do.
+    torchvision's mode for masks takes the first, which moves a mask against its image.
     """
-    if isinstance(target, np.ndarray):
-        image = Image.fromarray(_for_pillow(target))
-        return np.array(image.resize(after[::-1], Image.Resampling.NEAREST))
-    return _moved(target, before, lambda boxes, v2: v2.resize(boxes, list(after)))
+    import torchvision.transforms.v2.functional as v2  # takes seconds to import
 
-
-def cropped(target: Any, size: tuple[int, int], crop: tuple[int, int]) -> Any:
-    """A mask, or boxes, as the image was cropped about its centre; boxes left out are dropped."""
     if isinstance(target, np.ndarray):
-        if size[0] < crop[0] or size[1] < crop[1]:
+        if before != after:
+            image = Image.fromarray(_for_pillow(target))
+            target = np.array(image.resize(after[::-1], Image.Resampling.NEAREST))
+        if crop and (after[0] < crop[0] or after[1] < crop[1]):
             # Images are padded with black, but no class is known to be there.
             raise MisfitError(
-                f"is {size[0]}x{size[1]}, too small for --crop {crop[0]}x{crop[1]}, and a mask "
+                f"is {after[0]}x{after[1]}, too small for --crop {crop[0]}x{crop[1]}, and a mask "
                 "cannot be padded. Give a smaller --crop, or --resize."
             )
-        import torchvision.transforms.v2.functional as v2  # takes seconds to import
+        return v2.center_crop(torch.from_numpy(target)[None], list(crop or after))[0].numpy()
+    from torchvision import tv_tensors
 
-        return v2.center_crop(torch.from_numpy(target)[None], list(crop))[0].numpy()
-    return _moved(target, size, lambda boxes, v2: v2.center_crop(boxes, list(crop)))
+    boxes: Any = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=before)
+    boxes = v2.center_crop(v2.resize(boxes, list(after)), list(crop or after))
+    boxes = boxes.as_subclass(torch.Tensor)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    rest = {name: value[kept] if name != "image_id" else value for name, value in target.items()}
+    return rest | {"boxes": boxes[kept]}
 
 
 def together(targets: Sequence[Any]) -> Any:
@@ -93,17 +97,6 @@ def _for_pillow(mask: np.ndarray) -> np.ndarray:
     if mask.min() < _INT32.min or mask.max() > _INT32.max:
         raise MisfitError("has class indices of more than 32 bits.")
     return mask.astype(np.int32)
-
-
-def _moved(target: dict[str, Any], size: tuple[int, int], move: Any) -> dict[str, Any]:
-    import torchvision.transforms.v2.functional as v2
-    from torchvision.tv_tensors import BoundingBoxes
-
-    boxes = BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-    boxes = move(boxes, v2).as_subclass(torch.Tensor)
-    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    rest = {name: value[kept] if name != "image_id" else value for name, value in target.items()}
-    return rest | {"boxes": boxes[kept]}
 
 
 # --- segmentation folders ---
@@ -169,7 +162,8 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
     if not files:
         raise DataError("no images in its folder images/.")
     images = FileImages(root, "flat folder", [f"images/{name}" for name in files], channels)
-    notes = [f"{n_others} files in images/ without an image's suffix passed over"]
+    if n_others:
+        images.notes.append(f"{n_others} files in images/ without an image's suffix passed over")
     if wanted:
         names, _, _ = list_images(root / "masks")
         masks = {PurePosixPath(name).stem: name for name in names}
@@ -191,12 +185,11 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
         if found:
             more = f"; {len(extra)} masks have no image ({some(extra)})" if extra else ""
             raise DataError(f"{found}{more}. Give masks/NAME.png for each image.")
-        images = MaskedImages(
-            root, images.files, [f"masks/{masks[stem]}" for stem in stems], channels
-        )
+        notes, files = images.notes, images.files
+        images = MaskedImages(root, files, [f"masks/{masks[stem]}" for stem in stems], channels)
+        images.notes = notes
         if extra:
             images.notes.append(f"{len(extra)} masks without an image passed over: {some(extra)}")
-    images.notes += notes if n_others else []
     return images, None
 
 
@@ -217,10 +210,9 @@ class BoxedImages(FileImages):
         """Decode the image; one of another size than its boxes were drawn on is refused."""
         pixels = super().read(i)
         if pixels.shape[:2] != self.sizes[i]:
-            found, stated = ("x".join(map(str, s)) for s in (pixels.shape[:2], self.sizes[i]))
             raise MisfitError(
-                f"{self.name(i)}: is {found}, the annotations say {stated} (height x width). Give "
-                "the images that the annotations were made for."
+                f"{self.name(i)}: is {pixels.shape[:2]}, the annotations say {self.sizes[i]} "
+                "(height, width). Give the images that the annotations were made for."
             )
         return pixels
 
@@ -268,11 +260,9 @@ def open_coco(spec: str, wanted: bool, channels: int) -> Opened:
             f"needs pycocotools, which is not installed ({error}). pip install 'bnfix[coco]'."
         ) from error
     except _COCO_ERRORS as error:
-        reason = plain(str(error)) or type(error).__name__
         raise DataError(
-            f"{file.name}: no annotations of instances ({type(error).__name__}: {reason}). Give "
-            "images with id, file_name, height and width, and annotations with image_id, bbox "
-            "and category_id."
+            f"{file.name}: no annotations of instances ({one_line(error)}). Give images with id, "
+            "file_name, height and width, and annotations with image_id, bbox and category_id."
         ) from error
     outside, missing = outside_and_missing(folder, images.files)
     problems = {"lead out of the folder": outside, f"are not in {folder}": missing}
