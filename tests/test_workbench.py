@@ -179,7 +179,7 @@ def test_an_input_that_cannot_be_run_is_named(files, tmp_path):
     np.savez(tmp_path / "big.npz", images=np.zeros((3, 320, 310, 3), np.uint8))
     model = load_ready(files.net, ModelRecipe(model=files.spec)).model
     with pytest.raises(
-        ModelError, match=r"1x3x320x310 \(ValueError: images of more than 300 pixels"
+        ModelError, match=r"1x3x320x310 \(float32\) \(ValueError: images of more than 300 pixels"
     ):
         open_checked(str(tmp_path / "big.npz"), model, SOURCE, Preprocessing())
 
