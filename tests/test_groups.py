@@ -52,7 +52,7 @@ FRACTIONS = [(0.6, 0.2, 0.2), (0.75, 0.25, 0.0), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2
 
 @settings(deadline=None, max_examples=80)
 @given(
-    sizes=st.lists(st.integers(1, 9), min_size=4, max_size=40),
+    sizes=st.lists(st.integers(1, 9), min_size=6, max_size=40),
     fractions=st.sampled_from(FRACTIONS),
     seed=st.integers(0, 2**40),
     labelled=st.booleans(),
@@ -67,8 +67,8 @@ def test_no_group_is_in_two_splits(sizes, fractions, seed, labelled, data):
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(groups)))
     held = [set(groups[part].tolist()) for part in parts]
     assert not held[0] & held[1] | held[0] & held[2] | held[1] & held[2]
-    for part, inside, fraction, least in zip(parts, held, fractions, (2, 1, 1), strict=True):
-        assert len(inside) >= least if fraction else not inside
+    for part, inside, fraction in zip(parts, held, fractions, strict=True):
+        assert len(inside) >= 2 if fraction else not inside
         assert (np.diff(part) > 0).all()
         # Each group goes to the part that is owed most: no part is owed more than two groups.
         assert abs(len(part) - fraction * len(groups)) <= 3 * max(sizes)
@@ -87,16 +87,16 @@ def test_classes_and_fractions_hold_where_groups_allow():
 
 
 def test_copies_are_left_out_of_groups_too():
-    images = grouped([0, 0, 1, 1, 2, 2, 3, 3])
+    images = grouped(np.repeat(np.arange(6), 2))
     images.array[7] = images.array[0]
     split = cut(images, (0.6, 0.2, 0.2), 0)
     assert split.duplicates == 1
     assert 7 not in np.concatenate([split.fit, split.select, split.test])
 
 
-@pytest.mark.parametrize(("n", "fractions"), [(3, FRACTIONS[0]), (2, FRACTIONS[1])])
+@pytest.mark.parametrize(("n", "fractions"), [(5, FRACTIONS[0]), (3, FRACTIONS[1])])
 def test_too_few_groups_are_refused(n, fractions):
-    with pytest.raises(DataError, match=f"{n} groups, expected at least {n + 1}: 2 to fit on"):
+    with pytest.raises(DataError, match=f"{n} groups, expected at least {n + 1}, 2 for each split"):
         cut(grouped(np.repeat(np.arange(n), 5)), fractions, 0)
 
 

@@ -98,14 +98,14 @@ def of_each_source(images: Images, classes: np.ndarray, index: Any) -> np.ndarra
 def _cut_groups(
     images: Images, index: np.ndarray, fractions: tuple[float, float, float], seed: int
 ) -> list[np.ndarray]:
-    """The three parts, of whole groups; at least two to fit on, since training watches some."""
-    least = [n * (f > 0) for n, f in zip((2, 1, 1), fractions, strict=True)]
+    """The three parts, of whole groups: two at least, since of one no error can be told."""
+    least = [2 * (fraction > 0) for fraction in fractions]
     index, groups = np.sort(index), np.asarray(images.groups)
     ids, inverse, sizes = np.unique(groups[index], return_inverse=True, return_counts=True)
     if len(ids) < sum(least):
         raise DataError(
-            f"{images.spec}: {len(ids)} groups, expected at least {sum(least)}: 2 to fit on, and "
-            "one for each further split. Give more data, or --groups with smaller groups."
+            f"{images.spec}: {len(ids)} groups, expected at least {sum(least)}, 2 for each split. "
+            "Give more data, or --groups with smaller groups."
         )
     members = np.split(index[np.argsort(inverse, kind="stable")], np.cumsum(sizes)[:-1])
     classes = np.zeros(len(ids), dtype=np.int64)
@@ -177,6 +177,11 @@ def unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
             f"{test.spec}: every test image is in {images.spec} too"
             f"{', or in one of its groups' if names else ''}, so it can prove nothing. "
             "Give other images."
+        )
+    if test.groups is not None and len(set(test.groups[kept])) < 2:
+        raise DataError(
+            f"{test.spec}: one group of test images that is not in {images.spec}, expected at "
+            "least 2. Give more images."
         )
     return np.asarray(kept, dtype=np.int64), len(test) - len(kept)
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.save import versions
@@ -119,7 +120,7 @@ class _Inputs:
         try:
             yield
         except CALL_ERRORS as error:
-            if self.other is None:
+            if self.other is None or self.images is not None:
                 raise
             shape = ",".join(map(str, self.usual))
             reason = str(error) if isinstance(error, ModelError) else one_line(error)
@@ -188,16 +189,17 @@ def export(
     inputs = job.noise() if data is None else job.images(data)
     names = names_of(net, inputs.x[:2])
     cost, models = job.zero_(inputs, names) if recipe.force_zero and live else (None, ())
-    free, example = inputs.other is not None, inputs.x[:2]
-    made = forms.Making(loaded, recipe.to, recipe.opset, example, names=names, free_size=free)
-    with inputs.free_size():
-        content, companion, runner = made.run()
-    found = agreement(torch_runner(net), runner, inputs.x, names)
-    job.check(found, made, inputs, inputs.x)
-    if inputs.other is not None:
-        with inputs.free_size():
-            elsewhere = agreement(torch_runner(net), runner, inputs.other, names, timed=False)
-            job.check(elsewhere, made, inputs, inputs.other)
+    try:
+        made, content, companion, found = job.form(inputs, names)
+    except CALL_ERRORS as error:
+        if inputs.other is None or inputs.images is None:
+            raise
+        # Of maps any size is wanted; the size of the images is enough.
+        size = "x".join(map(str, inputs.x.shape[2:]))
+        inputs = dataclasses.replace(inputs, other=None)
+        made, content, companion, found = job.form(inputs, names)
+        why = str(error) if isinstance(error, ModelError) else one_line(error)
+        made.notes.append(f"takes inputs of {size} only, since another size failed: {why}")
     notes = [*loaded.checkpoint.notes, *inputs.notes, *made.notes, *describe_neighbours(net)]
     return Export(
         to=recipe.to,
@@ -257,6 +259,37 @@ class _Job:
     seed: int
     track: Track
 
+    def form(
+        self, inputs: _Inputs, names: list[str]
+    ) -> tuple[forms.Making, bytes, bytes | None, Agreement]:
+        """Make the form, and compare it with the model on all inputs."""
+        recipe, net, free = self.recipe, self.loaded.model, inputs.other is not None
+        # The tracer takes equal sides for one; of images they may be.
+        example = inputs.x if inputs.other is None or inputs.images is None else inputs.other
+        made = forms.Making(
+            self.loaded, recipe.to, recipe.opset, example[:2], names=names, free_size=free
+        )
+        with inputs.free_size():
+            content, companion, runner = made.run()
+        found = agreement(torch_runner(net), runner, inputs.x, names)
+        self.check(found, made, inputs, inputs.x)
+        if inputs.other is not None:
+            with inputs.free_size():
+                elsewhere = agreement(torch_runner(net), runner, inputs.other, names, timed=False)
+                self.check(elsewhere, made, inputs, inputs.other)
+        return made, content, companion, found
+
+    def elsewhere(self, x: Tensor, output: Any) -> Tensor | None:
+        """The images at a second size, where the form can have both and the outputs are maps."""
+        maps = [t.ndim == 4 and min(t.shape[2:]) > 1 for t in runtime.tensors_in(output)]
+        image = x.ndim == 4 and x.is_floating_point()
+        if self.recipe.to not in ("onnx", "pt2") or not image or not (maps and all(maps)):
+            return None
+        height, width = x.shape[2:]
+        # Multiples of the size, which the network may ask for; and sides that differ.
+        larger = (2 * height, width) if 2 * height != width else (3 * height, width)
+        return functional.interpolate(x[:7], size=larger)
+
     def images(self, data: str) -> _Inputs:
         """Some of the data's images, in seeded random order."""
         recipe = self.recipe
@@ -285,9 +318,16 @@ class _Job:
         if len(x) < 2:
             raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
         with guards.inference(self.loaded.model):
-            runtime.run(self.loaded.model, x[:2], torch.device("cpu"))
-        prepared = inputs.preprocessing
-        return _Inputs(x=x, preprocessing=prepared, notes=notes, data=inputs, index=index)
+            output = runtime.run(self.loaded.model, x[:2], torch.device("cpu"))
+        return _Inputs(
+            x=x,
+            preprocessing=inputs.preprocessing,
+            notes=notes,
+            data=inputs,
+            index=index,
+            other=self.elsewhere(x, output),
+            usual=tuple(x.shape[1:]),
+        )
 
     def noise(self) -> _Inputs:
         """Seeded noise, of two sizes where the size is not known and the form could fix one."""
