@@ -595,9 +595,10 @@ MARK = {"id": 1, "image_id": 7, "category_id": 1}
         ({"images": [ONE | {"file_name": "../x.png"}]}, "1 images lead"),
         ({"images": [ONE]}, "1 images are not"),
         ({"images": [{"id": 1}]}, "no annotations of instances .KeyError"),
+        ({"images": [ONE | {"id": 2**70}]}, "no annotations of instances .OverflowError"),
         ({"images": []}, "no images"),
         ({"annotations": [MARK | {"bbox": [0, 0, 1e999, 1]}]},
-         "no annotations of instances .ValueError: a box of image 7 is not finite"),
+         "no annotations of instances .ValueError: a box or category of image 7 is no"),
         ({"annotations": [MARK | {"bbox": 4}]}, "no annotations of instances .TypeError"),
     ],
 )  # fmt: skip

@@ -290,14 +290,14 @@ def _read_coco(folder: Path, file: Path, channels: int) -> tuple[BoxedImages, in
             [(*mark["bbox"], mark["category_id"], mark.get("iscrowd", 0)) for mark in marks],
             dtype=np.float64,
         ).reshape(len(marks), 6)
-        if not np.isfinite(table).all():
-            raise ValueError(f"a box of image {image_id} is not finite")
+        if not (np.abs(table) < _INT32.max).all():
+            raise ValueError(f"a box or category of image {image_id} is no usual number")
         kept = table[(table[:, 2] > 0) & (table[:, 3] > 0)]
         n_left_out += len(table) - len(kept)
         boxes = np.hstack([kept[:, :2], kept[:, :2] + kept[:, 2:4]]).astype(np.float32)
         labels, crowds = kept[:, 4:].T.astype(np.int64)
         images.boxes.append(
-            {"boxes": boxes, "labels": labels, "iscrowd": crowds, "image_id": int(image_id)}
+            {"boxes": boxes, "labels": labels, "iscrowd": crowds, "image_id": np.int64(image_id)}
         )
         images.files.append(str(PurePosixPath(one["file_name"])))
         images.sizes.append((int(one["height"]), int(one["width"])))
