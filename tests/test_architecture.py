@@ -21,7 +21,7 @@ FLOORS: dict[str, set[str]] = {
     "models": {"core", "norm"},
     "checkpoints": {"core", "models", "norm"},
     "data": {"checkpoints", "core", "models"},
-    "recalibrate": {"checkpoints", "core", "norm"},
+    "recalibrate": {"checkpoints", "core", "models", "norm"},
     "metrics": {"core", "models"},
     "weights": {"core", "metrics", "norm", "recalibrate"},
     "training": {"checkpoints", "core", "metrics", "models", "norm", "weights"},

@@ -78,6 +78,7 @@ from bnfix.jobs.plan import describe, estimated_again, replayed_plan, with_own_m
 from bnfix.jobs.run import execute
 from bnfix.jobs.session import TRIED, Plan
 from bnfix.jobs.steps import open_plan
+from bnfix.jobs.without_data import calibrate_without_data
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.export import Export, check_exports
 from bnfix.report.predictions import check_predictions
@@ -147,7 +148,19 @@ def calibrate(
 
     Example: bnfix calibrate net.pth --model net.py:build --data photos/ -o calibrated.safetensors
     """
-    _carry_out(replace(plan, state=state), checkpoint, data, output, out)
+    if data != "none":
+        _carry_out(replace(plan, state=state), checkpoint, data, output, out)
+        return
+    terminal = out.terminal()
+    check_outputs(output, force=out.force)
+    with terminal.working():
+        result = calibrate_without_data(checkpoint, replace(plan, command_line=command_line()))
+        if not out.show_plan:
+            result.save_by_first(output, force=out.force)
+    if out.show_plan:
+        terminal.plan({"command": "calibrate", "data": None}, "calibrate without data; not written")
+    else:
+        terminal.show(result.report, output)
 
 
 def finetune(

@@ -54,7 +54,7 @@ _GROUPS: Final = (
     ("note", RECALIBRATE, "counter-behind half-statistics momentum-none"),
     ("note", f"nothing, if it is intended; {RECALIBRATE}", "frozen frozen-kind"),
     ("note", f"nothing, if it is intended; {_INSPECT}", "shared"),
-    ("note", f"to be sure: {_INSPECT}", "counted-again"),
+    ("note", f"to be sure: {_INSPECT}", "counted-again predicted-gap"),
     ("note", "bnfix eval CKPT --model SPEC --data DATA --precision bf16", "beyond-half"),
     ("note", "for statistics of each call: give every call a layer of its own", "reused"),
     ("note", "left alone", "instance-norm"),

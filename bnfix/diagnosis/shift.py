@@ -19,12 +19,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from torch import Tensor, nn
 
 from bnfix.core import guards
 from bnfix.core.errors import NumericError
+from bnfix.diagnosis.advice import Finding, finding
 from bnfix.norm.moments import gaps
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.collector import Collector, Cost, eps_of, stored_moments
@@ -137,3 +139,31 @@ class _Gaps(Collector):
             mean_gap, sd_gap = (self._gaps[name] / n).tolist()
         mean_shift, log_var_ratio = stored_drift(self, name)
         return Shift(mean_gap, sd_gap, mean_shift=mean_shift, log_var_ratio=log_var_ratio)
+
+
+#: Gaps of predicted means, in deviations: usual ones of a network, and of a single layer.
+_USUAL_GAP, _USUAL_LAYER = 0.15, 0.6
+#: Layers that a median needs.
+_FEWEST_LAYERS = 4
+
+
+def read_predictions(gaps: dict[str, float]) -> list[Finding]:
+    """The faults that predictions without an image show, of the network and of single layers."""
+    if len(gaps) < _FEWEST_LAYERS:
+        return []
+    middle = median(gaps.values())
+    if not middle <= _USUAL_GAP:  # NaN is none
+        of = f"the median over {len(gaps)} layers"
+        words = f"weights and stored statistics predict other means than the stored ones: {of} is"
+        usual = "0.1 or less is usual, so the statistics may belong to other weights"
+        return [finding("", "predicted-gap", f"{words} {middle:.2g} deviations off; {usual}")]
+    return [
+        finding(
+            name,
+            "predicted-gap",
+            f"its means are {gap:.2g} deviations off those that the layers before predict: stale, "
+            "or its inputs are far from normal",
+        )
+        for name, gap in gaps.items()
+        if gap > _USUAL_LAYER
+    ]

@@ -155,7 +155,7 @@ def _swapped(
     loaded: Loaded, planned: SwapPlan, swap: SwapRecipe, example: torch.Tensor | None, where: str
 ) -> tuple[SwapPlan, float | None, list[str]]:
     """Swap, and compare the whole network's outputs; they may change at weights above 0 only."""
-    before = None if example is None else _outputs(loaded.model, example)
+    before = None if example is None else outputs_of(loaded.model, example)
     was_live = n_live(loaded.model) > 0
     plan = swap_planned_(loaded.model, planned)
     notes: list[str] = []
@@ -169,7 +169,7 @@ def _swapped(
             "one by one; give --input-shape C,H,W."
         )
         return plan, None, notes
-    difference = _difference(loaded, before, _outputs(loaded.model, example), was_live=was_live)
+    difference = _difference(loaded, before, outputs_of(loaded.model, example), was_live=was_live)
     notes.append(
         f"on {where} of {'x'.join(map(str, example.shape))} the largest output difference is "
         f"{difference:.2g} (relative to the largest output)."
@@ -234,7 +234,7 @@ def _runs(model: nn.Module, shape: tuple[int, ...], failures: list[str]) -> torc
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
-        _outputs(model, example)
+        outputs_of(model, example)
     except CALL_ERRORS as error:
         failures.append(one_line(error))
         return None
@@ -252,11 +252,11 @@ def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
                     found.add(name)
 
             handles.append(site.module.register_forward_hook(look))
-        _outputs(model, example)
+        outputs_of(model, example)
     return found
 
 
-def _outputs(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
     """All tensors of the output, flat, in float64; of a detector those of its backbone."""
 
     def call() -> Any:

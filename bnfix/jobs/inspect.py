@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from bnfix.diagnosis.faults import (
     examine_model,
     read_norms,
 )
-from bnfix.diagnosis.shift import Shifts
+from bnfix.diagnosis.shift import Shifts, read_predictions
 from bnfix.jobs.convert import example_input, known_shape
 from bnfix.jobs.inputs import Track, Tracked, open_inputs, resolve_preprocessing, silent
 from bnfix.jobs.session import load_one
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
+from bnfix.recalibrate.predicted import predicted_gaps
 
 #: Examples that are run by default.
 SAMPLES = 512
@@ -77,6 +78,7 @@ class Inspection:
     commands: list[Entry]  # of the file's history
     notes: list[str]  # how the file was read, and what was assumed
     original: Original | None = None  # the file that it is compared with
+    gaps: Mapping[str, float] = field(default_factory=dict)  # of predicted means, by layer
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``inspect --json`` prints; its numbers may be NaN or infinite."""
@@ -96,6 +98,7 @@ class Inspection:
                 {
                     **dataclasses.asdict(layer),
                     "kind": self.kinds.get(layer.name),
+                    "predicted_gap": self.gaps.get(layer.name),
                     **shifts.to_json(layer.name),
                 }
                 for layer in self.layers
@@ -139,6 +142,7 @@ def inspect_checkpoint(
     weights = diagnose_weights(found.tensors) if original is None else original.findings()
     findings = [*diagnose(found.tensors, layers), *weights]
     seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
+    gaps = {} if loaded is None else predicted_gaps(loaded.model)
     if loaded is not None:
         sites = find_norms(loaded.model)
         kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
@@ -149,7 +153,7 @@ def inspect_checkpoint(
         }
         # An InstanceNorm's running statistics follow other rules, so its tensors show no fault.
         findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
-        findings += examine_model(loaded.model, layers)
+        findings += [*examine_model(loaded.model, layers), *read_predictions(gaps)]
         if data is None:
             seen = _call(loaded, source)
         else:
@@ -185,6 +189,7 @@ def inspect_checkpoint(
         commands=read_history(header.get("history")),
         notes=[*found.notes, *seen.remarks],
         original=original,
+        gaps=gaps,
     )
 
 

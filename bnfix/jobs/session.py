@@ -235,7 +235,7 @@ def open_workbench(
     lenders = () if plan.average is None else plan.average.files
     loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    reference = _open_reference(loaded, plan)
+    reference = open_reference(loaded, plan)
     inputs = test = open_inputs(loaded, data, source)
     images, notes = inputs.images, [*loaded.checkpoint.notes, *inputs.notes]
     if reference is not None:
@@ -301,7 +301,7 @@ def _check_mix(mix: Sequence[float], n_sources: int) -> None:
         )
 
 
-def _open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
+def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
     """The network that a checkpoint was made from; one of other tensors is refused."""
     path, spec = plan.statistics.reference, plan.statistics.reference_model
     if path is None:

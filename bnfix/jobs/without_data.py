@@ -1,0 +1,79 @@
+"""`calibrate --data none`: statistics for changed weights from the original, without an example."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from bnfix.checkpoints.read import check_room
+from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
+from bnfix.core.errors import ConfigError, ModelError, some
+from bnfix.jobs.convert import example_input, known_shape, outputs_of
+from bnfix.jobs.inputs import resolve_preprocessing
+from bnfix.jobs.session import Plan, load_one, open_reference
+from bnfix.norm.sites import find_norms
+from bnfix.recalibrate.predicted import match_predicted_
+from bnfix.report.records import layer_rows
+from bnfix.report.report import Report, Result
+
+
+def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
+    """Set the statistics that weights and the original's statistics predict; nothing is judged.
+
+    Raises:
+        ConfigError: if no reference is given.
+        ModelError: if one of both networks has no graph.
+    """
+    loaded = load_one(checkpoint, plan.model, plan.run)
+    original = open_reference(loaded, plan)
+    if original is None:
+        raise ConfigError(
+            "--data none: without examples, statistics can only be predicted from the original's. "
+            "Give --reference CKPT, or data.",
+            name="reference",
+        )
+    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    stated, _ = resolve_preprocessing(loaded, plan.source)
+    example = example_input(loaded.model, None, known_shape(loaded.model, stated))
+    before = None if example is None else outputs_of(loaded.model, example)
+    try:
+        reached = match_predicted_(loaded.model, original.model)
+    except ModelError as error:
+        raise ModelError(f"--data none: {error} Give data.") from error
+    round_as_stored_(loaded.model)
+    left = [s.name for s in find_norms(loaded.model) if s.name not in reached]
+    notes = [
+        *loaded.checkpoint.notes,
+        f"no example was used: the means of {len(reached)} layers were moved, and their variances "
+        "lowered, as the weights predict from the original's statistics. Nothing proves that the "
+        "output is better: compare it with the input on images (bnfix eval).",
+    ]
+    if left:
+        notes.append(f"{some(left)}: out of reach of the prediction, left as they were.")
+    if before is not None and example is not None:
+        moved = outputs_of(loaded.model, example) - before
+        size = float(moved.square().mean().sqrt() / before.square().mean().sqrt().clamp_min(1e-12))
+        notes.append(f"on normal random input the outputs moved by {size:.2g} of their size (RMS).")
+    recipes: dict[str, Any] = {"model": plan.model, "statistics": plan.statistics}
+    options = {name: dataclasses.asdict(one) for name, one in recipes.items()}
+    entry = history_entry(
+        "calibrate",
+        options=options,
+        seed=plan.gate.seed,
+        checkpoint=loaded.checkpoint,
+        data=None,
+        command_line=plan.command_line,
+        results={"predicted": reached},
+    )
+    report = Report(
+        command="calibrate",
+        data=None,
+        models=(),
+        layers=layer_rows(loaded.model, {}, {}),
+        assumptions=tuple(notes),
+        options=options,
+        command_line=plan.command_line,
+        versions=versions(),
+    )
+    return Result(loaded.model, report, entry, loaded.origin.preprocessing)
