@@ -148,19 +148,7 @@ def calibrate(
 
     Example: bnfix calibrate net.pth --model net.py:build --data photos/ -o calibrated.safetensors
     """
-    if data != "none":
-        _carry_out(replace(plan, state=state), checkpoint, data, output, out)
-        return
-    terminal = out.terminal()
-    check_outputs(output, force=out.force)
-    with terminal.working():
-        result = calibrate_without_data(checkpoint, replace(plan, command_line=command_line()))
-        if not out.show_plan:
-            result.save_by_first(output, force=out.force)
-    if out.show_plan:
-        terminal.plan({"command": "calibrate", "data": None}, "calibrate without data; not written")
-    else:
-        terminal.show(result.report, output)
+    _carry_out(replace(plan, state=state), checkpoint, data, output, out)
 
 
 def finetune(
@@ -225,14 +213,21 @@ def _carry_out(
     if not out.show_plan:
         check_outputs(output, force=out.force)
     with terminal.working() as track:
-        bench = open_plan(plan, checkpoint, data, None, track)
-        if out.show_plan:
-            described = describe(bench, str(output))
+        predicted = plan.command == "calibrate" and list(data) == ["none"]
+        if predicted:
+            result = calibrate_without_data(checkpoint, plan)
         else:
-            result = execute(bench)
+            bench = open_plan(plan, checkpoint, data, None, track)
+        if out.show_plan:
+            described = {"steps": []} if predicted else describe(bench, str(output))
+        else:
+            result = result if predicted else execute(bench)
             result.save_by_first(output, force=out.force)
     if out.show_plan:
-        terminal.plan(described, *plan_lines(described))
+        lines = (
+            ["statistics are predicted; nothing was done"] if predicted else plan_lines(described)
+        )
+        terminal.plan(described, *lines)
     else:
         terminal.show(result.report, output)
 

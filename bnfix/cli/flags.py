@@ -342,10 +342,12 @@ _DATA_IS = (
     "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, parquet or "
     "a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable."
 )
+_REPEATED = (
+    "Repeatable: all are taken together. calibrate takes none, with --reference: then weights and "
+    "the original's statistics predict the new ones, and nothing is judged."
+)
 Data = Annotated[str, about(_DATA_IS, DATA, "DATA")]
-Several = Annotated[
-    list[str], about(f"{_DATA_IS} Repeatable: all are taken together.", DATA, "DATA")
-]
+Several = Annotated[list[str], about(f"{_DATA_IS} {_REPEATED}", DATA, "DATA")]
 Output = Annotated[Path, written("The .safetensors to write.")]
 State = Annotated[
     str | None,
