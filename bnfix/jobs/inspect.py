@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,7 @@ def inspect_checkpoint(
     if loaded is not None:
         sites = find_norms(loaded.model)
         kinds = {site.name: site.kind for site in sites} | instance_norms(loaded.model)
-        frozen = {
-            site.name: "--unfreeze" if site.frozen else "--include-frozen"
-            for site in sites
-            if not site.problem and (site.frozen or site.is_put_to_rest(loaded.model))
-        }
+        frozen = _frozen(sites, loaded)
         # An InstanceNorm's running statistics follow other rules, so its tensors show no fault.
         findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
         findings += [*examine_model(loaded.model, layers), *read_predictions(gaps)]
@@ -191,6 +187,15 @@ def inspect_checkpoint(
         original=original,
         gaps=gaps,
     )
+
+
+def _frozen(sites: Sequence[NormSite], loaded: Loaded) -> dict[str, str]:
+    """The option that lets a command change a frozen layer, by layer."""
+    return {
+        site.name: "--unfreeze" if site.frozen else "--include-frozen"
+        for site in sites
+        if not site.problem and (site.frozen or site.is_put_to_rest(loaded.model))
+    }
 
 
 def _for_commands(recipe: ModelRecipe, stated: Mapping[str, Any]) -> ModelRecipe:
