@@ -102,6 +102,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("clean", "noise", "phone"):
-        for part, n, seed in (("work", 2000, 1), ("test", 2000, 2)):
+        for part, n, seed in (("work", 600, 1), ("test", 1000, 2)):
             inputs, targets = tones(n, seed, kind)
             np.savez(folder / f"{kind}-{part}.npz", inputs=inputs, targets=targets)

@@ -387,7 +387,7 @@ Tuned = Annotated[
         "batch_statistics ghost_noise consistency sharpness"
     },
 ]
-Gate = Annotated[GateRecipe, {NORM: "z", RUN: "seed"}]
+Gate = Annotated[GateRecipe, {NORM: "z select", RUN: "seed"}]
 Seed = Annotated[GateRecipe, {RUN: "seed"}]
 Run = Annotated[RunOptions, {RUN: "device workers precision batch_size"}]
 Writes = Annotated[Out, {OUT: "as_json quiet debug force show_plan"}]

@@ -253,14 +253,17 @@ class GateRecipe:
 
     z: float = option(2.0, "Standard errors by which a candidate must win on the select split.")
     fit: float = option(0.6, "Part of the data for fitting.")
-    select: float = option(0.2, "Part of the data for choosing; the rest is the test split.")
+    select: float = option(
+        0.2, "Part of the data for choosing, beside 0.6 to fit on; more where 20 are not reached."
+    )
     seed: int = option(0, "Seed of the split and of every random choice.")
 
     def __post_init__(self) -> None:
         in_range(self, 0, math.inf, "z")
         check_seed(self.seed)
-        ok = min(self.fit, self.select, 1 - self.fit - self.select) >= 0
-        require(ok, f"fit {self.fit}, select {self.select}: expected parts of 1.", "fit")
+        ok = 0 < self.fit < 1 and 0 < self.select <= 1 - self.fit
+        parts = f"expected above 0 and at most {1 - self.fit:g}"
+        require(ok, f"--select: {self.select}, {parts}, beside {self.fit:g} to fit on.", "select")
 
 
 @dataclass(frozen=True)

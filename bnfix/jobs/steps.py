@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bnfix.core.errors import DataError
+from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import (
     LABEL_FREE,
     AverageRecipe,
@@ -177,7 +177,14 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
         return 0.8, 0.0, 0.2
     if not gated or not (labelled or plan.statistics.reference):
         return 1.0, 0.0, 0.0
-    return (0.75, 0.25, 0.0) if given else (gate.fit, gate.select, 1 - gate.fit - gate.select)
+    both = gate.fit + gate.select
+    if given:
+        return 1 - gate.select / both, gate.select / both, 0.0
+    if both == 1:
+        raise ConfigError(
+            f"--select: {gate.select} leaves nothing to test on. Give --test.", name="select"
+        )
+    return gate.fit, gate.select, 1 - both
 
 
 def open_plan(
