@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import bnfix
@@ -17,6 +19,7 @@ from bnfix.core import runtime
 from bnfix.core.errors import DataError, ModelError
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.open import open_images
+from tests.conftest import Outcome
 
 CPU = torch.device("cpu")
 X, Y = torch.ones(3, 2), torch.tensor([0, 1, 1])
@@ -174,6 +177,40 @@ def test_lengths_and_masks_of_a_file_that_do_not_fit_are_refused(tmp_path, chang
     np.savez(tmp_path / "a.npz", **{**arrays_of(), **change})
     with pytest.raises(DataError, match=said):
         open_images(str(tmp_path / "a.npz"))
+
+
+NET = """
+from torch import nn
+
+def build():
+    head = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)
+    return nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), *head)
+"""
+
+
+def test_commands_leave_padding_out(tmp_path: Path, cli: Callable[..., Outcome]):
+    (tmp_path / "net.py").write_text(NET)
+    names: dict[str, Any] = {}
+    exec(NET, names)
+    net, arrays = names["build"]().eval(), arrays_of(60)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    np.savez(tmp_path / "data.npz", **arrays)
+    common = ("--model", f"{tmp_path / 'net.py'}:build", "--data", tmp_path / "data.npz")
+    words = ("--statistics", "population", "--example-weight", "keep", "--labels", "none")
+    done = cli("calibrate", tmp_path / "net.pth", *common, *words, "-o", tmp_path / "o.safetensors")
+    assert done.code == 0, done.err
+    stored = load_file(tmp_path / "o.safetensors")
+    met = net[0](torch.from_numpy(arrays["inputs"]).float()).detach().transpose(1, 2)
+    met = met[torch.arange(6) < torch.from_numpy(arrays["lengths"])[:, None]]
+    torch.testing.assert_close(stored["1.running_mean"], met.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stored["1.running_var"], met.var(0, correction=0))
+    # Fitted to what it measures without the padding, it has no shift; stock layers in training
+    # would count the padding, so outputs by batch statistics are not known.
+    seen = cli("inspect", tmp_path / "o.safetensors", *common)
+    assert seen.code == 0, seen.err
+    assert "on 60 examples: outputs" in seen.out
+    assert "with batch statistics" not in seen.out
+    assert "stored means are" not in seen.out
 
 
 # ---- models that want targets in training mode ---------------------------------------------

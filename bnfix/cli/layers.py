@@ -122,4 +122,6 @@ def _behaviour_line(seen: Behaviour) -> str:
     if seen.top1 is not None and seen.top1_training is not None:
         stored += f", top-1 {percent(seen.top1)}"
         batch += f", {percent(seen.top1_training)}"
-    return f"on {seen.n_examples} examples: {stored} (with batch statistics {batch})"
+    known = all(map(math.isfinite, seen.output_range_training))
+    own = f" (with batch statistics {batch})" if known else ""
+    return f"on {seen.n_examples} examples: {stored}{own}"

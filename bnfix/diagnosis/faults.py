@@ -442,8 +442,9 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
         for batch in batches:
             x = runtime.unpack(batch)[0]
             n = len(x) if isinstance(x, Tensor) else 1
-            if training and n < 2:
-                continue  # one example has no batch statistics on 1x1 feature maps
+            # One example has no batch statistics on 1x1 feature maps; stock layers know no mask.
+            if training and (n < 2 or guards.mask_in(batch)):
+                continue
             found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
     return found
 
