@@ -60,6 +60,12 @@ def padded():
     return found
 
 
+def spoiled():
+    """The same, with four of nine images in one colour."""
+    return [(torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) % 9 < 4, 0.1, x), y)
+            for x, y in dealt()]  # fmt: skip
+
+
 def sliced(k, size=9):
     """A part of every batch; the last one is of two examples."""
     x, y = examples()
@@ -113,7 +119,8 @@ def everything():
         mixed = net()
         recalibrate_(mixed, dealt(), target="blend", feed="sequential", memory_bytes=memory)
         found |= {f"blend {memory} {name}": v for name, v in statistics(mixed).items()}
-        recalibrate_(mixed, dealt(), robust=True, memory_bytes=memory)
+        made = recalibrate_(mixed, spoiled(), robust=True, memory_bytes=memory)
+        found[f"left out {memory}"] = np.array(made.trust.n_left_out)
         found |= {f"robust {memory} {name}": v for name, v in statistics(mixed).items()}
         shifted = [(2 * x + 1, y) for x, y in dealt(5)]
         shifted = shifted[: int(distributed.here().is_first)]  # the others have none of it

@@ -197,58 +197,6 @@ def test_an_interrupted_run_of_another_prior_is_not_taken(tmp_path):
     assert equal(model, expected)
 
 
-def medians(values):
-    """Mean and variance of ``(N, C, H, W)`` by medians over the examples."""
-    means, variances = (getattr(values.flatten(2).numpy(), f)(2) for f in ("mean", "var"))
-    centre = np.median(means, 0)
-    between = 1.4826 * np.median(np.abs(means - centre), 0)
-    return centre, np.median(variances, 0) + between**2
-
-
-@pytest.mark.parametrize("memory_bytes", [None, 0])
-@pytest.mark.parametrize("weight", [None, 0.4])
-@pytest.mark.parametrize("n", [23, 24])
-def test_robust_statistics_are_those_found_by_hand(memory_bytes, weight, n):
-    net = some(nets.plain)
-    model, y = copy.deepcopy(net).double(), drawn(n).double()
-    for conv, bn in (("conv1", "bn1"), ("conv2", "bn2")):
-        z, norm = getattr(model, conv)(y).detach(), getattr(model, bn)
-        mean, var = (torch.from_numpy(moment) for moment in medians(z))
-        w, old, old_var = weight or 1.0, norm.running_mean.clone(), norm.running_var.clone()
-        norm.running_mean.copy_((1 - w) * old + w * mean)
-        norm.running_var.copy_((1 - w) * old_var + w * var + w * (1 - w) * (mean - old) ** 2)
-        y = norm(z).relu().detach()
-    options = {"target": "blend", "new_weight": weight} if weight else {}
-    done = recalibrate_(net, drawn(n).split(5), robust=True, memory_bytes=memory_bytes, **options)
-    assert done.target == f"robust {options.get('target', 'population')}"
-    for name, moments in statistics(net).items():
-        torch.testing.assert_close(moments, statistics(model)[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("options", [{"target": "population"}, {"target": "blend"}])
-def test_garbage_in_fewer_than_half_leaves_statistics_among_those_of_clean_images(options):
-    """However wild it is, and in any batches; without medians it takes them along."""
-    net, x = some(nets.plain), drawn(41)
-    z = net.conv1(x).detach().flatten(2)
-    spoiled = x.clone()
-    spoiled[::2] = 1e4 * drawn(41, seed=9)[::2]  # 21 of 41
-    spoiled[0] = x[0]  # 20 of 41
-    found = []
-    for batches in (spoiled.split(8), spoiled.flip(0).split(3)):
-        model = copy.deepcopy(net)
-        recalibrate_(model, batches, robust=True, **options)
-        found.append(statistics(model))
-        mean = model.bn1.running_mean
-        least, most = z.mean(2).amin(0), z.mean(2).amax(0)
-        assert bool((mean >= torch.minimum(least, net.bn1.running_mean) - 1e-5).all())
-        assert bool((mean <= torch.maximum(most, net.bn1.running_mean) + 1e-5).all())
-    for name in found[0]:
-        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
-    plain = copy.deepcopy(net)
-    recalibrate_(plain, spoiled.split(8), **options, feed="sequential")
-    assert float(plain.bn1.running_var.max()) > 1e4
-
-
 @pytest.mark.parametrize("robust", [False, True])
 @pytest.mark.parametrize("prior", [None, "auto", 20])
 def test_the_command_mixes_as_python_does(files, cli, tmp_path, prior, robust):

@@ -129,7 +129,8 @@ class StatisticsRecipe:
         "new ones weigh n/(n+N); or auto, the default: by how far each layer has drifted.",
     )
     robust: bool = option(
-        False, "Medians over images, for population and blend; fewer than half may be garbage."
+        False,
+        "Leave out images of another kind than most, for population and blend; one pass more.",
     )
     mix: tuple[float, ...] = option(
         (),

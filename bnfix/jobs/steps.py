@@ -353,8 +353,8 @@ def _statistics_step(
 ) -> Step:
     feed, passes, plain = recipe.feed, n.feed_passes, 1
     if target in ("reference", "blend") or recipe.robust:
-        # One pass more goes through the reference.
-        plain = 2 if target == "reference" else 1
+        # One pass more goes through the reference, or looks for images of another kind.
+        plain = 2 if target == "reference" or recipe.robust else 1
         feed, passes = "sequential", n.by_depth + plain - 1
     more = "" if passes == plain else f", or {passes:g} where memory is short"
     over = f"{plain} pass{'es' if plain > 1 else ''} over fit{more}"

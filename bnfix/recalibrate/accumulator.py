@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -14,16 +13,7 @@ from torch import Tensor
 
 from bnfix.core import distributed
 from bnfix.core.errors import DataError
-from bnfix.norm.moments import (
-    LOST,
-    Moments,
-    column_moments,
-    mean_squares,
-    median_mix,
-    mix,
-    pool,
-    shares,
-)
+from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, mix, pool, shares
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
 _WAITING = 1 << 18
@@ -34,7 +24,7 @@ _CHUNK = 1 << 19
 class Accumulator:
     """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
 
-    def __init__(self, shift: Tensor, *, robust: bool = False) -> None:
+    def __init__(self, shift: Tensor) -> None:
         # Per-example means are taken from the first batch's, so that none of them is large.
         self._shift = shift
         none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
@@ -44,8 +34,6 @@ class Accumulator:
         self._positions = self._n_waiting = 0
         #: Of padded batches the number of examples, which weigh by their valid positions.
         self._n_masked: int | None = None
-        #: Every example's mean and variance, where medians are wanted.
-        self._each: list[tuple[Tensor, Tensor]] | None = [] if robust else None
 
     def add(self, mean: Tensor, var: Tensor, positions: int, count: Tensor | None = None) -> None:
         """Add one call's per-example moments ``(N, C)``, float64, each of so many positions.
@@ -63,8 +51,6 @@ class Accumulator:
             self._flush()
         self._positions = positions
         self._waiting.append((mean, var) if count is None else (mean, var, count))
-        if self._each is not None:
-            self._each.append((mean, var))
         self._n_waiting += mean.shape[0]
 
     def part(self, batch: int) -> Accumulator:
@@ -95,8 +81,6 @@ class Accumulator:
         """These sums and those of others together, as if one had seen all."""
         whole = Accumulator(self._shift)
         everyone = [self, *others]
-        if self._each is not None:
-            whole._each = [pair for accumulator in everyone for pair in accumulator._each or ()]
         for accumulator in everyone:
             accumulator._flush()
         numbers = [accumulator._n_masked for accumulator in everyone]
@@ -137,7 +121,6 @@ class Accumulator:
             "waiting": [[tensor.cpu() for tensor in row] for row in self._waiting],
             "positions": self._positions,
             "n_masked": self._n_masked,
-            "each": self._each and [[mean.cpu(), var.cpu()] for mean, var in self._each],
         }
 
     @classmethod
@@ -145,8 +128,6 @@ class Accumulator:
         """Sums that go on from a state."""
         shift, *rest = (tensor.to(device) for tensor in state["sums"])
         self = cls(shift)
-        if (each := state.get("each")) is not None:
-            self._each = [(mean.to(device), var.to(device)) for mean, var in each]
         self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])
         self._waiting = [tuple(tensor.to(device) for tensor in row) for row in state["waiting"]]
         self._n_waiting = sum(row[0].shape[0] for row in self._waiting)
@@ -167,12 +148,7 @@ class Accumulator:
         return int(self._examples.count) if self._n_masked is None else self._n_masked
 
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B.
-
-        Of robust sums: medians over the examples.
-        """
-        if self._each is not None:
-            return median_mix(*self._rows())
+        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
         mean, var = self.values.mean, self.values.var
         if train_batch_size is None:
             return mean, var
@@ -194,26 +170,11 @@ class Accumulator:
             part * (var_q.clamp_min(0) + off_q.square()),
         )
 
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        mean, var = (torch.cat(parts) for parts in zip(*self._each or (), strict=True))
-        return mean, var
-
     def errors(self, about: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n).
 
         The variance is that about the mean, or about the point given.
-
-        Of robust sums: those of medians of normal values, with deviations by medians too.
         """
-        if self._each is not None and self.n_examples > 1:
-            mean, var = self._rows()
-            squares = var + (mean - median_mix(mean, var)[0]).square()
-            none = torch.zeros_like(mean)
-            part = math.sqrt(math.pi / 2 / self.n_examples)
-            return (
-                part * median_mix(mean, none)[1].sqrt(),
-                part * median_mix(squares, none)[1].sqrt(),
-            )
         m = (self.values.mean if about is None else about) - self._shift
         var_d, var_r, var_sum = self._examples.var
         n = float(self.n_examples)
@@ -240,11 +201,11 @@ class Sums:
     """The sums of all layers, and how often and in which order batches have called them."""
 
     def __init__(
-        self, devices: Mapping[str, torch.device], *, robust: bool = False, sources: Any = None
+        self, devices: Mapping[str, torch.device], *, sources: Any = None, screen: Any = None
     ) -> None:
-        self._devices = devices
+        self._devices, self._screen = devices, screen
         #: Make a layer's sums, by its first mean or from a state.
-        self.make: Callable[[Tensor], Accumulator] = partial(Accumulator, robust=robust)
+        self.make: Callable[[Tensor], Accumulator] = Accumulator
         self.remade: Callable[[Mapping[str, Any], torch.device], Accumulator] = Accumulator.of_state
         if sources is not None:
             sources.attach_(self)
@@ -255,6 +216,16 @@ class Sums:
         self.most_examples = 0
         self._before: dict[str, set[str]] = {}
         self._calls: Counter[str] = Counter()
+
+    def add(
+        self, name: str, index: int, moments: tuple[Tensor, Tensor, Tensor | None], positions: int
+    ) -> None:
+        """Add a call's means, variances and counts of valid positions, of examples that count."""
+        if self._screen is not None:
+            moments = self._screen.rows(name, index, moments)
+        mean, var, count = moments
+        if len(mean):
+            self.measured[name].part(index).add(mean, var, positions, count)
 
     def new_batch(self) -> None:
         """Calls from now on belong to another batch."""

@@ -103,7 +103,7 @@ class Target:
         self.unmatched: dict[str, int] = {}
         #: Of a mixture, by layer: the weight of what was measured, a mean over the channels.
         self.weights: dict[str, float] = {}
-        self.robust = False  # medians over the examples, in place of means
+        self.screen: Any = None  # `Screen` of examples, of which not all count
         self.sources: Any = None  # `Sources` of examples that are weighed apart
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
@@ -249,7 +249,7 @@ class Collector:
         self._n_unchecked += 2 * mean.numel()
         if site.name not in sums.measured:
             sums.measured[site.name] = sums.make(mixed[0])
-        sums.measured[site.name].part(index).add(mean, var, values.shape[2], count)
+        sums.add(site.name, index, (mean, var, count), values.shape[2])
         if n_values == 1 and self._single is None:
             self._single = site.name, index
         if self._is_strict and self._single is not None and len(sums.measured) > 1:

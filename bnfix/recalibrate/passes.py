@@ -142,10 +142,7 @@ def one_pass(
 
 
 def _own_part(
-    source: Source,
-    collector: Collector,
-    keeper: Kept | None,
-    enough: Callable[[int], bool] | None,
+    source: Source, collector: Collector, keeper: Kept | None, enough: Callable[[int], bool] | None
 ) -> tuple[int, int]:
     """This rank's part of a pass: its examples and batches."""
     model, place = source.model, distributed.here()
@@ -253,7 +250,10 @@ def collect(
     """Measure every layer's input by the feed asked for, in the cheapest way that is exact."""
     if feed == "sequential" and isinstance(source.batches, Iterator):
         source = replace(source, batches=_kept(source.batches, source.samples))
-    sums = partial(Sums, robust=source.target.robust, sources=source.target.sources)
+    screen = source.target.screen
+    if screen is not None:
+        screen.find_(source, sites, one_pass)
+    sums = partial(Sums, sources=source.target.sources, screen=screen)
     strict = feed == "batch"
     scout = Collector(sites, source.cost, by_batch=True, is_strict=strict, sums=sums)
     if feed == "batch":
@@ -265,6 +265,7 @@ def collect(
         # Each rank ends where the errors of all were small enough.
         source = replace(source, samples=scouted.n_own)
     before = source.target.measure_(source, partial(one_pass, keeper=keeper))
+    before += screen is not None
     walking = Collector(sites, source.cost, by_batch=False, sums=sums)
     walk = Walk(source, walking, memory_bytes)
     if walk.go():
@@ -342,7 +343,7 @@ def _is_rounding(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> bool:
 def _left(source: Source, collector: Collector) -> float:
     """How far one more pass is from the moments found, at the layer where it is furthest."""
     sites = collector.by_name
-    sums = partial(Sums, robust=source.target.robust, sources=source.target.sources)
+    sums = partial(Sums, sources=source.target.sources, screen=source.target.screen)
     last = Collector(list(sites.values()), source.cost, by_batch=False, sums=sums)
     last.use = collector.use
     one_pass(source, last)

@@ -84,6 +84,7 @@ class Trust:
     #: or where ``disturbed``.
     residual: float = 0.0
     changed_by_forward: tuple[str, ...] = ()  # buffers and attributes; put back
+    n_left_out: int | None = None  # robust: examples of another kind
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,8 @@ def recalibrate_(
             of n examples weigh n / (n + N); 0 for ``population``; ``auto``, the default: by how far
             each layer has drifted.
         new_weight: of ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
-        robust: of ``population`` and ``blend``: medians over the examples of their means and
-            variances, and of the spread of those means, so that fewer than half of the examples may
-            be garbage. Keeps two numbers a channel and example in memory. Sequential feed only.
+        robust: of ``population`` and ``blend``: only of the kind that most examples are of, 16 or
+            more. One pass more of the same batches, that keeps two numbers a channel and example.
         mix: of ``population`` and ``blend``, with a list of several sources as ``batches``: the
             weight of each in the statistics, whatever its number of examples, by the law of total
             variance (`bnfix.recalibrate.blend`). By the sequential feed, unless stated otherwise;
@@ -266,13 +266,8 @@ def recalibrate_(
             **({} if precision == "fp32" else {"precision": precision}),
         }  # fmt: skip
         keeper = Kept(state, identity_of(model, settings))
-    source = Source(
-        model=model,
-        batches=batches,
-        forward=forward,
-        samples=samples if isinstance(samples, int) else None,
-        target=rule,
-    )
+    n_most = samples if isinstance(samples, int) else None
+    source = Source(model, batches, forward, n_most, target=rule)
     with runtime.autocast(runtime.device_of(model), precision):
         found = collect(source, sites, feed, auto, memory_bytes, keeper)
     records = _written(source, found)
@@ -297,6 +292,7 @@ def recalibrate_(
             disturbed=found.disturbed,
             residual=found.error,
             changed_by_forward=tuple(source.changed),
+            n_left_out=None if rule.screen is None else rule.screen.n_left_out,
         ),
         effort=_effort(source, found, keeper, time.perf_counter() - started),
     )
@@ -442,6 +438,10 @@ def describe_missing(calibration: Calibration) -> list[str]:
             weights,
             "mixed with the stored ones; the new ones weigh "
             f"{min(weights, default=0):.2g} to {max(weights, default=0):.2g} by layer.",
+        ),
+        (
+            trust.n_left_out is not None,
+            f"{trust.n_left_out} examples of {calibration.n_examples} left out, of another kind.",
         ),
         (
             trust.slowest,
