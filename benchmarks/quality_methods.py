@@ -171,6 +171,12 @@ def auto(granularity: str) -> Callable[[Run], nn.Module]:
     return method
 
 
+def blend(run: Run) -> nn.Module:
+    net = run.net
+    bnfix.recalibrate_(net, run.bare(), target="blend")
+    return net
+
+
 def tuned(example_weight: str) -> Callable[[Run], nn.Module]:
     def method(run: Run) -> nn.Module:
         net = run.swapped()
@@ -186,6 +192,7 @@ METHODS: dict[str, tuple[Callable[[Run], nn.Module], bool]] = {
     "stock": (lambda run: run.net, False),
     "torch update_bn": (by_torch, True),
     "fvcore PreciseBN": (by_fvcore, True),
+    "blend": (blend, True),
     "linear mixing (alpha-BN)": (lambda run: with_formula(run.net, linear), False),
     "a = 1/B²": (weighed(lambda b: 1 / b**2), False),
     "IABN (k = 4)": (lambda run: with_formula(run.net, iabn), False),
