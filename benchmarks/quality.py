@@ -29,7 +29,7 @@ import bnfix
 from benchmarks.quality_cases import ROOT, Batches, Case, cases
 from benchmarks.quality_methods import METHODS, Run
 from benchmarks.quality_tables import picture, seeds_table, table
-from bnfix.core.runtime import keep_freed_memory
+from bnfix.core.memory import keep_freed_memory
 from tests.real import DATA
 
 RESULTS = ROOT / "benchmarks/results/quality.jsonl"

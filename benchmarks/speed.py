@@ -42,7 +42,8 @@ from torch import Tensor, nn
 from benchmarks import speed_calibration
 from benchmarks.timing import Row, Ways, alternate, line, summary
 from bnfix import set_example_weight_, swap_norms_
-from bnfix.core.runtime import exact_float32, keep_freed_memory
+from bnfix.core.memory import keep_freed_memory
+from bnfix.core.runtime import exact_float32
 from bnfix.deploy.fuse import fused
 from bnfix.norm import kernels
 from bnfix.norm.layer import GeneralizedBatchNorm

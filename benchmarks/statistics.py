@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from bnfix import recalibrate_
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.core.runtime import keep_freed_memory
+from bnfix.core.memory import keep_freed_memory
 from bnfix.norm.sites import find_norms
 from tests import nets
 from tests.real import DATA

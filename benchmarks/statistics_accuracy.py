@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 import bnfix
 from benchmarks.statistics import checkpoint, cifar, ways
-from bnfix.core.runtime import keep_freed_memory
+from bnfix.core.memory import keep_freed_memory
 from bnfix.core.settings import DataRecipe, GateRecipe, StatisticsRecipe, WeightRecipe
 from bnfix.jobs.session import Plan
 from bnfix.metrics.compare import compare
