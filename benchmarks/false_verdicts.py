@@ -85,7 +85,7 @@ def metrics(losses: Array, right: Array, blind: float) -> Metrics:
         labels=np.zeros(len(losses), np.int64),
         losses=losses,
         scaled_losses=losses,
-        right=right.astype(bool),
+        scores=right.astype(bool),
         blind_loss=blind,
     )
     return Metrics(n_examples=len(losses), examples=rows)

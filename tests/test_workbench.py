@@ -199,7 +199,7 @@ def test_more_bad_images_than_usual_may_be_allowed_from_the_start(files, tmp_pat
     model = load_ready(files.net, ModelRecipe(model=files.spec)).model
     with pytest.raises(DataError, match="--max-bad"):
         open_checked(str(tmp_path), model, SOURCE, Preprocessing())
-    images, size = open_checked(str(tmp_path), model, DataRecipe(max_bad=8), Preprocessing())
+    images, size, _ = open_checked(str(tmp_path), model, DataRecipe(max_bad=8), Preprocessing())
     assert (len(images), size) == (9, 3 * 8 * 8)
 
 

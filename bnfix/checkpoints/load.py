@@ -30,7 +30,7 @@ from bnfix.core.errors import (
     plain,
     some,
 )
-from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe
+from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe, TaskRecipe
 from bnfix.models.build import build_model, build_skeleton, from_file_allowed
 from bnfix.models.published import published_arguments, published_weights, renamed
 from bnfix.norm.layer import set_example_weight_
@@ -47,6 +47,7 @@ class Origin:
     preprocessing: Preprocessing | None = None
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a command
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the file's tensors
+    task: TaskRecipe | None = None  # what it was judged by, if not as a classifier
 
 
 def origin_of(model: nn.Module) -> Origin:
@@ -63,11 +64,13 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
     spec: Any = model.get("spec") if is_object else None
     arguments: Any = (model.get("arguments") or {}) if is_object else {}
     preprocessing, history = metadata.get("preprocessing"), metadata.get("history") or []
+    task = metadata.get("task")
     fits = {
         "model": is_object and isinstance(spec, str | None) and isinstance(arguments, dict),
         "preprocessing": isinstance(preprocessing, dict | None),
         "norms": isinstance(metadata.get("norms"), dict | None),
         "history": isinstance(history, list) and all(isinstance(e, dict) for e in history),
+        "task": isinstance(task, dict | None),
     }
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
@@ -77,14 +80,19 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
             "written by bnfix; fetch the file again.",
         )
     known = None if preprocessing is None else _preprocessing(preprocessing, checkpoint)
-    return Origin(spec, arguments, known, history)
+    with file_errors(checkpoint.path, "the task in its header cannot be used", kinds=_UNUSABLE):
+        return Origin(spec, arguments, known, history, task=task and TaskRecipe(**task))
+
+
+#: What recipes raise of values that are none.
+_UNUSABLE = (TypeError, ValueError, OverflowError)
 
 
 def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessing:
     known = {name: found[name] for name in Preprocessing.__dataclass_fields__ if name in found}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
     problem = "the preprocessing in its header cannot be used"
-    with file_errors(checkpoint.path, problem, kinds=(TypeError, ValueError, OverflowError)):
+    with file_errors(checkpoint.path, problem, kinds=_UNUSABLE):
         return Preprocessing(**values)
 
 

@@ -223,6 +223,7 @@ def metadata_of(
         "model": {"spec": origin.spec, "arguments": origin.arguments},
         "preprocessing": None if known is None else asdict(known),
         "norms": norms,
+        **({} if origin.task is None else {"task": asdict(origin.task)}),
         "history": [*origin.history, *([] if entry is None else [dict(entry)])],
     }
 

@@ -95,8 +95,8 @@ _FLAGS = {
 }
 _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
-    "groups": "SPEC",
-    "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "reference": "CKPT",
+    "groups": "SPEC", "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "loss": "NAME|SPEC",
+    "reference": "CKPT",
     "reference_model": "SPEC",
 }  # fmt: skip
 
@@ -358,9 +358,10 @@ Model = Annotated[
     {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output"},
 ]
 Inputs = Annotated[DataRecipe, {DATA: INPUT}]
-Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}"}]
-Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups"}]
-Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups test"}]
+TASK = "task loss ignore_index"
+Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}", TRAIN: TASK}]
+Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups", TRAIN: TASK}]
+Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups test", TRAIN: TASK}]
 Swapped = Annotated[
     SwapRecipe,
     {NORM: "to ghost_size channel_groups layers skip example_weight batch_weight batch_estimator"},

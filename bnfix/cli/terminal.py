@@ -32,6 +32,7 @@ from rich.table import Column, Table
 from bnfix.core import distributed
 from bnfix.core.errors import BnfixError, ConfigError, one_line, some
 from bnfix.jobs.inputs import Track, silent
+from bnfix.metrics.task import ByRows
 from bnfix.report.pages import clean, ends, number, percent
 from bnfix.report.report import Report
 
@@ -214,14 +215,15 @@ def tables_of(report: Report) -> Iterator[Table]:
     """The tables of a report that have rows; they fit 80 columns."""
     if report.decisions:
         yield _decisions(report)
-    if any(model.metrics.top1 is not None for model in report.models):
-        yield _models(report)
+    if any(model.metrics.nll is not None for model in report.models):
+        yield _by_rows(report, report.task) if isinstance(report.task, ByRows) else _models(report)
     if report.ranking:
         yield _ranks(report)
     if any(model.custom for model in report.models):
         yield _own_metrics(report)
     for title, *_, rows in report.shifts:
-        yield _shifted(report, "top-1 under" if title.startswith("Under") else "top-1", rows)
+        what = report.task.words.score_heading or report.task.words.loss_heading
+        yield _shifted(report, f"{what} under" if title.startswith("Under") else what, rows)
     if report.invariance:
         yield _invariance(report)
 
@@ -238,11 +240,12 @@ def fitted(table: Table, width: int) -> Table:
 
 def _decisions(report: Report) -> Table:
     loss, right = report.decisions[-1].measures
-    table = _narrow("candidate", loss, "was", right, "was", "admitted")
+    table = _narrow("candidate", loss, "was", *((right, "was") if right else ()), "admitted")
     for d in report.decisions:
         nll, top1 = (number(d.nll), number(d.incumbent_nll)), (d.top1, d.incumbent_top1)
         admitted = "yes" if d.admitted else "no"
-        table.add_row(shown_text(d.candidate), *nll, *map(percent, top1), admitted)
+        scores = map(percent, top1 if right else ())
+        table.add_row(shown_text(d.candidate), *nll, *scores, admitted)
     n = report.decisions[0].n_examples
     table.caption = f"judged on {n:,} held-out images; the report says why"
     return table
@@ -268,16 +271,34 @@ def _models(report: Report) -> Table:
     return table
 
 
+def _by_rows(report: Report, task: ByRows) -> Table:
+    """The models of a task that is no classification."""
+    table = _narrow("model", f"{task.words.loss_heading} (95%)", *task.headings.values(), "live")
+    for model in report.models:
+        m, name = model.metrics, shown_text(model.name)
+        loss = m.problem
+        if not m.problem:
+            loss = "{} ({} to {})".format(*map(number, (m.nll, *m.interval["nll"])))
+        values = (number(m.values.get(key)) for key in task.headings)
+        table.add_row(name, loss, *values, str(model.n_live))
+    table.caption = f"loss: {task.words.loss}; live: layers with an example weight"
+    return table
+
+
 def _ranks(report: Report) -> Table:
-    table = _narrow("rank, model", "NLL", "difference (95%)", "top-1", "points (95%)")
+    words = report.task.words
+    scores = (words.score_heading, "points (95%)") if words.score else ()
+    table = _narrow("rank, model", words.loss_heading, "difference (95%)", *scores)
     for row in report.ranking:
         nll = points = "-"
         if row.paired is not None:
             nll = "{} ({} to {})".format(*ends(row.paired.nll, points=False))
             points = "{} ({} to {})".format(*ends(row.paired.top1, points=True))
         name = f"{row.rank}. {shown_text(row.name)}"
-        table.add_row(name, f"{row.nll:.3f}", nll, f"{100 * row.top1:.1f}%", points)
-    table.caption = f"by NLL, then top-1; differences to {shown_text(report.models[0].name)}"
+        score = (f"{100 * row.top1:.1f}%", points) if scores else ()
+        table.add_row(name, f"{row.nll:.3f}", nll, *score)
+    order = f"{words.loss_heading}, then {scores[0]}" if scores else words.loss_heading
+    table.caption = f"by {order}; differences to {shown_text(report.models[0].name)}"
     return table
 
 
@@ -301,17 +322,21 @@ def _range(interval: tuple[float, float] | None) -> str:
 def _shifted(report: Report, heading: str, every: Sequence[Any]) -> Table:
     names = [model.name for model in report.models]
     shown = names if len(names) <= 2 else [names[0], names[-1]]
-    table = _narrow(heading, *(f"{n}. model" for n in range(1, len(shown) + 1)), "points")
+    by_score = bool(report.task.words.score)
+    names_of = (f"{n}. model" for n in range(1, len(shown) + 1))
+    table = _narrow(heading, *names_of, "points" if by_score else "difference")
     rows = {(row.kind, row.severity, row.model): row for row in every}
     for kind, severity in dict.fromkeys((row.kind, row.severity) for row in every):
         found = [rows[kind, severity, name] for name in shown]
-        last = found[-1].paired
-        points = "-"
-        if last is not None and math.isfinite(last.top1.difference):
-            points = "{} ({} to {})".format(*ends(last.top1, points=True))
-        table.add_row(f"{kind} {severity}", *(percent(row.top1) for row in found), points)
+        last, points = found[-1].paired, "-"
+        change = None if last is None else last.top1 if by_score else last.nll
+        if change is not None and math.isfinite(change.difference):
+            points = "{} ({} to {})".format(*ends(change, points=by_score))
+        values = (percent(row.top1) if by_score else number(row.nll) for row in found)
+        table.add_row(f"{kind} {severity}", *values, points)
     models = ", ".join(f"{n}. {shown_text(name)}" for n, name in enumerate(shown, 1))
-    table.caption = f"{models}; points: last minus first, 95%"
+    what = "points" if by_score else "difference"
+    table.caption = f"{models}; {what}: last minus first, 95%"
     return table
 
 

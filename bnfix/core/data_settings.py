@@ -33,8 +33,39 @@ class InputRecipe:
     bgr: bool = False
 
 
+#: What a model can be judged by.
+TASKS = ("classification", "segmentation", "multilabel", "regression")
+
+
 @dataclass(frozen=True)
-class DataRecipe(InputRecipe):
+class TaskRecipe:
+    """What a model is judged by."""
+
+    task: str = option(
+        "auto", f"What outputs and targets are: auto (as they look), {', '.join(TASKS)}."
+    )
+    loss: str | None = option(
+        None,
+        "Of regression: mse (the default), l1, huber. Of any task: package.module:callable or "
+        "path/to/file.py:callable, called with outputs and targets as tensors, gives one loss an "
+        "example, a tensor (N,) with its graph.",
+    )
+    ignore_index: int = option(255, "Class in the masks of a segmentation that counts nowhere.")
+
+    def __post_init__(self) -> None:
+        one_of(self.task, ("auto", *TASKS), "--task")
+        own = self.loss is not None and ":" in self.loss
+        ok = self.loss in (None, "mse", "l1", "huber") or own
+        require(ok, f"--loss: {self.loss!r}, expected mse, l1, huber or FILE.py:callable.", "loss")
+        ok = type(self.ignore_index) is int
+        require(ok, f"--ignore-index: {self.ignore_index!r}, expected a number.", "ignore_index")
+        known = ("auto",) if own else ("auto", "regression")
+        ok = self.loss is None or self.task in known
+        require(ok, f"--loss {self.loss}: not with --task {self.task}. Leave one out.", "loss")
+
+
+@dataclass(frozen=True)
+class DataRecipe(InputRecipe, TaskRecipe):
     """Which examples are used, and how they become inputs."""
 
     test: str | None = option(None, "Examples for the claim, used for nothing else.")
@@ -56,6 +87,7 @@ class DataRecipe(InputRecipe):
     )
 
     def __post_init__(self) -> None:
+        TaskRecipe.__post_init__(self)
         one_of(self.labels, ("auto", "none"), "--labels")
         if self.corrupt is not None:
             check_corruption(self.corrupt)

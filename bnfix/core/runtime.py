@@ -371,16 +371,30 @@ def fitting_outputs(output: Any, n_examples: int, n_classes: int | None) -> list
     ]  # fmt: skip
 
 
-def logits_of(output: Any) -> Tensor:
-    """The logits `(N, K)` of an output, which names them or has no other of that form."""
-    found = output
+def _named(output: Any) -> Any:
+    """The part of an output that is named as the result, or all."""
     for key in ("logits", "out"):
         if isinstance(output, Mapping) and key in output:
-            found = output[key]
-            break
+            return output[key]
         if not isinstance(output, Tensor) and hasattr(output, key):
-            found = getattr(output, key)
-            break
+            return getattr(output, key)
+    return output
+
+
+def output_of(output: Any) -> Tensor:
+    """The one tensor of an output, which names it or has no other."""
+    tensors = outputs_by_name(_named(output))
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    raise ModelError(
+        f"model: its output is {described(output)}, expected one tensor. Name one by --output, or "
+        "give --forward (from Python forward=), a function that returns it."
+    )
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits `(N, K)` of an output, which names them or has no other of that form."""
+    found = _named(output)
     tensors = outputs_by_name(found)
     if len(tensors) > 1:
         flat = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
@@ -400,9 +414,9 @@ def logits_of(output: Any) -> Tensor:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ModelError(
             f"model: its output is {type(found).__name__}{shape}, expected logits (N, classes). "
-            "For other networks there are convert and --labels none --statistics population; or "
-            "--forward (from Python forward=), which is called with the model and the batch and "
-            "returns logits."
+            "For other networks there are --task and --loss, convert, and --labels none "
+            "--statistics population; or --forward (from Python forward=), which is called with "
+            "the model and the batch and returns logits."
         )
     return found
 

@@ -14,6 +14,7 @@ from typing import Any
 from bnfix.core.data_settings import DataRecipe as DataRecipe
 from bnfix.core.data_settings import InputRecipe as InputRecipe
 from bnfix.core.data_settings import Preprocessing as Preprocessing
+from bnfix.core.data_settings import TaskRecipe as TaskRecipe
 from bnfix.core.finetune_settings import TRAINED as TRAINED
 from bnfix.core.finetune_settings import FinetuneRecipe as FinetuneRecipe
 from bnfix.core.options import (

@@ -236,6 +236,7 @@ def _did(entry: Mapping[str, Any]) -> str:
             (results.get("difference"), float, "largest output difference {:.2g}"),
             (results.get("top1"), float, "top-1 {:.4f} on its test split"),
             (results.get("nll"), float, "NLL {:.4f}"),
+            (results.get("loss"), float, "loss {:.4f} on its test split"),
             (data.get("n_examples"), int, "{} examples"),
         )
         if type(value) is kind

@@ -16,7 +16,8 @@ from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.diagnosis.advice import Fault, Finding, finding
 from bnfix.diagnosis.shift import Shifts, measure_shifts
-from bnfix.metrics.task import labels_of
+from bnfix.metrics.task import labels_of, raw_labels
+from bnfix.metrics.tasks import read_off
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
 
 _MOMENTS = ("running_mean", "running_var")
@@ -418,7 +419,8 @@ class _Pass:
             logits = runtime.logits_of(output)
         except ModelError:
             return
-        labels = labels_of(batch, n, logits.shape[1]) if len(logits) == n else None
+        known = len(logits) == n and read_off(output, raw_labels(batch)) == "classification"
+        labels = labels_of(batch, n, logits.shape[1]) if known else None
         if labels is not None:
             self.parts.append(logits.argmax(1).cpu() == torch.as_tensor(labels))
 

@@ -38,7 +38,7 @@ from bnfix.jobs.inputs import (
 from bnfix.jobs.plan import estimated_evaluation
 from bnfix.jobs.session import load_one
 from bnfix.metrics.custom import custom_metrics, import_metric
-from bnfix.metrics.evaluate import Outputs, collect, measured
+from bnfix.metrics.evaluate import Outputs, collect, describe_left_out, measured
 from bnfix.metrics.metrics import refuse_not_finite
 from bnfix.metrics.robustness import (
     BatchInvariance,
@@ -48,6 +48,7 @@ from bnfix.metrics.robustness import (
     shifted,
     streams_of,
 )
+from bnfix.metrics.task import ByRows
 from bnfix.report.predictions import check_predictions, table_of, write_predictions
 from bnfix.report.records import (
     DataUsed,
@@ -120,8 +121,10 @@ def evaluate_files(
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
     notes += describe_groups(entrants[0].inputs.images)
     for option, wanted in (("--corruptions", also.corruptions), ("--streams", streams)):
-        if wanted and entrants[0].inputs.images.labels is None:
+        if wanted and not entrants[0].inputs.images.labelled:
             raise ConfigError(f"{option}: the examples have no labels. Give labels.")
+    if streams and isinstance(entrants[0].inputs.task, ByRows):
+        raise ConfigError("--streams: orders by class are of a classification. Leave it out.")
     if also.corruptions and entrants[0].inputs.preprocessing is None:
         raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
     if also.fast:
@@ -132,7 +135,7 @@ def evaluate_files(
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)
-    notes += describe_corruption(source)
+    notes += [*describe_corruption(source), *describe_left_out(found)]
     models = tuple(
         Evaluated(
             name=one.name,
@@ -141,7 +144,7 @@ def evaluate_files(
             metrics=measured(outputs, seed),
             n_live=n_live(one.loaded.model),
             custom=custom,
-            classified=outputs.classified,
+            classified=outputs.classified or isinstance(outputs.task, ByRows),
         )
         for one, custom, outputs in zip(entrants, own, found, strict=True)
     )
@@ -279,6 +282,13 @@ def enter(
         remarks = [*loaded.checkpoint.notes, *inputs.notes, *describe_neighbours(loaded.model)]
         notes += [f"{name}: {remark}" for remark in remarks]
         entrants.append(Entrant(name=name, path=str(path), loaded=loaded, inputs=inputs))
+    first, *others = (one.inputs.task for one in entrants)
+    if other := [task for task in others if task != first]:
+        raise ConfigError(
+            f"--task: {entrants[0].name} was judged by {first.name}, {first.words.loss}, another "
+            f"file by {other[0].name}, {other[0].words.loss}. State one task for all.",
+            name="task",
+        )
     return entrants
 
 
@@ -348,8 +358,10 @@ class Arena:
             batches = self._batches(members[0], self._good, size, f"{stage} {what}", corruption)
             self.passes.append(batches)
             models = [one.net for one in members]
-            loose = any_task and all(runtime.has_forward(model) for model in models)
-            return collect(models, batches, precision=self._run.precision, any_task=loose)
+            task = members[0].inputs.task
+            loose = isinstance(task, ByRows) or all(runtime.has_forward(one) for one in models)
+            loose, precision = loose and any_task, self._run.precision
+            return collect(models, batches, task, precision=precision, any_task=loose)
 
         found = self._by_group(run)
         seen = [one.positions for one in found if one.positions is not None]

@@ -389,7 +389,7 @@ class _Job:
         with guards.state_kept(before), guards.state_kept(after):
             cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))
         data = inputs.data
-        if data is None or data.images.labels is None:
+        if data is None or not data.images.labelled:
             return cost, ()
         index = np.random.default_rng(self.seed).permutation(len(data.images))[:_COST_EXAMPLES]
         models = []

@@ -19,10 +19,10 @@ from bnfix.core.settings import FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision, compare, judge
-from bnfix.metrics.evaluate import Outputs, against, collect, measured
+from bnfix.metrics.evaluate import Outputs, against, collect, describe_left_out, measured
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import in_stream
-from bnfix.metrics.task import Reference
+from bnfix.metrics.task import ByRows, Reference
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.reference import Originals
@@ -93,9 +93,11 @@ class Fits:
         def attempt(_: int) -> Outputs:
             batches = batches_of()
             self.passes.append(batches)
-            return collect([model], batches, precision=self.precision)[0]
+            return collect([model], batches, self.bench.inputs.task, precision=self.precision)[0]
 
-        return self.bench.evaluation.run(attempt)
+        found = self.bench.evaluation.run(attempt)
+        self.bench.assumptions += describe_left_out([found])
+        return found
 
     def _measured(self, split: str, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
         """Metrics of a model on select or test by the labels, and by the reference if it counts."""
@@ -107,7 +109,8 @@ class Fits:
 
         found = self._outputs(model, partial(batches_of, name))
         reference = self._reference
-        if reference is None or (split == "select" and self.bench.labelled):
+        by_rows = isinstance(found.task, ByRows)
+        if reference is None or by_rows or (split == "select" and self.bench.labelled):
             return measured(found, self.seed), None
         if split not in self._theirs:
             self._theirs[split] = self._outputs(reference, partial(batches_of, "the reference"))
@@ -243,6 +246,12 @@ class Fits:
         Then one a channel, learned from there, where that is allowed, and judged in the same way.
         """
         bench = self.bench
+        if isinstance(bench.inputs.task, ByRows):
+            bench.assumptions.append(
+                "--batch-weight auto was not tried: images sorted by class have to bear it, and "
+                f"the task is {bench.inputs.task.name}."
+            )
+            return Fitted(None, decisions=())
         found, _ = self._weighable(beside_batch=True)
         room = 1 - max((float(x.example_weight.max()) for x in found.values()), default=1.0)
         tried = [b for b in BATCH_WEIGHTS if b <= room]
@@ -374,6 +383,7 @@ class Fits:
             bench.batches(learn, "example weight: fitting", size).shuffled(self.seed),
             select=bench.batches(bench.split.select, "select: example weight"),
             monitor=bench.batches(monitor, "example weight: watching"),
+            task=bench.inputs.task,
             reference=None if bench.labelled else self._reference,
             recipe=recipe,
             z=self.plan.gate.z,
@@ -429,6 +439,7 @@ class Fits:
             self.model,
             training.shuffled(self.seed, recipe.augment),
             monitor=bench.batches(monitor, "fine-tuning: watching"),
+            task=bench.inputs.task,
             reference=self._reference if distils else None,
             recipe=recipe,
             weighable=self._weighable()[0] if recipe.example_weight == "learn" else None,

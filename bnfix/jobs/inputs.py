@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, DataError, some
-from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions
+from bnfix.core.data_settings import TASKS
+from bnfix.core.errors import ConfigError, DataError, plain, some
+from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecipe
 from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images, open_several
+from bnfix.metrics.task import LABELS, ByRows, Task, caller
+from bnfix.metrics.tasks import Multilabel, Regression, Segmentation, resolve_task
 from bnfix.models.build import input_channels
 from bnfix.models.published import default_preprocessing, preset_preprocessing
 from bnfix.norm.sites import sites_with_statistics
@@ -136,6 +140,7 @@ class Inputs:
     notes: list[str]
     source: DataRecipe
     size: int  # numbers in one input
+    task: Task = LABELS  # what a model is judged by on these
 
     def batches(
         self, index: np.ndarray, run: RunOptions, size: int, corruption: Corruption | None = None
@@ -186,9 +191,31 @@ def open_inputs(
     opened = {} if opened is None else opened
     stated, notes = resolve_preprocessing(loaded, source)
     known = opened.get(stated.channels)
-    images, size = open_checked(data, loaded.model, source, stated, known, any_task=any_task)
+    recipe, told = _stated_task(loaded, source)
+    images, size, task = open_checked(
+        data, loaded.model, source, stated, known, recipe=recipe, any_task=any_task
+    )
     opened.setdefault(stated.channels, images)
-    return as_inputs(images, stated, notes, source, size)
+    found = as_inputs(images, stated, notes, source, size)
+    if isinstance(task, ByRows):
+        found.notes.append(f"task: {task.name}, {told}; judged by {task.words.loss}.")
+        name = task.name if task.name in TASKS else "auto"
+        loaded.origin.task = TaskRecipe(name, task.loss, recipe.ignore_index)
+    return dataclasses.replace(found, task=task)
+
+
+def _stated_task(loaded: Loaded, source: DataRecipe) -> tuple[TaskRecipe, str]:
+    """The task as stated, or else as the file's header has it; and in words where it is from."""
+    own, stored = TaskRecipe(source.task, source.loss, source.ignore_index), loaded.origin.task
+    if own != TaskRecipe() or stored is None:
+        return own, "as stated" if own.task != "auto" or own.loss else "by outputs and targets"
+    if ":" in (code := plain(stored.loss or "")):
+        raise ConfigError(
+            f"{loaded.checkpoint.path.name}: was judged by the loss {code}, and code that a file "
+            f"names is not run. If you trust it, give --loss {shlex.quote(code)}; or give --task.",
+            name="loss",
+        )
+    return stored, "as stored in the checkpoint"
 
 
 def as_inputs(
@@ -256,9 +283,11 @@ def open_checked(
     source: DataRecipe,
     preprocessing: Preprocessing,
     known: Images | None = None,
+    *,
+    recipe: TaskRecipe | None = None,
     any_task: bool = False,
-) -> tuple[Images, int]:
-    """Open DATA (or `known`) with labels that fit the model's outputs; and numbers in one input."""
+) -> tuple[Images, int, Task]:
+    """Open DATA (or `known`) with targets that fit the outputs; numbers in one input; the task."""
     images = open_stated(data, source, preprocessing.channels) if known is None else known
     max_bad = max_bad_of(len(images), source.max_bad)
     # One good image is enough, and among so many there is one, or there are too many bad ones.
@@ -271,16 +300,43 @@ def open_checked(
     if changed and note not in images.notes:
         images.notes.append(note)
     input_size = sum(tensor.numel() for tensor in runtime.tensors_in(first.x))
+    recipe = recipe or TaskRecipe()
+    task = resolve_task(recipe, output, first.y)
+    if isinstance(task, ByRows):
+        if isinstance(task, Multilabel) and recipe.task == "auto":
+            # One example may hold nothing but 0 and 1 by chance.
+            y = images.targets.take(np.arange(min(256, len(images))))
+            task = task if bool(((y == 0) | (y == 1)).all()) else Regression()
+        if first.y is not None:
+            outputs = task.output(output)
+            found = task.targets(first, outputs, caller(model, None))
+            if isinstance(task, Segmentation) and (note := task.resizing(outputs, found)):
+                images.notes += [note] * (note not in images.notes)
+        return images, input_size, task
+    if images.labelled and images.labels is None and not any_task:
+        _set_classes(images, output, first.y)
     if images.labels is None:
-        return images, input_size
+        return images, input_size, task
     if any_task and isinstance(output, torch.Tensor):
         is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
         if not is_logits:
-            return images, input_size
+            return images, input_size, task
     output, notes = _chosen_output(model, output, images)
     images = for_outputs(images, runtime.logits_of(output).shape[1])
     images.notes = [*images.notes, *notes]
-    return images, input_size
+    return images, input_size, task
+
+
+def _set_classes(images: Images, output: Any, y: Any) -> None:
+    """Take targets for the labels of a classification, if they can be."""
+    if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or images.moves:
+        found = [runtime.described(part) for part in (output, y)]
+        raise DataError(
+            f"{images.spec}: outputs {found[0]} and targets {found[1]} of one example are of no "
+            "task that is plain. Give --task, or --loss FILE.py:callable."
+        )
+    images.labels = images.targets.take(np.arange(len(images))).numpy()
+    images.targets = None
 
 
 def open_stated(data: str | Sequence[str], source: DataRecipe, channels: int) -> Images:

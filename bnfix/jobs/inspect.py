@@ -258,5 +258,5 @@ def _look(
         remarks=tuple(inputs.notes),
         behaviour=behaviour,
         record=data_record(inputs.images, index),
-        labelled=inputs.images.labels is not None,
+        labelled=inputs.images.labelled,
     )

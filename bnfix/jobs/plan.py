@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bnfix.checkpoints.average import Ingredients
 from bnfix.checkpoints.checkpoint import read_checkpoint
@@ -29,7 +28,7 @@ from bnfix.data.callables import is_callable
 from bnfix.data.fingerprints import data_record
 from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import Work, is_gated, resolve, work_of
-from bnfix.metrics.task import labels_of
+from bnfix.metrics.task import Task, mean_loss
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.norm.sites import find_norms
@@ -323,7 +322,8 @@ def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
             found["live"] = _median_seconds(step) / n if "live" in costs else 0.0
             if "training" in costs:
                 few = first_of(batches[0], 64)
-                found["training"] = _median_seconds(_backward(model, few)) / len(few.index)
+                step = _backward(model, few, bench.inputs.task)
+                found["training"] = _median_seconds(step) / len(few.index)
     finally:
         before.restore_()
     return reading, found
@@ -341,22 +341,22 @@ def _forward(model: nn.Module, batches: Sequence[Batch], precision: str) -> Call
     return step
 
 
-def _backward(model: nn.Module, batch: Batch) -> Callable[[], None]:
+def _backward(model: nn.Module, batch: Batch, task: Task) -> Callable[[], None]:
     """One step with gradients of the norms' parameters, or of all where there are none."""
     device = runtime.device_of(model)
     wanted: list[Tensor] = [
         p for site in find_norms(model) for p in site.module.parameters(recurse=False)
     ]
+    zero = torch.zeros((), device=device)
     wanted = wanted or [p for g in parameter_groups(model, lr=1.0) for p in g["params"]]
 
     def step() -> None:
         with guards.only_these_require_grad(model, wanted), torch.enable_grad():
-            logits = runtime.logits_of(runtime.run(model, batch, device))
-            labels = labels_of(batch, *logits.shape)
-            if labels is None:
-                loss = logits.float().logsumexp(1).mean()
+            if batch.y is None:
+                output = runtime.run(model, batch, device)
+                loss = sum((t.float().square().mean() for t in runtime.tensors_in(output)), zero)
             else:
-                loss = F.cross_entropy(logits.float(), torch.from_numpy(labels).to(device))
+                loss = mean_loss(task, model, batch, None, what="plan")
             if not loss.requires_grad:
                 raise ModelError("model: its output has no gradient in its parameters.")
             loss.backward()  # type: ignore[no-untyped-call]

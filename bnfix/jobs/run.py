@@ -27,6 +27,7 @@ from bnfix.jobs.steps import STATISTICS, Step, is_gated, open_plan, resolve
 from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
+from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.recalibrate import Calibration, residuals
 from bnfix.report.agreement import agreement_json
 from bnfix.report.records import (
@@ -213,7 +214,7 @@ class Run:
             )
         round_as_stored_(self.model)
         models: tuple[Evaluated, ...] = ()
-        known = bench.test.images.labels is not None or bench.reference is not None
+        known = bench.test.images.labelled or bench.reference is not None
         if known and bench.split.test.size:
             models = self._tested()
             bench.assumptions += describe_unlisted(bench.loaded.origin.history)
@@ -280,8 +281,7 @@ class Run:
             data={**data, **digests},
             results={
                 "output": self.kept.name,
-                "top1": last and last.metrics.top1,
-                "nll": last and last.metrics.nll,
+                **(last.metrics.results if last else {"top1": None, "nll": None}),
                 **agreement_json(None if last is None else last.agreement),
             },
             command_line=self.plan.command_line,
@@ -293,7 +293,7 @@ class Run:
         was = self._at_original(lambda model: self._evaluated(ORIGINAL, model))
         was = replace(was, file=str(checkpoint.path), sha256=checkpoint.sha256)
         now = self._evaluated(self.kept.name, self.model)
-        labelled = bench.test.images.labels is not None
+        labelled = bench.test.images.labelled
         before, after = (one.metrics if labelled else one.agreement for one in (was, now))
         worse = False
         if before is not None and after is not None:
@@ -335,7 +335,9 @@ class Run:
             batches = bench.batches(index, "how far the outputs moved").whole()
             return bench.evaluation.run(lambda _: record(model, batches, self.fits.precision))
 
-        return moved(self._at_original(recorded), recorded(self.model))
+        found = moved(self._at_original(recorded), recorded(self.model))
+        # Outputs (N, K) may be anything.
+        return replace(found, top1_changed=None) if isinstance(bench.inputs.task, ByRows) else found
 
     def _residuals(self) -> dict[str, tuple[float, float]]:
         """Stored statistics against those of one more pass, where any were measured."""

@@ -142,7 +142,7 @@ class Workbench:
     @property
     def labelled(self) -> bool:
         """Whether the data has labels that may be used."""
-        return self.inputs.images.labels is not None
+        return self.inputs.images.labelled
 
     @property
     def judged(self) -> bool:

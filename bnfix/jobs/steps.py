@@ -158,7 +158,7 @@ def work_of(plan: Plan, bench: Workbench) -> list[Work]:
         work.append(Work("select: the input", len(bench.split.select), passes))
     if any(step.stage == STATISTICS for step in steps):
         work.append(Work("residual of the statistics", len(bench.split.fit), 1, "live"))
-    if n_test and (bench.test.images.labels is not None or bench.reference):
+    if n_test and (bench.test.images.labelled or bench.reference):
         work += [
             Work("test: the input", n_test, n_networks),
             Work("test: the output", n_test, 1, "live"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from bnfix.metrics.metrics import (
     middle,
     resampled_means,
 )
-from bnfix.metrics.task import LABELS, Array
+from bnfix.metrics.task import LABELS, Array, Reference, Words
 
 #: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
 ROUNDING = 1e-6
@@ -31,11 +31,14 @@ class Difference:
 
     difference: float
     interval: Interval
-    p: float  # two-sided; McNemar's exact test for top-1, `gain_t` for losses
+    p: float  # two-sided; McNemar's exact test for right or not, `gain_t` for all else
 
     def __repr__(self) -> str:
         low, high = self.interval
         return f"{self.difference:+.4g} ({low:+.4g} to {high:+.4g}, p={self.p:.2g})"
+
+
+_NONE = Difference(math.nan, (math.nan, math.nan), math.nan)
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,12 +49,15 @@ class Paired:
     # significantly worse. Significant: the interval leaves out 0 (and rounding), and p < 0.05;
     # either alone is too bold on few examples. As there are two chances to be better, it takes
     # p < 0.025 where only one is (Hochberg). On fewer than 20 examples it is the same, and losses
-    # count where 20 of them differ.
+    # count where 20 of them differ. Of other tasks than classification `nll` and `top1` are the
+    # loss and the score; without a score the loss decides alone, at p < 0.05.
     top1: Difference
     nll: Difference
     nll_temperature_scaled: Difference
     verdict: str
     temperature_only: bool  # better, but nothing of it is left after temperature scaling
+    #: Of the task's metrics by name; they have intervals, and no p, since they decide nothing.
+    metrics: dict[str, Difference] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         only = ", temperature_only" if self.temperature_only else ""
@@ -76,25 +82,23 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
     if before.problem or after.problem:
         return _without_differences(before.problem, after.problem)
     old, new = paired_examples(before, after)
-    right = new.right.astype(np.float64) - old.right
-    columns = np.column_stack(
-        [right, new.losses - old.losses, new.scaled_losses - old.scaled_losses]
-    )
-    means = columns.mean(0)
-    intervals = map(middle, resampled_means(columns, seed).T, means)
+    columns = {}
+    if old.scores is not None and new.scores is not None:
+        columns["top1"] = new.scores * 1.0 - old.scores
+    columns["nll"] = new.losses - old.losses
+    if old.scaled_losses is not None and new.scaled_losses is not None:
+        columns["scaled"] = new.scaled_losses - old.scaled_losses
     blind = new.blind_loss - old.blind_loss
-    p_values = (
-        _mcnemar(columns[:, 0]),
-        _paired_p(columns[:, 1], blind),
-        _paired_p(columns[:, 2], blind),
-    )
-    top1, nll, scaled = (
-        Difference(difference=float(mean), interval=interval, p=p)
-        for mean, interval, p in zip(means, intervals, p_values, strict=True)
-    )
+    table = np.column_stack(list(columns.values()))
+    drawn, means = resampled_means(table, seed).T, table.mean(0)
+    found = dict.fromkeys(("top1", "nll", "scaled"), _NONE)
+    for name, column, resampled, mean in zip(columns, table.T, drawn, means, strict=True):
+        p = _paired_p(column, blind) if name != "top1" else _score_p(column)
+        found[name] = Difference(float(mean), middle(resampled, mean), p)
+    top1, nll, scaled = found.values()
     signs = _sign(top1), -_sign(nll)
-    surer = min(top1.p, nll.p) < (1 - LEVEL) / 2
-    if len(columns) < LEAST_EXAMPLES:
+    surer = "top1" not in columns or min(top1.p, nll.p) < (1 - LEVEL) / 2
+    if len(new.losses) < LEAST_EXAMPLES:
         verdict = "same"
     elif -1 in signs:
         verdict = "worse"
@@ -106,8 +110,19 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         nll=nll,
         nll_temperature_scaled=scaled,
         verdict=verdict,
-        temperature_only=verdict == "better" and not left,
+        temperature_only=verdict == "better" and "scaled" in columns and not left,
+        metrics=_metric_differences(before, after),
     )
+
+
+def _metric_differences(before: Metrics, after: Metrics) -> dict[str, Difference]:
+    """Differences of metrics, from the same resamples of both."""
+    found = {}
+    for name in before.values.keys() & after.values.keys():
+        change = after.values[name] - before.values[name]
+        drawn = after.resampled[name] - before.resampled[name]
+        found[name] = Difference(change, middle(drawn, change), math.nan)
+    return {name: found[name] for name in after.values if name in found}
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
@@ -115,7 +130,9 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
     if before.examples is None or after.examples is None:
         raise DataError("comparison: the examples have no labels, so nothing can be compared.")
     if before.examples.words != after.examples.words:
-        raise DataError("comparison: one was judged by labels, the other by a reference.")
+        words = {"classification": "labels", "reference": "a reference"}
+        old, new = (words.get(m.task.name, f"the {m.task.words.loss}") for m in (before, after))
+        raise DataError(f"comparison: one was judged by {old}, the other by {new}.")
     if not np.array_equal(before.examples.labels, after.examples.labels):
         raise DataError("comparison: the two were not measured on the same examples.")
     return before.examples, after.examples
@@ -124,11 +141,10 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
 def _without_differences(problem_before: str, problem_after: str) -> Paired:
     """The verdict where a model cannot be evaluated: the other one wins, if it can."""
     sign = bool(problem_before) - bool(problem_after)
-    none = Difference(difference=math.nan, interval=(math.nan, math.nan), p=math.nan)
     return Paired(
-        top1=none,
-        nll=none,
-        nll_temperature_scaled=none,
+        top1=_NONE,
+        nll=_NONE,
+        nll_temperature_scaled=_NONE,
         verdict={1: "better", 0: "same", -1: "worse"}[sign],
         temperature_only=False,
     )
@@ -140,6 +156,12 @@ def _sign(difference: Difference) -> int:
     if difference.p >= 1 - LEVEL:
         return 0
     return 1 if low > ROUNDING else -1 if high < -ROUNDING else 0
+
+
+def _score_p(difference: Array) -> float:
+    """Of right or not by McNemar's test, of a fraction as of a loss."""
+    binary = bool(np.isin(difference, (-1, 0, 1)).all())
+    return _mcnemar(difference) if binary else _paired_p(-difference, 0.0)
 
 
 def _mcnemar(difference: Array) -> float:
@@ -204,11 +226,12 @@ class Decision(Evidence):
     admitted: bool
     reason: str
     by_reference: bool = False  # then divergence and agreement are under the names nll and top1
+    words: Words = LABELS.words  # of the task
 
     @property
     def measures(self) -> tuple[str, str]:
-        """Short names of the loss and of the fraction judged by."""
-        return ("KL", "agreement") if self.by_reference else ("NLL", "top-1")
+        """Headings of the loss and of the score judged by, which is empty without one."""
+        return self.words.loss_heading, self.words.score_heading
 
 
 def judge(
@@ -220,10 +243,11 @@ def judge(
     """Judge a candidate against the incumbent, on the same examples of the select split.
 
     It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
-    difference (and by more than rounding), and its top-1 is not lower by more than ``z`` of its
-    own. On few examples more is demanded than ``z``: `gain_t` must be as improbable by Student's t
-    as ``z`` is by the normal distribution. Ties go to the incumbent, and so do fewer than 20
-    examples. What cannot be evaluated (`Metrics.problem`) loses to all that can.
+    difference (and by more than rounding), and its score (top-1, if it has one) is not lower by
+    more than ``z`` of its own. On few examples more is demanded than ``z``: `gain_t` must be as
+    improbable by Student's t as ``z`` is by the normal distribution. Ties go to the incumbent, and
+    so do fewer than 20 examples. What cannot be evaluated (`Metrics.problem`) loses to all that
+    can.
     """
     if not z >= 0:
         raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
@@ -236,7 +260,9 @@ def judge(
     else:
         before, after = paired_examples(old, new)
         loss = nll_difference, nll_se = _mean_and_se(after.losses - before.losses)
-        top1 = top1_difference, top1_se = _mean_and_se(after.right * 1.0 - before.right)
+        if before.scores is not None and after.scores is not None:
+            top1_difference, top1_se = _mean_and_se(after.scores * 1.0 - before.scores)
+        top1 = top1_difference or 0.0, top1_se or 0.0
         n = len(after.losses)
         t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
         # z = 0 demands no proof, only a lower mean.
@@ -258,15 +284,16 @@ def judge(
         z=z,
         admitted=admitted,
         reason=reason,
-        by_reference=new.examples is not None and new.examples.words != LABELS.words,
+        by_reference=isinstance(new.task, Reference),
+        words=new.task.words,
     )
 
 
 def _admitted(
-    n: int, loss: _MeanAndSe, top1: _MeanAndSe, z: float, *, sure: bool, words: tuple[str, str]
+    n: int, loss: _MeanAndSe, top1: _MeanAndSe, z: float, *, sure: bool, words: Words
 ) -> tuple[bool, str]:
     """Whether mean differences with these standard errors are enough, and why."""
-    (difference, se), (of_loss, of_right) = loss, words
+    (difference, se), of_loss = loss, words.loss
     if n < LEAST_EXAMPLES:
         return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
     if not (difference < -z * se and difference < -ROUNDING):
@@ -275,10 +302,10 @@ def _admitted(
         unproven = f"but {n} examples with such differences do not prove it"
         return False, f"its {of_loss} is lower, {unproven}"
     if top1[0] < -z * top1[1]:
-        return False, f"its {of_right} is lower by more than {z:g} standard errors"
+        return False, f"its {words.score} is lower by more than {z:g} standard errors"
     alike = se <= ROUNDING * abs(difference)
     by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"
-    return True, f"its {of_loss} is lower by {-difference:.3g} nats, {by}"
+    return True, f"its {of_loss} is lower by {-difference:.3g}{words.unit}, {by}"
 
 
 def _mean_and_se(difference: Array) -> _MeanAndSe:

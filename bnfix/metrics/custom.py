@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.core.errors import ConfigError, ModelError, one_line, plain
+from bnfix.core.errors import ConfigError, one_line, plain
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.metrics import Interval, middle
-from bnfix.metrics.task import Array, as_array
-from bnfix.models.build import import_callable
+from bnfix.metrics.task import Array, as_array, import_function
 
 #: Each resample calls the user's code once more.
 N_RESAMPLES = 200
@@ -40,24 +39,7 @@ class Custom:
 
 def import_metric(spec: str) -> tuple[str, MetricFunction]:
     """Import a metric that the user names; this runs the user's code."""
-    where, _, name = spec.rpartition(":")
-    if not where or not name:
-        raise ConfigError(
-            f"--metric: {plain(spec)!r}, expected package.module:callable or "
-            "path/to/file.py:callable.",
-            name="metric",
-        )
-    try:
-        found, _ = import_callable(spec)
-    except ModelError as error:
-        raise ConfigError(f"--metric {error}", name="metric") from error
-    if not callable(found):
-        raise ConfigError(
-            f"--metric {plain(spec)}: is of type {type(found).__name__}, expected a function of "
-            "(outputs, labels).",
-            name="metric",
-        )
-    return name, found
+    return import_function(spec, "--metric", "(outputs, labels)")
 
 
 def custom_metrics(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -11,36 +12,50 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import DataError, ModelError, NumericError
-from bnfix.metrics.metrics import Metrics, losses_of, measure, refuse_not_finite
+from bnfix.core.settings import TaskRecipe
+from bnfix.metrics.metrics import (
+    Metrics,
+    PerExample,
+    losses_of,
+    measure,
+    measure_rows,
+    refuse_not_finite,
+)  # fmt: skip
 from bnfix.metrics.task import (
     LABELS,
     Array,
+    ByRows,
+    Judged,
     Reference,
     Task,
     as_array,
     caller,
     raw_labels,
-)
+)  # fmt: skip
+from bnfix.metrics.tasks import Own, judged_by, resolve_task
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Outputs:
-    """The outputs of one model for all examples, one row an example."""
+    """What is kept of one model's outputs for all examples, one row an example."""
 
-    outputs: Array  # (N, K) logits, or (N, ...) of another task; float32
+    outputs: Array  # (N, K) logits, float32, or (N, ...) for metrics of the user's; else (N, 0)
     labels: Array | None  # or what else the task gives as targets
     images_per_second: float  # through the model, without loading
     positions: Array | None = None  # of the examples in their data, where the batches say them
     task: Task = LABELS
+    examples: PerExample | None = None  # of a task that keeps no outputs, where there are targets
+    left_out: int = 0  # examples that have nothing to be judged by
 
     @property
     def classified(self) -> bool:
         """Whether these are logits, with classes for labels if there are any."""
-        if self.outputs.ndim != 2 or not self.outputs.size:
+        if isinstance(self.task, ByRows) or self.outputs.ndim != 2 or not self.outputs.size:
             return False
         y = self.labels
         if y is None or self.task != LABELS:
@@ -51,28 +66,33 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Score:
-    """Loss and accuracy without intervals, for searches."""
+    """Loss and score without intervals, for searches."""
 
     n_examples: int
-    nll: float
-    top1: float
+    nll: float  # the mean loss
+    top1: float  # the mean score; NaN for a task without one
     losses: Array = field(compare=False, repr=False)
+    task: Task = field(default=LABELS, compare=False, repr=False)
 
 
 def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
+    task: Judged = "auto",
     reference: nn.Module | None = None,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
     seed: int = 0,
 ) -> Metrics:
-    """Measure a classifier in evaluation mode, by labels or by another network's predictions.
+    """Measure a model in evaluation mode, by targets or by another network's predictions.
 
     Args:
         model: on the device to run on; modes are left as found.
         batches: any iterable of ``(x, y)``; without labels only logits and speed are had.
+        task: ``classification``, ``segmentation``, ``multilabel``, ``regression``, or ``auto``, the
+            one that fits the first batch; a `bnfix.settings.TaskRecipe`; or a function of outputs
+            and targets that gives one loss an example, a tensor ``(N,)``.
         reference: the network O whose predictions are the targets in place of labels, which are
             then not read. ``nll`` is the mean of KL(p_O || p) = sum_k p_O (log p_O - log p),
             0 for equal logits, and ``top1`` the fraction with the same largest logit.
@@ -84,36 +104,46 @@ def evaluate(
         The metrics with 95% intervals.
 
     Raises:
-        DataError: if there are no examples, or labels do not fit.
+        ConfigError: if a loss of the user's fails, or gives anything but one number an example.
+        DataError: if there are no examples, or targets do not fit.
         ModelError: if the output is no logits, or not always for the same number of classes, which
             must be the reference's too.
-        NumericError: if a logit is not finite.
+        NumericError: if an output or a loss is not finite.
     """
-    task = LABELS if reference is None else Reference(reference, forward)
-    (found,) = collect([model], batches, task, forward=forward, precision=precision)
+    wanted = judged_by(task) if reference is None else Reference(reference, forward)
+    (found,) = collect([model], batches, wanted, forward=forward, precision=precision)
     return _measure(found, seed)
 
 
 def _measure(found: Outputs, seed: int) -> Metrics:
-    return measure(
-        found.outputs,
-        found.labels,
-        task=found.task,
-        images_per_second=found.images_per_second,
-        seed=seed,
-    )
+    how: Any = {"images_per_second": found.images_per_second, "seed": seed}
+    if not isinstance(found.task, ByRows):
+        return measure(found.outputs, found.labels, task=found.task, **how)
+    if found.examples is not None:
+        return measure_rows(found.examples, found.task, **how)
+    return _unmeasured(found)
+
+
+def _unmeasured(found: Outputs, problem: str = "") -> Metrics:
+    rate, n = found.images_per_second, len(found.outputs)
+    return Metrics(n_examples=n, images_per_second=rate, problem=problem, task=found.task)
 
 
 def measured(found: Outputs, seed: int) -> Metrics:
-    """Metrics of logits, or why there are none; of other outputs only their number."""
-    problem = ""
-    if found.classified:
-        try:
-            return _measure(found, seed)
-        except NumericError:
-            problem = "its logits are not finite"
-    rate = found.images_per_second
-    return Metrics(n_examples=len(found.outputs), images_per_second=rate, problem=problem)
+    """Metrics of the task, or why there are none; of other outputs only their number."""
+    by_rows = isinstance(found.task, ByRows)
+    if not (found.classified or by_rows):
+        return _unmeasured(found)
+    try:
+        return _measure(found, seed)
+    except NumericError:
+        return _unmeasured(found, f"its {'losses' if by_rows else 'logits'} are not finite")
+
+
+def describe_left_out(found: Iterable[Outputs]) -> list[str]:
+    """A sentence where examples have nothing to be judged by."""
+    return [f"{n} examples without a valid position were left out." for n in
+            {one.left_out for one in found} if n]  # fmt: skip
 
 
 def against(found: Outputs, reference: Outputs, task: Reference) -> Outputs:
@@ -127,58 +157,70 @@ def against(found: Outputs, reference: Outputs, task: Reference) -> Outputs:
 def score(
     model: nn.Module,
     batches: Iterable[Any],
-    task: Task = LABELS,
+    task: Task | None = LABELS,
     *,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> Score:
-    """Measure loss and accuracy only, without the cost of intervals."""
+    """Measure loss and score only, without the cost of intervals."""
     (found,) = collect([model], batches, task, forward=forward, precision=precision)
-    logits, targets = found.outputs, found.labels
-    if targets is None:
+    if (rows := found.examples) is not None:
+        right = math.nan if rows.scores is None else float(rows.scores.mean())
+        losses, task = rows.losses, found.task
+        if not np.isfinite(losses).all():
+            raise NumericError(f"evaluation: the {rows.words.loss} is not finite.")
+        return Score(len(losses), float(losses.mean()), right, losses=losses, task=task)
+    logits, targets, task = found.outputs, found.labels, found.task
+    if targets is None or isinstance(task, ByRows):
         raise DataError("batches: no labels in them. Give (x, y) with integer classes y.")
     refuse_not_finite(logits)
     targets, labels = task.checked(targets, logits.shape)
     losses = losses_of(logits, targets, task)
     right = logits.argmax(1) == labels
-    return Score(len(labels), float(losses.mean()), float(right.mean()), losses)
+    return Score(len(labels), float(losses.mean()), float(right.mean()), losses=losses, task=task)
 
 
 def collect(
     models: Sequence[nn.Module],
     batches: Iterable[Any],
-    task: Task = LABELS,
+    task: Task | None = LABELS,
     *,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
     any_task: bool = False,
 ) -> list[Outputs]:
-    """Run several models over the same batches, which are read once."""
+    """Run several models over the same batches, which are read once.
+
+    Without a task, it is read off the first batch. With ``any_task`` outputs are kept of any form.
+    """
     gathered = [_Gathered(model, task, any_task) for model in models]
 
-    def own_share() -> list[tuple[list[_Row], float]]:
+    def own_share() -> list[_Share]:
         with ExitStack() as modes:
             for model in dict.fromkeys(models):
                 modes.enter_context(guards.inference(model))
             for batch in batches:
                 for one in gathered:
                     one.take(batch, forward, precision)
-        return [(one.rows, one.rate) for one in gathered]
+        # A task that is given is known to all ranks, and may hold what cannot be sent.
+        return [(one.rows, one.rate, one.task if task is None else None) for one in gathered]
 
     shares = distributed.together(own_share)
-    if not any(len(found) for share in shares for rows, _ in share for found, *_ in rows):
+    if not any(len(row["outputs"]) for share in shares for rows, *_ in share for row in rows):
         raise DataError("evaluation: no examples. Give at least one batch.")
     return [_put_together(parts, task) for parts in zip(*shares, strict=True)]
 
 
-#: Outputs, labels and positions of one batch.
-_Row = tuple[Array, Array | None, Array | None]
+#: What is kept of one batch: outputs; labels, or what a task says of each example; positions.
+_Row = dict[str, Array]
+#: Of one model on one rank: rows, examples a second, and the task if it was read off them.
+_Share = tuple[list[_Row], float, Task | None]
 
 
 class _Gathered:
     """One model's outputs, batch by batch, and the time they took."""
 
-    def __init__(self, model: nn.Module, task: Task, any_task: bool) -> None:
+    def __init__(self, model: nn.Module, task: Task | None, any_task: bool) -> None:
         self.model, self.task, self.any_task = model, task, any_task
         self.device = runtime.device_of(model)
         self.rows: list[_Row] = []
@@ -192,24 +234,61 @@ class _Gathered:
     def take(self, batch: Any, forward: runtime.Forward | None, precision: str) -> None:
         if len(self.rows) == 1:
             self._n_timed, self._seconds = 0, 0.0  # the first batch also warms up
+        model = caller(self.model, forward)
         started = time.perf_counter()
         with runtime.autocast(self.device, precision):
             output = runtime.run(self.model, batch, self.device, forward)
-            rows = self.any_task and isinstance(output, Tensor) and output.ndim > 0
-            tensor: Tensor = output if rows else runtime.logits_of(output)
-        found = tensor.float().cpu().numpy()
-        self._n_timed += len(found)
+        if self.task is None:
+            self.task = resolve_task(TaskRecipe(), output, raw_labels(batch, model))
+        by_rows = isinstance(self.task, ByRows)
+        as_is = self.any_task and not by_rows and isinstance(output, Tensor) and output.ndim > 0
+        outputs = output if as_is else self.task.output(output)
+        n = runtime.n_examples_of(batch) if by_rows else len(outputs)
+        if by_rows and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        kept = self.any_task or not by_rows
+        found = runtime.output_of(outputs).float().cpu().numpy() if kept else np.empty((n, 0))
+        self._n_timed += n
         self._seconds += time.perf_counter() - started
+        row: _Row = {"outputs": found}
         if self.rows:
-            _check_shape(found.shape[1:], self.rows[0][0].shape[1:], len(self.rows))
+            _check_shape(found.shape[1:], self.rows[0]["outputs"].shape[1:], len(self.rows))
+        targets = None
+        if by_rows or not self.any_task:
+            targets = self.task.targets(batch, outputs, model)
+        if isinstance(self.task, ByRows) and targets is not None:
+            row |= _judged(self.task, outputs, runtime.move(targets, self.device))
         if self.any_task:
-            raw = raw_labels(batch)
-            labels = None if raw is None else as_array(raw)
-        else:
-            targets = self.task.targets(batch, tensor, caller(self.model, forward))
-            labels = None if targets is None else targets.cpu().numpy()
+            targets = raw_labels(batch)
+        if targets is not None and kept:
+            row["labels"] = as_array(targets)
         index = getattr(batch, "index", None)  # of plain tuples a method
-        self.rows.append((found, labels, index if isinstance(index, np.ndarray) else None))
+        self.rows.append(row | ({"index": index} if isinstance(index, np.ndarray) else {}))
+
+
+#: Numbers of outputs that are judged at a time, in float64.
+_AT_ONCE = 2**22
+
+
+@torch.no_grad()
+def _judged(task: ByRows, outputs: Any, targets: Any) -> dict[str, Array]:
+    """What a task says of each example of a batch."""
+    if isinstance(task, Own):  # which may look at a batch as a whole
+        return {"losses": task.losses(outputs, targets).double().cpu().numpy()}
+    parts: list[dict[str, Array]] = []
+    size = max(1, _AT_ONCE * len(outputs) // max(1, outputs.numel()))
+    for z, y in zip(outputs.split(size), targets.split(size), strict=True):
+        said = {
+            # In float64 as all losses; what is right is read off the outputs as they are.
+            "losses": task.losses(z.double(), y),
+            "scores": task.scores(z, y),
+            "rows": task.rows(z, y),
+            "blind": task.blind(z.double(), y),
+            "counted": task.counted(y),
+        }
+        parts.append({k: v.double().cpu().numpy() for k, v in said.items() if v is not None})
+        parts[-1]["sums"] = np.array([zlib.crc32(t.cpu().numpy().tobytes()) for t in y], np.int64)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check_shape(new: tuple[int, ...], old: tuple[int, ...], n_batches: int) -> None:
@@ -226,23 +305,35 @@ def _check_shape(new: tuple[int, ...], old: tuple[int, ...], n_batches: int) -> 
     )
 
 
-def _put_together(parts: Sequence[tuple[list[_Row], float]], task: Task) -> Outputs:
+def _put_together(parts: Sequence[_Share], task: Task | None) -> Outputs:
     """One model's rows of all ranks, in the order in which batches were dealt."""
-    rows = distributed.interleaved([rows for rows, _ in parts])
-    labels = [labels for _, labels, _ in rows if labels is not None]
-    positions = [index for *_, index in rows if index is not None]
-    if labels and len(labels) < len(rows):
+    rows = distributed.interleaved([rows for rows, *_ in parts])
+    task = task or next(found for *_, found in parts if found is not None)
+    known = sum(not {"labels", "losses"}.isdisjoint(row) for row in rows)
+    if 0 < known < len(rows):
         raise DataError(
-            f"labels: {len(rows) - len(labels)} of {len(rows)} batches have none. Give labels "
+            f"labels: {len(rows) - known} of {len(rows)} batches have none. Give labels "
             "in all batches, or in none."
         )
+    names = set.intersection(*map(set, rows))
+    found = {name: np.concatenate([row[name] for row in rows]) for name in names}
+    counted = found.pop("counted", np.ones(len(found["outputs"]))) > 0
+    if not counted.any():
+        raise DataError("evaluation: no example has a target that counts. Check --ignore-index.")
+    found = {name: values[counted] for name, values in found.items()}
+    examples = None
+    if "losses" in found:
+        examples = PerExample(
+            labels=found.get("sums", np.zeros(int(counted.sum()), np.int64)),
+            losses=found["losses"], scaled_losses=None, scores=found.get("scores"),
+            blind_loss=float(found["blind"].mean()) if "blind" in found else 0.0,
+            words=task.words, rows=found.get("rows"),
+        )  # fmt: skip
     return Outputs(
-        outputs=np.concatenate([found for found, *_ in rows]),
-        labels=np.concatenate(labels) if labels else None,
-        images_per_second=sum(rate for _, rate in parts),
-        positions=np.concatenate(positions) if len(positions) == len(rows) else None,
-        task=task,
-    )
+        outputs=found["outputs"], labels=found.get("labels"), positions=found.get("index"),
+        images_per_second=sum(rate for _, rate, _ in parts),
+        task=task, examples=examples, left_out=int((~counted).sum()),
+    )  # fmt: skip
 
 
 def first_look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from bnfix.core.errors import DataError, NumericError
-from bnfix.metrics.task import LABELS, Array, Task
+from bnfix.metrics.task import LABELS, Array, ByRows, Labels, Reference, Task, Words
 
 Interval = tuple[float, float]
 N_RESAMPLES = 1000
@@ -17,22 +18,29 @@ LEVEL = 0.95
 _CHUNK = 2**20  # counts or logits worked on at a time: in float64, 50,000 x 1,000 take 400 MB
 
 
+def resamples(n: int, seed: int) -> Iterator[Array]:
+    """How often each of n examples is in each bootstrap sample, ``(S, n)`` at a time."""
+    rng = np.random.default_rng(seed)
+    size = min(100, max(1, 5 * _CHUNK // n))
+    for start in range(0, N_RESAMPLES, size):
+        drawn = range(min(size, N_RESAMPLES - start))
+        yield np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in drawn])
+
+
 def resampled_means(values: Array, seed: int) -> Array:
     """Means over bootstrap samples of the rows."""
     n = len(values)
-    rng = np.random.default_rng(seed)
-    means = np.empty((N_RESAMPLES, values.shape[1]))
-    size = min(100, max(1, 5 * _CHUNK // n))
-    for start in range(0, N_RESAMPLES, size):
-        part = means[start : start + size]
-        drawn = [np.bincount(rng.integers(0, n, n), minlength=n) for _ in part]
-        part[:] = np.stack(drawn) @ values / n
-    return means
+    return np.concatenate([counts @ values / n for counts in resamples(n, seed)])
 
 
 def middle(resampled: Array, point: float) -> Interval:
-    """The middle 95%; always with the estimate in it, which rounding could leave out."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    """The middle 95%; always with the estimate in it, which rounding could leave out.
+
+    Resamples without a value (NaN) do not count.
+    """
+    if np.isnan(resampled).all():
+        return math.nan, math.nan
+    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return min(float(low), float(point)), max(float(high), float(point))
 
 
@@ -141,19 +149,23 @@ class Bin:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PerExample:
-    """Labels, losses in nats and hits of each example, as paired comparisons need them."""
+    """Labels, losses and scores of each example, as paired comparisons need them."""
 
-    labels: Array  # (N,) int64
+    labels: Array  # (N,) int64; of a task that keeps no targets a checksum of each
     losses: Array
-    scaled_losses: Array  # at the temperature fitted on the half that the example is not in
-    right: Array
-    blind_loss: float  # mean, nats, if each target were drawn with its classes permuted
-    words: tuple[str, str] = LABELS.words  # of the task
+    #: At the temperature fitted on the half that the example is not in; `None` without logits.
+    scaled_losses: Array | None
+    scores: Array | None  # from 0 to 1, such as right or not; `None` if only the loss can say
+    blind_loss: float  # mean, if each target were drawn with its classes permuted; or 0
+    words: Words = LABELS.words  # of the task
+    rows: Array | None = None  # (N, R), what the task's metrics are made of
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Scores:
     """The numbers of labelled examples, described at `Metrics`; without labels all are `None`."""
+
+    # By the names that classification has for them; `loss` and `score` are those of any task.
 
     top1: float | None = None
     top5: float | None = None
@@ -171,10 +183,11 @@ class Metrics(Scores):
 
     Args:
         n_examples: examples seen.
-        top1: fraction right; ``None``, as all below, where there are no labels.
+        top1: fraction right; ``None``, as all below, where there are no labels. Of another task
+            its mean score (of a segmentation the mean fraction of right pixels), if it has one.
         top5: fraction with the label among the five largest logits; of equal logits the first
             count as larger, as in ``top1``.
-        nll: mean negative log-likelihood, nats.
+        nll: mean negative log-likelihood, nats; of another task its mean loss.
         nll_temperature_scaled: the same after one temperature, fitted on one seeded half of the
             examples and applied to the other, both ways. The fit counts one more example than there
             are, spread over all labels, so that a half without a mistake has a temperature too.
@@ -186,8 +199,12 @@ class Metrics(Scores):
         images_per_second: through the model, without loading; the first of several batches is left
             out.
         reliability: the 15 bins.
-        logits: ``(N, K)`` float32.
-        examples: losses and hits one by one.
+        logits: ``(N, K)`` float32, of a classification.
+        examples: losses and scores one by one.
+        task: what the model is judged by: ``bnfix.evaluate`` says which tasks there are.
+        values: metrics of the task by name, such as ``miou``; a classification has those above.
+        resampled: the same in each bootstrap sample.
+        by_class: of each class such a number as its IoU, and its positions in the targets.
         problem: why the model cannot be evaluated, and all above is ``None``; empty where it can.
     """
 
@@ -197,13 +214,29 @@ class Metrics(Scores):
     logits: Array = field(default_factory=lambda: np.empty((0, 0), np.float32), compare=False)
     examples: PerExample | None = field(default=None, compare=False)
     problem: str = ""
+    task: Task = LABELS
+    values: dict[str, float] = field(default_factory=dict)
+    resampled: dict[str, Array] = field(default_factory=dict, compare=False)
+    by_class: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def loss(self) -> float | None:
+        """The mean loss of the task."""
+        return self.nll
+
+    @property
+    def results(self) -> dict[str, float | None]:
+        """The numbers to remember of it."""
+        if isinstance(self.task, ByRows):
+            return {"loss": self.nll, **self.values}
+        return {"top1": self.top1, "nll": self.nll}
 
     def __repr__(self) -> str:
         shown = ("top1", "nll", "nll_temperature_scaled", "ece")
-        values = (getattr(self, name) for name in shown)
-        text = ", ".join(
-            f"{k}={v:.4g}" for k, v in zip(shown, values, strict=True) if v is not None
-        )
+        found = {name: getattr(self, name) for name in shown}
+        if isinstance(self.task, ByRows):
+            found = {"loss": self.nll, **self.values}
+        text = ", ".join(f"{k}={v:.4g}" for k, v in found.items() if v is not None)
         return f"Metrics(n_examples={self.n_examples}, {self.problem or text})"
 
 
@@ -211,7 +244,7 @@ def measure(
     logits: Array,
     targets: Array | None,
     *,
-    task: Task = LABELS,
+    task: Labels | Reference = LABELS,
     images_per_second: float = 0.0,
     seed: int = 0,
 ) -> Metrics:
@@ -256,11 +289,42 @@ def measure(
             labels=labels,
             losses=losses,
             scaled_losses=scaled,
-            right=right,
+            scores=right,
             blind_loss=float(blind.mean()),
             words=task.words,
         ),
+        task=task,
     )
+
+
+def measure_rows(
+    examples: PerExample, task: ByRows, *, images_per_second: float = 0.0, seed: int = 0
+) -> Metrics:
+    """Metrics of a task from the losses, scores and rows of its examples."""
+    finite = np.isfinite(examples.losses)
+    if not finite.all():
+        raise NumericError(
+            f"evaluation: the {task.words.loss} of example {int(finite.argmin())} (from 0) is not "
+            "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
+        )
+    n = len(finite)
+    rows = np.empty((n, 0)) if examples.rows is None else examples.rows
+    columns = {"nll": examples.losses}
+    if examples.scores is not None:
+        columns["top1"] = examples.scores
+    means = {name: float(column.mean()) for name, column in columns.items()}
+    drawn = resampled_means(np.column_stack(list(columns.values())), seed)
+    interval = {name: middle(drawn[:, i], means[name]) for i, name in enumerate(columns)}
+    values = {name: float(v[0]) for name, v in task.metrics(rows, np.ones((1, n))).items()}
+    parts = [task.metrics(rows, counts) for counts in resamples(n, seed)] if values else []
+    resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
+    interval |= {name: middle(resampled[name], value) for name, value in values.items()}
+    return Metrics(
+        n_examples=n, top1=means.get("top1"), nll=means["nll"], interval=interval,
+        images_per_second=images_per_second, examples=examples, task=task,
+        values=values, resampled=resampled,
+        by_class=tuple((float(v), float(n)) for v, n in task.by_class(rows)),
+    )  # fmt: skip
 
 
 def refuse_not_finite(logits: Array) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,29 +14,80 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix.core import guards, runtime
-from bnfix.core.errors import DataError, ModelError
+from bnfix.core.errors import ConfigError, DataError, ModelError, plain
+from bnfix.core.settings import TaskRecipe
+from bnfix.models.build import import_callable
 
 Array = NDArray[Any]
 
 
-class Task(Protocol):
-    """Where targets come from, and the loss by which networks learn and are judged."""
+class Words(NamedTuple):
+    """How a task's loss and score are called: in a sentence, as a heading, and the loss's unit."""
+
+    loss: str
+    score: str  # empty without a score, as is its heading
+    loss_heading: str
+    score_heading: str
+    unit: str = ""  # with a space before it
+
+
+class ByRows(ABC):
+    """A task whose metrics come from a few numbers an example, so that no outputs are kept."""
+
+    #: As ``--task`` has it.
+    name: ClassVar[str]
+    #: As ``--loss`` has it, where it can be chosen.
+    loss: str | None = None
+    #: Headings of the metrics, by name, the most important first.
+    headings: ClassVar[Mapping[str, str]] = {}
+    #: Headings of the numbers by class and of what is counted, where there are any.
+    of_class: ClassVar[tuple[str, str]] = "", ""
 
     @property
-    def words(self) -> tuple[str, str]:
-        """Names of the loss, and of the fraction whose largest output is the target's."""
+    @abstractmethod
+    def words(self) -> Words:
+        """Names of the loss, and of the score."""
 
-    def targets(self, batch: Any, logits: Tensor, model: nn.Module | None) -> Tensor | None:
-        """One row for each of the logits' rows, ``None`` if the batch has none.
+    def output(self, output: Any) -> Any:
+        """The one tensor of a model's output, float32."""
+        return runtime.output_of(output).float()
+
+    @abstractmethod
+    def targets(self, batch: Any, outputs: Any, model: nn.Module | None) -> Any:
+        """One row for each of the outputs' rows, checked; ``None`` if the batch has none.
 
         ``model`` is what takes the batch as it is, which tells labels from further inputs.
         """
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of each example, ``(N,)`` nats, with its graph, as precise as the logits."""
+    @abstractmethod
+    def losses(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of each example, ``(N,)``, with its graph, as precise as the outputs."""
 
-    def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """Targets that fit logits of a shape, and the right class of each example."""
+    def scores(self, outputs: Any, targets: Any) -> Tensor | None:
+        """How right each example is, ``(N,)`` from 0 to 1; ``None`` if only the loss can say."""
+        return None
+
+    def blind(self, outputs: Any, targets: Any) -> Tensor | None:
+        """The expected loss of each example if any target were alike; ``None`` if not known."""
+        # `gain_t` counts one such example. An unbounded target has no such loss, and a dense one is
+        # an average already: there the worst difference seen is counted alone.
+        return None
+
+    def rows(self, outputs: Any, targets: Any) -> Tensor:
+        """What metrics need of each example, ``(N, R)``."""
+        return self.losses(outputs, targets)[:, None][:, :0]
+
+    def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
+        """Metrics ``(S,)`` by name, of S weightings ``(S, N)`` of the rows; NaN without a value."""
+        return {}
+
+    def by_class(self, rows: Array) -> Array:
+        """A number of each class, NaN without one, and its positions in the targets: ``(K, 2)``."""
+        return np.empty((0, 2))
+
+    def counted(self, targets: Any) -> Tensor | None:
+        """Which examples have anything to be judged by, ``(N,)``; ``None`` if all do."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -43,16 +95,21 @@ class Labels:
     """The right classes, in the batches: the loss is cross-entropy."""
 
     smoothing: float = 0.0
-    words: tuple[str, str] = "loss", "top-1"
+    name: ClassVar[str] = "classification"
+    words: ClassVar[Words] = Words("loss", "top-1", "NLL", "top-1", unit=" nats")
 
-    def targets(self, batch: Any, logits: Tensor, model: nn.Module | None) -> Tensor | None:
+    def output(self, output: Any) -> Tensor:
+        """The logits."""
+        return runtime.logits_of(output)
+
+    def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
         """The labels ``(N,)``, int64."""
-        labels = labels_of(batch, *logits.shape, model=model)
+        labels = labels_of(batch, *outputs.shape, model=model)
         return None if labels is None else torch.from_numpy(labels)
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood, -log softmax(z)_y."""
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.smoothing)
+        return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.smoothing)
 
     def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """The labels as int64, twice."""
@@ -69,20 +126,28 @@ class Reference:
 
     model: nn.Module  # O, which is run in evaluation and left as found
     forward: runtime.Forward | None = None
-    words: tuple[str, str] = "divergence from the reference", "agreement with the reference"
+    name: ClassVar[str] = "reference"
+    words: ClassVar[Words] = Words(
+        "divergence from the reference", "agreement with the reference", "KL", "agreement",
+        unit=" nats",
+    )  # fmt: skip
 
-    def targets(self, batch: Any, logits: Tensor, model: nn.Module | None) -> Tensor:
+    def output(self, output: Any) -> Tensor:
+        """The logits."""
+        return runtime.logits_of(output)
+
+    def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor:
         """O's logits ``(N, K)``, float32, which are log-probabilities but for a constant a row."""
         with guards.inference(self.model):
             output = runtime.run(self.model, batch, runtime.device_of(self.model), self.forward)
         found = runtime.logits_of(output).float()
-        self._check_shape(found.shape, logits.shape)
+        self._check_shape(found.shape, outputs.shape)
         return found
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Sum over k of p_O (log p_O - log p): exactly 0 where the logits are equal."""
-        log_p = targets.to(logits.dtype).log_softmax(1)
-        return (log_p.exp() * (log_p - logits.log_softmax(1))).sum(1)
+        log_p = targets.to(outputs.dtype).log_softmax(1)
+        return (log_p.exp() * (log_p - outputs.log_softmax(1))).sum(1)
 
     def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """O's logits, and its predictions."""
@@ -107,6 +172,23 @@ class Reference:
             )
 
 
+#: What a model is judged by. The first two keep all logits, since their metrics need them.
+Task = Labels | Reference | ByRows
+#: What functions take for a task: its name, a recipe, a loss, or the task.
+Judged = str | TaskRecipe | Callable[[Any, Any], Any] | Task
+
+
+def learned(task: Task, smoothing: float) -> Task:
+    """A task as it is learned: with label smoothing, where its targets are classes."""
+    if not smoothing or isinstance(task, Reference):
+        return task
+    if not hasattr(task, "smoothing"):
+        message = f"--label-smoothing: not for the task {task.name}. Leave it out."
+        raise ConfigError(message, name="label_smoothing")
+    smoothed: Any = task
+    return replace(smoothed, smoothing=smoothing)  # type: ignore[no-any-return]
+
+
 def mean_loss(
     task: Task,
     model: nn.Module,
@@ -122,11 +204,28 @@ def mean_loss(
         output = runtime.run(model, batch, device, forward)
     if (own := runtime.own_loss(model, output)) is not None:
         return own
-    logits = runtime.logits_of(output)
-    targets = task.targets(batch, logits, caller(model, forward))
+    outputs = task.output(output)
+    targets = task.targets(batch, outputs, caller(model, forward))
     if targets is None:
         raise DataError(f"{what}: a batch has no labels to learn from. Give (x, y).")
-    return task.losses(logits.float(), targets.to(device)).mean()
+    if isinstance(outputs, Tensor):
+        outputs = outputs.float()
+    return task.losses(outputs, runtime.move(targets, device)).mean()
+
+
+def import_function(spec: str, option: str, takes: str) -> tuple[str, Callable[..., Any]]:
+    """Import a function that an option names, and its name; this runs the user's code."""
+    where, _, name = spec.rpartition(":")
+    problem = "expected package.module:callable or path/to/file.py:callable."
+    if where and name:
+        try:
+            found, _ = import_callable(spec)
+        except ModelError as error:
+            raise ConfigError(f"{option} {error}", name=option[2:]) from error
+        if callable(found):
+            return name, found
+        problem = f"is of type {type(found).__name__}, expected a function of {takes}."
+    raise ConfigError(f"{option} {plain(spec)}: {problem}", name=option[2:])
 
 
 def caller(model: nn.Module, forward: runtime.Forward | None) -> nn.Module | None:

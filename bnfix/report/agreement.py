@@ -1,4 +1,4 @@
-"""Closeness to a reference network, in place of right answers or beside them: words and JSON."""
+"""Judged by a reference network, in place of right answers or beside them, or by another task."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bnfix.metrics.compare import Paired
+from bnfix.metrics.compare import Difference, Paired
 from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.task import ByRows
 from bnfix.report.pages import difference, direction, number, percent
 
 #: Metrics against a reference, and their names in the JSON of a model.
@@ -80,3 +81,45 @@ def agreed_json(paired: Paired | None) -> dict[str, Any]:
     if paired is None:
         return {}
     return {"agreement": paired.top1, "divergence": paired.nll, "agreement_verdict": paired.verdict}
+
+
+@dataclass(frozen=True)
+class ByLoss:
+    """The first and the last model as a task judges them that is no classification."""
+
+    task: ByRows
+    first: Metrics
+    last: Metrics
+    paired: Paired | None
+    before: str  # names the first model
+
+    def headline(self, images: str) -> str:
+        """The first sentence, in small letters."""
+        words, last = self.task.words, self.last
+        text = f"the {words.loss} is {number(last.nll)}{words.unit} on {images}"
+        if self.paired is None or self.first.nll is None:
+            low, high = last.interval["nll"]
+            return f"{text} (95% interval {number(low)} to {number(high)})."
+        no = "no measurable difference: " if self.paired.verdict == "same" else ""
+        change = difference(self.paired.nll)
+        return f"{no}{text}, {number(self.first.nll)} {self.before}; the difference is {change}."
+
+    def remarks(self) -> Iterator[str]:
+        """The metrics and the score, one sentence each."""
+        first, last = self.first, self.last
+        changes = {} if self.paired is None else self.paired.metrics
+        shown: list[tuple[str, Difference | None, float | None, float | None, bool]] = [
+            (self.task.headings[name], changes.get(name), first.values.get(name), value, False)
+            for name, value in last.values.items()
+        ]
+        if self.paired is not None and (words := self.task.words).score:
+            shown.append((f"The mean {words.score}", self.paired.top1, first.top1, last.top1, True))
+        for name, change, was, now, points in shown:
+            write = percent if points else number
+            if change is None:
+                yield f"{name}: {write(now)}."
+                continue
+            yield (
+                f"{name} {direction(change)}: {write(now)}, {write(was)} {self.before} "
+                f"(difference {difference(change, points=points)})."
+            )

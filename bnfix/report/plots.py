@@ -44,7 +44,7 @@ def gate(decisions: Sequence[Decision]) -> Picture:
         "Candidates before the gate",
         f"Paired difference in {loss} on the select split, with the standard errors that the gate "
         "demands. A candidate is admitted (filled) if its bar lies left of 0, clearly so "
-        f"where there are few images, and its {right} does not fall.",
+        f"where there are few images{f', and its {right} does not fall' if right else ''}.",
         draw,
         1.0 + 0.36 * len(decisions),
     )
@@ -79,8 +79,8 @@ def weights_over_depth(weights: Sequence[float | Sequence[float]]) -> Picture:
     )
 
 
-def weight_curve(points: Sequence[CurvePoint]) -> Picture:
-    """NLL over one example weight for the whole model, from at least two points."""
+def weight_curve(points: Sequence[CurvePoint], loss: str) -> Picture:
+    """The loss over one example weight for the whole model, from at least two points."""
     best = min(points, key=lambda point: point.nll)
 
     def draw(figure: Any) -> None:
@@ -92,13 +92,13 @@ def weight_curve(points: Sequence[CurvePoint]) -> Picture:
         ticks = [t for t in (0, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.75, 1) if t <= max(x) * 1.1]
         axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
         axis.set_xlabel("example weight of every layer (root scale)")
-        axis.set_ylabel("NLL, fit images")
+        axis.set_ylabel(f"{loss}, fit images")
 
     stock = next((p.nll for p in points if p.example_weight == 0), None)
     against = "" if stock is None else f", {stock:.3f} at 0"
     return picture(
         "curve",
-        "NLL over the example weight",
+        f"{loss[:1].upper()}{loss[1:]} over the example weight",
         "One weight for the whole model, on the images used for fitting; lower is better. "
         f"Minimum at {best.example_weight:.3g} (circled): {best.nll:.3f}{against}.",
         draw,
@@ -149,8 +149,8 @@ def drift(
     )
 
 
-def training(runs: Sequence[Finetuning]) -> Picture:
-    """NLL on the validation split over the epochs of each run, the kept epoch circled."""
+def training(runs: Sequence[Finetuning], loss: str) -> Picture:
+    """The loss on the validation split over the epochs of each run, the kept epoch circled."""
     colors = [LAST, FIRST, LOSS, MUTED]
 
     def draw(figure: Any) -> None:
@@ -164,7 +164,7 @@ def training(runs: Sequence[Finetuning]) -> Picture:
             axis.plot(x, y, "o", ms=10, mfc="none", mec=INK)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_xlabel("epoch (0: before any step)")
-        axis.set_ylabel("NLL, validation split")
+        axis.set_ylabel(f"{loss}, validation split")
         _legend(figure, axis.lines[: len(runs)], [clean(run.trained, 40) for run in runs])
 
     return picture(
@@ -274,8 +274,8 @@ def speed(models: Sequence[tuple[str, float]]) -> Picture:
     )
 
 
-def corruptions(rows: Sequence[Shifted]) -> Picture:
-    """Top-1 under every corruption: of the first model, and the last model's difference to it."""
+def corruptions(rows: Sequence[Shifted], score: str) -> Picture:
+    """The score under every corruption: of the first model, and the last's difference to it."""
     names = list(dict.fromkeys(row.model for row in rows))
     kinds = list(dict.fromkeys(row.kind for row in rows))
     severities = sorted({row.severity for row in rows})
@@ -306,7 +306,7 @@ def corruptions(rows: Sequence[Shifted]) -> Picture:
             text = f"{100 * d.difference:+.1f}{'*' * (d.interval[0] > 0 or d.interval[1] < 0)}"
             color = LAST if d.difference > 0 else LOSS
             cell(axes[1], row, color, SHADE * abs(d.difference) / largest, text)
-        titles = (f"{clean(names[0], 22)}\ntop-1", f"{clean(names[-1], 22)}\npoints more")
+        titles = (f"{clean(names[0], 22)}\n{score}", f"{clean(names[-1], 22)}\npoints more")
         for axis, title in zip(axes, titles, strict=False):
             axis.set_title(title, parse_math=False)
             axis.set_xlim(-0.5, len(severities) - 0.5)
@@ -330,8 +330,8 @@ def corruptions(rows: Sequence[Shifted]) -> Picture:
     return picture(
         "corruptions",
         "Under corruptions",
-        "Top-1 on the same images under common corruptions, severity 1 (mild) to 3 (strong). "
-        + said,
+        f"{score.capitalize()} on the same images under common corruptions, severity 1 (mild) to "
+        f"3 (strong). {said}",
         draw,
         1.2 + 0.3 * len(kinds),
     )

@@ -15,12 +15,13 @@ from bnfix.metrics.compare import Decision, Paired, compare
 from bnfix.metrics.custom import Custom
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Moved
+from bnfix.metrics.task import LABELS, ByRows, Task
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.report.agreement import BADGES, Closeness
+from bnfix.report.agreement import BADGES, ByLoss, Closeness
 from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
@@ -171,6 +172,11 @@ class Findings:
     swap: SwapPlan | None = None
     seed: int = 0
 
+    @property
+    def task(self) -> Task:
+        """What the models were judged by."""
+        return self.models[-1].metrics.task if self.models else LABELS
+
     @cached_property
     def paired(self) -> tuple[Paired | None, ...]:
         """Each further model against the first; ``None`` without labels."""
@@ -199,6 +205,11 @@ class Findings:
     def verdict(self) -> str | None:
         """``better``, ``same`` or ``worse``: the last model against the first."""
         return None if self._last_pair is None else self._last_pair.verdict
+
+    def _by_loss(self, task: ByRows) -> ByLoss:
+        """The first and the last model of a task that is no classification."""
+        first, last = self.models[0].metrics, self.models[-1].metrics
+        return ByLoss(task, first, last, paired=self._last_pair, before=self._reference())
 
     @property
     def _closeness(self) -> Closeness | None:
@@ -239,10 +250,12 @@ class Findings:
             return self._own_metrics(images)
         if last.problem:
             return f"{clean(self.models[-1].name)} cannot be evaluated on {images}: {last.problem}."
-        if last.top1 is None and (close := self._closeness) is not None:
+        if last.nll is None and (close := self._closeness) is not None:
             return close.headline(images)
-        if last.top1 is None:
+        if last.nll is None:
             return f"the {images} have no labels, so accuracy cannot be measured."
+        if isinstance(self.task, ByRows):
+            return self._by_loss(self.task).headline(images)
         if len(self.models) == 1:
             low, high = (100 * end for end in last.interval["top1"])
             return f"{percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
@@ -265,7 +278,9 @@ class Findings:
         """Facts that qualify the headline, one sentence each."""
         notes: list[Note] = []
         paired = self._last_pair
-        if paired is not None and math.isfinite(paired.nll.difference):
+        if isinstance(self.task, ByRows):
+            notes += map(Note, self._by_loss(self.task).remarks())
+        elif paired is not None and math.isfinite(paired.nll.difference):
             first, last = self.models[0].metrics, self.models[-1].metrics
             if self._judged_by_nll():
                 text = f"Top-1 {direction(paired.top1)}: {percent(last.top1)}, "
@@ -282,7 +297,8 @@ class Findings:
         return notes + ([] if self.moved is None else [self._movement(self.moved)])
 
     def _cautions(self) -> Iterator[str]:
-        if self.models and (m := self.models[-1].metrics).top1 is not None:
+        by_rows = isinstance(self.task, ByRows)
+        if self.models and (m := self.models[-1].metrics).top1 is not None and not by_rows:
             chance = 1 / m.logits.shape[1] if m.logits.size else 0
             if m.interval["top1"][0] <= chance:
                 yield (
@@ -305,7 +321,7 @@ class Findings:
             return BADGES[self.agreement_verdict]
         if not self.models:
             return "Done"
-        measured = self.models[-1].metrics.top1 is not None or self.models[-1].custom
+        measured = self.models[-1].metrics.nll is not None or self.models[-1].custom
         return "Measured" if measured else "Not proven"
 
     def _movement(self, moved: Moved) -> Note:

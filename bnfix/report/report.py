@@ -20,6 +20,7 @@ from bnfix.core.settings import Preprocessing
 from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.custom import Custom
 from bnfix.metrics.robustness import BatchInvariance, Shifted
+from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
 from bnfix.report.agreement import agreed_json, agreement_intervals, agreement_json
@@ -34,7 +35,7 @@ class Rank:
     rank: int  # from 1; equal models share it
     name: str
     nll: float
-    top1: float
+    top1: float  # 0 for a task without a score
     paired: Paired | None  # against the first model given
 
 
@@ -57,9 +58,9 @@ class ClassRow:
 def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
     """Rank models on the same labelled examples, best first; empty for fewer than two."""
     keys = sorted(
-        (m.metrics.nll, -m.metrics.top1, i)
+        (m.metrics.nll, -(m.metrics.top1 or 0.0), i)
         for i, m in enumerate(models)
-        if m.metrics.nll is not None and m.metrics.top1 is not None
+        if m.metrics.nll is not None
     )
     # Without the position: models with equal numbers share a rank.
     values = [key[:2] for key in keys]
@@ -79,11 +80,22 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
 def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
     """Top-1 of every class that has examples, by index; empty without labels."""
     examples = [model.metrics.examples for model in models]
-    if not examples or examples[0] is None:
+    found = [model.metrics.by_class for model in models]
+    if found and found[0]:
+        return [
+            ClassRow(
+                index=c,
+                name=names[c] if c < len(names) else f"class {c}",
+                n_examples=int(n),
+                top1=tuple(one[c][0] if c < len(one) else None for one in found),
+            )
+            for c, (_, n) in enumerate(found[0])
+        ]
+    if not examples or examples[0] is None or isinstance(models[0].metrics.task, ByRows):
         return []
     n = np.bincount(examples[0].labels)
     right = [
-        None if e is None else np.bincount(e.labels, e.right, minlength=len(n)) for e in examples
+        None if e is None else np.bincount(e.labels, e.scores, minlength=len(n)) for e in examples
     ]
     return [
         ClassRow(
@@ -99,10 +111,10 @@ def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassR
 def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
     """Standard error of each class's change from the first model to the last, if labelled."""
     first, last = models[0].metrics.examples, models[-1].metrics.examples
-    if first is None or last is None:
+    if first is None or last is None or first.scores is None or last.scores is None:
         return None
     # The variance of a difference of paired outcomes: only images that changed contribute.
-    changed = np.bincount(first.labels, first.right != last.right)[[row.index for row in rows]]
+    changed = np.bincount(first.labels, first.scores != last.scores)[[row.index for row in rows]]
     n = np.array([row.n_examples for row in rows])
     change = np.array([row.change for row in rows])
     return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))
@@ -112,13 +124,16 @@ def model_json(model: Evaluated) -> dict[str, Any]:
     """The JSON of a model; ``custom`` only where there are metrics of the user's."""
     m = model.metrics
     names = ("top1", "top5", "nll", "nll_temperature_scaled", "temperature", "brier", "ece")
+    named = {name: getattr(m, name) for name in names}
+    if isinstance(m.task, ByRows):
+        named = {"nll": m.nll, "top1": m.top1, **m.values}
     return {
         "name": model.name,
         "file": model.file,
         "sha256": model.sha256,
         "n_examples": m.n_examples,
         "n_live": model.n_live,
-        **{name: getattr(m, name) for name in names},
+        **named,
         **agreement_json(model.agreement),
         "interval": {
             "top1": None,
@@ -141,7 +156,25 @@ def _custom_json(custom: Custom) -> dict[str, Any]:
 def paired_json(name: str, against: str, paired: Paired | None) -> dict[str, Any]:
     """The JSON of a pair; all values are ``None`` without labels."""
     shown = ("top1", "nll", "nll_temperature_scaled", "verdict", "temperature_only")
-    return {"name": name, "against": against, **{key: getattr(paired, key, None) for key in shown}}
+    found = {key: getattr(paired, key, None) for key in shown}
+    return {"name": name, "against": against, **found, **(paired.metrics if paired else {})}
+
+
+def renamed(content: Any, task: ByRows) -> Any:
+    """JSON values under the names of a task: loss, and score where it has one."""
+    if isinstance(content, list):
+        return [renamed(item, task) for item in content]
+    if not isinstance(content, dict):
+        return content
+    found, none = {}, ("nll_temperature_scaled", "by_reference")
+    for key, value in content.items():
+        name = key.replace("nll", "loss").replace("top1", "score")
+        if key in none or ("top1" in key and not task.words.score):
+            continue
+        # Names of the user's stay as they are.
+        own = key in ("custom", "options")
+        found[key if own else name] = value if own else renamed(value, task)
+    return found
 
 
 def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
@@ -219,7 +252,7 @@ class Report(Findings):
                 )
             ],
             "layers": self.layers,
-            "decisions": self.decisions,
+            "decisions": [fields_of(decision, "words") for decision in self.decisions],
             "calibration": trials.calibration and trials.calibration.to_json(),
             "calibrations_refused": [
                 one.to_json() for one in trials.refused if isinstance(one, Calibration)
@@ -229,11 +262,11 @@ class Report(Findings):
             "training_curve": [self._tried_json(run) for run in trials.finetunings],
             "outputs_moved": self.moved,
             "swap": self.swap,
-            "per_class": [
-                {"class": c.index, "name": c.name, "n_examples": c.n_examples, "top1": c.top1}
-                for c in self._classes
+            "per_class": [self._class_json(row) for row in self._classes],
+            "ranking": [
+                {**fields_of(row), "paired": row.paired and fields_of(row.paired, "metrics")}
+                for row in self.ranking
             ],
-            "ranking": self.ranking,
             "corruptions": [shifted_json(row, self.models[0].name) for row in self.corruptions],
             "batch_invariance": self.invariance,
             **({"streams": self._streams_json()} if self.streams else {}),
@@ -247,7 +280,17 @@ class Report(Findings):
             "versions": self.versions,
         }
         plain: dict[str, Any] = plain_json(content)
-        return plain
+        if not isinstance(self.task, ByRows):
+            return plain
+        plain["task"] = {"name": self.task.name, "loss": self.task.words.loss}
+        found: dict[str, Any] = renamed(plain, self.task)
+        return found
+
+    def _class_json(self, row: ClassRow) -> dict[str, Any]:
+        n, value = "n_examples", "top1"
+        if isinstance(self.task, ByRows):
+            value, n = self.task.of_class[0].lower(), f"n_{self.task.of_class[1].lower()}"
+        return {"class": row.index, "name": row.name, n: row.n_examples, value: row.top1}
 
     def _streams_json(self) -> list[dict[str, Any]]:
         rows = [shifted_json(row, self.models[0].name) for row in self.streams]
@@ -293,14 +336,16 @@ class Report(Findings):
         runs = [run for run in self.trials.finetunings if len(run.curve) > 1]
         weights = [layer.example_weight for layer in self.layers]
         ends = [labelled[0], labelled[-1]][: len(labelled)] if labelled else []
+        words = self.task.words
+        shifted = self.corruptions and words.score
         made: list[Picture | None] = [
             plots.gate(self.decisions) if self.decisions else None,
             plots.reliability(ends) if ends else None,
             plots.weights_over_depth(weights) if self._any_weight() else None,
-            plots.weight_curve(points) if len(points) > 1 else None,
+            plots.weight_curve(points, words.loss_heading) if len(points) > 1 else None,
             plots.drift(*drifts) if drifted else None,
-            plots.training(runs) if runs else None,
-            plots.corruptions(self.corruptions) if self.corruptions else None,
+            plots.training(runs, words.loss_heading) if runs else None,
+            plots.corruptions(self.corruptions, words.score_heading) if shifted else None,
             self._class_picture(),
             plots.speed(rates) if any(rate > 0 for _, rate in rates) else None,
         ]
@@ -312,6 +357,8 @@ class Report(Findings):
     def _class_picture(self) -> Picture | None:
         rows = self._classes
         if not self.paired or self.paired[-1] is None or len(rows) < 2:
+            return None
+        if isinstance(self.task, ByRows):
             return None
         errors = class_change_errors(self.models, rows)
         n = np.array([row.n_examples for row in rows])
@@ -333,6 +380,10 @@ class Report(Findings):
             decisions=self.decisions,
             pictures=pictures,
             classes=sorted(self._classes, key=lambda row: -abs(row.change)),
+            class_words=self.task.of_class
+            if isinstance(self.task, ByRows)
+            else ("Top-1", "Images"),
+            by_rows=self.task if isinstance(self.task, ByRows) else None,
             custom_names=list(dict.fromkeys(c.name for m in self.models for c in m.custom)),
             options=dict(flat(self.options)),
             any_weight=self._any_weight(),

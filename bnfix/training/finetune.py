@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,11 @@ from bnfix.checkpoints.save import (
     values_of,
 )
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, NormError, NumericError
+from bnfix.core.errors import ConfigError, ModelError, NormError, NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.metrics.evaluate import first_look, score
-from bnfix.metrics.task import LABELS, Labels, Reference, Task
+from bnfix.metrics.task import LABELS, Judged, Reference, Task, learned
+from bnfix.metrics.tasks import judged_by
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     set_example_weight_,
@@ -33,6 +34,7 @@ from bnfix.norm.layer import (
 )
 from bnfix.training.ingredients import Added, training_norms
 from bnfix.training.loop import (
+    CONVOLUTIONS,
     Run,
     Setting,
     followed,
@@ -80,6 +82,7 @@ def finetune_(
     *,
     epochs: int | None = None,
     monitor: Iterable[Any] | None = None,
+    task: Judged = "auto",
     reference: nn.Module | None = None,
     recipe: FinetuneRecipe | None = None,
     weighable: dict[str, GeneralizedBatchNorm] | None = None,
@@ -93,8 +96,8 @@ def finetune_(
 ) -> Finetuning:
     """Train a part of the model for a few epochs; keep the epoch with the least monitor loss.
 
-    The loss is cross-entropy with the labels or, with a reference O and without labels, the mean
-    divergence from O's predictions, KL(p_O || p) = sum_k p_O,k (log p_O,k - log p_k).
+    The loss is the task's, for labels cross-entropy, or, with a reference O and without labels, the
+    mean divergence from O's predictions, KL(p_O || p) = sum_k p_O,k (log p_O,k - log p_k).
 
     With ``statistics="frozen"`` the norm layers stay in evaluation, and their statistics and
     example weights are part of what is tuned. With ``"train"`` they normalize by batch (or ghost)
@@ -106,6 +109,7 @@ def finetune_(
         epochs: overrides the recipe's epochs and steps.
         monitor: labelled batches that decide which epoch is kept; by default every fifth of
             ``batches``, which are then read into a list.
+        task: what is learned and the epochs are judged by, as in `evaluate`.
         reference: the network O to learn from in place of labels, which are then not read. It is
             run in evaluation, on its own device, and left as found.
         recipe: what is trained and how; label smoothing is for labels only.
@@ -151,18 +155,17 @@ def finetune_(
     started = time.perf_counter()
     with guards.seeded(seed):
         batches, monitor = runtime.hold_out(batches, monitor, every=5)
-        judged: Task = LABELS if reference is None else Reference(reference, forward)
+        judged = judged_by(task) if reference is None else Reference(reference, forward)
         how = Setting(
             model=model,
             recipe=recipe,
-            task=Labels(recipe.label_smoothing) if reference is None else judged,
+            task=judged or LABELS,
             forward=forward,
             precision=precision,
             include_frozen=include_frozen,
             added=Added(model, recipe),
         )
-        groups = _groups(how, monitor)
-        layers = _learned(how, weighable, monitor)
+        groups, layers = _groups(how, monitor), _learned(how, weighable, monitor)
         n_steps = n_steps_of(recipe, batches)
         settings = {"recipe": recipe.stated(), "seed": seed, "n_steps": n_steps, "of": identity}
         # Only what is unusual, so that states of earlier versions are still known.
@@ -177,6 +180,7 @@ def finetune_(
         try:
             if not found:
                 course.add(0, 0, None)
+            how = replace(how, task=learned(course.task(), recipe.label_smoothing))
             with (
                 guards.modes_kept(model),
                 training_norms(model, recipe),
@@ -237,15 +241,25 @@ class _Course:
     """The epochs so far, the best of them, and their state in a folder, if there is one."""
 
     def __init__(
-        self, how: Setting, judged: Task, monitor: Iterable[Any], folder: StateFolder | None
+        self,
+        how: Setting,
+        judged: Task | None,
+        monitor: Iterable[Any],
+        folder: StateFolder | None,
     ) -> None:
-        self._model, self._folder = how.model, folder
+        self._model, self._folder, self._judged = how.model, folder, judged
         self._evaluate = partial(score, how.model, monitor, judged, forward=how.forward)
         self.points: list[TrainingPoint] = []
         self.changed: dict[str, None] = {}
         self.before = self._best = guards.Snapshot(how.model)
         self.best_epoch = 0
         self._best_values: dict[str, Any] | None = None
+
+    def task(self) -> Task:
+        """What epochs are judged by; if it was to be read off, a resumed run does that here."""
+        if self._judged is None:
+            self._judged = self._evaluate().task
+        return self._judged
 
     def go(
         self,
@@ -280,6 +294,7 @@ class _Course:
             raise NumericError(
                 f"fine-tuning: after epoch {epoch} the outputs are not finite. Lower --lr."
             ) from error
+        self._judged = now.task
         self.points.append(
             TrainingPoint(epoch=epoch, step=step, loss=loss, nll=now.nll, top1=now.top1)
         )
@@ -357,13 +372,13 @@ def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
     if "head" in recipe.train:
         modules = {
             name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv2d)
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS))
         }  # fmt: skip
         # The first rank that has a batch says which layer all of them use.
-        (calls, n_classes), *_ = first_look(
-            "fine-tuning", model, modules, batches, how.forward, _n_classes
+        (calls, (n_outputs, dense)), *_ = first_look(
+            "fine-tuning", model, modules, batches, how.forward, _form
         )
-        head = head_of([modules[name] for name, _ in calls], n_classes)
+        head = head_of([modules[name] for name, _ in calls], n_outputs, dense=dense)
     return parameter_groups(
         model,
         lr=recipe.peak_lr,
@@ -374,8 +389,10 @@ def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
     )
 
 
-def _n_classes(output: Any) -> int:
-    logits = runtime.logits_of(output)
-    # One logit an example was made two: the head has one output.
-    made = all(tensor is not logits for tensor in runtime.tensors_in(output))
-    return 1 if made else logits.shape[1]
+def _form(output: Any) -> tuple[int | None, bool]:
+    """How many outputs there are a position, if that is plain, and whether there are positions."""
+    for read in (runtime.output_of, runtime.logits_of):
+        with suppress(ModelError):
+            found = read(output)
+            return (found.shape[1] if found.ndim > 1 else 1), found.ndim > 2
+    return None, True

@@ -136,12 +136,22 @@ def decay_norms_(
                 p.sub_(goal).mul_(1 - rate * norm_decay).add_(goal)
 
 
-def head_of(modules: Sequence[nn.Module], n_classes: int | None) -> nn.Module:
-    """Find the last linear layer or 1x1 convolution, with as many outputs as there are classes."""
+#: What can be the head of a network with an output at every position.
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+def head_of(
+    modules: Sequence[nn.Module], n_classes: int | None, *, dense: bool = False
+) -> nn.Module:
+    """Find the last linear layer, or convolution (1x1, unless dense), with so many outputs."""
     for module in reversed(modules):
         if isinstance(module, nn.Linear):
             n_outputs = module.out_features
         elif isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}:
+            n_outputs = module.out_channels
+        elif dense and isinstance(module, CONVOLUTIONS):
             n_outputs = module.out_channels
         else:
             continue

@@ -25,7 +25,7 @@ from bnfix.core.settings import WeightRecipe
 from bnfix.metrics.compare import Decision, judge
 from bnfix.metrics.evaluate import Score, evaluate, first_look, score
 from bnfix.metrics.metrics import Metrics
-from bnfix.metrics.task import LABELS, Array, Reference, Task, mean_loss
+from bnfix.metrics.task import LABELS, Array, Judged, Task, mean_loss
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
@@ -289,6 +289,7 @@ def choose_example_weight_(
     *,
     select: Iterable[Any] | None = None,
     monitor: Iterable[Any] | None = None,
+    task: Judged = "auto",
     reference: nn.Module | None = None,
     recipe: WeightRecipe | None = None,
     z: float = 2.0,
@@ -302,8 +303,8 @@ def choose_example_weight_(
         model: with generalized layers, on the device to run on.
         batches: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
         select: labelled batches for the gate; by default every fourth of ``batches``.
-        monitor: labelled batches on which learning decides when to stop; by default every fifth
-            of the rest. What is held out is not fitted on.
+        monitor: labelled batches that say when to stop; by default every fifth of the rest.
+        task: what the weights are judged by, as in `evaluate`.
         reference: a network whose predictions stand in for labels, as in `evaluate`.
         recipe: granularity, rates, whether layers with one position take part.
         z: standard errors that the gate demands.
@@ -328,15 +329,14 @@ def choose_example_weight_(
     require_generalized(model)
     learn, watched, chosen_on = _divide(batches, select, monitor)
     layers, excluded = weighable_layers(model, watched, forward, pointwise=recipe.pointwise)
-    measured = partial(
-        evaluate, model, chosen_on, reference=reference, forward=forward, precision=precision
-    )
+    how: Any = {"task": task, "reference": reference, "forward": forward, "precision": precision}
+    measured = partial(evaluate, model, chosen_on, **how)
     name, metrics = incumbent or ("as it was", measured())
     if metrics.examples is None and not metrics.problem:
         raise DataError("example weight: the select batches have no labels to choose by.")
     search = WeightSearch(
         model=model,
-        task=LABELS if reference is None else Reference(reference, forward),
+        task=metrics.task,
         layers=layers,
         monitor=watched,
         learn=learn,

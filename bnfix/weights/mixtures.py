@@ -148,7 +148,7 @@ def choose_mixture_(
         learn: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
         monitor: labelled batches on which learning decides when to stop.
         select: labelled batches for the gate.
-        incumbent: name and select metrics of what a mixture must beat.
+        incumbent: name and select metrics of what a mixture must beat; their task is its own.
         recipe: the finest granularity allowed; ``channel`` is as ``layer`` here.
         z: standard errors that the gate demands.
         forward: called as ``forward(model, batch)`` for unusual batches.
@@ -165,6 +165,7 @@ def choose_mixture_(
         an exception, nothing.
     """
     recipe = recipe or WeightRecipe()
+    task = incumbent[1].task
     finest = "global" if recipe.granularity == "global" else "layer"
     modules = dict(model.named_modules())
     device = runtime.device_of(model)
@@ -180,9 +181,10 @@ def choose_mixture_(
         learn=learn,
         forward=forward,
         precision=precision,
+        task=task,
         pairs=usable,
     )
-    measured = partial(evaluate, model, select, forward=forward, precision=precision)
+    measured = partial(evaluate, model, select, task=task, forward=forward, precision=precision)
     by_layer = replace(recipe, granularity=finest, thin=0.0, lr=_RATE)
     levels = Levels(search, measured, by_layer, z, incumbent)
     weights, notes, before = dict[str, float](), list[str](), search.snapshot()

@@ -1,0 +1,406 @@
+"""Tasks beside classification, each judged by rows of a few numbers an example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bnfix.core import runtime
+from bnfix.core.data_settings import TASKS, TaskRecipe
+from bnfix.core.errors import ConfigError, DataError, ModelError, one_line, plain
+from bnfix.core.runtime import described
+from bnfix.core.torch_private import tree_map
+from bnfix.metrics.task import (
+    LABELS,
+    Array,
+    ByRows,
+    Judged,
+    Task,
+    Words,
+    as_array,
+    import_function,
+    raw_labels,
+)  # fmt: skip
+
+_RESIZE = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_LOSSES: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "mse": ("mean squared error", F.mse_loss),
+    "l1": ("mean absolute error", F.l1_loss),
+    "huber": ("Huber loss", F.huber_loss),
+}
+
+
+@dataclass(frozen=True)
+class Segmentation(ByRows):
+    """A class at every position: logits ``(N, K, *space)``, targets ``(N, *space)`` integers.
+
+    Loss: cross-entropy, mean over the positions whose target is not ``ignore_index``. Outputs of
+    another size than the targets are resized to it first, (bi)linearly, corners not aligned.
+    """
+
+    ignore_index: int = 255
+    smoothing: float = 0.0
+    name: ClassVar[str] = "segmentation"
+    headings: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "Pixel accuracy"}
+    of_class: ClassVar[tuple[str, str]] = "IoU", "Pixels"
+    words: ClassVar[Words] = Words(
+        "cross-entropy a pixel", "fraction of right pixels", "loss", "right pixels", unit=" nats"
+    )
+
+    def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
+        """The masks, int64."""
+        found = _tensor(raw_labels(batch, model))
+        if found is None:
+            return None
+        if outputs.ndim < 3 or outputs.ndim > 5 or outputs.shape[1] < 2:
+            raise ModelError(
+                f"--task segmentation: outputs {described(outputs)}, expected (N, classes, height, "
+                "width), at least 2 classes. Name the output by --output."
+            )
+        fits = found.ndim == outputs.ndim - 1 and len(found) == len(outputs)
+        if not fits or found.is_floating_point() or found.is_complex():
+            raise DataError(
+                f"masks: {described(found)} for outputs {described(outputs)}, expected whole "
+                "numbers (N, *space) for (N, classes, *space). Check the data, or --task."
+            )
+        x = None if model is None else runtime.unpack(batch, model)[0]
+        if isinstance(x, Tensor) and x.ndim == outputs.ndim:
+            size, *known = ("x".join(map(str, t.shape[-x.ndim + 2 :])) for t in (found, x, outputs))
+            if size not in known:
+                raise DataError(
+                    f"masks: {size}, expected {known[0]} as the inputs or {known[1]} as the "
+                    "outputs. Give masks of the size of their inputs."
+                )
+        found, k = found.long(), outputs.shape[1]
+        odd = found[(found != self.ignore_index) & ((found < 0) | (found >= k))]
+        if odd.numel():
+            raise DataError(
+                f"masks: class {int(odd[0])}, expected 0 to {k - 1}, as the model has {k} outputs, "
+                f"or {self.ignore_index}, which is ignored. Check the masks, or --ignore-index."
+            )
+        return found
+
+    def _resized(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        size = tuple(targets.shape[1:])
+        if tuple(outputs.shape[2:]) == size:
+            return outputs
+        resized: Tensor = F.interpolate(outputs, size, mode=_RESIZE[len(size)], align_corners=False)
+        return resized
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over valid positions of -log softmax(z)_y; 0 where there is none."""
+        each = F.cross_entropy(
+            self._resized(outputs, targets), targets,
+            ignore_index=self.ignore_index, reduction="none", label_smoothing=self.smoothing,
+        )  # fmt: skip
+        n_valid = (targets != self.ignore_index).flatten(1).sum(1)
+        mean: Tensor = each.flatten(1).sum(1) / n_valid.clamp(min=1)
+        return mean
+
+    def resizing(self, outputs: Tensor, targets: Tensor) -> str:
+        """Words for how outputs are resized; empty if they are not."""
+        own, wanted = ("x".join(map(str, size)) for size in (outputs.shape[2:], targets.shape[1:]))
+        how = f"outputs of {own} are resized ({_RESIZE[targets.ndim - 1]}) to the masks' {wanted}"
+        return "" if own == wanted else how
+
+    def counted(self, targets: Tensor) -> Tensor:
+        """Those with a valid position."""
+        valid: Tensor = targets != self.ignore_index
+        return valid.flatten(1).any(1)
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The fraction of valid positions that are right."""
+        right = self._resized(outputs, targets).argmax(1) == targets
+        valid = targets != self.ignore_index
+        n_right, n_valid = ((part & valid).flatten(1).sum(1) for part in (right, valid))
+        return n_right.double() / n_valid.clamp(min=1)
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Valid positions of each class: right, in the target, and predicted: ``(N, 3 K)``."""
+        k = outputs.shape[1]
+        predicted = self._resized(outputs, targets).argmax(1)
+        counts = []
+        for guess, target in zip(predicted.flatten(1), targets.flatten(1), strict=True):
+            valid = target != self.ignore_index
+            pairs = torch.bincount(target[valid] * k + guess[valid], minlength=k * k).view(k, k)
+            counts.append(torch.cat([pairs.diagonal(), pairs.sum(1), pairs.sum(0)]))
+        return torch.stack(counts).double() if counts else outputs.new_zeros((0, 3 * k)).double()
+
+    def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
+        """Mean IoU over the classes that are in targets or predictions, and right positions."""
+        right, wanted, guessed = _thirds(weights @ rows)
+        iou = _ratio(right, wanted + guessed - right)
+        there = np.isfinite(iou)
+        miou = _ratio(np.where(there, iou, 0).sum(1), there.sum(1))
+        return {"miou": miou, "pixel_accuracy": _ratio(right.sum(1), wanted.sum(1))}
+
+    def by_class(self, rows: Array) -> Array:
+        """The IoU of each class: right / (target + predicted - right), over all positions."""
+        right, wanted, guessed = _thirds(rows.sum(0, keepdims=True))
+        return np.column_stack([_ratio(right, wanted + guessed - right)[0], wanted[0]])
+
+
+@dataclass(frozen=True)
+class Multilabel(ByRows):
+    """Labels that are there or not: logits and targets ``(N, K)``, targets 0 or 1."""
+
+    name: ClassVar[str] = "multilabel"
+    headings: ClassVar[dict[str, str]] = {
+        "map": "mAP", "f1_micro": "F1 micro", "f1_macro": "F1 macro",
+    }  # fmt: skip
+    words: ClassVar[Words] = Words(
+        "binary cross-entropy a label", "fraction of right labels", "loss", "right labels",
+        unit=" nats",
+    )  # fmt: skip
+
+    def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
+        """The labels as float32."""
+        found = _fitting(batch, outputs, model, "multilabel")
+        if found is not None and not bool(((found == 0) | (found == 1)).all()):
+            raise DataError(
+                f"targets: {described(found)} with values other than 0 and 1, expected 0 or 1 a "
+                "label. Check the data, or --task."
+            )
+        return found
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over labels of log(1 + exp(z)) - y z."""
+        wanted = targets.to(outputs.dtype)
+        each = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
+        return each.flatten(1).mean(1)
+
+    def blind(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """With each label there or not alike."""
+        return (self.losses(outputs, targets) + self.losses(outputs, 1 - targets)) / 2
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The fraction of labels right, at logit 0."""
+        return ((outputs > 0) == (targets > 0)).flatten(1).double().mean(1)
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Logits and targets, ``(N, 2 K)``."""
+        return torch.cat([outputs.flatten(1), targets.flatten(1)], 1).double()
+
+    def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
+        """Mean average precision over labels that are there at all, and F1 at logit 0."""
+        z, y = np.split(rows, 2, axis=1)
+        right, wanted, guessed = (weights @ part for part in ((z > 0) * y, y, 1.0 * (z > 0)))
+        f1 = np.nan_to_num(_ratio(2 * right, wanted + guessed))
+        micro = _ratio(2 * right.sum(1), wanted.sum(1) + guessed.sum(1))
+        each = np.stack([_average_precision(z[:, k], y[:, k], weights) for k in range(z.shape[1])])
+        there = np.isfinite(each)
+        mean = _ratio(np.where(there, each, 0).sum(0), there.sum(0))
+        return {"map": mean, "f1_micro": micro, "f1_macro": f1.mean(1)}
+
+
+@dataclass(frozen=True)
+class Regression(ByRows):
+    """Numbers: targets of the output's shape."""
+
+    loss: str = "mse"
+    name: ClassVar[str] = "regression"
+    headings: ClassVar[dict[str, str]] = {
+        "mae": "MAE", "rmse": "RMSE", "r2": "R2", "pearson": "Pearson's r",
+    }  # fmt: skip
+
+    @property
+    def words(self) -> Words:
+        """The loss by its name; there is no score."""
+        return Words(_LOSSES[self.loss][0], "", f"loss ({self.loss})", "")
+
+    def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
+        """The targets, float32."""
+        found = _fitting(batch, outputs, model, "regression")
+        if found is not None and not bool(found.isfinite().all()):
+            bad = int(_columns(found).isfinite().flatten(1).all(1).int().argmin())
+            raise DataError(
+                f"targets: those of example {bad} (from 0) of a batch are not finite. Leave such "
+                "examples out."
+            )
+        return found
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean over an example's numbers of (o - t)^2, |o - t| or Huber's loss with delta 1."""
+        each = _LOSSES[self.loss][1](outputs, targets.to(outputs.dtype), reduction="none")
+        return _columns(each).mean((1, 2))
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Sums of 1, |e|, e^2, t, t^2, o, o^2, ot over positions: ``(N, 8 K)``, K numbers."""
+        o, t = (_columns(part.double()) for part in (outputs, targets))
+        e = o - t
+        parts = (torch.ones_like(o), e.abs(), e**2, t, t**2, o, o**2, o * t)
+        return torch.stack([part.sum(2) for part in parts], 1).flatten(1)
+
+    def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
+        """MAE and RMSE over all numbers; R2 and Pearson's r of each of K numbers, their mean."""
+        sums = (weights @ rows).reshape(len(weights), 8, -1)
+        n, absolute, squares, t, tt, o, oo, ot = sums.transpose(1, 0, 2)
+        var_t, var_o, both = tt - t**2 / n, oo - o**2 / n, ot - o * t / n
+        # Sums of squares cancel: what is left of a constant is rounding.
+        var_t, var_o = (np.where(v > 1e-12 * s, v, 0) for v, s in ((var_t, tt), (var_o, oo)))
+        return {
+            "mae": _ratio(absolute.sum(1), n.sum(1)),
+            "rmse": _ratio(squares.sum(1), n.sum(1)) ** 0.5,
+            "r2": (1 - _ratio(squares, var_t)).mean(1),
+            "pearson": _ratio(both, (var_t * var_o) ** 0.5).mean(1),
+        }
+
+
+@dataclass(frozen=True)
+class Own(ByRows):
+    """A loss of the user's own: any outputs and targets, one number an example."""
+
+    function: Callable[[Any, Any], Any]
+    loss: str
+    name: ClassVar[str] = "of your own"
+
+    @property
+    def words(self) -> Words:
+        """The function's name."""
+        name = self.loss.rpartition(":")[2]
+        return Words(f"loss ({name})", "", f"loss ({name})", "")
+
+    def output(self, output: Any) -> Any:
+        """The output as it is, floating-point tensors as float32."""
+        return tree_map(lambda t: t.float() if _is_float(t) else t, output)
+
+    def targets(self, batch: Any, outputs: Any, model: nn.Module | None) -> Any:
+        """Targets as they are; arrays and numbers as tensors."""
+        return tree_map(_as_tensor, raw_labels(batch, model))
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor:
+        """Of the user's function."""
+        where = f"--loss {plain(self.loss)}"
+        n = len(targets) if isinstance(targets, Tensor | list) and len(targets) else None
+        n = n or len(next(iter(runtime.tensors_in(outputs)), ()))
+        try:
+            found = self.function(outputs, targets)
+        except Exception as error:
+            raise ConfigError(
+                f"{where}: failed ({one_line(error)}). It is called with outputs "
+                f"{described(outputs)} and targets {described(targets)}.",
+                name="loss",
+            ) from error
+        if not isinstance(found, Tensor) or found.shape != (n,):
+            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)[:60]
+            raise ConfigError(
+                f"{where}: returned {type(found).__name__} of {shape}, expected a tensor of shape "
+                f"({n},), one loss an example. Take the mean over all other dimensions only.",
+                name="loss",
+            )
+        return found
+
+
+def resolve_task(recipe: TaskRecipe, output: Any, targets: Any) -> Task:
+    """The task that is stated, or else the one that an output and targets plainly are of."""
+    if recipe.loss is not None and recipe.loss not in _LOSSES:
+        _, function = import_function(recipe.loss, "--loss", "(outputs, targets)")
+        return Own(function, recipe.loss)
+    name = "regression" if recipe.loss is not None else recipe.task
+    every = (
+        LABELS,
+        Segmentation(recipe.ignore_index),
+        Multilabel(),
+        Regression(recipe.loss or "mse"),
+    )
+    return every[TASKS.index(read_off(output, targets) if name == "auto" else name)]
+
+
+def judged_by(task: Judged) -> Task | None:
+    """A task as functions take it; ``None`` if it is to be read off the first batch."""
+    if isinstance(task, Task):
+        return task
+    if callable(task):
+        return Own(task, getattr(task, "__name__", "loss"))
+    recipe = TaskRecipe(task) if isinstance(task, str) else task
+    return None if recipe.task == "auto" and recipe.loss is None else resolve_task(recipe, 0, None)
+
+
+def read_off(output: Any, targets: Any) -> str:
+    """The task's name, by shapes and types; classification where nothing else fits plainly."""
+    try:
+        found, z = _tensor(targets), runtime.output_of(output)
+    except (DataError, ModelError):
+        return TASKS[0]
+    if found is None or found.is_complex() or len(found) != len(z):
+        return TASKS[0]
+    whole, flat = not found.is_floating_point(), z.ndim == 2 and z.shape[1] > 1
+    if whole and z.ndim > 2 and z.shape[1] > 1 and found.ndim == z.ndim - 1:
+        return "segmentation"
+    if flat and found.shape == z.shape and bool(((found == 0) | (found == 1)).all()):
+        return "multilabel"
+    return TASKS[0] if whole or not _same_numbers(found, z) else "regression"
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _as_tensor(leaf: Any) -> Any:
+    """Numbers of any kind as a tensor; anything else as it is."""
+    if isinstance(leaf, Tensor | str | None):
+        return leaf
+    array = np.asarray(leaf)
+    return torch.from_numpy(array.copy()) if array.dtype.kind in "fiub" else leaf
+
+
+def _tensor(raw: Any) -> Tensor | None:
+    """Targets as one tensor."""
+    if raw is None or isinstance(raw, Tensor):
+        return raw
+    try:
+        return torch.as_tensor(as_array(raw))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"targets: {one_line(error)}. Give one tensor a batch.") from error
+
+
+def _same_numbers(found: Tensor, outputs: Tensor) -> bool:
+    """Whether there is a target for each number of the outputs; (N,) and (N, 1) are alike."""
+    alike = found.shape[1:] in ((), (1,)) and outputs.shape[1:] in ((), (1,))
+    return len(found) == len(outputs) and (alike or found.shape == outputs.shape)
+
+
+def _fitting(batch: Any, outputs: Tensor, model: nn.Module | None, task: str) -> Tensor | None:
+    """Targets in the outputs' shape, float32."""
+    found = _tensor(raw_labels(batch, model))
+    if found is None:
+        return None
+    if found.is_complex() or not _same_numbers(found, outputs):
+        raise DataError(
+            f"targets: {described(found)} for outputs {described(outputs)}, expected one number "
+            f"for each output (--task {task}). Check the data, or --output."
+        )
+    return found.float().reshape(outputs.shape)
+
+
+def _columns(values: Tensor) -> Tensor:
+    """``(N, K, positions)`` of ``(N, K, *space)`` or ``(N,)``."""
+    return (values[:, None] if values.ndim == 1 else values)[..., None].flatten(2)
+
+
+def _thirds(sums: Array) -> tuple[Array, Array, Array]:
+    right, wanted, guessed = np.split(sums, 3, axis=1)
+    return right, wanted, guessed
+
+
+def _ratio(above: Array, below: Array) -> Array:
+    """A ratio, NaN where there is nothing below."""
+    none = np.full(np.shape(above), np.nan)
+    return np.asarray(np.divide(above, below, out=none, where=np.asarray(below) > 0))
+
+
+def _average_precision(z: Array, y: Array, weights: Array) -> Array:
+    """Area under precision over recall in steps, equal logits at once; ``(S,)``."""
+    order = np.argsort(-z, kind="stable")
+    # A threshold takes in all of equal logits: its precision is the one at their end.
+    last = np.searchsorted(-z[order], -z[order], side="right") - 1
+    own = weights[:, order]
+    hits = own * y[order]
+    precision = _ratio(np.cumsum(hits, 1), np.cumsum(own, 1))[:, last]
+    return _ratio(np.where(hits > 0, hits * precision, 0).sum(1), hits.sum(1))
