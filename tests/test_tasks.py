@@ -291,7 +291,7 @@ def test_a_loss_of_ones_own():
     [
         (lambda o, t: (o - t).mean(), r"returned Tensor of shape \(\), expected .* shape \(5,\)"),
         (lambda o, t: o - t, r"shape \(5, 3\), expected a tensor of shape \(5,\)"),
-        (lambda o, t: 0.5, "returned float of 0.5"),
+        (lambda o, t: 0.5, r"returned float of shape \(\), expected"),
         (lambda o, t: o @ t, r"failed \(RuntimeError.*outputs float32 5x3 and targets float32 5x3"),
     ],
 )

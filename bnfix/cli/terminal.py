@@ -32,7 +32,6 @@ from rich.table import Column, Table
 from bnfix.core import distributed
 from bnfix.core.errors import BnfixError, ConfigError, one_line, some
 from bnfix.jobs.inputs import Track, silent
-from bnfix.metrics.task import ByRows
 from bnfix.report.pages import clean, ends, number, percent
 from bnfix.report.report import Report
 
@@ -216,7 +215,7 @@ def tables_of(report: Report) -> Iterator[Table]:
     if report.decisions:
         yield _decisions(report)
     if any(model.metrics.nll is not None for model in report.models):
-        yield _by_rows(report, report.task) if isinstance(report.task, ByRows) else _models(report)
+        yield _models(report) if report.by_rows is None else _by_rows(report, report.by_rows)
     if report.ranking:
         yield _ranks(report)
     if any(model.custom for model in report.models):
@@ -271,7 +270,7 @@ def _models(report: Report) -> Table:
     return table
 
 
-def _by_rows(report: Report, task: ByRows) -> Table:
+def _by_rows(report: Report, task: Any) -> Table:
     """The models of a task that is no classification."""
     table = _narrow("model", f"{task.words.loss_heading} (95%)", *task.headings.values(), "live")
     for model in report.models:

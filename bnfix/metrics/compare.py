@@ -118,11 +118,11 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
 def _metric_differences(before: Metrics, after: Metrics) -> dict[str, Difference]:
     """Differences of metrics, from the same resamples of both."""
     found = {}
-    for name in before.values.keys() & after.values.keys():
+    for name in after.values:
         change = after.values[name] - before.values[name]
         drawn = after.resampled[name] - before.resampled[name]
         found[name] = Difference(change, middle(drawn, change), math.nan)
-    return {name: found[name] for name in after.values if name in found}
+    return found
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:

@@ -58,16 +58,12 @@ class Segmentation(ByRows):
         found = _tensor(raw_labels(batch, model))
         if found is None:
             return None
-        if outputs.ndim < 3 or outputs.ndim > 5 or outputs.shape[1] < 2:
-            raise ModelError(
-                f"--task segmentation: outputs {described(outputs)}, expected (N, classes, height, "
-                "width), at least 2 classes. Name the output by --output."
-            )
-        fits = found.ndim == outputs.ndim - 1 and len(found) == len(outputs)
-        if not fits or found.is_floating_point() or found.is_complex():
+        fits = 3 <= outputs.ndim <= 5 and found.ndim == outputs.ndim - 1
+        whole = not (found.is_floating_point() or found.is_complex())
+        if not (fits and whole and len(found) == len(outputs) and outputs.shape[1] > 1):
             raise DataError(
                 f"masks: {described(found)} for outputs {described(outputs)}, expected whole "
-                "numbers (N, *space) for (N, classes, *space). Check the data, or --task."
+                "numbers (N, *space) for (N, classes, *space). Check the data, --task or --output."
             )
         x = None if model is None else runtime.unpack(batch, model)[0]
         if isinstance(x, Tensor) and x.ndim == outputs.ndim:
@@ -277,8 +273,8 @@ class Own(ByRows):
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """Of the user's function."""
         where = f"--loss {plain(self.loss)}"
-        n = len(targets) if isinstance(targets, Tensor | list) and len(targets) else None
-        n = n or len(next(iter(runtime.tensors_in(outputs)), ()))
+        of_outputs: Any = (*runtime.tensors_in(outputs), ())[0]
+        n = len(targets if isinstance(targets, Tensor | list) else of_outputs)
         try:
             found = self.function(outputs, targets)
         except Exception as error:
@@ -288,10 +284,10 @@ class Own(ByRows):
                 name="loss",
             ) from error
         if not isinstance(found, Tensor) or found.shape != (n,):
-            shape = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)[:60]
+            shape = tuple(getattr(found, "shape", ()))
             raise ConfigError(
-                f"{where}: returned {type(found).__name__} of {shape}, expected a tensor of shape "
-                f"({n},), one loss an example. Take the mean over all other dimensions only.",
+                f"{where}: returned {type(found).__name__} of shape {shape}, expected a tensor of "
+                f"shape ({n},), one loss an example. Take means over all other dimensions only.",
                 name="loss",
             )
         return found

@@ -177,6 +177,11 @@ class Findings:
         """What the models were judged by."""
         return self.models[-1].metrics.task if self.models else LABELS
 
+    @property
+    def by_rows(self) -> ByRows | None:
+        """The task, if it is no classification."""
+        return self.task if isinstance(self.task, ByRows) else None
+
     @cached_property
     def paired(self) -> tuple[Paired | None, ...]:
         """Each further model against the first; ``None`` without labels."""
@@ -297,8 +302,8 @@ class Findings:
         return notes + ([] if self.moved is None else [self._movement(self.moved)])
 
     def _cautions(self) -> Iterator[str]:
-        by_rows = isinstance(self.task, ByRows)
-        if self.models and (m := self.models[-1].metrics).top1 is not None and not by_rows:
+        known = self.models and self.by_rows is None
+        if known and (m := self.models[-1].metrics).top1 is not None:
             chance = 1 / m.logits.shape[1] if m.logits.size else 0
             if m.interval["top1"][0] <= chance:
                 yield (

@@ -280,17 +280,16 @@ class Report(Findings):
             "versions": self.versions,
         }
         plain: dict[str, Any] = plain_json(content)
-        if not isinstance(self.task, ByRows):
+        if self.by_rows is None:
             return plain
-        plain["task"] = {"name": self.task.name, "loss": self.task.words.loss}
-        found: dict[str, Any] = renamed(plain, self.task)
+        plain["task"] = {"name": self.by_rows.name, "loss": self.by_rows.words.loss}
+        found: dict[str, Any] = renamed(plain, self.by_rows)
         return found
 
     def _class_json(self, row: ClassRow) -> dict[str, Any]:
-        n, value = "n_examples", "top1"
-        if isinstance(self.task, ByRows):
-            value, n = self.task.of_class[0].lower(), f"n_{self.task.of_class[1].lower()}"
-        return {"class": row.index, "name": row.name, n: row.n_examples, value: row.top1}
+        value, n = ("top1", "examples") if self.by_rows is None else self.by_rows.of_class
+        found = {f"n_{n.lower()}": row.n_examples, value.lower(): row.top1}
+        return {"class": row.index, "name": row.name, **found}
 
     def _streams_json(self) -> list[dict[str, Any]]:
         rows = [shifted_json(row, self.models[0].name) for row in self.streams]
@@ -355,10 +354,8 @@ class Report(Findings):
         return any(np.any(layer.example_weight) for layer in self.layers)
 
     def _class_picture(self) -> Picture | None:
-        rows = self._classes
-        if not self.paired or self.paired[-1] is None or len(rows) < 2:
-            return None
-        if isinstance(self.task, ByRows):
+        rows, none = self._classes, self.by_rows is not None
+        if none or not self.paired or self.paired[-1] is None or len(rows) < 2:
             return None
         errors = class_change_errors(self.models, rows)
         n = np.array([row.n_examples for row in rows])
@@ -380,10 +377,8 @@ class Report(Findings):
             decisions=self.decisions,
             pictures=pictures,
             classes=sorted(self._classes, key=lambda row: -abs(row.change)),
-            class_words=self.task.of_class
-            if isinstance(self.task, ByRows)
-            else ("Top-1", "Images"),
-            by_rows=self.task if isinstance(self.task, ByRows) else None,
+            class_words=self.by_rows.of_class if self.by_rows else ("Top-1", "Images"),
+            by_rows=self.by_rows,
             custom_names=list(dict.fromkeys(c.name for m in self.models for c in m.custom)),
             options=dict(flat(self.options)),
             any_weight=self._any_weight(),
