@@ -263,6 +263,23 @@ def test_a_detector_gets_its_targets_in_training_and_gives_its_losses():
         runtime.run(Detector().train(), (images,), CPU)
 
 
+def test_fine_tuning_by_a_detectors_own_losses_is_judged_by_a_loss_an_image():
+    def far(outputs: list[dict[str, Tensor]], targets: list[dict[str, Tensor]]) -> Tensor:
+        pairs = zip(outputs, targets, strict=True)
+        return torch.stack([(a["boxes"] - b["boxes"]).square().mean() for a, b in pairs])
+
+    torch.manual_seed(0)
+    net = Detector()
+    before = bnfix.evaluate(net, scenes(), task=far)
+    recipe = bnfix.settings.FinetuneRecipe(train="all", epochs=4)
+    tuned = bnfix.finetune_(net, scenes(), monitor=scenes(), task=far, recipe=recipe)
+    assert tuned.trained == "all, by the model's own losses"
+    assert tuned.best_epoch > 0
+    after = bnfix.evaluate(net, scenes(), task=far)
+    assert after.nll == pytest.approx(tuned.curve[tuned.best_epoch].nll)
+    assert after.nll < before.nll
+
+
 def test_statistics_of_a_detector_are_those_of_its_images():
     net = Detector().eval()
     images = [image for batch, _ in scenes() for image in batch]
