@@ -10,6 +10,7 @@ import functools
 import multiprocessing
 import os
 import runpy
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,7 +34,10 @@ class Copy:
 
     def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
         _serve(env["PYTHONPATH"])
-        self._streams = [Path(tempfile.mkstemp(prefix="copy-")[1]) for _ in range(2)]
+        self._folder = Path(tempfile.mkdtemp(prefix="copy-"))
+        self._streams = [self._folder / name for name in ("out", "err")]
+        for path in self._streams:
+            path.touch()
         self._process = _CONTEXT.Process(target=_work, args=(list(command), env, self._streams))
         self._process.start()
 
@@ -62,8 +66,7 @@ class Copy:
             self._process.kill()
             self._process.join()
         out, err = (path.read_text(encoding="utf-8") for path in self._streams)
-        for path in self._streams:
-            path.unlink()
+        shutil.rmtree(self._folder)
         return out, err
 
 
