@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 #: Files whose tests take longest; they begin, so that no process is left alone with one.
 LONGEST = (
-    "test_docs", "test_pipeline", "test_reference_commands", "test_processes",
-    "test_architectures", "test_cli", "test_kernels",
+    "test_docs", "test_pipeline", "test_processes", "test_exporting", "test_architectures",
+    "test_cli", "test_calibration",
 )  # fmt: skip
 
 
