@@ -22,7 +22,7 @@ FLOORS: dict[str, set[str]] = {
     "checkpoints": {"core", "models", "norm"},
     "data": {"checkpoints", "core", "models"},
     "recalibrate": {"checkpoints", "core", "models", "norm"},
-    "metrics": {"core", "models"},
+    "metrics": {"core", "models", "norm"},
     "weights": {"core", "metrics", "norm", "recalibrate"},
     "training": {"checkpoints", "core", "metrics", "models", "norm", "weights"},
     "deploy": {"checkpoints", "core", "models", "norm"},

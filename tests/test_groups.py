@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import bnfix
+from benchmarks.clusters import coverage, drawn, false_rates
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.core.data_settings import DataRecipe
 from bnfix.core.errors import ConfigError, DataError
@@ -21,6 +25,8 @@ from bnfix.data.groups import describe_groups
 from bnfix.data.images import ArrayImages
 from bnfix.data.open import open_images
 from bnfix.jobs.session import Plan, open_workbench
+from bnfix.metrics.compare import compare, gain_t, judge, mean_and_se
+from bnfix.metrics.metrics import measure, middle, numbered, resampled_means
 from tests.conftest import Files, Outcome, images_of
 from tests.test_processes import ended, start
 
@@ -208,23 +214,23 @@ def test_an_unknown_column_or_array_is_refused(tmp_path):
 # --- without --groups ---
 
 
-def numbered(*prefixes, n=10, folder=""):
+def frames(*prefixes, n=10, folder=""):
     return [f"{folder}{prefix}{i:05}.png" for prefix in prefixes for i in range(n)]
 
 
 @pytest.mark.parametrize(
     ("names", "sequences"),
     [
-        (numbered("0016E5_", "0001TP_", "Seq05VD_f"), 3),
-        (numbered("a/", "b/v_"), None),  # class folders of one numbering each
-        ([*numbered("p1_", "p2_", folder="sick/"), *numbered("p3_", folder="well/")], 3),
-        (numbered("img_", n=40), None),
-        (numbered("", n=40), None),
-        ([*numbered("img_", folder="cat/"), *numbered("img_", folder="dog/")], None),
-        ([*numbered("cat_", folder="cat/"), *numbered("dog_", folder="dog/")], None),
-        (numbered(*(f"{i:x}f_" for i in range(10)), n=4), None),  # too many for their frames
-        ([f"{name[:-4]}x.png" for name in numbered("u_", "v_")], None),  # no running numbers
-        (numbered("u_", "v_", n=9), None),  # too few files
+        (frames("0016E5_", "0001TP_", "Seq05VD_f"), 3),
+        (frames("a/", "b/v_"), None),  # class folders of one numbering each
+        ([*frames("p1_", "p2_", folder="sick/"), *frames("p3_", folder="well/")], 3),
+        (frames("img_", n=40), None),
+        (frames("", n=40), None),
+        ([*frames("img_", folder="cat/"), *frames("img_", folder="dog/")], None),
+        ([*frames("cat_", folder="cat/"), *frames("dog_", folder="dog/")], None),
+        (frames(*(f"{i:x}f_" for i in range(10)), n=4), None),  # too many for their frames
+        ([f"{name[:-4]}x.png" for name in frames("u_", "v_")], None),  # no running numbers
+        (frames("u_", "v_", n=9), None),  # too few files
     ],
 )
 def test_frames_of_few_sequences_are_noted(tmp_path, names, sequences):
@@ -296,16 +302,17 @@ def test_learning_and_watching_share_no_group(files: Files, tmp_path):
     assert 12 <= len(monitor) <= 30
 
 
-def test_several_processes_cut_the_same_groups(files: Files, tmp_path):
+def test_several_processes_cut_the_same_groups(files: Files, cli, tmp_path):
     data, outs = clips(tmp_path), [tmp_path / f"{n}.safetensors" for n in (1, 2)]
-    for n, out in enumerate(outs, 1):
-        command = (
-            "-m", "bnfix", "calibrate", files.stale, *files.common, "--data", data, "--groups",
-            "clip", "-o", out,
-        )  # fmt: skip
-        codes, outputs = ended(start(n, *command))
-        assert codes == [0] * n, outputs
+    command = ("calibrate", files.stale, *files.common, "--data", data, "--groups", "clip", "-o")
+    alone = cli(*command, outs[0], "--json").json
+    codes, outputs = ended(start(2, "-m", "bnfix", *command, outs[1]))
+    assert codes == [0, 0], outputs
     assert parts_of(outs[0], data) == parts_of(outs[1], data)
+    together = json.loads(outs[1].with_name("2.safetensors.report.json").read_text())
+    for one, other in zip(alone["models"], together["models"], strict=True):
+        assert one["n_groups"] == other["n_groups"] == 6
+        assert one["interval"]["nll"] == pytest.approx(other["interval"]["nll"], abs=1e-5)
 
 
 def test_groups_of_test_data_come_from_their_own_array(files: Files, cli, tmp_path):
@@ -329,3 +336,181 @@ def test_groups_of_test_data_come_from_their_own_array(files: Files, cli, tmp_pa
     done = cli(*common, "--groups", tmp_path / "g.npz", "--json")
     notes = done.json["assumptions"]
     assert any("120 examples in 15 groups of 8 to 8" in note for note in notes)
+
+
+# --- errors, intervals and verdicts ---
+
+
+def metrics_of(losses, groups=None, right=None):
+    """Two classes, label 0, with these losses."""
+    losses = np.asarray(losses, np.float64)
+    margin = -np.log(np.expm1(losses))  # log(1 + exp(-margin)) = loss
+    logits = np.column_stack([margin, np.zeros(len(losses))])
+    groups = numbered(groups, len(losses))
+    return measure(logits, np.zeros(len(losses), int), groups=groups)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=2, max_size=30),
+    seed=st.integers(0, 99),
+    order=st.booleans(),
+)
+def test_clustered_errors_are_those_by_hand(sizes, seed, order):
+    rng = np.random.default_rng(seed)
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    groups = rng.permutation(groups) if order else groups
+    d = rng.normal(size=len(groups)) + rng.normal(size=len(sizes))[groups]
+    mean, error = mean_and_se(d, groups)
+    assert mean == pytest.approx(d.mean(), abs=1e-12)
+    of_groups = [(d[groups == k] - d.mean()).sum() for k in range(len(sizes))]
+    g = len(sizes)
+    by_hand = (g / (g - 1) * sum(s * s for s in of_groups)) ** 0.5 / len(d)
+    assert error == pytest.approx(by_hand, rel=1e-9, abs=1e-12)
+    if max(sizes) == 1:
+        assert error == pytest.approx(d.std(ddof=1) / g**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [np.full(40, 5), 1 + np.arange(40) % 13])
+def test_clustered_errors_are_those_of_a_brute_force_bootstrap(sizes):
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(40), sizes)
+    d = rng.normal(size=40)[groups] + rng.normal(size=len(groups))
+    members = [np.flatnonzero(groups == g) for g in range(40)]
+    means = [
+        d[np.concatenate([members[g] for g in rng.integers(0, 40, 40)])].mean() for _ in range(4000)
+    ]
+    _, error = mean_and_se(d, groups)
+    # Of 4,000 draws the standard deviation is known to 1.1%; the bootstrap lacks sqrt(39 / 40),
+    # and the linear formula the variation of the total size.
+    assert error == pytest.approx(np.std(means) * (40 / 39) ** 0.5, rel=0.06)
+    assert error > 1.5 * mean_and_se(d, None)[1]
+    ours = resampled_means(d[:, None], 0, groups)[:, 0]
+    assert np.std(ours) == pytest.approx(np.std(means), rel=0.08)
+    assert ours.mean() == pytest.approx(np.mean(means), abs=4 * np.std(means) / 1000**0.5)
+
+
+def test_intervals_hold_the_truth_where_examples_of_a_group_are_alike():
+    for law, correlation, n in (("normal", 0.1, 20), ("exponential", 0.5, 60)):
+        held = coverage(law, "of 5", n, correlation, 150)
+        assert 0.95 - 4 * 0.0178 < held < 0.95 + 3 * 0.0178, (law, correlation, n, held)
+    # Without groups the same data give intervals far too short.
+    rng, naive = np.random.default_rng(0), 0
+    for seed in range(80):
+        values, _ = drawn(rng, "normal", np.full(20, 5), 1.0)
+        low, high = middle(resampled_means(values[:, None], seed)[:, 0], float(values.mean()))
+        naive += low <= 0 <= high
+    assert naive / 80 < 0.8
+
+
+def test_equal_models_are_rarely_called_better():
+    better, admitted = false_rates("exponential", "of 5", 15, 0.5, 200)
+    assert better <= 0.03 + 4 * 0.012
+    assert admitted <= 0.03 + 4 * 0.012
+
+
+def test_a_group_for_each_example_changes_nothing():
+    rng = np.random.default_rng(0)
+    old, new = 0.5 + rng.random(60), 0.45 + rng.random(60)
+    plain = [metrics_of(x) for x in (old, new)]
+    single = [metrics_of(x, groups=rng.permutation(60)) for x in (old, new)]
+    assert [m.interval for m in plain] == [m.interval for m in single]
+    assert compare(*plain) == compare(*single)
+    assert judge("", ("a", plain[1]), ("b", plain[0])) == judge(
+        "", ("a", single[1]), ("b", single[0])
+    )
+
+
+def test_copies_of_examples_prove_no_more_than_the_examples():
+    rng = np.random.default_rng(1)
+    old = 0.5 + rng.random(30)
+    new = old - 0.1 + 0.15 * rng.normal(size=30).clip(-1.5, 1.5)
+    groups = np.repeat(np.arange(30), 10)
+    once = compare(metrics_of(old), metrics_of(new))
+    naive = compare(metrics_of(old[groups]), metrics_of(new[groups]))
+    grouped_pair = [metrics_of(x[groups], groups) for x in (old, new)]
+    paired = compare(*grouped_pair)
+    assert paired.nll.difference == pytest.approx(once.nll.difference)
+    assert paired.nll.p == pytest.approx(once.nll.p, rel=1e-6)
+    assert naive.nll.p < paired.nll.p / 100
+    width, of_one = (x.nll.interval[1] - x.nll.interval[0] for x in (paired, once))
+    assert of_one < width < 1.2 * of_one
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        (np.full(14, 20), "14 groups cannot judge, it takes 15"),
+        (np.r_[500, np.full(40, 2)], "1 groups cannot judge, it takes 15"),
+        (np.full(15, 20), ""),
+    ],
+)
+def test_few_groups_prove_nothing(sizes, says):
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    rng = np.random.default_rng(0)
+    old = 1 + rng.random(len(groups))
+    new = old - 0.5 + 0.01 * rng.random(len(groups))
+    pair = [metrics_of(x, groups) for x in (old, new)]
+    decision = judge("", ("new", pair[1]), ("old", pair[0]))
+    assert decision.admitted == (not says)
+    assert says in decision.reason
+    assert compare(*pair).verdict == ("same" if says else "better")
+
+
+def test_losses_count_where_enough_groups_differ():
+    groups = np.repeat(np.arange(40), 10)
+    old = np.full(400, 1.0)
+    for n, t in ((14, False), (15, True)):
+        new = old - np.where(groups < n, 0.5 + 0.001 * np.arange(400), 0)
+        assert (gain_t(new - old, 0.0, groups) > 0) == t
+
+
+def test_other_groups_are_not_compared():
+    losses = np.full(40, 0.5)
+    one, other = metrics_of(losses, np.arange(40) // 2), metrics_of(losses, np.arange(40) // 4)
+    with pytest.raises(DataError, match="not measured in the same groups"):
+        compare(one, other)
+    with pytest.raises(DataError, match=r"groups: shape \(39,\) for 40 examples"):
+        metrics_of(losses, np.arange(39))
+
+
+def test_evaluate_takes_groups_in_the_order_of_the_batches():
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 5), torch.randint(3, (60,))
+    batches = [(x[i : i + 7], y[i : i + 7]) for i in range(0, 60, 7)]
+    names = [f"clip {i // 6}" for i in range(60)]
+    model = torch.nn.Linear(5, 3)
+    found = bnfix.evaluate(model, batches, groups=names)
+    assert found.examples.n_groups == 10
+    assert found.nll == bnfix.evaluate(model, batches).nll
+    single = bnfix.evaluate(model, batches, groups=range(60))
+    assert single.interval == bnfix.evaluate(model, batches).interval != found.interval
+    targets = [(a, a[:, :2]) for a, _ in batches]
+    by_rows = bnfix.evaluate(torch.nn.Linear(5, 2), targets, groups=names)
+    assert by_rows.examples.n_groups == 10
+
+
+def test_the_report_counts_groups(files: Files, cli, tmp_path):
+    data, folder = clips(tmp_path), tmp_path / "report"
+    command = (
+        "eval", files.stale, files.net, *files.common, "--data", data, "--groups", "clip",
+        "--report", folder,
+    )  # fmt: skip
+    done = cli(*command)
+    assert "180 images in 30 groups" in done.out
+    assert "95% interval by groups" in done.out
+    assert "95%: by 30 groups" in done.out
+    content = json.loads((folder / "report.json").read_text())
+    assert content["data"]["n_groups"] == 30
+    assert [model["n_groups"] for model in content["models"]] == [30, 30]
+    assert content["options"]["groups"] == "clip"
+    for name in ("report.md", "report.html"):
+        text = (folder / name).read_text()
+        assert "180 images in 30 groups" in text
+        assert "30 groups of 6 to 6 (median 6)" in text
+        assert "bootstrap intervals of 30 groups" in text or "by bootstrap of 30 groups" in text
+        assert "McNemar" not in text
+    plain = cli(*command[:-4], "--json").json
+    assert "n_groups" not in plain["data"]
+    wide, narrow = (c["models"][0]["interval"]["nll"] for c in (content, plain))
+    assert wide != narrow

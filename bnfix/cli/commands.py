@@ -394,7 +394,8 @@ def evaluate(
     model: Model,
     source: Grouped,
     also: Annotated[
-        EvaluationRecipe, {ALSO: "corruptions compare_batch_sizes streams metric", RUN: "fast"}
+        EvaluationRecipe,
+        {ALSO: "corruptions compare_batch_sizes streams tiles metric", RUN: "fast"},
     ],
     run: Run,
     gate: Seed,

@@ -96,7 +96,7 @@ _FLAGS = {
 _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
     "groups": "SPEC", "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "loss": "NAME|SPEC",
-    "reference": "CKPT",
+    "reference": "CKPT", "tiles": "N|HxW",
     "reference_model": "SPEC",
 }  # fmt: skip
 

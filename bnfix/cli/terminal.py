@@ -225,6 +225,8 @@ def tables_of(report: Report) -> Iterator[Table]:
         yield _shifted(report, f"{what} under" if title.startswith("Under") else what, rows)
     if report.invariance:
         yield _invariance(report)
+    if report.tiles:
+        yield _tiles(report)
 
 
 def fitted(table: Table, width: int) -> Table:
@@ -266,7 +268,8 @@ def _models(report: Report) -> Table:
             number(m.nll_temperature_scaled),
             str(model.n_live),
         )
-    table.caption = "scaled: NLL after temperature scaling; live: layers with an example weight"
+    live = "live: layers with an example weight"
+    table.caption = f"{_by_groups(report)}scaled: NLL after temperature scaling; {live}"
     return table
 
 
@@ -280,8 +283,13 @@ def _by_rows(report: Report, task: Any) -> Table:
             loss = "{} ({} to {})".format(*map(number, (m.nll, *m.interval["nll"])))
         values = (number(m.values.get(key)) for key in task.headings)
         table.add_row(name, loss, *values, str(model.n_live))
-    table.caption = f"loss: {task.words.loss}; live: layers with an example weight"
+    loss = f"{_by_groups(report)}loss: {task.words.loss}"
+    table.caption = f"{loss}; live: layers with an example weight"
     return table
+
+
+def _by_groups(report: Report) -> str:
+    return "" if report.n_groups is None else f"95%: by {report.n_groups:,} groups; "
 
 
 def _ranks(report: Report) -> Table:
@@ -350,6 +358,18 @@ def _invariance(report: Report) -> Table:
         table.add_row(shown_text(row.model), *cells)
     first = report.invariance[0]
     table.caption = f"{first.n_examples:,} images, against batches of {first.batch_size}"
+    return table
+
+
+def _tiles(report: Report) -> Table:
+    table = _narrow("pixels from a cut", "layers", "difference", "other class")
+    for row in report.tiles:
+        for band in row.bands:
+            name = f"{shown_text(row.model)}, {band.words}"
+            table.add_row(name, row.layers, percent(band.difference), percent(band.changed))
+    first = report.tiles[0]
+    size = "x".join(map(str, first.size))
+    table.caption = f"{first.n_examples} images whole and in tiles of {size}; difference: by spread"
     return table
 
 

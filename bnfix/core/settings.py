@@ -337,6 +337,11 @@ class EvaluationRecipe:
         False, "Also compare each image's logits alone, in its batch and in another batch."
     )
     streams: str | None = option(None, "Also in other orders: iid,sorted,mixed,single, or some.")
+    tiles: tuple[int, ...] | None = option(
+        None,
+        "Also compare the maps of some whole images with those of tiles of this size, by the "
+        "distance to the nearest cut: for networks that are run tile by tile.",
+    )
     fast: bool = option(
         False,
         "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "
@@ -347,3 +352,7 @@ class EvaluationRecipe:
         "Metric of your own, package.module:callable or path/to/file.py:callable, called with all "
         "outputs and labels as numpy arrays; returns a number or a dict of numbers; repeatable.",
     )
+
+    def __post_init__(self) -> None:
+        ok = self.tiles is None or (len(self.tiles) in (1, 2) and min(self.tiles) > 0)
+        require(ok, f"--tiles: {self.tiles}, expected one or two sizes from 1.", "tiles")

@@ -131,7 +131,8 @@ def describe_groups(images: Images) -> list[str]:
         sizes = np.bincount(images.groups)
         return [
             f"{images.spec}: {n:,} examples in {len(sizes):,} groups of {sizes.min():,} to "
-            f"{sizes.max():,} (median {np.median(sizes):g}). No group is in two splits."
+            f"{sizes.max():,} (median {np.median(sizes):g}). No group is in two splits; intervals, "
+            "tests and the gate count groups."
         ]
     if n < _FEWEST or not isinstance(images, EncodedImages):
         return []

@@ -43,10 +43,12 @@ from bnfix.metrics.metrics import refuse_not_finite
 from bnfix.metrics.robustness import (
     BatchInvariance,
     Shifted,
+    Tiled,
     batch_invariance,
     in_stream,
     shifted,
     streams_of,
+    tiled,
 )
 from bnfix.metrics.task import ByRows
 from bnfix.report.predictions import check_predictions, table_of, write_predictions
@@ -63,6 +65,8 @@ from bnfix.report.report import Report
 
 #: Images that batch invariance is looked for on.
 N_COMPARED = 256
+#: Images that are cut into tiles.
+N_TILED = 16
 #: Images that a faster copy is checked on.
 N_CHECKED = 8
 _T = TypeVar("_T")
@@ -163,6 +167,7 @@ def evaluate_files(
         corruptions=tuple(arena.shifted()) if also.corruptions else (),
         invariance=tuple(arena.invariance()) if also.compare_batch_sizes else (),
         streams=tuple(arena.streamed(streams, corruption)),
+        tiles=() if also.tiles is None else tuple(arena.tiled(also.tiles, corruption)),
     )
 
 
@@ -183,6 +188,7 @@ def _report(
         command="eval",
         data=DataUsed(
             **used,
+            n_groups=len(images.group_names) or None,
             class_names=images.class_names,
             skipped=skipped,
             n_skipped=len(skipped),
@@ -417,6 +423,18 @@ class Arena:
             )
 
         return self._by_group(run)
+
+    def tiled(self, size: tuple[int, ...], corruption: Corruption | None) -> list[Tiled]:
+        """Compare tiles with whole images, of a few."""
+        index = np.random.default_rng(self._seed).permutation(self._good)[:N_TILED]
+
+        def run(members: list[Entrant], n: int) -> list[list[Tiled]]:
+            named = "tiles against whole images"
+            batches = self._batches(members[0], index, min(n, N_TILED), named, corruption).whole()
+            shape, precision = (size[0], size[-1]), self._run.precision
+            return [tiled(m.name, m.loaded.model, batches, shape, precision) for m in members]
+
+        return [row for rows in self._by_group(run) for row in rows]
 
     def _by_group(self, run: Callable[[list[Entrant], int], list[_T]]) -> list[_T]:
         """What each entrant gets, in the order in which they were given."""

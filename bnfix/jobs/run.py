@@ -231,6 +231,7 @@ class Run:
             command=self.plan.command,
             data=DataUsed(
                 **data,
+                n_groups=len(bench.inputs.images.group_names) or None,
                 class_names=bench.inputs.images.class_names,
                 splits=bench.split.sizes(),
                 skipped=skipped,

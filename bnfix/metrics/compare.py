@@ -13,15 +13,17 @@ from bnfix.metrics.metrics import (
     Interval,
     Metrics,
     PerExample,
+    least,
     middle,
+    n_counted,
+    n_marked,
     resampled_means,
+    units,
 )
 from bnfix.metrics.task import LABELS, Array, Reference, Words
 
 #: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
 ROUNDING = 1e-6
-#: Fewer examples than this, or of losses fewer that differ, prove nothing.
-LEAST_EXAMPLES = 20
 _MeanAndSe = tuple[float, float]
 
 
@@ -31,7 +33,7 @@ class Difference:
 
     difference: float
     interval: Interval
-    p: float  # two-sided; McNemar's exact test for right or not, `gain_t` for all else
+    p: float  # two-sided; McNemar's exact test for right or not, `gain_t` in groups and for losses
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -90,15 +92,16 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         columns["scaled"] = new.scaled_losses - old.scaled_losses
     blind = new.blind_loss - old.blind_loss
     table = np.column_stack(list(columns.values()))
-    drawn, means = resampled_means(table, seed).T, table.mean(0)
+    drawn, means = resampled_means(table, seed, new.groups).T, table.mean(0)
     found = dict.fromkeys(("top1", "nll", "scaled"), _NONE)
     for name, column, resampled, mean in zip(columns, table.T, drawn, means, strict=True):
-        p = _paired_p(column, blind) if name != "top1" else _score_p(column)
-        found[name] = Difference(float(mean), middle(resampled, mean), p)
+        of_loss, groups = name != "top1", new.groups
+        p = _paired_p(column, blind, groups) if of_loss else _score_p(column, groups)
+        found[name] = Difference(float(mean), middle(resampled, mean, groups), p)
     top1, nll, scaled = found.values()
     signs = _sign(top1), -_sign(nll)
     surer = "top1" not in columns or min(top1.p, nll.p) < (1 - LEVEL) / 2
-    if len(new.losses) < LEAST_EXAMPLES:
+    if n_counted(len(new.losses), new.groups) < least(new.groups):
         verdict = "same"
     elif -1 in signs:
         verdict = "worse"
@@ -117,11 +120,11 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
 
 def _metric_differences(before: Metrics, after: Metrics) -> dict[str, Difference]:
     """Differences of metrics, from the same resamples of both."""
-    found = {}
+    found, groups = {}, None if after.examples is None else after.examples.groups
     for name in after.values:
         change = after.values[name] - before.values[name]
         drawn = after.resampled[name] - before.resampled[name]
-        found[name] = Difference(change, middle(drawn, change), math.nan)
+        found[name] = Difference(change, middle(drawn, change, groups), math.nan)
     return found
 
 
@@ -135,6 +138,8 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
         raise DataError(f"comparison: one was judged by {old}, the other by {new}.")
     if not np.array_equal(before.examples.labels, after.examples.labels):
         raise DataError("comparison: the two were not measured on the same examples.")
+    if not np.array_equal(before.examples.groups, after.examples.groups):  # type: ignore[arg-type]
+        raise DataError("comparison: the two were not measured in the same groups of examples.")
     return before.examples, after.examples
 
 
@@ -158,10 +163,10 @@ def _sign(difference: Difference) -> int:
     return 1 if low > ROUNDING else -1 if high < -ROUNDING else 0
 
 
-def _score_p(difference: Array) -> float:
-    """Of right or not by McNemar's test, of a fraction as of a loss."""
-    binary = bool(np.isin(difference, (-1, 0, 1)).all())
-    return _mcnemar(difference) if binary else _paired_p(-difference, 0.0)
+def _score_p(difference: Array, groups: Array | None) -> float:
+    """Of right or not by McNemar's test, of a fraction or in groups as of a loss."""
+    binary = groups is None and bool(np.isin(difference, (-1, 0, 1)).all())
+    return _mcnemar(difference) if binary else _paired_p(-difference, 0.0, groups)
 
 
 def _mcnemar(difference: Array) -> float:
@@ -171,16 +176,20 @@ def _mcnemar(difference: Array) -> float:
     return min(1.0, float(2 * bdtr(min(gained, lost), gained + lost, 0.5)))
 
 
-def gain_t(difference: Array, blind: float) -> float:
-    """Student's t, of n degrees of freedom for n differences, that losses are lower; 0 if not."""
+def gain_t(difference: Array, blind: float, groups: Array | None = None) -> float:
+    """Student's t, of n degrees of freedom for n differences, that losses are lower; 0 if not.
+
+    In groups, each of them counts as one difference.
+    """
     # Rare losses may outweigh many small gains without being in the sample. So one more example is
     # counted, that loses as much as the worst one, or as `blind`, which is expected of one whose
     # label is any class alike; and skewness is corrected where that lowers t (Hall, 1992, On the
     # removal of skewness by transformation). benchmarks/false_verdicts.py shows what it takes.
-    values = np.append(difference, max(float(difference.max()), blind, 0.0))
+    single = units(difference, groups)
+    values = np.append(single, max(float(single.max()), blind, 0.0))
     n, mean = len(values), float(values.mean())
-    n_differing = int((np.abs(difference) > ROUNDING).sum())
-    if mean >= 0 or n_differing < LEAST_EXAMPLES:
+    n_differing = n_marked(np.abs(difference) > ROUNDING, groups)
+    if mean >= 0 or n_differing < least(groups):
         return 0.0
     sd = float(values.std(ddof=1))
     s, skewness = mean / sd, float(((values - mean) ** 3).mean()) / float(values.std()) ** 3
@@ -188,9 +197,9 @@ def gain_t(difference: Array, blind: float) -> float:
     return float(max(0.0, -max(s, hall) * n**0.5))
 
 
-def _paired_p(difference: Array, blind: float) -> float:
-    sign = 1 if difference.mean() < 0 else -1
-    return 2 * _tail(len(difference), gain_t(sign * difference, sign * blind))
+def _paired_p(difference: Array, blind: float, groups: Array | None) -> float:
+    sign, n = 1 if difference.mean() < 0 else -1, n_counted(len(difference), groups)
+    return 2 * _tail(n, gain_t(sign * difference, sign * blind, groups))
 
 
 def _tail(freedom: float, t: float) -> float:
@@ -259,15 +268,17 @@ def judge(
         admitted, reason = True, f"{old_name!r} cannot be evaluated: {old.problem}"
     else:
         before, after = paired_examples(old, new)
-        loss = nll_difference, nll_se = _mean_and_se(after.losses - before.losses)
+        groups = after.groups
+        loss = nll_difference, nll_se = mean_and_se(after.losses - before.losses, groups)
         if before.scores is not None and after.scores is not None:
-            top1_difference, top1_se = _mean_and_se(after.scores * 1.0 - before.scores)
+            change = after.scores * 1.0 - before.scores
+            top1_difference, top1_se = mean_and_se(change, groups)
         top1 = top1_difference or 0.0, top1_se or 0.0
-        n = len(after.losses)
-        t = gain_t(after.losses - before.losses, after.blind_loss - before.blind_loss)
+        n, blind = n_counted(len(after.losses), groups), after.blind_loss - before.blind_loss
+        t = gain_t(after.losses - before.losses, blind, groups)
         # z = 0 demands no proof, only a lower mean.
         sure = z == 0 or _tail(n, t) < _tail(math.inf, z)
-        admitted, reason = _admitted(n, loss, top1, z, sure=sure, words=after.words)
+        admitted, reason = _admitted((n, groups), loss, top1, z, sure=sure, words=after.words)
     return Decision(
         stage=stage,
         candidate=name,
@@ -290,16 +301,23 @@ def judge(
 
 
 def _admitted(
-    n: int, loss: _MeanAndSe, top1: _MeanAndSe, z: float, *, sure: bool, words: Words
+    counted: tuple[int, Array | None],
+    loss: _MeanAndSe,
+    top1: _MeanAndSe,
+    z: float,
+    *,
+    sure: bool,
+    words: Words,
 ) -> tuple[bool, str]:
     """Whether mean differences with these standard errors are enough, and why."""
-    (difference, se), of_loss = loss, words.loss
-    if n < LEAST_EXAMPLES:
-        return False, f"{n} examples cannot judge, it takes {LEAST_EXAMPLES}"
+    (difference, se), of_loss, (n, groups) = loss, words.loss, counted
+    what = "examples" if groups is None else "groups"
+    if n < least(groups):
+        return False, f"{n} {what} cannot judge, it takes {least(groups)}"
     if not (difference < -z * se and difference < -ROUNDING):
         return False, f"its {of_loss} is not lower by more than {z:g} standard errors"
     if not sure:
-        unproven = f"but {n} examples with such differences do not prove it"
+        unproven = f"but {n} {what} with such differences do not prove it"
         return False, f"its {of_loss} is lower, {unproven}"
     if top1[0] < -z * top1[1]:
         return False, f"its {words.score} is lower by more than {z:g} standard errors"
@@ -308,7 +326,9 @@ def _admitted(
     return True, f"its {of_loss} is lower by {-difference:.3g}{words.unit}, {by}"
 
 
-def _mean_and_se(difference: Array) -> _MeanAndSe:
-    n = len(difference)
-    se = float(difference.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
+def mean_and_se(difference: Array, groups: Array | None) -> _MeanAndSe:
+    """The mean, and its standard error, by groups where there are any."""
+    single = units(difference, groups)
+    n = len(single)
+    se = float(single.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
     return float(difference.mean()), float(se)

@@ -10,7 +10,7 @@ import numpy as np
 
 from bnfix.core.errors import ConfigError, one_line, plain
 from bnfix.metrics.evaluate import Outputs
-from bnfix.metrics.metrics import Interval, middle
+from bnfix.metrics.metrics import Interval, middle, resample
 from bnfix.metrics.task import Array, as_array, import_function
 
 #: Each resample calls the user's code once more.
@@ -56,7 +56,10 @@ def custom_metrics(
                 f"--metric: two metrics of the name {plain(twice[0])}. Rename one.", name="metric"
             )
         if every:
-            rows = [_against(first[row.name], row) if row.name in first else row for row in rows]
+            rows = [
+                _against(first[row.name], row, one.groups) if row.name in first else row
+                for row in rows
+            ]
         else:
             first = {row.name: row for row in rows}
         every.append(tuple(rows))
@@ -65,11 +68,14 @@ def custom_metrics(
 
 def _of_model(name: str, function: MetricFunction, found: Outputs, seed: int) -> list[Custom]:
     values = _called(name, function, found.outputs, found.labels)
-    n = len(found.outputs)
+    n, every = len(found.outputs), np.arange(len(found.outputs))
     rng = np.random.default_rng(seed)
     drawn: dict[str, list[float]] = {key: [] for key in values}
     for _ in range(N_RESAMPLES if found.outputs.nbytes <= MOST_BYTES else 0):
-        rows = rng.integers(0, n, n)
+        grouped = found.groups is not None
+        rows = (
+            np.repeat(every, resample(rng, n, found.groups)) if grouped else rng.integers(0, n, n)
+        )
         labels = None if found.labels is None else found.labels[rows]
         try:
             again = _called(name, function, found.outputs[rows], labels)
@@ -81,7 +87,7 @@ def _of_model(name: str, function: MetricFunction, found: Outputs, seed: int) ->
     made = []
     for key, value in values.items():
         ok = len(drawn[key]) > 0 and bool(np.isfinite([value, *drawn[key]]).all())
-        interval = middle(np.array(drawn[key]), value) if ok else None
+        interval = middle(np.array(drawn[key]), value, found.groups) if ok else None
         made.append(Custom(key, value, interval, resampled=tuple(drawn[key]) if ok else ()))
     return made
 
@@ -116,9 +122,9 @@ def _number(value: Any) -> float | None:
     return float(array.reshape(())) if array.size == 1 and array.dtype.kind in "fiub" else None
 
 
-def _against(first: Custom, last: Custom) -> Custom:
+def _against(first: Custom, last: Custom, groups: Array | None) -> Custom:
     difference = last.value - first.value
     interval = None
     if first.resampled and last.resampled:
-        interval = middle(np.subtract(last.resampled, first.resampled), difference)
+        interval = middle(np.subtract(last.resampled, first.resampled), difference, groups)
     return replace(last, difference=difference, difference_interval=interval)

@@ -24,7 +24,9 @@ from bnfix.metrics.metrics import (
     losses_of,
     measure,
     measure_rows,
+    numbered,
     refuse_not_finite,
+    units,
 )  # fmt: skip
 from bnfix.metrics.task import (
     LABELS,
@@ -51,6 +53,7 @@ class Outputs:
     task: Task = LABELS
     examples: PerExample | None = None  # of a task that keeps no outputs, where there are targets
     left_out: int = 0  # examples that have nothing to be judged by
+    groups: Array | None = None  # of the examples, numbered from 0
 
     @property
     def classified(self) -> bool:
@@ -73,6 +76,12 @@ class Score:
     top1: float  # the mean score; NaN for a task without one
     losses: Array = field(compare=False, repr=False)
     task: Task = field(default=LABELS, compare=False, repr=False)
+    groups: Array | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def counted(self) -> Array:
+        """One loss for each example, or for each group."""
+        return units(self.losses, self.groups)
 
 
 def evaluate(
@@ -83,6 +92,7 @@ def evaluate(
     reference: nn.Module | None = None,
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
+    groups: Any = None,
     seed: int = 0,
 ) -> Metrics:
     """Measure a model in evaluation mode, by targets or by another network's predictions.
@@ -98,6 +108,8 @@ def evaluate(
             0 for equal logits, and ``top1`` the fraction with the same largest logit.
         forward: called as ``forward(model, batch)`` and returns logits, for unusual batches.
         precision: ``fp32``, ``bf16`` or ``fp16``.
+        groups: ``(N,)``, one number or word an example, equal for those that depend on each other,
+            such as frames of one video. Intervals and comparisons then count groups.
         seed: of the bootstrap and of the halves for the temperature.
 
     Returns:
@@ -111,13 +123,16 @@ def evaluate(
         NumericError: if an output or a loss is not finite.
     """
     wanted = judged_by(task) if reference is None else Reference(reference, forward)
-    (found,) = collect([model], batches, wanted, forward=forward, precision=precision)
+    (found,) = collect(
+        [model], batches, wanted, forward=forward, precision=precision, groups=groups
+    )
     return _measure(found, seed)
 
 
 def _measure(found: Outputs, seed: int) -> Metrics:
     how: Any = {"images_per_second": found.images_per_second, "seed": seed}
     if not isinstance(found.task, ByRows):
+        how["groups"] = found.groups
         return measure(found.outputs, found.labels, task=found.task, **how)
     if found.examples is not None:
         return measure_rows(found.examples, found.task, **how)
@@ -169,7 +184,8 @@ def score(
         losses, task = rows.losses, found.task
         if not np.isfinite(losses).all():
             raise NumericError(f"evaluation: the {rows.words.loss} is not finite.")
-        return Score(len(losses), float(losses.mean()), right, losses=losses, task=task)
+        how: Any = {"losses": losses, "task": task, "groups": found.groups}
+        return Score(len(losses), float(losses.mean()), right, **how)
     logits, targets, task = found.outputs, found.labels, found.task
     if targets is None or isinstance(task, ByRows):
         raise DataError("batches: no labels in them. Give (x, y) with integer classes y.")
@@ -177,7 +193,8 @@ def score(
     targets, labels = task.checked(targets, logits.shape)
     losses = losses_of(logits, targets, task)
     right = logits.argmax(1) == labels
-    return Score(len(labels), float(losses.mean()), float(right.mean()), losses=losses, task=task)
+    mean, top1 = float(losses.mean()), float(right.mean())
+    return Score(len(labels), mean, top1, losses=losses, task=task, groups=found.groups)
 
 
 def collect(
@@ -188,11 +205,14 @@ def collect(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
     any_task: bool = False,
+    groups: Any = None,
 ) -> list[Outputs]:
     """Run several models over the same batches, which are read once.
 
     Without a task, it is read off the first batch. With ``any_task`` outputs are kept of any form.
+    Batches may have ``groups``, by the examples' positions.
     """
+    groups = getattr(batches, "groups", None) if groups is None else groups
     gathered = [_Gathered(model, task, any_task) for model in models]
 
     def own_share() -> list[_Share]:
@@ -208,7 +228,7 @@ def collect(
     shares = distributed.together(own_share)
     if not any(len(row["outputs"]) for share in shares for rows, *_ in share for row in rows):
         raise DataError("evaluation: no examples. Give at least one batch.")
-    return [_put_together(parts, task) for parts in zip(*shares, strict=True)]
+    return [_put_together(parts, task, groups) for parts in zip(*shares, strict=True)]
 
 
 #: What is kept of one batch: outputs; labels, or what a task says of each example; positions.
@@ -305,7 +325,7 @@ def _check_shape(new: tuple[int, ...], old: tuple[int, ...], n_batches: int) -> 
     )
 
 
-def _put_together(parts: Sequence[_Share], task: Task | None) -> Outputs:
+def _put_together(parts: Sequence[_Share], task: Task | None, groups: Any) -> Outputs:
     """One model's rows of all ranks, in the order in which batches were dealt."""
     rows = distributed.interleaved([rows for rows, *_ in parts])
     task = task or next(found for *_, found in parts if found is not None)
@@ -317,22 +337,28 @@ def _put_together(parts: Sequence[_Share], task: Task | None) -> Outputs:
         )
     names = set.intersection(*map(set, rows))
     found = {name: np.concatenate([row[name] for row in rows]) for name in names}
+    if groups is not None:
+        found["groups"] = np.asarray(groups)
+        if "index" in found:
+            found["groups"] = found["groups"][found["index"]]
+        numbered(found["groups"], len(found["outputs"]))  # refuses another number of them
     counted = found.pop("counted", np.ones(len(found["outputs"]))) > 0
     if not counted.any():
         raise DataError("evaluation: no example has a target that counts. Check --ignore-index.")
     found = {name: values[counted] for name, values in found.items()}
+    ids = numbered(found.get("groups"), len(found["outputs"]))
     examples = None
     if "losses" in found:
         examples = PerExample(
             labels=found.get("sums", np.zeros(int(counted.sum()), np.int64)),
             losses=found["losses"], scaled_losses=None, scores=found.get("scores"),
             blind_loss=float(found["blind"].mean()) if "blind" in found else 0.0,
-            words=task.words, rows=found.get("rows"),
+            words=task.words, rows=found.get("rows"), groups=ids,
         )  # fmt: skip
     return Outputs(
         outputs=found["outputs"], labels=found.get("labels"), positions=found.get("index"),
         images_per_second=sum(rate for _, rate, _ in parts),
-        task=task, examples=examples, left_out=int((~counted).sum()),
+        task=task, examples=examples, groups=ids, left_out=int((~counted).sum()),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,29 +19,100 @@ LEVEL = 0.95
 _CHUNK = 2**20  # counts or logits worked on at a time: in float64, 50,000 x 1,000 take 400 MB
 
 
-def resamples(n: int, seed: int) -> Iterator[Array]:
+# --- groups of examples that depend on each other: all below counts groups, if there are any ---
+
+#: Fewer examples than this, or of losses fewer that differ, prove nothing.
+LEAST_EXAMPLES = 20
+#: The same of groups (benchmarks/false_verdicts.py): sums over groups are less skewed.
+LEAST_GROUPS = 15
+
+
+def numbered(groups: Any, n: int) -> Array | None:
+    """Groups as numbers from 0; ``None`` where each of the n examples has its own."""
+    if groups is None:
+        return None
+    given = np.asarray(groups)
+    if given.shape != (n,):
+        raise DataError(f"groups: shape {given.shape} for {n} examples, expected ({n},).")
+    names, ids = np.unique(given, return_inverse=True)
+    return None if len(names) == n else ids.reshape(-1)
+
+
+def units(values: Array, groups: Array | None) -> Array:
+    """One number a group, whose mean and standard error are those of the mean over examples.
+
+    For G groups of n examples in all and their mean m: m + (G / n) sum over the group of (v - m).
+    The standard error is the cluster-robust one with the factor G / (G - 1) (CR1; Cameron and
+    Miller, 2015, A practitioner's guide to cluster-robust inference).
+    """
+    if groups is None:
+        return values
+    mean, n_groups = values.mean(), int(groups.max()) + 1
+    return np.asarray(mean + np.bincount(groups, values - mean) * n_groups / len(values))
+
+
+def n_counted(n: int, groups: Array | None) -> int:
+    """How many independent units n examples count as; of groups as many as would be equally large.
+
+    n^2 / (sum over groups of their squared sizes): one that is far larger counts for few.
+    """
+    if groups is None:
+        return n
+    return n * n // int((np.bincount(groups) ** 2).sum())
+
+
+def least(groups: Array | None) -> int:
+    """How many units it takes to prove anything."""
+    return LEAST_EXAMPLES if groups is None else LEAST_GROUPS
+
+
+def n_marked(marked: Array, groups: Array | None) -> int:
+    """How many units have an example that is marked."""
+    return int(marked.sum()) if groups is None else len(np.unique(groups[marked]))
+
+
+def resample(rng: np.random.Generator, n: int, groups: Array | None) -> Array:
+    """How often each of n examples is in one bootstrap sample, which is of whole groups."""
+    m = n if groups is None else int(groups.max()) + 1
+    counts = np.bincount(rng.integers(0, m, m), minlength=m)
+    return counts if groups is None else counts[groups]
+
+
+def widened(tail: float, n: int | None) -> float:
+    """The tail to leave out of a bootstrap of n groups, in place of the one of many."""
+    # Percentiles of few are too close together, by sqrt((n - 1) / n) and by the normal in place of
+    # Student's t (Hesterberg, 2015, What teachers should know about the bootstrap).
+    if n is None:
+        return tail
+    from scipy.special import ndtr, stdtrit
+
+    return float(ndtr(stdtrit(max(n - 1, 1), tail) * (n / max(n - 1, 1)) ** 0.5))
+
+
+def resamples(n: int, seed: int, groups: Array | None = None) -> Iterator[Array]:
     """How often each of n examples is in each bootstrap sample, ``(S, n)`` at a time."""
     rng = np.random.default_rng(seed)
     size = min(100, max(1, 5 * _CHUNK // n))
     for start in range(0, N_RESAMPLES, size):
-        drawn = range(min(size, N_RESAMPLES - start))
-        yield np.stack([np.bincount(rng.integers(0, n, n), minlength=n) for _ in drawn])
+        yield np.stack([resample(rng, n, groups) for _ in range(min(size, N_RESAMPLES - start))])
 
 
-def resampled_means(values: Array, seed: int) -> Array:
-    """Means over bootstrap samples of the rows."""
-    n = len(values)
-    return np.concatenate([counts @ values / n for counts in resamples(n, seed)])
+def resampled_means(values: Array, seed: int, groups: Array | None = None) -> Array:
+    """Means over bootstrap samples of the rows, or of whole groups of them."""
+    every = resamples(len(values), seed, groups)
+    return np.concatenate([counts @ values / counts.sum(1, keepdims=True) for counts in every])
 
 
-def middle(resampled: Array, point: float) -> Interval:
+def middle(resampled: Array, point: float, groups: Array | None = None) -> Interval:
     """The middle 95%; always with the estimate in it, which rounding could leave out.
 
-    Resamples without a value (NaN) do not count.
+    Resamples without a value (NaN) do not count. Of one group there is none.
     """
-    if np.isnan(resampled).all():
+    n = None if groups is None else n_counted(len(groups), groups)
+    if np.isnan(resampled).all() or n == 1:
         return math.nan, math.nan
-    low, high = np.nanquantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    tail = widened((1 - LEVEL) / 2, n)
+    low, high = np.nanquantile(resampled, [tail, 1 - tail])
     return min(float(low), float(point)), max(float(high), float(point))
 
 
@@ -159,6 +231,12 @@ class PerExample:
     blind_loss: float  # mean, if each target were drawn with its classes permuted; or 0
     words: Words = LABELS.words  # of the task
     rows: Array | None = None  # (N, R), what the task's metrics are made of
+    groups: Array | None = None  # (N,) from 0, where examples depend on each other
+
+    @property
+    def n_groups(self) -> int | None:
+        """How many groups there are, if any are given."""
+        return None if self.groups is None else int(self.groups.max()) + 1
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -247,6 +325,7 @@ def measure(
     task: Labels | Reference = LABELS,
     images_per_second: float = 0.0,
     seed: int = 0,
+    groups: Array | None = None,
 ) -> Metrics:
     """Metrics of given logits against labels ``(N,)``, or logits ``(N, K)`` of a reference."""
     if logits.ndim != 2 or not logits.size:
@@ -266,12 +345,12 @@ def measure(
     columns = np.column_stack([right, rank < 5, losses, scaled, brier]).astype(np.float64)
     means = [float(mean) for mean in columns.mean(0)]
     ece = float(np.abs(gaps.mean(0)).sum())
-    resampled = resampled_means(np.column_stack([columns, gaps]), seed)
+    resampled = resampled_means(np.column_stack([columns, gaps]), seed, groups)
     names = ("top1", "top5", "nll", "nll_temperature_scaled", "brier")
-    interval = {name: middle(resampled[:, i], means[i]) for i, name in enumerate(names)}
+    interval = {name: middle(resampled[:, i], means[i], groups) for i, name in enumerate(names)}
     resampled_ece = np.abs(resampled[:, len(names) :]).sum(1)
     shifted = resampled_ece - resampled_ece.mean() + ece
-    interval["ece"] = middle(shifted.clip(0, 1), ece)
+    interval["ece"] = middle(shifted.clip(0, 1), ece, groups)
     return Metrics(
         n_examples=n,
         top1=means[0],
@@ -292,6 +371,7 @@ def measure(
             scores=right,
             blind_loss=float(blind.mean()),
             words=task.words,
+            groups=groups,
         ),
         task=task,
     )
@@ -307,18 +387,18 @@ def measure_rows(
             f"evaluation: the {task.words.loss} of example {int(finite.argmin())} (from 0) is not "
             "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
         )
-    n = len(finite)
+    n, groups = len(finite), examples.groups
     rows = np.empty((n, 0)) if examples.rows is None else examples.rows
     columns = {"nll": examples.losses}
     if examples.scores is not None:
         columns["top1"] = examples.scores
     means = {name: float(column.mean()) for name, column in columns.items()}
-    drawn = resampled_means(np.column_stack(list(columns.values())), seed)
-    interval = {name: middle(drawn[:, i], means[name]) for i, name in enumerate(columns)}
+    again = resampled_means(np.column_stack(list(columns.values())), seed, groups)
+    interval = {name: middle(again[:, i], means[name], groups) for i, name in enumerate(columns)}
     values = {name: float(v[0]) for name, v in task.metrics(rows, np.ones((1, n))).items()}
-    parts = [task.metrics(rows, counts) for counts in resamples(n, seed)] if values else []
+    parts = [task.metrics(rows, counts) for counts in resamples(n, seed, groups)] if values else []
     resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
-    interval |= {name: middle(resampled[name], value) for name, value in values.items()}
+    interval |= {name: middle(resampled[name], value, groups) for name, value in values.items()}
     return Metrics(
         n_examples=n, top1=means.get("top1"), nll=means["nll"], interval=interval,
         images_per_second=images_per_second, examples=examples, task=task,

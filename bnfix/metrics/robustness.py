@@ -1,11 +1,12 @@
-"""How far outputs move: by a change of the network, on corrupted images, in other batches."""
+"""How far outputs move: by a change of the network, on corrupted images, in batches, in tiles."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.core import guards, runtime
-from bnfix.core.errors import DataError, ModelError
+from bnfix.core.errors import ConfigError, DataError, ModelError
 from bnfix.core.options import one_of
 from bnfix.metrics.compare import Paired, compare
 from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import Interval
+from bnfix.norm.layer import generalized_norms, set_example_weight_
 
 #: Outputs are compared on so many images at most, and on fewer where they are large.
 MOST_IMAGES = 256
@@ -254,3 +256,147 @@ def batch_invariance(
 def _company(a: torch.Tensor, b: torch.Tensor) -> Company:
     same = (a.argmax(1) == b.argmax(1)).double().mean()
     return Company(float((a - b).abs().max()), float(same))
+
+
+# --- tiles of an image, against the whole ---
+
+#: Ends of the bands, as parts of a tile's shorter side.
+_ENDS = (1 / 16, 1 / 8, 1 / 4)
+
+
+@dataclass(frozen=True)
+class Band:
+    """Positions of so many pixels, [low, high), from the nearest cut between two tiles."""
+
+    low: float
+    high: float
+    n: int
+    difference: float  # mean of |tile - whole| by the channel's standard deviation
+    changed: float  # fraction whose largest channel is another; of one channel, another sign
+
+    @property
+    def words(self) -> str:
+        """Where it lies."""
+        return f"{self.low:g} {'or more' if math.isinf(self.high) else f'to {self.high:g}'}"
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """Outputs for tiles of one model, against those for the whole images."""
+
+    model: str
+    layers: str  # stored: with weights of 0; live: with the example weights of the model
+    size: tuple[int, int]
+    n_examples: int
+    bands: tuple[Band, ...]
+
+
+def tiled(
+    name: str, model: nn.Module, batches: Iterable[Any], size: tuple[int, int], precision: str
+) -> list[Tiled]:
+    """Compare with stored statistics alone, and as the model is if some layers are live."""
+    live = {
+        layer: 0.0
+        for layer, norm in generalized_norms(model)
+        if norm.live and norm.running_mean is not None
+    }
+    if not live:
+        return [_compared(name, "stored", model, batches, size, precision)]
+    found, before = _compared(name, "live", model, batches, size, precision), guards.Snapshot(model)
+    try:
+        set_example_weight_(model, live, batch_weight=live)
+        return [_compared(name, "stored", model, batches, size, precision), found]
+    finally:
+        before.restore_()
+
+
+def _compared(
+    name: str,
+    layers: str,
+    model: nn.Module,
+    batches: Iterable[Any],
+    size: tuple[int, int],
+    precision: str,
+) -> Tiled:
+    inner = [float(math.ceil(part * min(size))) for part in _ENDS]
+    n_examples, sums, moments = 0, torch.zeros(()), torch.zeros(())
+    with guards.inference(model):
+        for batch in batches:
+            whole, stride = _maps(model, batch, precision)
+            part, to_cut = _by_tiles(model, batch, stride, size, precision)
+            n_examples += len(whole)
+            flat = whole.transpose(0, 1).flatten(1)
+            n = torch.full_like(flat[:, 0], flat.shape[1])
+            moments = moments + torch.stack([n, flat.sum(1), flat.square().sum(1)])
+            own = whole[:, :, : part.shape[2], : part.shape[3]]
+            a, b = (x.argmax(1) if x.shape[1] > 1 else x[:, 0] > 0 for x in (part, own))
+            changed, of_each = (a != b).double().sum(0), torch.full_like(to_cut, len(part))
+            columns = torch.stack([of_each, changed, *(part - own).abs().sum(0)])
+            band = torch.bucketize(to_cut, torch.tensor(inner), right=True).flatten()
+            within = torch.nn.functional.one_hot(band, len(inner) + 1).double()
+            sums = sums + columns.double().flatten(1) @ within
+    mean, square = moments[1:] / moments[0]
+    spread = (square - mean.square()).clamp_min(0).sqrt()
+    by_spread = (sums[2:] / spread[:, None])[spread > 0].mean(0) / sums[0]
+    bands = [
+        Band(low, high, n=int(n), difference=float(difference), changed=float(other / n))
+        for (low, high), n, other, difference in zip(
+            pairwise([0.0, *inner, math.inf]), sums[0], sums[1], by_spread, strict=True
+        )
+        if n
+    ]
+    return Tiled(model=name, layers=layers, size=size, n_examples=n_examples, bands=tuple(bands))
+
+
+def _maps(model: nn.Module, batch: Any, precision: str) -> tuple[Tensor, int]:
+    """Outputs ``(N, K, h, w)`` in float64, and the pixels between two positions."""
+    device = runtime.device_of(model)
+    with runtime.autocast(device, precision):
+        output = runtime.output_of(runtime.run(model, batch, device)).double().cpu()
+    image, maps = tuple(getattr(batch.x, "shape", ())), tuple(output.shape)
+    stride = image[2] // max(1, maps[2]) if len(image) == len(maps) == 4 else 0
+    if not stride or (maps[2] * stride, maps[3] * stride) != image[2:]:
+        raise ConfigError(
+            f"--tiles: outputs {maps} for inputs {image}, expected maps (N, K, h, w) for images "
+            "(N, C, H, W), of their size or one that divides it. Leave it out.",
+            name="tiles",
+        )
+    return output, stride
+
+
+def _by_tiles(
+    model: nn.Module, batch: Any, stride: int, size: tuple[int, int], precision: str
+) -> tuple[Tensor, Tensor]:
+    """Outputs for all whole tiles, put together, and the pixels to the nearest cut ``(h, w)``."""
+    image = tuple(batch.x.shape[2:])
+    if (
+        max(size[0] - image[0], size[1] - image[1]) > 0
+        or size == image
+        or any(length % stride for length in size)
+    ):
+        raise ConfigError(
+            f"--tiles: {size[0]}x{size[1]} for images {image[0]}x{image[1]}, expected smaller tiles"
+            f"{f', of multiples of {stride}' if stride > 1 else ''}. Give another size.",
+            name="tiles",
+        )
+    grid = batch.x.unfold(2, size[0], size[0]).unfold(3, size[1], size[1])
+    n, _, rows, columns = grid.shape[:4]
+    tiles = grid.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
+    found, other = _maps(model, batch._replace(x=tiles, y=None), precision)
+    if other != stride:
+        raise ConfigError(
+            f"--tiles: a tile has an output every {other} pixels, a whole image every {stride}. "
+            "Give another size.",
+            name="tiles",
+        )
+    apart = found.reshape(n, rows, columns, *found.shape[1:]).permute(0, 3, 1, 4, 2, 5)
+
+    def along(n_tiles: int, length: int, whole: int) -> Tensor:
+        place = (torch.arange(n_tiles * length // stride) + 0.5) * stride
+        inside, none = place % length, torch.tensor(math.inf)
+        # The image's own border is no cut.
+        before = inside.where(place > length, none)
+        return before.minimum((length - inside).where(place - inside + length < whole, none))
+
+    down, across = along(rows, size[0], image[0]), along(columns, size[1], image[1])
+    return apart.flatten(4, 5).flatten(2, 3), down[:, None].minimum(across[None])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bnfix.metrics.compare import Decision
-from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.compare import Decision, mean_and_se
+from bnfix.metrics.metrics import Metrics, numbered
 from bnfix.metrics.robustness import Shifted
-from bnfix.metrics.task import Array
+from bnfix.metrics.task import Array, ByRows
 from bnfix.report.pages import FIRST, INK, LAST, LOSS, MUTED, Picture, clean, percent, picture
+from bnfix.report.records import Evaluated
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import CurvePoint
 
@@ -363,3 +365,66 @@ def _legend(figure: Any, lines: Any, labels: Sequence[str]) -> None:
 def _finite(values: Sequence[float | None]) -> Array:
     array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return np.where(np.isfinite(array), array, np.nan)
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Top-1 of one class."""
+
+    index: int
+    name: str
+    n_examples: int
+    top1: tuple[float | None, ...]  # one per model
+
+    @property
+    def change(self) -> float:
+        """Of the last model against the first; 0 where one has none."""
+        first, last = self.top1[0], self.top1[-1]
+        return 0.0 if first is None or last is None else last - first
+
+
+def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
+    """Top-1 of every class that has examples, by index; empty without labels."""
+    examples = [model.metrics.examples for model in models]
+    found = [model.metrics.by_class for model in models]
+    if found and found[0]:
+        return [
+            ClassRow(
+                index=c,
+                name=names[c] if c < len(names) else f"class {c}",
+                n_examples=int(n),
+                top1=tuple(one[c][0] if c < len(one) else None for one in found),
+            )
+            for c, (_, n) in enumerate(found[0])
+        ]
+    if not examples or examples[0] is None or isinstance(models[0].metrics.task, ByRows):
+        return []
+    n = np.bincount(examples[0].labels)
+    right = [
+        None if e is None else np.bincount(e.labels, e.scores, minlength=len(n)) for e in examples
+    ]
+    return [
+        ClassRow(
+            index=c,
+            name=names[c] if c < len(names) else f"class {c}",
+            n_examples=int(n[c]),
+            top1=tuple(None if r is None else float(r[c] / n[c]) for r in right),
+        )
+        for c in np.flatnonzero(n).tolist()
+    ]
+
+
+def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
+    """Standard error of each class's change from the first model to the last, if labelled."""
+    first, last = models[0].metrics.examples, models[-1].metrics.examples
+    if first is None or last is None or first.scores is None or last.scores is None:
+        return None
+    if first.groups is not None:
+        d, ids = np.subtract(last.scores, first.scores, dtype=np.float64), first.groups
+        inside = [np.flatnonzero(first.labels == row.index) for row in rows]
+        return np.array([mean_and_se(d[i], numbered(ids[i], len(i)))[1] for i in inside])
+    # The variance of a difference of paired outcomes: only images that changed contribute.
+    changed = np.bincount(first.labels, first.scores != last.scores)[[row.index for row in rows]]
+    n = np.array([row.n_examples for row in rows])
+    change = np.array([row.change for row in rows])
+    return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from bnfix.core.errors import Note, some
+from bnfix.core.errors import Note
 from bnfix.metrics.compare import Decision, Paired, compare
 from bnfix.metrics.custom import Custom
 from bnfix.metrics.metrics import Metrics
@@ -53,6 +53,7 @@ class DataUsed:
     skipped: tuple[str, ...] = ()  # some unreadable examples, in words
     n_skipped: int = 0
     corruption: str | None = None  # of every image, such as blur:2
+    n_groups: int | None = None  # of examples that depend on each other
 
 
 @dataclass(frozen=True)
@@ -242,8 +243,25 @@ class Findings:
             return sentences[:1].upper() + sentences[1:]
         return f"{self.verdict}: {sentences}"
 
+    @property
+    def n_groups(self) -> int | None:
+        """Groups among the evaluated examples, if any are given."""
+        last = self.models[-1] if self.models else None
+        for metrics in (last.metrics, last.agreement) if last else ():
+            if metrics is not None and metrics.examples is not None:
+                return metrics.examples.n_groups
+        return None
+
+    def _said(self, text: str) -> str:
+        """A sentence with the word that its intervals are by groups, where they are."""
+        by_groups = "95% interval by groups"
+        return text if self.n_groups is None else text.replace("95% interval", by_groups)
+
     def headline(self) -> str:
-        """The first sentence, in small letters: words may stand before it."""
+        """The first sentence, in small letters: words may come before it."""
+        return self._said(self._headline())
+
+    def _headline(self) -> str:
         if not self.models:
             n = len(self.swap.changes) if self.swap else 0
             if n:
@@ -299,7 +317,8 @@ class Findings:
         if (close := self._closeness) is not None:
             notes += map(Note, close.remarks(labelled=self.verdict is not None))
         notes += [Note(text, "caution") for text in self._cautions()]
-        return notes + ([] if self.moved is None else [self._movement(self.moved)])
+        notes += [] if self.moved is None else [self._movement(self.moved)]
+        return [Note(self._said(note), note.kind) for note in notes]
 
     def _cautions(self) -> Iterator[str]:
         known = self.models and self.by_rows is None
@@ -367,9 +386,10 @@ class Findings:
     def _images(self) -> str:
         is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
         corruption = self.data.corruption if self.data is not None else None
+        groups = "" if self.n_groups is None else f" in {count(self.n_groups)} groups"
         return (
             f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}images"
-            f"{f' under {corruption}' if corruption else ''}"
+            f"{groups}{f' under {corruption}' if corruption else ''}"
         )
 
     def _own_metrics(self, images: str) -> str:
@@ -430,30 +450,6 @@ def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = 
     return sentences
 
 
-def left_out(
-    assumptions: Sequence[str], data: DataUsed | None, swap: SwapPlan | None, trials: Trials
-) -> list[str]:
-    """Assumptions and exclusions, one sentence each, each once."""
-    notes = list(assumptions)
-    if swap:
-        notes += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
-    if trials.calibration:
-        c = trials.calibration.exceptions
-        notes += _grouped("Statistics unchanged, never reached", c.never_reached)
-        notes += _grouped("Statistics unchanged, frozen or excluded", c.left_alone)
-        notes += _grouped("Called more than once per pass, calls pooled", c.called_again)
-    if trials.choice:
-        notes += _grouped("Example weight unchanged", trials.choice.excluded)
-    for run in trials.finetunings:
-        notes += _grouped("Statistics unchanged, frozen or excluded", run.frozen)
-        if n := run.n_skipped_steps:
-            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped, not finite.")
-    if data and (n := data.n_skipped):
-        shown = f": {some(data.skipped, 20)}" if data.skipped else ""
-        notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")
-    return list(dict.fromkeys(notes))
-
-
 def _passes(n: float) -> str:
     return f"{n:.3g} {'pass' if n == 1 else 'passes'}"
 
@@ -470,7 +466,3 @@ def _spent(calibration: Calibration) -> str:
         f" Reading data took {cost.data:.2f} s{whose}, forward passes {cost.forward:.2f} s, "
         f"statistics {cost.statistics:.2f} s{speed}."
     )
-
-
-def _grouped(title: str, names: Sequence[str]) -> list[str]:
-    return [f"{title}: {some(names, 8)}."] if names else []

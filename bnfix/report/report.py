@@ -15,17 +15,19 @@ from torch import nn
 
 from bnfix.checkpoints.save import check_folder, check_free, check_output, save, write_text
 from bnfix.core import __version__, distributed
-from bnfix.core.errors import file_error
+from bnfix.core.errors import file_error, some
 from bnfix.core.settings import Preprocessing
 from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.custom import Custom
-from bnfix.metrics.robustness import BatchInvariance, Shifted
+from bnfix.metrics.robustness import BatchInvariance, Shifted, Tiled
 from bnfix.metrics.task import ByRows
+from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
 from bnfix.report.agreement import agreed_json, agreement_intervals, agreement_json
-from bnfix.report.pages import Picture, fields_of, flat, plain_json, render
-from bnfix.report.records import Evaluated, Findings, LayerRow, Trials, done, left_out
+from bnfix.report.pages import Picture, count, fields_of, flat, plain_json, render
+from bnfix.report.plots import ClassRow, class_change_errors, class_rows
+from bnfix.report.records import DataUsed, Evaluated, Findings, LayerRow, Trials, done
 
 
 @dataclass(frozen=True)
@@ -37,22 +39,6 @@ class Rank:
     nll: float
     top1: float  # 0 for a task without a score
     paired: Paired | None  # against the first model given
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """Top-1 of one class."""
-
-    index: int
-    name: str
-    n_examples: int
-    top1: tuple[float | None, ...]  # one per model
-
-    @property
-    def change(self) -> float:
-        """Of the last model against the first; 0 where one has none."""
-        first, last = self.top1[0], self.top1[-1]
-        return 0.0 if first is None or last is None else last - first
 
 
 def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
@@ -77,49 +63,6 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
     ]
 
 
-def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
-    """Top-1 of every class that has examples, by index; empty without labels."""
-    examples = [model.metrics.examples for model in models]
-    found = [model.metrics.by_class for model in models]
-    if found and found[0]:
-        return [
-            ClassRow(
-                index=c,
-                name=names[c] if c < len(names) else f"class {c}",
-                n_examples=int(n),
-                top1=tuple(one[c][0] if c < len(one) else None for one in found),
-            )
-            for c, (_, n) in enumerate(found[0])
-        ]
-    if not examples or examples[0] is None or isinstance(models[0].metrics.task, ByRows):
-        return []
-    n = np.bincount(examples[0].labels)
-    right = [
-        None if e is None else np.bincount(e.labels, e.scores, minlength=len(n)) for e in examples
-    ]
-    return [
-        ClassRow(
-            index=c,
-            name=names[c] if c < len(names) else f"class {c}",
-            n_examples=int(n[c]),
-            top1=tuple(None if r is None else float(r[c] / n[c]) for r in right),
-        )
-        for c in np.flatnonzero(n).tolist()
-    ]
-
-
-def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
-    """Standard error of each class's change from the first model to the last, if labelled."""
-    first, last = models[0].metrics.examples, models[-1].metrics.examples
-    if first is None or last is None or first.scores is None or last.scores is None:
-        return None
-    # The variance of a difference of paired outcomes: only images that changed contribute.
-    changed = np.bincount(first.labels, first.scores != last.scores)[[row.index for row in rows]]
-    n = np.array([row.n_examples for row in rows])
-    change = np.array([row.change for row in rows])
-    return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))
-
-
 def model_json(model: Evaluated) -> dict[str, Any]:
     """The JSON of a model; ``custom`` only where there are metrics of the user's."""
     m = model.metrics
@@ -132,6 +75,7 @@ def model_json(model: Evaluated) -> dict[str, Any]:
         "file": model.file,
         "sha256": model.sha256,
         "n_examples": m.n_examples,
+        **({"n_groups": n} if (n := m.examples and m.examples.n_groups) else {}),
         "n_live": model.n_live,
         **named,
         **agreement_json(model.agreement),
@@ -199,6 +143,7 @@ class Report(Findings):
     corruptions: tuple[Shifted, ...] = ()
     invariance: tuple[BatchInvariance, ...] = ()
     streams: tuple[Shifted, ...] = ()
+    tiles: tuple[Tiled, ...] = ()
 
     @property
     def shifts(self) -> list[tuple[str, str, tuple[str, str], tuple[Shifted, ...]]]:
@@ -243,7 +188,7 @@ class Report(Findings):
             "temperature_only": self.temperature_only,
             **({"agreement_verdict": agreed} if (agreed := self.agreement_verdict) else {}),
             "n_seen": self.n_seen,
-            "data": self.data and fields_of(self.data, "class_names"),
+            "data": self.data and self._data_json(self.data),
             "models": [model_json(model) for model in self.models],
             "paired": [
                 {**paired_json(model.name, self.models[0].name, paired), **agreed_json(agreed)}
@@ -270,6 +215,7 @@ class Report(Findings):
             "corruptions": [shifted_json(row, self.models[0].name) for row in self.corruptions],
             "batch_invariance": self.invariance,
             **({"streams": self._streams_json()} if self.streams else {}),
+            **({"tiles": self.tiles} if self.tiles else {}),
             "reliability": [
                 {"name": model.name, "bins": model.metrics.reliability} for model in self.models
             ],
@@ -290,6 +236,10 @@ class Report(Findings):
         value, n = ("top1", "examples") if self.by_rows is None else self.by_rows.of_class
         found = {f"n_{n.lower()}": row.n_examples, value.lower(): row.top1}
         return {"class": row.index, "name": row.name, **found}
+
+    def _data_json(self, data: DataUsed) -> dict[str, Any]:
+        # The number of groups only where there are groups.
+        return fields_of(data, "class_names", *(() if data.n_groups else ("n_groups",)))
 
     def _streams_json(self) -> list[dict[str, Any]]:
         rows = [shifted_json(row, self.models[0].name) for row in self.streams]
@@ -383,6 +333,34 @@ class Report(Findings):
             options=dict(flat(self.options)),
             any_weight=self._any_weight(),
         )
+
+
+def left_out(
+    assumptions: Sequence[str], data: DataUsed | None, swap: SwapPlan | None, trials: Trials
+) -> list[str]:
+    """Assumptions and exclusions, one sentence each, each once."""
+    notes = list(assumptions)
+    if swap:
+        notes += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
+    if trials.calibration:
+        c = trials.calibration.exceptions
+        notes += _grouped("Statistics unchanged, never reached", c.never_reached)
+        notes += _grouped("Statistics unchanged, frozen or excluded", c.left_alone)
+        notes += _grouped("Called more than once per pass, calls pooled", c.called_again)
+    if trials.choice:
+        notes += _grouped("Example weight unchanged", trials.choice.excluded)
+    for run in trials.finetunings:
+        notes += _grouped("Statistics unchanged, frozen or excluded", run.frozen)
+        if n := run.n_skipped_steps:
+            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped, not finite.")
+    if data and (n := data.n_skipped):
+        shown = f": {some(data.skipped, 20)}" if data.skipped else ""
+        notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")
+    return list(dict.fromkeys(notes))
+
+
+def _grouped(title: str, names: Sequence[str]) -> list[str]:
+    return [f"{title}: {some(names, 8)}."] if names else []
 
 
 def report_paths(out: Path) -> tuple[Path, ...]:

@@ -125,7 +125,7 @@ class WeightSearch:
 
         def without(n: int) -> Array:
             set_without(n)
-            return self._score(self.monitor).losses
+            return self._score(self.monitor).counted
 
         def lost(n: int) -> float:
             difference = without(n) - full
