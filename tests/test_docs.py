@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 import typer
 from PIL import Image
+from torch import nn
 
 import bnfix
 from bnfix.cli import app
@@ -33,6 +35,32 @@ PAGE = "bnfix-demo/digits_net.fixed.safetensors.report.html"
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 Cli = Callable[..., Outcome]
+
+#: The networks of the recipes of other tasks, which take what `other_data` writes.
+OTHER = {
+    "streets": "nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1)",
+    "sound": "nn.Conv1d(1, 4, 5), nn.BatchNorm1d(4), nn.ReLU(), nn.AdaptiveAvgPool1d(1), "
+    "nn.Flatten(), nn.Linear(4, 1)",
+    "table": "nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)",
+}
+
+
+def other_data() -> None:
+    """Checkpoints and data of the recipes of other tasks, and the functions that one shows."""
+    own = next(code for kind, code in blocks(GUIDES) if kind == "python" and "def loss" in code)
+    rng = np.random.default_rng(0)
+    for name, layers in OTHER.items():
+        code = f"from torch import nn\n\n\ndef build():\n    return nn.Sequential({layers})\n"
+        Path(f"{name}.py").write_text(code + (own if name == "sound" else ""))
+        torch.save(eval(f"nn.Sequential({layers})", {"nn": nn}).state_dict(), f"{name}.pth")
+    np.savez("sound.npz", inputs=rng.normal(size=(110, 1, 16)), targets=rng.normal(size=110))
+    for i, video in enumerate("abcdefghijkl" * 4):
+        for folder, pixels in (("images", (8, 8, 3)), ("masks", (8, 8))):
+            inside = Path("streets") / folder
+            inside.mkdir(parents=True, exist_ok=True)
+            high = 3 if folder == "masks" else 256
+            image = Image.fromarray(rng.integers(0, high, pixels, np.uint8))
+            image.save(inside / f"{video}_{i:03}.png")
 
 
 def blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -66,6 +94,7 @@ def workplace(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             inside = Path(folder) / ("" if folder == "unlabelled" else f"class {label}")
             inside.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).resize((24, 24)).save(inside / f"{i}.png")
+    other_data()
     yield tmp_path
     sys.modules.pop("net", None)
 

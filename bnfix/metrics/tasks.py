@@ -130,16 +130,25 @@ class Segmentation(ByRows):
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
         """Mean IoU over the classes that are in targets or predictions, and right positions."""
-        right, wanted, guessed = _thirds(weights @ rows)
-        iou = _ratio(right, wanted + guessed - right)
+        sums = weights @ rows
+        right, wanted, _ = _thirds(sums)
+        iou = self._iou(sums)
         there = np.isfinite(iou)
         miou = _ratio(np.where(there, iou, 0).sum(1), there.sum(1))
         return {"miou": miou, "pixel_accuracy": _ratio(right.sum(1), wanted.sum(1))}
 
     def by_class(self, rows: Array) -> Array:
         """The IoU of each class: right / (target + predicted - right), over all positions."""
-        right, wanted, guessed = _thirds(rows.sum(0, keepdims=True))
-        return np.column_stack([_ratio(right, wanted + guessed - right)[0], wanted[0]])
+        sums = rows.sum(0, keepdims=True)
+        return np.column_stack([self._iou(sums)[0], _thirds(sums)[1][0]])
+
+    def _iou(self, sums: Array) -> Array:
+        right, wanted, guessed = _thirds(sums)
+        iou = np.asarray(_ratio(right, wanted + guessed - right))
+        # A class that is ignored has no target: to predict it is wrong, but it has no IoU.
+        if 0 <= self.ignore_index < iou.shape[1]:
+            iou[:, self.ignore_index] = np.nan
+        return iou
 
 
 @dataclass(frozen=True)
