@@ -222,18 +222,46 @@ def test_calibrate_without_data(pair, cli, tmp_path):
     assert "exists" in again.message
 
 
-@pytest.mark.parametrize(
-    ("with_reference", "words"),
-    [
-        (False, "--data none: without examples, statistics can only be predicted"),
-        (True, "--data none: model: cannot be traced by torch.fx"),
-    ],
-)
-def test_calibrate_without_data_is_refused(files, cli, tmp_path, with_reference, words):
+def test_calibrate_without_data_asks_for_the_original(files, cli, tmp_path):
     out = tmp_path / "o.safetensors"
-    extra = ["--reference", files.net] if with_reference else []
     command = ["calibrate", files.net, "--data", "none", "--model", files.spec, "-o", out]
-    assert words in cli(*command, *extra).message
+    words = "--data none: without examples, statistics can only be predicted"
+    assert words in cli(*command).message
+    assert not out.exists()
+
+
+def test_a_branch_on_the_size_goes_as_for_an_example(files, cli, tmp_path):
+    out = tmp_path / "o.safetensors"
+    command = ["calibrate", files.stale, "--data", "none", "--model", files.spec, "-o", out]
+    assert cli(*command, "--reference", files.net).code == 0
+    loaded, net = bnfix.load(out, files.model()), files.trained()
+    # The same weights, but for the part of eps in the stale variances.
+    torch.testing.assert_close(loaded.bn2.running_mean, net.bn2.running_mean, rtol=0, atol=1e-3)
+    assert not torch.allclose(loaded.bn1.running_mean, net.bn1.running_mean)
+
+
+def test_a_network_without_a_graph_is_refused(pair, cli, tmp_path):
+    code = (
+        TRACEABLE
+        + """
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x):
+        return self.net(x) if float(x.sum()) < 1e9 else x
+"""
+    )
+    (tmp_path / "counting.py").write_text(code)
+    state = torch.load(tmp_path / "original.pth", weights_only=True)
+    torch.save({f"net.{name}": value for name, value in state.items()}, tmp_path / "net.pth")
+    out, spec = tmp_path / "o.safetensors", f"{tmp_path / 'counting.py'}:Counting"
+    command = ["calibrate", tmp_path / "net.pth", "--data", "none", "--model", spec, "-o", out]
+    message = cli(*command, "--reference", tmp_path / "net.pth").message
+    assert "--data none: model: cannot be traced by torch.fx" in message
+    assert message.endswith("Give data.")
     assert not out.exists()
 
 

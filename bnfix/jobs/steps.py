@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from bnfix.core.errors import ConfigError, DataError
+from bnfix.core.errors import DataError
 from bnfix.core.settings import (
     LABEL_FREE,
     AverageRecipe,
@@ -180,10 +180,6 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
     both = gate.fit + gate.select
     if given:
         return 1 - gate.select / both, gate.select / both, 0.0
-    if both == 1:
-        raise ConfigError(
-            f"--select: {gate.select} leaves nothing to test on. Give --test.", name="select"
-        )
     return gate.fit, gate.select, 1 - both
 
 

@@ -38,7 +38,7 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
     example = example_input(loaded.model, None, known_shape(loaded.model, stated))
     before = None if example is None else outputs_of(loaded.model, example)
     try:
-        reached = match_predicted_(loaded.model, original.model)
+        reached = match_predicted_(loaded.model, original.model, example)
     except ModelError as error:
         raise ModelError(f"--data none: {error} Give data.") from error
     round_as_stored_(loaded.model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -65,9 +67,17 @@ def sources_of(
     return sources, tool
 
 
-def graph_of(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph:
-    """Trace a model for all inputs at once; norm layers and torch's own layers stay calls."""
+def graph_of(
+    model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None = None
+) -> fx.Graph:
+    """Trace a model for all inputs at once; norm layers and torch's own layers stay calls.
+
+    Where that fails and there is an example, branches go as they go for it.
+    """
     graph = _graph(model, norms)
+    if isinstance(graph, str) and example is not None:
+        with contextlib.suppress(*_TRACE_ERRORS), torch.no_grad():
+            return _Followed(model, norms, example).trace(model, _defaults(model))
     if isinstance(graph, str):
         raise ModelError(f"model: cannot be traced by torch.fx ({graph}).")
     return graph
@@ -152,6 +162,40 @@ class _Tracer(fx.Tracer):
         if self._coarse and not isinstance(m, nn.Sequential):
             return id(m) not in self._with_norms
         return super().is_leaf_module(m, module_qualified_name)
+
+
+class _Followed(_Tracer):
+    """Values of an example go along, and decide where the model branches."""
+
+    def __init__(self, model: nn.Module, norms: Sequence[nn.Module], example: Tensor) -> None:
+        super().__init__(model, norms, coarse=False)
+        # The parameters of the model itself are symbols in a trace.
+        self._example, self._copy = example, copy.deepcopy(model)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        """Make a node, and compute its value."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        if kind == "output":
+            return proxy
+        args, kwargs = fx.map_arg((proxy.node.args, proxy.node.kwargs), lambda n: n.meta["value"])
+        if kind == "call_function":
+            value = target(*args, **kwargs)
+        elif kind == "call_method":
+            value = getattr(args[0], target)(*args[1:], **kwargs)
+        elif kind == "call_module":
+            value = self._copy.get_submodule(target).forward(*args, **kwargs)
+        elif kind == "get_attr":
+            value = operator.attrgetter(target)(self._copy)
+        else:
+            value = self._example
+        proxy.node.meta["value"] = value
+        return proxy
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Which way the model goes."""
+        return bool(obj.node.meta["value"])
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

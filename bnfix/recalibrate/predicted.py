@@ -57,8 +57,10 @@ class Predicted(NamedTuple):
     var: Tensor
 
 
-def predicted_moments(model: nn.Module) -> dict[str, Predicted]:
+def predicted_moments(model: nn.Module, example: Tensor | None = None) -> dict[str, Predicted]:
     """What each norm layer is predicted to meet, by name; layers out of reach are left out.
+
+    Branches that depend on the input go as they go for the ``example``.
 
     Raises:
         ModelError: if the model has no graph.
@@ -67,7 +69,7 @@ def predicted_moments(model: nn.Module) -> dict[str, Predicted]:
     found: dict[str, Predicted] = {}
     known: dict[fx.Node, Predicted | None] = {}
     with torch.no_grad():
-        for node in graph_of(model, list(sites)).nodes:
+        for node in graph_of(model, list(sites), example).nodes:
             given = [known[n] for n in node.all_input_nodes]
             module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
             if module in sites and given[0] is not None:
@@ -97,12 +99,15 @@ def predicted_gaps(model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def match_predicted_(model: nn.Module, original: nn.Module) -> list[str]:
+def match_predicted_(
+    model: nn.Module, original: nn.Module, example: Tensor | None = None
+) -> list[str]:
     """Set the statistics by the formula above; the names of the layers that were reached.
 
     Args:
         model: with other weights than the original, and the same norm layers.
         original: the network that it was made from, whose statistics are right.
+        example: an input for both, if they branch.
 
     Raises:
         ModelError: if one of both has no graph.
@@ -110,7 +115,7 @@ def match_predicted_(model: nn.Module, original: nn.Module) -> list[str]:
     Changes:
         ``running_mean`` and ``running_var`` of the layers reached, but of frozen ones.
     """
-    own, theirs = predicted_moments(model), predicted_moments(original)
+    own, theirs = predicted_moments(model, example), predicted_moments(original, example)
     stored = {site.name: site for site in find_norms(original)}
     done = []
     for site in find_norms(model):
