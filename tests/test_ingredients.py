@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bnfix import GeneralizedBatchNorm, finetune_
 from bnfix.core.errors import ConfigError, NormError, NumericError
 from bnfix.core.settings import FinetuneRecipe
+from bnfix.norm.moments import over_runs
 from bnfix.training.roles import norm_roles
 from tests.test_finetuning import BATCHES, MONITOR, NORMS, Found, stock, tiny
 
@@ -59,7 +60,7 @@ def test_exclusive_statistics_are_those_of_the_others(n, groups, ghost, size, se
 def test_the_moments_of_the_others_have_no_gradient_in_an_example():
     x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
     mean, var = x.mean(2), x.var(2, correction=0)
-    run_mean, run_var = exclusive(3)._over_runs(mean, var, 1)
+    run_mean, run_var = over_runs(mean, var, 1, exclusive(3).channel_groups, exclusive=True)
     for i in range(5):
         for moment in (run_mean, run_var):
             (grad,) = torch.autograd.grad(moment[i].sum(), x, retain_graph=True)

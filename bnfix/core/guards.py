@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -421,11 +421,16 @@ def valid_of(mask: Any, lengths: Any, total: int | None) -> Valid:
 def current_mask() -> Valid | None:
     """The valid positions of the batch that runs; compiled and exported layers know none."""
     if torch.compiler.is_compiling():
-        raise NormError(
-            "mask: a compiled or exported network takes all positions for valid. Run the model "
-            "uncompiled on batches with a mask, or leave the mask out."
-        )
+        _refuse_compiled()
     return _set.get()
+
+
+def _refuse_compiled() -> NoReturn:
+    # A function of its own: torch 2.8 cannot compile a `raise` of this class beside a condition.
+    raise NormError(
+        "mask: a compiled or exported network takes all positions for valid. Run the model "
+        "uncompiled on batches with a mask, or leave the mask out."
+    )
 
 
 def mask_in(batch: Any) -> dict[str, Any]:
