@@ -338,9 +338,12 @@ def read_off(output: Any, targets: Any) -> str:
     whole, flat = not found.is_floating_point(), z.ndim == 2 and z.shape[1] > 1
     if whole and z.ndim > 2 and z.shape[1] > 1 and found.ndim == z.ndim - 1:
         return "segmentation"
-    if flat and found.shape == z.shape and bool(((found == 0) | (found == 1)).all()):
+    binary = bool(((found == 0) | (found == 1)).all())
+    if flat and found.shape == z.shape and binary:
         return "multilabel"
-    return TASKS[0] if whole or not _same_numbers(found, z) else "regression"
+    # One logit an example is a classifier's, whose labels are often floats.
+    single = binary and z[:1].numel() == 1
+    return TASKS[0] if whole or single or not _same_numbers(found, z) else "regression"
 
 
 def _is_float(leaf: Any) -> bool:
