@@ -21,7 +21,6 @@ from bnfix.core.runtime import run as run_model
 from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record, history_digests
-from bnfix.jobs.fits import zero_pointwise_
 from bnfix.jobs.inputs import (
     Track,
     Tracked,
@@ -35,7 +34,7 @@ from bnfix.jobs.session import load_one
 from bnfix.metrics.robustness import all_outputs
 from bnfix.models.build import input_channels
 from bnfix.norm.sites import find_norms
-from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_
+from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_, zero_pointwise_
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
 from bnfix.report.records import describe_neighbours, layer_rows, n_live
 from bnfix.report.report import Report, Result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +23,8 @@ from bnfix.metrics.evaluate import Outputs, against, collect, describe_left_out,
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import in_stream
 from bnfix.metrics.task import ByRows, Reference
-from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
+from bnfix.norm.swap import zero_pointwise_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
@@ -401,6 +402,15 @@ class Fits:
         calibrations: list[Calibration] = []
         state = None if gated else self.plan.state
         tuned = self._finetune(recipe, state, calibrations, distils=distils)
+        if tuned.n_steps and not tuned.best_epoch and recipe.lr is None:
+            # Networks with small gammas need smaller steps than the usual ones.
+            slower = replace(recipe, lr=recipe.peak_lr / 10)
+            calibrations.clear()
+            tuned = self._finetune(slower, None, calibrations, distils=distils)
+            self.bench.assumptions.append(
+                f"fine-tuning: no epoch at a rate of {recipe.peak_lr:g} was better than the start, "
+                f"so {slower.lr:g} was tried."
+            )
         # A resumed run has measured the statistics of the last epochs only.
         k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
         own = calibrations[k : k + 1] if tuned.best_epoch and k >= 0 else []
@@ -460,16 +470,3 @@ class Fits:
             batches = bench.batches(index[:REFIT_SAMPLES], "re-fitting scale and shift").whole()
             bench.assumptions.append(refit_(self.model, bench.original, batches).describe())
         return Fitted("converted and re-fitted")
-
-
-def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
-    """Keep weight 0 where maps have a single position: the formula there is another function."""
-    layers = dict(generalized_norms(model))
-    live = [
-        name for name in excluded if layers[name].live and layers[name].running_mean is not None
-    ]
-    if not live:
-        return []
-    none = dict.fromkeys(live, 0.0)
-    set_example_weight_(model, none, batch_weight=none)
-    return [f"{len(live)} layers have a single position a map and keep example weight 0."]

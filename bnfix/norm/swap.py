@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -16,7 +16,12 @@ from bnfix.core.guards import exchange_, tensors_kept
 from bnfix.core.options import KINDS
 from bnfix.core.settings import SwapRecipe
 from bnfix.core.torch_private import BatchNormBase
-from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct
+from bnfix.norm.layer import (
+    GeneralizedBatchNorm,
+    GeneralizedBatchNormAct,
+    generalized_norms,
+    set_example_weight_,
+)
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import (
     NormSite,
@@ -382,3 +387,16 @@ def _evaluated(module: nn.Module, x: Tensor) -> Tensor:
         # The class's method, not a call: the user's hooks are no part of this.
         output: Tensor = type(module).forward(module, x)
     return output
+
+
+def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
+    """Keep weight 0 where maps have a single position: the formula there is another function."""
+    layers = dict(generalized_norms(model))
+    live = [
+        name for name in excluded if layers[name].live and layers[name].running_mean is not None
+    ]
+    if not live:
+        return []
+    none = dict.fromkeys(live, 0.0)
+    set_example_weight_(model, none, batch_weight=none)
+    return [f"{len(live)} layers have a single position a map and keep example weight 0."]
