@@ -269,7 +269,8 @@ class Own(ByRows):
     def words(self) -> Words:
         """The function's name."""
         name = self.loss.rpartition(":")[2]
-        return Words(f"loss ({name})", "", f"loss ({name})", "")
+        called = "loss" if name == "loss" else f"loss ({name})"
+        return Words(called, "", called, "")
 
     def output(self, output: Any) -> Any:
         """The output as it is, floating-point tensors as float32."""
