@@ -338,23 +338,3 @@ def test_fine_tuning_refuses_the_state_of_a_run_on_other_inputs(files, cli, tmp_
     outcome = cli(*given, "--corrupt", "noise:3", *state, "--force")
     assert outcome.code == 1
     assert "is the state of another run" in outcome.message
-
-
-def test_small_gammas_get_a_second_run_with_a_tenth_of_the_usual_rate(files, cli, tmp_path):
-    state = torch.load(files.net, weights_only=True)
-    for name in ("bn2.weight", "bn2.bias"):
-        state[name] *= 1e-3
-    state["fc.weight"] *= 1e3  # the same outputs
-    torch.save(state, tmp_path / "small.pth")
-    command = ["finetune", tmp_path / "small.pth", *files.common, "--data", files.data, "--json"]
-    words = "no epoch at a rate of 0.006 was better than the start, so 0.0006 was tried"
-    found = cli(*command, "-o", tmp_path / "out.safetensors").json
-    assert words in " ".join(found["assumptions"])
-    assert found["options"]["finetune"]["lr"] is None
-    # A rate that is stated is the only one.
-    stated = cli(*command, "--lr", "0.006", "-o", tmp_path / "stated.safetensors").json
-    assert "was tried" not in " ".join(stated["assumptions"])
-    assert stated["training_curve"][0]["best_epoch"] == 0
-    usual = ["finetune", files.net, *files.common, "--data", files.data, "--json"]
-    found = cli(*usual, "-o", tmp_path / "usual.safetensors").json
-    assert "was tried" not in " ".join(found["assumptions"])

@@ -402,15 +402,6 @@ class Fits:
         calibrations: list[Calibration] = []
         state = None if gated else self.plan.state
         tuned = self._finetune(recipe, state, calibrations, distils=distils)
-        if tuned.n_steps and not tuned.best_epoch and recipe.lr is None:
-            # Networks with small gammas need smaller steps than the usual ones.
-            slower = replace(recipe, lr=recipe.peak_lr / 10)
-            calibrations.clear()
-            tuned = self._finetune(slower, None, calibrations, distils=distils)
-            self.bench.assumptions.append(
-                f"fine-tuning: no epoch at a rate of {recipe.peak_lr:g} was better than the start, "
-                f"so {slower.lr:g} was tried."
-            )
         # A resumed run has measured the statistics of the last epochs only.
         k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
         own = calibrations[k : k + 1] if tuned.best_epoch and k >= 0 else []
