@@ -224,8 +224,14 @@ def test_the_command_mixes_as_python_does(files, cli, tmp_path, prior, robust):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--prior", "8"], "--prior: only --statistics blend takes it. Leave it out."),
-        (["--robust"], "--robust: only --statistics population, blend take it."),
+        (
+            ["--prior", "8"],
+            "--prior: --statistics is auto, expected blend. Add --statistics blend.",
+        ),
+        (
+            ["--robust"],
+            "--robust: --statistics is auto, expected population or blend. Add --statistics blend.",
+        ),
         (["--statistics", "blend", "--prior", "-1"], "--prior: -1.0, expected auto or a number"),
         (["--statistics", "blend", "--prior", "some"], "--prior: some, expected auto or a number"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -514,3 +515,18 @@ def test_the_report_counts_groups(files: Files, cli, tmp_path):
     assert "n_groups" not in plain["data"]
     wide, narrow = (c["models"][0]["interval"]["nll"] for c in (content, plain))
     assert wide != narrow
+
+
+def test_too_few_groups_are_the_stated_reason_that_nothing_is_proven(
+    files: Files, cli: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    images, labels = images_of(180, seed=2)
+    groups = np.arange(180) // 9
+    np.savez(tmp_path / "few.npz", images=images, labels=labels, groups=groups)
+    common = (*files.common, "--data", tmp_path / "few.npz", "--groups", "groups")
+    found = cli("fix", files.stale, *common, "--train", "none", "-o", tmp_path / "o.safetensors")
+    assert "the select split has 4 groups where it takes 15, so nothing can be chosen" in found.err
+    half = tmp_path / "half.npz"
+    np.savez(half, images=images[:90], labels=labels[:90], groups=groups[:90])
+    shown = cli("eval", files.stale, files.net, *files.common, "--data", half, "--groups", "groups")
+    assert "same: nothing is proven by 10 groups where it takes 15: " in " ".join(shown.out.split())

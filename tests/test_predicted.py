@@ -306,3 +306,46 @@ def test_statistics_of_other_weights_are_a_finding(cli, tmp_path):
     (one,) = states["other"]
     assert one["layer"] == ""
     assert "the median over 5 layers" in one["detail"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--statistics", "keep"], "without examples --statistics cannot act"),
+        (["--example-weight", "0.5"], "without examples --example-weight cannot act"),
+        (["--layers", "4"], "without examples --layers cannot act"),
+        (["--test", "nowhere/"], "without examples --test cannot act"),
+        (["--samples", "10"], "without examples --samples cannot act"),
+    ],
+)
+def test_options_that_need_examples_are_refused(pair, cli, tmp_path, words, message):
+    out = tmp_path / "o.safetensors"
+    command = ["calibrate", tmp_path / "rounded.pth", "--data", "none", "--model", pair[0], *words]
+    done = cli(*command, "--reference", tmp_path / "original.pth", "-o", out)
+    assert message in done.message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["fix", "finetune"])
+def test_other_commands_need_examples(pair, cli, tmp_path, command):
+    out = tmp_path / "o.safetensors"
+    words = [tmp_path / "rounded.pth", "--data", "none", "--model", pair[0], "-o", out]
+    message = cli(command, *words, "--reference", tmp_path / "original.pth").message
+    assert f"--data none: {command} needs examples; only calibrate takes none" in message
+
+
+def test_a_plan_without_data_writes_nothing(pair, cli, tmp_path):
+    out = tmp_path / "o.safetensors"
+    command = [
+        "calibrate",
+        tmp_path / "rounded.pth",
+        "--data",
+        "none",
+        "--model",
+        pair[0],
+        "--plan",
+    ]
+    done = cli(*command, "--reference", tmp_path / "original.pth", "-o", out)
+    assert done.code == 0
+    assert "the means of 1 layers were moved" in " ".join(done.out.split())
+    assert not out.exists()

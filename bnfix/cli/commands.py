@@ -213,20 +213,20 @@ def _carry_out(
     if not out.show_plan:
         check_outputs(output, force=out.force)
     with terminal.working() as track:
-        predicted = plan.command == "calibrate" and list(data) == ["none"]
-        if predicted:
+        if data in ("none", ["none"]):
             result = calibrate_without_data(checkpoint, plan)
+            notes = result.report.assumptions
+            described, lines = {"command": plan.command, "steps": notes}, [*notes, "not written"]
         else:
             bench = open_plan(plan, checkpoint, data, None, track)
-        if out.show_plan:
-            described = {"steps": []} if predicted else describe(bench, str(output))
-        else:
-            result = result if predicted else execute(bench)
+            if out.show_plan:
+                described = describe(bench, str(output))
+                lines = plan_lines(described)
+            else:
+                result = execute(bench)
+        if not out.show_plan:
             result.save_by_first(output, force=out.force)
     if out.show_plan:
-        lines = (
-            ["statistics are predicted; nothing was done"] if predicted else plan_lines(described)
-        )
         terminal.plan(described, *lines)
     else:
         terminal.show(result.report, output)

@@ -66,7 +66,8 @@ class OptimizerRecipe:
         if not isinstance(self.norm_decay, str):
             return {"other": self.norm_decay}
         parts = [part.partition("=") for part in self.norm_decay.split(",")]
-        return {role.strip(): _number(value) for role, _, value in parts}
+        found = {role.strip(): _number(value) for role, _, value in parts}
+        return found if len(found) == len(parts) else {"": math.nan}  # a role twice is none
 
 
 def _number(text: str) -> float:

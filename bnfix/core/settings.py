@@ -186,9 +186,10 @@ class StatisticsRecipe:
         ok = prior in (None, "auto") or (not isinstance(prior, str) and 0 <= prior < math.inf)
         require(ok, f"--prior: {prior}, expected auto or a number of at least 0.", "prior")
         ok = prior is None or self.statistics == "blend"
-        require(ok, "--prior: only --statistics blend takes it. Leave it out.", "prior")
+        found = f"--statistics is {self.statistics}, expected"
+        require(ok, f"--prior: {found} blend. Add --statistics blend.", "prior")
         ok = not self.robust or self.statistics in ("population", "blend")
-        require(ok, "--robust: only --statistics population, blend take it.", "robust")
+        require(ok, f"--robust: {found} population or blend. Add --statistics blend.", "robust")
         require(
             all(0 < w < 1e6 for w in self.mix),
             f"--mix: {', '.join(map(str, self.mix))}, expected numbers above 0.",

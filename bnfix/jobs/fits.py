@@ -402,6 +402,9 @@ class Fits:
         calibrations: list[Calibration] = []
         state = None if gated else self.plan.state
         tuned = self._finetune(recipe, state, calibrations, distils=distils)
+        if recipe.norm_decay_target == "none" and any(recipe.norm_decays.values()):
+            still = "--norm-decay: without --norm-decay-target zero or identity nothing decays."
+            self.bench.assumptions.append(still)
         # A resumed run has measured the statistics of the last epochs only.
         k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
         own = calibrations[k : k + 1] if tuned.best_epoch and k >= 0 else []

@@ -24,6 +24,7 @@ from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen, watched
 from bnfix.data.groups import describe_groups, groups_of_test
+from bnfix.data.images import Images
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
     Inputs,
@@ -35,6 +36,7 @@ from bnfix.jobs.inputs import (
     open_inputs,
     silent,
 )
+from bnfix.metrics.metrics import shortfall
 from bnfix.models.build import import_forward
 from bnfix.models.published import default_preprocessing
 from bnfix.recalibrate.blend import MEASURED_SPREAD
@@ -258,14 +260,13 @@ def open_workbench(
                 f"{', or in one of its groups' if test.images.group_names else ''}; they were left "
                 "out of the test."
             )
-    if split.duplicates:
-        notes.append(
-            f"{split.duplicates} images are exact copies of others; they were left out, so that "
-            "no image is in two splits."
-        )
+    if n := split.duplicates:
+        copies = f"{n} images are exact copies of others; they were left out, so that"
+        notes.append(f"{copies} no image is in two splits.")
     notes += [f"{images.spec}: {note}." for note in images.notes]
-    for one in (images,) if test is inputs else (images, test.images):
-        notes += describe_groups(one)
+    both = (images,) if test is inputs else (images, test.images)
+    notes += [note for one in both for note in describe_groups(one)]
+    notes += _describe_select(split, images)
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
     corruption = corruption_of(source.corrupt, seed)
@@ -290,6 +291,14 @@ def open_workbench(
         footprint=held,
         reference=reference,
     )
+
+
+def _describe_select(split: Split, images: Images) -> list[str]:
+    """That nothing can be chosen, if so few examples or groups would have to."""
+    groups = None if images.groups is None else images.groups[split.select]
+    few = shortfall(len(split.select), groups) if len(split.select) else ""
+    advice = "Give more data, or a larger --select with a --test of its own."
+    return [f"the select split has {few}, so nothing can be chosen. {advice}"] if few else []
 
 
 def _check_mix(mix: Sequence[float], n_sources: int) -> None:

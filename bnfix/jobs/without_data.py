@@ -25,6 +25,7 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
         ConfigError: if no reference is given.
         ModelError: if one of both networks has no graph.
     """
+    _refuse_what_takes_data(plan)
     loaded = load_one(checkpoint, plan.model, plan.run)
     original = open_reference(loaded, plan)
     if original is None:
@@ -77,3 +78,36 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
         versions=versions(),
     )
     return Result(loaded.model, report, entry, loaded.origin.preprocessing)
+
+
+def _refuse_what_takes_data(plan: Plan) -> None:
+    """Refuse commands and options that would have no effect without an example."""
+    if plan.command != "calibrate":
+        raise ConfigError(
+            f"--data none: {plan.command} needs examples; only calibrate takes none. Give data.",
+            name="data",
+        )
+    statistics = dataclasses.replace(
+        plan.statistics,
+        reference=None,
+        reference_model=None,
+        batch_size=Plan().statistics.batch_size,
+    )
+    usual = Plan()
+    pairs: list[tuple[Any, Any]] = [
+        (statistics, usual.statistics),
+        (plan.weight, usual.weight),
+        (plan.swap, usual.swap),
+    ]
+    stated = [
+        "--" + field.name.replace("_", "-")
+        for given, default in pairs
+        for field in dataclasses.fields(given)
+        if getattr(given, field.name) != getattr(default, field.name)
+    ]
+    stated += ["--test"] if plan.source.test is not None else []
+    if stated:
+        raise ConfigError(
+            f"--data none: without examples {some(stated)} cannot act. Leave it out, or give data.",
+            name="data",
+        )

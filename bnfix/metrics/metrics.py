@@ -66,6 +66,12 @@ def least(groups: Array | None) -> int:
     return LEAST_EXAMPLES if groups is None else LEAST_GROUPS
 
 
+def shortfall(n: int, groups: Array | None) -> str:
+    """Too few units to prove anything, in words; empty where there are enough."""
+    found, what = n_counted(n, groups), "examples" if groups is None else "groups"
+    return "" if found >= least(groups) else f"{found} {what} where it takes {least(groups)}"
+
+
 def n_marked(marked: Array, groups: Array | None) -> int:
     """How many units have an example that is marked."""
     return int(marked.sum()) if groups is None else len(np.unique(groups[marked]))
@@ -237,6 +243,11 @@ class PerExample:
     def n_groups(self) -> int | None:
         """How many groups there are, if any are given."""
         return None if self.groups is None else int(self.groups.max()) + 1
+
+    @property
+    def shortfall(self) -> str:
+        """How many examples or groups too few there are to prove anything; empty if enough."""
+        return shortfall(len(self.losses), self.groups)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

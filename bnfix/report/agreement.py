@@ -83,6 +83,14 @@ def agreed_json(paired: Paired | None) -> dict[str, Any]:
     return {"agreement": paired.top1, "divergence": paired.nll, "agreement_verdict": paired.verdict}
 
 
+def no_change(paired: Paired, last: Metrics) -> str:
+    """The beginning of a sentence where nothing is proven, and why; else empty."""
+    if paired.verdict != "same":
+        return ""
+    few = "" if last.examples is None else last.examples.shortfall
+    return f"nothing is proven by {few}: " if few else "no measurable difference: "
+
+
 @dataclass(frozen=True)
 class ByLoss:
     """The first and the last model as a task judges them that is no classification."""
@@ -100,8 +108,7 @@ class ByLoss:
         if self.paired is None or self.first.nll is None:
             low, high = last.interval["nll"]
             return f"{text} (95% interval {number(low)} to {number(high)})."
-        no = "no measurable difference: " if self.paired.verdict == "same" else ""
-        change = difference(self.paired.nll)
+        no, change = no_change(self.paired, self.last), difference(self.paired.nll)
         return f"{no}{text}, {number(self.first.nll)} {self.before}; the difference is {change}."
 
     def remarks(self) -> Iterator[str]:

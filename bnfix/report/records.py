@@ -21,7 +21,7 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.report.agreement import BADGES, ByLoss, Closeness
+from bnfix.report.agreement import BADGES, ByLoss, Closeness, no_change
 from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
@@ -291,11 +291,9 @@ class Findings:
                 f"NLL {number(last.nll)} on {images}, {number(first.nll)} {self._reference()}; "
                 f"the difference is {difference(paired.nll)}."
             )
-        no = "no measurable difference: " if paired.verdict == "same" else ""
-        return (
-            f"{no}{percent(last.top1)} of {images} right, {percent(first.top1)} "
-            f"{self._reference()}; the difference is {difference(paired.top1, points=True)}."
-        )
+        now = f"{no_change(paired, last)}{percent(last.top1)} of {images} right"
+        change = difference(paired.top1, points=True)
+        return f"{now}, {percent(first.top1)} {self._reference()}; the difference is {change}."
 
     def remarks(self) -> list[Note]:
         """Facts that qualify the headline, one sentence each."""
