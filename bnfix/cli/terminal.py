@@ -44,8 +44,10 @@ _NARROW = 50
 def _console(*, stderr: bool = False) -> Console:
     if not distributed.speaks():  # of several processes the first prints for all
         return Console(file=io.StringIO())
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_UNBOUNDED)
+    console = Console(stderr=stderr, emoji=False)  # a name such as o.py:star is none
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    return console
 
 
 @dataclasses.dataclass
@@ -69,7 +71,7 @@ class Terminal:
         with _stdout_to_stderr(), bars as progress:
 
             def track(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
-                task = progress.add_task(shown_text(stage), total=n)
+                task = progress.add_task(clean(stage), total=n)
                 try:
                     for batch in batches:
                         yield batch
@@ -126,7 +128,7 @@ def _columns(width: int) -> Iterator[ProgressColumn]:
     room = width - (14 if width < _NARROW else 30 + bar)
     # The other columns have fixed widths: a long stage is cut, not the time.
     stage = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, room))
-    yield TextColumn("{task.description}", table_column=stage)
+    yield TextColumn("{task.description}", markup=False, table_column=stage)
     if bar:
         yield BarColumn(bar)
     if width < _NARROW:
@@ -194,7 +196,7 @@ def _fail(error: BaseException, code: int, message: str, debug: bool) -> None:
         if debug:
             traceback.print_exception(error)
         text = shown_text(f"bnfix: {message}")
-        Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+        Console(stderr=True, emoji=False).print(text, soft_wrap=True, highlight=False)
     raise typer.Exit(code)
 
 

@@ -343,6 +343,18 @@ class Valid:
             mask = _POOLS[len(own) - 1](mask[:, None].float(), own)[:, 0] > 0
         return mask.view(n, *(1 for _ in shape[len(own) :]), *own).expand(n, *shape).flatten(1)
 
+    def refuse_misfit(self, beside: Iterable[Tensor]) -> None:
+        """Raise if neither a tensor beside the mask nor a layer's map is of its size."""
+        size, shapes = tuple(self.mask.shape[1:]), [tuple(t.shape) for t in beside if t.ndim > 1]
+        # Any mask fits one position. Positions of inputs may come before channels.
+        maps = [shape for shape in self._fitted if prod(shape) > 1]
+        parts = (s[k : k + len(size)] for s in shapes for k in range(1, len(s)))
+        if maps and shapes and size not in (*maps, *parts):
+            raise DataError(
+                f"mask: {tuple(self.mask.shape)} for inputs {shapes[0]} and maps of {maps[0]}, "
+                "expected (N, *positions) of either. Give a mask of the inputs' positions."
+            )
+
 
 def valid_positions(
     mask: Tensor | None = None,
@@ -379,8 +391,8 @@ def valid_positions(
 
 
 @contextmanager
-def mask_used(valid: Valid | None) -> Iterator[None]:
-    """Let norm layers look at these positions, or at all."""
+def mask_used(valid: Valid | None, beside: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Let norm layers look at these positions, or at all; check them by what else is in a batch."""
     global _n_set, mask_is_set
     token = _set.set(valid)
     with _lock:
@@ -391,6 +403,8 @@ def mask_used(valid: Valid | None) -> Iterator[None]:
         with _lock:
             _n_set, mask_is_set = _n_set - 1, _n_set > 1
         _set.reset(token)
+    if valid is not None:
+        valid.refuse_misfit(beside)
 
 
 def valid_of(mask: Any, lengths: Any, total: int | None) -> Valid:

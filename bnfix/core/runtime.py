@@ -243,7 +243,8 @@ def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextMan
         )
     x = _first_input(batch)
     total = x.shape[-1] if isinstance(x, Tensor) and x.ndim > 1 else None
-    return guards.valid_positions(given.get("mask"), lengths=given.get("lengths"), total=total)
+    valid = guards.valid_of(given.get("mask"), given.get("lengths"), total)
+    return guards.mask_used(valid, [t for t in tensors_in(batch) if t is not valid.mask])
 
 
 def _trained(

@@ -428,12 +428,16 @@ def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, i
 def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.ndarray:
     """Check that integer labels can be outputs of the model."""
     limit = MAX_CLASSES if n_classes is None else n_classes
-    outside = int(((labels < 0) | (labels >= limit)).sum())
-    if outside:
+    rows = np.flatnonzero((labels < 0) | (labels >= limit))
+    if len(rows):
+        outside = f"outside 0 to {limit - 1}"
+        if n_classes is None and labels.max() < limit:  # which is only a guard
+            outside = "below 0, expected at least 0"
         of_model = "" if n_classes is None else f", the model's {n_classes} outputs"
         raise DataError(
-            f"{where}: labels from {labels.min()} to {labels.max()}, {outside} of {len(labels)} "
-            f"outside 0 to {limit - 1}{of_model}. Correct them, or give --class-map FILE.json."
+            f"{where}: labels from {labels.min()} to {labels.max()}, {len(rows)} of {len(labels)} "
+            f"{outside}{of_model}, first in row {rows[0]} (from 0). Correct them, or give "
+            "--class-map FILE.json."
         )
     return labels.astype(np.int64)
 

@@ -136,6 +136,7 @@ def evaluate_files(
     arena = Arena(entrants, run, seed, track)
     corruption = corruption_of(source.corrupt, seed)
     found = arena.outputs("evaluating", corruption, bool(functions))
+    found[0].refuse_own_loss()
     own = custom_metrics(functions, found, seed=seed) if functions else [()] * len(found)
     if predictions is not None:
         _write_predictions(predictions, entrants, found)

@@ -109,6 +109,8 @@ class Fits:
             return self.bench.batches(self.bench.split.select, f"select: {name}")
 
         found = self._outputs(model, partial(batches_of, name))
+        if name == ORIGINAL:
+            found.refuse_own_loss()
         reference = self._reference
         by_rows = isinstance(found.task, ByRows)
         if reference is None or by_rows or (split == "select" and self.bench.labelled):

@@ -314,7 +314,7 @@ def open_checked(
                 images.notes += [note] * (note not in images.notes)
         return images, input_size, task
     if images.labelled and images.labels is None and not any_task:
-        _set_classes(images, output, first.y)
+        _set_classes(images, output, first.y, recipe.task)
     if images.labels is None:
         return images, input_size, task
     if any_task and isinstance(output, torch.Tensor):
@@ -327,14 +327,15 @@ def open_checked(
     return images, input_size, task
 
 
-def _set_classes(images: Images, output: Any, y: Any) -> None:
+def _set_classes(images: Images, output: Any, y: Any, stated: str) -> None:
     """Take targets for the labels of a classification, if they can be."""
     if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or images.moves:
         found = [runtime.described(part) for part in (output, y)]
-        raise DataError(
-            f"{images.spec}: outputs {found[0]} and targets {found[1]} of one example are of no "
-            "task that is plain. Give --task, or --loss FILE.py:callable."
-        )
+        odd = "of no task that is plain. Give --task, or --loss FILE.py:callable"
+        if stated != "auto":
+            odd = f"no {stated}'s, expected logits (N, K) and integer labels (N,). Change --task"
+        where = f"{images.spec}: outputs {found[0]} and targets {found[1]} of one example"
+        raise DataError(f"{where} are {odd}.")
     images.labels = images.targets.take(np.arange(len(images))).numpy()
     images.targets = None
 

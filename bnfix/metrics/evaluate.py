@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import DataError, ModelError, NumericError
+from bnfix.core.errors import ConfigError, DataError, ModelError, NumericError, plain
 from bnfix.core.settings import TaskRecipe
 from bnfix.metrics.metrics import (
     Metrics,
@@ -54,6 +54,17 @@ class Outputs:
     examples: PerExample | None = None  # of a task that keeps no outputs, where there are targets
     left_out: int = 0  # examples that have nothing to be judged by
     groups: Array | None = None  # of the examples, numbered from 0
+    at_fault: Array | None = None  # places of examples whose loss of the user's alone is not finite
+
+    def refuse_own_loss(self) -> None:
+        """Raise if the user's loss of the network as it was is not finite by itself."""
+        if self.at_fault is not None and len(self.at_fault):
+            raise ConfigError(
+                f"--loss {plain(str(getattr(self.task, 'loss', '')))}: not finite for example "
+                f"{self.at_fault.min()} (from 0), though its outputs are. Correct the function, or "
+                "that example's targets.",
+                name="loss",
+            )
 
     @property
     def classified(self) -> bool:
@@ -294,7 +305,11 @@ _AT_ONCE = 2**22
 def _judged(task: ByRows, outputs: Any, targets: Any) -> dict[str, Array]:
     """What a task says of each example of a batch."""
     if isinstance(task, Own):  # which may look at a batch as a whole
-        return {"losses": task.losses(outputs, targets).double().cpu().numpy()}
+        losses, found = task.losses(outputs, targets), runtime.tensors_in(outputs)
+        # Where outputs are larger, a square may overflow, and the function is not to blame.
+        usual = all(bool((t.abs() < 1e15).all()) for t in found if t.is_floating_point())
+        at_fault = usual & ~losses.isfinite()
+        return {"losses": losses.double().cpu().numpy(), "at_fault": at_fault.cpu().numpy()}
     parts: list[dict[str, Array]] = []
     size = max(1, _AT_ONCE * len(outputs) // max(1, outputs.numel()))
     for z, y in zip(outputs.split(size), targets.split(size), strict=True):
@@ -355,7 +370,9 @@ def _put_together(parts: Sequence[_Share], task: Task | None, groups: Any) -> Ou
             blind_loss=float(found["blind"].mean()) if "blind" in found else 0.0,
             words=task.words, rows=found.get("rows"), groups=ids,
         )  # fmt: skip
+    at_fault = np.flatnonzero(found.get("at_fault", ()))
     return Outputs(
+        at_fault=found["index"][at_fault] if "index" in found else at_fault,
         outputs=found["outputs"], labels=found.get("labels"), positions=found.get("index"),
         images_per_second=sum(rate for _, rate, _ in parts),
         task=task, examples=examples, groups=ids, left_out=int((~counted).sum()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -293,14 +293,18 @@ class Own(ByRows):
                 f"{described(outputs)} and targets {described(targets)}.",
                 name="loss",
             ) from error
+        odd = ""
         if not isinstance(found, Tensor) or found.shape != (n,):
             shape = tuple(getattr(found, "shape", ()))
-            raise ConfigError(
-                f"{where}: returned {type(found).__name__} of shape {shape}, expected a tensor of "
-                f"shape ({n},), one loss an example. Take means over all other dimensions only.",
-                name="loss",
+            odd = (
+                f"{type(found).__name__} of shape {shape}, expected a tensor of shape ({n},), one "
+                "loss an example. Take means over all other dimensions only."
             )
-        return found
+        elif not found.requires_grad and any(t.requires_grad for t in runtime.tensors_in(outputs)):
+            odd = "losses without a gradient in the outputs. Leave out detach, no_grad and numpy."
+        if odd:
+            raise ConfigError(f"{where}: returned {odd}", name="loss")
+        return cast(Tensor, found)
 
 
 def resolve_task(recipe: TaskRecipe, output: Any, targets: Any) -> Task:
