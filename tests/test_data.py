@@ -277,7 +277,10 @@ def test_csv_with_names(tmp_path: Path) -> None:
         (b"file,label\n\xff.png,1\n", "not a readable CSV file"),
         ("file,label\n0.png,1\n1.png,cat\n", "some labels are numbers, but not .*: cat"),
         ("file,label\n0.png,1.0\n1.png,2.0\n", "some labels are numbers, but not .*: 1.0, 2.0"),
-        ("file,label\n0.png,-1\n", "labels from -1 to -1, 1 of 1 outside 0 to 999999"),
+        (
+            "file,label\n0.png,-1\n",
+            "labels from -1 to -1, 1 of 1 below 0, expected at least 0, first in row 0",
+        ),
         ("file,label\n0.png,99999999999999999999\n", "some labels are numbers"),
     ],
 )
@@ -374,10 +377,13 @@ def test_threads_hash_files_as_one_does(tmp_path: Path, monkeypatch: pytest.Monk
         ({"images": grid(2), "labels": np.zeros((2, 1), int)}, r"labels are int64 \(2, 1\)"),
         ({"images": grid(2), "labels": np.zeros(2)}, r"labels are float64 \(2,\)"),
         ({"images": grid(2), "labels": np.array(["a", "b"])}, "labels are <U1"),
-        ({"images": grid(2), "labels": np.array([0, -3])}, "labels from -3 to 0, 1 of 2 outside"),
+        (
+            {"images": grid(2), "labels": np.array([0, -3])},
+            "labels from -3 to 0, 1 of 2 below 0, .* row 1 ",
+        ),
         (
             {"images": grid(2), "labels": np.array([0, 2**64 - 1], "u8")},
-            r"labels .*, 1 of 2 outside 0 to 999999\.",
+            r"labels .*, 1 of 2 outside 0 to 999999, first in row 1 ",
         ),
         ({"images": np.array([None, {}], dtype=object)}, "images says object .* plain numbers"),
     ],

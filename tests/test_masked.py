@@ -390,6 +390,8 @@ def test_fine_tuning_and_choosing_see_the_mask():
         ({"mask": torch.ones(3, dtype=torch.bool)}, "expected a bool tensor"),
         ({"mask": torch.ones(3, 5, 5, dtype=torch.bool)}, r"bn1: its maps are of shape \(5,\)"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"bn1: .*the mask is for 2 examples"),
+        ({"mask": torch.ones(3, 3, dtype=torch.bool)}, r"mask: \(3, 3\) for inputs \(3, 4, 5\)"),
+        ({"mask": torch.ones(3, 6, dtype=torch.bool)}, r"mask: \(3, 6\) for inputs \(3, 4, 5\)"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(extra, found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -429,6 +430,8 @@ def test_regression_knows_its_loss():
 # --- whole commands ---
 
 NETS = """
+from math import nan
+
 import torch
 from torch import nn
 
@@ -455,6 +458,18 @@ def mean(outputs, targets):
 
 def worst(outputs, targets):
     return abs(outputs - targets).max()
+
+
+def holed(outputs, targets):
+    return mae(outputs, targets).where(targets[:, 0] != 7, nan)
+
+
+def square(outputs, targets):
+    return (outputs - targets).square().mean(1)
+
+
+def cut(outputs, targets):
+    return mae(outputs.detach(), targets)
 """
 BUILDERS = {"segmentation": "Seg", "multilabel": "Flat", "regression": "Flat"}
 
@@ -543,6 +558,50 @@ def test_a_loss_and_a_metric_of_ones_own_from_the_command_line(cli, folder, tmp_
     )
 
 
+@pytest.mark.parametrize("command", ["fix", "eval"])
+def test_a_loss_that_fails_on_an_example_is_refused_by_its_name(cli, folder, tmp_path, command):
+    x, y = data_of("regression", 200)
+    out = tmp_path / "out.safetensors"
+    more = ["-o", out] if command == "fix" else []
+    for row in (3, 150):
+        targets = y.clone()
+        targets[row:, 0] = 7
+        np.savez(tmp_path / "holed.npz", inputs=x.numpy(), targets=targets.numpy())
+        words = words_of(folder, "regression", tmp_path / "holed.npz")
+        found = cli(command, *words, *more, "--loss", f"{folder / 'nets.py'}:holed")
+        assert found.code == 2
+        named = re.search(r"nets.py:holed: not finite for example (\d+) \(from 0\)", found.message)
+        assert int(named[1]) == row if command == "eval" else int(named[1]) >= row
+        assert not out.exists()
+
+
+def test_a_broken_network_is_not_the_fault_of_the_loss(cli, folder, tmp_path):
+    state = torch.load(folder / "regression.pth")
+    state["3.weight"] = state["3.weight"] * 1e25
+    torch.save(state, tmp_path / "broken.pth")
+    words = words_of(folder, "regression")[1:]
+    loss = ["--loss", f"{folder / 'nets.py'}:square"]
+    found = cli("eval", tmp_path / "broken.pth", *words, *loss)
+    assert found.code == 0, found.err
+    assert "cannot be evaluated" in found.out
+
+
+def test_a_loss_cut_from_its_graph_is_named(cli, folder, tmp_path):
+    words = [*words_of(folder, "regression"), "--loss", f"{folder / 'nets.py'}:cut"]
+    said = cli("finetune", *words, "-o", tmp_path / "out.safetensors").message
+    assert "nets.py:cut: returned losses without a gradient" in said
+
+
+def test_names_are_no_emoji(cli, folder, tmp_path):
+    words = words_of(folder, "regression")
+    assert "o.py:star: no such file" in cli("eval", *words, "--loss", "bad/o.py:star").message
+    path = tmp_path / "a:boom:.pth"
+    path.write_bytes(words[0].read_bytes())
+    found = cli("eval", path, *words[1:])
+    assert "a:boom:" in found.out
+    assert "\U0001f4a5" not in found.out + found.err
+
+
 def test_masks_that_do_not_fit_are_refused_in_one_line(cli, folder, tmp_path):
     x, y = data_of("segmentation", 8)
     for name, masks, said in (
@@ -576,7 +635,7 @@ def test_files_of_two_tasks_are_not_compared(cli, folder):
     assert set(found["ranking"][0]) >= {"rank", "name", "loss"}
     assert "expected one number for each output" not in cli("eval", *multilabel).err
     forced = cli("eval", *regression, "--task", "classification").message
-    assert "of no task that is plain" in forced
+    assert "no classification's, expected logits (N, K) and integer labels (N,)" in forced
 
 
 @pytest.mark.parametrize("command", ["calibrate", "finetune", "inspect", "convert"])
