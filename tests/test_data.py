@@ -324,7 +324,7 @@ def test_npz_colour(tmp_path: Path) -> None:
     assert images.labels.tolist() == [3, 1, 4, 1, 5]
     assert images.read(0).shape[:2] == (4, 4)
     np.testing.assert_array_equal(images.read(3), pixels[3])
-    assert "arrays passed over: more.npy" in images.notes
+    assert "arrays passed over: more" in images.notes
 
 
 def test_npz_channels(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_threads_hash_files_as_one_does(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": grid(2)}, "arrays x.npy, expected one named images"),
+        ({"x": grid(2)}, "arrays x, expected one named images"),
         ({}, "arrays none, expected one named images"),
         ({"images": grid(2).astype(np.float32)}, r"images are float32 \(2, 4, 4, 3\), expected"),
         ({"images": grid(2, channels=2)}, r"images are uint8 \(2, 4, 4, 2\)"),

@@ -158,7 +158,14 @@ def test_groups_from_names_columns_arrays_and_files(tmp_path):
     other = open_images(str(folder), groups=f"{tmp_path / 'g.npz'}#test_groups")
     assert other.group_names == ("1", "2")
     np.savez(tmp_path / "d.npz", images=np.zeros((3, 2, 2, 3), np.uint8), clip=np.array([1, 2, 1]))
-    assert open_images(str(tmp_path / "d.npz"), groups="clip").groups.tolist() == [0, 1, 0]
+    data = str(tmp_path / "d.npz")
+    for spec in ("clip", f"{data}#clip"):
+        of_array = open_images(data, groups=spec)
+        assert of_array.groups.tolist() == [0, 1, 0]
+        assert not [note for note in of_array.notes if "passed over" in note]
+        assert "two splits" not in describe_groups(of_array, splits=False)[0]
+        assert "two splits" in describe_groups(of_array)[0]
+    assert "arrays passed over: clip" in open_images(data).notes
 
 
 def test_a_group_for_each_example_is_no_group(tmp_path):
@@ -171,9 +178,12 @@ def test_a_group_for_each_example_is_no_group(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("^x", r"2 of 4 file names do not match \(y_1.png, z_1.png\)"),
+        (
+            "^x",
+            r"taken as a regular expression; 2 of 4 file names do not match \(y_1.png, z_1.png\)",
+        ),
         ("_", "all 4 examples are in the group '_', expected at least 2"),
-        ("(", "no column, no file, and not a regular expression"),
+        ("(", "no column, file or regular expression"),
         ("short.npy", "3 groups for the 4 examples of .*, expected one for each"),
         ("square.npy", r"int64 \(2, 2\), expected one whole number or word"),
         ("real.npy", r"float64 \(4,\), expected one whole number or word"),
@@ -206,7 +216,9 @@ def test_an_unknown_column_or_array_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"1 examples without a group \(y_1.png\)"):
         open_images(str(folder), groups="clip")
     np.savez(tmp_path / "d.npz", images=np.zeros((2, 2, 2, 3), np.uint8))
-    with pytest.raises(ConfigError, match="expected one named patient"):
+    with pytest.raises(
+        ConfigError, match=r"arrays images, expected one named patient\). Name another"
+    ):
         open_images(str(tmp_path / "d.npz"), groups="patient")
     with pytest.raises(ConfigError, match="have no file names that an expression could match"):
         open_images(str(tmp_path / "d.npz"), groups="^(a)")

@@ -21,6 +21,7 @@ from bnfix.data.arrays import refuse_not_finite
 from bnfix.data.batches import Batch, Batches, augmented
 from bnfix.data.fingerprints import cut, fingerprint
 from bnfix.data.open import open_images
+from bnfix.metrics.tasks import Segmentation
 from tests.real import DATA, needs_data
 
 RAW = Preprocessing(scale=1.0)
@@ -169,6 +170,14 @@ def test_names_that_do_not_pair(tmp_path) -> None:
     # Without labels masks are not looked at.
     images = open_images(str(root), labels="none")
     assert (len(images), images.labelled, only(images).y) == (8, False, None)
+
+
+def test_a_class_outside_the_range_is_named_by_its_file(tmp_path) -> None:
+    root = folder(tmp_path)
+    put(root, "2", np.zeros((6, 5, 3), np.uint8), np.full((6, 5), 40, np.uint8))
+    batch = only(open_images(str(root)))
+    with pytest.raises(DataError, match=r"masks: images/2\.png has class 40, expected 0 to 8, as"):
+        Segmentation().targets(batch, torch.zeros(4, 9, 6, 5), None)
 
 
 def test_a_mask_too_many_is_said_and_a_split_is_named(tmp_path) -> None:

@@ -250,6 +250,11 @@ def test_targets_that_are_no_numbers_are_refused():
     t[4, 1] = math.nan
     with pytest.raises(DataError, match=r"example 4 .* not finite"):
         measured(torch.zeros(6, 2), t, "regression", size=6)
+    t[4, 1] = 0.5
+    with pytest.raises(
+        DataError, match=r"example 4 \(from 0\) of a batch has 0.5 among its labels"
+    ):
+        measured(torch.zeros(6, 2), t, "multilabel", size=6)
     with pytest.raises(DataError, match="masks: float32"):
         measured(torch.zeros(6, 2, 1, 1), torch.zeros(6, 1, 1), "segmentation")
 
@@ -509,6 +514,10 @@ METRICS = {
 def test_fix_goes_the_whole_way(cli, folder, task, tmp_path):
     out = tmp_path / "out.safetensors"
     found = cli("fix", *words_of(folder, task), "-o", out, "--json").json
+    if task != "segmentation":
+        words = (*words_of(folder, task)[1:], "--to", "pt2", "-o", tmp_path / "out.pt2")
+        made = cli("export", out, *words, "--json").json
+        assert made["export"]["verification"]["top1_agreement"] is None
     assert found["verdict"] == "better"
     assert found["task"]["name"] == task
     was, now = found["models"]
@@ -604,9 +613,11 @@ def test_names_are_no_emoji(cli, folder, tmp_path):
 
 def test_masks_that_do_not_fit_are_refused_in_one_line(cli, folder, tmp_path):
     x, y = data_of("segmentation", 8)
+    masked = y.clone()
+    masked[5, 0, 0] = 7
     for name, masks, said in (
         ("size", y[:, :5], "masks: 5x5, expected 6x5 as the inputs or 6x5 as the outputs"),
-        ("classes", y + 2, "masks: class 3, expected 0 to 2"),
+        ("classes", masked, "masks: item 5 has class 7, expected 0 to 2, as the model has 3"),
         ("float", y + 0.5, "of no task that is plain. Give --task"),
     ):
         np.savez(tmp_path / f"{name}.npz", inputs=x.numpy(), targets=masks.numpy())
@@ -631,6 +642,14 @@ def test_files_of_two_tasks_are_not_compared(cli, folder):
     multilabel, regression = (words_of(folder, task) for task in ("multilabel", "regression"))
     found = cli("eval", regression[0], *multilabel, "--task", "regression", "--json").json
     assert set(METRICS["regression"]) < set(found["models"][0])
+    done = cli("eval", *regression, "--report", folder / "said").out
+    said = [done, *((folder / "said" / f"report.{k}").read_text() for k in ("md", "html"))]
+    for text in said:
+        assert "500 examples" in text
+        assert "500 images" not in text
+    for text in said[1:]:
+        assert "Examples/s" in text
+        assert "a mean over examples" in text
     assert len(found["ranking"]) == 2
     assert set(found["ranking"][0]) >= {"rank", "name", "loss"}
     assert "expected one number for each output" not in cli("eval", *multilabel).err

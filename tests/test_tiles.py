@@ -162,6 +162,6 @@ def test_the_command_reports_tiles_and_refuses_what_cannot_be_cut(cli, tmp_path)
         ("strided", "9", "9x9 for images 24x32, expected smaller tiles, of multiples of 2"),
         ("dense", "24x32", "24x32 for images 24x32, expected smaller tiles"),
         ("dense", "40", "40x40 for images 24x32, expected smaller tiles"),
-        ("dense", "0", "--tiles: (0,), expected one or two sizes from 1"),
+        ("dense", "0", "--tiles: 0, expected one or two sizes from 1"),
     ):
         assert says in run(name, tiles).message

@@ -339,8 +339,9 @@ Averaged = Annotated[
     list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints, or patterns.")
 ]
 _DATA_IS = (
-    "Class folders, a folder with labels.csv, a flat folder, an .npz file, .tar shards, parquet or "
-    "a Hugging Face folder, cifar10:ROOT#test and the like, or file.py:callable."
+    "Class folders, a folder with labels.csv, one with images/ and masks/, a flat folder, an .npz, "
+    ".pt or .safetensors file, coco:ROOT#val2017, .tar shards, parquet or a Hugging Face folder, "
+    "cifar10:ROOT#test and the like, or file.py:callable."
 )
 _REPEATED = (
     "Repeatable: all are taken together. calibrate takes none, with --reference: then weights and "

@@ -250,7 +250,7 @@ def _decisions(report: Report) -> Table:
         scores = map(percent, top1 if right else ())
         table.add_row(shown_text(d.candidate), *nll, *scores, admitted)
     n = report.decisions[0].n_examples
-    table.caption = f"judged on {n:,} held-out images; the report says why"
+    table.caption = f"judged on {n:,} held-out {report.noun}; the report says why"
     return table
 
 

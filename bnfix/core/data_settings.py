@@ -129,7 +129,8 @@ class Preprocessing:
             ok = size is None or (
                 len(size) in (1, 2) and all(type(s) is int and 0 < s <= 16384 for s in size)
             )
-            require(ok, f"--{name}: {size}, expected one or two sizes from 1 to 16384.", name)
+            shown = "x".join(map(str, size or ()))
+            require(ok, f"--{name}: {shown}, expected one or two sizes from 1 to 16384.", name)
         for name in ("mean", "std"):
             values = getattr(self, name)
             ok = all(isinstance(v, int | float) and math.isfinite(v) for v in values)

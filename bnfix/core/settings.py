@@ -356,4 +356,5 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         ok = self.tiles is None or (len(self.tiles) in (1, 2) and min(self.tiles) > 0)
-        require(ok, f"--tiles: {self.tiles}, expected one or two sizes from 1.", "tiles")
+        size = "x".join(map(str, self.tiles or ()))
+        require(ok, f"--tiles: {size}, expected one or two sizes from 1.", "tiles")

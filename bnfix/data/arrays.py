@@ -54,6 +54,8 @@ class TensorItems(Images):
     batch is a dict.
     """
 
+    noun = "examples"
+
     def __init__(
         self, spec: str, items: Tensor | Sequence[Any], kind: str, *, ragged: bool = False
     ) -> None:
@@ -143,8 +145,7 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in arrays}
     others = sorted({other for _, names in found for other in names})
     images = _images_of(spec, arrays, channels)
-    if others:
-        images.notes.insert(0, f"arrays passed over: {some(others)}")
+    images.unused = others
     images.kind = paths[0].suffix.removeprefix(".")
     if "targets" in arrays:
         targets = _tensor("targets", arrays["targets"], _SMALL)
@@ -223,11 +224,11 @@ def _read_npz(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str
     """Headers first, then memory, then the arrays."""
     with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
         warnings.simplefilter("ignore")  # of headers that another numpy has written
-        members = archive.namelist()
-        names = _names([m.removesuffix(".npy") for m in members], members, wanted)
+        members = [member.removesuffix(".npy") for member in archive.namelist()]
+        names = _names(members, members, wanted)
         _check({name: _npy_header(archive, name) for name in names})
         arrays = {name: _npy(archive, name) for name in names}
-    return arrays, [m for m in members if m.removesuffix(".npy") not in (*names, *_TARGETS)]
+    return arrays, [member for member in members if member not in (*names, *_TARGETS)]
 
 
 def _read_tensors(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -316,7 +317,7 @@ def named_array(path: Path, name: str) -> np.ndarray:
 def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
     """Shape and dtype of an array in the archive, once its declared size is believed."""
     if archive.namelist().count(f"{name}.npy") != 1:
-        found = some(archive.namelist()) or "none"
+        found = some([m.removesuffix(".npy") for m in archive.namelist()]) or "none"
         raise DataError(f"arrays {found}, expected one named {name}.")
     info = archive.getinfo(f"{name}.npy")
     # Images of one colour compress 1000 times; below 1 GiB that does no harm.

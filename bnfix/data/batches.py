@@ -29,6 +29,7 @@ class Batch(NamedTuple):
     x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of them
     y: Any  # labels (N,) int64, masks (N, H, W) int64, or targets as they are; or None
     index: np.ndarray  # type: ignore[assignment]  # (N,) int64; hides tuple.index
+    name: Callable[[int], str] | None = None  # an example in messages, by its position
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Batches:
         n_good = 0
         for index, x, y in self._inputs(groups):
             n_good += len(index)
-            yield Batch(x, self._targets(index) if y is None else y, index)
+            yield Batch(x, self._targets(index) if y is None else y, index, self.images.name)
         if n_good == 0 and (groups or not len(self._order)):
             why = f": {self.skipped[0].reason}" if self.skipped else "."
             n = sum(map(len, groups))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -19,31 +20,29 @@ _OF_NAME: Final = r"([^/]*?)\d+\.[^./]+$"
 #: Fewer examples are not looked at; more sequences are no sequences.
 _FEWEST, _MOST = 20, 50
 _FILES: Final = (".npy", ".npz")
+_refused = partial(ConfigError, name="groups")
 
 
 def group_(images: Images, spec: str) -> None:
     """Give each example its group, by ``--groups``."""
     where = f"--groups {plain(spec)}"
     values = _values(images, spec, where)
+    array = spec.removeprefix(images.spec).lstrip("#") or "groups"  # read, so not passed over
+    images.unused = [name for name in images.unused if name != array]
     if len(values) != len(images):
-        raise ConfigError(
+        raise _refused(
             f"{where}: {len(values):,} groups for the {len(images):,} examples of {images.spec}, "
-            "expected one for each.",
-            name="groups",
+            "expected one for each."
         )
     empty = [images.name(i) for i, value in enumerate(values) if value == ""]
     if empty:
-        raise ConfigError(
-            f"{where}: {len(empty)} examples without a group ({some(empty)}). Add them.",
-            name="groups",
-        )
+        raise _refused(f"{where}: {len(empty)} examples without a group ({some(empty)}). Add them.")
     names, ids = np.unique(values, return_inverse=True)
     n = len(names)
     if n == 1:
-        raise ConfigError(
+        raise _refused(
             f"{where}: all {len(values):,} examples are in the group {plain(str(names[0]))!r}, "
-            "expected at least 2 groups. Give another column, expression or file.",
-            name="groups",
+            "expected at least 2 groups. Give another column, expression or file."
         )
     if n == len(values):
         images.notes.append(f"{where} is not used: every example has a group of its own")
@@ -62,31 +61,27 @@ def _values(images: Images, spec: str, where: str) -> Sequence[str] | np.ndarray
     if spec.isidentifier() and images.kind in ("npz", "labels.csv"):
         if images.kind == "npz":
             return _numbered(Path(images.spec), spec, where)
-        raise ConfigError(
+        raise _refused(
             f"{where}: no such column in {images.spec}/labels.csv, which has "
-            f"{some(list(images.fields))}. Name one of them.",
-            name="groups",
+            f"{some(list(images.fields))}. Name one of them."
         )
     if not isinstance(images, EncodedImages):
-        raise ConfigError(
+        raise _refused(
             f"{where}: no such file, and the examples of {images.spec} have no file names that an "
-            "expression could match. Give an .npy file with one group an example.",
-            name="groups",
+            "expression could match. Give an .npy file with one group an example."
         )
     try:
         expression = re.compile(spec)
     except re.error as error:
-        raise ConfigError(
-            f"{where}: no column, no file, and not a regular expression ({error}).", name="groups"
-        ) from error
+        raise _refused(f"{where}: no column, file or regular expression ({error}).") from error
     names = [images.name(i) for i in range(len(images))]
     found = [expression.search(name) for name in names]
     missed = [name for name, match in zip(names, found, strict=True) if match is None]
     if missed:
-        raise ConfigError(
-            f"{where}: {len(missed):,} of {len(names):,} file names do not match "
-            f"({some(missed)}). Give an expression that matches all.",
-            name="groups",
+        raise _refused(
+            f"{where}: no column or file has this name, so it was taken as a regular expression; "
+            f"{len(missed):,} of {len(names):,} file names do not match ({some(missed)}). Give an "
+            "expression that matches all, or an .npy file with one group an example."
         )
     # A first group that took no part, as in (a)|b, is as good as none.
     return [(m.groups() or (None,))[0] or m.group() for m in found if m is not None]
@@ -101,12 +96,13 @@ def _numbered(path: Path, array: str, where: str) -> np.ndarray:
             else named_array(path, array)
         )
     except (OSError, ValueError, EOFError, DataError) as error:
-        raise ConfigError(f"{where}: {path} cannot be read ({error}).", name="groups") from error
+        fault = str(error).rstrip(".")
+        message = f"{where}: {path} cannot be read ({fault}). Name another array or file."
+        raise _refused(message) from error
     if values.ndim != 1 or values.dtype.kind not in "iuU":
-        raise ConfigError(
+        raise _refused(
             f"{where}: {values.dtype} {values.shape}, expected one whole number or word an "
-            "example, (N,).",
-            name="groups",
+            "example, (N,)."
         )
     return values
 
@@ -115,24 +111,24 @@ def groups_of_test(spec: str | None) -> str | None:
     """``--groups`` for the examples of ``--test``: the same, or another array of the file."""
     path = Path(spec or "")
     if path.suffix.lower() == ".npy" and path.is_file():
-        raise ConfigError(
+        raise _refused(
             f"--groups {plain(path)}: has no groups for the examples of --test. Give an .npz file "
-            "with the arrays groups and test_groups.",
-            name="groups",
+            "with the arrays groups and test_groups."
         )
     is_file = path.suffix.lower() == ".npz" and path.is_file()
     return f"{spec}#test_groups" if is_file else spec
 
 
-def describe_groups(images: Images) -> list[str]:
+def describe_groups(images: Images, *, splits: bool = True) -> list[str]:
     """A note on the groups; without them, where file names look like frames of few sequences."""
     n = len(images)
     if images.groups is not None:
         sizes = np.bincount(images.groups)
+        kept = "No group is in two splits; intervals, tests and the gate count groups."
         return [
             f"{images.spec}: {n:,} examples in {len(sizes):,} groups of {sizes.min():,} to "
-            f"{sizes.max():,} (median {np.median(sizes):g}). No group is in two splits; intervals, "
-            "tests and the gate count groups."
+            f"{sizes.max():,} (median {np.median(sizes):g}). "
+            f"{kept if splits else 'Intervals and tests count groups.'}"
         ]
     if n < _FEWEST or not isinstance(images, EncodedImages):
         return []

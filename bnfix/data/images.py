@@ -73,6 +73,8 @@ class Images(ABC):
     moves = False
     #: Of several DATA taken together, the source of each image, int64 (n,).
     sources: np.ndarray | None = None
+    unused: Sequence[str] = ()  # arrays of its file that nothing reads
+    noun = "images"
     _hash_threads = 1
 
     def __init__(self, spec: str, channels: int) -> None:

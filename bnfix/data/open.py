@@ -75,6 +75,8 @@ def open_images(
     images.spec = spec
     if groups is not None:
         group_(images, groups)
+    if images.unused:
+        images.notes.insert(0, f"arrays passed over: {some(images.unused)}")
     if classes is not None and wanted:
         images.classes_given = classes, mapping, tuple(images.notes)
         _set_labels(images, classes, mapping, n_classes)

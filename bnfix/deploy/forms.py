@@ -293,7 +293,7 @@ class Agreement:
     worst_output: str
     worst_example: int  # its position among the inputs
     largest_output: float  # largest finite value of the worst output in the first model
-    top1_agreement: float | None  # None unless exactly one output is (N, C)
+    top1_agreement: float | None  # None unless classes are predicted by one output (N, C)
     seconds: Mapping[int, tuple[float, float]]  # median of a batch, by its size: first, second
 
 
@@ -328,6 +328,7 @@ def agreement(
     names: Sequence[str],
     *,
     timed: bool = True,
+    classes: bool = True,
     batch_sizes: tuple[int, ...] = BATCH_SIZES,
 ) -> Agreement:
     """Run two models on all inputs at several batch sizes and compare all their outputs."""
@@ -349,7 +350,7 @@ def agreement(
                     worst[name] = float(gaps.max()), start + int(gaps.argmax())
             logits = [i for i, a in enumerate(wanted) if a.ndim == 2 and a.shape[1] > 1]
             # Two outputs of that shape could be an auxiliary head's, or two tasks'.
-            if len(logits) == 1:
+            if classes and len(logits) == 1:
                 n_same += int((wanted[logits[0]].argmax(1) == found[logits[0]].argmax(1)).sum())
                 n_logits += len(wanted[logits[0]])
     relative = {name: worst[name][0] / max(1.0, largest[name]) for name in names}

@@ -123,7 +123,7 @@ def evaluate_files(
         check_predictions(predictions, force=force)
     notes: list[str] = []
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
-    notes += describe_groups(entrants[0].inputs.images)
+    notes += describe_groups(entrants[0].inputs.images, splits=False)
     for option, wanted in (("--corruptions", also.corruptions), ("--streams", streams)):
         if wanted and not entrants[0].inputs.images.labelled:
             raise ConfigError(f"{option}: the examples have no labels. Give labels.")
@@ -194,6 +194,7 @@ def _report(
             skipped=skipped,
             n_skipped=len(skipped),
             corruption=corruption,
+            noun=images.noun,
         ),
         models=models,
         layers=layer_rows(last, drifts_between(statistics_of(first), statistics_of(last)), {}),

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Final
@@ -259,6 +260,12 @@ class _Job:
     seed: int
     track: Track
 
+    @property
+    def classes(self) -> bool:
+        """Whether an output (N, K) is of classes: not where the header has another task."""
+        task = self.loaded.origin.task
+        return task is None or task.task == "classification"
+
     def form(
         self, inputs: _Inputs, names: list[str]
     ) -> tuple[forms.Making, bytes, bytes | None, Agreement]:
@@ -271,11 +278,12 @@ class _Job:
         )
         with inputs.free_size():
             content, companion, runner = made.run()
-        found = agreement(torch_runner(net), runner, inputs.x, names)
+        compare = partial(agreement, torch_runner(net), runner, names=names, classes=self.classes)
+        found = compare(inputs=inputs.x)
         self.check(found, made, inputs, inputs.x)
         if inputs.other is not None:
             with inputs.free_size():
-                elsewhere = agreement(torch_runner(net), runner, inputs.other, names, timed=False)
+                elsewhere = compare(inputs=inputs.other, timed=False)
                 self.check(elsewhere, made, inputs, inputs.other)
         return made, content, companion, found
 
@@ -305,7 +313,10 @@ class _Job:
         for batch in batches:
             if not isinstance(batch.x, Tensor):
                 kind = runtime.described(batch.x)
-                raise ModelError(f"export: {data} gives {kind}, expected one tensor as input.")
+                raise ModelError(
+                    f"export: {data} gives {kind}, expected one tensor as input. Leave out "
+                    "--data and give --input-shape, such as 8,50 for sequences (8, 50)."
+                )
             self._check_size(tuple(batch.x.shape[1:]))
             read.append(batch)
         x = torch.cat([batch.x for batch in read])
@@ -387,7 +398,8 @@ class _Job:
         set_example_weight_(after, 0.0, batch_weight=0.0)
         runners = torch_runner(before), torch_runner(after)
         with guards.state_kept(before), guards.state_kept(after):
-            cost = agreement(*runners, inputs.x, names, timed=False, batch_sizes=(16,))
+            how: Any = {"timed": False, "batch_sizes": (16,), "classes": self.classes}
+            cost = agreement(*runners, inputs.x, names, **how)
         data = inputs.data
         if data is None or not data.images.labelled:
             return cost, ()

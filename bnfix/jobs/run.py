@@ -237,6 +237,7 @@ class Run:
                 skipped=skipped,
                 n_skipped=len(skipped),
                 corruption=self.plan.source.corrupt,
+                noun=bench.inputs.images.noun,
             ),
             models=models,
             layers=layer_rows(

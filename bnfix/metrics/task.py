@@ -248,6 +248,12 @@ def raw_labels(batch: Any, model: nn.Module | None = None) -> Any:
     return runtime.unpack(batch, model)[1]
 
 
+def name_in(batch: Any, row: int) -> str:
+    """An example of a batch in messages: its name in the data, or its row where there is none."""
+    name: Any = getattr(batch, "name", None)
+    return name(int(batch.index[row])) if callable(name) else f"example {row} (from 0) of a batch"
+
+
 def as_array(labels: Any) -> Array:
     """Labels of any kind, a tensor of a device among them, as they are."""
     return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)

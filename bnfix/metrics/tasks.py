@@ -25,6 +25,7 @@ from bnfix.metrics.task import (
     Words,
     as_array,
     import_function,
+    name_in,
     raw_labels,
 )  # fmt: skip
 
@@ -74,11 +75,13 @@ class Segmentation(ByRows):
                     "outputs. Give masks of the size of their inputs."
                 )
         found, k = found.long(), outputs.shape[1]
-        odd = found[(found != self.ignore_index) & ((found < 0) | (found >= k))]
-        if odd.numel():
+        odd = (found != self.ignore_index) & ((found < 0) | (found >= k))
+        if bool(odd.any()):
+            where, value = name_in(batch, int(odd.nonzero()[0, 0])), int(found[odd][0])
             raise DataError(
-                f"masks: class {int(odd[0])}, expected 0 to {k - 1}, as the model has {k} outputs, "
-                f"or {self.ignore_index}, which is ignored. Check the masks, or --ignore-index."
+                f"masks: {where} has class {value}, expected 0 to {k - 1}, as the model has {k} "
+                f"outputs, or {self.ignore_index}, which is ignored. Check the masks, or "
+                "--ignore-index."
             )
         return found
 
@@ -167,10 +170,11 @@ class Multilabel(ByRows):
     def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
         """The labels as float32."""
         found = _fitting(batch, outputs, model, "multilabel")
-        if found is not None and not bool(((found == 0) | (found == 1)).all()):
+        if found is not None and bool((odd := (found != 0) & (found != 1)).any()):
+            where, value = name_in(batch, int(odd.nonzero()[0, 0])), float(found[odd][0])
             raise DataError(
-                f"targets: {described(found)} with values other than 0 and 1, expected 0 or 1 a "
-                "label. Check the data, or --task."
+                f"targets: {where} has {value:g} among its labels, values other than 0 and 1, "
+                "expected 0 or 1 a label. Check the data, or --task."
             )
         return found
 
@@ -225,8 +229,7 @@ class Regression(ByRows):
         if found is not None and not bool(found.isfinite().all()):
             bad = int(_columns(found).isfinite().flatten(1).all(1).int().argmin())
             raise DataError(
-                f"targets: those of example {bad} (from 0) of a batch are not finite. Leave such "
-                "examples out."
+                f"targets: those of {name_in(batch, bad)} are not finite. Leave such examples out."
             )
         return found
 

@@ -54,6 +54,7 @@ class DataUsed:
     n_skipped: int = 0
     corruption: str | None = None  # of every image, such as blur:2
     n_groups: int | None = None  # of examples that depend on each other
+    noun: str = "images"  # examples, where they are none
 
 
 @dataclass(frozen=True)
@@ -331,8 +332,8 @@ class Findings:
             yield "Temperature scaling alone gives the same gain."
         if self.n_seen:
             yield (
-                f"{count(self.n_seen)} of these images were used to fit or choose the model, so "
-                "this is no proof."
+                f"{count(self.n_seen)} of these {self.noun} were used to fit or choose the model, "
+                "so this is no proof."
             )
 
     def badge(self) -> str:
@@ -350,7 +351,7 @@ class Findings:
         """How far the outputs moved, with a warning if that is far and nothing shows a gain."""
         n = count(moved.n)
         if moved.relative_rms == 0 and not moved.top1_changed:
-            return Note(f"The outputs did not change on {n} images.")
+            return Note(f"The outputs did not change on {n} {self.noun}.")
         text = (
             "The outputs cannot be compared with those before (not finite, or of another shape)"
             if moved.relative_rms is None
@@ -358,7 +359,7 @@ class Findings:
         )
         if moved.top1_changed is not None:
             text += f"; the top-1 class changed on {percent(moved.top1_changed)}"
-        text += f" {'on' if moved.top1_changed is None else 'of'} {n} images."
+        text += f" {'on' if moved.top1_changed is None else 'of'} {n} {self.noun}."
         if not moved.is_large or (self.verdict or self.agreement_verdict) == "better":
             return Note(text)
         return Note(
@@ -381,13 +382,18 @@ class Findings:
             return "with the first checkpoint"
         return f"with {clean(self.models[0].name)}"
 
+    @property
+    def noun(self) -> str:
+        """Images, or else examples."""
+        return "images" if self.data is None else self.data.noun
+
     def _images(self) -> str:
         is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
         corruption = self.data.corruption if self.data is not None else None
         groups = "" if self.n_groups is None else f" in {count(self.n_groups)} groups"
         return (
-            f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}images"
-            f"{groups}{f' under {corruption}' if corruption else ''}"
+            f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}"
+            f"{self.noun}{groups}{f' under {corruption}' if corruption else ''}"
         )
 
     def _own_metrics(self, images: str) -> str:

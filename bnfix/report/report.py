@@ -239,7 +239,7 @@ class Report(Findings):
 
     def _data_json(self, data: DataUsed) -> dict[str, Any]:
         # The number of groups only where there are groups.
-        return fields_of(data, "class_names", *(() if data.n_groups else ("n_groups",)))
+        return fields_of(data, "class_names", "noun", *(() if data.n_groups else ("n_groups",)))
 
     def _streams_json(self) -> list[dict[str, Any]]:
         rows = [shifted_json(row, self.models[0].name) for row in self.streams]
@@ -327,7 +327,9 @@ class Report(Findings):
             decisions=self.decisions,
             pictures=pictures,
             classes=sorted(self._classes, key=lambda row: -abs(row.change)),
-            class_words=self.by_rows.of_class if self.by_rows else ("Top-1", "Images"),
+            class_words=self.by_rows.of_class
+            if self.by_rows
+            else ("Top-1", self.noun.capitalize()),
             by_rows=self.by_rows,
             custom_names=list(dict.fromkeys(c.name for m in self.models for c in m.custom)),
             options=dict(flat(self.options)),
