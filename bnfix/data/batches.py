@@ -29,7 +29,12 @@ class Batch(NamedTuple):
     x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of them
     y: Any  # labels (N,) int64, masks (N, H, W) int64, or targets as they are; or None
     index: np.ndarray  # type: ignore[assignment]  # (N,) int64; hides tuple.index
-    name: Callable[[int], str] | None = None  # an example in messages, by its position
+
+
+class _Named(Batch):
+    """A batch that knows an example's name in messages, by its position; users unpack three."""
+
+    name: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -205,7 +210,9 @@ class Batches:
         n_good = 0
         for index, x, y in self._inputs(groups):
             n_good += len(index)
-            yield Batch(x, self._targets(index) if y is None else y, index, self.images.name)
+            batch = _Named(x, self._targets(index) if y is None else y, index)
+            batch.name = self.images.name
+            yield batch
         if n_good == 0 and (groups or not len(self._order)):
             why = f": {self.skipped[0].reason}" if self.skipped else "."
             n = sum(map(len, groups))
