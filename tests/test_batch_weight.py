@@ -692,3 +692,38 @@ def test_auto_learns_one_a_channel_and_judges_it_alike(files, cli, tmp_path, ass
         stored = [norm["batch_weight"] for norm in header(out)["norms"].values()]
         assert all(isinstance(weight, list) == finer[0]["admitted"] for weight in stored)
         assert bnfix.load(out, files.model()).bn1.uses_batch
+
+
+def test_inspection_notes_layers_that_weigh_the_batch(files, cli, tmp_path):
+    model = bnfix.load(files.net, files.model())
+    bnfix.swap_norms_(model, layers=["bn2"], batch_weight=0.3)
+    bnfix.save(model, tmp_path / "near.safetensors")
+    done = cli("inspect", tmp_path / "near.safetensors", "--json").json
+    assert {x["name"]: x["batch_weight"] for x in done["layers"]} == {"bn1": 0, "bn2": pytest.approx(0.3)}
+    notes = [f for f in done["findings"] if f["fault"] == "batch-weight"]
+    assert [(f["layer"], f["severity"]) for f in notes] == [("bn2", "note")]
+    assert (
+        "depend on the other images in the batch: it has a weight of up to 0.3"
+        in (notes[0]["detail"])
+    )
+    assert "0, batch 0.3" in " ".join(cli("inspect", tmp_path / "near.safetensors").out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "proven", "nothing"),
+    [
+        ((), True, False),
+        (("--batch-weight", "auto"), True, True),
+        (("--batch-weight", "0.3"), False, False),
+        (("--statistics", "keep", "--batch-weight", "auto"), False, True),
+    ],
+)
+def test_notes_without_labels_are_those_of_the_options(
+    files, cli, tmp_path, options, proven, nothing
+):
+    done = cli("calibrate", files.net, "--data", files.flat, *files.common, *options,
+               "-o", tmp_path / "out.safetensors", "--json")  # fmt: skip
+    notes = " ".join(done.json["assumptions"])
+    assert ("nothing can be proven" in notes) is proven
+    assert ("--batch-weight auto did nothing" in notes) is nothing
+    assert not proven or "or a number, --batch-weight N." in notes

@@ -294,6 +294,10 @@ def test_a_failing_run_with_ingredients_leaves_all_as_it_was(recipe):
         ({"ghost_noise": 1}, "--ghost-noise: 1, expected at least 2"),
         ({"ghost_noise": 4, "statistics": "train"}, "--ghost-noise: batches bring noise of their"),
         ({"batch_statistics": "exclusive"}, "--batch-statistics exclusive: statistics are only"),
+        (
+            {"batch_statistics": "exclusive", "statistics": "train", "ghost_size": 1},
+            "--batch-statistics exclusive: --ghost-size is 1, so .*expected at least 2",
+        ),
         ({"batch_statistics": "some"}, "--batch-statistics: 'some' is not known"),
         ({"consistency": (0.1,)}, "--consistency: .*expected two numbers"),
         ({"sharpness": -1.0}, "--sharpness: -1.0, expected at least 0"),

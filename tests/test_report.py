@@ -496,6 +496,19 @@ def test_layers_that_keep_weight_zero_are_said_and_not_drawn() -> None:
     assert "All example weights are 0" in html
 
 
+def test_layers_that_weigh_the_batch_are_counted_and_shown() -> None:
+    rows = (LayerRow("bn1", "BatchNorm2d", 3, 0.0, [0.1, 0.2, 0.3]), LayerRow("bn2", "x", 3))
+    report = report_of(measure(*logits_of()), layers=rows)
+    html, text = report.to_html(), report.to_markdown()
+    assert "All example weights are 0" not in html
+    for page in (html, text):
+        assert "1 of 2 norm layers weigh the batch, by up to 0.3" in page
+    assert "<td>0.2<small>0.1 to 0.3</small></td>" in html
+    assert "| bn1 | BatchNorm2d | 3 | 0 | 0.2 (0.1 to 0.3) | - |" in text
+    one = dataclasses.replace(rows[0], batch_weight=0.0)
+    assert "Batch weight" not in report_of(measure(*logits_of()), layers=(one,)).to_html()
+
+
 def test_statistics_that_did_not_move_are_not_drawn() -> None:
     row = LayerRow("bn1", "BatchNorm2d", 3, 0.0, 0.0, 0.0)
     metrics = measure(*logits_of())

@@ -126,7 +126,9 @@ def test_a_stream_has_every_image_once_in_its_order(name, size):
 
 
 def test_streams_are_read_from_a_list():
-    assert streams_of("sorted,iid,sorted") == ("sorted", "iid")
+    assert streams_of("sorted,iid") == ("sorted", "iid")
+    with pytest.raises(ConfigError, match="--streams: sorted is given 2 times, expected once"):
+        streams_of("sorted,iid,sorted")
     with pytest.raises(ConfigError, match=r"--streams: 'random' is not known. Use one of: iid"):
         streams_of("iid,random")
 
@@ -154,7 +156,7 @@ def test_the_command_has_a_row_a_stream_and_model(cli, files, tmp_path):
     )
     for kind in ("md", "html"):
         text = (tmp_path / f"report.{kind}").read_text()
-        assert "In other orders" in text
+        assert "In other orders (streams)" in text
         assert "Under common corruptions" not in text
     assert "sorted 20" in cli(*words, "--streams", "sorted").out
     assert "streams" not in cli(*words, "--json").json
@@ -164,3 +166,22 @@ def test_streams_need_labels(cli, files):
     outcome = cli("eval", files.net, "--data", files.flat, *files.common, "--streams", "iid")
     assert outcome.code == 2
     assert "--streams: the examples have no labels" in outcome.message
+
+
+def test_different_preprocessing_is_said_beside_the_verdict(cli, files, tmp_path):
+    stored = tmp_path / "stored.safetensors"
+    model = bnfix.load(files.net, files.model())
+    own = bnfix.settings.Preprocessing(mean=(0.5,), std=(0.25,))
+    bnfix.save(model, stored, preprocessing=own)
+    words = ("eval", files.net, stored, "--data", files.test, "--model", files.spec, "--workers",
+             "0", "--json")  # fmt: skip
+    done = cli(*words).json
+    assert (
+        "The two were given different preprocessing (net.pth: mean 0.485,0.456,0.406, std "
+        "0.229,0.224,0.225; stored.safetensors: mean 0.5, std 0.25), which may decide. State "
+        "--mean, --std to give both the same."
+    ) in done["verdict_sentence"]
+    assert [m["preprocessing"]["std"] for m in done["models"]] == [[0.229, 0.224, 0.225], [0.25]]
+    same = cli(*words, "--mean", "0.5,0.5,0.5", "--std", "0.25").json
+    assert same["verdict"] == "same"
+    assert "different preprocessing" not in same["verdict_sentence"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+import numpy as np
 from rich.table import Table
 
 from bnfix.cli.terminal import shown_text
@@ -59,7 +60,7 @@ def layers_table(found: Inspection) -> Table:
             "{:.2g} to {:.2g}".format(*layer.mean_range),
             "{:.2g} to {:.2g}".format(*layer.var_range),
             str(layer.n_dead),
-            _short_weight(layer.example_weight),
+            _short_weight(layer.example_weight) + _of_batch(layer.batch_weight),
         ]
         table.add_row(*row, *(_shift_cells(shifts, layer.name) if table.caption else ()))
     return table
@@ -73,6 +74,10 @@ def _shift_cells(shifts: Shifts, name: str) -> Iterator[str]:
         found = feed.get(name)
         gaps = [None] if found is None else [found.mean_gap, found.sd_gap]
         yield ", ".join("-" if gap is None else f"{gap:.2g}" for gap in gaps)
+
+
+def _of_batch(weight: float | list[float]) -> str:
+    return f", batch {_short_weight(weight)}" if np.any(weight) else ""
 
 
 def _short_weight(weight: float | list[float]) -> str:

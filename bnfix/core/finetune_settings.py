@@ -146,6 +146,10 @@ class FinetuneRecipe(IngredientRecipe):
         ok = trains or self.batch_statistics == "inclusive"
         only = "statistics are only made of batches with --statistics train. Add it, or leave this"
         require(ok, f"--batch-statistics exclusive: {only} out.", "batch_statistics")
+        alone = next((n for n in ("ghost_size", "batch_size") if getattr(self, n) == 1), "")
+        ok = self.batch_statistics == "inclusive" or not alone
+        found = f"--batch-statistics exclusive: --{alone.replace('_', '-')} is 1, so an example"
+        require(ok, f"{found} has no others, expected at least 2. Give more.", "batch_statistics")
         ok = not trains or self.ghost_noise is None
         only = "batches bring noise of their own with --statistics train. Leave one of them out"
         require(ok, f"--ghost-noise: {only}.", "ghost_noise")

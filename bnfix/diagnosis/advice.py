@@ -34,6 +34,7 @@ _MEASURE = (
     "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
     f"keep them; else {GATED}"
 )
+_ALONE = "to see how much: bnfix eval CKPT --model SPEC --data DATA --compare-batch-sizes"
 _TUNE = "bnfix finetune CKPT --model SPEC --data DATA --train norms -o OUT"
 _TRACK = (
     "in Python: build it with track_running_stats=True, load_state_dict(..., strict=False), "
@@ -58,6 +59,7 @@ _GROUPS: Final = (
     ("note", "bnfix eval CKPT --model SPEC --data DATA --precision bf16", "beyond-half"),
     ("note", "for statistics of each call: give every call a layer of its own", "reused"),
     ("note", "left alone", "instance-norm"),
+    ("note", _ALONE, "batch-weight"),
     ("note", _COMPARE, "pruned clustered rounded"),
     ("note", "no new statistics are needed", "compared"),
     ("note", "nothing", "dead-channels counter-zero gamma-zero unused single-position"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import BatchNormBase
-from bnfix.diagnosis.advice import Fault, Finding, finding
+from bnfix.diagnosis.advice import Fault, Finding, finding, mapping
 from bnfix.diagnosis.shift import Shifts, measure_shifts
 from bnfix.metrics.task import labels_of, raw_labels
 from bnfix.metrics.tasks import read_off
@@ -48,6 +48,7 @@ class NormTensors:
     example_weight: float | list[float]
     grouped: bool = False  # channels share statistics, says the header
     ours: bool = False  # the header names the layer
+    batch_weight: float | list[float] = 0.0
 
 
 def read_norms(
@@ -65,9 +66,7 @@ def read_norms(
         gamma = tensors.get(_under(name, "weight"))
         if gamma is not None and (gamma.numel() == 0 or not _is_real(gamma)):
             gamma = None
-        found = (header or {}).get(name)
-        ours = isinstance(found, dict)
-        settings = found if isinstance(found, dict) else {}
+        settings, ours = mapping(found := (header or {}).get(name)), isinstance(found, dict)
         layers.append(
             NormTensors(
                 name=name,
@@ -80,6 +79,7 @@ def read_norms(
                 example_weight=_weight(settings.get("example_weight")) if ours else 0.0,
                 grouped=ours and settings.get("channel_groups") != mean.numel(),
                 ours=ours,
+                batch_weight=_weight(settings.get("batch_weight", 0.0)),
             )
         )
     return layers

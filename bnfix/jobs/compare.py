@@ -149,6 +149,7 @@ def evaluate_files(
             metrics=measured(outputs, seed),
             n_live=n_live(one.loaded.model),
             custom=custom,
+            preprocessing=one.inputs.preprocessing,
             classified=outputs.classified or isinstance(outputs.task, ByRows),
         )
         for one, custom, outputs in zip(entrants, own, found, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
-from bnfix.diagnosis.advice import Call, Entry, Finding, blended, gated, mapping, read_history
+from bnfix.diagnosis.advice import (
+    Call,
+    Entry,
+    Finding,
+    blended,
+    finding,
+    gated,
+    mapping,
+    read_history,
+)
 from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
 from bnfix.diagnosis.faults import (
     Behaviour,
@@ -140,7 +149,7 @@ def inspect_checkpoint(
     layers = read_norms(found.tensors, mapping(header.get("norms")))
     original = None if against is None else Original.read(against, found, recipe)
     weights = diagnose_weights(found.tensors) if original is None else original.findings()
-    findings = [*diagnose(found.tensors, layers), *weights]
+    findings = [*diagnose(found.tensors, layers), *weights, *_neighbours(layers)]
     seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
     gaps = {} if loaded is None else predicted_gaps(loaded.model)
     if loaded is not None:
@@ -187,6 +196,15 @@ def inspect_checkpoint(
         original=original,
         gaps=gaps,
     )
+
+
+def _neighbours(layers: Sequence[NormTensors]) -> Iterator[Finding]:
+    """A note on every layer that weighs the batch."""
+    for layer in layers:
+        highest = float(np.max(layer.batch_weight, initial=0))
+        if highest > 0:
+            words = "predictions depend on the other images in the batch: it has a weight of up to"
+            yield finding(layer.name, "batch-weight", f"{words} {highest:.3g}")
 
 
 def _frozen(sites: Sequence[NormSite], loaded: Loaded) -> dict[str, str]:

@@ -95,7 +95,7 @@ class Plan:
 _ACTING = (
     "--reference CKPT (the undamaged network, by which candidates are judged), --statistics "
     "population, --statistics train-batch --train-batch-size B, --example-weight match, "
-    "fit-moments, fit-predictions or a number."
+    "fit-moments, fit-predictions or a number, --batch-weight N."
 )
 _KEPT = (
     "without labels nothing can be proven, so `auto` keeps what is there. These act: --statistics "
@@ -114,9 +114,11 @@ def blends_by_default(plan: Plan) -> bool:
     return plan.command == "fix" and is_auto
 
 
-def describe_unjudged(plan: Plan) -> str:
-    """What `auto` does where nothing can be judged, and which options act, in sentences."""
-    return _BLENDED if blends_by_default(plan) else _KEPT
+def describe_unjudged(plan: Plan) -> list[str]:
+    """What `auto` does where nothing can be judged, unless anything was stated; what acts."""
+    if plan.statistics.statistics != "auto" or plan.weight.is_stated:
+        return []
+    return [_BLENDED if blends_by_default(plan) else _KEPT]
 
 
 @dataclass

@@ -211,8 +211,10 @@ def open_plan(
         if plan.source.test is None:
             bench.fit_on_all_()
     elif is_gated(resolve(plan)) and plan.command != "finetune" and not bench.judged:
-        notes.append(describe_unjudged(plan))
+        notes += describe_unjudged(plan)
         bench.fit_on_all_()
+    if plan.weight.batch_weight == "auto" and not bench.labelled:
+        notes.append("--batch-weight auto did nothing: it takes labels. --batch-weight N acts.")
     if bench.reference is not None and plan.command == "finetune" and bench.labelled:
         notes.append("the labels were learned, not the reference (--labels none to learn from it).")
     if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:

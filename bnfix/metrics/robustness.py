@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError
-from bnfix.core.options import one_of
+from bnfix.core.options import one_of, require
 from bnfix.metrics.compare import Paired, compare
 from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import Interval
@@ -162,9 +162,11 @@ STREAMS = ("iid", "sorted", "mixed", "single")
 
 def streams_of(text: str) -> tuple[str, ...]:
     """The orders in a list of their names."""
-    names = tuple(dict.fromkeys(text.split(",")))
+    names = tuple(text.split(","))
     for name in names:
         one_of(name, STREAMS, "--streams")
+        once = f"--streams: {name} is given {names.count(name)} times, expected once."
+        require(names.count(name) == 1, f"{once} Leave the others out.", "streams")
     return names
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bnfix.metrics.compare import Difference, Paired
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.task import ByRows
-from bnfix.report.pages import difference, direction, number, percent
+from bnfix.report.pages import clean, difference, direction, fields_of, number, percent
 
 #: Metrics against a reference, and their names in the JSON of a model.
 _NAMES = {"top1": "agreement", "nll": "divergence"}
@@ -130,3 +130,28 @@ class ByLoss:
                 f"{name} {direction(change)}: {write(now)}, {write(was)} {self.before} "
                 f"(difference {difference(change, points=points)})."
             )
+
+
+def describe_unlike(names: Sequence[str], found: Sequence[Any]) -> Iterator[str]:
+    """Name the settings in which the preprocessing of first and last differ, and their options."""
+    if found[0] is None or found[-1] is None:
+        return
+    a, b = shown = [_inputs(found[k]) for k in (0, -1)]
+    if unlike := [key for key in a if a[key] != b[key]]:
+        values = [", ".join(f"{key} {one[key]}" for key in unlike) for one in shown]
+        flags = ", ".join(f"--{key}" for key in unlike if key != "channels")
+        yield (
+            f"The two were given different preprocessing ({clean(names[0])}: {values[0]}; "
+            f"{clean(names[-1])}: {values[1]}), which may decide."
+            + f" State {flags} to give both the same." * bool(flags)
+        )
+
+
+def _inputs(preprocessing: Any) -> dict[str, str]:
+    """Preprocessing as text; a mean or deviation that all channels share is one number."""
+    texts = {}
+    for name, value in fields_of(preprocessing).items():
+        values = value if isinstance(value, tuple) else (value,)
+        values = values[:1] if name in ("mean", "std") and len(set(values)) == 1 else values
+        texts[name] = ",".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)
+    return texts

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from bnfix.core.errors import Note
+from bnfix.core.settings import Preprocessing
 from bnfix.metrics.compare import Decision, Paired, compare
 from bnfix.metrics.custom import Custom
 from bnfix.metrics.metrics import Metrics
@@ -21,7 +22,7 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.report.agreement import BADGES, ByLoss, Closeness, no_change
+from bnfix.report.agreement import BADGES, ByLoss, Closeness, describe_unlike, no_change
 from bnfix.report.pages import clean, count, difference, direction, number, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
@@ -39,6 +40,7 @@ class Evaluated:
     custom: tuple[Custom, ...] = ()
     classified: bool = True  # False if outputs are no logits: then metrics only count examples
     agreement: Metrics | None = None  # measured against a reference in place of labels
+    preprocessing: Preprocessing | None = None  # of `eval`, where files may differ in it
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,9 @@ class Findings:
                     f"This is no better than chance ({percent(chance)}). Check preprocessing, "
                     "--class-map and --output first."
                 )
+        if self._last_pair is not None:
+            names, shown = zip(*((m.name, m.preprocessing) for m in self.models), strict=True)
+            yield from describe_unlike(names, shown)
         if self.temperature_only:
             yield "Temperature scaling alone gives the same gain."
         if self.n_seen:

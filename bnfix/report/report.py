@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def model_json(model: Evaluated) -> dict[str, Any]:
         "n_examples": m.n_examples,
         **({"n_groups": n} if (n := m.examples and m.examples.n_groups) else {}),
         "n_live": model.n_live,
+        **({"preprocessing": asdict(p)} if (p := model.preprocessing) else {}),
         **named,
         **agreement_json(model.agreement),
         "interval": {
@@ -156,7 +157,7 @@ class Report(Findings):
                 self.corruptions,
             ),
             (
-                "In other orders",
+                "In other orders (streams)",
                 "The same images in random order (iid), by class (sorted), half of every batch by "
                 "class and half random (mixed), and one by one (single). A model gives the same in "
                 "all of them unless its predictions depend on the other images in the batch",
@@ -303,6 +304,16 @@ class Report(Findings):
     def _any_weight(self) -> bool:
         return any(np.any(layer.example_weight) for layer in self.layers)
 
+    def _batch_weights(self) -> str:
+        """How many layers weigh the batch, and by how much; empty for none."""
+        highest = [b for row in self.layers if (b := float(np.max(row.batch_weight, initial=0)))]
+        if not highest:
+            return ""
+        return (
+            f"{len(highest)} of {len(self.layers)} norm layers weigh the batch, by up to "
+            f"{max(highest):.3g}: predictions depend on the other images in the batch."
+        )
+
     def _class_picture(self) -> Picture | None:
         rows, none = self._classes, self.by_rows is not None
         if none or not self.paired or self.paired[-1] is None or len(rows) < 2:
@@ -334,6 +345,7 @@ class Report(Findings):
             custom_names=list(dict.fromkeys(c.name for m in self.models for c in m.custom)),
             options=dict(flat(self.options)),
             any_weight=self._any_weight(),
+            batch_weights=self._batch_weights(),
         )
 
 
