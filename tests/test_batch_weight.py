@@ -699,7 +699,10 @@ def test_inspection_notes_layers_that_weigh_the_batch(files, cli, tmp_path):
     bnfix.swap_norms_(model, layers=["bn2"], batch_weight=0.3)
     bnfix.save(model, tmp_path / "near.safetensors")
     done = cli("inspect", tmp_path / "near.safetensors", "--json").json
-    assert {x["name"]: x["batch_weight"] for x in done["layers"]} == {"bn1": 0, "bn2": pytest.approx(0.3)}
+    assert {x["name"]: x["batch_weight"] for x in done["layers"]} == {
+        "bn1": 0,
+        "bn2": pytest.approx(0.3),
+    }
     notes = [f for f in done["findings"] if f["fault"] == "batch-weight"]
     assert [(f["layer"], f["severity"]) for f in notes] == [("bn2", "note")]
     assert (

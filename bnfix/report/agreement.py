@@ -140,11 +140,9 @@ def describe_unlike(names: Sequence[str], found: Sequence[Any]) -> Iterator[str]
     if unlike := [key for key in a if a[key] != b[key]]:
         values = [", ".join(f"{key} {one[key]}" for key in unlike) for one in shown]
         flags = ", ".join(f"--{key}" for key in unlike if key != "channels")
-        yield (
-            f"The two were given different preprocessing ({clean(names[0])}: {values[0]}; "
-            f"{clean(names[-1])}: {values[1]}), which may decide."
-            + f" State {flags} to give both the same." * bool(flags)
-        )
+        same = f" State {flags} to give both the same." if flags else ""
+        each = "; ".join(f"{clean(names[k])}: {values[k]}" for k in (0, -1))
+        yield f"The two were given different preprocessing ({each}), which may decide.{same}"
 
 
 def _inputs(preprocessing: Any) -> dict[str, str]:
