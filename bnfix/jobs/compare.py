@@ -154,9 +154,8 @@ def evaluate_files(
         )
         for one, custom, outputs in zip(entrants, own, found, strict=True)
     )
-    last = entrants[-1].inputs.preprocessing
     options = {
-        "preprocessing": last and dataclasses.asdict(last),
+        "preprocessing": (last := models[-1].preprocessing) and dataclasses.asdict(last),
         **{name: v for name in ("corrupt", "groups") if (v := getattr(source, name))},
         **{name: value for name, value in dataclasses.asdict(also).items() if value},
     }
