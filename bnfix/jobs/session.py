@@ -268,7 +268,8 @@ def open_workbench(
     notes += [f"{images.spec}: {note}." for note in images.notes]
     both = (images,) if test is inputs else (images, test.images)
     notes += [note for one in both for note in describe_groups(one)]
-    notes += _describe_select(split, images)
+    if images.labelled or reference is not None:
+        notes += _describe_select(split, images)
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
     corruption = corruption_of(source.corrupt, seed)
