@@ -146,7 +146,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
         r"1 of 24 images have no label \(a\.parquet\[3\]\)": table().set_column(
             1, "label", arrow.array([None if k == 3 else 0 for k in range(24)], arrow.int64())
         ),
-        r"labels from -1 to -1, 24 of 24 outside": table().set_column(1, "label", [[-1] * 24]),
+        r"labels from -1 to -1, 24 of 24 below 0": table().set_column(1, "label", [[-1] * 24]),
     }
     for said, made in cases.items():
         parquet.write_table(made, path)

@@ -239,10 +239,10 @@ def new_pages(keeps: str, threaded: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
 @pytest.mark.parametrize("threaded", ["no", "yes"])
 def test_freed_memory_is_kept_in_every_thread(threaded):
-    # A small allocation may land in the freed piece, so that a few of the 20 need fresh pages.
+    # A small allocation may land in the freed piece, so that some of the 20 need fresh pages.
     one = 160_000_000 // 4096
     assert new_pages("no", threaded) > 15 * one
-    assert new_pages("yes", threaded) < 5 * one
+    assert new_pages("yes", threaded) < 10 * one
 
 
 class Several(nn.Module):
