@@ -17,7 +17,7 @@ from bnfix.core.errors import (
     NormError,
     NumericError,
 )
-from bnfix.core.guards import valid_positions
+from bnfix.core.masks import valid_positions
 from bnfix.jobs.compare import evaluate_files
 from bnfix.jobs.convert import convert
 from bnfix.jobs.export import export

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnfix
-from bnfix.core import guards
+from bnfix.core import masks
 from bnfix.core.errors import DataError, NormError
 from bnfix.deploy.fuse import fused
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
@@ -46,7 +46,7 @@ def drawn(seed: int, n: int, total: int, channels: int = 4):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 def test_a_length_is_reduced_as_the_map_is(total, own, length):
     length = min(length, total)
-    valid = guards.valid_of(None, [length, total], total)
+    valid = masks.valid_of(None, [length, total], total)
     expected = mask_of([-(-length * own // total), own], own)
     assert torch.equal(valid.fitted(torch.zeros(2, 3, own)), expected)
     wide = valid.fitted(torch.zeros(2, 3, 2, own)).view(2, 2, own)
@@ -59,7 +59,7 @@ def test_a_length_is_reduced_as_the_map_is(total, own, length):
 def test_a_position_is_valid_if_any_that_it_covers_is(seed, height, width):
     mask = torch.rand(2, 6, 7, generator=torch.Generator().manual_seed(seed)) < 0.1
     mask[:, 2, 3] = True
-    made = guards.valid_of(mask, None, None).fitted(torch.zeros(2, 1, height, width))
+    made = masks.valid_of(mask, None, None).fitted(torch.zeros(2, 1, height, width))
     for i in range(height):
         for j in range(width):
             rows = slice(i * 6 // height, -(-(i + 1) * 6 // height))
@@ -442,7 +442,7 @@ def test_another_thread_sees_no_mask():
         thread.join()
         assert not torch.equal(layer(x), plain)
     assert torch.equal(found[0], plain)
-    assert not guards.mask_is_set
+    assert not masks.mask_is_set
 
 
 def test_compiled_and_exported_layers_keep_the_plain_form():
@@ -453,7 +453,7 @@ def test_compiled_and_exported_layers_keep_the_plain_form():
         plain = whole(x)
         torch.testing.assert_close(plain, net(x))
         with bnfix.valid_positions(lengths=lengths, total=5):
-            with pytest.raises(Exception, match=r"guards\.current_mask"):
+            with pytest.raises(Exception, match=r"masks\.current_mask"):
                 whole(x)
             for call in (fast, lambda x: torch.export.export(net, (x,), strict=False)):
                 with pytest.raises(NormError, match="takes all positions for valid"):

@@ -11,33 +11,8 @@ import torch
 from bnfix import set_example_weight_, swap_norms_
 from bnfix.data.batches import Batch
 from bnfix.metrics.robustness import tiled
+from tests.test_map_exports import CODE
 
-CODE = """
-from torch import nn
-
-
-def dense(classes=4, stride=1):
-    return nn.Sequential(
-        nn.Conv2d(3, 6, 3, padding=1, stride=stride, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
-        nn.Conv2d(6, classes, 3, padding=1),
-    )
-
-
-def strided():
-    return dense(stride=2)
-
-
-def single():
-    return dense(classes=1)
-
-
-def pooled():
-    return nn.Sequential(dense(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def upsampled():
-    return nn.Sequential(dense(), nn.Upsample(scale_factor=1.5))
-"""
 CODE_NAMES: dict = {}
 exec(CODE, CODE_NAMES)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from bnfix.core import distributed, guards
+from bnfix.core import distributed, masks
 from bnfix.core.errors import (
     BnfixError,
     ConfigError,
@@ -116,7 +116,7 @@ def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[s
             )
     inputs, labels = tuple(batch[:place]), batch[place] if len(batch) > place else None
     x = inputs[0] if len(inputs) == 1 else None
-    if isinstance(x, Mapping) and (set(x) <= set(names) or not set(x).isdisjoint(guards.MASK_KEYS)):
+    if isinstance(x, Mapping) and (set(x) <= set(names) or not set(x).isdisjoint(masks.MASK_KEYS)):
         return (*_parts_by_name(x, names)[:2], labels)
     if type(x) is tuple and 1 < least <= len(x) <= most:
         return x, {}, labels
@@ -134,17 +134,17 @@ def _parts_by_name(
             f"batch: keys {sorted(map(str, batch))}, none of {', '.join(_INPUT_KEYS)}. "
             f"{_GIVE_FORWARD}"
         )
-    if len(taken.keys() - set(guards.MASK_KEYS)) > 1 or not found:
+    if len(taken.keys() - set(masks.MASK_KEYS)) > 1 or not found:
         used = set(taken)
         args: tuple[Any, ...] = ()
     else:
         used, args, taken = {found[0]}, (batch[found[0]],), {}
         # A mask is for the norm layers, and for a model that asks for it too.
-        taken = {key: batch[key] for key in guards.MASK_KEYS if key in batch and key in names}
+        taken = {key: batch[key] for key in masks.MASK_KEYS if key in batch and key in names}
     left = [
         key
         for key, value in batch.items()
-        if names and key not in (*used, *_LABEL_KEYS, *guards.MASK_KEYS)
+        if names and key not in (*used, *_LABEL_KEYS, *masks.MASK_KEYS)
         and isinstance(value, Tensor) and value.ndim > 1
     ]  # fmt: skip
     if left:
@@ -226,7 +226,7 @@ def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | N
 
 def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextManager[None]:
     """The valid positions of a batch with a mask or lengths, for the model's norm layers."""
-    given = guards.mask_in(batch)
+    given = masks.mask_in(batch)
     if by_forward and getattr(given.get("mask"), "ndim", 2) < 2:
         del given["mask"]  # one value an example, which only the user's function knows
     if not given:
@@ -243,8 +243,8 @@ def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextMan
         )
     x = _first_input(batch)
     total = x.shape[-1] if isinstance(x, Tensor) and x.ndim > 1 else None
-    valid = guards.valid_of(given.get("mask"), given.get("lengths"), total)
-    return guards.mask_used(valid, [t for t in tensors_in(batch) if t is not valid.mask])
+    valid = masks.valid_of(given.get("mask"), given.get("lengths"), total)
+    return masks.mask_used(valid, [t for t in tensors_in(batch) if t is not valid.mask])
 
 
 def _trained(
@@ -447,7 +447,7 @@ def _first_input(batch: Any) -> Any:
 def _first_of(nest: Any) -> Any:
     while isinstance(nest, Mapping | list | tuple) and nest:
         if isinstance(nest, Mapping):
-            nest = [value for key, value in nest.items() if key not in guards.MASK_KEYS] or [None]
+            nest = [value for key, value in nest.items() if key not in masks.MASK_KEYS] or [None]
         nest = nest[0]
     return nest
 

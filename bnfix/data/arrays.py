@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bnfix.checkpoints.read import read_file
 from bnfix.core.errors import CheckpointError, DataError, some
-from bnfix.core.guards import MASK_KEYS, valid_of
+from bnfix.core.masks import MASK_KEYS, valid_of
 from bnfix.core.torch_private import tree_leaves
 from bnfix.data.archives import named_files
 from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened

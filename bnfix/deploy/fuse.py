@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from bnfix.core import guards, runtime
+from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import packed_convolution, packed_weight
 from bnfix.deploy.fold import CONVOLUTIONS, Folding, optimize_, outputs_on, relative_change
@@ -95,7 +95,7 @@ class FusedNorm(nn.Module):
         if self.norm.training or (torch.is_grad_enabled() and input.requires_grad):
             raise ModelError("fused network: it is for inference. Train the original model.")
         terms = self.norm._terms()
-        valid = guards.current_mask() if guards.mask_is_set else None
+        valid = masks.current_mask() if masks.mask_is_set else None
         if valid is not None:
             finish = Finish(residual, self._activation)
             return evaluate_masked(input, terms, valid.fitted(input), finish)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from bnfix.core import guards, runtime
+from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.diagnosis.advice import Fault, Finding, finding, mapping
@@ -445,7 +445,7 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
             x = runtime.unpack(batch)[0]
             n = len(x) if isinstance(x, Tensor) else 1
             # One example has no batch statistics on 1x1 feature maps; stock layers know no mask.
-            if training and (n < 2 or guards.mask_in(batch)):
+            if training and (n < 2 or masks.mask_in(batch)):
                 continue
             found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
     return found

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnfix.core import guards
+from bnfix.core import masks
 from bnfix.core.errors import NumericError
 from bnfix.diagnosis.advice import Finding, finding
 from bnfix.norm.moments import gaps
@@ -117,7 +117,7 @@ class _Gaps(Collector):
         self._n: Counter[str] = Counter()
 
     def measure(
-        self, site: NormSite, x: Tensor, valid: guards.Valid | None = None
+        self, site: NormSite, x: Tensor, valid: masks.Valid | None = None
     ) -> tuple[Tensor, Tensor]:
         """Measure a call, and add its gaps, which count as often as it has examples."""
         mean, var = super().measure(site, x, valid)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded
-from bnfix.core import distributed, guards, runtime
+from bnfix.core import distributed, guards, masks, runtime
 from bnfix.core.data_settings import TASKS
 from bnfix.core.errors import ConfigError, DataError, plain, some
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecipe
@@ -408,7 +408,7 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
 
     def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
         if arguments and isinstance(arguments[0], Tensor):
-            x, valid = arguments[0].detach(), guards.current_mask()
+            x, valid = arguments[0].detach(), masks.current_mask()
             inputs.append(x if valid is None else valid.kept(x))
         raise _Seen
 
@@ -422,7 +422,7 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
     if shift <= _MAX_SHIFT and abs(log_var) <= _MAX_LOG_VAR:
         return None
     named = runtime.outputs_by_name(batch.x).items()
-    values = [tensor.float() for name, tensor in named if name not in guards.MASK_KEYS]
+    values = [tensor.float() for name, tensor in named if name not in masks.MASK_KEYS]
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     words = ("examples", "", "inputs are not prepared as in the training") if as_given else (
         "images", " after preprocessing",

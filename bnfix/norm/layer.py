@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core import guards
+from bnfix.core import masks
 from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.norm import kernels
@@ -214,9 +214,9 @@ class GeneralizedBatchNorm(BatchNormBase):
             return super().forward(input)
         by_batch = self.training or (self.running_mean is None and not self._live)
         if (
-            guards.mask_is_set
+            masks.mask_is_set
             and (by_batch or self._live)
-            and (valid := guards.current_mask()) is not None
+            and (valid := masks.current_mask()) is not None
         ):
             if by_batch:
                 return train_masked(self, input, valid.fitted(input))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bnfix.core import distributed, guards, runtime
+from bnfix.core import distributed, guards, masks, runtime
 from bnfix.core.errors import DataError, NormError, NumericError
 from bnfix.core.torch_private import eager
 from bnfix.norm.layer import GeneralizedBatchNorm
@@ -187,7 +187,7 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
         if (self.wanted is None or site.name in self.wanted) and x.numel():
-            mean, var = self.measure(site, x, guards.current_mask())
+            mean, var = self.measure(site, x, masks.current_mask())
             if self.stops:
                 raise StopHereError
             if self.by_batch:
@@ -213,14 +213,14 @@ class Collector:
         self.sums.new_batch()
 
     def measure(
-        self, site: NormSite, x: Tensor, valid: guards.Valid | None = None
+        self, site: NormSite, x: Tensor, valid: masks.Valid | None = None
     ) -> tuple[Tensor, Tensor]:
         """Count a call and add its input to the layer's sums; return the input's own moments."""
         with self._cost.measuring():
             return self._measured(site, x, valid)
 
     def _measured(
-        self, site: NormSite, x: Tensor, valid: guards.Valid | None
+        self, site: NormSite, x: Tensor, valid: masks.Valid | None
     ) -> tuple[Tensor, Tensor]:
         sums, index = self.sums, self._batch_index
         sums.count(site.name)

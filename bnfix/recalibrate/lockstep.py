@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.core import distributed, guards, runtime
+from bnfix.core import distributed, masks, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.memory import LiveBytes, free_memory
 from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
@@ -221,7 +221,7 @@ class Walk:
             if site.name in collector.use:
                 self._impossible = True
                 raise StopHereError
-            walker.at, walker.x, walker.valid = site, x, guards.current_mask()
+            walker.at, walker.x, walker.valid = site, x, masks.current_mask()
             del x
             self._back.release()
             walker.go.acquire()
@@ -241,7 +241,7 @@ class _Walker:
         self.size = sum(tensor.numel() for tensor in tensors) or 1
         self.at: Any = None
         self.x: Any = None
-        self.valid: guards.Valid | None = None  # known to the batch's own thread
+        self.valid: masks.Valid | None = None  # known to the batch's own thread
         self.is_over = False
         self.go = threading.Semaphore(0)
         self.done: Future[None]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core import guards, runtime
+from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import DataError, NormError, NumericError, some
 from bnfix.core.torch_private import eager
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
@@ -201,7 +201,7 @@ class _Fit:
                     "other shapes. Give the model that this one was converted from."
                 )
             for (x, valid), (x_own, _) in zip(met, met_own, strict=True):
-                with guards.mask_used(valid):
+                with masks.mask_used(valid):
                     part = _joint(_output(layer, x, affine=False), _output(own, x_own), valid)
                 if not bool((part.mean + part.var).isfinite().all()):
                     raise NumericError(
@@ -220,15 +220,15 @@ class _Fit:
 
     def _inputs(
         self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int
-    ) -> list[tuple[Tensor, guards.Valid | None]]:
+    ) -> list[tuple[Tensor, masks.Valid | None]]:
         """The inputs of a layer, and their mask, in one forward pass, which ends there."""
-        met: list[tuple[Tensor, guards.Valid | None]] = []
+        met: list[tuple[Tensor, masks.Valid | None]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             last = len(met) + 1 == n_calls
             # Later layers may work in place.
-            met.append((x if last else x.clone(), guards.current_mask()))
+            met.append((x if last else x.clone(), masks.current_mask()))
             if last:
                 raise StopHereError
 
@@ -262,7 +262,7 @@ def _output(module: Any, x: Tensor, *, affine: bool = True) -> Tensor:
         return GeneralizedBatchNorm.forward(module, x)
 
 
-def _joint(z: Tensor, y: Tensor, valid: guards.Valid | None) -> Moments:
+def _joint(z: Tensor, y: Tensor, valid: masks.Valid | None) -> Moments:
     if valid is not None:
         z, y = valid.kept(z), valid.kept(y)
     z, y = (t.double().transpose(0, 1).flatten(1) for t in (z, y))

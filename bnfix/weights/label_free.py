@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core import guards, runtime
+from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
@@ -212,7 +212,7 @@ def _whole(batches: Iterable[Any], size: int) -> Iterator[Any]:
     """Inputs of the first batches, each cut to a multiple of ``size``."""
     n_examples = 0
     for batch in batches:
-        if guards.mask_in(batch):
+        if masks.mask_in(batch):
             raise DataError(
                 "example weight: the batches have a mask or lengths, expected unpadded ones to "
                 "fit without labels. Use --example-weight auto, match or a number."
