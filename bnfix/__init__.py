@@ -30,7 +30,7 @@ from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
 from bnfix.recalibrate.recalibrate import recalibrate_, residuals
-from bnfix.report.report import Result
+from bnfix.report.result import Result
 from bnfix.training.finetune import finetune_
 from bnfix.training.loop import decay_norms_, parameter_groups
 from bnfix.weights.choose import choose_example_weight_

@@ -25,7 +25,7 @@ from bnfix.core.settings import (
 )
 from bnfix.jobs.session import Plan
 from bnfix.metrics.compare import Decision
-from bnfix.report.report import Result
+from bnfix.report.result import Result
 from tests.conftest import images_of, inputs_of
 
 TUNED = FinetuneRecipe(train="norms+head", example_weight="learn", epochs=1, lr=0.01)

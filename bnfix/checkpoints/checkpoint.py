@@ -56,6 +56,7 @@ class Checkpoint:
     versions: dict[str, int] = field(default_factory=dict)  # of modules' state, where stated
     others: tuple[str, ...] = ()  # nestings of other sets that have all of its parameters
     borrowed: bool = False  # its statistics are those of another set, as its own has none
+    names: dict[str, str] = field(default_factory=dict)  # each tensor's name in the file
 
 
 def read_checkpoint(
@@ -77,6 +78,7 @@ def read_checkpoint(
     metadata = None if header is None else parse_header(header, path)
     found, key, others = find_state_dict(content, key, path, notes, prefer_ema=prefer_ema)
     tensors = only_tensors(found, path, notes)
+    written = {id(tensor): name for name, tensor in tensors.items()}
     averaged = is_average(key)
     if prefix is not None:
         tensors, prefix = strip_given(tensors, prefix, path, notes)
@@ -106,6 +108,7 @@ def read_checkpoint(
         notes=tuple(notes),
         versions=versions,
         others=tuple(others),
+        names={name: written[id(tensor)] for name, tensor in tensors.items()},
     )
 
 
@@ -173,12 +176,12 @@ def _likelihood(nest: str) -> list[int]:
     return [*(NESTS.index(part) for part in nest.split(".")), len(NESTS)]
 
 
-# The value at a dotted key, where a part may have dots of its own; None if not there.
-def _follow(content: Any, key: str) -> Any:
+def follow(content: Any, key: str) -> Any:
+    """The value at a dotted key, where a part may have dots of its own; None if not there."""
     entries = {name: value for name, value in _items(content) if type(name) is str}
     if not key or key in entries:
         return entries[key] if key else content
-    belows = (_follow(v, key[len(n) + 1 :]) for n, v in entries.items() if key.startswith(n + "."))
+    belows = (follow(v, key[len(n) + 1 :]) for n, v in entries.items() if key.startswith(n + "."))
     return next((below for below in belows if below is not None), None)
 
 
@@ -188,7 +191,7 @@ def find_state_dict(
     """The state dict in a file's content, its nesting, and the nestings of other complete ones."""
     nests = _nests(content)
     listed = f"found under {some([plain(n) for n in nests])}" if nests else "found none"
-    base = _follow(content, key or "")
+    base = follow(content, key or "")
     if base is None and key:
         raise file_error(path, f"has no {plain(key)!r}; state dicts {listed}. Give one as --key.")
     found = key or ""
@@ -200,7 +203,7 @@ def find_state_dict(
         means = [n for n in (*likely, *inside) if is_average(n)]
         others = [n for n in inside if not is_average(n)]
         # A single one with weights is meant, whatever its name; a mean if nothing else is there.
-        unusual = [n for n in others or means if _has_weights(_follow(base, n))]
+        unusual = [n for n in others or means if _has_weights(follow(base, n))]
         likely += unusual if len(unusual) == 1 else []
         likely = [*(means if prefer_ema else []), *likely]
         if not likely:
@@ -210,8 +213,8 @@ def find_state_dict(
                 path, f"holds no state dict (names to tensors){under}; {listed}. {hint}"
             )
         found = at + likely[0] if likely[0] else found
-        base = _follow(base, likely[0])
-    complete = [n for n in nests if n != found and _covers(_follow(content, n), base)]
+        base = follow(base, likely[0])
+    complete = [n for n in nests if n != found and _covers(follow(content, n), base)]
     others = [n for n in nests if (n != found and n.rpartition(".")[2] in NESTS) or n in complete]
     if key is None:
         notes += [f"state dict found under {plain(found)!r}"] if found else []

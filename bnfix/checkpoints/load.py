@@ -32,10 +32,32 @@ from bnfix.core.errors import (
 )
 from bnfix.core.settings import ModelRecipe, Preprocessing, SwapRecipe, TaskRecipe
 from bnfix.models.build import build_model, build_skeleton, from_file_allowed
-from bnfix.models.published import published_arguments, published_weights, renamed
+from bnfix.models.published import (
+    described_in,
+    folder_labels,
+    names_in_file,
+    published_arguments,
+    published_weights,
+    renamed,
+)
 from bnfix.norm.layer import set_example_weight_
 from bnfix.norm.sites import find_norms, is_frozen_kind
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tensors of a model lie: their file, and the names that they have in it."""
+
+    path: Path
+    key: str = ""  # the nesting followed
+    prefix: str = ""  # stripped
+    names: Mapping[str, str] = field(default_factory=dict)  # by the model's own
+    folder: Path | None = None  # the hub folder that describes the model
+
+    def name_in_file(self, name: str) -> str:
+        """A tensor's name in the file, or the one that it would have there."""
+        return self.names.get(name, self.prefix + name)
 
 
 @dataclass
@@ -48,6 +70,8 @@ class Origin:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a command
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the file's tensors
     task: TaskRecipe | None = None  # what it was judged by, if not as a classifier
+    labels: tuple[str, ...] = ()  # of the outputs, where they are known
+    place: Place | None = None
 
 
 def origin_of(model: nn.Module) -> Origin:
@@ -64,9 +88,13 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
     spec: Any = model.get("spec") if is_object else None
     arguments: Any = (model.get("arguments") or {}) if is_object else {}
     preprocessing, history = metadata.get("preprocessing"), metadata.get("history") or []
-    task = metadata.get("task")
+    task, labels = metadata.get("task"), (model.get("labels") or []) if is_object else []
     fits = {
-        "model": is_object and isinstance(spec, str | None) and isinstance(arguments, dict),
+        "model": is_object
+        and isinstance(spec, str | None)
+        and isinstance(arguments, dict)
+        and isinstance(labels, list)
+        and all(isinstance(label, str) for label in labels),
         "preprocessing": isinstance(preprocessing, dict | None),
         "norms": isinstance(metadata.get("norms"), dict | None),
         "history": isinstance(history, list) and all(isinstance(e, dict) for e in history),
@@ -81,7 +109,8 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
         )
     known = None if preprocessing is None else _preprocessing(preprocessing, checkpoint)
     with file_errors(checkpoint.path, "the task in its header cannot be used", kinds=_UNUSABLE):
-        return Origin(spec, arguments, known, history, task=task and TaskRecipe(**task))
+        read = task and TaskRecipe(**task)
+        return Origin(spec, arguments, known, history, task=read, labels=tuple(labels))
 
 
 #: What recipes raise of values that are none.
@@ -158,10 +187,15 @@ def load_ready(
     checkpoint = read_checkpoint(path, key=key, prefix=recipe.prefix, prefer_ema=prefer_ema)
     origin = stated_origin(checkpoint)
     notes: list[str] = []
+    folder = hub_folder(path, recipe.model)
     if recipe.model is not None:
         origin = replace(origin, spec=recipe.model, arguments=dict(recipe.arguments))
+    elif model is None and folder is not None:
+        origin = _as_described(origin, folder, dict(recipe.arguments))
     elif model is None:
         require_buildable(checkpoint, origin)
+    if folder is not None:
+        origin.labels = folder_labels(folder) or origin.labels
     if model is None:
         model = _built(origin, checkpoint, notes, mapped=mapped)
     thawed = unfreeze_(model) if recipe.unfreeze else []
@@ -177,6 +211,13 @@ def load_ready(
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     if (origin.spec or "").startswith("transformers:"):
         checkpoint, misfits = _as_transformers_loads(checkpoint, model, shapes, misfits)
+    origin.place = Place(
+        path=checkpoint.path,
+        key=checkpoint.key,
+        prefix=checkpoint.prefix,
+        names=checkpoint.names,
+        folder=folder if checkpoint.names else None,
+    )
     if borrows and _lacks_statistics(model, checkpoint, misfits):
         checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders)
     elif misfits:
@@ -197,6 +238,25 @@ def load_ready(
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
     return Loaded(model, checkpoint, origin)
+
+
+def hub_folder(checkpoint: str | Path, spec: str | None = None) -> Path | None:
+    """The folder with a description of a checkpoint's model: itself, or a stated one."""
+    kind, _, name = (spec or "").partition(":")
+    folder = Path(name) if kind == "transformers" else Path(checkpoint)
+    usable = spec is None or kind == "transformers"
+    try:
+        return folder if usable and (folder / "config.json").is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def _as_described(origin: Origin, folder: Path, arguments: dict[str, Any]) -> Origin:
+    """An origin whose model is the one that a folder describes."""
+    found = described_in(folder)
+    preprocessing = origin.preprocessing or found.preprocessing
+    arguments = {**found.arguments, **arguments}
+    return replace(origin, spec=found.spec, arguments=arguments, preprocessing=preprocessing)
 
 
 def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: bool) -> nn.Module:
@@ -244,11 +304,15 @@ def _as_transformers_loads(
 ) -> tuple[Checkpoint, Misfits]:
     """A checkpoint whose names are those of transformers' files, under the model's names."""
     notes = [f"{type(model).__name__} of transformers was built, as the folder says"]
-    tensors = renamed(model, checkpoint.tensors) if misfits else {}
+    misnamed = misfits and not misfits.misshapen
+    tensors = renamed(model, checkpoint.tensors) if misnamed else {}
     if tensors:
         n = sum(name not in tensors for name in checkpoint.tensors)
         notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
-        checkpoint, misfits = replace(checkpoint, tensors=tensors), misfits_of(shapes, tensors)
+        places = names_in_file(model, checkpoint.tensors)
+        names = {name: checkpoint.names[place] for name, place in places.items()}
+        checkpoint = replace(checkpoint, tensors=tensors, names=names)
+        misfits = misfits_of(shapes, tensors)
     return replace(checkpoint, notes=(*checkpoint.notes, *notes)), misfits
 
 

@@ -175,6 +175,12 @@ def read_zip(path: Path) -> Any:
     return _load(path, survey, mapped=not compressed)
 
 
+def read_in_place(path: Path) -> Any:
+    """The content of an uncompressed archive, whose tensors are the file: to set them writes it."""
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        return read_zip(path)
+
+
 # Refuse sizes that cannot be, before anything is inflated; say if anything is compressed.
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
     squeezed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]

@@ -7,13 +7,14 @@ import json
 import os
 import platform
 import secrets
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except KeyError as error:  # of its table of types
         odd = [f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype in error.args]
         raise TypeError(f"no type of the format: {some(odd)}") from error
+    if len(metadata) > 1:
+        _order_metadata(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put `bnfix` before `format` in the metadata; the library's order differs from run to run."""
+    first, start = '"format":"pt",', len('{"__metadata__":{')
+    with path.open("r+b") as file:
+        text = file.read(int.from_bytes(file.read(8), "little")).decode()
+        if text.startswith(first, start):
+            end = json.JSONDecoder().raw_decode(text, start - 1)[1] - 1
+            file.seek(8 + start)
+            file.write(f"{text[start + len(first) : end]},{first[:-1]}".encode())
 
 
 def check_output(path: str | Path, *, force: bool) -> None:
@@ -103,8 +117,9 @@ def write_checkpoint(
     metadata: Mapping[str, Any],
     *,
     force: bool,
+    marks: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write tensors and the ``bnfix`` header to one file: whole, or not at all."""
+    """Write tensors, the ``bnfix`` header and other marks to one file: whole, or not at all."""
     path = Path(path)
     check_output(path, force=force)
     no_json = (TypeError, ValueError, RecursionError)
@@ -120,8 +135,7 @@ def write_checkpoint(
     ready = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
-        # One key only: the order of several differs from run to run, and so would the bytes.
-        write_tensors(temporary, ready, {"bnfix": text})
+        write_tensors(temporary, ready, {"bnfix": text, **marks})
         if not force:  # another program may have written it meanwhile
             check_output(path, force=False)
 
@@ -157,6 +171,30 @@ def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _sync(path.parent)  # else a power cut may forget the new name
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Fill a temporary folder beside ``path``, sync, and rename it; leave nothing on failure."""
+    temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
+    earlier = temporary.with_suffix(".old")
+    with file_errors(path, "not written"):
+        try:
+            temporary.mkdir()
+            write(temporary)
+            for file in (*temporary.iterdir(), temporary):
+                _sync(file)
+            if path.exists():
+                path.rename(earlier)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if earlier.exists():
+                    earlier.rename(path)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -220,7 +258,11 @@ def metadata_of(
     return {
         "format": FORMAT,
         "bnfix": __version__,
-        "model": {"spec": origin.spec, "arguments": origin.arguments},
+        "model": {
+            "spec": origin.spec,
+            "arguments": origin.arguments,
+            **({"labels": list(origin.labels)} if origin.labels else {}),
+        },
         "preprocessing": None if known is None else asdict(known),
         "norms": norms,
         **({} if origin.task is None else {"task": asdict(origin.task)}),

@@ -25,6 +25,7 @@ from bnfix.cli.flags import (
     Averaged,
     Checkpoint,
     Compared,
+    Continued,
     Data,
     Feed,
     Gate,
@@ -82,7 +83,8 @@ from bnfix.jobs.without_data import calibrate_without_data
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.export import Export, check_exports
 from bnfix.report.predictions import check_predictions
-from bnfix.report.report import check_outputs, check_report_folder
+from bnfix.report.report import check_report_folder
+from bnfix.report.result import check_outputs
 
 _CHECKED_SHAPE = "Input shape of the final check (default: by the preprocessing, else usual sizes)."
 _REFIT_ON = f"Examples to re-fit on, in seeded random order (default {REFIT_SAMPLES})."
@@ -96,7 +98,7 @@ _LOOK_DATA = (
 )
 _REFIT_DATA = "Examples to re-fit scale and shift on (--to group, weights above 0), without labels."
 
-_SHARED = {"model": Model, "source": Tested, "swap": Layers, "run": Run}
+_SHARED = {"model": Continued, "source": Tested, "swap": Layers, "run": Run}
 _CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Gate}
 # Defaults of the commands; the options replace some of them.
 _CALIBRATE = Plan(command="calibrate", finetune=None)
@@ -128,9 +130,8 @@ def fix(
     """
     if recipe is not None:
         check_beside_recipe(context)
-        test = plan.source.test
-        own = replayed_plan(recipe, run=plan.run, command_line=command_line(), test=test)
-        plan = with_own_models(own, plan)
+        how = {"command_line": command_line(), "test": plan.source.test}
+        plan = with_own_models(replayed_plan(recipe, run=plan.run, **how), plan)
     else:
         plan = replace(plan, finetune=None if train == "none" else replace(tune, train=train))
     _carry_out(plan, checkpoint, data, output, out)
@@ -159,7 +160,7 @@ def finetune(
     plan: Annotated[
         Plan,
         {
-            "model": Model,
+            "model": Continued,
             "source": Tested,
             "finetune": Tuned,
             "swap": Annotated[SwapRecipe, {NORM: "to ghost_size channel_groups layers skip"}],
@@ -211,7 +212,7 @@ def _carry_out(
         statistics = replace(plan.statistics, batch_size=size)
         plan = replace(plan, statistics=statistics, command_line=command_line())
     if not out.show_plan:
-        check_outputs(output, force=out.force)
+        check_outputs(output, checkpoint, plan.model, force=out.force)
     with terminal.working() as track:
         if data in ("none", ["none"]):
             result = calibrate_without_data(checkpoint, plan)
@@ -245,8 +246,8 @@ def demo(
     """
     terminal = out.terminal()
     if out.show_plan:
-        does = f"demo: would fix the demo files and write {output}; nothing was done"
-        terminal.plan({"command": "demo", "plan": True, "output": str(output)}, does)
+        plan = {"command": "demo", "plan": True, "output": str(output)}
+        terminal.plan(plan, f"demo: would fix the demo files and write {output}; nothing was done")
         return
     fixed = output / "digits_net.fixed.safetensors"
     # The files of an earlier demo are replaced: they are the same every time.
@@ -290,7 +291,7 @@ def convert(
     shape = None if input_shape is None else sizes(input_shape, "--input-shape")
     _check_samples(samples)
     if not out.show_plan:
-        check_outputs(output, force=out.force)
+        check_outputs(output, checkpoint, model, force=out.force)
     with terminal.working() as track:
         result = convert_file(
             checkpoint,

@@ -105,7 +105,7 @@ _METAVARS = {
 _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "test", "device", "workers", "force", "show_plan",
     "as_json", "quiet", "debug", "model", "arguments", "key", "prefix", "prefer_ema", "unfreeze",
-    "forward", "logits_output", "reference", "reference_model",
+    "forward", "logits_output", "reference", "reference_model", "like_input",
 }  # fmt: skip
 
 
@@ -349,7 +349,9 @@ _REPEATED = (
 )
 Data = Annotated[str, about(_DATA_IS, DATA, "DATA")]
 Several = Annotated[list[str], about(f"{_DATA_IS} {_REPEATED}", DATA, "DATA")]
-Output = Annotated[Path, written("The .safetensors to write.")]
+Output = Annotated[
+    Path, written("The .safetensors, or the hub folder where CKPT is one, to write.")
+]
 State = Annotated[
     str | None,
     about("Folder for the run's state; after an interrupt the same command resumes.", RUN, "DIR"),
@@ -357,6 +359,13 @@ State = Annotated[
 Model = Annotated[
     ModelRecipe,
     {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output"},
+]
+Continued = Annotated[
+    ModelRecipe,
+    {
+        MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output",
+        OUT: "like_input",
+    },
 ]
 Inputs = Annotated[DataRecipe, {DATA: INPUT}]
 TASK = "task loss ignore_index"

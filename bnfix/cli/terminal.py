@@ -97,7 +97,8 @@ class Terminal:
             if report.data is not None and (n := report.data.n_skipped):
                 self.notes([f"{n} unreadable images skipped: {some(report.data.skipped, 3)}"])
             if written is not None:
-                self.say(f"wrote {written} and {written.name}.report.html, .md, .json")
+                inside = "/" if written.is_dir() else f" and {written.name}."
+                self.say(f"wrote {written}{inside}report.html, .md, .json")
 
     def plan(self, content: dict[str, Any], *lines: str) -> None:
         """Print a plan: lines, or JSON."""

@@ -316,6 +316,11 @@ class ModelRecipe:
     logits_output: str | None = option(
         None, "Which output holds the logits: its name or index, dotted where they are nested."
     )
+    like_input: bool = option(
+        False,
+        "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with the new weights in their "
+        "places and all else as it is: training goes on from it. No example weights.",
+    )
 
     def __post_init__(self) -> None:
         require(

@@ -305,13 +305,20 @@ _KINDS: Final = (
 # --- classes ---
 
 
-def for_outputs(images: Images, n_classes: int | None) -> Images:
-    """The same images with classes numbered for a model of so many outputs; nothing is reread."""
+def for_outputs(images: Images, n_classes: int | None, labels: Sequence[str] = ()) -> Images:
+    """The same images with classes numbered for a model of so many outputs, as their labels are."""
     again = object.__new__(type(images))
     again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
     if images.classes_given is not None:
         classes, mapping, notes = images.classes_given
         again.notes = list(notes)
+        if mapping is None and isinstance(classes, list):
+            # Of a name that two outputs have, nobody knows which is meant.
+            once = Counter(labels)
+            numbers = {name: k for k, name in enumerate(labels) if once[name] == 1}
+            if {*classes, *getattr(images, "classes", ())} <= numbers.keys():
+                mapping = numbers
+                again.notes.append("the model's own labels are the class map")
         _set_labels(again, classes, mapping, n_classes)
     return again
 

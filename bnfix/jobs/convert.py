@@ -37,7 +37,8 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_, zero_pointwise_
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
 from bnfix.report.records import describe_neighbours, layer_rows, n_live
-from bnfix.report.report import Report, Result
+from bnfix.report.report import Report
+from bnfix.report.result import Result
 from bnfix.weights.choose import weighable_layers
 
 #: What a network, or the user's call of it, is known to raise on an input of another shape.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnfix.checkpoints.load import Loaded
+from bnfix.checkpoints.load import Loaded, origin_of
 from bnfix.core import distributed, guards, masks, runtime
 from bnfix.core.data_settings import TASKS
 from bnfix.core.errors import ConfigError, DataError, plain, some
@@ -322,7 +322,8 @@ def open_checked(
         if not is_logits:
             return images, input_size, task
     output, notes = _chosen_output(model, output, images)
-    images = for_outputs(images, runtime.logits_of(output).shape[1])
+    labels = origin_of(model).labels
+    images = for_outputs(images, runtime.logits_of(output).shape[1], labels)
     images.notes = [*images.notes, *notes]
     return images, input_size, task
 

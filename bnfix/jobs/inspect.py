@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
-from bnfix.checkpoints.load import Loaded
+from bnfix.checkpoints.load import Loaded, hub_folder
 from bnfix.core import __version__
 from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
@@ -177,7 +177,9 @@ def inspect_checkpoint(
         run=run,
         seed=seed,
         samples=() if samples == SAMPLES else ("--samples", str(samples)),
-        asks_model=recipe.model is None and not isinstance(stated.get("spec"), str),
+        asks_model=recipe.model is None
+        and not isinstance(stated.get("spec"), str)
+        and hub_folder(path) is None,
         labelled=seen.labelled,
         frozen=frozen,
         original=None if original is None else original.file.path,

@@ -40,7 +40,8 @@ from bnfix.report.records import (
     n_live,
     statistics_of,
 )
-from bnfix.report.report import Report, Result
+from bnfix.report.report import Report
+from bnfix.report.result import Result
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice
 

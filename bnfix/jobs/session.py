@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bnfix.checkpoints.alike import check_copyable
 from bnfix.checkpoints.checkpoint import misfits_of
 from bnfix.checkpoints.load import Loaded, load_ready, stock_shapes
 from bnfix.checkpoints.read import check_room
@@ -119,6 +120,23 @@ def describe_unjudged(plan: Plan) -> list[str]:
     if plan.statistics.statistics != "auto" or plan.weight.is_stated:
         return []
     return [_BLENDED if blends_by_default(plan) else _KEPT]
+
+
+def without_live_layers(plan: Plan) -> Plan:
+    """A plan that tries no weights where the output has no place for them."""
+    tune = plan.finetune
+    if not plan.model.like_input:
+        return plan
+    learns = plan.command == "finetune" and tune is not None and tune.example_weight == "learn"
+    if plan.weight.is_stated or plan.weight.batch_weight == "auto" or learns:
+        raise ConfigError(
+            "--like-input: a training checkpoint has no place for example and batch weights. Leave "
+            "--like-input or the weights out.",
+            name="like_input",
+        )
+    weight = dataclasses.replace(plan.weight, example_weight="keep")
+    tune = None if tune is None else dataclasses.replace(tune, example_weight="keep")
+    return dataclasses.replace(plan, weight=weight, finetune=tune)
 
 
 @dataclass
@@ -241,7 +259,7 @@ def open_workbench(
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
     reference = open_reference(loaded, plan)
     inputs = test = open_inputs(loaded, data, source)
-    images, notes = inputs.images, [*loaded.checkpoint.notes, *inputs.notes]
+    images, notes = inputs.images, [*loaded.checkpoint.notes, *_copied(loaded, plan), *inputs.notes]
     if reference is not None:
         notes += [f"reference: {note}" for note in reference.checkpoint.notes]
     split = cut(images, fractions, seed)
@@ -294,6 +312,15 @@ def open_workbench(
         footprint=held,
         reference=reference,
     )
+
+
+def _copied(loaded: Loaded, plan: Plan) -> list[str]:
+    """That the output is a copy with new weights; an input that cannot be copied is refused."""
+    if not plan.model.like_input:
+        return []
+    check_copyable(loaded.checkpoint)
+    copy = f"the output is a copy of {loaded.checkpoint.path.name} with new weights"
+    return [f"{copy} (--like-input), so no example weights are tried."]
 
 
 def _describe_select(split: Split, images: Images) -> list[str]:

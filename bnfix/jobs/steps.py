@@ -32,6 +32,7 @@ from bnfix.jobs.session import (
     blends_by_default,
     describe_unjudged,
     open_workbench,
+    without_live_layers,
 )
 from bnfix.metrics.robustness import MOST_IMAGES
 from bnfix.norm.layer import generalized_norms
@@ -191,7 +192,7 @@ def open_plan(
         plan = replace(plan, model=replace(plan.model, model=model))
     # One of them is as a text; and messages name them all.
     data = data[0] if not isinstance(data, str) and len(data) == 1 else data
-    plan, checkpoint, chosen = narrowed(plan, checkpoint)
+    plan, checkpoint, chosen = narrowed(without_live_layers(plan), checkpoint)
     bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
     bench.assumptions += chosen
     if bench.loaded.checkpoint.borrowed and plan.statistics.statistics == "auto":

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from bnfix.checkpoints.alike import check_copyable
 from bnfix.checkpoints.read import check_room
 from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
 from bnfix.core.errors import ConfigError, ModelError, some
@@ -15,7 +16,8 @@ from bnfix.jobs.session import Plan, load_one, open_reference
 from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.predicted import match_predicted_
 from bnfix.report.records import layer_rows
-from bnfix.report.report import Report, Result
+from bnfix.report.report import Report
+from bnfix.report.result import Result
 
 
 def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
@@ -35,6 +37,8 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
             name="reference",
         )
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    if plan.model.like_input:
+        check_copyable(loaded.checkpoint)
     stated, _ = resolve_preprocessing(loaded, plan.source)
     example = example_input(loaded.model, None, known_shape(loaded.model, stated))
     before = None if example is None else outputs_of(loaded.model, example)

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -139,6 +140,10 @@ def _of_timm(preset: str, name: str) -> Preprocessing | None:
     if config is None:
         hint = did_you_mean(name, timm.list_models(), 2)
         raise _unusable(preset, f"timm has no such model.{hint}")
+    return _of_timm_config(config)
+
+
+def _of_timm_config(config: Any) -> Preprocessing | None:
     channels, height, width = config.input_size
     if channels not in (1, 3) or config.crop_mode == "border":
         return None
@@ -219,6 +224,68 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
     return model
 
 
+@dataclass(frozen=True)
+class Described:
+    """The model that a folder's configuration describes, as transformers or timm wrote it."""
+
+    spec: str
+    arguments: dict[str, Any]  # of the builder
+    preprocessing: Preprocessing | None
+
+
+def described_in(folder: Path) -> Described:
+    """The model that a folder describes."""
+    spec = f"transformers:{folder}"
+    config = _read(str(folder), folder / _CONFIG)
+    if config.get("model_type"):
+        return Described(spec, {}, folder_preprocessing(spec, str(folder)))
+    name = config.get("architecture")
+    if not isinstance(name, str):
+        raise model_error(
+            str(folder),
+            f"its {_CONFIG} names no model: expected model_type, as transformers writes it, or "
+            "architecture, as timm does. Give --model.",
+        )
+    arguments, preprocessing = _as_timm_reads(f"timm:{name}", config)
+    return Described(f"timm:{name}", arguments, preprocessing)
+
+
+def _as_timm_reads(
+    spec: str, config: dict[str, Any]
+) -> tuple[dict[str, Any], Preprocessing | None]:
+    """The builder's arguments and the preprocessing in a configuration of timm's."""
+    timm = import_library("timm", spec)
+    # Older ones have no inner part.
+    inner, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    try:
+        fields = timm.models.PretrainedCfg.__dataclass_fields__
+        known = timm.models.PretrainedCfg(**{n: v for n, v in inner.items() if n in fields})
+        channels, *size = known.input_size
+        found: dict[str, Any] = {} if channels == 3 else {"in_chans": channels}
+        found |= {"img_size": size} if known.fixed_input_size else {}
+        n_classes = config.get("num_classes", inner.get("num_classes"))
+        found |= {} if n_classes is None else {"num_classes": n_classes}
+        return {**found, **arguments}, _of_timm_config(known)
+    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise model_error(
+            spec, f"its {_CONFIG} cannot be used ({one_line(error)}). Give --model, or correct it."
+        ) from error
+
+
+def folder_labels(folder: Path) -> tuple[str, ...]:
+    """The names of the outputs that a folder's configuration states; empty where it states none."""
+    config = _read(str(folder), folder / _CONFIG)
+    inner = config.get("pretrained_cfg", config)
+    stated = config.get("id2label") or config.get("label_names")
+    if not stated and isinstance(inner, dict):
+        stated = inner.get("label_names") or inner.get("labels")
+    if isinstance(stated, dict):
+        stated = [stated.get(str(k)) for k in range(len(stated))]
+    if isinstance(stated, list) and all(isinstance(name, str) for name in stated):
+        return tuple(stated)
+    return ()
+
+
 def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
     """The class of transformers itself that a configuration states, if it states one."""
     if not stated:
@@ -268,6 +335,16 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     # from_pretrained gives all tensors the model's type; the file's is kept where it has only one.
     kept = types.pop() if len(types) == 1 else None
     return {n: t.to(kept) if kept and t.is_floating_point() else t for n, t in state.items()}
+
+
+def names_in_file(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """The file's name of each tensor that `renamed` renames; none where it changes their values."""
+    # Every tensor holds its own number, so that it is known again.
+    marked = {n: torch.full(t.shape, float(k)) for k, (n, t) in enumerate(tensors.items())}
+    found, names = renamed(model, marked), list(tensors)
+    if any(t.numel() == 0 or bool((t != t.flatten()[0]).any()) for t in found.values()):
+        return {}
+    return {name: names[int(t.flatten()[0])] for name, t in found.items()}
 
 
 def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:

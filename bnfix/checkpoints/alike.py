@@ -1,0 +1,256 @@
+"""Outputs in the form of their input: a hub folder, or a training checkpoint with new weights.
+
+Of a training checkpoint only the bytes of the weights change: all else, what this program cannot
+read included, is copied and never understood.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, follow
+from bnfix.checkpoints.load import Place, origin_of
+from bnfix.checkpoints.read import TORCH_SUFFIXES, read_file, read_in_place
+from bnfix.checkpoints.save import (
+    check_folder,
+    check_free,
+    replace_whole,
+    stock_tensors,
+    write_checkpoint,
+    write_folder,
+    write_text,
+)
+from bnfix.core.errors import file_error, file_errors, plain, some
+from bnfix.core.settings import Preprocessing
+from bnfix.models.published import described_in
+
+WEIGHTS: Final = "model.safetensors"
+REPORTS: Final = ("report.json", "report.md", "report.html")
+_CARD, _ORIGINAL_CARD = "README.md", "README.original.md"
+#: Files of a hub folder that go into the output as they are.
+_TAKEN_OVER: Final = (
+    "config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.md",
+    "LICENSE.txt", _ORIGINAL_CARD,
+)  # fmt: skip
+_LARGEST: Final = 8 * 2**20
+
+
+# --- hub folders ---
+
+
+def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
+    """Refuse, before any work, a place where no folder may be written."""
+    check_folder(path)
+    with file_errors(path, "cannot be written"):
+        if path.suffix in TORCH_SUFFIXES:
+            raise file_error(path, "expected a name that ends in .safetensors, or a folder's.")
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise file_error(path, "is no folder. Give another name.")
+        held = {entry.name for entry in path.iterdir()} if path.exists() else set()
+        if held and not force:
+            raise file_error(
+                path, "already holds files. Give another name, or --force to replace it."
+            )
+        own = {*_TAKEN_OVER, _CARD, WEIGHTS, *REPORTS}
+        if held and (REPORTS[0] not in held or not held <= own or path.samefile(source)):
+            odd = some(sorted(map(plain, held - own))) or "no report of bnfix's"
+            raise file_error(
+                path,
+                f"is not replaced, even by --force: it holds {odd}, and only another folder that "
+                "bnfix wrote is. Give another name.",
+            )
+    for _ in _taken_over(source):
+        pass
+
+
+def _taken_over(source: Path) -> Iterator[tuple[str, bytes]]:
+    """The small files of a hub folder, and their names in the output."""
+    places = {name: source / name for name in _TAKEN_OVER}
+    if not places[_ORIGINAL_CARD].is_file():
+        places[_ORIGINAL_CARD] = source / _CARD
+    # Snapshots of the hub are links to files that lie beside them.
+    inside = (source.resolve(), source.resolve().parent.parent / "blobs")
+    for name, place in places.items():
+        with file_errors(place, "cannot be read"):
+            if not place.is_file():
+                continue
+            if not any(place.resolve().is_relative_to(folder) for folder in inside):
+                raise file_error(place, "is a link to a file elsewhere. Put the file itself there.")
+            if place.stat().st_size > _LARGEST:
+                raise file_error(place, f"has more than {_LARGEST:,} bytes. Take it out.")
+            yield name, place.read_bytes()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The hub folder that an output follows, as its card speaks of it."""
+
+    source: str
+    library: str
+    license: str  # as its own card states it; empty if it does not
+    has_card: bool
+    other_preprocessing: bool  # than it states was used
+
+
+def folder_of(model: nn.Module, path: Path, preprocessing: Preprocessing | None) -> Folder:
+    """The hub folder that a model came from."""
+    source = _source_of(_place_of(model, path), path)
+    described, files = described_in(source), dict(_taken_over(source))
+    card = files.get(_ORIGINAL_CARD, b"").decode(errors="replace")
+    stated = re.match(r"---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n", card)
+    return Folder(
+        source=source.resolve().name,
+        library=described.spec.partition(":")[0],
+        license=stated[1] if stated else "",
+        has_card=bool(card),
+        other_preprocessing=preprocessing not in (None, described.preprocessing),
+    )
+
+
+def save_folder(
+    model: nn.Module, path: Path, metadata: Mapping[str, Any], texts: Mapping[str, str]
+) -> None:
+    """Write a model in the form of the hub folder that it came from, with texts beside it.
+
+    The weights have the names that they have in that folder; its small files are copied.
+    """
+    place = _place_of(model, path)
+    source = _source_of(place, path)
+
+    def write(temporary: Path) -> None:
+        for name, content in _taken_over(source):
+            (temporary / name).write_bytes(content)
+        tensors = {place.name_in_file(n): t for n, t in stock_tensors(model).items()}
+        # Without the mark transformers takes the file for none of its own.
+        marks = {"format": "pt"}
+        write_checkpoint(temporary / WEIGHTS, tensors, metadata, force=False, marks=marks)
+        for name, text in texts.items():
+            write_text(temporary / name, text)
+
+    write_folder(path, write)
+
+
+def _place_of(model: nn.Module, path: Path) -> Place:
+    place = origin_of(model).place
+    if place is None:
+        raise file_error(path, "has no form to follow: the model was not read from a file.")
+    return place
+
+
+def _source_of(place: Place, path: Path) -> Path:
+    if place.folder is None:
+        raise file_error(
+            path,
+            f"cannot have the form of {plain(place.path.parent)}, which describes no model, or "
+            "whose tensors transformers merges. Give a name that ends in .safetensors.",
+        )
+    return place.folder
+
+
+# --- training checkpoints ---
+
+
+def check_like_input(path: Path, source: Path, *, force: bool) -> None:
+    """Refuse, before any work, a file that cannot have the form of the input."""
+    if path.suffix not in TORCH_SUFFIXES or path.suffix != source.suffix:
+        raise file_error(
+            path,
+            f"--like-input: expected a name that ends like the input's ({plain(source.name)}), one "
+            f"of {', '.join(TORCH_SUFFIXES)}. Change -o, or leave the option out.",
+        )
+    check_folder(path)
+    check_free(path, force=force)
+
+
+def check_copyable(checkpoint: Checkpoint) -> None:
+    """Refuse, before any work, an input of which new weights alone cannot be a copy."""
+    path = checkpoint.path
+    if not zipfile.is_zipfile(path):
+        problem = "was written before torch 1.6"
+    elif any(e.compress_type != zipfile.ZIP_STORED for e in zipfile.ZipFile(path).infolist()):
+        problem = "is compressed"
+    elif checkpoint.borrowed:
+        problem = "has no statistics in it to replace"
+    elif half := [
+        n for n, t in checkpoint.tensors.items() if n.endswith(STATISTICS) and t.dtype.itemsize < 4
+    ]:
+        problem = f"its statistics are in half precision ({some(half)})"
+    elif _shares_memory(checkpoint):
+        problem = "other parts of it share the memory of its weights, and would change with them"
+    else:
+        return
+    raise file_error(
+        path, f"--like-input: {problem}. Leave the option out and give -o NAME.safetensors."
+    )
+
+
+def _shares_memory(checkpoint: Checkpoint) -> bool:
+    """Whether a tensor outside of a state dict lies in the memory of one in it."""
+    content = read_file(checkpoint.path)[0]
+    weights = follow(content, checkpoint.key)
+    own = {weights[name].untyped_storage().data_ptr() for name in checkpoint.names.values()}
+    todo, seen = [content], {id(weights)}
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in own - {0}:
+            return True
+        if isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            todo += dict.values(value) if isinstance(value, dict) else value
+    return False
+
+
+def save_like_input(model: nn.Module, path: Path, *, force: bool) -> None:
+    """Write a copy of the file that a model came from, with the model's weights in their places."""
+    place = _place_of(model, path)
+    stored = {place.names[n]: t for n, t in stock_tensors(model).items() if n in place.names}
+
+    def write(temporary: Path) -> None:
+        shutil.copyfile(place.path, temporary)
+        own = follow(read_in_place(temporary), place.key)
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                own[name].copy_(tensor)
+        del own
+        _mend_checksums(temporary)
+        again = follow(read_file(temporary)[0], place.key)
+        wrong = [n for n, t in stored.items() if not _equal(again[n], t)]
+        if wrong:
+            raise file_error(path, f"not written, {some(wrong)} cannot be put into the file.")
+        check_like_input(path, place.path, force=force)
+
+    with file_errors(path, "not written", kinds=(OSError, RuntimeError, ValueError)):
+        replace_whole(path, write)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _mend_checksums(path: Path) -> None:
+    """Give every entry of an archive the checksum of what it holds now."""
+    with zipfile.ZipFile(path) as archive, path.open("r+b") as file:
+        at = archive.start_dir
+        for entry in archive.infolist():
+            file.seek(entry.header_offset + 26)
+            start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+            file.seek(start)
+            checksum = struct.pack("<I", zlib.crc32(file.read(entry.file_size)))
+            # In the local header, or behind the content where that says so; and in the directory.
+            behind = start + entry.file_size + 4 if entry.flag_bits & 8 else 0
+            for position in (behind or entry.header_offset + 14, at + 16):
+                file.seek(position)
+                file.write(checksum)
+            file.seek(at + 28)
+            at += 46 + sum(struct.unpack("<HHH", file.read(6)))
