@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -130,7 +130,7 @@ def fix(
     """
     if recipe is not None:
         check_beside_recipe(context)
-        how = {"command_line": command_line(), "test": plan.source.test}
+        how: dict[str, Any] = {"command_line": command_line(), "test": plan.source.test}
         plan = with_own_models(replayed_plan(recipe, run=plan.run, **how), plan)
     else:
         plan = replace(plan, finetune=None if train == "none" else replace(tune, train=train))
