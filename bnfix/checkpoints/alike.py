@@ -200,15 +200,17 @@ def _shares_memory(checkpoint: Checkpoint) -> bool:
     content = read_file(checkpoint.path)[0]
     weights = follow(content, checkpoint.key)
     own = {weights[name].untyped_storage().data_ptr() for name in checkpoint.names.values()}
-    todo, seen = [content], {id(weights)}
+    todo, seen, met = [content], set[int](), 0
     while todo:
         value = todo.pop()
-        if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in own - {0}:
+        if value is weights:
+            met += 1
+        elif isinstance(value, Tensor) and value.untyped_storage().data_ptr() in own - {0}:
             return True
-        if isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
             seen.add(id(value))
             todo += dict.values(value) if isinstance(value, dict) else value
-    return False
+    return met > 1
 
 
 def save_like_input(model: nn.Module, path: Path, *, force: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 
 from bnfix.checkpoints.read import (
+    Inert,
     file_in_folder,
     parse_header,
     read_file,
@@ -36,6 +37,7 @@ _WRAPPERS: Final = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
 _DEPTH: Final = 3
+_BESIDE_LIMIT: Final = 500
 #: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
 _REPEATED_LIMIT: Final = 64 * 2**20
 #: Unusual prefixes that are tried on a model's own names.
@@ -57,6 +59,7 @@ class Checkpoint:
     others: tuple[str, ...] = ()  # nestings of other sets that have all of its parameters
     borrowed: bool = False  # its statistics are those of another set, as its own has none
     names: dict[str, str] = field(default_factory=dict)  # each tensor's name in the file
+    beside: dict[str, Any] = field(default_factory=dict)  # plain values beside the weights
 
 
 def read_checkpoint(
@@ -109,6 +112,7 @@ def read_checkpoint(
         versions=versions,
         others=tuple(others),
         names={name: written[id(tensor)] for name, tensor in tensors.items()},
+        beside=values_beside(content, found),
     )
 
 
@@ -221,6 +225,22 @@ def find_state_dict(
         if others:
             notes.append(f"not used: {some([plain(n) for n in others])} (--key chooses)")
     return base, found, complete
+
+
+def values_beside(content: Any, weights: Any) -> dict[str, Any]:
+    """Numbers and texts beside the weights, such as hyper-parameters, by dotted name."""
+    found: dict[str, Any] = {}
+    todo: list[tuple[str, Any]] = [] if content is weights else [("", content)]
+    for at, value in todo:  # which grows: the outer ones come first
+        for name, inner in _items(value.held if isinstance(value, Inert) else value):
+            if type(name) is not str or inner is weights or len(found) >= _BESIDE_LIMIT:
+                continue
+            place = f"{at}{plain(name)}"
+            if type(inner) in (bool, int, float, str):
+                found[place] = plain(inner) if isinstance(inner, str) else inner
+            elif at.count(".") < _DEPTH:
+                todo.append((f"{place}.", inner))
+    return found
 
 
 # Whether one set of tensors has all parameters of another, in wrappers or not.

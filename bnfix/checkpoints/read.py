@@ -71,6 +71,7 @@ class Inert:
     """Stands for an object of a file that is not a tensor: takes anything, does nothing."""
 
     itemsize = 0
+    held: Any = None  # the attributes that the file gives it
 
     def __new__(cls, *_arguments: Any, **_options: Any) -> Inert:
         """Accept whatever arguments the file gives."""
@@ -80,7 +81,11 @@ class Inert:
         """Be called, filled and set with anything, and drop it."""
         return self
 
-    __setstate__ = __setitem__ = append = extend = add = __call__
+    __setitem__ = append = extend = add = __call__
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep attributes, which a person may want to read."""
+        self.held = state if isinstance(state, dict) else None
 
 
 class _Survey(pickle.Unpickler):

@@ -13,6 +13,7 @@ import numpy as np
 from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from bnfix.checkpoints.load import Loaded, hub_folder
 from bnfix.core import __version__
+from bnfix.core.errors import some
 from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
@@ -47,6 +48,8 @@ from bnfix.recalibrate.predicted import predicted_gaps
 
 #: Examples that are run by default.
 SAMPLES = 512
+#: Values beside the weights that a note shows; the JSON has all.
+_SHOWN = 24
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
@@ -103,6 +106,7 @@ class Inspection:
             "prefix": self.checkpoint.prefix,
             "notes": self.notes,
             "n_tensors": len(self.checkpoint.tensors),
+            "beside": self.checkpoint.beside,
             "layers": [
                 {
                     **dataclasses.asdict(layer),
@@ -194,10 +198,16 @@ def inspect_checkpoint(
         behaviour=seen.behaviour,
         data=seen.record,
         commands=read_history(header.get("history")),
-        notes=[*found.notes, *seen.remarks],
+        notes=[*found.notes, *_describe_beside(found), *seen.remarks],
         original=original,
         gaps=gaps,
     )
+
+
+def _describe_beside(file: Checkpoint) -> list[str]:
+    """The values beside the weights, as a note."""
+    values = [f"{name} = {value}" for name, value in file.beside.items()]
+    return [f"beside the weights: {some(values, _SHOWN)}"] if values else []
 
 
 def _neighbours(layers: Sequence[NormTensors]) -> Iterator[Finding]:
