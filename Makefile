@@ -61,10 +61,10 @@ lint: $(STAMP) ## formatting, lint, types
 coverage: $(STAMP) ## the tests, with the branches they miss
 	$(PY) -m pytest -q --cov --cov-report=term-missing --cov-fail-under=$(COVERAGE) $(TESTED)
 
-wheel: $(STAMP) ## the wheel, in dist/
-	@# A stale build/ would put files into the wheel that are no longer in the source.
-	rm -rf build
-	$(PY) -m pip wheel --quiet --no-deps --wheel-dir "$(DIST)" .
+wheel: $(STAMP) ## the source distribution and the wheel, in dist/
+	@# The wheel is built from the source distribution, which shows that nothing is missing there.
+	$(PY) -m build --outdir "$(DIST)" >/dev/null
+	$(PY) -m twine check --strict "$(DIST)"/*
 
 $(STAMP): pyproject.toml
 	@rm -f $(STAMP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -140,14 +141,19 @@ class Outcome:
 
     @property
     def message(self) -> str:
-        """The one line of a stated error."""
+        """The one line of a stated error, without the page that it ends with."""
         assert self.code in (1, 2, 130), (self.code, self.out, self.err)
         assert self.out == ""
         lines = [line for line in self.err.splitlines() if "the user's" not in line]
         assert len(lines) == 1, lines
         assert lines[0].startswith("bnfix: ")
         assert "Traceback" not in self.err
-        return lines[0]
+        text, see, page = lines[0].partition(" See bnfix ")
+        # An interrupt needs no explanation, nor does an error of somebody else's code.
+        own = self.code != 130 and not text.startswith(("bnfix: unexpected ", "bnfix: out of mem"))
+        assert bool(see) == own, lines[0]
+        assert not see or re.fullmatch(r"(help [a-z]+|([a-z]+ )?--help)\.", page), page
+        return text
 
 
 def images_of(n: int, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:

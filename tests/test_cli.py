@@ -22,6 +22,7 @@ from tests.conftest import Files, command_of, environment, images_of
 
 COMMANDS = (
     "demo", "inspect", "convert", "calibrate", "finetune", "average", "eval", "fix", "export",
+    "help",
 )  # fmt: skip
 WRITING = ("convert", "calibrate", "finetune", "fix", "average")
 
@@ -424,7 +425,7 @@ def test_an_error_of_the_users_forward_is_one_line_that_names_its_place(cli, fil
     assert "a batch, here (x=float32 1x3x8x8, y=int64 1, index=int64 1)." in message
     outcome = cli(*words, "--debug")
     assert outcome.err.count("Traceback") == 2
-    assert outcome.err.splitlines()[-1] == message
+    assert outcome.err.splitlines()[-1] == f"{message} See bnfix help models."
     assert "Traceback" not in cli(*words).err
 
 

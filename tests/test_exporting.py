@@ -497,7 +497,8 @@ def test_a_missing_extra_is_named(folder):
         capture_output=True, text=True, check=False, env=environment(),
     )  # fmt: skip
     assert done.stderr.strip() == (
-        'bnfix: --to onnx: onnxscript, onnxruntime not installed. Run: pip install "bnfix[onnx]"'
+        'bnfix: --to onnx: onnxscript, onnxruntime not installed. Run: pip install "bnfix[onnx]". '
+        "See bnfix export --help."
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert not (folder / "no.onnx").exists()

@@ -63,7 +63,7 @@ def test_completion_can_be_shown(cli):
 
 
 def test_an_error_that_nobody_states_is_one_line_too(capsys):
-    with pytest.raises(typer.Exit) as caught, stated():
+    with pytest.raises(typer.Exit) as caught, stated("fix"):
         torch.zeros(2) @ torch.zeros(3)
     assert caught.value.exit_code == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -21,6 +21,7 @@ from bnfix.cli.commands import (
     inspect,
 )
 from bnfix.cli.flags import OneLineGroup, flattened
+from bnfix.cli.manual import show_help
 from bnfix.core import __version__, imports_done
 from bnfix.core.memory import keep_freed_memory
 from bnfix.core.runtime import exact_float32
@@ -37,8 +38,10 @@ app = typer.Typer(
 )
 
 for command in (fix, calibrate, finetune, average, convert, export, evaluate, inspect, demo):
-    flat = flattened(command, many=command in (fix, calibrate, finetune, average, evaluate))
-    app.command("eval" if command is evaluate else command.__name__)(flat)
+    called = "eval" if command is evaluate else command.__name__
+    many = command in (fix, calibrate, finetune, average, evaluate)
+    app.command(called)(flattened(command, called, many=many))
+app.command("help")(show_help)
 
 
 def _show_version(wanted: bool) -> None:
@@ -66,4 +69,4 @@ def main() -> None:
         # A name that the terminal's encoding has no sign for is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    app(prog_name="bnfix")  # also as python -m bnfix, whose completion nobody could use

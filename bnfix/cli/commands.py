@@ -21,6 +21,7 @@ from bnfix.cli.flags import (
     NORM,
     OUT,
     RUN,
+    TO_TRAIN,
     TRAIN,
     Averaged,
     Checkpoint,
@@ -61,7 +62,6 @@ from bnfix.core import distributed
 from bnfix.core.errors import ConfigError, file_error
 from bnfix.core.options import require
 from bnfix.core.settings import (
-    TRAINED,
     AverageRecipe,
     EvaluationRecipe,
     FinetuneRecipe,
@@ -117,7 +117,7 @@ def fix(
     out: Writes,
     plan: Annotated[Plan, _CHOICES] = Plan(),
     train: Annotated[
-        str, about(f"What to train: none, {', '.join(TRAINED)}.", TRAIN)
+        str, about(f"What to train: {', '.join(TO_TRAIN)}.", TRAIN, words=lambda: TO_TRAIN)
     ] = TRIED.train,
     tune: Annotated[FinetuneRecipe, {TRAIN: "epochs lr"}] = TRIED,
     recipe: Annotated[

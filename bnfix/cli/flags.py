@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from bnfix.cli.terminal import Terminal, stated
 from bnfix.core.errors import ConfigError, some
 from bnfix.core.options import option
 from bnfix.core.settings import (
+    TRAINED,
     AverageRecipe,
     DataRecipe,
     FinetuneRecipe,
@@ -50,6 +52,9 @@ class OneLineGroup(TyperGroup):
         """Run a command line, by default that of this process."""
         typed = positional[0] if positional else options.get("args")
         _TYPED.set(tuple(sys.argv[1:] if typed is None else typed))
+        if "_BNFIX_COMPLETE" in os.environ:
+            # Folded at 80 columns, a help text has several lines, which fish takes for words.
+            os.environ["COLUMNS"] = "1000"
         main: Any = super().main
         run = partial(main, *positional, standalone_mode=False, **options)
         if not standalone_mode:
@@ -85,6 +90,7 @@ def _words(error: typer.TyperException) -> str:
 
 MODEL, DATA, RUN = "Model and file", "Data and preprocessing", "How to run"
 NORM, TRAIN, ALSO, OUT = "Normalization", "Training", "What else is measured", "Output"
+TO_TRAIN = ("none", *TRAINED)
 
 _FLAGS = {
     "arguments": ("--model-arg",),
@@ -211,16 +217,38 @@ def averaged(files: list[Path], weights: str | None, **how: Any) -> tuple[Path, 
 def option_of(recipe: type, name: str, panel: str) -> Any:
     """The option of a recipe's field, for ``Annotated``; the recipe has its help."""
     fields: Any = recipe.__dataclass_fields__  # type: ignore[attr-defined]
-    own = fields[name].metadata or Preprocessing.__dataclass_fields__[name].metadata
+    owner = recipe if fields[name].metadata else Preprocessing
+    own = owner.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
     metavar = _METAVARS.get(name)
     if str(fields[name].type) in ("int | str | None", "float | str | None"):
         metavar = "N|auto"
-    return about(own["help"], panel, metavar, *_flags(name))
+    return about(own["help"], panel, metavar, *_flags(name), words=partial(_words_of, owner, name))
 
 
-def about(help: str, panel: str, metavar: str | None = None, *flags: str) -> Any:
-    """An option that is no field of a recipe, for ``Annotated``."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, metavar=metavar)
+def _words_of(recipe: type, name: str) -> Collection[str]:
+    """The words that a field takes, where there are only a few: those that its refusal lists."""
+    try:
+        recipe(**{name: "?"})
+    except (TypeError, ValueError) as error:  # a number's check fails by the type
+        return getattr(error, "choices", ())
+    return ()
+
+
+def about(
+    help: str,
+    panel: str,
+    metavar: str | None = None,
+    *flags: str,
+    words: Callable[[], Collection[str]] = tuple,
+) -> Any:
+    """An option that is no field of a recipe, for ``Annotated``; a shell completes its words."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words() if word.startswith(incomplete)]
+
+    return typer.Option(
+        *flags, help=help, rich_help_panel=panel, metavar=metavar, autocompletion=complete
+    )
 
 
 def written(help: str, metavar: str = "OUT") -> Any:
@@ -281,7 +309,9 @@ def _hints(kind: Hashable) -> dict[str, Any]:
     return get_type_hints(kind)
 
 
-def flattened(command: Callable[..., None], *, many: bool = False) -> Callable[..., None]:
+def flattened(
+    command: Callable[..., None], called: str, *, many: bool = False
+) -> Callable[..., None]:
     """A command for Typer: one option a field of its recipes, and errors as one line.
 
     A parameter ``name: Annotated[Recipe, {panel: "field field"}] = Recipe(...)`` is such a recipe.
@@ -302,7 +332,7 @@ def flattened(command: Callable[..., None], *, many: bool = False) -> Callable[.
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        with stated(many=many, debug=values["debug"]):
+        with stated(called, many=many, debug=values["debug"]):
             for name, group in groups.items():
                 values[name] = group.take(values)
             command(**values)

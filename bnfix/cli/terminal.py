@@ -161,20 +161,20 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stated(*, many: bool = False, debug: bool = False) -> Iterator[None]:
+def stated(command: str, *, many: bool = False, debug: bool = False) -> Iterator[None]:
     """Print a stated error as one line, and exit with 1, 2 for wrong usage, 130 interrupted."""
-    with _translated(debug), contextlib.ExitStack() as stack:
+    with _translated(command, debug), contextlib.ExitStack() as stack:
         if many:
             stack.enter_context(distributed.joined())
         elif distributed.launched().shared:
             raise ConfigError("this command works in one process only. Start it without torchrun.")
         # Inside, since the processes still have to agree on which of them prints the error.
-        stack.enter_context(_translated(debug))
+        stack.enter_context(_translated(command, debug))
         yield
 
 
 @contextlib.contextmanager
-def _translated(debug: bool) -> Iterator[None]:
+def _translated(command: str, debug: bool) -> Iterator[None]:
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -182,7 +182,11 @@ def _translated(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         _fail(interrupt, 130, str(interrupt) or "interrupted.", debug)
     except BnfixError as error:
-        _fail(error, 2 if isinstance(error, ConfigError) else 1, str(error), debug)
+        text = str(error)
+        end = "" if text.endswith((".", "?", "!")) else "."
+        page = f"help {error.page}" if error.page else f"{command} --help"
+        code = 2 if isinstance(error, ConfigError) else 1
+        _fail(error, code, f"{text}{end} See bnfix {page}.", debug)
     except torch.OutOfMemoryError as error:
         message = str(error).splitlines()[0]
         hint = "Lower --batch-size, or use --device cpu."

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from typing import ClassVar
 
 #: Where code lies that is not the user's: this package, the standard library, what is installed.
 _NOT_OWN = (
@@ -28,6 +29,9 @@ class BnfixError(Exception):
         path: the file concerned, where there is one.
     """
 
+    #: The page of docs/ that explains errors of this kind, or "": the help of the command.
+    page: ClassVar[str] = "faq"
+
     def __init__(
         self, message: str, *, name: str | None = None, path: str | Path | None = None
     ) -> None:
@@ -37,23 +41,37 @@ class BnfixError(Exception):
 
 
 class ConfigError(BnfixError, ValueError):
-    """An option or argument is unknown, out of range, or contradicts another."""
+    """An option or argument is unknown, out of range, or contradicts another.
+
+    It has the words that the option takes under `choices`, where there are only a few.
+    """
+
+    page = ""
+    choices: tuple[str, ...] = ()
 
 
 class CheckpointError(BnfixError):
     """A checkpoint cannot be read safely, does not fit its model, or may not be written."""
 
+    page = "models"
+
 
 class ModelError(BnfixError):
     """A model specification cannot be resolved, or the model cannot be called on the data."""
+
+    page = "models"
 
 
 class NormError(BnfixError):
     """A normalization layer cannot be swapped or given the settings asked for."""
 
+    page = "models"
+
 
 class DataError(BnfixError):
     """Data cannot be opened, has labels that do not fit, or too few usable examples."""
+
+    page = "data"
 
 
 class NumericError(BnfixError):
@@ -62,6 +80,8 @@ class NumericError(BnfixError):
 
 class ProcessError(BnfixError):
     """Another process of the same run has ended, or cannot be reached."""
+
+    page = "processes"
 
 
 class Note(str):

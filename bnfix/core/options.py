@@ -54,8 +54,11 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
 
 def one_of(value: Any, choices: Collection[str], name: str) -> None:
     """Refuse a setting that is none of the choices."""
-    listed = ", ".join(choices)
-    require(value in choices, f"{name}: {value!r} is not known. Use one of: {listed}.", name)
+    if value not in choices:
+        listed = ", ".join(choices)
+        error = ConfigError(f"{name}: {value!r} is not known. Use one of: {listed}.", name=name)
+        error.choices = tuple(choices)
+        raise error
 
 
 def in_range(recipe: Any, low: float, high: float, *names: str) -> None:

@@ -92,6 +92,8 @@ class AverageRecipe:
     )
 
     def __post_init__(self) -> None:
+        one_of(self.method, ("uniform", "greedy"), "--method")
+        one_of(self.statistics, ("auto", "population", "interpolated"), "--statistics")
         n = len(self.files) + 1
         require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
         require(
@@ -104,8 +106,6 @@ class AverageRecipe:
             f"--weights: {', '.join(map(str, self.weights))}, expected numbers above 0.",
             "weights",
         )
-        one_of(self.method, ("uniform", "greedy"), "--method")
-        one_of(self.statistics, ("auto", "population", "interpolated"), "--statistics")
         best = self.best
         require(
             best is None or 2 <= best <= n,

@@ -1,0 +1,86 @@
+"""``bnfix help``: the pages of the documentation in a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markdown import Markdown
+from rich.table import Table
+
+from bnfix.cli.terminal import Terminal, stated
+from bnfix.core.errors import ConfigError, did_you_mean
+
+_LINK = re.compile(r"\[([^\]]+)\]\((?:commands/)?(\w+)\.md\)")
+
+
+def pages() -> dict[str, Path]:
+    """The page of each topic: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    # Beside an installed package, a folder of that name is somebody else's.
+    inside, beside = package / "docs", package.parent / "docs"
+    folder = inside if inside.is_dir() else beside
+    return {path.stem: path for path in sorted(folder.glob("*.md")) if path.stem != "LOG"}
+
+
+def _topics(context: typer.Context, incomplete: str) -> list[str]:
+    """What a shell completes."""
+    return [name for name in (*pages(), *_commands(context)) if name.startswith(incomplete)]
+
+
+def show_help(
+    context: typer.Context,
+    topic: Annotated[
+        str,
+        typer.Argument(metavar="[TOPIC]", help="A page or a command.", autocompletion=_topics),
+    ] = "",
+) -> None:
+    """Show a page of the documentation, or list them all.
+
+    Example: bnfix help data
+    """
+    with stated("help"):
+        found, commands, out = pages(), _commands(context), Terminal(False, False).out
+        if topic in commands:
+            context.find_root().command.main([topic, "--help"], prog_name="bnfix")
+        elif topic in found:
+            text = found[topic].read_text(encoding="utf-8")
+            if not out.is_terminal:
+                sys.stdout.write(text)
+                return
+            # As git does: colours pass, and a page that fits the screen is left there.
+            os.environ.setdefault("LESS", "FRX")
+            with out.pager(styles=not out.no_color):
+                out.print(Markdown(_linked(text, found), hyperlinks=False))
+        elif topic:
+            meant = did_you_mean(topic, [*found, *commands])
+            raise ConfigError(f"help: no page {topic!r}. `bnfix help` lists all.{meant}")
+        else:
+            table = Table("page", "", box=None, pad_edge=False)
+            for name, path in found.items():
+                table.add_row(name, path.read_text(encoding="utf-8").partition("\n")[0][2:])
+            table.add_section()
+            table.add_row("command", "", style=table.header_style)
+            for row in commands.items():
+                table.add_row(*row)
+            out.print(table)
+
+
+def _commands(context: typer.Context) -> dict[str, str]:
+    """Each command, with the first sentence of its help."""
+    every = getattr(context.find_root().command, "commands", {})
+    return {name: str(command.help).splitlines()[0] for name, command in every.items()}
+
+
+def _linked(text: str, names: Mapping[str, Path]) -> str:
+    """The page, whose links to others say how to open them here."""
+
+    def shown(link: re.Match[str]) -> str:
+        return f"{link[1]} (`bnfix help {link[2]}`)" if link[2] in names else link[0]
+
+    return _LINK.sub(shown, text)
