@@ -34,7 +34,7 @@ def test_a_slip_of_the_pen_is_one_line_with_what_was_meant(cli, words, meant):
     outcome = cli(*words)
     assert outcome.code == 2
     assert meant in outcome.message
-    assert "--help." in outcome.message
+    assert outcome.err.endswith(" --help.\n")
 
 
 def test_usage_without_a_near_word_is_one_line_too(cli):
