@@ -7,16 +7,31 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.core.errors import ConfigError, did_you_mean
 
 _LINK = re.compile(r"\[([^\]]+)\]\((?:commands/)?(\w+)\.md\)")
+
+
+class _Folded(TableElement):
+    """A table of a page, in which a long word is folded; rich itself would cut it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for table in super().__rich_console__(console, options):
+            for column in table.columns if isinstance(table, Table) else ():
+                column.overflow = "fold"
+            yield table
+
+
+class _Page(Markdown):
+    elements: ClassVar = {**Markdown.elements, "table_open": _Folded}
 
 
 def pages() -> dict[str, Path]:
@@ -56,7 +71,7 @@ def show_help(
             # As git does: colours pass, and a page that fits the screen is left there.
             os.environ.setdefault("LESS", "FRX")
             with out.pager(styles=not out.no_color):
-                out.print(Markdown(_linked(text, found), hyperlinks=False))
+                out.print(_Page(_linked(text, found), hyperlinks=False))
         elif topic:
             meant = did_you_mean(topic, [*found, *commands])
             raise ConfigError(f"help: no page {topic!r}. `bnfix help` lists all.{meant}")
