@@ -289,6 +289,13 @@ def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
     """A file's content, the text of its ``bnfix`` header if it has one, and notes."""
     # A damaged or hostile file makes readers raise almost anything.
     problem = "cannot be read, it is damaged or not a checkpoint"
+    if path.suffix in (".onnx", ".pt2"):
+        raise file_error(
+            path,
+            "is an exported network, whose norm layers are folded into others, so there is nothing "
+            "to repair. Give the checkpoint that it was made from, then export again; eval takes "
+            "ONNX files.",
+        )
     with file_errors(path, problem, _AGAIN, kinds=(Exception,)):
         if is_index(path):
             return _read_index(path)

@@ -92,6 +92,7 @@ _DEMO = (
     "A small residual network, trained with batches of 4 on 150 handwritten digits. bnfix repairs "
     "it with 500 other digits and tests it on 500 more. The same by hand:"
 )
+_FORM = {DATA: "samples", OUT: "atol opset max_drop force_zero", MODEL: "input_shape"}
 _AGAINST = "The original of CKPT: says which weights differ, and if the statistics followed."
 _LOOK_DATA = (
     "Examples to compare stored statistics, both modes and the outputs on; labels are optional."
@@ -335,11 +336,9 @@ def export(
     output: Annotated[Path, written("The .onnx, .pt2, folded .safetensors or plain .py to write.")],
     to: Annotated[str, option_of(ExportRecipe, "to", OUT)],
     model: Model,
-    source: Labelled,
+    source: Tested,
     run: Annotated[RunOptions, {RUN: "device workers"}],
-    recipe: Annotated[
-        ExportRecipe, {DATA: "samples", OUT: "atol opset force_zero", MODEL: "input_shape"}
-    ],
+    recipe: Annotated[ExportRecipe, _FORM],
     gate: Seed,
     out: Writes,
     data: Annotated[

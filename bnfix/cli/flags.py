@@ -364,7 +364,8 @@ REFERENCE = "reference reference_model"
 INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
-Compared = Annotated[list[Path], typer.Argument(metavar="CKPT...", help="One or more checkpoints.")]
+_COMPARED = "One or more checkpoints or ONNX files."
+Compared = Annotated[list[Path], typer.Argument(metavar="CKPT...", help=_COMPARED)]
 Averaged = Annotated[
     list[Path], typer.Argument(metavar="CKPT CKPT...", help="Two or more checkpoints, or patterns.")
 ]

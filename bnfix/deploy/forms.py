@@ -46,7 +46,7 @@ _ROUNDS = 5
 _LONGEST = 3.0  # seconds of timing, for one batch size
 #: ONNX operator sets that torch writes directly or converts to.
 OPSETS: Final = range(18, 24)
-_ONNX_LIMIT: Final = 2**31 - 2**20  # bytes, of protobuf
+ONNX_LIMIT: Final = 2**31 - 2**20  # bytes, of protobuf
 _ONNX_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 #: Placeholder in a generated file until the name of the weights file is known.
 _NAME: Final = "@weights@"
@@ -140,12 +140,12 @@ class Making:
         return _saved(tensors, {"bnfix_folded": json.dumps(finite(entry))})
 
 
-def require_onnx() -> None:
+def require_onnx(where: str = "--to onnx", packages: Sequence[str] = _ONNX_PACKAGES) -> None:
     """Check that the packages that write, check and run ONNX are installed."""
-    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f'--to onnx: {", ".join(missing)} not installed. Run: pip install "bnfix[onnx]"',
+            f'{where}: {", ".join(missing)} not installed. Run: pip install "bnfix[onnx]"',
             name="to",
         )
 
@@ -182,7 +182,7 @@ def _onnx_bytes(
     program: torch.export.ExportedProgram, names: list[str] | None, opset: int
 ) -> tuple[bytes, dict[str, int]]:
     """An exported program as ONNX, and how many operators it has of each kind."""
-    if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > _ONNX_LIMIT:
+    if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > ONNX_LIMIT:
         raise ModelError("export: the model is over 2 GB, which one ONNX file cannot hold.")
     if names is not None:
         names = [f"{name}_out" if name == "input" else name for name in names]
@@ -218,8 +218,8 @@ def _onnx_bytes(
     return bytes(proto.SerializeToString()), dict(sorted(operators.items()))
 
 
-def onnx_runner(content: bytes) -> Runner:
-    """Load an ``.onnx`` file that this program has written into ONNX Runtime, on the CPU."""
+def onnx_runner(content: bytes, where: str = "export") -> Runner:
+    """Load a checked ``.onnx`` file, with all its numbers in it, into ONNX Runtime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -230,7 +230,7 @@ def onnx_runner(content: bytes) -> Runner:
     try:
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ModelError(f"export: ONNX Runtime does not take it ({root_line(error)}).") from error
+        raise ModelError(f"{where}: ONNX Runtime does not take it ({root_line(error)}).") from error
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> list[Tensor]:
@@ -239,7 +239,7 @@ def onnx_runner(content: bytes) -> Runner:
         except Exception as error:
             size = "x".join(map(str, x.shape))
             raise ModelError(
-                f"export: ONNX Runtime cannot run it on {size} ({root_line(error)})."
+                f"{where}: ONNX Runtime cannot run it on {size} ({root_line(error)})."
             ) from error
 
     return run

@@ -24,6 +24,7 @@ from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
 from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
 from bnfix.data.groups import describe_groups
 from bnfix.data.images import Images
+from bnfix.deploy.exported import is_exported
 from bnfix.deploy.fuse import fused
 from bnfix.jobs.inputs import (
     Inputs,
@@ -284,7 +285,7 @@ def enter(
     entrants: list[Entrant] = []
     opened: dict[int, Images] = {}
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
-        loaded = load_one(path, recipe, run)
+        loaded = load_one(path, recipe, run, exported=True)
         any_task = own_metrics and runtime.has_forward(loaded.model)
         inputs = open_inputs(loaded, data, source, opened=opened, any_task=any_task)
         remarks = [*loaded.checkpoint.notes, *inputs.notes, *describe_neighbours(loaded.model)]
@@ -308,7 +309,7 @@ def hasten(
     # Under autocast the operators for prepacked weights would go on in float32.
     prepack = None if precision == "fp32" else False
     for k, one in enumerate(entrants):
-        few = one.inputs.first_batch(seed)
+        few = None if is_exported(one.path) else one.inputs.first_batch(seed)
         if few is None:
             continue
         few = first_of(few, N_CHECKED)

@@ -20,14 +20,15 @@ from torch.nn import functional
 from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.save import versions
 from bnfix.core import guards, runtime
-from bnfix.core.errors import ConfigError, ModelError, one_line, some
+from bnfix.core.errors import ConfigError, ModelError, one_line
 from bnfix.core.options import check_seed, one_of, option, require
-from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
 from bnfix.data.open import open_images
 from bnfix.deploy import forms
+from bnfix.deploy.exported import with_header
 from bnfix.deploy.forms import Agreement, agreement, names_of, torch_runner
 from bnfix.jobs.convert import CALL_ERRORS, example_input, known_shape
 from bnfix.jobs.inputs import (
@@ -41,7 +42,8 @@ from bnfix.jobs.inputs import (
     silent,
 )
 from bnfix.jobs.plan import Estimate, peak_memory
-from bnfix.jobs.session import load_one
+from bnfix.jobs.quantize import open_bench, quantize, refuse_live
+from bnfix.jobs.session import Plan, load_one
 from bnfix.metrics.evaluate import evaluate
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 from bnfix.report.export import SUFFIXES, Export, Verified
@@ -70,6 +72,9 @@ class ExportRecipe:
     opset: int = option(
         forms.OPSETS[0], f"ONNX operator set, {forms.OPSETS[0]} to {forms.OPSETS[-1]}."
     )
+    max_drop: float | None = option(
+        None, "With onnx-int8: write nothing unless top-1 is proven to fall by less, in points."
+    )
     force_zero: bool = option(
         False, "Set all weights of examples and batches to 0 first, and report what that costs."
     )
@@ -82,11 +87,12 @@ class ExportRecipe:
     def __post_init__(self) -> None:
         """Check ranges."""
         one_of(self.to, tuple(SUFFIXES), "--to")
-        opsets, shape = forms.OPSETS, self.input_shape
+        opsets, shape, drop = forms.OPSETS, self.input_shape, self.max_drop
         expected = {
             "samples": (self.samples >= 2, "at least 2"),
             "atol": (0 < self.atol < float("inf"), "a number above 0"),
             "opset": (self.opset in opsets, f"{opsets[0]} to {opsets[-1]}"),
+            "max_drop": (drop is None or 0 < drop <= 100, "above 0, at most 100"),
             "input_shape": (
                 not shape or 0 < min(shape) <= max(shape) <= 16384,
                 "sizes from 1 to 16384",
@@ -150,13 +156,14 @@ def export(
     ``onnx``: standard operators, free batch size. ``pt2``: `torch.export`, free batch size. In both
     the layers of weight 0 are folded into the convolutions before them. ``folded``: a state dict
     with all norms folded, and the file that loads it. ``plain``: one Python file with the layer and
-    a loader, and the stock state dict beside it. All of it happens on the CPU, in float32.
+    a loader, and the stock state dict beside it. ``onnx-int8``: ``onnx`` quantized to 8 bits,
+    calibrated on one part of the data and judged on another. All of it happens on the CPU.
 
     Args:
         checkpoint: the file.
         to: the form; ignored where a recipe is given.
         model: spec; by default the one stored in the checkpoint.
-        data: DATA whose images are verified on; without it, seeded noise.
+        data: DATA whose images are verified on; without it, seeded noise. ``onnx-int8`` needs it.
         recipe: all options of the form.
         source: labels and preprocessing.
         workers: processes that decode images.
@@ -168,59 +175,28 @@ def export(
         The form with its verification; ``save`` writes it.
 
     Raises:
+        ConfigError: if ``test`` is given and nothing is judged on it.
         ModelError: if the model cannot be exported so, or the form differs by more than ``atol``.
     """
     recipe = recipe or ExportRecipe(to)
-    source = source or DataRecipe(labels="none")
+    source = source or DataRecipe(labels="auto" if recipe.to == "onnx-int8" else "none")
     check_seed(seed)
-    if recipe.to == "onnx":
-        forms.require_onnx()
+    if recipe.to in ("onnx", "onnx-int8"):
+        forms.require_onnx(f"--to {recipe.to}")
+    if recipe.to != "onnx-int8" and {source.test, recipe.max_drop} != {None}:
+        raise ConfigError("--test, --max-drop: only with --to onnx-int8. Leave them out.")
     wanted = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     loaded = load_one(checkpoint, wanted, RunOptions("cpu"))
-    net = loaded.model.eval()
-    live = tuple(name for name, layer in generalized_norms(net) if layer.live)
-    if recipe.to == "folded" and live and not recipe.force_zero:
-        batch = any(layer.uses_batch for _, layer in generalized_norms(net))
-        raise ModelError(
-            f"--to folded: {len(live)} layers weigh the {'batch' if batch else 'example'} and "
-            f"cannot be folded: "
-            f"{some(live)}. Use --to onnx, pt2 or plain, or --force-zero."
-        )
+    if not recipe.force_zero:
+        refuse_live(loaded.model.eval(), recipe.to)
+    bench, max_drop = None, recipe.max_drop
+    if recipe.to == "onnx-int8":
+        plan = Plan("export", command_line, wanted, source, gate=GateRecipe(seed=seed))
+        bench = open_bench(checkpoint, data, plan, workers, max_drop=max_drop, track=track)
+        recipe = dataclasses.replace(recipe, to="onnx", max_drop=None)
     job = _Job(loaded, recipe, source, workers=workers, seed=seed, track=track)
-    inputs = job.noise() if data is None else job.images(data)
-    names = names_of(net, inputs.x[:2])
-    cost, models = job.zero_(inputs, names) if recipe.force_zero and live else (None, ())
-    try:
-        made, content, companion, found = job.form(inputs, names)
-    except CALL_ERRORS as error:
-        if inputs.other is None or inputs.images is None:
-            raise
-        # Of maps any size is wanted; the size of the images is enough.
-        size = "x".join(map(str, inputs.x.shape[2:]))
-        inputs = dataclasses.replace(inputs, other=None)
-        made, content, companion, found = job.form(inputs, names)
-        why = str(error) if isinstance(error, ModelError) else one_line(error)
-        made.notes.append(f"takes inputs of {size} only, since another size failed: {why}")
-    notes = [*loaded.checkpoint.notes, *inputs.notes, *made.notes, *describe_neighbours(net)]
-    return Export(
-        to=recipe.to,
-        content=content,
-        companion=companion,
-        report=job.report(inputs, models, notes, command_line),
-        verified=Verified(
-            agreement=found,
-            atol=recipe.atol,
-            inputs="noise" if inputs.images is None else "images",
-            input_shape=tuple(inputs.x.shape[1:]),
-            other_shape=None if inputs.other is None else tuple(inputs.other.shape[1:]),
-        ),
-        opset=recipe.opset if recipe.to == "onnx" else None,
-        operators=made.operators,
-        folding=made.folding,
-        live=() if recipe.force_zero else live,
-        zeroed=live if recipe.force_zero else (),
-        cost=cost,
-    )
+    made = job.made(data, command_line)
+    return made if bench is None else quantize(made, bench, max_drop)
 
 
 def plan_export(
@@ -265,6 +241,52 @@ class _Job:
         """Whether an output (N, K) is of classes: not where the header has another task."""
         task = self.loaded.origin.task
         return task is None or task.task == "classification"
+
+    def made(self, data: str | None, command_line: str) -> Export:
+        """The form, verified."""
+        recipe, net = self.recipe, self.loaded.model
+        live = tuple(name for name, layer in generalized_norms(net) if layer.live)
+        inputs = self.noise() if data is None else self.images(data)
+        names = names_of(net, inputs.x[:2])
+        cost, models = self.zero_(inputs, names) if recipe.force_zero and live else (None, ())
+        try:
+            made, content, companion, found = self.form(inputs, names)
+        except CALL_ERRORS as error:
+            if inputs.other is None or inputs.images is None:
+                raise
+            # Of maps any size is wanted; the size of the images is enough.
+            size = "x".join(map(str, inputs.x.shape[2:]))
+            inputs = dataclasses.replace(inputs, other=None)
+            made, content, companion, found = self.form(inputs, names)
+            why = str(error) if isinstance(error, ModelError) else one_line(error)
+            made.notes.append(f"takes inputs of {size} only, since another size failed: {why}")
+        if recipe.to == "onnx":
+            content = with_header(content, self.loaded.origin, inputs.preprocessing)
+        notes = [
+            *self.loaded.checkpoint.notes,
+            *inputs.notes,
+            *made.notes,
+            *describe_neighbours(net),
+        ]
+        return Export(
+            to=recipe.to,
+            content=content,
+            companion=companion,
+            report=self.report(inputs, models, notes, command_line),
+            verified=Verified(
+                agreement=found,
+                atol=recipe.atol,
+                inputs="noise" if inputs.images is None else "images",
+                input_shape=tuple(inputs.x.shape[1:]),
+                other_shape=None if inputs.other is None else tuple(inputs.other.shape[1:]),
+            ),
+            opset=recipe.opset if recipe.to == "onnx" else None,
+            operators=made.operators,
+            folding=made.folding,
+            live=() if recipe.force_zero else live,
+            zeroed=live if recipe.force_zero else (),
+            cost=cost,
+        )
 
     def form(
         self, inputs: _Inputs, names: list[str]

@@ -26,6 +26,7 @@ from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen, watched
 from bnfix.data.groups import describe_groups, groups_of_test
 from bnfix.data.images import Images
+from bnfix.deploy.exported import is_exported, load_exported
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
     Inputs,
@@ -286,7 +287,7 @@ def open_workbench(
     notes += [f"{images.spec}: {note}." for note in images.notes]
     both = (images,) if test is inputs else (images, test.images)
     notes += [note for one in both for note in describe_groups(one)]
-    if images.labelled or reference is not None:
+    if plan.command != "export" and (images.labelled or reference is not None):
         notes += _describe_select(split, images)
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
@@ -383,10 +384,14 @@ def load_one(
     *,
     mapped: bool = False,
     lenders: Sequence[str] = (),
+    exported: bool = False,
 ) -> Loaded:
-    """Load a checkpoint onto the device."""
+    """Load a checkpoint onto the device; or an exported network, where those are good."""
     device = runtime.resolve_device(run.device)
-    loaded = load_ready(checkpoint, recipe, mapped=mapped, lenders=lenders)
+    if exported and is_exported(checkpoint):
+        loaded = load_exported(checkpoint)
+    else:
+        loaded = load_ready(checkpoint, recipe, mapped=mapped, lenders=lenders)
     if recipe.forward is not None:
         runtime.set_forward_(loaded.model, import_forward(recipe.forward))
     if recipe.logits_output is not None:

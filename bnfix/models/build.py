@@ -31,6 +31,8 @@ from bnfix.core.guards import exchange_
 from bnfix.models.published import build_pretrained, import_library, tv_models
 from bnfix.norm.sites import remember_frozen_
 
+#: The attribute of a model without convolutions that says how many channels its input has.
+CHANNELS: Final = "_bnfix_channels"
 #: Names that builders give to the number of classes.
 CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
 #: Two numbers of classes to probe with: small, and unlike the usual counts.
@@ -145,7 +147,9 @@ def from_file_allowed(spec: str) -> bool:
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """The channels of a model's input, by its first convolution."""
+    """The channels of a model's input: as it states them, or by its first convolution."""
+    if (stated := vars(model).get(CHANNELS)) is not None:
+        return int(stated)
     # By the class: some networks have an attribute that shadows `modules`.
     for module in nn.Module.modules(model):
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.in_channels > 0:

@@ -17,7 +17,9 @@ from bnfix.report.pages import count, percent, plain_json, render
 from bnfix.report.report import Report, json_text, report_paths, write_texts
 
 #: The choices of `--to`, and the suffix of each file.
-SUFFIXES: Final = {"onnx": ".onnx", "pt2": ".pt2", "folded": ".safetensors", "plain": ".py"}
+SUFFIXES: Final = {
+    "onnx": ".onnx", "pt2": ".pt2", "folded": ".safetensors", "plain": ".py", "onnx-int8": ".onnx",
+}  # fmt: skip
 #: End of the second file's name; chosen so that it replaces no checkpoint and no code of the user.
 _COMPANIONS: Final = {"folded": "_loader.py", "plain": "_weights.safetensors"}
 _TITLES: Final = {
@@ -25,6 +27,7 @@ _TITLES: Final = {
     "pt2": "The torch.export file",
     "folded": "The folded model",
     "plain": "The plain file",
+    "onnx-int8": "Before quantization the ONNX file",
 }
 
 
@@ -37,6 +40,28 @@ class Verified:
     inputs: str  # images or noise
     input_shape: tuple[int, ...]
     other_shape: tuple[int, ...] | None = None  # checked too, where height and width are free
+
+
+@dataclass(frozen=True)
+class Int8:
+    """An ONNX file in 8 bits against itself in float."""
+
+    n_calibrated: int  # images that the ranges of activations were measured on
+    top1_agreement: float | None  # on the test images; None where outputs are no classes
+    max_drop: float | None = None  # points of top-1
+    bound: float | None = None  # the largest fall that is not ruled out, as a fraction
+
+    def remarks(self) -> list[str]:
+        """Facts for the report, one sentence each."""
+        same = self.top1_agreement
+        top1 = "" if same is None else f"; top-1 agrees with float on {percent(same)}"
+        sentences = [f"Calibrated on {count(self.n_calibrated)} other images{top1}."]
+        if self.bound is not None and self.max_drop is not None:
+            sentences.append(
+                f"Within --max-drop {self.max_drop:g}: a fall of top-1 by {100 * self.bound:.2f} "
+                "points or more is ruled out at 95%."
+            )
+        return sentences
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ class Export:
     live: tuple[str, ...] = ()  # layers that weigh the example in this form
     zeroed: tuple[str, ...] = ()  # layers whose weights were set to 0 on request
     cost: Agreement | None = None  # outputs with weights 0 against those before
+    int8: Int8 | None = None
 
     @staticmethod
     def files(to: str, path: Path) -> tuple[Path, ...]:
@@ -109,13 +135,19 @@ class Export:
             "live": self.live,
             "zeroed": self.zeroed,
             "cost_of_zero": self.cost,
+            **({} if self.int8 is None else {"int8": self.int8}),
         }
         content = {**self.report.to_json(), "verdict_sentence": self.sentence(), "export": export}
         plain: dict[str, Any] = plain_json(content)
         return plain
 
     def sentence(self) -> str:
-        """The result in one sentence."""
+        """The result in one sentence; of 8 bits that against float, with its remarks."""
+        if self.int8 is not None:
+            return f"The int8 ONNX file against float: {self.report.verdict_sentence()}"
+        return self._agreement()
+
+    def _agreement(self) -> str:
         a = self.verified.agreement
         inputs = "images" if self.verified.inputs == "images" else "inputs of seeded noise"
         sizes = " and ".join(map(str, a.batch_sizes))
@@ -128,8 +160,9 @@ class Export:
 
     def remarks(self) -> list[str]:
         """Further facts, one sentence each."""
-        verified, sentences = self.verified, []
-        if self.to in ("onnx", "pt2"):
+        verified = self.verified
+        sentences = [] if self.int8 is None else [*self.int8.remarks(), self._agreement()]
+        if self.to in ("onnx", "pt2", "onnx-int8"):
             shapes = [verified.input_shape, verified.other_shape]
             size, *more = ("x".join(map(str, shape)) for shape in shapes if shape)
             free = f"any height and width (checked on {size} and {more[0]})" if more else size
@@ -150,9 +183,11 @@ class Export:
                 f"The example weight of {len(self.zeroed)} layers was set to 0, which changes "
                 f"outputs by up to {self.cost.max_difference:.2g}{same}."
             )
-            if self.report.models:
+            if self.report.models and self.int8 is None:
                 sentences.append(f"On labelled images: {self.report.verdict_sentence()}")
-        for batch, (ours, theirs) in verified.agreement.seconds.items():
+        # Of 8 bits the table has the speed; these are of the file before.
+        times = {} if self.int8 else verified.agreement.seconds
+        for batch, (ours, theirs) in times.items():
             sentences.append(
                 f"A batch of {batch} takes {1000 * theirs:.2f} ms, {1000 * ours:.2f} ms in PyTorch."
             )

@@ -1,0 +1,183 @@
+"""`export --to onnx-int8`: an ONNX file in 8 bits, judged on images it was not calibrated on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from torch import nn
+
+from bnfix.core import runtime
+from bnfix.core.errors import ConfigError, ModelError, some
+from bnfix.core.settings import RunOptions
+from bnfix.data.fingerprints import (
+    data_record,
+    describe_unlisted,
+    history_digests,
+    seen_before,
+)
+from bnfix.deploy.exported import ExportedNet, net_of, with_header
+from bnfix.deploy.int8 import in_8_bits
+from bnfix.jobs.inputs import Track, describe_corruption, describe_skipped
+from bnfix.jobs.session import Plan, Workbench, open_workbench
+from bnfix.metrics.evaluate import Outputs, collect, measured
+from bnfix.metrics.metrics import shortfall
+from bnfix.metrics.task import ByRows
+from bnfix.norm.layer import generalized_norms
+from bnfix.report.export import Export, Int8
+from bnfix.report.pages import difference, percent
+from bnfix.report.records import DataUsed, Evaluated
+from bnfix.report.report import Report
+
+#: Images that the ranges of activations are measured on, at most.
+N_CALIBRATED: Final = 256
+_BATCH: Final = 16
+
+
+def refuse_live(net: nn.Module, to: str) -> None:
+    """Refuse layers that weigh examples in forms that have no place for them."""
+    layers = [(name, layer) for name, layer in generalized_norms(net) if layer.live]
+    if not layers or to not in ("folded", "onnx-int8"):
+        return
+    batch = any(layer.uses_batch for _, layer in layers)
+    advice = "Use --to onnx, pt2 or plain, or --force-zero."
+    if to == "onnx-int8":
+        advice = (
+            "First make statistics that need no weights: bnfix calibrate CKPT --data DATA "
+            "--statistics population --example-weight 0. Or give --force-zero."
+        )
+    raise ModelError(
+        f"--to {to}: {len(layers)} layers weigh the {'batch' if batch else 'example'} and "
+        f"cannot be folded: {some([name for name, _ in layers])}. {advice}"
+    )
+
+
+def open_bench(
+    checkpoint: str | Path,
+    data: str | None,
+    plan: Plan,
+    workers: int,
+    *,
+    max_drop: float | None,
+    track: Track,
+) -> Workbench:
+    """Cut the data as `fix` does: images of the fit split calibrate, those of test judge."""
+    if data is None:
+        raise ConfigError(
+            "--to onnx-int8: no images to measure the ranges of activations on. Give --data.",
+            name="data",
+        )
+    plan = dataclasses.replace(plan, run=RunOptions("cpu", workers=workers))
+    gate = plan.gate
+    of_test = 1 - gate.fit - gate.select
+    parts = (1.0, 0.0, 0.0) if plan.source.test else (gate.fit, gate.select, of_test)
+    bench = open_workbench(checkpoint, data, plan, parts, track)
+    if max_drop is not None and not bench.test.images.labelled:
+        raise ConfigError(
+            "--max-drop: the test images have no labels. Give labels, or leave it out.",
+            name="max_drop",
+        )
+    return bench
+
+
+def quantize(made: Export, bench: Workbench, max_drop: float | None) -> Export:
+    """A verified ONNX file in 8 bits, compared with itself in float; refused if it is worse."""
+    seed, images, test = bench.plan.gate.seed, bench.inputs.images, bench.split.test
+    index = np.random.default_rng(seed).permutation(bench.split.fit)[:N_CALIBRATED]
+    passes = [
+        bench.batches(index, "calibrating", _BATCH),
+        bench.test_batches("evaluating float and int8"),
+    ]
+    content, operators = in_8_bits(made.content, (batch.x for batch in passes[0]))
+    used = {"command": "export", "data": {"fit": history_digests(images, index)}}
+    content = with_header(content, bench.loaded.origin, bench.inputs.preprocessing, used)
+    nets = [_called_as(bench, net_of(made.to, file)) for file in (made.content, content)]
+    found = collect(nets, passes[1], bench.test.task)
+    models = tuple(
+        Evaluated(
+            name=name,
+            file=None,
+            sha256=None,
+            metrics=measured(outputs, seed),
+            classified=outputs.classified or isinstance(outputs.task, ByRows),
+        )
+        for name, outputs in zip(("float", "int8"), found, strict=True)
+    )
+    record, skipped = data_record(bench.test.images, test), describe_skipped(passes)
+    notes = [*bench.assumptions, *describe_corruption(bench.plan.source)]
+    report = dataclasses.replace(
+        made.report,
+        data=DataUsed(
+            **record,
+            splits={"fit": len(index), "select": 0, "test": len(test)},
+            skipped=skipped,
+            n_skipped=len(skipped),
+            n_groups=len(bench.test.images.group_names) or None,
+            noun=bench.test.images.noun,
+        ),
+        models=models,
+        assumptions=tuple(
+            dict.fromkeys(
+                [
+                    *made.report.assumptions,
+                    *notes,
+                    *describe_unlisted(bench.loaded.origin.history),
+                ]
+            )
+        ),
+        n_seen=seen_before(bench.test.images, test, bench.loaded.origin.history),
+        options={**made.report.options, "to": "onnx-int8", "max_drop": max_drop},
+    )
+    int8 = Int8(
+        n_calibrated=len(index),
+        top1_agreement=_same(found),
+        max_drop=max_drop,
+        bound=None if max_drop is None else _within(report, max_drop / 100),
+    )
+    return dataclasses.replace(
+        made, to="onnx-int8", content=content, operators=operators, report=report, int8=int8
+    )
+
+
+def _called_as(bench: Workbench, net: ExportedNet) -> ExportedNet:
+    """The network, called and read as the checkpoint's model is."""
+    for name in (runtime.FORWARD, runtime.OUTPUT):
+        if name in vars(bench.loaded.model):
+            net.__dict__[name] = vars(bench.loaded.model)[name]
+    return net.eval()
+
+
+def _same(found: list[Outputs]) -> float | None:
+    """On how many examples both name the same class."""
+    if not all(one.classified for one in found):
+        return None
+    return float((found[0].outputs.argmax(1) == found[1].outputs.argmax(1)).mean())
+
+
+def _within(report: Report, most: float) -> float:
+    """The largest fall of top-1 that the test images do not rule out; refused from `most` on."""
+    (paired,), (first, last) = report.paired, report.models
+    where = f"--max-drop {100 * most:g}"
+    if paired is None or not np.isfinite(paired.top1.difference):
+        why = last.metrics.problem or "it has no score"
+        raise ModelError(f"{where}: int8 cannot be judged ({why}). Nothing was written.")
+    rows = last.metrics.examples
+    n, groups = last.metrics.n_examples, None if rows is None else rows.groups
+    if few := shortfall(n, groups):
+        raise ModelError(f"{where}: {few} to prove anything. Give more test images.")
+    # Where none of n images is lost the interval is a point, yet that rules out 0 no more than 3/n.
+    bound = max(-paired.top1.interval[0], 1.0 - math.exp(math.log(0.025) / n))
+    if bound < most:
+        return bound
+    sure = paired.top1.interval[1] <= -most
+    raise ModelError(
+        f"{where}: {percent(last.metrics.top1)} of {n} test images right in int8, "
+        f"{percent(first.metrics.top1)} in float; the difference is "
+        f"{difference(paired.top1, points=True)}, so "
+        f"{'it is worse by more' if sure else f'a fall by {100 * bound:.1f} is not ruled out'}. "
+        f"Give {'a better checkpoint' if sure else 'more test images (--test)'}, or a larger "
+        "--max-drop. Nothing was written."
+    )
