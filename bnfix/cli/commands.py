@@ -15,7 +15,6 @@ from bnfix import demo as demo_files
 from bnfix.checkpoints.read import finite
 from bnfix.checkpoints.save import check_output, make_folder
 from bnfix.cli.flags import (
-    ALSO,
     DATA,
     MODEL,
     NORM,
@@ -25,6 +24,7 @@ from bnfix.cli.flags import (
     TRAIN,
     Averaged,
     Checkpoint,
+    Chosen,
     Compared,
     Continued,
     Data,
@@ -34,6 +34,7 @@ from bnfix.cli.flags import (
     Inputs,
     Labelled,
     Layers,
+    Measured,
     Model,
     Out,
     Output,
@@ -63,7 +64,6 @@ from bnfix.core.errors import ConfigError, file_error
 from bnfix.core.options import require
 from bnfix.core.settings import (
     AverageRecipe,
-    EvaluationRecipe,
     FinetuneRecipe,
     RunOptions,
     StatisticsRecipe,
@@ -100,7 +100,7 @@ _LOOK_DATA = (
 _REFIT_DATA = "Examples to re-fit scale and shift on (--to group, weights above 0), without labels."
 
 _SHARED = {"model": Continued, "source": Tested, "swap": Layers, "run": Run}
-_CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Gate}
+_CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Chosen}
 # Defaults of the commands; the options replace some of them.
 _CALIBRATE = Plan(command="calibrate", finetune=None)
 _STATED = replace(_CALIBRATE, weight=WeightRecipe("keep"))
@@ -393,10 +393,7 @@ def evaluate(
     data: Data,
     model: Model,
     source: Grouped,
-    also: Annotated[
-        EvaluationRecipe,
-        {ALSO: "corruptions compare_batch_sizes streams tiles metric", RUN: "fast"},
-    ],
+    also: Measured,
     run: Run,
     gate: Seed,
     out: Writes,

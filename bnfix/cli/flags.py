@@ -27,6 +27,7 @@ from bnfix.core.settings import (
     TRAINED,
     AverageRecipe,
     DataRecipe,
+    EvaluationRecipe,
     FinetuneRecipe,
     GateRecipe,
     ModelRecipe,
@@ -101,6 +102,7 @@ _FLAGS = {
 }
 _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
+    "estimate_from": "DATA",
     "groups": "SPEC", "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "loss": "NAME|SPEC",
     "reference": "CKPT", "tiles": "N|HxW",
     "reference_model": "SPEC",
@@ -430,6 +432,14 @@ Tuned = Annotated[
     },
 ]
 Gate = Annotated[GateRecipe, {NORM: "z select", RUN: "seed"}]
+Chosen = Annotated[GateRecipe, {NORM: "temperature z select", RUN: "seed"}]
 Seed = Annotated[GateRecipe, {RUN: "seed"}]
 Run = Annotated[RunOptions, {RUN: "device workers precision batch_size"}]
+Measured = Annotated[
+    EvaluationRecipe,
+    {
+        ALSO: "corruptions compare_batch_sizes streams tiles metric coverage estimate_from",
+        RUN: "fast",
+    },
+]
 Writes = Annotated[Out, {OUT: "as_json quiet debug force show_plan"}]

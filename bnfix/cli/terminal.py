@@ -234,6 +234,10 @@ def tables_of(report: Report) -> Iterator[Table]:
         yield _invariance(report)
     if report.tiles:
         yield _tiles(report)
+    if any(row.sets for row in report.uncertainty):
+        yield _sets(report)
+    if any(row.estimate for row in report.uncertainty):
+        yield _estimates(report)
 
 
 def fitted(table: Table, width: int) -> Table:
@@ -377,6 +381,29 @@ def _tiles(report: Report) -> Table:
     first = report.tiles[0]
     size = "x".join(map(str, first.size))
     table.caption = f"{first.n_examples} images whole and in tiles of {size}; difference: by spread"
+    return table
+
+
+def _sets(report: Report) -> Table:
+    table = _narrow("sets of classes", "wanted", "coverage (95%)", "mean size", "least p")
+    for model, row in zip(report.models, report.uncertainty, strict=True):
+        if s := row.sets:
+            held = f"{percent(s.coverage)} ({percent(s.interval[0])} to {percent(s.interval[1])})"
+            cells = percent(s.wanted), held, number(s.size, 2), number(s.probability)
+            table.add_row(shown_text(model.name), *cells)
+            table.caption = f"p from {s.n_threshold:,} examples, the rest on {s.n_examples:,} more"
+    return table
+
+
+def _estimates(report: Report) -> Table:
+    table = _narrow("estimated top-1", "estimate (90%)", "truth", "labelled")
+    for model, row in zip(report.models, report.uncertainty, strict=True):
+        if e := row.estimate:
+            low, high = (percent(end) for end in e.interval)
+            shown = f"{percent(e.top1)} ({low} to {high})"
+            truth = percent(e.truth)
+            table.add_row(shown_text(model.name), shown, truth, percent(e.labelled_top1))
+    table.caption = "an estimate, no measurement: under strong shifts it is too high"
     return table
 
 

@@ -260,8 +260,14 @@ class GateRecipe:
         0.2, "Part of the data for choosing, beside 0.6 to fit on; more where 20 are not reached."
     )
     seed: int = option(0, "Seed of the split and of every random choice.")
+    temperature: str = option(
+        "keep",
+        "keep, or auto: where labels prove it, the head's weights and bias are divided by one "
+        "temperature, and every other candidate is judged at its own, so that it must win by more.",
+    )
 
     def __post_init__(self) -> None:
+        one_of(self.temperature, ("auto", "keep"), "--temperature")
         in_range(self, 0, math.inf, "z")
         check_seed(self.seed)
         ok = 0 < self.fit < 1 and 0 < self.select <= 1 - self.fit
@@ -348,6 +354,16 @@ class EvaluationRecipe:
         "Also compare the maps of some whole images with those of tiles of this size, by the "
         "distance to the nearest cut: for networks that are run tile by tile.",
     )
+    coverage: float | None = option(
+        None,
+        "Also sets of classes that hold the right one with this probability, such as 0.9: the "
+        "threshold is from one half of the examples, the coverage from the other.",
+    )
+    estimate_from: str | None = option(
+        None,
+        "Labelled examples of the usual kind: by how sure the model is of them, its accuracy on "
+        "--data is estimated, which needs no labels there. Under strong shifts it is too high.",
+    )
     fast: bool = option(
         False,
         "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "
@@ -363,3 +379,12 @@ class EvaluationRecipe:
         ok = self.tiles is None or (len(self.tiles) in (1, 2) and min(self.tiles) > 0)
         size = "x".join(map(str, self.tiles or ()))
         require(ok, f"--tiles: {size}, expected one or two sizes from 1.", "tiles")
+        c = self.coverage
+        ok = c is None or 0 < c < 1
+        require(ok, f"--coverage: {c}, expected above 0 and below 1.", "coverage")
+
+    @property
+    def of_certainty(self) -> dict[str, float | str]:
+        """What is asked for of sets and estimates."""
+        given = {"coverage": self.coverage, "estimate_from": self.estimate_from}
+        return {name: value for name, value in given.items() if value is not None}

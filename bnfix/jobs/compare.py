@@ -38,6 +38,7 @@ from bnfix.jobs.inputs import (
 )
 from bnfix.jobs.plan import estimated_evaluation
 from bnfix.jobs.session import load_one
+from bnfix.jobs.uncertainty import on_labelled, uncertain
 from bnfix.metrics.custom import custom_metrics, import_metric
 from bnfix.metrics.evaluate import Outputs, collect, describe_left_out, measured
 from bnfix.metrics.metrics import refuse_not_finite
@@ -132,8 +133,7 @@ def evaluate_files(
         raise ConfigError("--streams: orders by class are of a classification. Leave it out.")
     if also.corruptions and entrants[0].inputs.preprocessing is None:
         raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
-    if also.fast:
-        entrants = hasten(entrants, run.precision, seed, notes)
+    entrants = hasten(entrants, run.precision, seed, notes) if also.fast else entrants
     arena = Arena(entrants, run, seed, track)
     corruption = corruption_of(source.corrupt, seed)
     found = arena.outputs("evaluating", corruption, bool(functions))
@@ -170,6 +170,7 @@ def evaluate_files(
         invariance=tuple(arena.invariance()) if also.compare_batch_sizes else (),
         streams=tuple(arena.streamed(streams, corruption)),
         tiles=() if also.tiles is None else tuple(arena.tiled(also.tiles, corruption)),
+        uncertainty=uncertain(found, arena.labelled(also.estimate_from, source), also, seed),
     )
 
 
@@ -239,6 +240,7 @@ def plan_evaluation(
         "plan": True,
         "checkpoints": [str(path) for path in checkpoints],
         "data": {"spec": data, "n_examples": n_examples},
+        **({} if also is None else also.of_certainty),
         **cost.to_json(),
     }
 
@@ -438,6 +440,13 @@ class Arena:
             return [tiled(m.name, m.loaded.model, batches, shape, precision) for m in members]
 
         return [row for rows in self._by_group(run) for row in rows]
+
+    def labelled(self, data: str | None, source: DataRecipe) -> list[Outputs]:
+        """What every entrant gives for other data, if there are any."""
+        if data is None:
+            return []
+        others = on_labelled(self._entrants, data, source)
+        return Arena(others, self._run, self._seed, self._track).outputs("estimating by")
 
     def _by_group(self, run: Callable[[list[Entrant], int], list[_T]]) -> list[_T]:
         """What each entrant gets, in the order in which they were given."""

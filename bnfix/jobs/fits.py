@@ -20,9 +20,9 @@ from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.evaluate import Outputs, against, collect, describe_left_out, measured
-from bnfix.metrics.metrics import Metrics
+from bnfix.metrics.metrics import Metrics, inverse_temperature, refuse_not_finite
 from bnfix.metrics.robustness import in_stream
-from bnfix.metrics.task import ByRows, Reference
+from bnfix.metrics.task import ByRows, Reference, Task
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.swap import zero_pointwise_
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
@@ -81,6 +81,8 @@ class Fits:
             remark="; with the batch feed the statistics depend a little on this",
         )
         self._theirs: dict[str, Outputs] = {}  # of the reference, by split
+        self.task: Task = bench.inputs.task  # what candidates are judged by
+        self.alone: tuple[str, float] | None = None  # a temperature that was admitted, by name
         #: The last population measured, and each layer's moments before and after it.
         self._population: tuple[Calibration, dict[str, Any]] | None = None
 
@@ -88,13 +90,15 @@ class Fits:
     def _reference(self) -> nn.Module | None:
         return None if self.bench.reference is None else self.bench.reference.model
 
-    def _outputs(self, model: nn.Module, batches_of: Callable[[], Tracked]) -> Outputs:
+    def _outputs(
+        self, model: nn.Module, batches_of: Callable[[], Tracked], task: Task | None = None
+    ) -> Outputs:
         """Outputs of a model, in batches that fit the memory."""
 
         def attempt(_: int) -> Outputs:
             batches = batches_of()
             self.passes.append(batches)
-            return collect([model], batches, self.bench.inputs.task, precision=self.precision)[0]
+            return collect([model], batches, task or self.task, precision=self.precision)[0]
 
         found = self.bench.evaluation.run(attempt)
         self.bench.assumptions += describe_left_out([found])
@@ -108,7 +112,8 @@ class Fits:
                 return self.bench.test_batches(f"test: {name}")
             return self.bench.batches(self.bench.split.select, f"select: {name}")
 
-        found = self._outputs(model, partial(batches_of, name))
+        task = self.bench.inputs.task if split == "test" else None
+        found = self._outputs(model, partial(batches_of, name), task)
         if name == ORIGINAL:
             found.refuse_own_loss()
         reference = self._reference
@@ -128,6 +133,13 @@ class Fits:
     def on_test(self, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
         """Metrics of a model on the test split: by the labels, and by the reference."""
         return self._measured("test", name, model)
+
+    def fitted_temperature(self) -> float:
+        """The temperature of the model as it is, on the fit split."""
+        batches_of = partial(self.bench.batches, self.bench.split.fit, "temperature: fitting")
+        found = self._outputs(self.model, batches_of)
+        refuse_not_finite(found.outputs)
+        return 1 / inverse_temperature(found.outputs, np.asarray(found.labels))
 
     def statistics(
         self,
@@ -386,7 +398,7 @@ class Fits:
             bench.batches(learn, "example weight: fitting", size).shuffled(self.seed),
             select=bench.batches(bench.split.select, "select: example weight"),
             monitor=bench.batches(monitor, "example weight: watching"),
-            task=bench.inputs.task,
+            task=self.task,
             reference=None if bench.labelled else self._reference,
             recipe=recipe,
             z=self.plan.gate.z,

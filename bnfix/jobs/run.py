@@ -16,10 +16,11 @@ from torch import nn
 
 from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
 from bnfix.core import distributed, guards
-from bnfix.core.errors import NumericError
+from bnfix.core.errors import ModelError, NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.data.fingerprints import data_record, describe_unlisted, history_digests, seen_before
 from bnfix.jobs.fits import ORIGINAL, Fits, Fitted, State
+from bnfix.jobs.head import cool_, named
 from bnfix.jobs.inputs import Track, describe_skipped, silent
 from bnfix.jobs.plan import options_of
 from bnfix.jobs.session import Plan, Workbench
@@ -209,6 +210,7 @@ class Run:
     def result(self) -> Result:
         """Test the original and the output, never keep what is known to be worse, report."""
         bench = self.bench
+        self._cool_()
         if is_gated(self.steps) and self.kept.name == ORIGINAL:
             bench.assumptions.append(
                 "no candidate was significantly better; the output is unchanged."
@@ -267,6 +269,27 @@ class Run:
         return Result(
             self.model, report, self._entry(data, options, models), bench.inputs.preprocessing
         )
+
+    def _cool_(self) -> None:
+        """Give the head the temperature at which the output was judged."""
+        if self.fits.alone is None:
+            return
+        name, t = self.fits.alone
+        if self.kept.name != name:
+            t = self._metrics_of_kept().temperature or 1.0
+        try:
+            cool_(self.fits, t)
+        except ModelError as error:
+            name, self.kept = self.kept.name, self.stated
+            self.kept.values.restore_()
+            self.bench.assumptions.append(f"{name!r} was given up at temperature {t:.3g}: {error}")
+            return
+        self.bench.assumptions.append(
+            f"the head's weights and bias were divided by {t:.4g}, the output's temperature."
+        )
+        name = self.kept.name
+        name = name if name == named(t) else f"{name}, {named(t)}"
+        self.kept = replace(self.kept, name=name, values=guards.Snapshot(self.model))
 
     def _entry(
         self, data: dict[str, Any], options: dict[str, Any], models: tuple[Evaluated, ...]

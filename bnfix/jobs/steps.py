@@ -7,7 +7,6 @@ The cheaper candidate at inference comes first, so it wins ties.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +19,11 @@ from bnfix.core.settings import (
     AverageRecipe,
     FinetuneRecipe,
     StatisticsRecipe,
-    SwapRecipe,
     WeightRecipe,
 )
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
 from bnfix.jobs.fits import BATCH_WEIGHT_EXAMPLES, BATCH_WEIGHTS, Fits, Fitted, State
+from bnfix.jobs.head import TEMPERATURE, temperature
 from bnfix.jobs.inputs import Track
 from bnfix.jobs.session import (
     Plan,
@@ -32,12 +31,11 @@ from bnfix.jobs.session import (
     blends_by_default,
     describe_unjudged,
     open_workbench,
+    swap_,
     without_live_layers,
 )
 from bnfix.metrics.robustness import MOST_IMAGES
-from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
-from bnfix.norm.swap import Change, plan_swap, swap_planned_
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 
 STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
@@ -121,6 +119,11 @@ def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     if not isinstance(batch, str):
         fit = partial(Fits.batch_weight, value=float(batch))
         steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
+    if plan.gate.temperature == "auto" and labelled:
+        # Before all that is judged, which then has to win by more than a temperature does.
+        place = next((k for k, step in enumerate(steps) if step.gate == "select"), len(steps))
+        cost = Work(TEMPERATURE, n.fit, 1), Work(f"select: {TEMPERATURE}", n.select, 1)
+        steps.insert(place, Step("temperature of the logits", TEMPERATURE, temperature, cost))
     # Without labels it takes a reference to learn from; weights act where labels show a gain.
     steps += _distilling(plan, n) if judged else []
     if not labelled:
@@ -216,6 +219,8 @@ def open_plan(
         bench.fit_on_all_()
     if plan.weight.batch_weight == "auto" and not bench.labelled:
         notes.append("--batch-weight auto did nothing: it takes labels. --batch-weight N acts.")
+    if plan.gate.temperature == "auto" and not bench.labelled:
+        notes.append("--temperature auto did nothing: it takes labels.")
     if bench.reference is not None and plan.command == "finetune" and bench.labelled:
         notes.append("the labels were learned, not the reference (--labels none to learn from it).")
     if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:
@@ -225,36 +230,8 @@ def open_plan(
             "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
             "normalized by batches; --statistics train does that."
         )
-    _swap_(bench, plan.swap)
+    swap_(bench, plan.swap)
     return bench
-
-
-def _swap_(bench: Workbench, swap: SwapRecipe) -> None:
-    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
-    swapped = plan_swap(bench.model, swap)
-    layers = dict(generalized_norms(bench.model))
-    if layers:
-        if replace(swap, layers=(), skip=()) == SwapRecipe():
-            return
-
-        def keeping(change: Change) -> Change:
-            layer = layers.get(change.name)
-            if layer is None or swap.to != SwapRecipe().to:
-                return change
-            return replace(
-                change,
-                channel_groups=swap.channel_groups or layer.channel_groups,
-                ghost_size=swap.ghost_size or layer.ghost_size,
-                example_weight=swap.example_weight,
-                batch_weight=swap.batch_weight,
-            )
-
-        swapped = replace(swapped, changes=tuple(map(keeping, swapped.changes)))
-    live = any(layer.live for layer in layers.values())
-    if not live and any(change.example_weight for change in swapped.changes):
-        bench.original = copy.deepcopy(bench.model)
-    swapped = swap_planned_(bench.model, swapped)
-    bench.assumptions += [*swapped.notes, *swapped.skipped]
 
 
 def _sizes(plan: Plan, bench: Workbench) -> _Sizes:

@@ -21,6 +21,8 @@ from bnfix.core.settings import TaskRecipe
 from bnfix.metrics.metrics import (
     Metrics,
     PerExample,
+    chunks,
+    log_softmax,
     losses_of,
     measure,
     measure_rows,
@@ -33,6 +35,7 @@ from bnfix.metrics.task import (
     Array,
     ByRows,
     Judged,
+    Labels,
     Reference,
     Task,
     as_array,
@@ -144,10 +147,27 @@ def _measure(found: Outputs, seed: int) -> Metrics:
     how: Any = {"images_per_second": found.images_per_second, "seed": seed}
     if not isinstance(found.task, ByRows):
         how["groups"] = found.groups
-        return measure(found.outputs, found.labels, task=found.task, **how)
+        m = measure(found.outputs, found.labels, task=found.task, **how)
+        return tempered(m) if isinstance(found.task, Labels) and found.task.tempered else m
     if found.examples is not None:
         return measure_rows(found.examples, found.task, **how)
     return _unmeasured(found)
+
+
+def tempered(found: Metrics, temperature: float | None = None) -> Metrics:
+    """What a classifier is judged by at a temperature: its loss and losses are those there.
+
+    By default at its own: fitted on the half of the examples that each is not in.
+    """
+    t, z, examples = temperature or found.temperature, found.logits, found.examples
+    if t is None or examples is None or examples.scaled_losses is None:
+        return found
+    losses, b = examples.scaled_losses, 1 / t
+    if temperature is not None:
+        losses = losses_of(z, examples.labels, LABELS, b)
+    blind = -sum(float(log_softmax(z[part], b).mean(1).sum()) for part in chunks(z)) / len(z)
+    examples = replace(examples, losses=losses, blind_loss=blind)
+    return replace(found, nll=float(losses.mean()), examples=examples)
 
 
 def _unmeasured(found: Outputs, problem: str = "") -> Metrics:

@@ -163,12 +163,12 @@ def scaled_losses(logits: Array, targets: Array, task: Task, seed: int) -> tuple
     losses = np.empty(len(targets))
     inverses = []
     for fitted, applied in ((half, ~half), (~half, half)):
-        inverses.append(_inverse_temperature(logits[fitted], targets[fitted]))
+        inverses.append(inverse_temperature(logits[fitted], targets[fitted]))
         losses[applied] = losses_of(logits[applied], targets[applied], task, inverses[-1])
     return losses, float(np.exp(-np.mean(np.log(inverses))))
 
 
-def _inverse_temperature(logits: Array, targets: Array) -> float:
+def inverse_temperature(logits: Array, targets: Array) -> float:
     """The b > 0 with the least loss of b * logits, convex in b, by guarded Newton steps."""
     # One more example than there are is spread over all labels (Platt's idea): without it the best
     # b of a half without a mistake is infinite, and a mistake in the other half costs as much.

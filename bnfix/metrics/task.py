@@ -95,6 +95,8 @@ class Labels:
     """The right classes, in the batches: the loss is cross-entropy."""
 
     smoothing: float = 0.0
+    #: Models are judged at the temperature that each has on these examples.
+    tempered: bool = False
     name: ClassVar[str] = "classification"
     words: ClassVar[Words] = Words("loss", "top-1", "NLL", "top-1", unit=" nats")
 

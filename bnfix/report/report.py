@@ -19,6 +19,7 @@ from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.custom import Custom
 from bnfix.metrics.robustness import BatchInvariance, Shifted, Tiled
 from bnfix.metrics.task import ByRows
+from bnfix.metrics.uncertainty import Uncertain
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
@@ -143,6 +144,7 @@ class Report(Findings):
     invariance: tuple[BatchInvariance, ...] = ()
     streams: tuple[Shifted, ...] = ()
     tiles: tuple[Tiled, ...] = ()
+    uncertainty: tuple[Uncertain, ...] = ()
 
     @property
     def shifts(self) -> list[tuple[str, str, tuple[str, str], tuple[Shifted, ...]]]:
@@ -215,6 +217,7 @@ class Report(Findings):
             "batch_invariance": self.invariance,
             **({"streams": self._streams_json()} if self.streams else {}),
             **({"tiles": self.tiles} if self.tiles else {}),
+            **({"uncertainty": self._uncertainty_json()} if self.uncertainty else {}),
             "reliability": [
                 {"name": model.name, "bins": model.metrics.reliability} for model in self.models
             ],
@@ -245,6 +248,10 @@ class Report(Findings):
         for row in rows:
             row["stream"], row["batch_size"] = row.pop("kind"), row.pop("severity")
         return rows
+
+    def _uncertainty_json(self) -> list[dict[str, Any]]:
+        pairs = zip(self.models, self.uncertainty, strict=True)
+        return [{"model": model.name, **fields_of(row)} for model, row in pairs]
 
     def _tried_json(self, result: Any, *left_out: str) -> dict[str, Any] | None:
         """A search or a run, and whether the output holds its result."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +22,9 @@ from bnfix.checkpoints.save import (
     values_of,
 )
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, ModelError, NormError, NumericError
+from bnfix.core.errors import ConfigError, NormError, NumericError
 from bnfix.core.settings import FinetuneRecipe
-from bnfix.metrics.evaluate import first_look, score
+from bnfix.metrics.evaluate import score
 from bnfix.metrics.task import LABELS, Judged, Reference, Task, learned
 from bnfix.metrics.tasks import judged_by
 from bnfix.norm.layer import (
@@ -32,13 +32,12 @@ from bnfix.norm.layer import (
     set_example_weight_,
     trainable_weights,
 )
+from bnfix.training.head import find_head
 from bnfix.training.ingredients import Added, training_norms
 from bnfix.training.loop import (
-    CONVOLUTIONS,
     Run,
     Setting,
     followed,
-    head_of,
     n_steps_of,
     parameter_groups,
 )
@@ -370,15 +369,7 @@ def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
     """Parameter groups; a batch is run to see which layer is the head, where that matters."""
     model, recipe, head = how.model, how.recipe, None
     if "head" in recipe.train:
-        modules = {
-            name: module for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, *CONVOLUTIONS))
-        }  # fmt: skip
-        # The first rank that has a batch says which layer all of them use.
-        (calls, (n_outputs, dense)), *_ = first_look(
-            "fine-tuning", model, modules, batches, how.forward, _form
-        )
-        head = head_of([modules[name] for name, _ in calls], n_outputs, dense=dense)
+        head = find_head("fine-tuning", model, batches, how.forward)
     return parameter_groups(
         model,
         lr=recipe.peak_lr,
@@ -387,12 +378,3 @@ def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
         train=recipe.train,
         head=head,
     )
-
-
-def _form(output: Any) -> tuple[int | None, bool]:
-    """How many outputs there are a position, if that is plain, and whether there are positions."""
-    for read in (runtime.output_of, runtime.logits_of):
-        with suppress(ModelError):
-            found = read(output)
-            return (found.shape[1] if found.ndim > 1 else 1), found.ndim > 2
-    return None, True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from bnfix.core.errors import ConfigError, DataError, ModelError, NumericError
 from bnfix.core.settings import TRAINED, FinetuneRecipe
 from bnfix.metrics.task import Task, mean_loss
 from bnfix.norm.sites import find_norms
+from bnfix.training.head import head_of
 from bnfix.training.ingredients import Added, require_norms, uphill
 from bnfix.training.roles import decays_of
 
@@ -134,33 +135,6 @@ def decay_norms_(
             if isinstance(p, nn.Parameter) and id(p) not in done:
                 done.add(id(p))
                 p.sub_(goal).mul_(1 - rate * norm_decay).add_(goal)
-
-
-#: What can be the head of a network with an output at every position.
-CONVOLUTIONS = (
-    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-)  # fmt: skip
-
-
-def head_of(
-    modules: Sequence[nn.Module], n_classes: int | None, *, dense: bool = False
-) -> nn.Module:
-    """Find the last linear layer, or convolution (1x1, unless dense), with so many outputs."""
-    for module in reversed(modules):
-        if isinstance(module, nn.Linear):
-            n_outputs = module.out_features
-        elif isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}:
-            n_outputs = module.out_channels
-        elif dense and isinstance(module, CONVOLUTIONS):
-            n_outputs = module.out_channels
-        else:
-            continue
-        if n_classes in (None, n_outputs):
-            return module
-    fitting = "" if n_classes is None else f" with {n_classes} outputs, as many as the logits"
-    raise ModelError(
-        f"--train head: no linear layer or 1x1 convolution{fitting}. Use --train norms or all."
-    )
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:
