@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from bnfix.jobs.inputs import (
     resolve_preprocessing,
     silent,
 )
-from bnfix.jobs.session import load_one
+from bnfix.jobs.session import Workbench, load_one
 from bnfix.metrics.robustness import all_outputs
 from bnfix.models.build import input_channels
+from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
-from bnfix.norm.swap import SwapPlan, plan_swap, swap_planned_, zero_pointwise_
+from bnfix.norm.swap import Change, SwapPlan, plan_swap, swap_planned_, zero_pointwise_
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
 from bnfix.report.records import describe_neighbours, layer_rows, n_live
 from bnfix.report.report import Report
@@ -272,3 +274,31 @@ def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
 
 def _batch_of(example: torch.Tensor) -> Batch:
     return Batch(example, None, np.arange(len(example)))
+
+
+def swap_(bench: Workbench, swap: SwapRecipe) -> None:
+    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
+    swapped = plan_swap(bench.model, swap)
+    layers = dict(generalized_norms(bench.model))
+    if layers:
+        if replace(swap, layers=(), skip=()) == SwapRecipe():
+            return
+
+        def keeping(change: Change) -> Change:
+            layer = layers.get(change.name)
+            if layer is None or swap.to != SwapRecipe().to:
+                return change
+            return replace(
+                change,
+                channel_groups=swap.channel_groups or layer.channel_groups,
+                ghost_size=swap.ghost_size or layer.ghost_size,
+                example_weight=swap.example_weight,
+                batch_weight=swap.batch_weight,
+            )
+
+        swapped = replace(swapped, changes=tuple(map(keeping, swapped.changes)))
+    live = any(layer.live for layer in layers.values())
+    if not live and any(change.example_weight for change in swapped.changes):
+        bench.original = copy.deepcopy(bench.model)
+    swapped = swap_planned_(bench.model, swapped)
+    bench.assumptions += [*swapped.notes, *swapped.skipped]

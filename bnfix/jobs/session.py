@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from bnfix.checkpoints.read import check_room
 from bnfix.core import distributed, runtime, settings
 from bnfix.core.errors import CheckpointError, ConfigError, DataError, file_error
 from bnfix.core.memory import BatchSize, Footprint, footprint
-from bnfix.core.settings import ModelRecipe, RunOptions, SwapRecipe
+from bnfix.core.settings import ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, cut, unseen, watched
@@ -42,8 +41,6 @@ from bnfix.jobs.inputs import (
 from bnfix.metrics.metrics import shortfall
 from bnfix.models.build import import_forward
 from bnfix.models.published import default_preprocessing
-from bnfix.norm.layer import generalized_norms
-from bnfix.norm.swap import Change, plan_swap, swap_planned_
 from bnfix.recalibrate.blend import MEASURED_SPREAD
 
 #: What `fix` tries where there are labels.
@@ -325,34 +322,6 @@ def _copied(loaded: Loaded, plan: Plan) -> list[str]:
     check_copyable(loaded.checkpoint)
     copy = f"the output is a copy of {loaded.checkpoint.path.name} with new weights"
     return [f"{copy} (--like-input), so no example weights are tried."]
-
-
-def swap_(bench: Workbench, swap: SwapRecipe) -> None:
-    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
-    swapped = plan_swap(bench.model, swap)
-    layers = dict(generalized_norms(bench.model))
-    if layers:
-        if replace(swap, layers=(), skip=()) == SwapRecipe():
-            return
-
-        def keeping(change: Change) -> Change:
-            layer = layers.get(change.name)
-            if layer is None or swap.to != SwapRecipe().to:
-                return change
-            return replace(
-                change,
-                channel_groups=swap.channel_groups or layer.channel_groups,
-                ghost_size=swap.ghost_size or layer.ghost_size,
-                example_weight=swap.example_weight,
-                batch_weight=swap.batch_weight,
-            )
-
-        swapped = replace(swapped, changes=tuple(map(keeping, swapped.changes)))
-    live = any(layer.live for layer in layers.values())
-    if not live and any(change.example_weight for change in swapped.changes):
-        bench.original = copy.deepcopy(bench.model)
-    swapped = swap_planned_(bench.model, swapped)
-    bench.assumptions += [*swapped.notes, *swapped.skipped]
 
 
 def _describe_select(split: Split, images: Images) -> list[str]:

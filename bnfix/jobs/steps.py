@@ -22,6 +22,7 @@ from bnfix.core.settings import (
     WeightRecipe,
 )
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
+from bnfix.jobs.convert import swap_
 from bnfix.jobs.fits import BATCH_WEIGHT_EXAMPLES, BATCH_WEIGHTS, Fits, Fitted, State
 from bnfix.jobs.head import TEMPERATURE, temperature
 from bnfix.jobs.inputs import Track
@@ -31,7 +32,6 @@ from bnfix.jobs.session import (
     blends_by_default,
     describe_unjudged,
     open_workbench,
-    swap_,
     without_live_layers,
 )
 from bnfix.metrics.robustness import MOST_IMAGES
