@@ -325,6 +325,8 @@ def test_a_folder_is_written_whole_and_replaces_only_its_like(cli, folder, tmp_p
         assert "is no folder" in refused(cli, source, tmp_path / name, "--force")
     assert "does not exist" in refused(cli, source, tmp_path / "no" / "out")
     assert "ends in .safetensors" in refused(cli, source, tmp_path / "out.pth")
+    code = copied(folder, tmp_path / "code", auto_map={"AutoModel": "theirs.Net"})
+    assert "asks for code of its own" in refused(cli, code, tmp_path / "new")
     # A file is no hub folder, so its output is a file.
     assert "ends in .safetensors" in refused(cli, source / weights, tmp_path / "new")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.core.errors import CheckpointError
+from bnfix.core.settings import ModelRecipe, SwapRecipe
+from bnfix.jobs.convert import convert
 
 
 def trained(files: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -158,6 +161,14 @@ def test_a_fix_tries_no_weights_that_the_copy_could_not_hold(cli, files, tmp_pat
 def test_weights_beside_it_are_refused(more, match, cli, files, tmp_path):
     done = calibrated(cli, files, files.stale, tmp_path / "out.pth", "--like-input", *more)
     assert match in done.message
+
+
+def test_live_layers_are_never_lost(files, tmp_path):
+    recipe = ModelRecipe(files.spec, like_input=True)
+    result = convert(files.net, model=recipe, swap=SwapRecipe(example_weight=0.3))
+    with pytest.raises(CheckpointError, match=r"out\.pth: has no place for example and batch"):
+        result.save(tmp_path / "out.pth")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inputs_that_cannot_be_copied_are_refused(cli, files, tmp_path):

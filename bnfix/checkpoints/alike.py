@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, follow
-from bnfix.checkpoints.load import Place, origin_of
+from bnfix.checkpoints.load import Place
 from bnfix.checkpoints.read import TORCH_SUFFIXES, read_file, read_in_place
 from bnfix.checkpoints.save import (
     check_folder,
@@ -34,6 +34,7 @@ from bnfix.checkpoints.save import (
 from bnfix.core.errors import file_error, file_errors, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.models.published import described_in
+from bnfix.norm.layer import generalized_norms
 
 WEIGHTS: Final = "model.safetensors"
 REPORTS: Final = ("report.json", "report.md", "report.html")
@@ -70,6 +71,7 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
                 f"is not replaced, even by --force: it holds {odd}, and only another folder that "
                 "bnfix wrote is. Give another name.",
             )
+    described_in(source)
     for _ in _taken_over(source):
         pass
 
@@ -103,35 +105,34 @@ class Folder:
     other_preprocessing: bool  # than it states was used
 
 
-def folder_of(model: nn.Module, path: Path, preprocessing: Preprocessing | None) -> Folder:
-    """The hub folder that a model came from."""
-    source = _source_of(_place_of(model, path), path)
-    described, files = described_in(source), dict(_taken_over(source))
+def folder_of(source: Path, preprocessing: Preprocessing | None) -> Folder:
+    """What a card says of a hub folder; the preprocessing is that of the output."""
+    spec, _, stated = described_in(source)
+    files = dict(_taken_over(source))
     card = files.get(_ORIGINAL_CARD, b"").decode(errors="replace")
-    stated = re.match(r"---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n", card)
+    licensed = re.match(r"---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n", card)
     return Folder(
         source=source.resolve().name,
-        library=described.spec.partition(":")[0],
-        license=stated[1] if stated else "",
+        library=spec.partition(":")[0],
+        license=licensed[1] if licensed else "",
         has_card=bool(card),
-        other_preprocessing=preprocessing not in (None, described.preprocessing),
+        other_preprocessing=preprocessing not in (None, stated),
     )
 
 
 def save_folder(
-    model: nn.Module, path: Path, metadata: Mapping[str, Any], texts: Mapping[str, str]
+    model: nn.Module,
+    path: Path,
+    metadata: Mapping[str, Any],
+    texts: Mapping[str, str],
+    place: Place,
 ) -> None:
-    """Write a model in the form of the hub folder that it came from, with texts beside it.
-
-    The weights have the names that they have in that folder; its small files are copied.
-    """
-    place = _place_of(model, path)
-    source = _source_of(place, path)
+    """Write a model, its tensors named as in its hub folder, with that folder's small files."""
 
     def write(temporary: Path) -> None:
-        for name, content in _taken_over(source):
+        for name, content in _taken_over(place.folder or place.path.parent):
             (temporary / name).write_bytes(content)
-        tensors = {place.name_in_file(n): t for n, t in stock_tensors(model).items()}
+        tensors = {place.names.get(n, place.prefix + n): t for n, t in stock_tensors(model).items()}
         # Without the mark transformers takes the file for none of its own.
         marks = {"format": "pt"}
         write_checkpoint(temporary / WEIGHTS, tensors, metadata, force=False, marks=marks)
@@ -139,23 +140,6 @@ def save_folder(
             write_text(temporary / name, text)
 
     write_folder(path, write)
-
-
-def _place_of(model: nn.Module, path: Path) -> Place:
-    place = origin_of(model).place
-    if place is None:
-        raise file_error(path, "has no form to follow: the model was not read from a file.")
-    return place
-
-
-def _source_of(place: Place, path: Path) -> Path:
-    if place.folder is None:
-        raise file_error(
-            path,
-            f"cannot have the form of {plain(place.path.parent)}, which describes no model, or "
-            "whose tensors transformers merges. Give a name that ends in .safetensors.",
-        )
-    return place.folder
 
 
 # --- training checkpoints ---
@@ -213,9 +197,10 @@ def _shares_memory(checkpoint: Checkpoint) -> bool:
     return met > 1
 
 
-def save_like_input(model: nn.Module, path: Path, *, force: bool) -> None:
+def save_like_input(model: nn.Module, path: Path, place: Place, *, force: bool) -> None:
     """Write a copy of the file that a model came from, with the model's weights in their places."""
-    place = _place_of(model, path)
+    if any(layer.live for _, layer in generalized_norms(model)):
+        raise file_error(path, "has no place for example and batch weights. Set them to 0.")
     stored = {place.names[n]: t for n, t in stock_tensors(model).items() if n in place.names}
 
     def write(temporary: Path) -> None:

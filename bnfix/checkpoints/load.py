@@ -55,10 +55,6 @@ class Place:
     names: Mapping[str, str] = field(default_factory=dict)  # by the model's own
     folder: Path | None = None  # the hub folder that describes the model
 
-    def name_in_file(self, name: str) -> str:
-        """A tensor's name in the file, or the one that it would have there."""
-        return self.names.get(name, self.prefix + name)
-
 
 @dataclass
 class Origin:
@@ -155,9 +151,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a checkpoint into a ready model in evaluation mode.
 
     Args:
-        path: a bnfix output, or any checkpoint if ``model`` is given.
+        path: a bnfix output, a hub folder, or any checkpoint if ``model`` is given.
         model: the stock model to put it into; by default the one that the file names, if that is
-            torchvision's or timm's.
+            torchvision's or timm's, or that the folder describes.
 
     Returns:
         The model with its norm layers swapped and their weights set as the file says.
@@ -191,7 +187,9 @@ def load_ready(
     if recipe.model is not None:
         origin = replace(origin, spec=recipe.model, arguments=dict(recipe.arguments))
     elif model is None and folder is not None:
-        origin = _as_described(origin, folder, dict(recipe.arguments))
+        origin.spec, arguments, stated = described_in(folder)
+        origin.arguments = {**arguments, **dict(recipe.arguments)}
+        origin.preprocessing = origin.preprocessing or stated
     elif model is None:
         require_buildable(checkpoint, origin)
     if folder is not None:
@@ -216,7 +214,7 @@ def load_ready(
         key=checkpoint.key,
         prefix=checkpoint.prefix,
         names=checkpoint.names,
-        folder=folder if checkpoint.names else None,
+        folder=hub_folder(path) if checkpoint.names else None,
     )
     if borrows and _lacks_statistics(model, checkpoint, misfits):
         checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders)
@@ -249,14 +247,6 @@ def hub_folder(checkpoint: str | Path, spec: str | None = None) -> Path | None:
         return folder if usable and (folder / "config.json").is_file() else None
     except (OSError, ValueError):  # a name that no file can have
         return None
-
-
-def _as_described(origin: Origin, folder: Path, arguments: dict[str, Any]) -> Origin:
-    """An origin whose model is the one that a folder describes."""
-    found = described_in(folder)
-    preprocessing = origin.preprocessing or found.preprocessing
-    arguments = {**found.arguments, **arguments}
-    return replace(origin, spec=found.spec, arguments=arguments, preprocessing=preprocessing)
 
 
 def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: bool) -> nn.Module:

@@ -14,7 +14,6 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -177,13 +176,7 @@ _FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Module:
     """Build the model of a folder's configuration, its entries overridden, with fresh weights."""
     config = _read(spec, Path(folder) / _CONFIG)
-    foreign = [name for name in ("auto_map", "custom_pipelines") if config.get(name)]
-    if foreign:
-        raise model_error(
-            spec,
-            f"its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
-            f"Where you trust it, {_CALLABLE}",
-        )
+    _refuse_code(spec, config)
     transformers = import_library("transformers", spec)
     elsewhere = [name for name, value in config.items() if str(value).startswith(_ELSEWHERE)]
     if isinstance(config.get("backbone"), str) and not config.get("use_timm_backbone"):
@@ -224,21 +217,23 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
     return model
 
 
-@dataclass(frozen=True)
-class Described:
-    """The model that a folder's configuration describes, as transformers or timm wrote it."""
+def _refuse_code(spec: str, config: dict[str, Any]) -> None:
+    foreign = [name for name in ("auto_map", "custom_pipelines") if config.get(name)]
+    if foreign:
+        raise model_error(
+            spec,
+            f"its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
+            f"Where you trust it, {_CALLABLE}",
+        )
 
-    spec: str
-    arguments: dict[str, Any]  # of the builder
-    preprocessing: Preprocessing | None
 
-
-def described_in(folder: Path) -> Described:
-    """The model that a folder describes."""
+def described_in(folder: Path) -> tuple[str, dict[str, Any], Preprocessing | None]:
+    """The model that a folder describes: its spec, the builder's arguments, the preprocessing."""
     spec = f"transformers:{folder}"
     config = _read(str(folder), folder / _CONFIG)
+    _refuse_code(spec, config)
     if config.get("model_type"):
-        return Described(spec, {}, folder_preprocessing(spec, str(folder)))
+        return spec, {}, folder_preprocessing(spec, str(folder))
     name = config.get("architecture")
     if not isinstance(name, str):
         raise model_error(
@@ -246,8 +241,7 @@ def described_in(folder: Path) -> Described:
             f"its {_CONFIG} names no model: expected model_type, as transformers writes it, or "
             "architecture, as timm does. Give --model.",
         )
-    arguments, preprocessing = _as_timm_reads(f"timm:{name}", config)
-    return Described(f"timm:{name}", arguments, preprocessing)
+    return f"timm:{name}", *_as_timm_reads(f"timm:{name}", config)
 
 
 def _as_timm_reads(

@@ -68,14 +68,15 @@ class Result:
         form = check_outputs(path, source, recipe, force=force)
         texts = self.report.texts()  # first: what cannot be reported is not written either
         known: dict[str, Any] = {"entry": self.entry, "preprocessing": self.preprocessing}
-        if form == "folder":
-            folder, line = folder_of(self.model, path, self.preprocessing), self.report.command_line
+        if place is not None and form == "folder":
+            folder = folder_of(place.folder or place.path.parent, self.preprocessing)
+            line = self.report.command_line
             card = card_of(self.report, self.model, folder, path=path, command_line=line)
             files = dict(zip(REPORTS, texts, strict=True)) | {"README.md": card}
-            save_folder(self.model, path, metadata_of(self.model, **known), files)
+            save_folder(self.model, path, metadata_of(self.model, **known), files, place)
             return
-        if form == "like input":
-            save_like_input(self.model, path, force=force)
+        if place is not None and form == "like input":
+            save_like_input(self.model, path, place, force=force)
         else:
             save(self.model, path, force=force, **known)
         write_texts(report_paths(path), texts)
@@ -103,7 +104,7 @@ def check_outputs(
         ``file``, ``folder`` or ``like input``.
     """
     path, form = Path(path), "file"
-    folder = None if source is None else hub_folder(source, recipe.model)
+    folder = None if source is None else hub_folder(source)
     if recipe.like_input and source is not None:
         form = "like input"
         check_like_input(path, Path(source), force=force)
