@@ -20,7 +20,7 @@ from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision, compare, judge
 from bnfix.metrics.evaluate import Outputs, against, collect, describe_left_out, measured
-from bnfix.metrics.metrics import Metrics, inverse_temperature, refuse_not_finite
+from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import in_stream
 from bnfix.metrics.task import ByRows, Reference, Task
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
@@ -90,15 +90,13 @@ class Fits:
     def _reference(self) -> nn.Module | None:
         return None if self.bench.reference is None else self.bench.reference.model
 
-    def _outputs(
-        self, model: nn.Module, batches_of: Callable[[], Tracked], task: Task | None = None
-    ) -> Outputs:
+    def _outputs(self, model: nn.Module, batches_of: Callable[[], Tracked]) -> Outputs:
         """Outputs of a model, in batches that fit the memory."""
 
         def attempt(_: int) -> Outputs:
             batches = batches_of()
             self.passes.append(batches)
-            return collect([model], batches, task or self.task, precision=self.precision)[0]
+            return collect([model], batches, self.bench.inputs.task, precision=self.precision)[0]
 
         found = self.bench.evaluation.run(attempt)
         self.bench.assumptions += describe_left_out([found])
@@ -112,8 +110,8 @@ class Fits:
                 return self.bench.test_batches(f"test: {name}")
             return self.bench.batches(self.bench.split.select, f"select: {name}")
 
-        task = self.bench.inputs.task if split == "test" else None
-        found = self._outputs(model, partial(batches_of, name), task)
+        found = self._outputs(model, partial(batches_of, name))
+        found = replace(found, task=self.task) if split == "select" else found
         if name == ORIGINAL:
             found.refuse_own_loss()
         reference = self._reference
@@ -133,13 +131,6 @@ class Fits:
     def on_test(self, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
         """Metrics of a model on the test split: by the labels, and by the reference."""
         return self._measured("test", name, model)
-
-    def fitted_temperature(self) -> float:
-        """The temperature of the model as it is, on the fit split."""
-        batches_of = partial(self.bench.batches, self.bench.split.fit, "temperature: fitting")
-        found = self._outputs(self.model, batches_of)
-        refuse_not_finite(found.outputs)
-        return 1 / inverse_temperature(found.outputs, np.asarray(found.labels))
 
     def statistics(
         self,
@@ -347,7 +338,8 @@ class Fits:
         how = self.plan.weight.batch_estimator
         set_example_weight_(self.model, batch_weight=weights, batch_estimator=how)
         batches_of = partial(self.bench.batches, index, f"{what}: batch weight", size)
-        return measured(self._outputs(self.model, batches_of), self.seed)
+        found = replace(self._outputs(self.model, batches_of), task=self.task)
+        return measured(found, self.seed)
 
     def _set_weight(self, weight: float, source: str = "example") -> None:
         layers, excluded = self._weighable(beside_batch=True)

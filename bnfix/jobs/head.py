@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from bnfix.core import guards
 from bnfix.core.errors import ModelError, NumericError
 from bnfix.jobs.fits import Fits, Fitted, State
 from bnfix.metrics.compare import judge
-from bnfix.metrics.evaluate import tempered
+from bnfix.metrics.evaluate import Outputs, collect, tempered
+from bnfix.metrics.metrics import inverse_temperature, refuse_not_finite
 from bnfix.metrics.task import LABELS, Labels
 from bnfix.training.head import find_head, move_logits_
 
@@ -31,7 +34,7 @@ def temperature(fits: Fits, now: State) -> Fitted:
         return _untried(fits, f"{now.metrics.problem or 'the outputs are no logits'}.")
     before = guards.Snapshot(fits.model)
     try:
-        t = fits.fitted_temperature()
+        t = _fitted(fits)
         cool_(fits, t)
     except (ModelError, NumericError) as error:
         return _untried(fits, str(error))
@@ -42,6 +45,19 @@ def temperature(fits: Fits, now: State) -> Fitted:
     if decision.admitted:
         fits.task, fits.alone = Labels(tempered=True), (named(t), t)
     return Fitted(named(t) if decision.admitted else None, decisions=(decision,))
+
+
+def _fitted(fits: Fits) -> float:
+    """The temperature of the model as it is, on the fit split."""
+
+    def attempt(_: int) -> Outputs:
+        batches = fits.bench.batches(fits.bench.split.fit, "temperature: fitting")
+        fits.passes.append(batches)
+        return collect([fits.model], batches, precision=fits.precision)[0]
+
+    found = fits.bench.evaluation.run(attempt)
+    refuse_not_finite(found.outputs)
+    return 1 / inverse_temperature(found.outputs, np.asarray(found.labels))
 
 
 def _untried(fits: Fits, why: str) -> Fitted:

@@ -132,6 +132,7 @@ def execute(bench: Workbench) -> Result:
         bench.assumptions.append(f"{n} processes shared the work; the first one wrote.")
     run = Run(bench)
     run.take_steps()
+    run.cool_()
     return run.result()
 
 
@@ -210,7 +211,6 @@ class Run:
     def result(self) -> Result:
         """Test the original and the output, never keep what is known to be worse, report."""
         bench = self.bench
-        self._cool_()
         if is_gated(self.steps) and self.kept.name == ORIGINAL:
             bench.assumptions.append(
                 "no candidate was significantly better; the output is unchanged."
@@ -270,7 +270,7 @@ class Run:
             self.model, report, self._entry(data, options, models), bench.inputs.preprocessing
         )
 
-    def _cool_(self) -> None:
+    def cool_(self) -> None:
         """Give the head the temperature at which the output was judged."""
         if self.fits.alone is None:
             return
