@@ -46,7 +46,7 @@ def in_8_bits(content: bytes, batches: Iterable[Tensor]) -> tuple[bytes, dict[st
         try:
             with quiet():
                 # Sums of two products of full 8 bits overflow 16 bits on processors without VNNI:
-                # MobileNetV2 lost 4 points so, and none with weights of 7 bits.
+                # MobileNetV2 lost 4 points so, and 0 with weights of 7 bits.
                 quantize_static(
                     proto, path, reader, quant_format=QuantFormat.QDQ, per_channel=True,
                     reduce_range=True, activation_type=QuantType.QUInt8,
