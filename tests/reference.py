@@ -77,3 +77,26 @@ def channel_moments(x):
     x = np.asarray(x, np.float64)
     flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
     return flat.mean(1), flat.var(1)
+
+
+def gated(x, gamma, beta, gates, *, normalize, valid=None):
+    """Gates of Representative Batch Norm, as its authors write them, around any normalization."""
+    x = np.asarray(x, np.float64).copy()
+    centring, scaling, bias = (np.asarray(row, np.float64) for row in gates)
+
+    def sigmoid(t):
+        return 1 / (1 + np.exp(-t))
+
+    def mean(values, i, ch):
+        return values[i, ch].mean() if valid is None else values[i, ch][valid[i]].mean()
+
+    pairs = [(i, ch) for i in range(x.shape[0]) for ch in range(x.shape[1])]
+    for i, ch in pairs:
+        x[i, ch] += centring[ch] * mean(x, i, ch)
+    z = normalize(x)
+    y = np.empty_like(z)
+    for i, ch in pairs:
+        theirs = gamma[ch] / sigmoid(bias[ch])
+        gate = sigmoid(scaling[ch] * mean(z, i, ch) + bias[ch])
+        y[i, ch] = theirs * gate * z[i, ch] + beta[ch]
+    return y

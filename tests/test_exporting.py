@@ -568,7 +568,7 @@ def test_forcing_weights_to_zero_reports_its_cost(files: Files, cli, tmp_path):
     assert found["models"][1]["top1"] is not None
     assert found["paired"][0]["verdict"] in ("better", "same", "worse")
     plain = cli(*command, "-o", tmp_path / "b.safetensors", "--force-zero", "--labels", "none")
-    assert "The example weight of 2 layers was set to 0" in plain.out
+    assert "All weights and gates of 2 layers were set to 0" in plain.out
 
 
 def test_a_plan_does_nothing(folder, cli):

@@ -40,6 +40,7 @@ from bnfix.models.published import (
     published_weights,
     renamed,
 )
+from bnfix.norm.gates import set_gates_
 from bnfix.norm.layer import set_example_weight_
 from bnfix.norm.sites import find_norms, is_frozen_kind
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
@@ -284,7 +285,7 @@ def weight_buffers(model: nn.Module) -> set[str]:
         f"{name}.{weight}".removeprefix(".")  # the model may be a layer itself
         for site in find_norms(model)
         for name in (site.name, *site.aliases)
-        for weight in ("example_weight", "batch_weight")
+        for weight in ("example_weight", "batch_weight", "gates")
         if hasattr(site.module, "channel_groups")
     }
 
@@ -388,6 +389,10 @@ def _settings(stated: Any) -> dict[str, Any]:
                 raise ValueError(f"{name} is a number from 0 to 1, or a list of such")
     if type(eps) not in (int, float) or not 0 <= eps < 1e6:
         raise ValueError("eps is a number of at least 0")
+    gates = stated.get("gates")
+    rows = [] if gates is None else gates if isinstance(gates, list) else [gates]
+    if not all(isinstance(row, list) and set(map(type, row)) <= {int, float} for row in rows):
+        raise ValueError("gates are three lists of numbers")
     return stated
 
 
@@ -413,6 +418,7 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
                 channel_groups=settings[change.name]["channel_groups"],
                 ghost_size=settings[change.name].get("ghost_size"),
                 example_weight=0.0,  # whose swap changes outputs by intent; set afterwards
+                gated=settings[change.name].get("gates") is not None,
             )
             for change in plan.changes
         ]
@@ -420,6 +426,8 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
         for name, stated in settings.items():
             layer = model.get_submodule(name)
             layer.__dict__["eps"] = float(stated["eps"])
+            if stated.get("gates") is not None:
+                set_gates_(layer, stated["gates"])
             set_example_weight_(
                 layer,
                 stated["example_weight"],

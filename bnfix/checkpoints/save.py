@@ -255,6 +255,8 @@ def metadata_of(
         if layer.batch_weight is not None:
             norms[name]["batch_weight"] = _weight(layer.batch_weight)
             norms[name]["batch_estimator"] = layer.batch_estimator
+        if layer.gates is not None:
+            norms[name]["gates"] = layer.gates.tolist()
     return {
         "format": FORMAT,
         "bnfix": __version__,

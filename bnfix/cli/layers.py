@@ -60,7 +60,9 @@ def layers_table(found: Inspection) -> Table:
             "{:.2g} to {:.2g}".format(*layer.mean_range),
             "{:.2g} to {:.2g}".format(*layer.var_range),
             str(layer.n_dead),
-            _short_weight(layer.example_weight) + _of_batch(layer.batch_weight),
+            _short_weight(layer.example_weight)
+            + _of_batch(layer.batch_weight)
+            + ", gates" * layer.gated,
         ]
         table.add_row(*row, *(_shift_cells(shifts, layer.name) if table.caption else ()))
     return table

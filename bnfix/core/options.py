@@ -15,6 +15,7 @@ KINDS: dict[str, tuple[str | None, int | None, float]] = {
     "ghost": (None, 16, 0.0),
     "batch-group": ("gcd32", 2, 0.0),
     "group": ("gcd32", 1, 1.0),
+    "gated": (None, None, 0.0),
     "batch": (None, None, 0.0),
 }
 #: What `--corrupt` and `--corruptions` offer.

@@ -25,7 +25,7 @@ from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import ConvBase, ConvTransposeBase, tree_map
 from bnfix.models.graph import Source, hooked, sources_of
-from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import NormSite, find_norms, is_timm_act
 
@@ -120,6 +120,8 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
         )
     if not sites:
         return Folding((), {}, traced_by="nothing")
+    for _, norm in generalized_norms(model):
+        norm.gates = norm.gates if norm.live else None  # what is closed would hide the dataflow
     # Where the user states how the model is called, only that knows what the inputs are.
     x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
     x = x.to(runtime.device_of(model)) if isinstance(x, Tensor) else None
@@ -169,6 +171,8 @@ def _candidate(
     """A fold that may be tried, or why not."""
     norm = site.module
     if isinstance(norm, GeneralizedBatchNorm) and norm.live:
+        if not norm.weighs:
+            return "has gates that look at the example"
         looked_at = "batch" if norm.uses_batch else "example"
         return f"weighs the {looked_at} ({looked_at} weight above 0)"
     if site.problem or not site.has_statistics:

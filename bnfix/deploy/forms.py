@@ -91,6 +91,7 @@ class Making:
                 layer.eps,
                 0.0 if layer.batch_weight is None else layer.batch_weight,
                 layer.batch_estimator == "median",
+                layer.gates,
             )
             guards.exchange_(layer, new.eval())
         content = self._write(self.net, self.names)

@@ -263,6 +263,8 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if not isinstance(layer, GeneralizedBatchNorm) or not layer.live or calls[id(layer)] > 1:
             continue
+        if layer.gates is not None:
+            continue
         if len(node.args) != 1 or node.kwargs or hooked(layer):
             continue
         residual, activation, last = _what_follows(node, layer, modules)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 #: The weights, a file beside this one.
 WEIGHTS = ""
@@ -30,7 +31,9 @@ class ExampleNorm(nn.Module):
 
     mu = (1-a) mean + a mean_i; var' = (1-a) var + a var_i + a (1-a) (mean_i - mean)^2; then
     y = gamma (x - mu) / sqrt(var' + eps) + beta, per example i and channel group. A weight of the
-    batch mixes its moments into (mean, var) first, so that outputs depend on the batch.
+    batch mixes its moments into (mean, var) first, so that outputs depend on the batch. With gates
+    (c, s, b) the layer takes x + c mean_i for x, and y - beta times sigmoid(s z_i + b) / sigmoid(b)
+    for y - beta, z_i the mean of (x - mu) / sqrt(var' + eps).
 
     Args:
         norm: the layer it replaces, whose parameters, buffers and submodules it takes over.
@@ -39,6 +42,7 @@ class ExampleNorm(nn.Module):
         eps: added to the variance.
         batch_weight: b, one number or one a channel; a + b is at most 1.
         median: the batch's moments are medians over its examples.
+        gates: c, s and b, one of each a channel.
     """
 
     weight: Tensor | None
@@ -47,6 +51,7 @@ class ExampleNorm(nn.Module):
     running_var: Tensor | None
     example_weight: Tensor
     batch_share: Tensor  # of what is not the example's
+    gates: Tensor | None
 
     def __init__(
         self,
@@ -56,10 +61,14 @@ class ExampleNorm(nn.Module):
         eps: float,
         batch_weight: Any = 0.0,
         median: bool = False,
+        gates: Any = None,
     ) -> None:
         super().__init__()
         for name, parameter in norm._parameters.items():
-            self.register_parameter(name, parameter)
+            if name != "gates":
+                self.register_parameter(name, parameter)
+        rows = None if gates is None else torch.as_tensor(gates, dtype=torch.float32).detach()
+        self.register_buffer("gates", rows, persistent=False)
         for name, buffer in norm._buffers.items():
             self.register_buffer(name, buffer)
         for name, child in norm._modules.items():
@@ -83,7 +92,11 @@ class ExampleNorm(nn.Module):
         mean = values.mean(axes, keepdim=True) if axes else values
         centred = values - mean
         var = (centred * centred).mean(axes, keepdim=True) if axes else torch.zeros_like(mean)
-        mu, var = self._pooled(mean, var)
+        moved = mean
+        if self.gates is not None:
+            centring, scaling, bias = (row.view(one) for row in self.gates.to(values.dtype))
+            moved = mean + centring * mean
+        mu, var = self._pooled(moved, var)
         if self.running_mean is not None and self.running_var is not None:
             population_mean, population_var = self._pooled(
                 self.running_mean.to(values.dtype).view(one),
@@ -98,9 +111,12 @@ class ExampleNorm(nn.Module):
             mu = population_mean + a * gap
             var = (1 - a) * population_var + a * var + a * (1 - a) * gap * gap
         scale = (var + self.eps).rsqrt()
+        if self.gates is not None:
+            z = scaling * (moved - mu) * scale
+            scale = scale * (F.softplus(-bias) - F.softplus(-(z + bias))).exp()
         if self.weight is not None:
             scale = scale * self.weight.to(values.dtype).view(one)
-        y = (centred + (mean - mu)) * scale
+        y = (centred + (moved - mu)) * scale
         if self.bias is not None:
             y = y + self.bias.to(values.dtype).view(one)
         y = y.to(x.dtype)
@@ -178,8 +194,9 @@ def load(model: nn.Module | None = None, weights: str | Path | None = None) -> n
         old, a = model.get_submodule(name), norm["example_weight"]
         old.__dict__["eps"] = norm["eps"]
         b, median = norm.get("batch_weight", 0.0), norm.get("batch_estimator") == "median"
-        if any(any(w if isinstance(w, list) else [w]) for w in (a, b)):
-            new = ExampleNorm(old, a, norm["channel_groups"], norm["eps"], b, median)
+        gates = norm.get("gates")
+        if gates or any(any(w if isinstance(w, list) else [w]) for w in (a, b)):
+            new = ExampleNorm(old, a, norm["channel_groups"], norm["eps"], b, median, gates)
             _replace(old, new)
     folded = json.loads(metadata.get("bnfix_folded", "{}"))
     for name in folded.get("norms", []):

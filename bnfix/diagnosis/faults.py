@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.core import guards, masks, runtime
-from bnfix.core.errors import ModelError
+from bnfix.core.errors import ModelError, some
 from bnfix.core.torch_private import BatchNormBase
 from bnfix.diagnosis.advice import Fault, Finding, finding, mapping
 from bnfix.diagnosis.shift import Shifts, measure_shifts
@@ -49,6 +49,7 @@ class NormTensors:
     grouped: bool = False  # channels share statistics, says the header
     ours: bool = False  # the header names the layer
     batch_weight: float | list[float] = 0.0
+    gated: bool = False
 
 
 def read_norms(
@@ -80,6 +81,7 @@ def read_norms(
                 grouped=ours and settings.get("channel_groups") != mean.numel(),
                 ours=ours,
                 batch_weight=_weight(settings.get("batch_weight", 0.0)),
+                gated=settings.get("gates") is not None,
             )
         )
     return layers
@@ -249,8 +251,7 @@ def _weight(found: Any) -> float | list[float]:
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:
-    wide = tensor.double()
-    return float(wide.min()), float(wide.max())
+    return float(tensor.double().min()), float(tensor.double().max())
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,7 @@ def _setting_faults(
     site: NormSite, stored: NormTensors | None, *, at_rest: bool
 ) -> Iterator[Fault]:
     if site.aliases:
-        same = ", ".join(site.aliases[:3])
-        yield "shared", f"the same module as {same}: all use one set of statistics"
+        yield "shared", f"the same module as {some(site.aliases, 3)}: all use one set of statistics"
     if site.frozen:
         why = "its numbers are constants, which no command changes without --unfreeze"
         yield "frozen-kind", f"{site.kind}: {why}"

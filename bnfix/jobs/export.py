@@ -76,7 +76,8 @@ class ExportRecipe:
         None, "With onnx-int8: write nothing unless top-1 is proven to fall by less, in points."
     )
     force_zero: bool = option(
-        False, "Set all weights of examples and batches to 0 first, and report what that costs."
+        False,
+        "First set all weights of examples and batches, and gates, to 0; report what it costs.",
     )
     input_shape: tuple[int, ...] | None = option(
         None,
@@ -418,6 +419,8 @@ class _Job:
         after = self.loaded.model
         before = copy.deepcopy(after)
         set_example_weight_(after, 0.0, batch_weight=0.0)
+        for _, layer in generalized_norms(after):
+            layer.gates = None
         runners = torch_runner(before), torch_runner(after)
         with guards.state_kept(before), guards.state_kept(after):
             how: Any = {"timed": False, "batch_sizes": (16,), "classes": self.classes}

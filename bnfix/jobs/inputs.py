@@ -398,7 +398,8 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
     biased, over N, H and W, in float64. A mismatch is rms(z) > 1 or median(|log r|) > log 4.
     """
     site = next(sites_with_statistics(model), None)
-    if site is None or runtime.n_examples_of(batch) < _FEWEST:
+    gated = site is not None and getattr(site.module, "gates", None) is not None
+    if site is None or gated or runtime.n_examples_of(batch) < _FEWEST:
         return None
     mean, var = (getattr(site.module, name) for name in ("running_mean", "running_var"))
     if not isinstance(mean, Tensor) or not isinstance(var, Tensor):

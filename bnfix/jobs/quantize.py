@@ -42,7 +42,10 @@ def refuse_live(net: nn.Module, to: str) -> None:
     layers = [(name, layer) for name, layer in generalized_norms(net) if layer.live]
     if not layers or to not in ("folded", "onnx-int8"):
         return
-    batch = any(layer.uses_batch for _, layer in layers)
+    weighed = "weigh the " + (
+        "batch" if any(layer.uses_batch for _, layer in layers) else "example"
+    )
+    have = weighed if any(layer.weighs for _, layer in layers) else "have gates"
     advice = "Use --to onnx, pt2 or plain, or --force-zero."
     if to == "onnx-int8":
         advice = (
@@ -50,7 +53,7 @@ def refuse_live(net: nn.Module, to: str) -> None:
             "--statistics population --example-weight 0. Or give --force-zero."
         )
     raise ModelError(
-        f"--to {to}: {len(layers)} layers weigh the {'batch' if batch else 'example'} and "
+        f"--to {to}: {len(layers)} layers {have} and "
         f"cannot be folded: {some([name for name, _ in layers])}. {advice}"
     )
 

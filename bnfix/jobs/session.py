@@ -129,10 +129,11 @@ def without_live_layers(plan: Plan) -> Plan:
     if not plan.model.like_input:
         return plan
     learns = plan.command == "finetune" and tune is not None and tune.example_weight == "learn"
+    learns = learns or plan.swap.to == "gated"
     if plan.weight.is_stated or plan.weight.batch_weight == "auto" or learns:
         raise ConfigError(
-            "--like-input: a training checkpoint has no place for example and batch weights. Leave "
-            "--like-input or the weights out.",
+            "--like-input: a training checkpoint has no place for example and batch weights, and "
+            "gates. Leave --like-input or them out.",
             name="like_input",
         )
     weight = dataclasses.replace(plan.weight, example_weight="keep")

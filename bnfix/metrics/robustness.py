@@ -300,7 +300,7 @@ def tiled(
     live = {
         layer: 0.0
         for layer, norm in generalized_norms(model)
-        if norm.live and norm.running_mean is not None
+        if norm.weighs and norm.running_mean is not None
     }
     if not live:
         return [_compared(name, "stored", model, batches, size, precision)]

@@ -24,7 +24,6 @@ is done on central moments.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 from bnfix.core import masks
 from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
 from bnfix.core.torch_private import BatchNormBase
-from bnfix.norm import kernels
+from bnfix.norm import gates, kernels
 from bnfix.norm.mixture import Weight, evaluate_masked, train_masked, weight_errors
 from bnfix.norm.moments import (
     differentiable_moments,
@@ -90,6 +89,7 @@ class GeneralizedBatchNorm(BatchNormBase):
     frozen: bool = False
     exclusive: bool = False  # in training the others of its ghost batch normalize an example
     batch_weight: Tensor | None  # None is 0: then a state dict has no such entry
+    gates: nn.Parameter | None  # (3, C), see `bnfix.norm.gates`; None for none
     _shiftable: bool = False
     _uses_batch: bool = False
     _median: bool = False
@@ -135,6 +135,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         self.channel_groups, self.ghost_size = groups, ghost_size
         self.register_buffer("example_weight", torch.zeros((), device=device))
         self.register_buffer("batch_weight", None)
+        self._parameters.setdefault("gates", None)
         self._refresh_flags()
 
     def _assign(
@@ -185,7 +186,12 @@ class GeneralizedBatchNorm(BatchNormBase):
 
     @property
     def live(self) -> bool:
-        """Whether evaluation looks at its input: some channel's weight is above 0."""
+        """Whether evaluation looks at its input: a weight above 0, or an open gate."""
+        return self._live or gates.are_open(self)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether some channel's weight of the example or the batch is above 0."""
         return self._live
 
     @property
@@ -213,6 +219,8 @@ class GeneralizedBatchNorm(BatchNormBase):
         if input.numel() == 0:
             return super().forward(input)
         by_batch = self.training or (self.running_mean is None and not self._live)
+        if self.gates is not None:
+            return gates.gated(self, input, by_batch=by_batch)
         if (
             masks.mask_is_set
             and (by_batch or self._live)
@@ -258,19 +266,7 @@ class GeneralizedBatchNorm(BatchNormBase):
     def _by_runs(self, input: Tensor) -> Tensor:
         """Normalize each (ghost batch, channel group) by itself; update the running moments."""
         values = kernels.values_of(input)
-        n = values.shape[0]
-        n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
-        if self.exclusive and n // n_runs < 2:
-            raise NumericError(
-                f"expected more than 1 example per ghost batch with exclusive statistics, got {n} "
-                f"with ghost_size {self.ghost_size}"
-            )
-        if n // n_runs * values.shape[2] * (self.num_features // self.channel_groups) < 2:
-            raise NumericError(
-                "expected more than 1 value per ghost batch and channel group when training, got "
-                f"input size {tuple(input.shape)} with ghost_size {self.ghost_size}"
-            )
-        n_values = n * values.shape[2]
+        n_runs, n_values = self._runs_of(input)
         one_type = all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias))
         if one_type and kernels.has_rows(input):
             mean, var = differentiable_moments(input)
@@ -288,6 +284,23 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._update_running(mean, var, n_values)
         output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
         return output.view(input.shape).to(input.dtype)
+
+    def _runs_of(self, input: Tensor) -> tuple[int, int]:
+        """How many ghost batches an input has, which must be large enough, and values a channel."""
+        n = input.shape[0]
+        n_values = input.numel() // input.shape[1]
+        n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
+        if self.exclusive and n // n_runs < 2:
+            raise NumericError(
+                f"expected more than 1 example per ghost batch with exclusive statistics, got {n} "
+                f"with ghost_size {self.ghost_size}"
+            )
+        if n // n_runs * (n_values // n) * (self.num_features // self.channel_groups) < 2:
+            raise NumericError(
+                "expected more than 1 value per ghost batch and channel group when training, got "
+                f"input size {tuple(input.shape)} with ghost_size {self.ghost_size}"
+            )
+        return n_runs, n_values
 
     @torch.no_grad()
     def _update_running(
@@ -314,10 +327,12 @@ class GeneralizedBatchNorm(BatchNormBase):
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
     ) -> None:
         """Take a stock layer's state as it is; weights that it lacks stay what they were."""
-        own = {"example_weight": self.example_weight, "batch_weight": self.batch_weight}
+        own = {name: getattr(self, name) for name in ("example_weight", "batch_weight", "gates")}
         given = {name: state_dict.get(prefix + name) for name in own}
         found = {name: w if isinstance(w, Tensor) else None for name, w in given.items()}
         errors = self._weight_errors(found["example_weight"], found["batch_weight"])
+        if found["gates"] is not None and self.gates is None:
+            self.gates = own["gates"] = gates.closed(self)
         rest[-1].extend(f"{prefix}{error}" for error in errors)
         for name, weight in found.items():
             mine = own[name]
@@ -327,7 +342,9 @@ class GeneralizedBatchNorm(BatchNormBase):
                     state_dict[prefix + name] = mine
                 else:
                     state_dict.pop(prefix + name, None)
-            elif weight is not None and (mine is None or mine.shape != weight.shape):
+            elif name == "gates" or weight is None:
+                continue  # torch checks the shape of a parameter
+            elif mine is None or mine.shape != weight.shape:
                 setattr(self, name, self.example_weight.new_empty(weight.shape))
         if self.frozen:
             state_dict.pop(prefix + "num_batches_tracked", None)
@@ -357,6 +374,8 @@ class GeneralizedBatchNorm(BatchNormBase):
             parts.append(f"{name}={f'{low:.4g}' if weight.ndim == 0 else f'{low:.3g}..{high:.3g}'}")
         if self._uses_batch and self._median:
             parts.append("batch_estimator=median")
+        if self.gates is not None:
+            parts.append("gates=True")
         if self.frozen:
             parts.append("frozen=True")
         return ", ".join(parts)
@@ -454,25 +473,3 @@ def set_example_weight_(
             layers[done]._median = median
             layers[done]._refresh_flags()
         raise type(error)(f"{name}: {error}", name=name) from error
-
-
-@contextmanager
-def trainable_weights(
-    layers: Mapping[str, GeneralizedBatchNorm], granularity: str, start: float, of: str = "example"
-) -> Iterator[dict[str, Tensor]]:
-    """Let a weight of some layers take gradients, by default the example's; all is put back."""
-    source = f"{of}_weight"
-    before = [(layer, layer._buffers[source]) for layer in layers.values()]
-    leaves: dict[str, Tensor] = {}
-    try:
-        for (name, layer), (_, own) in zip(layers.items(), before, strict=True):
-            weight = layer.example_weight.new_zeros(()) if own is None else own.detach()
-            value = weight.expand(layer.num_features) if granularity == "channel" else weight.mean()
-            layer._buffers[source] = leaves[name] = value.clamp_min(start).requires_grad_()
-            layer._live, layer._uses_batch = True, layer.batch_weight is not None
-            layer._shiftable = False  # a leaf may come near 1
-        yield leaves
-    finally:
-        for layer, own in before:
-            layer._buffers[source] = own
-            layer._refresh_flags()

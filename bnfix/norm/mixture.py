@@ -5,7 +5,8 @@ On padded batches moments are over valid positions, and all positions are normal
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,34 +80,46 @@ def evaluate_masked(
     if terms.batch_weight is not None and len(input) == 1:
         terms = terms.alone()
     mean, var, count = masked_moments(values, valid)
-    mean, var = over_channel_groups(mean, var, terms.channel_groups)
-    cast = terms.cast(values.dtype)
-    if cast.batch_weight is not None:
-        share = shares(count).to(mean.dtype)
-        batch = median_mix(mean, var) if cast.median else mix(mean, var, share)
-        cast = cast.among(batch[0][None], batch[1][None])
-    if cast.mean is not None and cast.var is not None:
-        a, gap = cast.example_weight, mean - cast.mean
-        mean, var = cast.mean + a * gap, (1 - a) * cast.var + a * (var + (1 - a) * gap * gap)
+    mean, var = mixed(mean, var, terms.cast(values.dtype), count)
     return finish.apply(_scaled(input, mean, var, terms))
+
+
+def mixed(
+    mean: Tensor, var: Tensor, terms: Terms, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Moments to normalize by ``(N, C)``, from those of the examples, which count by ``count``."""
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    if terms.batch_weight is not None:
+        share = None if count is None else shares(count).to(mean.dtype)
+        terms = terms.beside(*(median_mix(mean, var) if terms.median else mix(mean, var, share)))
+    if terms.mean is not None and terms.var is not None:
+        a, gap = terms.example_weight, mean - terms.mean
+        mean, var = terms.mean + a * gap, (1 - a) * terms.var + a * (var + (1 - a) * gap * gap)
+    return mean, var
 
 
 def train_masked(layer: Any, input: Tensor, valid: Tensor) -> Tensor:
     """A layer in training: each (ghost batch, channel group) by its own valid positions."""
     values, groups = kernels.values_of(input), layer.channel_groups
+    n_runs = masked_runs(layer, input, valid)
+    mean, var, count = masked_moments(values, valid)
+    layer._update_running(mean, var, int(count.sum()), shares(count).to(mean.dtype))
+    mean, var = over_runs(mean, var, n_runs, groups, count=count)
+    return _scaled(input, mean, var, layer._terms())
+
+
+def masked_runs(layer: Any, input: Tensor, valid: Tensor) -> int:
+    """The number of ghost batches, each of which must have enough valid positions."""
     n_runs = 1 if layer.ghost_size is None else -(-len(input) // layer.ghost_size)
     least = min(int(run.sum()) for run in valid.tensor_split(n_runs))
-    if least * (layer.num_features // groups) < 2 or layer.exclusive:
+    if least * (layer.num_features // layer.channel_groups) < 2 or layer.exclusive:
         found = "exclusive statistics" if layer.exclusive else f"{least} valid positions"
         raise NumericError(
             "expected more than 1 valid value per ghost batch and channel group when training "
             f"with a mask, and no exclusive statistics; got {found}, input size "
             f"{tuple(input.shape)} with ghost_size {layer.ghost_size}"
         )
-    mean, var, count = masked_moments(values, valid)
-    layer._update_running(mean, var, int(count.sum()), shares(count).to(mean.dtype))
-    mean, var = over_runs(mean, var, n_runs, groups, count=count)
-    return _scaled(input, mean, var, layer._terms())
+    return n_runs
 
 
 def _scaled(input: Tensor, mean: Tensor, var: Tensor, terms: Terms) -> Tensor:
@@ -115,3 +128,25 @@ def _scaled(input: Tensor, mean: Tensor, var: Tensor, terms: Terms) -> Tensor:
     centred, none = values - mean.unsqueeze(-1), torch.zeros_like(mean)
     output = kernels.affine(centred, none, var, terms.gamma, terms.beta, terms.eps)
     return output.view(input.shape).to(input.dtype)
+
+
+@contextmanager
+def trainable_weights(
+    layers: Mapping[str, Any], granularity: str, start: float, of: str = "example"
+) -> Iterator[dict[str, Tensor]]:
+    """Let a weight of some layers take gradients, by default the example's; all is put back."""
+    source = f"{of}_weight"
+    before = [(layer, layer._buffers[source]) for layer in layers.values()]
+    leaves: dict[str, Tensor] = {}
+    try:
+        for (name, layer), (_, own) in zip(layers.items(), before, strict=True):
+            weight = layer.example_weight.new_zeros(()) if own is None else own.detach()
+            value = weight.expand(layer.num_features) if granularity == "channel" else weight.mean()
+            layer._buffers[source] = leaves[name] = value.clamp_min(start).requires_grad_()
+            layer._live, layer._uses_batch = True, layer.batch_weight is not None
+            layer._shiftable = False  # a leaf may come near 1
+        yield leaves
+    finally:
+        for layer, own in before:
+            layer._buffers[source] = own
+            layer._refresh_flags()

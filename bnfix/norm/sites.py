@@ -91,12 +91,16 @@ def find_norms(model: nn.Module) -> list[NormSite]:
             name=first,
             aliases=tuple(others),
             module=module,
-            kind=type(module).__name__,
+            kind=type(module).__name__ + _gates_of(module),
             problem=quantizing or _problem(module, is_root=first == ""),
             unmeasured=quantizing or _unmeasured(module),
         )
         for module, (first, *others) in names.items()
     ]
+
+
+def _gates_of(module: nn.Module) -> str:
+    return " with gates" if getattr(module, "gates", None) is not None else ""
 
 
 def _quantizing(model: nn.Module) -> str:

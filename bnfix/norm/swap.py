@@ -16,6 +16,7 @@ from bnfix.core.guards import exchange_, tensors_kept
 from bnfix.core.options import KINDS
 from bnfix.core.settings import SwapRecipe
 from bnfix.core.torch_private import BatchNormBase
+from bnfix.norm.gates import closed
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     GeneralizedBatchNormAct,
@@ -45,6 +46,7 @@ class Change:
     example_weight: float | None  # None keeps the weight of a generalized layer
     batch_weight: float | None = 0.0  # the same
     batch_estimator: str | None = None  # the same
+    gated: bool = False  # it gets gates, or keeps those that it has
     # Largest |output after - output before| in evaluation on normal inputs of the layer's own
     # moments, in float64 from the tensors as stored, relative to the largest output where that is
     # above 1; None until done, where a live layer means another output, or not measurable.
@@ -265,6 +267,10 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
             "keeps no running statistics, so groups or ghost batches would change its outputs in "
             "evaluation too; leave it with --skip"
         )
+    gated = recipe.to == "gated" or getattr(site.module, "gates", None) is not None
+    if gated and (site.frozen or not site.has_statistics):
+        why = "is frozen (--unfreeze)" if site.frozen else "keeps no running statistics"
+        problems.append(f"{why}, so it cannot have gates; leave it with --skip")
     if recipe.batch_weight and not site.has_statistics:
         problems.append("keeps no running statistics to mix the batch's with; leave it with --skip")
     change = Change(
@@ -276,6 +282,7 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         example_weight=weight,
         batch_weight=recipe.batch_weight or 0.0,
         batch_estimator=recipe.batch_estimator,
+        gated=gated and recipe.to != "batch",
     )
     return change, problems
 
@@ -309,6 +316,8 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
         weights = [b if w is None else w for w, b in zip(weights, before, strict=True)]
     example, batch = weights
     layer._assign(example, batch, change.batch_estimator)
+    if not change.gated or layer.gates is None:
+        layer.gates = closed(layer) if change.gated else None
     was_grouped = isinstance(old, GeneralizedBatchNorm) and old.channel_groups < change.channels
     if was_grouped or change.channel_groups < change.channels:
         _refit(layer, old)
@@ -393,7 +402,7 @@ def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
     """Keep weight 0 where maps have a single position: the formula there is another function."""
     layers = dict(generalized_norms(model))
     live = [
-        name for name in excluded if layers[name].live and layers[name].running_mean is not None
+        name for name in excluded if layers[name].weighs and layers[name].running_mean is not None
     ]
     if not live:
         return []

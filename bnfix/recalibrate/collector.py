@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bnfix.core import distributed, guards, masks, runtime
 from bnfix.core.errors import DataError, NormError, NumericError
 from bnfix.core.torch_private import eager
+from bnfix.norm.gates import centred
 from bnfix.norm.layer import GeneralizedBatchNorm
 from bnfix.norm.moments import masked_moments, mix, over_channel_groups, shares
 from bnfix.norm.sites import NormSite
@@ -187,11 +188,10 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
         if (self.wanted is None or site.name in self.wanted) and x.numel():
-            mean, var = self.measure(site, x, masks.current_mask())
+            moments = self.measure(site, x, masks.current_mask())
             if self.stops:
                 raise StopHereError
-            if self.by_batch:
-                use = as_stored(site, mean, var)
+            use = as_stored(site, *moments) if self.by_batch else use
         if use is not None:
             self.lend(module, use)
 
@@ -240,7 +240,7 @@ class Collector:
             mean, var, count = masked_moments(values.double(), valid.fitted(x, site.name))
             n_values = int(count.sum())
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
-        mean, var = over_groups(site, mean, var)
+        mean, var = over_groups(site, centred(site.module, mean), var)
         mixed = mix(mean, var, None if count is None else shares(count), dim=0)
         sums.most_examples = max(sums.most_examples, len(values))
         if index < TRACED and not self.by_batch:

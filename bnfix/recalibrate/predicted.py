@@ -72,7 +72,8 @@ def predicted_moments(model: nn.Module, example: Tensor | None = None) -> dict[s
         for node in graph_of(model, list(sites), example).nodes:
             given = [known[n] for n in node.all_input_nodes]
             module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if module in sites and given[0] is not None:
+            # Of gated layers the statistics are of what the gates make of the input.
+            if module in sites and given[0] is not None and getattr(module, "gates", None) is None:
                 found[sites[module].name] = given[0]
             known[node] = _after(node, module, sites.get(module) if module else None, given)
     return found

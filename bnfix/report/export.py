@@ -180,7 +180,7 @@ class Export:
             top1 = self.cost.top1_agreement
             same = "" if top1 is None else f"; top-1 agrees with before on {percent(top1)}"
             sentences.append(
-                f"The example weight of {len(self.zeroed)} layers was set to 0, which changes "
+                f"All weights and gates of {len(self.zeroed)} layers were set to 0, which changes "
                 f"outputs by up to {self.cost.max_difference:.2g}{same}."
             )
             if self.report.models and self.int8 is None:

@@ -140,7 +140,7 @@ def layer_rows(
 
 
 def n_live(model: nn.Module) -> int:
-    """How many layers look at their input: an example or batch weight is above 0."""
+    """How many layers look at their input: a weight above 0, or open gates."""
     return sum(layer.live for _, layer in generalized_norms(model))
 
 

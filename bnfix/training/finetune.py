@@ -30,8 +30,8 @@ from bnfix.metrics.tasks import judged_by
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     set_example_weight_,
-    trainable_weights,
 )
+from bnfix.norm.mixture import trainable_weights
 from bnfix.training.head import find_head
 from bnfix.training.ingredients import Added, training_norms
 from bnfix.training.loop import (

@@ -47,6 +47,11 @@ class Added:
         steps += [self._noisy] if recipe.ghost_noise else []
         layers = [s.module for s in find_norms(self._model) if s.has_statistics and not s.frozen]
         handles = []
+        if steps and any(getattr(layer, "gates", None) is not None for layer in layers):
+            raise NormError(
+                "--ghost-noise, --consistency: the statistics of layers with gates are not of "
+                "their inputs, so neither acts on them. Leave both out."
+            )
 
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x, *rest = inputs

@@ -99,7 +99,8 @@ def decay_norms_(
     """Decay gamma and beta of the norm layers by one decoupled step; call it after the optimizer's.
 
     gamma <- t + (gamma - t)(1 - rate w), t = 1 for ``identity`` and 0 for ``zero``, w the decay;
-    beta <- beta (1 - rate w). Over steps s: gamma_T - t = (gamma_0 - t) prod_s (1 - rate_s w).
+    beta <- beta (1 - rate w), as centring and scaling gates.
+    Over steps s: gamma_T - t = (gamma_0 - t) prod_s (1 - rate_s w).
 
     Args:
         model: its norm layers but the frozen ones; or an iterable of just the layers to decay.
@@ -111,7 +112,7 @@ def decay_norms_(
         ConfigError: if the target is not known, or the step would go beyond it.
 
     Changes:
-        ``weight`` and ``bias`` of the layers, tied ones once.
+        ``weight`` and ``bias`` of the layers, and the first two rows of ``gates``; tied ones once.
 
     Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization",
     ICLR 2020, section 3.4. Differs: decoupled from the gradient, as in AdamW.
@@ -135,6 +136,10 @@ def decay_norms_(
             if isinstance(p, nn.Parameter) and id(p) not in done:
                 done.add(id(p))
                 p.sub_(goal).mul_(1 - rate * norm_decay).add_(goal)
+        gates: Any = getattr(layer, "gates", None)
+        if gates is not None and id(gates) not in done:
+            done.add(id(gates))
+            gates[:2].mul_(1 - rate * norm_decay)
 
 
 def norm_layers(model: nn.Module) -> list[nn.Module]:

@@ -31,8 +31,8 @@ from bnfix.norm.layer import (
     generalized_norms,
     require_generalized,
     set_example_weight_,
-    trainable_weights,
 )
+from bnfix.norm.mixture import trainable_weights
 
 #: Batches that a fit of few numbers uses at least.
 _LEAST_BATCHES = 8
@@ -363,7 +363,7 @@ def choose_example_weight_(
         curve=levels.curve,
         weights=weights_of(model),
         excluded=tuple(excluded),
-        n_live=sum(layer.live for _, layer in generalized_norms(model)),
+        n_live=sum(layer.weighs for _, layer in generalized_norms(model)),
         passes=search.n_run / n_given,
         seconds=seconds,
         clock_passes=seconds / pass_seconds if pass_seconds else None,

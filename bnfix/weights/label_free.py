@@ -32,12 +32,13 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError
+from bnfix.norm.gates import centred
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
     set_example_weight_,
-    trainable_weights,
 )
+from bnfix.norm.mixture import trainable_weights
 from bnfix.norm.moments import example_moments, mix, over_channel_groups
 from bnfix.weights.choose import best_root, descent
 
@@ -96,7 +97,7 @@ def fit_moments_(
         x = args[0] if args else next(iter(kwargs.values()))
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
         mean, var, _ = example_moments(values.float())
-        mean, var = over_channel_groups(mean, var, layer.channel_groups)
+        mean, var = over_channel_groups(centred(layer, mean), var, layer.channel_groups)
         population = layer.running_mean.float(), layer.running_var.float()
         base = over_channel_groups(*population, layer.channel_groups)
         polynomials[name] += _quartic(mean, var, base, layer.eps, train_batch_size)

@@ -34,7 +34,8 @@ from bnfix.core.torch_private import eager
 from bnfix.metrics.compare import Decision
 from bnfix.metrics.evaluate import evaluate
 from bnfix.metrics.metrics import Metrics
-from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_, trainable_weights
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
+from bnfix.norm.mixture import trainable_weights
 from bnfix.norm.moments import over_channel_groups
 from bnfix.recalibrate.blend import between
 from bnfix.weights.choose import Levels, WeightSearch
