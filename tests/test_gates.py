@@ -144,7 +144,7 @@ def test_gradients_are_those_of_differences(training, size):
 def test_no_position_of_the_padding_counts():
     lengths, total = torch.tensor([1, 4, 6]), 6
     valid = (torch.arange(total) < lengths[:, None]).numpy()
-    x = torch.where(torch.from_numpy(valid)[:, None], drawn(5, 3, 4, total), torch.nan)
+    x = torch.where(torch.from_numpy(valid)[:, None], drawn(5, 3, 4, total), 50.0)
     for layer in (gated(), gated(channel_groups=2)):
         groups = layer.channel_groups
         running = layer.running_mean.numpy(), layer.running_var.numpy()
@@ -162,8 +162,9 @@ def test_no_position_of_the_padding_counts():
             trained = layer.train()(x)
         everywhere = np.repeat(valid[:, None], 4, 1)
         np.testing.assert_allclose(found[everywhere], expected[everywhere], rtol=1e-8)
-        (grad,) = torch.autograd.grad(trained[torch.from_numpy(everywhere)].sum(), layer.gates)
-        assert bool(grad.isfinite().all())
+        mean = torch.stack([trained[i, :, :n].mean(-1) for i, n in enumerate(lengths.tolist())])
+        assert bool(trained.isfinite().all())
+        assert mean.abs().max() < 5  # in units of the valid values, not of the padding
 
 
 @given(st.floats(0, 1), st.integers(0, 99))
