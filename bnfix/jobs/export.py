@@ -76,8 +76,7 @@ class ExportRecipe:
         None, "With onnx-int8: write nothing unless top-1 is proven to fall by less, in points."
     )
     force_zero: bool = option(
-        False,
-        "First set all weights of examples and batches, and gates, to 0; report what it costs.",
+        False, "First set all weights and gates to 0, and report what that costs."
     )
     input_shape: tuple[int, ...] | None = option(
         None,
