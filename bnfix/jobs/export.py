@@ -75,9 +75,7 @@ class ExportRecipe:
     max_drop: float | None = option(
         None, "With onnx-int8: write nothing unless top-1 is proven to fall by less, in points."
     )
-    force_zero: bool = option(
-        False, "First set all weights and gates to 0, and report what that costs."
-    )
+    force_zero: bool = option(False, "First set weights and gates to 0, and report the cost.")
     input_shape: tuple[int, ...] | None = option(
         None,
         "Shape of one input; by default that of the data or the preprocessing, else height and "
