@@ -338,3 +338,59 @@ def test_fine_tuning_refuses_the_state_of_a_run_on_other_inputs(files, cli, tmp_
     outcome = cli(*given, "--corrupt", "noise:3", *state, "--force")
     assert outcome.code == 1
     assert "is the state of another run" in outcome.message
+
+
+# --- the training that won, once more on all images ---
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_training_that_won_is_done_again_on_all_images(files, tmp_path, own):
+    """Steps are counted: 64 images each. Of 180, 108 are learned first; all afterwards."""
+    other = tmp_path / "select.npz"
+    images, labels = images_of(60, seed=5)
+    np.savez(other, images=images, labels=labels)
+    gate = GateRecipe(z=0.0, select=str(other) if own else 0.2)
+    settings = {"statistics": StatisticsRecipe("keep"), "weight": WeightRecipe("keep")}
+    once = fixed(files, files.stale, gate=gate, **settings)
+    recipe = dataclasses.replace(TUNED, refit=True)
+    again = fixed(files, files.stale, gate=gate, finetune=recipe, **settings)
+    assert [vars(d) for d in again.report.decisions] == [vars(d) for d in once.report.decisions]
+    won = once.report.decisions[-1].candidate
+    assert once.report.decisions[-1].admitted
+    assert again.report.models[1].name == f"output: {won}, again on all images"
+    runs = again.report.trials.finetunings
+    assert [run.n_steps for run in runs] == [3 if own else 2, 3]
+    (note,) = [note for note in again.report.assumptions if note.startswith("--refit:")]
+    assert "on all 180 images" in note
+    assert again.report.to_json()["options"]["finetune"]["refit"]
+    first, second = (one.model.state_dict() for one in (once, again))
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_where_no_training_wins_none_is_done_again(files):
+    recipe = dataclasses.replace(TUNED, refit=True)
+    found = fixed(files, files.stale, finetune=recipe, gate=GateRecipe(z=1000.0))
+    assert len(found.report.trials.finetunings) == 2
+    assert not any("--refit" in note for note in found.report.assumptions)
+    original = torch.load(files.stale, weights_only=True)
+    state = found.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in original.items())
+
+
+def test_a_training_that_got_worse_is_not_done_again(files):
+    """The rate that made its last epoch worse would do the same to more images."""
+    recipe = dataclasses.replace(TUNED, refit=True, epochs=6, lr=0.1, example_weight="keep")
+    found = fixed(files, files.stale, finetune=recipe, weight=WeightRecipe("keep"), **KEPT)
+    (run, *_) = found.report.trials.finetunings
+    assert 0 < run.best_epoch < len(run.curve) - 1
+    assert len(found.report.trials.finetunings) == 1
+    assert any("best before its last epoch" in note for note in found.report.assumptions)
+
+
+def test_the_plan_says_that_training_may_be_done_again(files, tmp_path, cli):
+    words = ("--model", files.spec, "--data", files.data, "-o", tmp_path / "o.safetensors")
+    for more in ((), ("--refit",)):
+        done = cli("fix", files.stale, *words, *more, "--plan", "--json")
+        assert done.code == 0, done.err
+        stages = json.loads(done.out)["stages"]
+        assert any("again on fit and select" in stage for stage in stages) == bool(more)

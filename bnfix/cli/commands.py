@@ -32,7 +32,6 @@ from bnfix.cli.flags import (
     Gate,
     Grouped,
     Inputs,
-    Labelled,
     Layers,
     Measured,
     Model,
@@ -120,7 +119,7 @@ def fix(
     train: Annotated[
         str, about(f"What to train: {', '.join(TO_TRAIN)}.", TRAIN, words=lambda: TO_TRAIN)
     ] = TRIED.train,
-    tune: Annotated[FinetuneRecipe, {TRAIN: "epochs lr"}] = TRIED,
+    tune: Annotated[FinetuneRecipe, {TRAIN: "epochs lr refit"}] = TRIED,
     recipe: Annotated[
         Path | None, about("Replay the options in this file's history.", RUN, "OUT.safetensors")
     ] = None,
@@ -441,7 +440,7 @@ def evaluate(
 def inspect(
     checkpoint: Checkpoint,
     model: Model,
-    source: Labelled,
+    source: Tested,
     run: Run,
     gate: Seed,
     out: Annotated[Out, {OUT: "as_json quiet debug"}],

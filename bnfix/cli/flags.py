@@ -104,8 +104,7 @@ _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
     "estimate_from": "DATA",
     "groups": "SPEC", "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "loss": "NAME|SPEC",
-    "reference": "CKPT", "tiles": "N|HxW",
-    "reference_model": "SPEC",
+    "reference": "CKPT", "reference_model": "SPEC", "select": "PART|DATA", "tiles": "N|HxW",
 }  # fmt: skip
 
 
@@ -402,7 +401,6 @@ Continued = Annotated[
 ]
 Inputs = Annotated[DataRecipe, {DATA: INPUT}]
 TASK = "task loss ignore_index"
-Labelled = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT}", TRAIN: TASK}]
 Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups", TRAIN: TASK}]
 Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups test", TRAIN: TASK}]
 Swapped = Annotated[

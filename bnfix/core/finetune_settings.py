@@ -101,6 +101,12 @@ class IngredientRecipe(OptimizerRecipe):
         "step costs two.",
     )
 
+    refit: bool = option(
+        False,
+        "Train the candidate that won once more, on the images that chose it, too. Nothing judges "
+        "that but the test.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self.batch_statistics, ("inclusive", "exclusive"), "--batch-statistics")

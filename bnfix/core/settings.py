@@ -256,8 +256,10 @@ class GateRecipe:
 
     z: float = option(2.0, "Standard errors by which a candidate must win on the select split.")
     fit: float = option(0.6, "Part of the data for fitting.")
-    select: float = option(
-        0.2, "Part of the data for choosing, beside 0.6 to fit on; more where 20 are not reached."
+    select: float | str = option(
+        0.2,
+        "Part of the data for choosing, beside 0.6 to fit on; more where 20 are not reached. Or "
+        "DATA of its own to choose on, such as images that the network was not trained on.",
     )
     seed: int = option(0, "Seed of the split and of every random choice.")
     temperature: str = option(
@@ -270,9 +272,14 @@ class GateRecipe:
         one_of(self.temperature, ("auto", "keep"), "--temperature")
         in_range(self, 0, math.inf, "z")
         check_seed(self.seed)
-        ok = 0 < self.fit < 1 and 0 < self.select <= 1 - self.fit
+        ok = 0 < self.fit < 1 and 0 < self.select_part <= 1 - self.fit
         parts = f"expected above 0 and at most {1 - self.fit:g}"
         require(ok, f"--select: {self.select}, {parts}, beside {self.fit:g} to fit on.", "select")
+
+    @property
+    def select_part(self) -> float:
+        """The part of the data that would choose; with DATA for that, it goes to the fit."""
+        return 0.2 if isinstance(self.select, str) else self.select
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from math import floor
 from typing import Any, Final
@@ -14,7 +14,7 @@ import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.data.groups import deal
-from bnfix.data.images import DIGEST_SIZE, Images
+from bnfix.data.images import DIGEST_SIZE, Images, SeveralImages
 
 #: Images that a history lists one by one, at most; 8 characters each.
 MAX_LISTED: Final = 100_000
@@ -85,6 +85,20 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
             parts[k] += members[ends[k] - sizes[k] : ends[k]]
     fit, select, test = (np.asarray(sorted(part), dtype=np.int64) for part in parts)
     return Split(fit, select, test, duplicates=len(images) - n)
+
+
+def choosing(split: Split, images: SeveralImages) -> Split:
+    """The split with the last source to choose on, less what it shares with groups of others."""
+    own, others = images.parts[-1], images.parts[:-1]
+    start = len(images) - len(own)
+    everything = np.sort(np.concatenate([split.fit, split.select, split.test]))
+    select = everything[everything >= start]
+    if own.groups is not None:
+        known = {name for part in others for name in part.group_names}
+        shared = np.asarray([name in known for name in own.group_names])
+        select = select[~shared[own.groups[select - start]]]
+    fit, test = (part[part < start] for part in (split.fit, split.test))
+    return replace(split, fit=fit, select=select, test=test)
 
 
 def of_each_source(images: Images, classes: np.ndarray, index: Any) -> np.ndarray:

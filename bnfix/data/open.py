@@ -96,8 +96,8 @@ def open_several(specs: Sequence[str], **how: Any) -> Images:
     odd = [p.spec for p in parts if isinstance(p, TensorItems) or (p.labelled and p.labels is None)]
     if odd:
         raise DataError(
-            f"DATA {some(odd)}: several --data are taken together only where they are images with "
-            "classes, or without labels. Give one --data."
+            f"DATA {some(odd)}: several --data, or one with --select DATA, are taken together only "
+            "where they are images with classes, or without labels. Give one --data."
         )
     whole = SeveralImages(parts)
     is_used = all(part.labels is not None for part in parts)

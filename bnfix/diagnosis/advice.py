@@ -30,6 +30,7 @@ _REPAIR = (
     "--data DATA -o OUT"
 )
 _REPLACE = "take another checkpoint"
+_CHOOSE = "let new images choose: bnfix fix CKPT --model SPEC --data DATA --select OTHER -o OUT"
 _MEASURE = (
     "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
     f"keep them; else {GATED}"
@@ -48,6 +49,7 @@ _GROUPS: Final = (
     ("error", _REPLACE, "gamma-not-finite beta-not-finite moment-missing odd-statistics"),
     ("error", f"fetch the file again, or {_REPLACE}", "length-mismatch"),
     ("warning", _MEASURE, "evaluation-mode"),
+    ("warning", _CHOOSE, "trained-on"),
     # New statistics of a pruned network can be worse than stale ones, so the command compares them.
     ("warning", _REPAIR, "stale-weights"),
     ("warning", _TUNE, "gamma-all-zero"),
@@ -113,7 +115,7 @@ def blended(found: Sequence[Finding]) -> list[Finding]:
 #: Advice holds at most one command, which runs from this word to its end.
 _START: Final = "bnfix "
 #: Options that a command does not have.
-_LACKS: Final = {"finetune": {"--labels"}}
+_LACKS: Final = {"finetune": {"--labels"}, "eval": {"--test"}}
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Call:
         replaced = {
             "CKPT": [f"./{self.path}" if str(self.path).startswith("-") else str(self.path)],
             "ORIGINAL": ["ORIGINAL" if self.original is None else str(self.original)],
-            "OUT": [f"{self.path.stem}.{name}d.safetensors"],
+            "OUT": [f"{self.path.stem}.{name.removesuffix('e')}ed.safetensors"],
             "--model": [],
             "SPEC": ["--model", "SPEC"] * self.asks_model + _options(self.model),
             "--data": [],

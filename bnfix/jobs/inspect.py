@@ -14,6 +14,7 @@ from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
 from bnfix.checkpoints.load import Loaded, hub_folder
 from bnfix.core import __version__
 from bnfix.core.errors import some
+from bnfix.core.options import require
 from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
@@ -42,6 +43,8 @@ from bnfix.diagnosis.shift import Shifts, read_predictions
 from bnfix.jobs.convert import example_input, known_shape
 from bnfix.jobs.inputs import Track, Tracked, open_inputs, resolve_preprocessing, silent
 from bnfix.jobs.session import load_one
+from bnfix.metrics.compare import describe_easier
+from bnfix.metrics.evaluate import evaluate
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
 from bnfix.recalibrate.predicted import predicted_gaps
@@ -142,7 +145,7 @@ def inspect_checkpoint(
 
     ``against`` is the checkpoint that this one was made from.
     """
-    recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
+    recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), _beside(source, data)
     loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
     found = (
         read_checkpoint(path, key=recipe.key, prefix=recipe.prefix, prefer_ema=recipe.prefer_ema)
@@ -208,6 +211,13 @@ def _describe_beside(file: Checkpoint) -> list[str]:
     """The values beside the weights, as a note."""
     values = [f"{name} = {value}" for name, value in file.beside.items()]
     return [f"beside the weights: {some(values, _SHOWN)}"] if values else []
+
+
+def _beside(source: DataRecipe | None, data: str | None) -> DataRecipe:
+    source = source or DataRecipe()
+    alone = source.test is not None and data is None
+    require(not alone, "--test: is compared with --data, which is missing. Give both.", "test")
+    return source
 
 
 def _neighbours(layers: Sequence[NormTensors]) -> Iterator[Finding]:
@@ -283,6 +293,12 @@ def _look(
     with autocast(device_of(loaded.model), run.precision):
         findings = examine_call(loaded.model, next(iter(batches)))
         behaviour, more = examine_behaviour(loaded.model, tracked)
+        broken = any(one.fault == "output-not-finite" for one in (*findings, *more))
+        if source.test is not None and not broken:
+            test = open_inputs(loaded, source.test, source)
+            others = test.sample(samples, loaded.model, run, seed)[1]
+            both = (evaluate(loaded.model, one, task=inputs.task) for one in (batches, others))
+            more += [finding("", "trained-on", text) for text in describe_easier(*both)]
     return _Seen(
         findings=(*findings, *more),
         remarks=tuple(inputs.notes),

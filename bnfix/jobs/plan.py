@@ -27,7 +27,7 @@ from bnfix.data.batches import Batch, Batches
 from bnfix.data.callables import is_callable
 from bnfix.data.fingerprints import data_record
 from bnfix.jobs.session import Plan, Workbench
-from bnfix.jobs.steps import Work, is_gated, resolve, work_of
+from bnfix.jobs.steps import TUNING, Work, is_gated, resolve, work_of
 from bnfix.metrics.task import Task, mean_loss
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.layer import generalized_norms, set_example_weight_
@@ -122,11 +122,13 @@ def _replayed(
         plan = replace(plan, statistics=replace(plan.statistics, reference_model=None))
     if test is not None:
         source = dataclasses.replace(source, test=test)
-    elif source.test is not None and is_callable(source.test):
-        raise ConfigError(
-            f"its test data are code, {plain(source.test)}, which is not run because a file says "
-            "so. Name it by --test."
-        )
+    for spec, what, else_ in (
+        (source.test if test is None else None, "test", "Name it by --test."),
+        (plan.gate.select, "select", "Give the options themselves, without --recipe."),
+    ):
+        if isinstance(spec, str) and is_callable(spec):
+            code = f"its {what} data are code, {plain(spec)}, which is not run because a file says"
+            raise ConfigError(f"{code} so. {else_}")
     return dataclasses.replace(plan, model=model, source=source)
 
 
@@ -184,7 +186,11 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
     """The steps, splits and costs of a command as JSON values; runs a few batches to time them."""
     plan, steps = bench.plan, resolve(bench.plan, bench)
     lines = [step.name for step in steps]
-    shaped = bench.inputs.preprocessing
+    shaped, work = bench.inputs.preprocessing, work_of(plan, bench)
+    tuned = [s.work[0] for s in steps if s.stage == TUNING and s.gate == "select"]
+    if tuned and plan.finetune is not None and plan.finetune.refit:
+        lines.append("fine-tuning that won, again on fit and select")
+        work.append(replace(tuned[-1], stage=lines[-1], examples=len(bench.work)))
     if is_gated(steps):
         lines.append("every candidate judged on select; the winner measured on test")
     return {
@@ -202,7 +208,7 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
         "preprocessing": shaped and dataclasses.asdict(shaped),
         "stages": lines,
         "device": str(next(iter(bench.model.parameters())).device),
-        **estimated(bench, work_of(plan, bench)).to_json(),
+        **estimated(bench, work).to_json(),
         "output": output,
         "assumptions": list(bench.assumptions),
     }

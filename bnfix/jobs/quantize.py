@@ -75,8 +75,8 @@ def open_bench(
         )
     plan = dataclasses.replace(plan, run=RunOptions("cpu", workers=workers))
     gate = plan.gate
-    of_test = 1 - gate.fit - gate.select
-    parts = (1.0, 0.0, 0.0) if plan.source.test else (gate.fit, gate.select, of_test)
+    of_test = 1 - gate.fit - gate.select_part
+    parts = (1.0, 0.0, 0.0) if plan.source.test else (gate.fit, gate.select_part, of_test)
     bench = open_workbench(checkpoint, data, plan, parts, track)
     if max_drop is not None and not bench.test.images.labelled:
         raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,8 @@ from bnfix.jobs.head import cool_, named
 from bnfix.jobs.inputs import Track, describe_skipped, silent
 from bnfix.jobs.plan import options_of
 from bnfix.jobs.session import Plan, Workbench
-from bnfix.jobs.steps import STATISTICS, Step, is_gated, open_plan, resolve
-from bnfix.metrics.compare import Decision, compare, judge
+from bnfix.jobs.steps import STATISTICS, TUNING, Step, is_gated, open_plan, resolve
+from bnfix.metrics.compare import Decision, compare, describe_easier, judge
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.metrics.task import ByRows
@@ -145,6 +146,7 @@ class Run:
         self.statistics_before = statistics_of(self.model)
         # `stated` is what was asked for outright, and stays whatever it costs.
         self.original = self.kept = self.stated = State(ORIGINAL, guards.Snapshot(self.model))
+        self.trained: tuple[Step, State] | None = None  # the kept state's training, and its start
         self.tried: list[Any] = []
         self.decisions: list[Decision] = []
 
@@ -169,16 +171,48 @@ class Run:
                 self.kept.values.restore_()
             else:
                 self.kept = State(name, guards.Snapshot(self.model), metrics, results)
+                is_tuned = step.stage == TUNING and step.gate == "select"
+                self.trained = (step, start) if is_tuned else None
             if step.stage == STATISTICS or not step.gate:
                 starts["base"] = self.kept
             if not step.gate:
                 self.stated = self.kept
+        if self.trained is not None and self.plan.finetune and self.plan.finetune.refit:
+            self._train_again(*self.trained)
         self.bench.track = track
+
+    def _train_again(self, step: Step, start: State) -> None:
+        """The training that won once more from its start, on the images that chose it, too."""
+        won, notes = self.kept, self.bench.assumptions
+        run = _last(won.results, Finetuning)
+        if won.metrics is None or run is None or run.best_epoch + 1 < len(run.curve):
+            notes.append(f"--refit: {won.name} was best before its last epoch, so it stays.")
+            return
+        start.values.restore_()
+        fit: Any = step.fit
+        fitted = self._fitted(replace(step, fit=partial(fit, again=True)))
+        name = f"{won.name}, again on all images"
+        # It has learned these images: a loss that is not lower means that something went wrong.
+        losses = [m.nll for m in (self.fits.on_select(name), won.metrics) if m.nll is not None]
+        if fitted.name is None or len(losses) < 2 or losses[0] >= losses[1]:
+            notes.append(f"--refit: {won.name} did not gain by more images, so it stays.")
+            won.values.restore_()
+            return
+        self.kept = State(
+            name, guards.Snapshot(self.model), None, (*start.results, *fitted.results)
+        )
+        n = len(self.bench.work)
+        notes.append(
+            f"--refit: {won.name} was trained again on all {n} images, those that chose it, too; "
+            "its curve is measured on images that it learned from."
+        )
 
     def _metrics_of_kept(self) -> Metrics:
         """Metrics on select, measured once, while the model is in this state."""
         metrics = self.kept.metrics or self.fits.on_select(self.kept.name)
         self.kept = replace(self.kept, metrics=metrics)
+        if self.kept.values is self.original.values:
+            self.original = self.kept
         return metrics
 
     def _fitted(self, step: Step) -> Fitted:
@@ -221,6 +255,7 @@ class Run:
         if known and bench.split.test.size:
             models = self._tested()
             bench.assumptions += describe_unlisted(bench.loaded.origin.history)
+            bench.assumptions += self._easier(models[0].metrics)
         movement = self._movement()
         results = self.kept.results
         held = set(map(id, results))
@@ -337,6 +372,12 @@ class Run:
             is_input = self.stated.values is self.original.values
             now = was if is_input else self._evaluated(name, self.model)
         return was, replace(now, name=f"output: {self.kept.name}", file=None, sha256=None)
+
+    def _easier(self, tested: Metrics) -> list[str]:
+        """Whether the images worked on look like trained-on ones, beside those of other data."""
+        chosen = self.original.metrics
+        own = isinstance(self.plan.gate.select, str) or self.plan.source.test is None
+        return [] if own or chosen is None else describe_easier(chosen, tested)
 
     def _evaluated(self, name: str, model: nn.Module) -> Evaluated:
         """A model on the test split."""

@@ -23,9 +23,9 @@ from bnfix.core.memory import BatchSize, Footprint, footprint
 from bnfix.core.settings import ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
-from bnfix.data.fingerprints import Split, cut, unseen, watched
+from bnfix.data.fingerprints import Split, choosing, cut, unseen, watched
 from bnfix.data.groups import describe_groups, groups_of_test
-from bnfix.data.images import Images
+from bnfix.data.images import Images, SeveralImages
 from bnfix.deploy.exported import is_exported, load_exported
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
@@ -181,12 +181,20 @@ class Workbench:
             parts.append(self.split.test)
         return np.random.default_rng(self.plan.gate.seed).permutation(np.concatenate(parts))
 
+    @property
+    def work(self) -> np.ndarray:
+        """Positions of the images to fit and choose on; not of others that were given to choose."""
+        own = not isinstance(self.plan.gate.select, str)
+        return np.sort(np.concatenate([self.split.fit, self.split.select[: None if own else 0]]))
+
     def fit_on_all_(self) -> None:
         """Fit on what would choose and test, since nothing is judged; other data's test stays."""
         split, none = self.split, self.split.test[:0]
         # Positions of the test are those of other data where `--test` names some.
         own, test = (split.test, none) if self.plan.source.test is None else (none, split.test)
-        fit = np.sort(np.concatenate([split.fit, split.select, own]))
+        # So do images that were given to choose on.
+        select = none if isinstance(self.plan.gate.select, str) else split.select
+        fit = np.sort(np.concatenate([split.fit, select, own]))
         self.split = dataclasses.replace(split, fit=fit, select=none, test=test)
 
     def by_source(self, index: np.ndarray) -> list[np.ndarray]:
@@ -260,17 +268,11 @@ def open_workbench(
     loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
     reference = open_reference(loaded, plan)
-    inputs = test = open_inputs(loaded, data, source)
-    images, notes = inputs.images, [*loaded.checkpoint.notes, *_copied(loaded, plan), *inputs.notes]
+    inputs, split = _cut_inputs(loaded, data, plan, fractions)
+    test, images = inputs, inputs.images
+    notes = [*loaded.checkpoint.notes, *_copied(loaded, plan), *inputs.notes]
     if reference is not None:
         notes += [f"reference: {note}" for note in reference.checkpoint.notes]
-    split = cut(images, fractions, seed)
-    for name, wanted in zip(("fit", "select"), fractions, strict=False):
-        if wanted and split.sizes()[name] < 2:
-            raise DataError(
-                f"{images.spec}: {len(images)} images leave {split.sizes()[name]} for the {name} "
-                "split, expected at least 2. Give more data."
-            )
     if source.test is not None:
         of_test = dataclasses.replace(source, groups=groups_of_test(source.groups))
         test = open_inputs(loaded, source.test, of_test)
@@ -323,6 +325,26 @@ def _copied(loaded: Loaded, plan: Plan) -> list[str]:
     check_copyable(loaded.checkpoint)
     copy = f"the output is a copy of {loaded.checkpoint.path.name} with new weights"
     return [f"{copy} (--like-input), so no example weights are tried."]
+
+
+def _cut_inputs(
+    loaded: Loaded, data: str | Sequence[str], plan: Plan, fractions: tuple[float, float, float]
+) -> tuple[Inputs, Split]:
+    """The data, and those to choose on where they are others, opened and cut."""
+    chooser = plan.gate.select
+    if isinstance(chooser, str):
+        data = [*([data] if isinstance(data, str) else data), chooser]
+    inputs = open_inputs(loaded, data, plan.source)
+    images, split = inputs.images, cut(inputs.images, fractions, plan.gate.seed)
+    if isinstance(images, SeveralImages) and isinstance(chooser, str):
+        split, fractions = choosing(split, images), (1.0, 1.0, 0.0)
+    for name, wanted in zip(("fit", "select"), fractions, strict=False):
+        if wanted and split.sizes()[name] < 2:
+            raise DataError(
+                f"{images.spec}: {len(images)} images leave {split.sizes()[name]} for the {name} "
+                "split, expected at least 2. Give more data."
+            )
+    return inputs, split
 
 
 def _describe_select(split: Split, images: Images) -> list[str]:

@@ -181,7 +181,9 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
         return 0.8, 0.0, 0.2
     if not gated or not (labelled or plan.statistics.reference):
         return 1.0, 0.0, 0.0
-    both = gate.fit + gate.select
+    both = gate.fit + gate.select_part
+    if isinstance(gate.select, str):
+        return (1.0, 0.0, 0.0) if given else (both, 0.0, 1 - both)
     if given:
         return 1 - gate.select / both, gate.select / both, 0.0
     return gate.fit, gate.select, 1 - both

@@ -25,6 +25,9 @@ from bnfix.metrics.task import LABELS, Array, Reference, Words
 #: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
 ROUNDING = 1e-6
 _MeanAndSe = tuple[float, float]
+#: Standard errors by which the loss and the score are better on examples that look trained on, and
+#: the largest part of the other loss.
+_EASIER, _MOST_OF_LOSS = (3.0, 1.0), 0.8
 
 
 @dataclass(frozen=True, repr=False)
@@ -324,6 +327,33 @@ def _admitted(
     alike = se <= ROUNDING * abs(difference)
     by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"
     return True, f"its {of_loss} is lower by {-difference:.3g}{words.unit}, {by}"
+
+
+def describe_easier(work: Metrics, test: Metrics) -> list[str]:
+    """A sentence where work examples are so much easier that they look like trained-on ones."""
+    one, other = work.examples, test.examples
+    if one is None or other is None or one.words != other.words:
+        return []
+    columns = [(one.losses, other.losses)]
+    if one.scores is not None and other.scores is not None:
+        columns.append((-1.0 * one.scores, -1.0 * other.scores))
+    means = []
+    for (mine, theirs), z in zip(columns, _EASIER, strict=False):
+        (a, se), (b, se_b) = mean_and_se(mine, one.groups), mean_and_se(theirs, other.groups)
+        if a - b >= -z * math.hypot(se, se_b):
+            return []
+        means.append((a, b))
+    (a, b), *score = means
+    if a > _MOST_OF_LOSS * b:
+        return []
+    words = one.words
+    found = f"{words.loss} is {a:.3g} on images of the work data, {b:.3g} on the test's"
+    found += "".join(f", {words.score} {-a:.3g} and {-b:.3g}" for a, b in score)
+    return [
+        f"{found}. Work images that the network was trained on look like that; new ones gain "
+        "less than they do, and the best candidate for them may be another. Choose on images that "
+        "it has never seen: --select DATA."
+    ]
 
 
 def mean_and_se(difference: Array, groups: Array | None) -> _MeanAndSe:
