@@ -402,19 +402,12 @@ class Fits:
         return Fitted(name, (choice,), choice.decisions)
 
     def tuned(
-        self,
-        _: State,
-        *,
-        recipe: FinetuneRecipe,
-        gated: bool,
-        distils: bool,
-        alone: bool = False,
-        again: bool = False,
+        self, _: State, *, recipe: FinetuneRecipe, gated: bool, distils: bool, alone: bool = False
     ) -> Fitted:
         """Fine-tuning, best epoch kept; the select split judges it, or else its monitor has."""
         calibrations: list[Calibration] = []
         state = None if gated else self.plan.state
-        tuned = self._finetune(recipe, state, calibrations, distils=distils, again=again)
+        tuned = self._finetune(recipe, state, calibrations, distils=distils)
         if recipe.norm_decay_target == "none" and any(recipe.norm_decays.values()):
             still = "--norm-decay: without --norm-decay-target zero or identity nothing decays."
             self.bench.assumptions.append(still)
@@ -435,12 +428,9 @@ class Fits:
         calibrations: list[Calibration],
         *,
         distils: bool,
-        again: bool,
     ) -> Finetuning:
         bench = self.bench
-        # Again with all images there is none left to watch, and only a run gone wrong would show.
-        both = bench.work, bench.split.select
-        learn, monitor = both if again else bench.learn_and_monitor()
+        learn, monitor = bench.learn_and_monitor()
         size = bench.training_batch_size(recipe.batch_size)
         training = bench.batches(learn, f"fine-tuning {recipe.train}", size)
         identity = ""

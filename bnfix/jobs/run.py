@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,8 +188,8 @@ class Run:
             notes.append(f"--refit: {won.name} was best before its last epoch, so it stays.")
             return
         start.values.restore_()
-        fit: Any = step.fit
-        fitted = self._fitted(replace(step, fit=partial(fit, again=True)))
+        self.bench.again = True
+        fitted = self._fitted(step)
         name = f"{won.name}, again on all images"
         # It has learned these images: a loss that is not lower means that something went wrong.
         losses = [m.nll for m in (self.fits.on_select(name), won.metrics) if m.nll is not None]
@@ -254,8 +253,7 @@ class Run:
         known = bench.test.images.labelled or bench.reference is not None
         if known and bench.split.test.size:
             models = self._tested()
-            bench.assumptions += describe_unlisted(bench.loaded.origin.history)
-            bench.assumptions += self._easier(models[0].metrics)
+            bench.assumptions += self._doubts(models[0].metrics)
         movement = self._movement()
         results = self.kept.results
         held = set(map(id, results))
@@ -373,11 +371,11 @@ class Run:
             now = was if is_input else self._evaluated(name, self.model)
         return was, replace(now, name=f"output: {self.kept.name}", file=None, sha256=None)
 
-    def _easier(self, tested: Metrics) -> list[str]:
-        """Whether the images worked on look like trained-on ones, beside those of other data."""
-        chosen = self.original.metrics
+    def _doubts(self, tested: Metrics) -> list[str]:
+        """Whether the test or the images worked on may have been seen before."""
+        found, chosen = describe_unlisted(self.bench.loaded.origin.history), self.original.metrics
         own = isinstance(self.plan.gate.select, str) or self.plan.source.test is None
-        return [] if own or chosen is None else describe_easier(chosen, tested)
+        return found if own or chosen is None else [*found, *describe_easier(chosen, tested)]
 
     def _evaluated(self, name: str, model: nn.Module) -> Evaluated:
         """A model on the test split."""

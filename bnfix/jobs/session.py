@@ -157,6 +157,7 @@ class Workbench:
     reference: Loaded | None = None  # the undamaged network, its model on the device
     # Before layers were swapped that now weigh the example, and are still to be re-fitted to it.
     original: nn.Module | None = None
+    again: bool = False  # the training that won learns from all images to work with
 
     @property
     def model(self) -> nn.Module:
@@ -244,6 +245,8 @@ class Workbench:
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
         """Cut the fit split for early stopping: four fifths to learn on, one to watch."""
+        if self.again:  # none is left to watch: only a run gone wrong would show
+            return self.work, self.split.select
         rng, groups = np.random.default_rng(self.plan.gate.seed), self.inputs.images.groups
         if groups is not None:
             is_watched = watched(groups[self.split.fit], rng)
