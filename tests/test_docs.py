@@ -89,7 +89,8 @@ def workplace(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.save({key: 1.1 * t if key == "fc.bias" else t for key, t in state.items()}, "net2.pth")
     torch.save({key: t * (t.abs() > 0.02) for key, t in state.items()}, "pruned.pth")
     torch.save(torchvision.models.mobilenet_v2(num_classes=3).state_dict(), "mobilenet.pth")
-    for folder, n, seed in (("photos", 120, 5), ("test", 60, 6), ("unlabelled", 40, 7)):
+    folders = (("photos", 120, 5), ("test", 60, 6), ("unlabelled", 40, 7), ("training", 90, 8))
+    for folder, n, seed in (*folders, ("new", 40, 9), ("newer", 40, 10)):
         for i, (pixels, label) in enumerate(zip(*images_of(n, seed), strict=True)):
             inside = Path(folder) / ("" if folder == "unlabelled" else f"class {label}")
             inside.mkdir(parents=True, exist_ok=True)
