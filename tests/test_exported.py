@@ -176,6 +176,8 @@ def test_other_files_are_refused_in_one_line(files: Files, exported: Path, cli, 
         assert "bad.onnx: " in cli("eval", bad, *data).message
     (tmp_path / "net.pt2").write_bytes(b"PK\x03\x04")
     assert "the file can run code" in cli("eval", tmp_path / "net.pt2", *data).message
+    damaged = cli("eval", tmp_path / "net.pt2", *data, "--trust-pt2").message
+    assert "net.pt2: is damaged or no .pt2 file" in damaged
     assert "no such file" in cli("eval", tmp_path / "none.onnx", *data).message
     for command in ("inspect", "calibrate", "fix"):
         more = () if command == "inspect" else ("-o", tmp_path / "o.safetensors")
@@ -205,3 +207,36 @@ def test_a_public_function_takes_it_too(exported: Path, files: Files):
     batches = [(inputs_of(data["images"]), torch.from_numpy(data["labels"]))]
     ours = bnfix.evaluate(load_exported(exported).model, batches)
     assert ours.nll == pytest.approx(bnfix.evaluate(files.trained(), batches).nll, abs=1e-5)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_trusted_pt2_file_is_judged_as_its_checkpoint(files: Files, cli, tmp_path, fixed):
+    """Fixed batches are filled up and cut: of 4 examples here, which no batch of 5 is."""
+    path, x = (
+        tmp_path / "net.pt2",
+        torch.zeros(4, *inputs_of(np.load(files.test)["images"]).shape[1:]),
+    )
+    sizes = None if fixed else ({0: torch.export.Dim("n")},)
+    torch.export.save(torch.export.export(files.trained(), (x,), dynamic_shapes=sizes), path)
+    common = (*files.common, "--data", files.test, "--batch-size", "5", "--workers", "0", "--json")
+    found = cli("eval", files.net, path, *common, "--trust-pt2").json
+    checkpoint, exported = found["models"]
+    assert exported["nll"] == pytest.approx(checkpoint["nll"], abs=1e-6)
+    assert found["paired"][0]["top1"]["interval"] == [0, 0]
+    assert any("run by torch.export" in note for note in found["assumptions"])
+    assert any("batches of 4 only" in note for note in found["assumptions"]) == fixed
+
+
+def test_a_pt2_file_of_several_inputs_or_outputs(tmp_path: Path):
+    class Two(torch.nn.Module):
+        def forward(self, x, y=None):
+            return {"a": x, "b": 2 * x} if y is None else x + y
+
+    x = torch.zeros(3, 2)
+    for name, inputs in (("one", (x,)), ("two", (x, x))):
+        torch.export.save(torch.export.export(Two(), inputs), tmp_path / f"{name}.pt2")
+    given = torch.arange(10.0).view(5, 2)
+    found = load_exported(tmp_path / "one.pt2", trust_pt2=True).model(given)
+    torch.testing.assert_close(found, {"a": given, "b": 2 * given})
+    with pytest.raises(CheckpointError, match="takes 2 inputs, expected one tensor"):
+        load_exported(tmp_path / "two.pt2", trust_pt2=True)

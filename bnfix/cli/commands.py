@@ -35,6 +35,7 @@ from bnfix.cli.flags import (
     Layers,
     Measured,
     Model,
+    Opened,
     Out,
     Output,
     Referred,
@@ -390,7 +391,7 @@ def export(
 def evaluate(
     checkpoints: Compared,
     data: Data,
-    model: Model,
+    model: Opened,
     source: Grouped,
     also: Measured,
     run: Run,

@@ -392,6 +392,10 @@ Model = Annotated[
     ModelRecipe,
     {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output"},
 ]
+Opened = Annotated[
+    ModelRecipe,
+    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output trust_pt2"},
+]
 Continued = Annotated[
     ModelRecipe,
     {

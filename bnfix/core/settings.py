@@ -329,6 +329,9 @@ class ModelRecipe:
     logits_output: str | None = option(
         None, "Which output holds the logits: its name or index, dotted where they are nested."
     )
+    trust_pt2: bool = option(
+        False, "Open .pt2 files, which can run code as torch reads them: only files of your own."
+    )
     like_input: bool = option(
         False,
         "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with the new weights in their "

@@ -18,8 +18,9 @@ from bnfix.checkpoints.read import FORMAT, finite, parse_header, require_file, s
 from bnfix.core import __version__
 from bnfix.core.errors import ModelError, file_error, file_errors, plain, some
 from bnfix.core.settings import Preprocessing
-from bnfix.deploy.forms import ONNX_LIMIT, Runner, onnx_runner, require_onnx
+from bnfix.deploy.forms import ONNX_LIMIT, Runner, onnx_runner, require_onnx, torch_runner
 from bnfix.models.build import CHANNELS
+from bnfix.models.graph import quiet
 
 #: Files that hold a network itself, not the tensors of one.
 EXPORTED: Final = (".onnx", ".pt2")
@@ -33,7 +34,7 @@ _EXTERNAL: Final = 1  # data_location of a tensor whose numbers are in another f
 
 
 class ExportedNet(nn.Module):
-    """A network in ONNX Runtime, on the CPU: it has outputs, and no layers to look at."""
+    """A network behind a runner, on the CPU: it has outputs, and no layers to look at."""
 
     def __init__(
         self,
@@ -65,8 +66,8 @@ class ExportedNet(nn.Module):
                 f"{'x'.join(map(str, given))}. Give --resize and --crop, or other data."
             )
         size = self.batch_size or len(x)
-        parts = [self._whole(part, size) for part in torch.split(x.to(self._dtype), size)]
-        found = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+        parts = [self._whole(part, size) for part in torch.split(x.to("cpu", self._dtype), size)]
+        found = [torch.cat(tensors).to(x.device) for tensors in zip(*parts, strict=True)]
         return found[0] if len(found) == 1 else dict(zip(self._outputs, found, strict=True))
 
     def _whole(self, x: Tensor, size: int) -> list[Tensor]:
@@ -80,27 +81,26 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix in EXPORTED
 
 
-def load_exported(path: str | Path) -> Loaded:
+def load_exported(path: str | Path, *, trust_pt2: bool = False) -> Loaded:
     """Read an exported file into a network that runs like a loaded checkpoint.
 
-    Nothing in the file is executed but ONNX's own operators. Its header says preprocessing, task
-    and the examples that it was fitted on, if bnfix wrote the file.
+    Nothing in an ONNX file is executed but ONNX's own operators. Its header says preprocessing,
+    task and the examples that it was fitted on, if bnfix wrote the file. A ``.pt2`` file can run
+    code as torch reads it, so it is opened on request only.
     """
     path = Path(path)
     require_file(path)
+    header, runtime = None, "torch.export"
     if path.suffix == ".pt2":
-        raise file_error(
-            path,
-            "is not opened: torch reads such a file by pickles and by expressions that it "
-            "evaluates, so the file can run code. Export with --to onnx, or give the checkpoint.",
-        )
-    require_onnx(path.name, ("onnx", "onnxruntime"))
-    proto = read_onnx(path)
-    header = {entry.key: entry.value for entry in proto.metadata_props}.get(_HEADER)
-    with file_errors(path, "ONNX Runtime does not take it", kinds=(ModelError,)):
-        net = exported_net(path.name, proto)
-    version = importlib.metadata.version("onnxruntime")
-    notes = [f"run by ONNX Runtime {version} on the CPU, in the file's own precision"]
+        net = _program(path, trusted=trust_pt2)
+    else:
+        require_onnx(path.name, ("onnx", "onnxruntime"))
+        proto = read_onnx(path)
+        header = {entry.key: entry.value for entry in proto.metadata_props}.get(_HEADER)
+        with file_errors(path, "ONNX Runtime does not take it", kinds=(ModelError,)):
+            net = exported_net(path.name, proto)
+        runtime = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
+    notes = [f"run by {runtime} on the CPU, in the file's own precision"]
     if net.batch_size is not None:
         notes.append(
             f"takes batches of {net.batch_size} only; the last one is filled up with copies of its "
@@ -118,6 +118,34 @@ def load_exported(path: str | Path) -> Loaded:
     # A model that the header names would never be built, and must not be looked up either.
     origin = dataclasses.replace(stated_origin(checkpoint), spec=None, arguments={})
     return Loaded(net.eval(), checkpoint, origin)
+
+
+def _program(path: Path, *, trusted: bool) -> ExportedNet:
+    """The network of a ``.pt2`` file."""
+    if not trusted:
+        raise file_error(
+            path,
+            "is not opened: torch reads such a file by pickles and by expressions that it "
+            "evaluates, so the file can run code. If it is your own, give --trust-pt2; else export "
+            "with --to onnx, or give the checkpoint.",
+        )
+    # Whatever a damaged file makes torch raise.
+    with file_errors(path, "is damaged or no .pt2 file", kinds=(Exception,)), quiet():
+        program = torch.export.load(path)
+    inputs = program.graph_signature.user_inputs
+    given = {
+        node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
+    }
+    x = given.get(inputs[0]) if len(inputs) == 1 else None
+    if not isinstance(x, Tensor) or not x.ndim or not x.is_floating_point():
+        raise file_error(
+            path, f"takes {len(inputs)} inputs, expected one tensor of floating-point numbers."
+        )
+    spec = program.call_spec.out_spec
+    names = spec.context if spec.type is dict else range(len(program.graph_signature.user_outputs))
+    shape = [size if isinstance(size, int) else None for size in x.shape]
+    run = torch_runner(program.module())
+    return ExportedNet(path.name, run, [str(name) for name in names], shape, x.dtype)
 
 
 def exported_net(name: str, proto: Any) -> ExportedNet:
