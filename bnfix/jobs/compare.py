@@ -135,6 +135,7 @@ def evaluate_files(
         raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
     entrants = hasten(entrants, run.precision, seed, notes) if also.fast else entrants
     arena = Arena(entrants, run, seed, track)
+    labelled = arena.labelled(also.estimate_from, source)
     corruption = corruption_of(source.corrupt, seed)
     found = arena.outputs("evaluating", corruption, bool(functions))
     found[0].refuse_own_loss()
@@ -160,9 +161,8 @@ def evaluate_files(
         **{name: v for name in ("corrupt", "groups") if (v := getattr(source, name))},
         **{name: value for name, value in dataclasses.asdict(also).items() if value},
     }
-    report = _report(entrants, arena, models, notes, source.corrupt)
     return dataclasses.replace(
-        report,
+        _report(entrants, arena, models, notes, source.corrupt),
         options=options,
         seed=seed,
         command_line=command_line,
@@ -170,7 +170,7 @@ def evaluate_files(
         invariance=tuple(arena.invariance()) if also.compare_batch_sizes else (),
         streams=tuple(arena.streamed(streams, corruption)),
         tiles=() if also.tiles is None else tuple(arena.tiled(also.tiles, corruption)),
-        uncertainty=uncertain(found, arena.labelled(also.estimate_from, source), also, seed),
+        uncertainty=uncertain(found, labelled, also, seed),
     )
 
 
