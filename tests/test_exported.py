@@ -176,7 +176,7 @@ def test_other_files_are_refused_in_one_line(files: Files, exported: Path, cli, 
         assert "bad.onnx: " in cli("eval", bad, *data).message
     (tmp_path / "net.pt2").write_bytes(b"PK\x03\x04")
     assert "the file can run code" in cli("eval", tmp_path / "net.pt2", *data).message
-    damaged = cli("eval", tmp_path / "net.pt2", *data, "--trust-pt2").message
+    damaged = cli("eval", tmp_path / "net.pt2", *data, "--trust-code").message
     assert "net.pt2: is damaged or no .pt2 file" in damaged
     assert "no such file" in cli("eval", tmp_path / "none.onnx", *data).message
     for command in ("inspect", "calibrate", "fix"):
@@ -219,7 +219,7 @@ def test_a_trusted_pt2_file_is_judged_as_its_checkpoint(files: Files, cli, tmp_p
     sizes = None if fixed else ({0: torch.export.Dim("n")},)
     torch.export.save(torch.export.export(files.trained(), (x,), dynamic_shapes=sizes), path)
     common = (*files.common, "--data", files.test, "--batch-size", "5", "--workers", "0", "--json")
-    found = cli("eval", files.net, path, *common, "--trust-pt2").json
+    found = cli("eval", files.net, path, *common, "--trust-code").json
     checkpoint, exported = found["models"]
     assert exported["nll"] == pytest.approx(checkpoint["nll"], abs=1e-6)
     assert found["paired"][0]["top1"]["interval"] == [0, 0]
@@ -236,7 +236,7 @@ def test_a_pt2_file_of_several_inputs_or_outputs(tmp_path: Path):
     for name, inputs in (("one", (x,)), ("two", (x, x))):
         torch.export.save(torch.export.export(Two(), inputs), tmp_path / f"{name}.pt2")
     given = torch.arange(10.0).view(5, 2)
-    found = load_exported(tmp_path / "one.pt2", trust_pt2=True).model(given)
+    found = load_exported(tmp_path / "one.pt2", trust_code=True).model(given)
     torch.testing.assert_close(found, {"a": given, "b": 2 * given})
     with pytest.raises(CheckpointError, match="takes 2 inputs, expected one tensor"):
-        load_exported(tmp_path / "two.pt2", trust_pt2=True)
+        load_exported(tmp_path / "two.pt2", trust_code=True)

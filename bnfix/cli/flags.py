@@ -394,7 +394,7 @@ Model = Annotated[
 ]
 Opened = Annotated[
     ModelRecipe,
-    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output trust_pt2"},
+    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output trust_code"},
 ]
 Continued = Annotated[
     ModelRecipe,

@@ -329,7 +329,7 @@ class ModelRecipe:
     logits_output: str | None = option(
         None, "Which output holds the logits: its name or index, dotted where they are nested."
     )
-    trust_pt2: bool = option(
+    trust_code: bool = option(
         False, "Open .pt2 files, which can run code as torch reads them: only files of your own."
     )
     like_input: bool = option(

@@ -81,7 +81,7 @@ def is_exported(path: str | Path) -> bool:
     return Path(path).suffix in EXPORTED
 
 
-def load_exported(path: str | Path, *, trust_pt2: bool = False) -> Loaded:
+def load_exported(path: str | Path, *, trust_code: bool = False) -> Loaded:
     """Read an exported file into a network that runs like a loaded checkpoint.
 
     Nothing in an ONNX file is executed but ONNX's own operators. Its header says preprocessing,
@@ -92,7 +92,7 @@ def load_exported(path: str | Path, *, trust_pt2: bool = False) -> Loaded:
     require_file(path)
     header, runtime = None, "torch.export"
     if path.suffix == ".pt2":
-        net = _program(path, trusted=trust_pt2)
+        net = _program(path, trusted=trust_code)
     else:
         require_onnx(path.name, ("onnx", "onnxruntime"))
         proto = read_onnx(path)
@@ -126,7 +126,7 @@ def _program(path: Path, *, trusted: bool) -> ExportedNet:
         raise file_error(
             path,
             "is not opened: torch reads such a file by pickles and by expressions that it "
-            "evaluates, so the file can run code. If it is your own, give --trust-pt2; else export "
+            "evaluates, so the file can run code. If it is your own, give --trust-code; else export "
             "with --to onnx, or give the checkpoint.",
         )
     # Whatever a damaged file makes torch raise.

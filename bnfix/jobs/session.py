@@ -415,7 +415,7 @@ def load_one(
     """Load a checkpoint onto the device; or an exported network, where those are good."""
     device = runtime.resolve_device(run.device)
     if exported and is_exported(checkpoint):
-        loaded = load_exported(checkpoint, trust_pt2=recipe.trust_pt2)
+        loaded = load_exported(checkpoint, trust_code=recipe.trust_code)
     else:
         loaded = load_ready(checkpoint, recipe, mapped=mapped, lenders=lenders)
     if recipe.forward is not None:
