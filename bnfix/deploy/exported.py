@@ -126,8 +126,8 @@ def _program(path: Path, *, trusted: bool) -> ExportedNet:
         raise file_error(
             path,
             "is not opened: torch reads such a file by pickles and by expressions that it "
-            "evaluates, so the file can run code. If it is your own, give --trust-code; else export "
-            "with --to onnx, or give the checkpoint.",
+            "evaluates, so the file can run code. If it is your own, give --trust-code; else "
+            "export with --to onnx, or give the checkpoint.",
         )
     # Whatever a damaged file makes torch raise.
     with file_errors(path, "is damaged or no .pt2 file", kinds=(Exception,)), quiet():
