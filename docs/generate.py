@@ -58,8 +58,10 @@ def row(option: Any) -> str:
     shown = "" if option.default is None or option.is_flag else f"`{option.default}`"
     if option.required:
         shown = "required"
-    repeated = " Repeatable." if option.multiple and "repeatable" not in text_of(option) else ""
-    cells = (f"{flags}{kind}", shown, text_of(option) + repeated)
+    text = text_of(option)
+    if option.multiple and "repeatable" not in text.lower():
+        text += " Repeatable."
+    cells = (f"{flags}{kind}", shown, text)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

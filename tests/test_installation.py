@@ -100,6 +100,8 @@ def test_the_page_of_an_error_exists(kind: type[errors.BnfixError]) -> None:
         (("eval", "{net}", "--data", "x", "--device", "tpu"), 2, "See bnfix eval --help."),
         (("fix", "{net}", "--data", "x", "-o", "y", "--z", "-1"), 2, "See bnfix fix --help."),
         (("convert", "{net}", "-o", "o.safetensors"), 1, "See bnfix help models."),
+        (("export", "{net}", "--to", "onnx", "-o", "x.txt"), 1, "See bnfix help output."),
+        (("convert", "{net}", "--model", "{spec}", "-o", "x.txt"), 1, "See bnfix help output."),
         (("eval", "--nonsense"), 2, "See bnfix eval --help."),
         (("nonsense",), 2, "See bnfix --help."),
     ],

@@ -31,7 +31,7 @@ from bnfix.checkpoints.save import (
     write_folder,
     write_text,
 )
-from bnfix.core.errors import file_error, file_errors, plain, some
+from bnfix.core.errors import file_error, file_errors, output_error, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.models.published import described_in
 from bnfix.norm.layer import generalized_norms
@@ -55,18 +55,18 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
     check_folder(path)
     with file_errors(path, "cannot be written"):
         if path.suffix in TORCH_SUFFIXES:
-            raise file_error(path, "expected a name that ends in .safetensors, or a folder's.")
+            raise output_error(path, "expected a name that ends in .safetensors, or a folder's.")
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise file_error(path, "is no folder. Give another name.")
+            raise output_error(path, "is no folder. Give another name.")
         held = {entry.name for entry in path.iterdir()} if path.exists() else set()
         if held and not force:
-            raise file_error(
+            raise output_error(
                 path, "already holds files. Give another name, or --force to replace it."
             )
         own = {*_TAKEN_OVER, _CARD, WEIGHTS, *REPORTS}
         if held and (REPORTS[0] not in held or not held <= own or path.samefile(source)):
             odd = some(sorted(map(plain, held - own))) or "no report of bnfix's"
-            raise file_error(
+            raise output_error(
                 path,
                 f"is not replaced, even by --force: it holds {odd}, and only another folder that "
                 "bnfix wrote is. Give another name.",
@@ -148,7 +148,7 @@ def save_folder(
 def check_like_input(path: Path, source: Path, *, force: bool) -> None:
     """Refuse, before any work, a file that cannot have the form of the input."""
     if path.suffix not in TORCH_SUFFIXES or path.suffix != source.suffix:
-        raise file_error(
+        raise output_error(
             path,
             f"--like-input: expected a name that ends like the input's ({plain(source.name)}), one "
             f"of {', '.join(TORCH_SUFFIXES)}. Change -o, or leave the option out.",
@@ -174,7 +174,7 @@ def check_copyable(checkpoint: Checkpoint) -> None:
         problem = "other parts of it share the memory of its weights, and would change with them"
     else:
         return
-    raise file_error(
+    raise output_error(
         path, f"--like-input: {problem}. Leave the option out and give -o NAME.safetensors."
     )
 

@@ -26,7 +26,7 @@ from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, storable
 from bnfix.checkpoints.load import origin_of, weight_buffers
 from bnfix.checkpoints.read import FORMAT, finite, parse_header, read_file
 from bnfix.core import __version__
-from bnfix.core.errors import CheckpointError, file_error, file_errors, plain, some
+from bnfix.core.errors import CheckpointError, file_error, file_errors, output_error, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
 
@@ -70,7 +70,7 @@ def check_output(path: str | Path, *, force: bool) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         better = plain(path.with_suffix(".safetensors").name) if path.name else "out.safetensors"
-        raise file_error(
+        raise output_error(
             path,
             "expected a name that ends in .safetensors, the one kind that is written. "
             f"Use {better}.",
@@ -84,10 +84,10 @@ def check_free(*paths: Path, force: bool) -> None:
     for path in paths:
         with file_errors(path, "cannot be written"):
             if path.is_dir():
-                raise file_error(path, "is a folder, expected a file to write.")
+                raise output_error(path, "is a folder, expected a file to write.")
             # A link that leads nowhere does not "exist", but would be replaced all the same.
             if not force and (path.exists() or path.is_symlink()):
-                raise file_error(
+                raise output_error(
                     path, "already exists. Give another name, or --force to replace it."
                 )
 
@@ -97,12 +97,12 @@ def check_folder(path: Path) -> None:
     folder = path.parent
     with file_errors(path, "cannot be written"):
         if not folder.exists():
-            raise file_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
+            raise output_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
         if not folder.is_dir():
-            raise file_error(path, f"{plain(folder)} is not a folder.")
+            raise output_error(path, f"{plain(folder)} is not a folder.")
         # The superuser passes os.access everywhere; a folder closed to all is still meant closed.
         if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
-            raise file_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
+            raise output_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
 
 
 def make_folder(folder: Path) -> None:

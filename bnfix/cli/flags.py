@@ -376,8 +376,8 @@ _DATA_IS = (
     "cifar10:ROOT#test and the like, or file.py:callable."
 )
 _REPEATED = (
-    "Repeatable: all are taken together. calibrate takes none, with --reference: then weights and "
-    "the original's statistics predict the new ones, and nothing is judged."
+    "Repeatable: all are taken together. calibrate with --reference also takes the word none: then "
+    "weights and the original's statistics predict the new ones, and nothing is judged."
 )
 Data = Annotated[str, about(_DATA_IS, DATA, "DATA")]
 Several = Annotated[list[str], about(f"{_DATA_IS} {_REPEATED}", DATA, "DATA")]

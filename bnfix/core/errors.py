@@ -30,7 +30,7 @@ class BnfixError(Exception):
     """
 
     #: The page of docs/ that explains errors of this kind, or "": the help of the command.
-    page: ClassVar[str] = "faq"
+    page: str = "faq"
 
     def __init__(
         self, message: str, *, name: str | None = None, path: str | Path | None = None
@@ -113,6 +113,13 @@ def plain(text: object, limit: int = 200) -> str:
 def file_error(path: str | Path, text: str) -> CheckpointError:
     """A `CheckpointError` that begins with the file that it concerns."""
     return CheckpointError(f"{plain(Path(path))}: {text}", path=path)
+
+
+def output_error(path: str | Path, text: str) -> CheckpointError:
+    """A `file_error` of a file to write, which the page on outputs explains."""
+    error = file_error(path, text)
+    error.page = "output"
+    return error
 
 
 @contextmanager

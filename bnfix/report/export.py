@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from bnfix.checkpoints.save import check_folder, check_free, write_bytes
 from bnfix.core import __version__
-from bnfix.core.errors import file_error, some
+from bnfix.core.errors import output_error, some
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement
@@ -217,10 +217,10 @@ def check_exports(
     if path.suffix != SUFFIXES[to]:
         better = path.with_suffix(SUFFIXES[to]).name if path.name else f"out{SUFFIXES[to]}"
         ends = f"expected a name that ends in {SUFFIXES[to]} for --to {to}"
-        raise file_error(path, f"{ends}. Use {better}.")
+        raise output_error(path, f"{ends}. Use {better}.")
     files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
     check_folder(path)
     check_free(*files, force=force)
     old = None if checkpoint is None else Path(checkpoint)
     if old and old.exists() and any(f.exists() and f.samefile(old) for f in files):
-        raise file_error(path, "would replace the checkpoint itself. Give another name.")
+        raise output_error(path, "would replace the checkpoint itself. Give another name.")
