@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ClassVar
 
 #: Where code lies that is not the user's: this package, the standard library, what is installed.
 _NOT_OWN = (
