@@ -95,6 +95,7 @@ def workplace(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             inside = Path(folder) / ("" if folder == "unlabelled" else f"class {label}")
             inside.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).resize((24, 24)).save(inside / f"{i}.png")
+    Path("balance.json").write_text('{"class 0": 7, "1": 2, "2": 1}')
     other_data()
     yield tmp_path
     sys.modules.pop("net", None)

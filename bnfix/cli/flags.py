@@ -101,8 +101,8 @@ _FLAGS = {
     "show_plan": ("--plan",),
 }
 _METAVARS = {
-    "arguments": "KEY=VALUE", "class_map": "FILE", "corrupt": "KIND:SEVERITY", "metric": "SPEC",
-    "estimate_from": "DATA",
+    "arguments": "KEY=VALUE", "class_map": "FILE", "class_prior": "FILE|em",
+    "corrupt": "KIND:SEVERITY", "metric": "SPEC", "estimate_from": "DATA",
     "groups": "SPEC", "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "loss": "NAME|SPEC",
     "reference": "CKPT", "reference_model": "SPEC", "select": "PART|DATA", "tiles": "N|HxW",
 }  # fmt: skip
@@ -434,7 +434,7 @@ Tuned = Annotated[
     },
 ]
 Gate = Annotated[GateRecipe, {NORM: "z select", RUN: "seed"}]
-Chosen = Annotated[GateRecipe, {NORM: "temperature z select", RUN: "seed"}]
+Chosen = Annotated[GateRecipe, {NORM: "temperature class_prior z select", RUN: "seed"}]
 Seed = Annotated[GateRecipe, {RUN: "seed"}]
 Run = Annotated[RunOptions, {RUN: "device workers precision batch_size"}]
 Measured = Annotated[

@@ -267,6 +267,12 @@ class GateRecipe:
         "keep, or auto: where labels prove it, the head's weights and bias are divided by one "
         "temperature, and every other candidate is judged at its own, so that it must win by more.",
     )
+    class_prior: str | None = option(
+        None,
+        "Shares of the classes where the network will be used: a JSON file of class to number, or "
+        "em, estimated on --data without labels. log(new / old) goes into the head's bias. The old "
+        'shares: {"from": {...}, "to": {...}} in the file, else counted in the labels, else equal.',
+    )
 
     def __post_init__(self) -> None:
         one_of(self.temperature, ("auto", "keep"), "--temperature")

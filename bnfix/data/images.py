@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import os
 import stat
 import struct
 import warnings
 import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bnfix.core.errors import DataError, plain
+from bnfix.core.errors import DataError, plain, some
 
 # Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
 MAX_PIXELS = 50_000_000
@@ -394,6 +396,24 @@ def read_bytes(path: Path, limit: int) -> bytes:
         content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
     if content is None or len(content) > limit:
         raise ValueError(f"{path.name}: larger than {limit // 10**6} MB")
+    return content
+
+
+def read_object(path: Path, where: str, limit: int) -> dict[str, Any]:
+    """Read a JSON object that is not empty, and whose names are unique."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [plain(key, 60) for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        if twice:
+            raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
+        return dict(pairs)
+
+    try:
+        content = json.loads(read_bytes(path, limit), object_pairs_hook=unique)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{where}: cannot be read as JSON ({plain(error)}).", path=path) from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{where}: expected a JSON object that is not empty.", path=path)
     return content
 
 

@@ -7,7 +7,6 @@ and no path leads out of its folder. Only a callable named in the spec itself is
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from bnfix.data.images import (
     SeveralImages,
     list_images,
     outside_and_missing,
-    read_bytes,
+    read_object,
     read_rows,
 )
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
@@ -454,20 +453,7 @@ def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.nda
 def read_class_map(path: Path) -> dict[str, int]:
     """Read a class map: a JSON object, class name to index."""
     where = f"class map {path}"
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-        if twice:
-            raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
-        return dict(pairs)
-
-    try:
-        text = read_bytes(path, MAX_CLASS_MAP_BYTES)
-        content = json.loads(text, object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: cannot be read as JSON ({error}).", path=path) from error
-    if not isinstance(content, dict) or not content:
-        raise DataError(f"{where}: expected an object of class name to index.", path=path)
+    content = read_object(path, where, MAX_CLASS_MAP_BYTES)
     wrong = [
         f"{name}: {k!r}"[:60]
         for name, k in content.items()

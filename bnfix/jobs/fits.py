@@ -90,7 +90,7 @@ class Fits:
     def _reference(self) -> nn.Module | None:
         return None if self.bench.reference is None else self.bench.reference.model
 
-    def _outputs(self, model: nn.Module, batches_of: Callable[[], Tracked]) -> Outputs:
+    def outputs(self, model: nn.Module, batches_of: Callable[[], Tracked]) -> Outputs:
         """Outputs of a model, in batches that fit the memory."""
 
         def attempt(_: int) -> Outputs:
@@ -110,7 +110,7 @@ class Fits:
                 return self.bench.test_batches(f"test: {name}")
             return self.bench.batches(self.bench.split.select, f"select: {name}")
 
-        found = self._outputs(model, partial(batches_of, name))
+        found = self.outputs(model, partial(batches_of, name))
         found = replace(found, task=self.task) if split == "select" else found
         if name == ORIGINAL:
             found.refuse_own_loss()
@@ -119,7 +119,7 @@ class Fits:
         if reference is None or by_rows or (split == "select" and self.bench.labelled):
             return measured(found, self.seed), None
         if split not in self._theirs:
-            self._theirs[split] = self._outputs(reference, partial(batches_of, "the reference"))
+            self._theirs[split] = self.outputs(reference, partial(batches_of, "the reference"))
         compared = against(found, self._theirs[split], Reference(reference))
         return measured(found, self.seed), measured(compared, self.seed)
 
@@ -338,7 +338,7 @@ class Fits:
         how = self.plan.weight.batch_estimator
         set_example_weight_(self.model, batch_weight=weights, batch_estimator=how)
         batches_of = partial(self.bench.batches, index, f"{what}: batch weight", size)
-        found = replace(self._outputs(self.model, batches_of), task=self.task)
+        found = replace(self.outputs(self.model, batches_of), task=self.task)
         return measured(found, self.seed)
 
     def _set_weight(self, weight: float, source: str = "example") -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from bnfix.core import guards
 from bnfix.core.errors import ModelError, NumericError
 from bnfix.jobs.fits import Fits, Fitted, State
 from bnfix.metrics.compare import judge
-from bnfix.metrics.evaluate import Outputs, collect, tempered
+from bnfix.metrics.evaluate import tempered
 from bnfix.metrics.metrics import inverse_temperature, refuse_not_finite
 from bnfix.metrics.task import LABELS, Labels
 from bnfix.training.head import find_head, move_logits_
@@ -49,13 +51,10 @@ def temperature(fits: Fits, now: State) -> Fitted:
 
 def _fitted(fits: Fits) -> float:
     """The temperature of the model as it is, on the fit split."""
-
-    def attempt(_: int) -> Outputs:
-        batches = fits.bench.batches(fits.bench.split.fit, "temperature: fitting")
-        fits.passes.append(batches)
-        return collect([fits.model], batches, precision=fits.precision)[0]
-
-    found = fits.bench.evaluation.run(attempt)
+    bench = fits.bench
+    found = fits.outputs(
+        fits.model, partial(bench.batches, bench.split.fit, "temperature: fitting")
+    )
     refuse_not_finite(found.outputs)
     return 1 / inverse_temperature(found.outputs, np.asarray(found.labels))
 

@@ -26,6 +26,7 @@ from bnfix.core.settings import (
 from bnfix.data.batches import Batch, Batches
 from bnfix.data.callables import is_callable
 from bnfix.data.fingerprints import data_record
+from bnfix.jobs.prior import open_prior
 from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import TUNING, Work, is_gated, resolve, work_of
 from bnfix.metrics.task import Task, mean_loss
@@ -193,6 +194,9 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
         work.append(replace(tuned[-1], stage=lines[-1], examples=len(bench.work)))
     if is_gated(steps):
         lines.append("every candidate judged on select; the winner measured on test")
+    if (prior := open_prior(bench)) is not None:
+        lines.append(f"class prior {prior.new_is}, into the head's bias")
+        work += [Work("class prior: EM", len(bench.work), 1)] if prior.new is None else []
     return {
         "command": plan.command,
         "plan": True,

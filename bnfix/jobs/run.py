@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import nn
 
 from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
@@ -23,6 +24,7 @@ from bnfix.jobs.fits import ORIGINAL, Fits, Fitted, State
 from bnfix.jobs.head import cool_, named
 from bnfix.jobs.inputs import Track, describe_skipped, silent
 from bnfix.jobs.plan import options_of
+from bnfix.jobs.prior import describe_prior, open_prior, with_prior
 from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import STATISTICS, TUNING, Step, is_gated, open_plan, resolve
 from bnfix.metrics.compare import Decision, compare, describe_easier, judge
@@ -133,6 +135,7 @@ def execute(bench: Workbench) -> Result:
     run = Run(bench)
     run.take_steps()
     run.cool_()
+    run.set_prior_()
     return run.result()
 
 
@@ -146,6 +149,7 @@ class Run:
         # `stated` is what was asked for outright, and stays whatever it costs.
         self.original = self.kept = self.stated = State(ORIGINAL, guards.Snapshot(self.model))
         self.trained: tuple[Step, State] | None = None  # the kept state's training, and its start
+        self.prior = open_prior(bench)  # balance of the classes that the output is for
         self.tried: list[Any] = []
         self.decisions: list[Decision] = []
 
@@ -259,10 +263,7 @@ class Run:
         held = set(map(id, results))
         data = data_record(bench.inputs.images)
         skipped = describe_skipped(self.fits.passes)
-        options = options_of(self.plan, self.fits.ingredients)
-        if bench.reference is not None:
-            file = bench.reference.checkpoint
-            options["reference"] = {"file": file.path.name, "sha256": file.sha256}
+        options = self._options()
         report = Report(
             command=self.plan.command,
             data=DataUsed(
@@ -303,6 +304,15 @@ class Run:
             self.model, report, self._entry(data, options, models), bench.inputs.preprocessing
         )
 
+    def _options(self) -> dict[str, Any]:
+        bench, options = self.bench, options_of(self.plan, self.fits.ingredients)
+        if self.prior is not None:
+            options["class_prior"] = self.prior.to_json()
+        if bench.reference is not None:
+            file = bench.reference.checkpoint
+            options["reference"] = {"file": file.path.name, "sha256": file.sha256}
+        return options
+
     def cool_(self) -> None:
         """Give the head the temperature at which the output was judged."""
         if self.fits.alone is None:
@@ -323,6 +333,22 @@ class Run:
         name = self.kept.name
         name = name if name == named(t) else f"{name}, {named(t)}"
         self.kept = replace(self.kept, name=name, values=guards.Snapshot(self.model))
+
+    def set_prior_(self) -> None:
+        """Allow for the class prior, as stated; a labelled test of the new balance judges it."""
+        bench = self.bench
+        if self.prior is None:
+            return
+        stated, is_stated = self.stated, self.kept.values is self.stated.values
+        kept, prior = with_prior(self.fits, self.prior, self.kept)
+        labels = bench.test.images.labels
+        has_own = labels is not None and self.plan.source.test is not None
+        judged = has_own and prior.has_new(np.asarray(labels)[bench.split.test])
+        if not judged:
+            stated = kept if is_stated else with_prior(self.fits, prior, self.stated)[0]
+        kept.values.restore_()
+        self.kept, self.stated, self.prior = kept, stated, prior
+        bench.assumptions.append(describe_prior(prior, judged=judged))
 
     def _entry(
         self, data: dict[str, Any], options: dict[str, Any], models: tuple[Evaluated, ...]
@@ -349,16 +375,25 @@ class Run:
     def _tested(self) -> tuple[Evaluated, ...]:
         """Original and output on the test split; an output that is worse there is put back."""
         bench, checkpoint = self.bench, self.bench.loaded.checkpoint
-        was = self._at_original(lambda model: self._evaluated(ORIGINAL, model))
+        was = self._at(self.original, lambda model: self._evaluated(ORIGINAL, model))
         was = replace(was, file=str(checkpoint.path), sha256=checkpoint.sha256)
         now = self._evaluated(self.kept.name, self.model)
         labelled = bench.test.images.labelled
-        before, after = (one.metrics if labelled else one.agreement for one in (was, now))
-        worse = False
-        if before is not None and after is not None:
-            worse = compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
+
+        def is_worse(than: Evaluated) -> bool:
+            before, after = (one.metrics if labelled else one.agreement for one in (than, now))
+            if before is None or after is None:
+                return False
+            return compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
+
         # Another kind of normalization was asked for, whatever it costs.
-        if worse and bench.original is None and self.kept.values is not self.stated.values:
+        may_go = bench.original is None and self.kept.values is not self.stated.values
+        worse = may_go and is_worse(was)
+        if worse and self.prior is not None and self.stated.values is not self.original.values:
+            # On images of the old balance the prior is what is worse; is the rest, too?
+            name = self.stated.name
+            worse = is_worse(self._at(self.stated, lambda model: self._evaluated(name, model)))
+        if worse:
             name = self.stated.name
             bench.assumptions.append(
                 f"{self.kept.name!r} turned out significantly worse on the test split, so the "
@@ -382,12 +417,13 @@ class Run:
         metrics, agreement = self.fits.on_test(name, model)
         return Evaluated(name, None, None, metrics, n_live=n_live(model), agreement=agreement)
 
-    def _at_original(self, work: Callable[[nn.Module], _T]) -> _T:
-        """Do something with the network as it was; the model is put back."""
+    def _at(self, state: State, work: Callable[[nn.Module], _T]) -> _T:
+        """Do something with the network in a state, such as before all; the model is put back."""
         now = guards.Snapshot(self.model)
-        self.original.values.restore_()
+        state.values.restore_()
         try:
-            return work(self.bench.original or self.model)
+            before = self.bench.original if state is self.original else None
+            return work(before or self.model)
         finally:
             now.restore_()
 
@@ -400,7 +436,7 @@ class Run:
             batches = bench.batches(index, "how far the outputs moved").whole()
             return bench.evaluation.run(lambda _: record(model, batches, self.fits.precision))
 
-        found = moved(self._at_original(recorded), recorded(self.model))
+        found = moved(self._at(self.original, recorded), recorded(self.model))
         # Outputs (N, K) may be anything.
         return replace(found, top1_changed=None) if isinstance(bench.inputs.task, ByRows) else found
 

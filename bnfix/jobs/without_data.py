@@ -102,6 +102,7 @@ def _refuse_what_takes_data(plan: Plan) -> None:
         (statistics, usual.statistics),
         (plan.weight, usual.weight),
         (plan.swap, usual.swap),
+        (dataclasses.replace(usual.gate, class_prior=plan.gate.class_prior), usual.gate),
     ]
     stated = [
         "--" + field.name.replace("_", "-")

@@ -22,7 +22,11 @@ _ROUNDING = 1e-4
 
 
 def head_of(
-    modules: Sequence[nn.Module], n_classes: int | None, *, dense: bool = False
+    modules: Sequence[nn.Module],
+    n_classes: int | None,
+    what: str = "fine-tuning",
+    *,
+    dense: bool = False,
 ) -> nn.Module:
     """Find the last linear layer, or convolution (1x1, unless dense), with so many outputs."""
     for module in reversed(modules):
@@ -37,9 +41,10 @@ def head_of(
         if n_classes in (None, n_outputs):
             return module
     fitting = "" if n_classes is None else f" with {n_classes} outputs, as many as the logits"
-    raise ModelError(
-        f"--train head: no linear layer or 1x1 convolution{fitting}. Use --train norms or all."
-    )
+    where, todo = ("--train head", " Use --train norms or all.")
+    if what != "fine-tuning":
+        where, todo = what, ""
+    raise ModelError(f"{where}: no linear layer or 1x1 convolution{fitting}.{todo}")
 
 
 def find_head(
@@ -55,7 +60,7 @@ def find_head(
     }  # fmt: skip
     # The first rank that has a batch says which layer all of them use.
     (calls, (n_outputs, dense)), *_ = first_look(what, model, modules, batches, forward, _form)
-    return head_of([modules[name] for name, _ in calls], n_outputs, dense=dense)
+    return head_of([modules[name] for name, _ in calls], n_outputs, what, dense=dense)
 
 
 def _form(output: Any) -> tuple[int | None, bool]:

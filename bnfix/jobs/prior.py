@@ -1,0 +1,164 @@
+"""`--class-prior`: read and checked first, and folded into the head at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bnfix.core import guards, runtime
+from bnfix.core.errors import ConfigError, DataError, ModelError, plain, some
+from bnfix.data.images import read_object
+from bnfix.jobs.fits import ORIGINAL, Fits, State
+from bnfix.jobs.session import Workbench
+from bnfix.metrics.metrics import refuse_not_finite
+from bnfix.metrics.prior import Prior, estimate_shares
+from bnfix.metrics.task import LABELS, Array
+from bnfix.training.head import find_head, move_logits_
+
+_MOST_BYTES = 10_000_000
+
+
+def open_prior(bench: Workbench) -> Prior | None:
+    """Read the shares of a plan's class prior, and try that the head takes their shift."""
+    stated, task = bench.plan.gate.class_prior, bench.inputs.task
+    if stated is None:
+        return None
+    _require(task == LABELS, f"is for classification, the task is {task.name}. Leave it out.")
+    batch = next(iter(bench.batches(bench.work[:1], "a look at the head").whole()))
+    with guards.inference(bench.model):
+        output = runtime.run(bench.model, batch, runtime.device_of(bench.model))
+    n = runtime.logits_of(output).shape[1]
+    names = bench.inputs.images.class_names or bench.loaded.origin.labels
+    names = names if len(names) == n else tuple(map(str, range(n)))
+    given: dict[str, Any] = {"to": stated} if stated == "em" else _read(Path(stated), names)
+    new, new_is = given["to"], f"given in {plain(stated)}"
+    if isinstance(new, str):
+        _require(not bench.labelled, "em takes data without labels. Give --labels none.")
+        new, new_is = None, "estimated by EM"
+    old, old_is = (given["from"], new_is) if "from" in given else _counted(bench, n)
+    shares = None if new is None else new / new.sum()
+    prior = Prior(old / old.sum(), shares, names, old_is=old_is, new_is=new_is)
+    before = guards.Snapshot(bench.model)
+    try:
+        _move_(bench, prior)
+    finally:
+        before.restore_()
+    return prior
+
+
+def with_prior(fits: Fits, prior: Prior, state: State) -> tuple[State, Prior]:
+    """A state whose logits allow for the prior, which is estimated where it has to be."""
+    bench = fits.bench
+    state.values.restore_()
+    if prior.new is None:
+        batches_of = partial(bench.batches, bench.work, "class prior: EM")
+        logits = fits.outputs(fits.model, batches_of).outputs
+        refuse_not_finite(logits)
+        prior = dataclasses.replace(prior, new=estimate_shares(logits, prior.old))
+    if not prior.shift.any():
+        return state, prior
+    _move_(bench, prior)
+    name = "class prior" if state.name == ORIGINAL else f"{state.name}, class prior"
+    return State(name, guards.Snapshot(fits.model), results=state.results), prior
+
+
+def describe_prior(prior: Prior, *, judged: bool) -> str:
+    """The shares, from where, and who judged them."""
+    new, most = prior.new, np.argsort(-np.abs(prior.shift), kind="stable")
+    new = prior.old if new is None else new
+    shares = some([f"{plain(prior.names[k])} {prior.old[k]:.3g} to {new[k]:.3g}" for k in most])
+    text = f"class prior, old shares {prior.old_is}, new ones {prior.new_is}: {shares}"
+    if not prior.shift.any():
+        return f"{text}. They are the same, so the head was left as it is."
+    by = "the --test images have the new balance, and judged it."
+    if not judged:
+        by = "not judged by these images, as no labelled --test has the new balance; it was stated."
+    return f"{text}. log(new / old) was added to the head's bias: {by}"
+
+
+def _move_(bench: Workbench, prior: Prior) -> None:
+    batches = bench.batches(bench.work[:8], "a look at the head").whole()
+    try:
+        head = find_head("the head", bench.model, batches)
+        move_logits_(bench.model, head, next(iter(batches)), 1.0, torch.from_numpy(prior.shift))
+    except ModelError as error:
+        raise ModelError(
+            f"--class-prior: cannot be folded in: {error} Leave it out, and add log(new / old) to "
+            "the logits where they are used."
+        ) from error
+
+
+def _counted(bench: Workbench, n: int) -> tuple[Array, str]:
+    """The shares in the labels of the images that are not for the test; equal ones without."""
+    labels = bench.inputs.images.labels
+    if labels is None:
+        return np.ones(n), "assumed to be equal"
+    counts = np.bincount(labels[bench.work], minlength=n)
+    _require(
+        bool(counts.all()),
+        f"{(counts == 0).sum()} of {n} classes have no labelled image, so their old shares are "
+        'unknown. Give a file with both: {"from": {...}, "to": {...}}.',
+    )
+    return counts, "counted in the labels"
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Numbers of every class, of the new balance or of both; all problems of the file at once."""
+    where, known = f"--class-prior {plain(path)}", {"from", "to"}
+    content = read_object(path, where, _MOST_BYTES)
+    if not any(isinstance(value, dict | str) for value in content.values()):
+        content = {"to": content}
+    problems = [f"{plain(key, 60)!r} is neither from nor to" for key in content.keys() - known]
+    problems += [] if "to" in content else ["to is missing"]
+    found: dict[str, Any] = {}
+    for part in sorted(content.keys() & known):
+        value = found[part] = content[part]
+        if isinstance(value, dict):
+            found[part], wrong = _numbers(value, names, positive=part == "from")
+            problems += [f"{part}: {one}" for one in wrong]
+        elif (part, value) != ("to", "em"):
+            problems.append(f"{part} is no object of class to number")
+    if problems:
+        raise DataError(
+            f"{where}: {len(problems)} problems: {some(problems)}. Give a number for each of "
+            f"{len(names)} classes, by its name or index.",
+            path=path,
+        )
+    return found
+
+
+def _numbers(
+    given: dict[str, Any], names: Sequence[str], *, positive: bool
+) -> tuple[Array, list[str]]:
+    """One number a class, and what is wrong with them."""
+    once, places = Counter(names), {str(k): k for k in range(len(names))}
+    places |= {name: k for k, name in enumerate(names) if once[name] == 1}
+    found, problems = np.full(len(names), np.nan), list[str]()
+    for name, value in given.items():
+        k, shown = places.get(name), plain(name, 60)
+        # Comparisons bear NaN, and whole numbers of any length.
+        ok = type(value) in (int, float) and 0 <= value < 1e15 and (value > 0 or not positive)
+        if k is None:
+            problems.append(f"{shown!r} is no class")
+        elif not np.isnan(found[k]):
+            problems.append(f"{shown} is there by name and by index")
+        else:
+            found[k] = value if ok else 0.0
+            least = "above 0" if positive else "of at least 0"
+            problems += [] if ok else [f"{shown}: {plain(value, 30)}, expected a number {least}"]
+    missing = [plain(name, 60) for name, x in zip(names, found, strict=True) if np.isnan(x)]
+    problems += [f"no number for {some(missing)}"] if missing else []
+    problems += [] if problems or found.any() else ["all numbers are 0"]
+    return found, problems
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ConfigError(f"--class-prior: {problem}", name="class_prior")
