@@ -38,11 +38,12 @@ def open_prior(bench: Workbench) -> Prior | None:
     names = bench.inputs.images.class_names or bench.loaded.origin.labels
     names = names if len(names) == n else tuple(map(str, range(n)))
     given: dict[str, Any] = {"to": stated} if stated == "em" else _read(Path(stated), names)
-    new, new_is = given["to"], f"given in {plain(stated)}"
+    new, in_file = given["to"], f"given in {plain(stated)}"
+    new_is = in_file
     if isinstance(new, str):
         _require(not bench.labelled, "em takes data without labels. Give --labels none.")
         new, new_is = None, "estimated by EM"
-    old, old_is = (given["from"], new_is) if "from" in given else _counted(bench, n)
+    old, old_is = (given["from"], in_file) if "from" in given else _counted(bench, n)
     shares = None if new is None else new / new.sum()
     prior = Prior(old / old.sum(), shares, names, old_is=old_is, new_is=new_is)
     before = guards.Snapshot(bench.model)
@@ -113,7 +114,7 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
     """Numbers of every class, of the new balance or of both; all problems of the file at once."""
     where, known = f"--class-prior {plain(path)}", {"from", "to"}
     content = read_object(path, where, _MOST_BYTES)
-    if not any(isinstance(value, dict | str) for value in content.values()):
+    if not any(isinstance(content.get(part), dict | str) for part in known):
         content = {"to": content}
     problems = [f"{plain(key, 60)!r} is neither from nor to" for key in content.keys() - known]
     problems += [] if "to" in content else ["to is missing"]
