@@ -119,6 +119,11 @@ def test_eval_shows_sets_and_an_estimate_beside_the_truth(files, cli, tmp_path):
         page = (out / name).read_text()
         assert "Sets of classes that should hold the right one" in page
         assert "An estimate of top-1, no measurement" in page
+        assert "Too few" not in page
+    few = cli("eval", files.net, *words[:-4], "--coverage", 0.999)
+    assert "too few for that coverage, so sets have all classes" in " ".join(few.out.split())
+    missing = cli("eval", files.net, *words[:-1], tmp_path / "none.npz").message
+    assert "--estimate-from: DATA" in missing
     shown = cli("eval", files.net, *words).out
     assert "sets of classes" in shown
     assert "estimated top-1" in shown
@@ -143,10 +148,11 @@ def test_without_the_options_the_report_has_no_such_key(files, cli):
         (["--coverage", 1], "--coverage: 1.0, expected above 0 and below 1."),
         (["--coverage", 0.9, "--labels", "none"], "--coverage: the examples have no labels."),
         (["--estimate-from", "FLAT"], "has no labels. Give labelled examples."),
+        (["--estimate-from", "TEST"], "120 of its examples are in --data, too. Give others."),
     ],
 )
 def test_what_cannot_be_measured_is_refused(files, cli, words, said):
-    words = [files.flat if word == "FLAT" else word for word in words]
+    words = [{"FLAT": files.flat, "TEST": files.test}.get(word, word) for word in words]
     outcome = cli("eval", files.net, "--data", files.test, *files.common, *words)
     assert said in outcome.message
     assert outcome.code == 2

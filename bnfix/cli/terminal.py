@@ -391,7 +391,10 @@ def _sets(report: Report) -> Table:
             held = f"{percent(s.coverage)} ({percent(s.interval[0])} to {percent(s.interval[1])})"
             cells = percent(s.wanted), held, number(s.size, 2), number(s.probability)
             table.add_row(shown_text(model.name), *cells)
-            table.caption = f"p from {s.n_threshold:,} examples, the rest on {s.n_examples:,} more"
+            few = "" if s.probability else "; too few for that coverage, so sets have all classes"
+            table.caption = (
+                f"p from {s.n_threshold:,} examples, the rest on {s.n_examples:,} more{few}"
+            )
     return table
 
 

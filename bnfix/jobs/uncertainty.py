@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
-from bnfix.core.errors import ConfigError
+from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import DataRecipe, EvaluationRecipe
 from bnfix.data.images import Images
 from bnfix.jobs.inputs import open_inputs
@@ -15,6 +15,8 @@ from bnfix.metrics.metrics import refuse_not_finite
 from bnfix.metrics.uncertainty import Uncertain, conformal_sets, estimate_accuracy
 
 _Entrant = TypeVar("_Entrant")
+#: Part of the labelled examples that may be measured ones, as a few copies are in many collections.
+_SHARED: Final = 0.05
 
 
 def on_labelled(entrants: Sequence[_Entrant], data: str, source: DataRecipe) -> list[_Entrant]:
@@ -24,12 +26,17 @@ def on_labelled(entrants: Sequence[_Entrant], data: str, source: DataRecipe) -> 
     found: list[Any] = []
     for one in entrants:
         entrant: Any = one
-        inputs = open_inputs(entrant.loaded, data, plain, opened=opened)
-        if not inputs.images.labelled:
-            raise ConfigError(
-                f"--estimate-from {data}: has no labels. Give labelled examples.",
-                name="estimate_from",
-            )
+        try:
+            inputs = open_inputs(entrant.loaded, data, plain, opened=opened)
+        except DataError as error:
+            raise DataError(f"--estimate-from: {error}", path=error.path) from error
+        known = set(inputs.images.digests())
+        shared = sum(digest in known for digest in entrant.inputs.images.digests())
+        problem = "" if inputs.images.labelled else "has no labels. Give labelled examples."
+        if shared > _SHARED * len(known):
+            problem = f"{shared:,} of its examples are in --data, too. Give others."
+        if problem:
+            raise ConfigError(f"--estimate-from {data}: {problem}", name="estimate_from")
         found.append(dataclasses.replace(entrant, inputs=inputs))
     return found
 
