@@ -184,6 +184,28 @@ def test_defaults_equal_torch_bit_for_bit(momentum, affine, track, spatial):
             assert torch.equal(tensor, state[name]), name
 
 
+@given(
+    n=st.integers(1, 5), groups=st.sampled_from([1, 2, 3, 6]), size=st.sampled_from([(2,), (3, 1)])
+)
+@settings(max_examples=20, deadline=None)
+def test_channel_groups_are_batch_group_norm(n, groups, size):
+    """The public form: Batch Norm of (N, G, C/G * positions), then gamma and beta a channel."""
+    layer = layer_with(6, channel_groups=groups)
+    stock = nn.BatchNorm1d(groups, affine=False, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 6, *size, dtype=torch.float64, generator=generator) * 3 + 1
+    each = x.transpose(0, 1).reshape(6, -1)
+    for training in (True, False):
+        if not training:  # by the same population, of which bnfix keeps one a channel
+            for module, rows in ((layer, each), (stock, each.reshape(groups, -1))):
+                module.running_mean.copy_(rows.mean(1))
+                module.running_var.copy_(rows.var(1, correction=0))
+        shape = (-1, *(1 for _ in size))
+        expected = stock.train(training)(x.reshape(n, groups, -1)).view_as(x)
+        expected = expected * layer.weight.view(shape) + layer.bias.view(shape)
+        torch.testing.assert_close(layer.train(training)(x), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_weight_one_is_instance_norm_and_one_ghost_per_example_is_group_norm():
     x = torch.randn(3, 8, 5, 5, dtype=torch.float64)
     instance = layer_with(8, example_weight=1.0).eval()

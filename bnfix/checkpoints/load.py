@@ -21,6 +21,7 @@ from bnfix.checkpoints.checkpoint import (
     misfits_of,
     read_checkpoint,
 )
+from bnfix.checkpoints.domains import Sets, domain_of, read_domains, set_statistics_
 from bnfix.core.errors import (
     BnfixError,
     CheckpointError,
@@ -69,6 +70,7 @@ class Origin:
     task: TaskRecipe | None = None  # what it was judged by, if not as a classifier
     labels: tuple[str, ...] = ()  # of the outputs, where they are known
     place: Place | None = None
+    domains: Sets = field(default_factory=dict)  # further statistics to save beside its own
 
 
 def origin_of(model: nn.Module) -> Origin:
@@ -146,15 +148,19 @@ class Loaded:
     model: nn.Module
     checkpoint: Checkpoint
     origin: Origin
+    domains: Sets = field(default_factory=dict)  # in the file
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | Path, model: nn.Module | None = None, *, domain: str | None = None
+) -> nn.Module:
     """Load a checkpoint into a ready model in evaluation mode.
 
     Args:
         path: a bnfix output, a hub folder, or any checkpoint if ``model`` is given.
         model: the stock model to put it into; by default the one that the file names, if that is
             torchvision's or timm's, or that the folder describes.
+        domain: which statistics of a file that has several; by default those of its tensors.
 
     Returns:
         The model with its norm layers swapped and their weights set as the file says.
@@ -163,7 +169,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         CheckpointError: if the file cannot be read or does not fit.
         ModelError: if the file names no model that may be built from what a file says.
     """
-    return load_ready(path, model=model, borrows=False).model
+    return load_ready(path, ModelRecipe(domain=domain), model=model, borrows=False).model
 
 
 def load_ready(
@@ -236,7 +242,18 @@ def load_ready(
     _apply_norms(model, checkpoint)
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
-    return Loaded(model, checkpoint, origin)
+    sets, listed = _domains(model, checkpoint, recipe.domain)
+    return Loaded(model, replace(checkpoint, notes=(*checkpoint.notes, *listed)), origin, sets)
+
+
+def _domains(model: nn.Module, file: Checkpoint, name: str | None) -> tuple[Sets, tuple[str, ...]]:
+    """The further statistics in a file, and a note on them; the model gets those of the name."""
+    sets = read_domains(model, file)
+    if name is not None:
+        set_statistics_(model, domain_of(sets, name, file.path))
+    only = "(--domain); only calibrate --domain keeps them in its output"
+    note = f"it also has statistics of the domains {some(sorted(sets))} {only}"
+    return sets, (note,) * (name is None and bool(sets))
 
 
 def hub_folder(checkpoint: str | Path, spec: str | None = None) -> Path | None:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, storable
+from bnfix.checkpoints.domains import as_header
 from bnfix.checkpoints.load import origin_of, weight_buffers
 from bnfix.checkpoints.read import FORMAT, finite, parse_header, read_file
 from bnfix.core import __version__
@@ -268,6 +269,7 @@ def metadata_of(
         "preprocessing": None if known is None else asdict(known),
         "norms": norms,
         **({} if origin.task is None else {"task": asdict(origin.task)}),
+        **({"domains": as_header(origin.domains)} if origin.domains else {}),
         "history": [*origin.history, *([] if entry is None else [dict(entry)])],
     }
 

@@ -104,7 +104,8 @@ _METAVARS = {
     "arguments": "KEY=VALUE", "class_map": "FILE", "class_prior": "FILE|em",
     "corrupt": "KIND:SEVERITY", "metric": "SPEC", "estimate_from": "DATA",
     "groups": "SPEC", "input_shape": "C,H,W", "logits_output": "NAME|INDEX", "loss": "NAME|SPEC",
-    "reference": "CKPT", "reference_model": "SPEC", "select": "PART|DATA", "tiles": "N|HxW",
+    "domain": "NAME", "reference": "CKPT", "reference_model": "SPEC", "select": "PART|DATA",
+    "tiles": "N|HxW",
 }  # fmt: skip
 
 
@@ -112,7 +113,7 @@ _METAVARS = {
 _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "test", "device", "workers", "force", "show_plan",
     "as_json", "quiet", "debug", "model", "arguments", "key", "prefix", "prefer_ema", "unfreeze",
-    "forward", "logits_output", "reference", "reference_model", "like_input",
+    "forward", "logits_output", "domain", "reference", "reference_model", "like_input",
 }  # fmt: skip
 
 
@@ -390,7 +391,7 @@ State = Annotated[
 ]
 Model = Annotated[
     ModelRecipe,
-    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output"},
+    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output domain"},
 ]
 Opened = Annotated[
     ModelRecipe,
@@ -399,7 +400,7 @@ Opened = Annotated[
 Continued = Annotated[
     ModelRecipe,
     {
-        MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output",
+        MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output domain",
         OUT: "like_input",
     },
 ]
@@ -415,7 +416,8 @@ Layers = Annotated[SwapRecipe, {NORM: "layers skip"}]
 Statistics = Annotated[
     StatisticsRecipe,
     {
-        NORM: "statistics prior robust mix train_batch_size feed samples tolerance include_frozen",
+        NORM: "statistics prior robust mix train_batch_size feed samples tolerance include_frozen "
+        "weight_noise draws",
         MODEL: REFERENCE,
     },
 ]

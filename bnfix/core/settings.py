@@ -119,8 +119,30 @@ class AverageRecipe:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoiseRecipe:
+    """Weights that differ from copy to copy of a network, as on analogue or worn hardware."""
+
+    weight_noise: float = option(
+        0.0,
+        "Noise on every weight of a copy, in deviations of its tensor: statistics that are right "
+        "on average over copies are tried, and everything is judged on further copies.",
+    )
+    draws: int = option(8, "With --weight-noise: copies to measure, and as many to judge on.")
+
+    def __post_init__(self) -> None:
+        size, n = self.weight_noise, self.draws
+        require(0 <= size <= 10, f"--weight-noise: {size}, expected 0 to 10.", "weight_noise")
+        require(1 <= n <= 1000, f"--draws: {n}, expected 1 to 1000.", "draws")
+
+    def copies(self, part: str, seed: int) -> range:
+        """Seeds of the copies that a part of the data meets; no two parts share one."""
+        first = seed + 1000 * ("fit", "select", "test").index(part)
+        return range(first, first + (self.draws if self.weight_noise else 1))
+
+
 @dataclass(frozen=True)
-class StatisticsRecipe:
+class StatisticsRecipe(NoiseRecipe):
     """Whether and how running statistics are recalibrated."""
 
     statistics: str = option("auto", "auto, keep, population, train-batch, reference or blend.")
@@ -164,6 +186,7 @@ class StatisticsRecipe:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = ("auto", "keep", "population", "train-batch", "blend", "reference")
         one_of(self.statistics, kinds, "--statistics")
         require(
@@ -199,6 +222,11 @@ class StatisticsRecipe:
         ok = not self.mix or (ok and self.reference is None)
         words = "only --statistics auto, population, blend take it, without --robust or --reference"
         require(ok, f"--mix: {words}.", "mix")
+        others = self.robust or self.mix or self.reference or self.train_batch_size
+        ok = self.statistics in ("auto", "population") and not others
+        words = "without --robust, --mix, --reference, --train-batch-size"
+        words = f"--weight-noise: only --statistics auto and population take it, {words}."
+        require(ok or not self.weight_noise, words, "weight_noise")
         t = self.tolerance
         require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
 
@@ -342,6 +370,11 @@ class ModelRecipe:
         False,
         "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with the new weights in their "
         "places and all else as it is: training goes on from it. No example weights.",
+    )
+    domain: str | None = option(
+        None,
+        "Which statistics of a file that has several: a name, in eval also auto, the nearest by "
+        "what the first norm layer meets. calibrate writes them under this name.",
     )
 
     def __post_init__(self) -> None:

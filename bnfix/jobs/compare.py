@@ -53,6 +53,7 @@ from bnfix.metrics.robustness import (
     tiled,
 )
 from bnfix.metrics.task import ByRows
+from bnfix.recalibrate.blend import take_domain_
 from bnfix.report.predictions import check_predictions, table_of, write_predictions
 from bnfix.report.records import (
     DataUsed,
@@ -71,6 +72,7 @@ N_COMPARED = 256
 N_TILED = 16
 #: Images that a faster copy is checked on.
 N_CHECKED = 8
+_STATED = ("corrupt", "groups", "domain")
 _T = TypeVar("_T")
 
 
@@ -158,7 +160,7 @@ def evaluate_files(
     )
     options = {
         "preprocessing": (last := models[-1].preprocessing) and dataclasses.asdict(last),
-        **{name: v for name in ("corrupt", "groups") if (v := getattr(source, name))},
+        **{k: v for one in (source, recipe) for k in _STATED if (v := getattr(one, k, None))},
         **{name: value for name, value in dataclasses.asdict(also).items() if value},
     }
     return dataclasses.replace(
@@ -222,9 +224,8 @@ def plan_evaluation(
     """What `evaluate_files` would do, and what it would cost by a few batches of every model."""
     for path in checkpoints:
         require_file(Path(path))
-    n_variants = 1
-    if also is not None and also.corruptions:
-        n_variants += len(CORRUPTIONS) * len(SEVERITIES)
+    corrupted = also is not None and also.corruptions
+    n_variants = 1 + corrupted * len(CORRUPTIONS) * len(SEVERITIES)
     source, run = source or DataRecipe(), run or RunOptions()
     own = also is not None and bool(also.metric)
     entrants = enter(checkpoints, data, model or ModelRecipe(), source, run, own, [])
@@ -284,14 +285,14 @@ def enter(
     notes: list[str],
 ) -> list[Entrant]:
     """Load every checkpoint, and open the data once, as each needs them."""
-    entrants: list[Entrant] = []
-    opened: dict[int, Images] = {}
+    entrants, opened = list[Entrant](), dict[int, Images]()
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
-        loaded = load_one(path, recipe, run, exported=True)
+        loaded = load_one(path, dataclasses.replace(recipe, domain=None), run, exported=True)
         any_task = own_metrics and runtime.has_forward(loaded.model)
         inputs = open_inputs(loaded, data, source, opened=opened, any_task=any_task)
-        remarks = [*loaded.checkpoint.notes, *inputs.notes, *describe_neighbours(loaded.model)]
-        notes += [f"{name}: {remark}" for remark in remarks]
+        said = [*loaded.checkpoint.notes, *inputs.notes, *describe_neighbours(loaded.model)]
+        few = inputs.sample(N_COMPARED, loaded.model, run, 0)[1]
+        notes += [f"{name}: {one}" for one in (*said, *take_domain_(loaded, recipe.domain, few))]
         entrants.append(Entrant(name=name, path=str(path), loaded=loaded, inputs=inputs))
     first, *others = (one.inputs.task for one in entrants)
     if other := [task for task in others if task != first]:

@@ -19,12 +19,13 @@ from bnfix.core.settings import FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
 from bnfix.jobs.session import Workbench
 from bnfix.metrics.compare import Decision, compare, judge
-from bnfix.metrics.evaluate import Outputs, against, collect, describe_left_out, measured
+from bnfix.metrics.evaluate import Outputs, against, collect, describe_left_out, measured, stacked
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import in_stream
 from bnfix.metrics.task import ByRows, Reference, Task
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.swap import zero_pointwise_
+from bnfix.recalibrate.noise import average_over_noise_, noisy_weights
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
@@ -90,17 +91,22 @@ class Fits:
     def _reference(self) -> nn.Module | None:
         return None if self.bench.reference is None else self.bench.reference.model
 
-    def outputs(self, model: nn.Module, batches_of: Callable[[], Tracked]) -> Outputs:
-        """Outputs of a model, in batches that fit the memory."""
+    def outputs(
+        self, model: nn.Module, batches_of: Callable[[], Tracked], part: str = "fit"
+    ) -> Outputs:
+        """Outputs of a model, or of its noisy copies, in batches that fit the memory."""
 
         def attempt(_: int) -> Outputs:
             batches = batches_of()
             self.passes.append(batches)
             return collect([model], batches, self.bench.inputs.task, precision=self.precision)[0]
 
-        found = self.bench.evaluation.run(attempt)
-        self.bench.assumptions += describe_left_out([found])
-        return found
+        noise, copies = self.plan.statistics, list[Outputs]()
+        for seed in noise.copies(part, self.seed):
+            with noisy_weights(model, noise.weight_noise, seed):
+                copies.append(self.bench.evaluation.run(attempt))
+        self.bench.assumptions += describe_left_out(copies)
+        return stacked(copies)
 
     def _measured(self, split: str, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
         """Metrics of a model on select or test by the labels, and by the reference if it counts."""
@@ -110,7 +116,7 @@ class Fits:
                 return self.bench.test_batches(f"test: {name}")
             return self.bench.batches(self.bench.split.select, f"select: {name}")
 
-        found = self.outputs(model, partial(batches_of, name))
+        found = self.outputs(model, partial(batches_of, name), split)
         found = replace(found, task=self.task) if split == "select" else found
         if name == ORIGINAL:
             found.refuse_own_loss()
@@ -147,11 +153,8 @@ class Fits:
             after, names = statistics_of(self.model), [layer.name for layer in calibration.layers]
             pairs = {layer: (before[layer][:2], after[layer][:2]) for layer in names}
             self._population = calibration, pairs
-        name = f"statistics of the data ({calibration.target})"
-        if target == "blend":
-            name = "statistics between stored and measured"
-        if target == "reference":
-            name = "statistics matched to the reference"
+        words = {"blend": "between stored and measured", "reference": "matched to the reference"}
+        name = f"statistics {words.get(target, f'of the data ({calibration.target})')}"
         if example_weight is not None:
             self._set_weight(example_weight)
             name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
@@ -193,7 +196,7 @@ class Fits:
         # What a layer gets of a mixture depends on those before it.
         by_batch = originals is None and target != "blend" and not (recipe.robust or recipe.mix)
         order = np.random.default_rng(self.seed).permutation(bench.split.fit)
-        state = None if self.plan.command == "finetune" else self.plan.state
+        state = self.plan.state if self.plan.command != "finetune" and target != "noise" else None
         if isinstance(recipe.samples, int):
             order = order[: recipe.samples]
         parts = bench.by_source(order)
@@ -208,10 +211,11 @@ class Fits:
             tracked = [bench.batches(part, f"statistics ({target})", size) for part in parts]
             tracked = [batches.evened() for batches in tracked]
             self.passes += tracked
-            return recalibrate_(
+            measure = partial(
+                recalibrate_,
                 self.model,
                 tracked if recipe.mix else tracked[0],
-                target=target,
+                target="population" if target == "noise" else target,
                 train_batch_size=recipe.train_batch_size,
                 reference=originals,
                 prior=recipe.prior if target == "blend" else None,
@@ -227,6 +231,10 @@ class Fits:
                 state=state,
                 identity="" if state is None else bench.identity(order, batch_size=size),
             )
+            if target != "noise":
+                return measure()
+            seeds = recipe.copies("fit", self.seed)
+            return average_over_noise_(self.model, measure, recipe.weight_noise, seeds)
 
         calibration = self._statistics_size.run(attempt)
         bench.assumptions += describe_missing(calibration)

@@ -144,8 +144,9 @@ def with_own_models(plan: Plan, typed: Plan) -> Plan:
         # A model is called in one way: the stated one replaces that of the file.
         called = given if given.forward or given.logits_output else plan.model
         asked = replace(plan.model, forward=called.forward, logits_output=called.logits_output)
+    own = {"like_input": given.like_input, "domain": given.domain}
     unfreeze = given.unfreeze or plan.model.unfreeze
-    return replace(plan, model=replace(asked, unfreeze=unfreeze, like_input=given.like_input))
+    return replace(plan, model=replace(asked, unfreeze=unfreeze, **own))
 
 
 def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Recipe:

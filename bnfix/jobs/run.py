@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
+from bnfix.checkpoints.domains import end_domain_
 from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
 from bnfix.core import distributed, guards
 from bnfix.core.errors import ModelError, NumericError
@@ -31,6 +32,7 @@ from bnfix.metrics.compare import Decision, compare, describe_easier, judge
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.metrics.task import ByRows
+from bnfix.recalibrate.noise import describe_noise
 from bnfix.recalibrate.recalibrate import Calibration, residuals
 from bnfix.report.agreement import agreement_json
 from bnfix.report.records import (
@@ -132,11 +134,17 @@ def execute(bench: Workbench) -> Result:
     """Take the steps of a session's plan, test the result, and report."""
     if (n := distributed.here().size) > 1:
         bench.assumptions.append(f"{n} processes shared the work; the first one wrote.")
+    bench.assumptions += describe_noise(bench.plan.statistics, bench.plan.gate.seed)
     run = Run(bench)
     run.take_steps()
     run.cool_()
     run.set_prior_()
-    return run.result()
+    result = run.result()
+    loaded, name = bench.loaded, bench.plan.model.domain
+    if bench.plan.command == "calibrate" and name is not None:
+        tensors = loaded.checkpoint.tensors
+        loaded.origin.domains = end_domain_(loaded.model, loaded.domains, name, tensors)
+    return result
 
 
 class Run:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from bnfix.checkpoints.alike import check_copyable
 from bnfix.checkpoints.checkpoint import misfits_of
+from bnfix.checkpoints.domains import begin_domain_
 from bnfix.checkpoints.load import Loaded, load_ready, stock_shapes
 from bnfix.checkpoints.read import check_room
 from bnfix.core import distributed, runtime, settings
@@ -68,7 +70,8 @@ class Plan:
         average: `AverageRecipe`: checkpoints to average the model with, before anything else.
 
     Raises:
-        ConfigError: if the example weight needs ``train_batch_size``, and it is not given.
+        ConfigError: if the example weight needs ``train_batch_size``, and it is not given; or if
+            there is weight noise, or a domain with weights, where nothing takes it.
     """
 
     command: str = "fix"
@@ -84,6 +87,12 @@ class Plan:
     state: str | None = None
     average: settings.AverageRecipe | None = None
 
+    @property
+    def chooses_weights(self) -> bool:
+        """Whether example weights are tried; they judge themselves without noise, for no domain."""
+        domain = self.command == "calibrate" and self.model.domain is not None
+        return self.weight.example_weight == "auto" and not (self.statistics.weight_noise or domain)
+
     def __post_init__(self) -> None:
         """Check combinations of recipes."""
         weight = self.weight.example_weight
@@ -92,6 +101,17 @@ class Plan:
                 f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B.",
                 name="train_batch_size",
             )
+        if self.command == "calibrate" and self.model.domain is not None:
+            live = self.weight.is_stated or self.weight.batch_weight != "keep"
+            live |= self.gate.temperature == "auto" or self.gate.class_prior is not None
+            if live or self.model.like_input:
+                others = "--temperature, --class-prior, --like-input and example and batch weights"
+                words = f"--domain: a domain has statistics, and no weights. Leave out {others}."
+                raise ConfigError(words, name="domain")
+        takes = self.command in ("fix", "calibrate") and self.weight.batch_weight != "auto"
+        if self.statistics.weight_noise and not (takes and self.average is None):
+            words = "--weight-noise: only fix and calibrate take it, without --batch-weight auto."
+            raise ConfigError(words, name="weight_noise")
 
 
 _ACTING = (
@@ -112,7 +132,8 @@ _BLENDED = (
 
 def blends_by_default(plan: Plan) -> bool:
     """Whether `fix` mixes statistics where nothing can be judged: unless anything was stated."""
-    is_auto = plan.statistics.statistics == "auto" and not plan.weight.is_stated
+    recipe = plan.statistics
+    is_auto = recipe.statistics == "auto" and not (recipe.weight_noise or plan.weight.is_stated)
     return plan.command == "fix" and is_auto
 
 
@@ -268,12 +289,12 @@ def open_workbench(
     source, run, seed = plan.source, plan.run, plan.gate.seed
     _check_mix(plan.statistics.mix, 1 if isinstance(data, str) else len(data))
     lenders = () if plan.average is None else plan.average.files
-    loaded = load_one(checkpoint, plan.model, run, lenders=lenders)
+    loaded, notes = _opened(checkpoint, plan, lenders)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
     reference = open_reference(loaded, plan)
     inputs, split = _cut_inputs(loaded, data, plan, fractions)
     test, images = inputs, inputs.images
-    notes = [*loaded.checkpoint.notes, *_copied(loaded, plan), *inputs.notes]
+    notes += [*_copied(loaded, plan), *inputs.notes]
     if reference is not None:
         notes += [f"reference: {note}" for note in reference.checkpoint.notes]
     if source.test is not None:
@@ -350,6 +371,15 @@ def _cut_inputs(
     return inputs, split
 
 
+def _opened(checkpoint: str | Path, plan: Plan, lenders: Sequence[str]) -> tuple[Loaded, list[str]]:
+    """The checkpoint and notes on it; a domain that calibrate writes may be one it lacks."""
+    name = plan.model.domain if plan.command == "calibrate" else None
+    recipe = plan.model if name is None else dataclasses.replace(plan.model, domain=None)
+    loaded = load_one(checkpoint, recipe, plan.run, lenders=lenders)
+    begun = [] if name is None else begin_domain_(loaded.model, loaded.domains, name)
+    return loaded, [*loaded.checkpoint.notes, *begun]
+
+
 def _describe_select(split: Split, images: Images) -> list[str]:
     """That nothing can be chosen, if so few examples or groups would have to."""
     groups = None if images.groups is None else images.groups[split.select]
@@ -376,7 +406,8 @@ def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
     arguments = () if spec else tuple(loaded.origin.arguments.items())
     spec = spec or loaded.origin.spec
     # Where the tensors lie in the damaged file says nothing of this one.
-    recipe = dataclasses.replace(plan.model, model=spec, arguments=arguments, key=None, prefix=None)
+    own: Any = {"key": None, "prefix": None, "domain": None}
+    recipe = dataclasses.replace(plan.model, model=spec, arguments=arguments, **own)
     try:
         reference = load_one(path, recipe, plan.run)
     except CheckpointError as error:

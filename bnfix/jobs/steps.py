@@ -293,9 +293,13 @@ def _statistics(plan: Plan, n: _Sizes, *, judged: bool, labelled: bool) -> list[
         return [_statistics_step(recipe, n, "blend", gate="none")] * blends_by_default(plan)
     if kind == "keep":
         return []
+    if kind == "population" and recipe.weight_noise:
+        kind = "noise"
     if kind != "auto":
         return [_statistics_step(recipe, n, kind, gate="")]
     steps = [_statistics_step(recipe, n, "population")]
+    if recipe.weight_noise:
+        return [*steps, _statistics_step(recipe, n, "noise")]
     if not labelled:
         steps.append(_statistics_step(recipe, n, "blend"))
     if recipe.reference is not None:
@@ -329,7 +333,10 @@ def _statistics_step(
     gate: str = "select",
     example_weight: float | None = None,
 ) -> Step:
-    feed, passes, plain = recipe.feed, n.feed_passes, 1
+    feed, passes, plain, how = recipe.feed, n.feed_passes, 1, target
+    if target == "noise":
+        plain, how = recipe.draws, f"population of {recipe.draws} copies with weight noise"
+        passes *= plain
     if target in ("reference", "blend") or recipe.robust:
         # One pass more goes through the reference, or looks for images of another kind.
         plain = 2 if target == "reference" or recipe.robust else 1
@@ -342,7 +349,7 @@ def _statistics_step(
     if gate == "select":
         work.append(Work(f"select: {STATISTICS}", n.select, 1))
     return Step(
-        name=f"population statistics ({target}, {feed} feed){with_weight}: {over}",
+        name=f"population statistics ({how}, {feed} feed){with_weight}: {over}",
         stage=STATISTICS,
         fit=partial(Fits.statistics, target=target, example_weight=example_weight),
         work=tuple(work),
@@ -378,7 +385,7 @@ def _tuning(plan: Plan, n: _Sizes) -> list[Step]:
     start = "base" if frozen else "kept"
     if recipe is not None:
         steps.append(_tuning_step(replace(recipe, example_weight="keep"), n))
-    if plan.weight.example_weight != "auto":
+    if not plan.chooses_weights:
         return steps
     name = f"example weight (up to per {plan.weight.granularity}), on fit"
     work = _choice_work(plan.weight, n)
@@ -425,21 +432,11 @@ def _tuning_step(
     if gate == "select":
         work.append(Work("select: fine-tuned", n.select, 1, "live"))
     weights = " with example weights" if recipe.example_weight == "learn" else ""
-    verb, alone = "distilling" if distils else "fine-tuning", " alone" * (start == "input")
-    return Step(
-        name=f"{verb} ({recipe.train}){alone}{weights}: {epochs:g} epochs",
-        stage=TUNING,
-        fit=partial(
-            Fits.tuned,
-            recipe=recipe,
-            gated=gate == "select",
-            distils=distils,
-            alone=start == "input",
-        ),
-        work=tuple(work),
-        gate=gate,
-        start=start,
-    )
+    verb, alone = "distilling" if distils else "fine-tuning", start == "input"
+    judged = gate == "select"
+    fit = partial(Fits.tuned, recipe=recipe, gated=judged, distils=distils, alone=alone)
+    name = f"{verb} ({recipe.train}){' alone' * alone}{weights}: {epochs:g} epochs"
+    return Step(name, TUNING, fit, tuple(work), gate=gate, start=start)
 
 
 def _choice_work(recipe: WeightRecipe, n: _Sizes) -> tuple[Work, ...]:

@@ -186,6 +186,25 @@ def measured(found: Outputs, seed: int) -> Metrics:
         return _unmeasured(found, f"its {'losses' if by_rows else 'logits'} are not finite")
 
 
+def stacked(copies: Sequence[Outputs]) -> Outputs:
+    """Outputs of several copies of a network on the same examples, each example one group."""
+    first = copies[0]
+    if len(copies) == 1:
+        return first
+
+    def joined(parts: Sequence[Any], *names: str) -> dict[str, Any]:
+        held = [name for name in names if getattr(parts[0], name) is not None]
+        return {name: np.concatenate([getattr(part, name) for part in parts]) for name in held}
+
+    ids = np.arange(len(first.outputs)) if first.groups is None else first.groups
+    groups, examples = np.tile(ids, len(copies)), first.examples
+    if examples is not None:
+        rows = joined([one.examples for one in copies], "labels", "losses", "scores", "rows")
+        examples = replace(examples, groups=groups, **rows)
+    found = joined(copies, "outputs", "labels", "positions", "at_fault")
+    return replace(first, examples=examples, groups=groups, **found)
+
+
 def describe_left_out(found: Iterable[Outputs]) -> list[str]:
     """A sentence where examples have nothing to be judged by."""
     return [f"{n} examples without a valid position were left out." for n in

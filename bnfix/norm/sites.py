@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,15 @@ class NormSite:
         # Another class that holds running_mean and running_var may mean something else by them.
         known = not self.problem or isinstance(self.module, BatchNormBase)
         return known and not self.unmeasured
+
+    def set_moments_(self, mean: Tensor, var: Tensor, n_batches: int) -> None:
+        """Write its running statistics; a counter of batches that is 0 gets their number."""
+        buffers: Any = self.module._buffers
+        buffers["running_mean"].copy_(mean)
+        buffers["running_var"].copy_(var)
+        tracked = buffers.get("num_batches_tracked")
+        if tracked is not None and int(tracked) == 0:
+            tracked.fill_(n_batches)
 
 
 def find_norms(model: nn.Module) -> list[NormSite]:

@@ -38,12 +38,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnfix.checkpoints.domains import domain_of, set_statistics_, statistics_in
+from bnfix.checkpoints.load import Loaded
 from bnfix.core import runtime
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.norm.moments import Moments, mix
 from bnfix.norm.sites import NormSite
 from bnfix.recalibrate.accumulator import Accumulator, Sums
-from bnfix.recalibrate.collector import Target, eps_of, stored_moments
+from bnfix.recalibrate.collector import Collector, Target, eps_of, stored_moments
+from bnfix.recalibrate.passes import met_in_a_pass
 
 #: Drift of layers of healthy networks on images of their own kind, chance taken off.
 _USUAL = 0.02
@@ -120,6 +123,25 @@ def drift_of(site: NormSite, old: _Moments, sums: Accumulator) -> tuple[float, f
     found = (mean - old[0]).square() / spread + (new_spread / spread).log().square() / 2
     chance = mean_se.square() / spread + (var_se / new_spread).square() / 2
     return float(found.mean()), float(chance.mean())
+
+
+def take_domain_(loaded: Loaded, name: str | None, batches: Iterable[Any]) -> list[str]:
+    """Let a model have a domain's statistics, or those nearest to what batches give, if any."""
+    if name is None or not loaded.domains:
+        return [] if name is None else ["has no domains; its own statistics were used"]
+    if name != "auto":
+        set_statistics_(loaded.model, domain_of(loaded.domains, name, loaded.checkpoint.path))
+        return [f"with the statistics of its domain {name}"]
+    sets, kind = {"its own": statistics_in(loaded.model), **loaded.domains}, Collector
+    met = met_in_a_pass(loaded.model, batches, kind)
+    layer = met.sums.order()[0]
+    site, sums = met.by_name[layer], met.sums.measured[layer]
+    moments = {one: found[layer].to(sums.values.mean) for one, found in sets.items()}
+    far = {one: drift_of(site, (m[0], m[1]), sums)[0] for one, m in moments.items()}
+    nearest = min(far, key=lambda one: far[one])
+    set_statistics_(loaded.model, sets[nearest])
+    listed = ", ".join(f"{one} {distance:.3g}" for one, distance in far.items())
+    return [f"statistics: {nearest}, nearest by what {layer} meets (distances: {listed})"]
 
 
 class Sources:

@@ -347,12 +347,7 @@ def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
         for name, sums in measured.items()
     )
     for name, (mean, var) in stored.items():
-        buffers: Any = sites[name].module._buffers
-        buffers["running_mean"].copy_(mean)
-        buffers["running_var"].copy_(var)
-        tracked = buffers.get("num_batches_tracked")
-        if tracked is not None and int(tracked) == 0:
-            tracked.fill_(found.seen.n_batches)
+        sites[name].set_moments_(mean, var, found.seen.n_batches)
     return records
 
 
