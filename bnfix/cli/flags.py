@@ -395,7 +395,10 @@ Model = Annotated[
 ]
 Opened = Annotated[
     ModelRecipe,
-    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output trust_code"},
+    {
+        MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output domain "
+        "trust_code"
+    },
 ]
 Continued = Annotated[
     ModelRecipe,
