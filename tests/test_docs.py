@@ -133,6 +133,10 @@ def test_the_example_of_every_command_runs(workplace: Path, cli: Cli) -> None:
     for name in ("fix", *(name for name in COMMANDS if name != "fix")):
         example = shlex.split((COMMANDS[name].help or "").partition("Example: ")[2])
         assert example[:2] == ["bnfix", name]
+        pairs = zip(("photos/", "test/"), example[2:4], strict=True) if name == "pool" else ()
+        for data, file in pairs:
+            words = ("--model", "net.py:build", "--data", data, "--save-moments", file)
+            assert cli("calibrate", "net.pth", *words).code == 0
         outcome = cli(*example[1:])
         assert outcome.code == 0, (shlex.join(example), outcome.err)
         if "-o" in example:

@@ -149,7 +149,8 @@ def test_an_option_has_help_and_the_default_of_its_recipe(command, option):
         return
     assert option.name in {
         "checkpoint", "checkpoints", "data", "output", "report", "force", "show_plan", "as_json",
-        "debug", "quiet", "model_arg", "input_shape", "recipe", "against", *OWN_WORDS, *EXTRA,
+        "debug", "quiet", "model_arg", "input_shape", "recipe", "against", "save_moments",
+            *OWN_WORDS, *EXTRA,
     }  # fmt: skip
 
 

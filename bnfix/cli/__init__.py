@@ -13,7 +13,6 @@ from bnfix.cli.commands import (
     average,
     calibrate,
     convert,
-    demo,
     evaluate,
     export,
     finetune,
@@ -21,7 +20,8 @@ from bnfix.cli.commands import (
     inspect,
 )
 from bnfix.cli.flags import OneLineGroup, flattened
-from bnfix.cli.manual import show_help
+from bnfix.cli.manual import demo, show_help
+from bnfix.cli.pooling import pool
 from bnfix.core import __version__, imports_done
 from bnfix.core.memory import keep_freed_memory
 from bnfix.core.runtime import exact_float32
@@ -37,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (fix, calibrate, finetune, average, convert, export, evaluate, inspect, demo):
+for command in (fix, calibrate, finetune, average, pool, convert, export, evaluate, inspect, demo):
     called = "eval" if command is evaluate else command.__name__
     many = command in (fix, calibrate, finetune, average, evaluate)
     app.command(called)(flattened(command, called, many=many))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bnfix import demo as demo_files
 from bnfix.checkpoints.read import finite
-from bnfix.checkpoints.save import check_output, make_folder
+from bnfix.checkpoints.save import make_folder
 from bnfix.cli.flags import (
     DATA,
     MODEL,
@@ -58,9 +56,10 @@ from bnfix.cli.flags import (
     written,
 )
 from bnfix.cli.layers import changes_table, inspection_lines, layers_table
+from bnfix.cli.pooling import Either, Moments, write_moments
 from bnfix.cli.terminal import estimate_line, plan_lines
 from bnfix.core import distributed
-from bnfix.core.errors import ConfigError, file_error
+from bnfix.core.errors import ConfigError
 from bnfix.core.options import require
 from bnfix.core.settings import (
     AverageRecipe,
@@ -88,10 +87,6 @@ from bnfix.report.result import check_outputs
 
 _CHECKED_SHAPE = "Input shape of the final check (default: by the preprocessing, else usual sizes)."
 _REFIT_ON = f"Examples to re-fit on, in seeded random order (default {REFIT_SAMPLES})."
-_DEMO = (
-    "A small residual network, trained with batches of 4 on 150 handwritten digits. bnfix repairs "
-    "it with 500 other digits and tests it on 500 more. The same by hand:"
-)
 _FORM = {DATA: "samples", OUT: "atol opset max_drop force_zero", MODEL: "input_shape"}
 _AGAINST = "The original of CKPT: says which weights differ, and if the statistics followed."
 _LOOK_DATA = (
@@ -141,16 +136,20 @@ def fix(
 def calibrate(
     checkpoint: Checkpoint,
     data: Several,
-    output: Output,
     out: Writes,
+    output: Either = None,
     plan: Annotated[Plan, _CHOICES] = _CALIBRATE,
     state: State = None,
+    save_moments: Moments = None,
 ) -> None:
     """Recompute statistics and choose example weights; keep each only if it is proven better.
 
     Example: bnfix calibrate net.pth --model net.py:build --data photos/ -o calibrated.safetensors
     """
-    _carry_out(replace(plan, state=state), checkpoint, data, output, out)
+    if save_moments is not None or output is None:
+        write_moments(plan, checkpoint, data, (save_moments, output), out)
+    else:
+        _carry_out(replace(plan, state=state), checkpoint, data, output, out)
 
 
 def finetune(
@@ -232,43 +231,6 @@ def _carry_out(
         terminal.plan(described, *lines)
     else:
         terminal.show(result.report, output)
-
-
-def demo(
-    context: typer.Context,
-    out: Writes,
-    run: Annotated[RunOptions, {RUN: "device"}],
-    gate: Seed,
-    output: Annotated[Path, written("Folder to write.", "DIR")] = Path("bnfix-demo"),
-) -> None:
-    """Repair a small network on embedded data, offline, with all steps of fix.
-
-    Example: bnfix demo
-    """
-    terminal = out.terminal()
-    if out.show_plan:
-        plan = {"command": "demo", "plan": True, "output": str(output)}
-        terminal.plan(plan, f"demo: would fix the demo files and write {output}; nothing was done")
-        return
-    fixed = output / "digits_net.fixed.safetensors"
-    # The files of an earlier demo are replaced: they are the same every time.
-    earlier = (output / "digits_net.safetensors").is_file()
-    if output.is_dir() and not (out.force or earlier) and any(output.iterdir()):
-        raise file_error(output, "already exists. Give another -o, or --force to write into it.")
-    make_folder(output)
-    check_output(fixed, force=True)
-    files, prep = demo_files.write_files(output), demo_files.PREPROCESSING
-    shown = {"--json": out.as_json, "--quiet": out.quiet, "--debug": out.debug}
-    words = [
-        "fix", *(flag for flag, on in shown.items() if on), str(files.checkpoint),
-        "--model", demo_files.SPEC, "--data", str(files.calibration), "--test", str(files.test),
-        "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "--device", run.device,
-        "--seed", str(gate.seed), "-o", str(fixed), "--force",
-    ]  # fmt: skip
-    if not (out.quiet or out.as_json):
-        terminal.say(_DEMO)
-        terminal.say(shlex.join(["bnfix", *words]))
-    raise typer.Exit(context.find_root().command.main(words, standalone_mode=False) or 0)
 
 
 def convert(

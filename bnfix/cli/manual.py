@@ -1,9 +1,10 @@
-"""``bnfix help``: the pages of the documentation in a terminal."""
+"""``bnfix help``, the pages of the documentation in a terminal, and ``bnfix demo``."""
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +15,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
+from bnfix import demo as demo_files
+from bnfix.checkpoints.save import check_output, make_folder
+from bnfix.cli.flags import RUN, Seed, Writes, written
 from bnfix.cli.terminal import Terminal, stated
-from bnfix.core.errors import ConfigError, did_you_mean
+from bnfix.core.errors import ConfigError, did_you_mean, file_error
+from bnfix.core.settings import RunOptions
 
 _LINK = re.compile(r"\[([^\]]+)\]\((?:commands/)?(\w+)\.md\)")
 
@@ -99,3 +104,46 @@ def _linked(text: str, names: Mapping[str, Path]) -> str:
         return f"{link[1]} (`bnfix help {link[2]}`)" if link[2] in names else link[0]
 
     return _LINK.sub(shown, text)
+
+
+_DEMO = (
+    "A small residual network, trained with batches of 4 on 150 handwritten digits. bnfix repairs "
+    "it with 500 other digits and tests it on 500 more. The same by hand:"
+)
+
+
+def demo(
+    context: typer.Context,
+    out: Writes,
+    run: Annotated[RunOptions, {RUN: "device"}],
+    gate: Seed,
+    output: Annotated[Path, written("Folder to write.", "DIR")] = Path("bnfix-demo"),
+) -> None:
+    """Repair a small network on embedded data, offline, with all steps of fix.
+
+    Example: bnfix demo
+    """
+    terminal = out.terminal()
+    if out.show_plan:
+        does = f"demo: would fix the demo files and write {output}; nothing was done"
+        terminal.plan({"command": "demo", "plan": True, "output": str(output)}, does)
+        return
+    fixed = output / "digits_net.fixed.safetensors"
+    # The files of an earlier demo are replaced: they are the same every time.
+    earlier = (output / "digits_net.safetensors").is_file()
+    if output.is_dir() and not (out.force or earlier) and any(output.iterdir()):
+        raise file_error(output, "already exists. Give another -o, or --force to write into it.")
+    make_folder(output)
+    check_output(fixed, force=True)
+    files, prep = demo_files.write_files(output), demo_files.PREPROCESSING
+    shown = {"--json": out.as_json, "--quiet": out.quiet, "--debug": out.debug}
+    words = [
+        "fix", *(flag for flag, on in shown.items() if on), str(files.checkpoint),
+        "--model", demo_files.SPEC, "--data", str(files.calibration), "--test", str(files.test),
+        "--mean", str(prep.mean[0]), "--std", str(prep.std[0]), "--device", run.device,
+        "--seed", str(gate.seed), "-o", str(fixed), "--force",
+    ]  # fmt: skip
+    if not (out.quiet or out.as_json):
+        terminal.say(_DEMO)
+        terminal.say(shlex.join(["bnfix", *words]))
+    raise typer.Exit(context.find_root().command.main(words, standalone_mode=False) or 0)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bnfix.checkpoints.alike import check_copyable
+from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import check_room
 from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
 from bnfix.core.errors import ConfigError, ModelError, some
+from bnfix.core.settings import StatisticsRecipe
 from bnfix.jobs.convert import example_input, known_shape, outputs_of
 from bnfix.jobs.inputs import resolve_preprocessing
 from bnfix.jobs.session import Plan, load_one, open_reference
@@ -62,24 +66,26 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
         notes.append(f"on normal random input the outputs moved by {size:.2g} of their size (RMS).")
     recipes: dict[str, Any] = {"model": plan.model, "statistics": plan.statistics}
     options = {name: dataclasses.asdict(one) for name, one in recipes.items()}
-    entry = history_entry(
-        "calibrate",
-        options=options,
-        seed=plan.gate.seed,
-        checkpoint=loaded.checkpoint,
-        data=None,
-        command_line=plan.command_line,
-        results={"predicted": reached},
-    )
+    found: dict[str, Any] = {"results": {"predicted": reached}, "drifts": {}}
+    return unjudged(plan, loaded, notes, options, **found)
+
+
+def unjudged(
+    plan: Plan, loaded: Loaded, notes: Sequence[str], options: dict[str, Any], **found: Any
+) -> Result:
+    """The model and what was done, of a command that nothing judges; found: results, drifts."""
+    typed, results = plan.command_line, found["results"]
+    how: Any = {"options": options, "command_line": typed}
+    file, seed = loaded.checkpoint, plan.gate.seed
+    entry = history_entry(plan.command, seed=seed, checkpoint=file, results=results, **how)
     report = Report(
-        command="calibrate",
+        command=plan.command,
         data=None,
         models=(),
-        layers=layer_rows(loaded.model, {}, {}),
+        layers=layer_rows(loaded.model, found["drifts"], {}),
         assumptions=tuple(notes),
-        options=options,
-        command_line=plan.command_line,
         versions=versions(),
+        **how,
     )
     return Result(loaded.model, report, entry, loaded.origin.preprocessing)
 
@@ -91,28 +97,27 @@ def _refuse_what_takes_data(plan: Plan) -> None:
             f"--data none: {plan.command} needs examples; only calibrate takes none. Give data.",
             name="data",
         )
-    statistics = dataclasses.replace(
-        plan.statistics,
-        reference=None,
-        reference_model=None,
-        batch_size=Plan().statistics.batch_size,
-    )
+    stated = stated_flags(plan, replace(plan.statistics, reference=None, reference_model=None))
+    if stated:
+        raise ConfigError(
+            f"--data none: without examples {some(stated)} cannot act. Leave it out, or give data.",
+            name="data",
+        )
+
+
+def stated_flags(plan: Plan, statistics: StatisticsRecipe) -> list[str]:
+    """Options that are not as by default, of those that say how statistics or weights are found."""
     usual = Plan()
+    statistics = replace(statistics, batch_size=usual.statistics.batch_size)
     pairs: list[tuple[Any, Any]] = [
-        (statistics, usual.statistics),
-        (plan.weight, usual.weight),
-        (plan.swap, usual.swap),
-        (dataclasses.replace(usual.gate, class_prior=plan.gate.class_prior), usual.gate),
-    ]
+        (statistics, usual.statistics), (plan.weight, usual.weight), (plan.swap, usual.swap),
+        (replace(usual.gate, class_prior=plan.gate.class_prior), usual.gate),
+    ]  # fmt: skip
     stated = [
         "--" + field.name.replace("_", "-")
         for given, default in pairs
         for field in dataclasses.fields(given)
         if getattr(given, field.name) != getattr(default, field.name)
     ]
-    stated += ["--test"] if plan.source.test is not None else []
-    if stated:
-        raise ConfigError(
-            f"--data none: without examples {some(stated)} cannot act. Leave it out, or give data.",
-            name="data",
-        )
+    stated += ["--select"] * isinstance(plan.gate.select, str)
+    return stated + ["--test"] * (plan.source.test is not None)

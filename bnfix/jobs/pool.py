@@ -1,0 +1,181 @@
+"""Statistics of clients who share no images, measured and pooled.
+
+Each client measures, in one pass, the count, mean and variance of what every norm layer meets. By
+the law of total variance the pool equals one pass over the batches of all. Under the batch feed a
+batch is normalized by itself, whoever has it; under the sequential feed by stored statistics: then
+the pool is exact for one more layer with each round that starts from the last one's output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnfix.checkpoints.read import FORMAT, check_room, parse_header, read_file, sha256_of
+from bnfix.checkpoints.save import identity_of, round_as_stored_, write_checkpoint
+from bnfix.core import __version__
+from bnfix.core.errors import CheckpointError, ConfigError, plain, some
+from bnfix.core.options import require
+from bnfix.core.settings import ModelRecipe, RunOptions
+from bnfix.jobs.inputs import Track
+from bnfix.jobs.session import Plan, load_one, open_workbench
+from bnfix.jobs.without_data import stated_flags, unjudged
+from bnfix.norm.moments import Moments, pool
+from bnfix.norm.sites import find_norms, sites_with_statistics
+from bnfix.recalibrate.collector import Collector
+from bnfix.recalibrate.passes import met_in_a_pass
+from bnfix.report.records import drifts_between, statistics_of
+from bnfix.report.result import Result
+
+#: More values a channel than any client has; float64 counts them exactly.
+_MOST_VALUES = 2**53
+
+
+def measure_moments(
+    model: nn.Module, batches: Iterable[Any], feed: str = "batch"
+) -> dict[str, Moments]:
+    """Count, mean and biased variance ``(C,)``, float64, of what every layer meets in one pass."""
+    by_batch = feed == "batch"
+    kind: Any = partial(Collector, is_strict=by_batch)
+    met: Collector = met_in_a_pass(model, batches, kind, by_batch=by_batch)
+    found, sites = met.sums.measured, sites_with_statistics(model)
+    return {site.name: found[site.name].values for site in sites if site.name in found}
+
+
+def pooled(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """The moments of all values together, layer by layer."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: pool([part[name] for part in parts if name in part]) for name in names}
+
+
+@torch.no_grad()
+def set_moments_(model: nn.Module, found: Mapping[str, Moments]) -> None:
+    """Make moments the statistics of their layers."""
+    for site in sites_with_statistics(model):
+        if site.name in found:
+            site.set_moments_(found[site.name].mean, found[site.name].var, 1)
+
+
+def save_moments(
+    checkpoint: Path,
+    data: Sequence[str],
+    plan: Plan,
+    path: Path | None,
+    *,
+    force: bool,
+    track: Track,
+) -> dict[str, Any]:
+    """Measure what every norm layer meets on a client's images, and write it to a file, if any."""
+    source = dataclasses.replace(plan.source, labels="none")
+    plan = dataclasses.replace(plan, source=source)
+    if stated := stated_flags(plan, dataclasses.replace(plan.statistics, feed="batch")):
+        raise ConfigError(
+            f"--save-moments: writes plain moments, so {some(stated)} cannot act. Leave it out."
+        )
+    bench = open_workbench(checkpoint, data, plan, (1.0, 0.0, 0.0), track)
+    recipe, identity = plan.statistics, identity_of(bench.model, {})
+    shaped, n = bench.inputs.preprocessing, len(bench.split.fit)
+    done = {"command": "calibrate", "n_examples": n, "assumptions": bench.assumptions}
+    if path is None:
+        return done
+    batches = bench.batches(bench.split.fit, "moments", recipe.batch_size).evened()
+    found = measure_moments(bench.model, batches, recipe.feed)
+    tensors = {
+        layer: torch.stack([m.count.expand_as(m.mean), m.mean, m.var]) for layer, m in found.items()
+    }
+    of: dict[str, Any] = {"model": identity, "feed": recipe.feed}
+    of["preprocessing"] = None if shaped is None else dataclasses.asdict(shaped)
+    header = {"format": FORMAT, "bnfix": __version__, "moments": of, "n_examples": n}
+    write_checkpoint(path, tensors, header, force=force)
+    return {**done, "moments": str(path), "n_layers": len(found)}
+
+
+def pool_files(
+    files: Sequence[Path],
+    *,
+    model: ModelRecipe = ModelRecipe(),
+    run: RunOptions = RunOptions(),
+    command_line: str = "",
+) -> Result:
+    """Give the one checkpoint among the files the pooled statistics of the others."""
+    only = "--like-input: pool writes a .safetensors file. Leave it out."
+    require(not model.like_input, only, "like_input")
+    given = [(path, *_opened(path)) for path in files]
+    checkpoints = [path for path, header, _ in given if header is None]
+    moments = [(path, header, tensors) for path, header, tensors in given if header is not None]
+    if len(checkpoints) != 1 or not moments:
+        raise ConfigError(
+            f"pool: {len(moments)} files of moments and {len(checkpoints)} others, expected one "
+            "checkpoint, and at least one file that calibrate --save-moments wrote."
+        )
+    loaded = load_one(checkpoints[0], model, run)
+    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    identity, first = identity_of(loaded.model, {}), moments[0][1]
+    problems, parts, sums = list[str](), list[dict[str, Moments]](), set[str]()
+    for path, header, tensors in moments:
+        own, found = _checked(header, tensors, loaded.model, identity)
+        digest = sha256_of(path)
+        own += ["is here twice"] * (digest in sums)
+        alike = header["moments"] == first["moments"]
+        own += ["has another feed or preprocessing than the first"] * (not alike)
+        problems += [f"{plain(path)}: {problem}" for problem in own]
+        parts.append(found)
+        sums.add(digest)
+    if problems:
+        raise CheckpointError(
+            f"pool: {some(problems, 8)}. Give files that calibrate --save-moments wrote for this "
+            "checkpoint.",
+            path=moments[0][0],
+        )
+    before, together = statistics_of(loaded.model), pooled(parts)
+    set_moments_(loaded.model, together)
+    round_as_stored_(loaded.model)
+    left = [site.name for site in find_norms(loaded.model) if site.name not in together]
+    feed, counts = first["moments"]["feed"], [header.get("n_examples") for _, header, _ in moments]
+    notes = [
+        *loaded.checkpoint.notes,
+        f"the moments of {len(parts)} files ({some(list(map(str, counts)))} examples, {feed} feed) "
+        f"were pooled for {len(together)} layers. Nothing proves that the output is better: "
+        "compare it with the input on labelled images (bnfix eval).",
+        *([f"{some(left)}: not in the files, left as they were."] if left else []),
+    ]
+    drifts = drifts_between(before, statistics_of(loaded.model))
+    plan, results = Plan(command="pool", command_line=command_line), {"n_examples": counts}
+    return unjudged(plan, loaded, notes, {"feed": feed}, results=results, drifts=drifts)
+
+
+def _opened(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
+    """The header and the tensors of a file of moments; no header of any other file."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        return None, {}
+    tensors, text, _ = read_file(path)
+    header = None if text is None else parse_header(text, path)
+    return (header, tensors) if header is not None and "moments" in header else (None, {})
+
+
+def _checked(
+    header: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, identity: str
+) -> tuple[list[str], dict[str, Moments]]:
+    """What is wrong with a file of moments, and those of its layers that are right."""
+    of, problems, found = header["moments"], list[str](), dict[str, Moments]()
+    if not isinstance(of, dict) or of.get("feed") not in ("batch", "sequential"):
+        return ["its header is damaged"], {}
+    if of.get("model") != identity:
+        problems.append("was measured with other weights or statistics")
+    sites = {s.name: s.module.get_buffer("running_mean") for s in sites_with_statistics(model)}
+    extra = sorted(tensors.keys() - sites.keys())
+    problems += [f"{plain(name)}: no such layer in the checkpoint" for name in extra]
+    for name in sorted(tensors.keys() & sites.keys()):
+        t, n = tensors[name], sites[name].numel()
+        ok = t.dtype == torch.float64 and t.shape == (3, n) and bool(t.isfinite().all())
+        if ok and bool((t[0] >= 1).all() and (t[0] <= _MOST_VALUES).all() and (t[2] >= 0).all()):
+            found[name] = Moments(*t)
+        else:
+            problems.append(f"{name}: no counts from 1, finite means and variances from 0 ({n})")
+    return problems, found
