@@ -522,7 +522,7 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path):
         "a.pth": "is a zip archive, but not one that torch.save writes",
         "b.tar": "is a real tar archive",
         "c.pth": "is not a torch file by its first bytes",
-        "d.onnx": "is not a torch or safetensors file by its first bytes",
+        "d.onnx": "is an exported network",
         "e.safetensors": "cannot be read, it is damaged or not a checkpoint",
         "f.pth": "is empty",
         "g.pth": "is a folder",
