@@ -151,7 +151,7 @@ def completed(shell: str, line: str) -> list[str]:
         ("bnfix finetune a.pth --augment ", ["light", "none", "standard"]),
         ("bnfix fix a.pth --train n", ["none", "norms", "norms+head"]),
         ("bnfix fix a.pth --interpolation bil", ["bilinear"]),
-        ("bnfix export a.pth --to o", ["onnx"]),
+        ("bnfix export a.pth --to o", ["onnx", "onnx-int8"]),
         ("bnfix calibrate a.pth --samples ", []),
         ("bnfix calibrate a.pth --data ", []),
     ],
