@@ -194,9 +194,13 @@ def test_each_word_that_is_offered_is_taken_and_every_flag_is_offered(cli: Cli) 
         assert "is not known" not in outcome.err, flag
 
 
-def test_bash_runs_the_script_that_is_shown(tmp_path: Path) -> None:
+def test_bash_runs_the_script_that_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
+    # The shell is the one named, not that which these tests happen to run in.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     shown = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="bnfix")
     (tmp_path / "script").write_text(shown.stdout)
     (tmp_path / "bnfix").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m bnfix "$@"\n')
