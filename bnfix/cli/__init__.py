@@ -19,8 +19,8 @@ from bnfix.cli.commands import (
     fix,
     inspect,
 )
+from bnfix.cli.first_steps import demo, show_help
 from bnfix.cli.flags import OneLineGroup, flattened
-from bnfix.cli.manual import demo, show_help
 from bnfix.cli.pooling import pool
 from bnfix.core import __version__, imports_done
 from bnfix.core.memory import keep_freed_memory

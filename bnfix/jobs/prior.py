@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from bnfix.core import guards, runtime
-from bnfix.core.errors import ConfigError, DataError, ModelError, plain, some
+from bnfix.core.errors import DataError, ModelError, plain, some
+from bnfix.core.options import require
 from bnfix.data.images import read_object
 from bnfix.jobs.fits import ORIGINAL, Fits, State
 from bnfix.jobs.session import Workbench
@@ -161,5 +162,4 @@ def _numbers(
 
 
 def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise ConfigError(f"--class-prior: {problem}", name="class_prior")
+    require(condition, f"--class-prior: {problem}", "class_prior")

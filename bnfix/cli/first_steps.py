@@ -1,4 +1,4 @@
-"""``bnfix help``, the pages of the documentation in a terminal, and ``bnfix demo``."""
+"""For those who begin: ``bnfix help``, the pages of the documentation, and ``bnfix demo``."""
 
 from __future__ import annotations
 
