@@ -51,7 +51,7 @@ DOORS = {
     "torch.distributed": {"core.distributed", "core.torch_private"},
     "matplotlib": {"report.pages"},
     "jinja2": {"report.pages"},
-    "onnxruntime": {"deploy.forms", "deploy.int8"},
+    "onnxruntime": {"deploy.forms"},
     "safetensors": {"checkpoints.read", "checkpoints.save", "deploy.forms"},
     "pickle": {"checkpoints.read"},
     "PIL": {

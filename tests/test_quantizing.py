@@ -14,7 +14,7 @@ import torch
 import bnfix
 from bnfix import ConfigError, ModelError
 from bnfix.core.settings import DataRecipe, Preprocessing, WeightRecipe
-from bnfix.deploy.int8 import in_8_bits
+from bnfix.deploy.forms import in_8_bits
 from bnfix.jobs.export import ExportRecipe, export
 from bnfix.report.export import Export
 from tests.conftest import Files, inputs_of

@@ -208,14 +208,10 @@ def _check_size(path: Path, size: int) -> None:
 def _messages(message: Any) -> Iterator[Any]:
     """A message of protobuf, and all inside it; the parser has limited their depth."""
     yield message
-    for _, value in message.ListFields():
-        for part in [value] if hasattr(value, "ListFields") else _repeated(value):
-            yield from _messages(part)
-
-
-def _repeated(value: Any) -> Iterable[Any]:
-    is_list = not isinstance(value, str | bytes | int | float)
-    return value if is_list and hasattr(value[0], "ListFields") else ()
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                yield from _messages(part)
 
 
 def _take_in_(path: Path, tensors: Iterable[Any]) -> None:

@@ -12,9 +12,10 @@ else reads the convolution's output, and if its outputs agree before and after.
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -83,21 +84,6 @@ class _Candidate:
         return relative_change(before, self.after(type(self.new).forward(self.new, x)))
 
 
-class _Rest(nn.Module):
-    """The part of timm's BatchNormAct2d after normalization; its children keep their names."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        for name in ("drop", "act"):
-            self.add_module(name, getattr(norm, name, None) or nn.Identity())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.act(self.drop(x)))
-
-
 def optimize_(model: nn.Module, example: Any) -> Folding:
     """Fold every norm layer that ignores the example into the layer before it.
 
@@ -128,23 +114,20 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
     sources, traced_by = sources_of(model, [site.module for site in sites], x)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     tried = {site.name: _candidate(site, sources.get(site.name), model, owners) for site in sites}
-    candidates = {name: one for name, one in tried.items() if isinstance(one, _Candidate)}
-    left = {name: why for name, why in tried.items() if isinstance(why, str)}
+    candidates = [one for one in tried.values() if isinstance(one, _Candidate)]
     differences = _differences(model, candidates, example)
-    for name, one in candidates.items():
-        difference = differences.get(name, "is not reached by the example")
-        if isinstance(difference, str):
-            left[name] = difference
-        elif not difference <= one.tolerance:
-            left[name] = f"its outputs would change by {difference:.2g}"
-    accepted = [one for name, one in candidates.items() if name not in left]
+    accepted, left, folded = [], dict[str, str](), []
+    for name, one in tried.items():
+        found = differences.get(name, "is not reached by the example")
+        if isinstance(one, str) or isinstance(found, str):
+            left[name] = one if isinstance(one, str) else str(found)
+        elif not found <= one.tolerance:
+            left[name] = f"its outputs would change by {found:.2g}"
+        else:
+            accepted.append(one)
+            folded.append(Fold(name, one.name, type(one.layer).__name__, found))
     _apply_(model, accepted, example)
-    folded = [
-        Fold(c.norm.name, c.name, type(c.layer).__name__, cast(float, differences[c.norm.name]))
-        for c in accepted
-    ]
-    order = {site.name: left[site.name] for site in sites if site.name in left}
-    return Folding(tuple(folded), order, traced_by=traced_by)
+    return Folding(tuple(folded), left, traced_by=traced_by)
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
@@ -197,9 +180,12 @@ def _candidate(
     new = _folded(layer, norm, mean, var)
     if not all(bool(p.isfinite().all()) for p in new.parameters(recurse=False)):
         return f"the folded weights do not fit into {_weight(layer).dtype}"
-    activated = is_timm_act(norm) or hasattr(norm, "act") or hasattr(norm, "drop")
-    after = (_Rest(norm) if activated else nn.Identity()).eval()
-    return _Candidate(norm=site, name=source.layer, layer=layer, new=new, after=after)
+    after: nn.Module = nn.Identity()
+    if is_timm_act(norm) or hasattr(norm, "act") or hasattr(norm, "drop"):
+        # The part of timm's BatchNormAct2d after normalization; its children keep their names.
+        rest = {name: getattr(norm, name, None) or nn.Identity() for name in ("drop", "act")}
+        after = nn.Sequential(OrderedDict(rest))
+    return _Candidate(norm=site, name=source.layer, layer=layer, new=new, after=after.eval())
 
 
 def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str | None:
@@ -242,27 +228,23 @@ def _folded(layer: nn.Module, norm: nn.Module, mean: Tensor, var: Tensor) -> nn.
 
 
 def _differences(
-    model: nn.Module, candidates: Mapping[str, _Candidate], example: Any
+    model: nn.Module, candidates: Sequence[_Candidate], example: Any
 ) -> dict[str, float | str]:
     """The change of each fold on its own activations, or why it is not known, by the norm."""
     found: dict[str, float | str] = {}
 
-    def hook_of(one: _Candidate) -> Any:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0] if inputs else torch.empty(0)
-            if not x.numel():
-                return
-            if x.dim() == (2 if isinstance(layer, nn.Linear) else _weight(layer).dim()):
-                found[one.norm.name] = one.difference(x)
-            else:
-                found[one.norm.name] = f"{one.name} gives {x.dim()} axes, the last are not channels"
-
-        return hook
+    def look(one: _Candidate, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0] if inputs else torch.empty(0)
+        if not x.numel():
+            return
+        if x.dim() == (2 if isinstance(layer, nn.Linear) else _weight(layer).dim()):
+            found[one.norm.name] = one.difference(x)
+        else:
+            found[one.norm.name] = f"{one.name} gives {x.dim()} axes, the last are not channels"
 
     with guards.hooks() as handles:
-        handles += [
-            one.layer.register_forward_pre_hook(hook_of(one)) for one in candidates.values()
-        ]
+        for one in candidates:
+            handles.append(one.layer.register_forward_pre_hook(partial(look, one)))
         outputs_on(model, example)
     return found
 

@@ -13,8 +13,9 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
@@ -22,6 +23,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import finite
@@ -32,7 +34,7 @@ from bnfix.core.runtime import outputs_by_name
 from bnfix.deploy import plain
 from bnfix.deploy.fold import Folding, optimize_
 from bnfix.models.build import build_model, builder_arguments, from_file_allowed
-from bnfix.models.graph import export_program, quiet, root_line
+from bnfix.models.graph import export_program, quiet, stated_errors
 from bnfix.norm.layer import generalized_norms
 
 #: Inputs to outputs, in the order of `outputs_of`.
@@ -69,15 +71,10 @@ class Making:
     def run(self) -> tuple[bytes, bytes | None, Runner]:
         """Make the form: its file, the file beside it if there is one, and how it runs."""
         self.net = copy.deepcopy(self.loaded.model)
-        if self.to == "plain":
-            metadata = {"bnfix": json.dumps(finite(metadata_of(self.loaded.model)))}
-            text = _python(self.loaded)
-            weights = _saved(stock_tensors(self.loaded.model), metadata)
-            return text, weights, self._loaded_by(text, weights)
-        if self.to == "folded":
-            self.folding = optimize_(self.net, self.example)
-            weights, text = self._folded(self.folding), _python(self.loaded)
-            return weights, text, self._loaded_by(text, weights)
+        if self.to in ("plain", "folded"):
+            text, weights = _python(self.loaded), self._weights()
+            runner = torch_runner(_run_loader(text, weights, self.loaded))
+            return (*((text, weights) if self.to == "plain" else (weights, text)), runner)
         try:
             self.folding = optimize_(self.net, self.example)
         except ModelError as error:
@@ -98,10 +95,28 @@ class Making:
         return content, None, self._runner(content)
 
     def suspect(self, x: Tensor, atol: float) -> str:
-        """The first layer whose output differs from the model's on two inputs, in words."""
+        """The first layer whose output differs from the model's on two inputs; "" if all agree.
+
+        The model is exported once more with the outputs of all its layers, so one run tells.
+        """
         if self.to not in ("onnx", "pt2"):
             return "one of those folded" if self.to == "folded" else "none, it is the loader"
-        return suspect_layer(self.net, lambda net: self._runner(self._write(net, None)), x, atol)
+        with guards.hooks() as handles, torch.no_grad():
+            probed = _Probed(self.net, handles)
+            wanted = probed(x)
+            try:
+                found = self._runner(self._write(probed, None))(x)
+            except ModelError:
+                return "not found: the model cannot be exported with its layers' outputs"
+        if len(wanted) != len(found):
+            return "not found: the exported model calls other layers"
+        for name, a, b in zip(probed.names, wanted, found, strict=True):
+            scale = max(1.0, _largest(a)) if a.numel() else 1.0
+            gap = float(_gaps(a, b).max()) if a.shape == b.shape and a.numel() else math.inf
+            if gap > max(atol, _ROUNDING) * scale:
+                kind = type(self.net.get_submodule(name)).__name__
+                return f"{name} ({kind}), the first whose output differs (by {gap:.2g})"
+        return ""
 
     def _write(self, net: nn.Module, names: list[str] | None) -> bytes:
         # Zeros, not the user's images: torch.export stores its example.
@@ -114,13 +129,11 @@ class Making:
     def _runner(self, content: bytes) -> Runner:
         return pt2_runner(content) if self.to == "pt2" else onnx_runner(content)
 
-    def _loaded_by(self, text: bytes, weights: bytes) -> Runner:
-        origin, tensors = self.loaded.origin, self.loaded.checkpoint.tensors
-        stock = build_model(origin.spec or "", origin.arguments, tensors)
-        return torch_runner(_run_loader(text, weights, stock))
-
-    def _folded(self, folding: Folding) -> bytes:
-        """The weights of the folded model."""
+    def _weights(self) -> bytes:
+        """The weights of the plain, or of the folded model."""
+        if self.to == "plain":
+            return _saved(stock_tensors(self.net), "bnfix", metadata_of(self.net))
+        self.folding = folding = optimize_(self.net, self.example)
         if not folding.folded:
             reasons = [f"{name} {reason}" for name, reason in folding.left.items()]
             why = some(reasons) or "there are no norms"
@@ -138,7 +151,7 @@ class Making:
             "norms": [fold.norm for fold in folding.folded],
             "layers": layers,
         }
-        return _saved(tensors, {"bnfix_folded": json.dumps(finite(entry))})
+        return _saved(tensors, "bnfix_folded", entry)
 
 
 def require_onnx(where: str = "--to onnx", packages: Sequence[str] = _ONNX_PACKAGES) -> None:
@@ -163,13 +176,8 @@ def _pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
             # The paths on the exporting machine are private.
             node.meta.pop("stack_trace", None)
     buffer = io.BytesIO()
-    try:
-        with quiet():
-            torch.export.save(program, buffer)
-    except Exception as error:
-        raise ModelError(
-            f"export: torch.export cannot save the model ({root_line(error)})."
-        ) from error
+    with stated_errors("export: torch.export cannot save the model"), quiet():
+        torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
@@ -187,18 +195,13 @@ def _onnx_bytes(
         raise ModelError("export: the model is over 2 GB, which one ONNX file cannot hold.")
     if names is not None:
         names = [f"{name}_out" if name == "input" else name for name in names]
-    try:
-        with quiet():
-            written: Any = torch.onnx.export(
-                program, (), dynamo=True, opset_version=opset, verbose=False,
-                input_names=["input"], output_names=names,
-            )  # fmt: skip
-            proto = written.model_proto
-    except Exception as error:
-        raise ModelError(
-            f"export: the model cannot be translated to ONNX opset {opset} ({root_line(error)}). "
-            "Try another --opset, or --to pt2."
-        ) from error
+    problem = f"export: the model cannot be translated to ONNX opset {opset}"
+    with stated_errors(problem, "Try another --opset, or --to pt2."), quiet():
+        written: Any = torch.onnx.export(
+            program, (), dynamo=True, opset_version=opset, verbose=False,
+            input_names=["input"], output_names=names,
+        )  # fmt: skip
+        proto = written.model_proto
     domains = sorted({n.domain for n in proto.graph.node} - {"", "ai.onnx"})
     if domains or proto.functions:
         raise ModelError(
@@ -211,12 +214,48 @@ def _onnx_bytes(
         del part.metadata_props[:]
     found = {i.version for i in proto.opset_import if i.domain in ("", "ai.onnx")}
     if found != {opset}:
-        raise ModelError(
-            f"export: the model cannot be translated to ONNX opset {opset}, only to "
-            f"{max(found, default=0)}. Give that as --opset."
-        )
-    operators = Counter(str(node.op_type) for node in graph.node)
+        raise ModelError(f"{problem}, only to {max(found, default=0)}. Give that as --opset.")
+    return _with_operators(proto)
+
+
+def _with_operators(proto: Any) -> tuple[bytes, dict[str, int]]:
+    operators = Counter(str(node.op_type) for node in proto.graph.node)
     return bytes(proto.SerializeToString()), dict(sorted(operators.items()))
+
+
+def in_8_bits(content: bytes, batches: Iterable[Tensor]) -> tuple[bytes, dict[str, int]]:
+    """Quantize an ONNX file that this program has written; its operators, how many of each kind.
+
+    Weights get one scale a channel, symmetric, in 7 bits of the 8; activations one scale and zero
+    point a tensor, by the largest and smallest values on the batches. Both are in the graph as
+    pairs of QuantizeLinear and DequantizeLinear, which are ONNX's own.
+    """
+    import onnx
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    proto = onnx.load_from_string(content)
+    inputs = ({proto.graph.input[0].name: x.numpy()} for x in batches)
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def get_next(self) -> dict[str, Any] | None:
+            return next(inputs, None)
+
+    problem = "export: ONNX Runtime cannot quantize the model"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "int8.onnx"
+        # Sums of two products of full 8 bits overflow 16 bits on processors without VNNI:
+        # MobileNetV2 lost 4 points so, and 0 with weights of 7 bits.
+        with stated_errors(problem, "Use --to onnx."), quiet():
+            quantize_static(
+                proto, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            )  # fmt: skip
+        return _with_operators(onnx.load(path))
 
 
 def onnx_runner(content: bytes, where: str = "export") -> Runner:
@@ -228,20 +267,14 @@ def onnx_runner(content: bytes, where: str = "export") -> Runner:
     options.log_severity_level = 4
     # Threads that spin while they wait would take cores from other processes, ours included.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
+    with stated_errors(f"{where}: ONNX Runtime does not take it"):
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ModelError(f"{where}: ONNX Runtime does not take it ({root_line(error)}).") from error
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> list[Tensor]:
-        try:
+        size = "x".join(map(str, x.shape))
+        with stated_errors(f"{where}: ONNX Runtime cannot run it on {size}"):
             return [torch.from_numpy(found) for found in session.run(None, {name: x.numpy()})]
-        except Exception as error:
-            size = "x".join(map(str, x.shape))
-            raise ModelError(
-                f"{where}: ONNX Runtime cannot run it on {size} ({root_line(error)})."
-            ) from error
 
     return run
 
@@ -251,8 +284,10 @@ def named(text: bytes, weights: Path) -> bytes:
     return text.replace(repr(_NAME).encode(), json.dumps(weights.name).encode())
 
 
-def _run_loader(text: bytes, weights: bytes, stock: nn.Module) -> nn.Module:
+def _run_loader(text: bytes, weights: bytes, loaded: Loaded) -> nn.Module:
     """Load weights into a stock model with a generated Python file, as its users will."""
+    origin = loaded.origin
+    stock = build_model(origin.spec or "", origin.arguments, loaded.checkpoint.tensors)
     names: dict[str, Any] = {"__name__": "bnfix_plain", "__file__": "plain.py"}
     exec(compile(text, "plain.py", "exec"), names)  # our own text, written a moment ago
     with tempfile.TemporaryDirectory() as folder:
@@ -274,9 +309,9 @@ def _python(loaded: Loaded) -> bytes:
     return f"# Written by bnfix {__version__}; needs torch only.\n{source}".encode()
 
 
-def _saved(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def _saved(tensors: dict[str, Tensor], key: str, metadata: dict[str, Any]) -> bytes:
     ready = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-    return save(ready, metadata=metadata)
+    return save(ready, metadata={key: json.dumps(finite(metadata))})
 
 
 @dataclass(frozen=True)
@@ -369,54 +404,23 @@ def agreement(
     )
 
 
-def suspect_layer(
-    model: nn.Module, export: Callable[[nn.Module], Runner], x: Tensor, atol: float
-) -> str:
-    """The first layer whose output an exported form gets wrong, in words; "" if all agree.
-
-    The model is exported once more with the outputs of all its layers, so one run tells.
-    """
-    probed = _Probed(model)
-    with guards.hooks() as handles:
-        handles += [
-            module.register_forward_hook(probed.hook_of(name))
-            for name, module in model.named_modules()
-            if name and not any(True for _ in module.children())
-        ]
-        with torch.no_grad():
-            wanted = probed(x)
-        try:
-            found = export(probed)(x)
-        except ModelError:
-            return "not found: the model cannot be exported with its layers' outputs"
-    if len(wanted) != len(found):
-        return "not found: the exported model calls other layers"
-    for name, a, b in zip(probed.names, wanted, found, strict=True):
-        scale = max(1.0, _largest(a)) if a.numel() else 1.0
-        gap = float(_gaps(a, b).max()) if a.shape == b.shape and a.numel() else math.inf
-        if gap > max(atol, _ROUNDING) * scale:
-            kind = type(model.get_submodule(name)).__name__
-            return f"{name} ({kind}), the first whose output differs (by {gap:.2g})"
-    return ""
-
-
 class _Probed(nn.Module):
     """A model whose outputs are those of all its layers, in the order of calls."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
         super().__init__()
         self.model = model
         self.names: list[str] = []
         # In a namespace: torch.export looks into containers that a model holds, and compares them.
         self._found = SimpleNamespace(outputs=[])
+        for name, module in model.named_modules():
+            if name and not any(True for _ in module.children()):
+                handles.append(module.register_forward_hook(partial(self._keep, name)))
 
-    def hook_of(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.is_floating_point():
-                self.names.append(name)
-                self._found.outputs.append(output.clone())
-
-        return hook
+    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self.names.append(name)
+            self._found.outputs.append(output.clone())
 
     def forward(self, x: Tensor) -> list[Tensor]:
         self.names.clear()

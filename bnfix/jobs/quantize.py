@@ -20,7 +20,7 @@ from bnfix.data.fingerprints import (
     seen_before,
 )
 from bnfix.deploy.exported import ExportedNet, net_of, with_header
-from bnfix.deploy.int8 import in_8_bits
+from bnfix.deploy.forms import in_8_bits
 from bnfix.jobs.inputs import Track, describe_corruption, describe_skipped
 from bnfix.jobs.session import Plan, Workbench, open_workbench
 from bnfix.metrics.evaluate import Outputs, collect, measured

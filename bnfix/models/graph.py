@@ -93,17 +93,12 @@ def export_program(
     free = {0: torch.export.Dim("batch", min=1, max=2**20)}
     if free_size:
         free |= dict.fromkeys(range(2, example.ndim), torch.export.Dim.DYNAMIC)
-    try:
-        with quiet(), torch.no_grad():
-            shapes: Any = (free,)
-            return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        size = " and a free height and width" if free_size else ""
-        raise ModelError(
-            f"model: cannot be traced by torch.export with a free batch size{size} "
-            f"({root_line(error)}). Its forward must not branch on values, nor fix the number of "
-            "examples."
-        ) from error
+    size = " and a free height and width" if free_size else ""
+    problem = f"model: cannot be traced by torch.export with a free batch size{size}"
+    advice = "Its forward must not branch on values, nor fix the number of examples."
+    shapes: Any = (free,)
+    with stated_errors(problem, advice), quiet(), torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
 
 
 @contextlib.contextmanager
@@ -121,6 +116,15 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def stated_errors(problem: str, advice: str = "") -> Iterator[None]:
+    """Turn the errors of exporters and runtimes into one that says what could not be done."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"{problem} ({root_line(error)}). {advice}".rstrip()) from error
 
 
 def root_line(error: BaseException) -> str:
