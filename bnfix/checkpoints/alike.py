@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, follow
-from bnfix.checkpoints.load import Place
 from bnfix.checkpoints.read import TORCH_SUFFIXES, read_file, read_in_place
 from bnfix.checkpoints.save import (
     check_folder,
@@ -125,12 +124,12 @@ def save_folder(
     path: Path,
     metadata: Mapping[str, Any],
     texts: Mapping[str, str],
-    place: Place,
+    place: Checkpoint,
 ) -> None:
     """Write a model, its tensors named as in its hub folder, with that folder's small files."""
 
     def write(temporary: Path) -> None:
-        for name, content in _taken_over(place.folder or place.path.parent):
+        for name, content in _taken_over(place.path.parent):
             (temporary / name).write_bytes(content)
         tensors = {place.names.get(n, place.prefix + n): t for n, t in stock_tensors(model).items()}
         # Without the mark transformers takes the file for none of its own.
@@ -197,7 +196,7 @@ def _shares_memory(checkpoint: Checkpoint) -> bool:
     return met > 1
 
 
-def save_like_input(model: nn.Module, path: Path, place: Place, *, force: bool) -> None:
+def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: bool) -> None:
     """Write a copy of the file that a model came from, with the model's weights in their places."""
     if any(layer.live for _, layer in generalized_norms(model)):
         raise file_error(path, "has no place for example and batch weights. Set them to 0.")

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,8 +165,7 @@ def _numbers(file: Path) -> dict[str, float]:
     for name in (*_HIGHER, *_LOWER):
         # A dict from a file may have overwritten its own methods.
         value = dict.get(content, name) if isinstance(content, dict) else None
-        if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
-            value = value.item()
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, int | float) and math.isfinite(value):
             found[name] = float(value)
     return found
@@ -203,8 +201,9 @@ def read_alike(first: Checkpoint, files: Sequence[str], model: ModelRecipe) -> l
             continue
         found.append(other)
         # Statistics are measured on the mean afterwards; counters are of no effect.
-        present = {n: s for n, s in shapes.items() if n in other.tensors or _last(n) not in BUFFERS}
-        known = {n: t for n, t in other.tensors.items() if n in shapes or _last(n) != BUFFERS[-1]}
+        theirs = other.tensors
+        present = {n: s for n, s in shapes.items() if n in theirs or not n.endswith(BUFFERS)}
+        known = {n: t for n, t in theirs.items() if n in shapes or not n.endswith(BUFFERS[-1])}
         misfits = misfits_of(present, known)
         if misfits:
             problems.append(f"{other.path.name}: {len(misfits)} misfits ({misfits})")
@@ -215,10 +214,6 @@ def read_alike(first: Checkpoint, files: Sequence[str], model: ModelRecipe) -> l
             f"{'; '.join(problems)}. Give checkpoints of one network.",
         )
     return found
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _notes(found: Sequence[Checkpoint]) -> list[str]:

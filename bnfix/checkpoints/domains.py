@@ -110,14 +110,13 @@ def _text(pair: Tensor) -> str:
 
 def _pair(text: Any, n: int) -> Tensor | None:
     """So many finite means, and variances from 0, or none; other lengths are not decoded."""
-    for kind, size in (("<f4", 8 * n), ("<f8", 16 * n)):
-        if not isinstance(text, str) or len(text) != 4 * -(-size // 3):
-            continue
-        try:
-            content = base64.b64decode(text, validate=True)
-        except ValueError:
-            return None
-        if len(content) == size:
-            found = torch.from_numpy(np.frombuffer(content, kind).astype(kind[1:])).view(2, n)
-            return found if bool(found.isfinite().all() and (found[1] >= 0).all()) else None
-    return None
+    kinds = {4 * -(-size // 3): kind for kind, size in (("<f8", 16 * n), ("<f4", 8 * n))}
+    if not isinstance(text, str) or len(text) not in kinds:
+        return None
+    kind = kinds[len(text)]
+    try:  # a byte more or less is no whole number
+        content = np.frombuffer(base64.b64decode(text, validate=True), kind)
+    except ValueError:
+        return None
+    found = torch.from_numpy(content.astype(kind[1:])).view(2, n)
+    return found if bool(found.isfinite().all() and (found[1] >= 0).all()) else None

@@ -47,17 +47,6 @@ from bnfix.norm.sites import find_norms, is_frozen_kind
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the tensors of a model lie: their file, and the names that they have in it."""
-
-    path: Path
-    key: str = ""  # the nesting followed
-    prefix: str = ""  # stripped
-    names: Mapping[str, str] = field(default_factory=dict)  # by the model's own
-    folder: Path | None = None  # the hub folder that describes the model
-
-
 @dataclass
 class Origin:
     """Where a model came from; travels with it as an attribute, so that saving knows."""
@@ -69,7 +58,8 @@ class Origin:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the file's tensors
     task: TaskRecipe | None = None  # what it was judged by, if not as a classifier
     labels: tuple[str, ...] = ()  # of the outputs, where they are known
-    place: Place | None = None
+    place: Checkpoint | None = None  # the file, without its tensors
+    folder: Path | None = None  # the hub folder that the file lies in
     domains: Sets = field(default_factory=dict)  # further statistics to save beside its own
 
 
@@ -216,13 +206,8 @@ def load_ready(
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     if (origin.spec or "").startswith("transformers:"):
         checkpoint, misfits = _as_transformers_loads(checkpoint, model, shapes, misfits)
-    origin.place = Place(
-        path=checkpoint.path,
-        key=checkpoint.key,
-        prefix=checkpoint.prefix,
-        names=checkpoint.names,
-        folder=hub_folder(path) if checkpoint.names else None,
-    )
+    origin.place = replace(checkpoint, tensors={}, metadata=None, beside={})
+    origin.folder = hub_folder(path) if checkpoint.names else None
     if borrows and _lacks_statistics(model, checkpoint, misfits):
         checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders)
     elif misfits:

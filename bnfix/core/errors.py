@@ -143,6 +143,17 @@ def model_error(spec: str, text: str) -> ModelError:
     return ModelError(f"{spec}: {text}", name=spec)
 
 
+@contextmanager
+def model_errors(
+    spec: str, problem: str, advice: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
+) -> Iterator[None]:
+    """Turn the errors of other code in a block into one that says what failed with a model."""
+    try:
+        yield
+    except kinds as error:
+        raise model_error(spec, f"{problem} ({root_line(error)}). {advice}".rstrip()) from error
+
+
 def did_you_mean(word: str, names: Sequence[str], limit: int = 1) -> str:
     """The end of a message about an unknown name: the names like it, or nothing."""
     close = get_close_matches(word, names, limit)
@@ -155,6 +166,13 @@ def one_line(error: BaseException) -> str:
     words = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = _own_line(error)
     return words if place is None else f"{words}, at {place}"
+
+
+def root_line(error: BaseException) -> str:
+    """The innermost reason of a library's error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return one_line(error).rstrip(".")
 
 
 def _own_line(error: BaseException) -> str | None:

@@ -29,12 +29,12 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import finite
 from bnfix.checkpoints.save import metadata_of, stock_tensors
 from bnfix.core import __version__, guards
-from bnfix.core.errors import ConfigError, ModelError, some
+from bnfix.core.errors import ConfigError, ModelError, model_error, model_errors, some
 from bnfix.core.runtime import outputs_by_name
 from bnfix.deploy import plain
 from bnfix.deploy.fold import Folding, optimize_
 from bnfix.models.build import build_model, builder_arguments, from_file_allowed
-from bnfix.models.graph import export_program, quiet, stated_errors
+from bnfix.models.graph import export_program, quiet
 from bnfix.norm.layer import generalized_norms
 
 #: Inputs to outputs, in the order of `outputs_of`.
@@ -176,7 +176,7 @@ def _pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
             # The paths on the exporting machine are private.
             node.meta.pop("stack_trace", None)
     buffer = io.BytesIO()
-    with stated_errors("export: torch.export cannot save the model"), quiet():
+    with model_errors("export", "torch.export cannot save the model"), quiet():
         torch.export.save(program, buffer)
     return buffer.getvalue()
 
@@ -195,8 +195,8 @@ def _onnx_bytes(
         raise ModelError("export: the model is over 2 GB, which one ONNX file cannot hold.")
     if names is not None:
         names = [f"{name}_out" if name == "input" else name for name in names]
-    problem = f"export: the model cannot be translated to ONNX opset {opset}"
-    with stated_errors(problem, "Try another --opset, or --to pt2."), quiet():
+    problem = f"the model cannot be translated to ONNX opset {opset}"
+    with model_errors("export", problem, "Try another --opset, or --to pt2."), quiet():
         written: Any = torch.onnx.export(
             program, (), dynamo=True, opset_version=opset, verbose=False,
             input_names=["input"], output_names=names,
@@ -214,7 +214,8 @@ def _onnx_bytes(
         del part.metadata_props[:]
     found = {i.version for i in proto.opset_import if i.domain in ("", "ai.onnx")}
     if found != {opset}:
-        raise ModelError(f"{problem}, only to {max(found, default=0)}. Give that as --opset.")
+        only = max(found, default=0)
+        raise model_error("export", f"{problem}, only to {only}. Give that as --opset.")
     return _with_operators(proto)
 
 
@@ -245,12 +246,12 @@ def in_8_bits(content: bytes, batches: Iterable[Tensor]) -> tuple[bytes, dict[st
         def get_next(self) -> dict[str, Any] | None:
             return next(inputs, None)
 
-    problem = "export: ONNX Runtime cannot quantize the model"
+    problem = "ONNX Runtime cannot quantize the model"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
         # Sums of two products of full 8 bits overflow 16 bits on processors without VNNI:
         # MobileNetV2 lost 4 points so, and 0 with weights of 7 bits.
-        with stated_errors(problem, "Use --to onnx."), quiet():
+        with model_errors("export", problem, "Use --to onnx."), quiet():
             quantize_static(
                 proto, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                 reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
@@ -267,13 +268,13 @@ def onnx_runner(content: bytes, where: str = "export") -> Runner:
     options.log_severity_level = 4
     # Threads that spin while they wait would take cores from other processes, ours included.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with stated_errors(f"{where}: ONNX Runtime does not take it"):
+    with model_errors(where, "ONNX Runtime does not take it"):
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
     def run(x: Tensor) -> list[Tensor]:
         size = "x".join(map(str, x.shape))
-        with stated_errors(f"{where}: ONNX Runtime cannot run it on {size}"):
+        with model_errors(where, f"ONNX Runtime cannot run it on {size}"):
             return [torch.from_numpy(found) for found in session.run(None, {name: x.numpy()})]
 
     return run

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from bnfix.core.errors import ModelError, one_line
+from bnfix.core.errors import ModelError, model_errors, root_line
 from bnfix.core.torch_private import ConvBase
 
 #: Errors that a stranger's forward is known to raise on symbols.
@@ -94,10 +94,10 @@ def export_program(
     if free_size:
         free |= dict.fromkeys(range(2, example.ndim), torch.export.Dim.DYNAMIC)
     size = " and a free height and width" if free_size else ""
-    problem = f"model: cannot be traced by torch.export with a free batch size{size}"
+    problem = f"cannot be traced by torch.export with a free batch size{size}"
     advice = "Its forward must not branch on values, nor fix the number of examples."
     shapes: Any = (free,)
-    with stated_errors(problem, advice), quiet(), torch.no_grad():
+    with model_errors("model", problem, advice), quiet(), torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
 
 
@@ -116,22 +116,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-@contextlib.contextmanager
-def stated_errors(problem: str, advice: str = "") -> Iterator[None]:
-    """Turn the errors of exporters and runtimes into one that says what could not be done."""
-    try:
-        yield
-    except Exception as error:
-        raise ModelError(f"{problem} ({root_line(error)}). {advice}".rstrip()) from error
-
-
-def root_line(error: BaseException) -> str:
-    """The innermost reason of a library's error, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return one_line(error).rstrip(".")
 
 
 def hooked(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from bnfix.core.data_settings import INTERPOLATIONS
-from bnfix.core.errors import ConfigError, ModelError, did_you_mean, model_error, one_line, plain
+from bnfix.core.errors import ConfigError, did_you_mean, model_error, model_errors, plain
 from bnfix.core.settings import Preprocessing
 
 
@@ -194,24 +194,19 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
     if not isinstance(kind, str):
         raise model_error(spec, f"its {_CONFIG} names no model_type.")
     found = _class_of(spec, transformers, config.get("architectures"))
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            described = type(transformers.AutoConfig.for_model(kind)).from_dict(config)
-            if found is None:
-                model = transformers.AutoModelForImageClassification.from_config(
-                    described, trust_remote_code=False
-                )
-            elif isinstance(described, found.config_class):
-                model = found(described)
-            else:
-                raise TypeError(f"it does not take the configuration of {kind}")
-    except Exception as error:
-        kind = "image classifier" if found is None else found.__name__
-        raise model_error(
-            spec,
-            f"no {kind} of transformers comes out of its {_CONFIG} "
-            f"({one_line(error)}). Check the folder and --model-arg.",
-        ) from error
+    wanted = "image classifier" if found is None else found.__name__
+    problem = f"no {wanted} of transformers comes out of its {_CONFIG}"
+    advice = "Check the folder and --model-arg."
+    with model_errors(spec, problem, advice), warnings.catch_warnings(action="ignore"):
+        described = type(transformers.AutoConfig.for_model(kind)).from_dict(config)
+        if found is None:
+            model = transformers.AutoModelForImageClassification.from_config(
+                described, trust_remote_code=False
+            )
+        elif isinstance(described, found.config_class):
+            model = found(described)
+        else:
+            raise TypeError(f"it does not take the configuration of {kind}")
     if not isinstance(model, nn.Module):
         raise model_error(spec, "transformers built no torch.nn.Module.")
     return model
@@ -251,7 +246,9 @@ def _as_timm_reads(
     timm = import_library("timm", spec)
     # Older ones have no inner part.
     inner, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
-    try:
+    wrong = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
+    problem, advice = f"its {_CONFIG} cannot be used", "Give --model, or correct it."
+    with model_errors(spec, problem, advice, wrong):
         fields = timm.models.PretrainedCfg.__dataclass_fields__
         known = timm.models.PretrainedCfg(**{n: v for n, v in inner.items() if n in fields})
         channels, *size = known.input_size
@@ -260,10 +257,6 @@ def _as_timm_reads(
         n_classes = config.get("num_classes", inner.get("num_classes"))
         found |= {} if n_classes is None else {"num_classes": n_classes}
         return {**found, **arguments}, _of_timm_config(known)
-    except (AttributeError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise model_error(
-            spec, f"its {_CONFIG} cannot be used ({one_line(error)}). Give --model, or correct it."
-        ) from error
 
 
 def folder_labels(folder: Path) -> tuple[str, ...]:
@@ -311,14 +304,14 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     try:
-        with warnings.catch_warnings(action="ignore"), redirect_stderr(io.StringIO()):
+        with (
+            model_errors(kind.__name__, "transformers cannot load the checkpoint"),
+            warnings.catch_warnings(action="ignore"),
+            redirect_stderr(io.StringIO()),
+        ):
             loaded, found = kind.from_pretrained(
                 None, config=config, state_dict=dict(tensors), output_loading_info=True
             )
-    except Exception as error:
-        raise ModelError(
-            f"{kind.__name__}: transformers cannot load the checkpoint ({one_line(error)}).",
-        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     missing = {name for name in found["missing_keys"] if not name.endswith("num_batches_tracked")}
@@ -346,15 +339,10 @@ def folder_preprocessing(spec: str, folder: str) -> Preprocessing | None:
     path = Path(folder) / _PREPROCESSOR
     if not path.is_file():
         return None
-    found = _read(spec, path)
-    try:
+    found, problem = _read(spec, path), f"its {_PREPROCESSOR} cannot be used"
+    advice = "Give --resize, --crop, --mean and --std, or correct it."
+    with model_errors(spec, problem, advice, (TypeError, ValueError, LookupError, OverflowError)):
         return _preprocessing(found)
-    except (TypeError, ValueError, LookupError, OverflowError) as error:
-        raise model_error(
-            spec,
-            f"its {_PREPROCESSOR} cannot be used ({one_line(error)}). "
-            "Give --resize, --crop, --mean and --std, or correct it.",
-        ) from error
 
 
 def _read(spec: str, path: Path) -> dict[str, Any]:

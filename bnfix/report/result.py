@@ -61,15 +61,16 @@ class Result:
         Raises:
             CheckpointError: if a file exists or cannot be written.
         """
-        path, place = Path(path), origin_of(self.model).place
+        path, origin = Path(path), origin_of(self.model)
         options = self.report.options.get("model") or {}
         recipe = ModelRecipe(like_input=options.get("like_input", False))
-        source = None if place is None else place.folder or place.path
+        place = origin.place
+        source = None if place is None else origin.folder or place.path
         form = check_outputs(path, source, recipe, force=force)
         texts = self.report.texts()  # first: what cannot be reported is not written either
         known: dict[str, Any] = {"entry": self.entry, "preprocessing": self.preprocessing}
         if place is not None and form == "folder":
-            folder = folder_of(place.folder or place.path.parent, self.preprocessing)
+            folder = folder_of(place.path.parent, self.preprocessing)
             line = self.report.command_line
             card = card_of(self.report, self.model, folder, path=path, command_line=line)
             files = dict(zip(REPORTS, texts, strict=True)) | {"README.md": card}
