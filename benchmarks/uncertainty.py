@@ -22,7 +22,7 @@ from scipy import stats
 
 from benchmarks.quality_cases import arrays, cifar
 from bnfix.data.corruptions import every_corruption
-from bnfix.metrics.uncertainty import conformal_sets, estimate_accuracy
+from bnfix.metrics.beside import conformal_sets, estimate_accuracy
 from tests import nets
 from tests.real import DATA
 

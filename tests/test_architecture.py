@@ -49,7 +49,7 @@ DOORS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "torch.distributed": {"core.distributed", "core.torch_private"},
-    "matplotlib": {"report.pages"},
+    "matplotlib": {"report.plots"},
     "jinja2": {"report.pages"},
     "onnxruntime": {"deploy.forms"},
     "safetensors": {"checkpoints.read", "checkpoints.save", "deploy.forms"},

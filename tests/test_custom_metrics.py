@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bnfix.core.errors import ConfigError
-from bnfix.metrics.custom import N_RESAMPLES, custom_metrics, import_metric
+from bnfix.metrics.beside import N_CUSTOM, custom_metrics, import_metric
 from bnfix.metrics.evaluate import Outputs
 from tests.conftest import images_of, inputs_of
 
@@ -131,7 +131,7 @@ def test_a_metric_that_some_resamples_have_not_has_a_value_and_no_interval(own):
 def test_outputs_too_many_to_be_copied_that_often_have_no_interval(own, monkeypatch):
     metric = import_metric(f"{own}:wrong")
     ((bounded,),) = custom_metrics([metric], [outputs_of()])
-    monkeypatch.setattr("bnfix.metrics.custom.MOST_BYTES", outputs_of().outputs.nbytes - 1)
+    monkeypatch.setattr("bnfix.metrics.beside.MOST_BYTES", outputs_of().outputs.nbytes - 1)
     ((row,),) = custom_metrics([metric], [outputs_of()])
     assert (row.value, row.interval) == (bounded.value, None)
     assert bounded.interval is not None
@@ -196,7 +196,7 @@ def test_the_users_code_is_called_as_often_as_stated(own):
         return 1.0
 
     custom_metrics([("metric", metric)], [outputs_of(7)])
-    assert calls == [((7, 3), (7,))] * (1 + N_RESAMPLES)
+    assert calls == [((7, 3), (7,))] * (1 + N_CUSTOM)
 
 
 # --- other tasks than classification ---

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bnfix.core.errors import CheckpointError, ConfigError
 from bnfix.metrics.evaluate import Outputs
-from bnfix.report.predictions import check_predictions, table_of, write_predictions
+from bnfix.report.report import check_predictions, table_of, write_predictions
 from tests.conftest import images_of, inputs_of
 
 HOSTILE = ['a,"b".png', "new\nline", "=1+1", "漢字", "\udcff.png"]

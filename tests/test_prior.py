@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bnfix.metrics.prior import LEAST_SHARE, estimate_shares
+from bnfix.metrics.beside import LEAST_SHARE, estimate_shares
 from tests.conftest import images_of, inputs_of
 
 ALONE = ("--statistics", "keep", "--example-weight", "keep", "--json")

@@ -16,7 +16,7 @@ from bnfix import ConfigError, ModelError
 from bnfix.core.settings import DataRecipe, Preprocessing, WeightRecipe
 from bnfix.deploy.forms import in_8_bits
 from bnfix.jobs.export import ExportRecipe, export
-from bnfix.report.export import Export
+from bnfix.report.result import Export
 from tests.conftest import Files, inputs_of
 
 SOURCE = DataRecipe(mean=(0.5,), std=(0.25,))

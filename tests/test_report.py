@@ -15,8 +15,8 @@ import pytest
 
 from bnfix.core.errors import CheckpointError
 from bnfix.data.corruptions import every_corruption
+from bnfix.metrics.beside import Custom
 from bnfix.metrics.compare import Difference, compare, judge
-from bnfix.metrics.custom import Custom
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.metrics import Metrics, measure
 from bnfix.metrics.robustness import BatchInvariance, Company, Shifted

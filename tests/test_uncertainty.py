@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bnfix.metrics.uncertainty import conformal_sets, estimate_accuracy, exact_interval
+from bnfix.metrics.beside import conformal_sets, estimate_accuracy, exact_interval
 from tests.conftest import images_of
 
 

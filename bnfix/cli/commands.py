@@ -80,10 +80,8 @@ from bnfix.jobs.session import TRIED, Plan
 from bnfix.jobs.steps import open_plan
 from bnfix.jobs.without_data import calibrate_without_data
 from bnfix.recalibrate.refit import REFIT_SAMPLES
-from bnfix.report.export import Export, check_exports
-from bnfix.report.predictions import check_predictions
-from bnfix.report.report import check_report_folder
-from bnfix.report.result import check_outputs
+from bnfix.report.report import check_predictions, check_report_folder
+from bnfix.report.result import Export, check_exports, check_outputs
 
 _CHECKED_SHAPE = "Input shape of the final check (default: by the preprocessing, else usual sizes)."
 _REFIT_ON = f"Examples to re-fit on, in seeded random order (default {REFIT_SAMPLES})."

@@ -39,7 +39,7 @@ from bnfix.jobs.inputs import (
 from bnfix.jobs.plan import estimated_evaluation
 from bnfix.jobs.session import load_one
 from bnfix.jobs.uncertainty import on_labelled, uncertain
-from bnfix.metrics.custom import custom_metrics, import_metric
+from bnfix.metrics.beside import custom_metrics, import_metric
 from bnfix.metrics.evaluate import Outputs, collect, describe_left_out, measured
 from bnfix.metrics.metrics import refuse_not_finite
 from bnfix.metrics.robustness import (
@@ -54,7 +54,6 @@ from bnfix.metrics.robustness import (
 )
 from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.blend import take_domain_
-from bnfix.report.predictions import check_predictions, table_of, write_predictions
 from bnfix.report.records import (
     DataUsed,
     Evaluated,
@@ -64,7 +63,7 @@ from bnfix.report.records import (
     n_live,
     statistics_of,
 )
-from bnfix.report.report import Report
+from bnfix.report.report import Report, check_predictions, table_of, write_predictions
 
 #: Images that batch invariance is looked for on.
 N_COMPARED = 256

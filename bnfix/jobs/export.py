@@ -46,9 +46,9 @@ from bnfix.jobs.quantize import open_bench, quantize, refuse_live
 from bnfix.jobs.session import Plan, load_one
 from bnfix.metrics.evaluate import evaluate
 from bnfix.norm.layer import generalized_norms, set_example_weight_
-from bnfix.report.export import SUFFIXES, Export, Verified
 from bnfix.report.records import DataUsed, Evaluated, describe_neighbours, layer_rows, n_live
 from bnfix.report.report import Report
+from bnfix.report.result import SUFFIXES, Export, Verified
 
 #: Labelled examples that the cost of `--force-zero` is measured on, at most.
 _COST_EXAMPLES: Final = 1000

@@ -18,8 +18,8 @@ from bnfix.core.options import require
 from bnfix.data.images import read_object
 from bnfix.jobs.fits import ORIGINAL, Fits, State
 from bnfix.jobs.session import Workbench
+from bnfix.metrics.beside import Prior, estimate_shares
 from bnfix.metrics.metrics import refuse_not_finite
-from bnfix.metrics.prior import Prior, estimate_shares
 from bnfix.metrics.task import LABELS, Array
 from bnfix.training.head import find_head, move_logits_
 

@@ -27,10 +27,10 @@ from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import shortfall
 from bnfix.metrics.task import ByRows
 from bnfix.norm.layer import generalized_norms
-from bnfix.report.export import Export, Int8
 from bnfix.report.pages import difference, percent
 from bnfix.report.records import DataUsed, Evaluated
 from bnfix.report.report import Report
+from bnfix.report.result import Export, Int8
 
 #: Images that the ranges of activations are measured on, at most.
 N_CALIBRATED: Final = 256

@@ -34,7 +34,6 @@ from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.noise import describe_noise
 from bnfix.recalibrate.recalibrate import Calibration, residuals
-from bnfix.report.agreement import agreement_json
 from bnfix.report.records import (
     DataUsed,
     Evaluated,
@@ -45,7 +44,7 @@ from bnfix.report.records import (
     n_live,
     statistics_of,
 )
-from bnfix.report.report import Report
+from bnfix.report.report import Report, agreement_json
 from bnfix.report.result import Result
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice

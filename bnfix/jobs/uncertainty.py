@@ -10,9 +10,9 @@ from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import DataRecipe, EvaluationRecipe
 from bnfix.data.images import Images
 from bnfix.jobs.inputs import open_inputs
+from bnfix.metrics.beside import Uncertain, conformal_sets, estimate_accuracy
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.metrics import refuse_not_finite
-from bnfix.metrics.uncertainty import Uncertain, conformal_sets, estimate_accuracy
 
 _Entrant = TypeVar("_Entrant")
 #: Part of the labelled examples that may be measured ones, as a few copies are in many collections.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Difference:
 _NONE = Difference(math.nan, (math.nan, math.nan), math.nan)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, kw_only=True)
 class Paired:
     """Two models on the same examples: better, worse or the same."""
 
@@ -56,11 +57,11 @@ class Paired:
     # p < 0.025 where only one is (Hochberg). On fewer than 20 examples it is the same, and losses
     # count where 20 of them differ. Of other tasks than classification `nll` and `top1` are the
     # loss and the score; without a score the loss decides alone, at p < 0.05.
-    top1: Difference
-    nll: Difference
-    nll_temperature_scaled: Difference
+    top1: Difference = _NONE
+    nll: Difference = _NONE
+    nll_temperature_scaled: Difference = _NONE
     verdict: str
-    temperature_only: bool  # better, but nothing of it is left after temperature scaling
+    temperature_only: bool = False  # better, but nothing of it is left after temperature scaling
     #: Of the task's metrics by name; they have intervals, and no p, since they decide nothing.
     metrics: dict[str, Difference] = field(default_factory=dict)
 
@@ -85,9 +86,10 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         DataError: if the examples differ or have no labels.
     """
     if before.problem or after.problem:
-        return _without_differences(before.problem, after.problem)
+        sign = bool(before.problem) - bool(after.problem)
+        return Paired(verdict={1: "better", 0: "same", -1: "worse"}[sign])
     old, new = paired_examples(before, after)
-    columns = {}
+    columns, groups = {}, new.groups
     if old.scores is not None and new.scores is not None:
         columns["top1"] = new.scores * 1.0 - old.scores
     columns["nll"] = new.losses - old.losses
@@ -95,16 +97,15 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         columns["scaled"] = new.scaled_losses - old.scaled_losses
     blind = new.blind_loss - old.blind_loss
     table = np.column_stack(list(columns.values()))
-    drawn, means = resampled_means(table, seed, new.groups).T, table.mean(0)
+    drawn, means = resampled_means(table, seed, groups).T, table.mean(0)
     found = dict.fromkeys(("top1", "nll", "scaled"), _NONE)
     for name, column, resampled, mean in zip(columns, table.T, drawn, means, strict=True):
-        of_loss, groups = name != "top1", new.groups
-        p = _paired_p(column, blind, groups) if of_loss else _score_p(column, groups)
+        p = _score_p(column, groups) if name == "top1" else _paired_p(column, blind, groups)
         found[name] = Difference(float(mean), middle(resampled, mean, groups), p)
     top1, nll, scaled = found.values()
     signs = _sign(top1), -_sign(nll)
     surer = "top1" not in columns or min(top1.p, nll.p) < (1 - LEVEL) / 2
-    if n_counted(len(new.losses), new.groups) < least(new.groups):
+    if new.shortfall:
         verdict = "same"
     elif -1 in signs:
         verdict = "worse"
@@ -117,18 +118,17 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         nll_temperature_scaled=scaled,
         verdict=verdict,
         temperature_only=verdict == "better" and "scaled" in columns and not left,
-        metrics=_metric_differences(before, after),
+        metrics={name: _metric_difference(name, before, after, groups) for name in after.values},
     )
 
 
-def _metric_differences(before: Metrics, after: Metrics) -> dict[str, Difference]:
-    """Differences of metrics, from the same resamples of both."""
-    found, groups = {}, None if after.examples is None else after.examples.groups
-    for name in after.values:
-        change = after.values[name] - before.values[name]
-        drawn = after.resampled[name] - before.resampled[name]
-        found[name] = Difference(change, middle(drawn, change, groups), math.nan)
-    return found
+def _metric_difference(
+    name: str, before: Metrics, after: Metrics, groups: Array | None
+) -> Difference:
+    """The difference of a metric, from the same resamples of both."""
+    change = after.values[name] - before.values[name]
+    drawn = after.resampled[name] - before.resampled[name]
+    return Difference(change, middle(drawn, change, groups), math.nan)
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
@@ -146,18 +146,6 @@ def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExa
     return before.examples, after.examples
 
 
-def _without_differences(problem_before: str, problem_after: str) -> Paired:
-    """The verdict where a model cannot be evaluated: the other one wins, if it can."""
-    sign = bool(problem_before) - bool(problem_after)
-    return Paired(
-        top1=_NONE,
-        nll=_NONE,
-        nll_temperature_scaled=_NONE,
-        verdict={1: "better", 0: "same", -1: "worse"}[sign],
-        temperature_only=False,
-    )
-
-
 def _sign(difference: Difference) -> int:
     """1 or -1 where the difference is significantly above or below 0, else 0."""
     low, high = difference.interval
@@ -168,11 +156,8 @@ def _sign(difference: Difference) -> int:
 
 def _score_p(difference: Array, groups: Array | None) -> float:
     """Of right or not by McNemar's test, of a fraction or in groups as of a loss."""
-    binary = groups is None and bool(np.isin(difference, (-1, 0, 1)).all())
-    return _mcnemar(difference) if binary else _paired_p(-difference, 0.0, groups)
-
-
-def _mcnemar(difference: Array) -> float:
+    if groups is not None or not np.isin(difference, (-1, 0, 1)).all():
+        return _paired_p(-difference, 0.0, groups)
     from scipy.special import bdtr
 
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
@@ -264,24 +249,18 @@ def judge(
     if not z >= 0:
         raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
     (name, new), (old_name, old) = candidate, incumbent
-    nll_difference = nll_se = top1_difference = top1_se = None
+    loss: Any = (None, None)
+    score: Any = (None, None)
     if new.problem:
         admitted, reason = False, f"it cannot be evaluated: {new.problem}"
     elif old.problem:
         admitted, reason = True, f"{old_name!r} cannot be evaluated: {old.problem}"
     else:
         before, after = paired_examples(old, new)
-        groups = after.groups
-        loss = nll_difference, nll_se = mean_and_se(after.losses - before.losses, groups)
+        loss = mean_and_se(after.losses - before.losses, after.groups)
         if before.scores is not None and after.scores is not None:
-            change = after.scores * 1.0 - before.scores
-            top1_difference, top1_se = mean_and_se(change, groups)
-        top1 = top1_difference or 0.0, top1_se or 0.0
-        n, blind = n_counted(len(after.losses), groups), after.blind_loss - before.blind_loss
-        t = gain_t(after.losses - before.losses, blind, groups)
-        # z = 0 demands no proof, only a lower mean.
-        sure = z == 0 or _tail(n, t) < _tail(math.inf, z)
-        admitted, reason = _admitted((n, groups), loss, top1, z, sure=sure, words=after.words)
+            score = mean_and_se(after.scores * 1.0 - before.scores, after.groups)
+        admitted, reason = _admitted(before, after, loss, score, z=z)
     return Decision(
         stage=stage,
         candidate=name,
@@ -291,10 +270,10 @@ def judge(
         incumbent_nll=old.nll,
         top1=new.top1,
         incumbent_top1=old.top1,
-        nll_difference=nll_difference,
-        nll_se=nll_se,
-        top1_difference=top1_difference,
-        top1_se=top1_se,
+        nll_difference=loss[0],
+        nll_se=loss[1],
+        top1_difference=score[0],
+        top1_se=score[1],
         z=z,
         admitted=admitted,
         reason=reason,
@@ -304,25 +283,21 @@ def judge(
 
 
 def _admitted(
-    counted: tuple[int, Array | None],
-    loss: _MeanAndSe,
-    top1: _MeanAndSe,
-    z: float,
-    *,
-    sure: bool,
-    words: Words,
+    old: PerExample, new: PerExample, loss: _MeanAndSe, score: Any, *, z: float
 ) -> tuple[bool, str]:
     """Whether mean differences with these standard errors are enough, and why."""
-    (difference, se), of_loss, (n, groups) = loss, words.loss, counted
-    what = "examples" if groups is None else "groups"
-    if n < least(groups):
+    (difference, se), of_loss, words, groups = loss, new.words.loss, new.words, new.groups
+    n, what = n_counted(len(new.losses), groups), "examples" if groups is None else "groups"
+    if new.shortfall:
         return False, f"{n} {what} cannot judge, it takes {least(groups)}"
     if not (difference < -z * se and difference < -ROUNDING):
         return False, f"its {of_loss} is not lower by more than {z:g} standard errors"
-    if not sure:
+    t = gain_t(new.losses - old.losses, new.blind_loss - old.blind_loss, groups)
+    # z = 0 demands no proof, only a lower mean.
+    if z and not _tail(n, t) < _tail(math.inf, z):
         unproven = f"but {n} {what} with such differences do not prove it"
         return False, f"its {of_loss} is lower, {unproven}"
-    if top1[0] < -z * top1[1]:
+    if score[0] is not None and score[0] < -z * score[1]:
         return False, f"its {words.score} is lower by more than {z:g} standard errors"
     alike = se <= ROUNDING * abs(difference)
     by = "the same for every example" if alike else f"{-difference / se:.1f} standard errors"

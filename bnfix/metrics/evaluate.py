@@ -229,22 +229,21 @@ def score(
 ) -> Score:
     """Measure loss and score only, without the cost of intervals."""
     (found,) = collect([model], batches, task, forward=forward, precision=precision)
+    logits, targets, task = found.outputs, found.labels, found.task
+    scores: Array | None
     if (rows := found.examples) is not None:
-        right = math.nan if rows.scores is None else float(rows.scores.mean())
-        losses, task = rows.losses, found.task
+        losses, scores = rows.losses, rows.scores
         if not np.isfinite(losses).all():
             raise NumericError(f"evaluation: the {rows.words.loss} is not finite.")
-        how: Any = {"losses": losses, "task": task, "groups": found.groups}
-        return Score(len(losses), float(losses.mean()), right, **how)
-    logits, targets, task = found.outputs, found.labels, found.task
-    if targets is None or isinstance(task, ByRows):
+    elif targets is None or isinstance(task, ByRows):
         raise DataError("batches: no labels in them. Give (x, y) with integer classes y.")
-    refuse_not_finite(logits)
-    targets, labels = task.checked(targets, logits.shape)
-    losses = losses_of(logits, targets, task)
-    right = logits.argmax(1) == labels
-    mean, top1 = float(losses.mean()), float(right.mean())
-    return Score(len(labels), mean, top1, losses=losses, task=task, groups=found.groups)
+    else:
+        refuse_not_finite(logits)
+        targets, labels = task.checked(targets, logits.shape)
+        losses, scores = losses_of(logits, targets, task), logits.argmax(1) == labels
+    top1 = math.nan if scores is None else float(scores.mean())
+    how: Any = {"losses": losses, "task": task, "groups": found.groups}
+    return Score(len(losses), float(losses.mean()), top1, **how)
 
 
 def collect(
@@ -322,7 +321,7 @@ class _Gathered:
         self._seconds += time.perf_counter() - started
         row: _Row = {"outputs": found}
         if self.rows:
-            _check_shape(found.shape[1:], self.rows[0]["outputs"].shape[1:], len(self.rows))
+            self._check_shape(found.shape[1:])
         targets = None
         if by_rows or not self.any_task:
             targets = self.task.targets(batch, outputs, model)
@@ -334,6 +333,17 @@ class _Gathered:
             row["labels"] = as_array(targets)
         index = getattr(batch, "index", None)  # of plain tuples a method
         self.rows.append(row | ({"index": index} if isinstance(index, np.ndarray) else {}))
+
+    def _check_shape(self, new: tuple[int, ...]) -> None:
+        old = self.rows[0]["outputs"].shape[1:]
+        if new != old:
+            logits = len(new) == len(old) == 1
+            what = f"{new[0]} logits" if logits else f"outputs of shape {new} an example"
+            one = "number of classes" if logits else "shape"
+            raise ModelError(
+                f"evaluation: {what} in batch {len(self.rows)}, but {old[0] if logits else old} "
+                f"before it. Expected one {one}."
+            )
 
 
 #: Numbers of outputs that are judged at a time, in float64.
@@ -352,31 +362,11 @@ def _judged(task: ByRows, outputs: Any, targets: Any) -> dict[str, Array]:
     parts: list[dict[str, Array]] = []
     size = max(1, _AT_ONCE * len(outputs) // max(1, outputs.numel()))
     for z, y in zip(outputs.split(size), targets.split(size), strict=True):
-        said = {
-            # In float64 as all losses; what is right is read off the outputs as they are.
-            "losses": task.losses(z.double(), y),
-            "scores": task.scores(z, y),
-            "rows": task.rows(z, y),
-            "blind": task.blind(z.double(), y),
-            "counted": task.counted(y),
-        }
-        parts.append({k: v.double().cpu().numpy() for k, v in said.items() if v is not None})
+        # Losses in float64 as all are; what is right is read off the outputs as they are.
+        said = {"losses": task.losses(z.double(), y), **task.facts(z, y)}
+        parts.append({k: v.double().cpu().numpy() for k, v in said.items()})
         parts[-1]["sums"] = np.array([zlib.crc32(t.cpu().numpy().tobytes()) for t in y], np.int64)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _check_shape(new: tuple[int, ...], old: tuple[int, ...], n_batches: int) -> None:
-    if new == old:
-        return
-    if len(new) == len(old) == 1:
-        raise ModelError(
-            f"evaluation: {new[0]} logits in batch {n_batches}, but {old[0]} before it. Expected "
-            "one number of classes."
-        )
-    raise ModelError(
-        f"evaluation: outputs of shape {new} an example in batch {n_batches}, but {old} before "
-        "it. Expected one shape."
-    )
 
 
 def _put_together(parts: Sequence[_Share], task: Task | None, groups: Any) -> Outputs:

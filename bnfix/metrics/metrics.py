@@ -232,9 +232,9 @@ class PerExample:
     labels: Array  # (N,) int64; of a task that keeps no targets a checksum of each
     losses: Array
     #: At the temperature fitted on the half that the example is not in; `None` without logits.
-    scaled_losses: Array | None
-    scores: Array | None  # from 0 to 1, such as right or not; `None` if only the loss can say
-    blind_loss: float  # mean, if each target were drawn with its classes permuted; or 0
+    scaled_losses: Array | None = None
+    scores: Array | None = None  # from 0 to 1, such as right or not; `None` if only the loss says
+    blind_loss: float = 0.0  # mean, if each target were drawn with its classes permuted; or 0
     words: Words = LABELS.words  # of the task
     rows: Array | None = None  # (N, R), what the task's metrics are made of
     groups: Array | None = None  # (N,) from 0, where examples depend on each other
@@ -293,7 +293,7 @@ class Metrics(Scores):
         task: what the model is judged by: ``bnfix.evaluate`` says which tasks there are.
         values: metrics of the task by name, such as ``miou``; a classification has those above.
         resampled: the same in each bootstrap sample.
-        by_class: of each class such a number as its IoU, and its positions in the targets.
+        by_class: of each class its ``top1`` or IoU, and its examples or positions in the targets.
         problem: why the model cannot be evaluated, and all above is ``None``; empty where it can.
     """
 
@@ -306,7 +306,7 @@ class Metrics(Scores):
     task: Task = LABELS
     values: dict[str, float] = field(default_factory=dict)
     resampled: dict[str, Array] = field(default_factory=dict, compare=False)
-    by_class: tuple[tuple[float, float], ...] = ()
+    by_class: tuple[tuple[float, float], ...] = field(default=(), compare=False)
 
     @property
     def loss(self) -> float | None:
@@ -321,10 +321,9 @@ class Metrics(Scores):
         return {"top1": self.top1, "nll": self.nll}
 
     def __repr__(self) -> str:
-        shown = ("top1", "nll", "nll_temperature_scaled", "ece")
-        found = {name: getattr(self, name) for name in shown}
-        if isinstance(self.task, ByRows):
-            found = {"loss": self.nll, **self.values}
+        found = self.results
+        if not isinstance(self.task, ByRows):
+            found |= {"nll_temperature_scaled": self.nll_temperature_scaled, "ece": self.ece}
         text = ", ".join(f"{k}={v:.4g}" for k, v in found.items() if v is not None)
         return f"Metrics(n_examples={self.n_examples}, {self.problem or text})"
 
@@ -353,39 +352,33 @@ def measure(
     right = rank == 0
     scaled, temperature = scaled_losses(logits, targets, task, seed)
     bins, gaps = _reliability(confidence, right)
-    columns = np.column_stack([right, rank < 5, losses, scaled, brier]).astype(np.float64)
-    means = [float(mean) for mean in columns.mean(0)]
-    ece = float(np.abs(gaps.mean(0)).sum())
-    resampled = resampled_means(np.column_stack([columns, gaps]), seed, groups)
-    names = ("top1", "top5", "nll", "nll_temperature_scaled", "brier")
-    interval = {name: middle(resampled[:, i], means[i], groups) for i, name in enumerate(names)}
-    resampled_ece = np.abs(resampled[:, len(names) :]).sum(1)
-    shifted = resampled_ece - resampled_ece.mean() + ece
-    interval["ece"] = middle(shifted.clip(0, 1), ece, groups)
+    columns = {"top1": right, "top5": rank < 5, "nll": losses}
+    columns |= {"nll_temperature_scaled": scaled, "brier": brier}
+    means, interval, drawn = _means(columns, gaps, seed, groups)
+    ece, drawn_ece = float(np.abs(gaps.mean(0)).sum()), np.abs(drawn).sum(1)
+    interval["ece"] = middle((drawn_ece - drawn_ece.mean() + ece).clip(0, 1), ece, groups)
+    of_class = np.bincount(labels)
+    right_of_class = np.bincount(labels, right) / np.maximum(of_class, 1)
     return Metrics(
-        n_examples=n,
-        top1=means[0],
-        top5=means[1],
-        nll=means[2],
-        nll_temperature_scaled=means[3],
-        temperature=temperature,
-        brier=means[4],
-        ece=ece,
-        interval=interval,
-        images_per_second=images_per_second,
-        reliability=bins,
-        logits=logits,
+        n_examples=n, **means, ece=ece, temperature=temperature, interval=interval,
+        images_per_second=images_per_second, reliability=bins, logits=logits, task=task,
+        by_class=tuple(zip(right_of_class.tolist(), of_class.tolist(), strict=True)),
         examples=PerExample(
-            labels=labels,
-            losses=losses,
-            scaled_losses=scaled,
-            scores=right,
-            blind_loss=float(blind.mean()),
-            words=task.words,
+            labels, losses, scaled, right, blind_loss=float(blind.mean()), words=task.words,
             groups=groups,
         ),
-        task=task,
-    )
+    )  # fmt: skip
+
+
+def _means(
+    columns: dict[str, Array], others: Array, seed: int, groups: Array | None
+) -> tuple[dict[str, Any], dict[str, Interval], Array]:
+    """Means of columns by name, their intervals, and the same resamples of other columns."""
+    table = np.column_stack([*columns.values(), others]).astype(np.float64)
+    means = dict(zip(columns, table.mean(0).tolist(), strict=False))
+    drawn = resampled_means(table, seed, groups)
+    interval = {name: middle(drawn[:, i], means[name], groups) for i, name in enumerate(columns)}
+    return means, interval, drawn[:, len(columns) :]
 
 
 def measure_rows(
@@ -403,15 +396,13 @@ def measure_rows(
     columns = {"nll": examples.losses}
     if examples.scores is not None:
         columns["top1"] = examples.scores
-    means = {name: float(column.mean()) for name, column in columns.items()}
-    again = resampled_means(np.column_stack(list(columns.values())), seed, groups)
-    interval = {name: middle(again[:, i], means[name], groups) for i, name in enumerate(columns)}
+    means, interval, _ = _means(columns, np.empty((n, 0)), seed, groups)
     values = {name: float(v[0]) for name, v in task.metrics(rows, np.ones((1, n))).items()}
     parts = [task.metrics(rows, counts) for counts in resamples(n, seed, groups)] if values else []
     resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}
     interval |= {name: middle(resampled[name], value, groups) for name, value in values.items()}
     return Metrics(
-        n_examples=n, top1=means.get("top1"), nll=means["nll"], interval=interval,
+        n_examples=n, **means, interval=interval,
         images_per_second=images_per_second, examples=examples, task=task,
         values=values, resampled=resampled,
         by_class=tuple((float(v), float(n)) for v, n in task.by_class(rows)),

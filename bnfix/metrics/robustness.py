@@ -140,19 +140,10 @@ def shifted(
     for name, m in zip(names, every, strict=True):
         if m.examples is None and not m.problem:
             raise DataError(f"{kind}: the examples have no labels. Give labels.")
-        rows.append(
-            Shifted(
-                model=name,
-                kind=kind,
-                severity=severity,
-                n_examples=m.n_examples,
-                top1=m.top1,
-                nll=m.nll,
-                nll_temperature_scaled=m.nll_temperature_scaled,
-                interval={key: m.interval[key] for key in shown if key in m.interval},
-                paired=compare(every[0], m, seed=seed) if rows else None,
-            )
-        )
+        numbers: Any = {key: getattr(m, key) for key in ("n_examples", *shown)}
+        interval = {key: m.interval[key] for key in shown if key in m.interval}
+        paired = compare(every[0], m, seed=seed) if rows else None
+        rows.append(Shifted(name, kind, severity, **numbers, interval=interval, paired=paired))
     return rows
 
 
@@ -228,11 +219,10 @@ def batch_invariance(
         found = collect(models, batches, precision=precision, any_task=True)
         return [torch.from_numpy(one.outputs).flatten(1) for one in found]
 
-    together, alone = run(index, batch_size), run(index, 1)
-    mixed = run(index[order], batch_size)
+    passes = run(index, batch_size), run(index, 1), run(index[order], batch_size)
     back = torch.from_numpy(np.argsort(order))
     rows = []
-    for name, a, b, c in zip(names, together, alone, mixed, strict=True):
+    for name, a, b, c in zip(names, *passes, strict=True):
         if not len(a) == len(b) == len(c) == len(index):
             raise DataError(
                 f"--compare-batch-sizes: {len(a)}, {len(b)} and {len(c)} outputs for {len(index)} "
@@ -302,24 +292,24 @@ def tiled(
         for layer, norm in generalized_norms(model)
         if norm.weighs and norm.running_mean is not None
     }
+
+    def compared(layers: str) -> Tiled:
+        n, bands = _bands(model, batches, size, precision)
+        return Tiled(model=name, layers=layers, size=size, n_examples=n, bands=bands)
+
     if not live:
-        return [_compared(name, "stored", model, batches, size, precision)]
-    found, before = _compared(name, "live", model, batches, size, precision), guards.Snapshot(model)
+        return [compared("stored")]
+    found, before = compared("live"), guards.Snapshot(model)
     try:
         set_example_weight_(model, live, batch_weight=live)
-        return [_compared(name, "stored", model, batches, size, precision), found]
+        return [compared("stored"), found]
     finally:
         before.restore_()
 
 
-def _compared(
-    name: str,
-    layers: str,
-    model: nn.Module,
-    batches: Iterable[Any],
-    size: tuple[int, int],
-    precision: str,
-) -> Tiled:
+def _bands(
+    model: nn.Module, batches: Iterable[Any], size: tuple[int, int], precision: str
+) -> tuple[int, tuple[Band, ...]]:
     inner = [float(math.ceil(part * min(size))) for part in _ENDS]
     n_examples, sums, moments = 0, torch.zeros(()), torch.zeros(())
     with guards.inference(model):
@@ -340,14 +330,12 @@ def _compared(
     mean, square = moments[1:] / moments[0]
     spread = (square - mean.square()).clamp_min(0).sqrt()
     by_spread = (sums[2:] / spread[:, None])[spread > 0].mean(0) / sums[0]
-    bands = [
+    ends = pairwise([0.0, *inner, math.inf])
+    return n_examples, tuple(
         Band(low, high, n=int(n), difference=float(difference), changed=float(other / n))
-        for (low, high), n, other, difference in zip(
-            pairwise([0.0, *inner, math.inf]), sums[0], sums[1], by_spread, strict=True
-        )
+        for (low, high), n, other, difference in zip(ends, *sums[:2], by_spread, strict=True)
         if n
-    ]
-    return Tiled(model=name, layers=layers, size=size, n_examples=n_examples, bands=tuple(bands))
+    )
 
 
 def _maps(model: nn.Module, batch: Any, precision: str) -> tuple[Tensor, int]:
@@ -358,10 +346,9 @@ def _maps(model: nn.Module, batch: Any, precision: str) -> tuple[Tensor, int]:
     image, maps = tuple(getattr(batch.x, "shape", ())), tuple(output.shape)
     stride = image[2] // max(1, maps[2]) if len(image) == len(maps) == 4 else 0
     if not stride or (maps[2] * stride, maps[3] * stride) != image[2:]:
-        raise ConfigError(
-            f"--tiles: outputs {maps} for inputs {image}, expected maps (N, K, h, w) for images "
-            "(N, C, H, W), of their size or one that divides it. Leave it out.",
-            name="tiles",
+        raise _error(
+            f"outputs {maps} for inputs {image}, expected maps (N, K, h, w) for images "
+            "(N, C, H, W), of their size or one that divides it. Leave it out."
         )
     return output, stride
 
@@ -371,34 +358,35 @@ def _by_tiles(
 ) -> tuple[Tensor, Tensor]:
     """Outputs for all whole tiles, put together, and the pixels to the nearest cut ``(h, w)``."""
     image = tuple(batch.x.shape[2:])
-    if (
-        max(size[0] - image[0], size[1] - image[1]) > 0
-        or size == image
-        or any(length % stride for length in size)
-    ):
-        raise ConfigError(
-            f"--tiles: {size[0]}x{size[1]} for images {image[0]}x{image[1]}, expected smaller tiles"
-            f"{f', of multiples of {stride}' if stride > 1 else ''}. Give another size.",
-            name="tiles",
+    fits = size[0] <= image[0] and size[1] <= image[1] and size != image
+    if not fits or any(length % stride for length in size):
+        raise _error(
+            f"{size[0]}x{size[1]} for images {image[0]}x{image[1]}, expected smaller tiles"
+            f"{f', of multiples of {stride}' if stride > 1 else ''}. Give another size."
         )
-    grid = batch.x.unfold(2, size[0], size[0]).unfold(3, size[1], size[1])
-    n, _, rows, columns = grid.shape[:4]
-    tiles = grid.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
-    found, other = _maps(model, batch._replace(x=tiles, y=None), precision)
-    if other != stride:
-        raise ConfigError(
-            f"--tiles: a tile has an output every {other} pixels, a whole image every {stride}. "
-            "Give another size.",
-            name="tiles",
-        )
-    apart = found.reshape(n, rows, columns, *found.shape[1:]).permute(0, 3, 1, 4, 2, 5)
 
-    def along(n_tiles: int, length: int, whole: int) -> Tensor:
-        place = (torch.arange(n_tiles * length // stride) + 0.5) * stride
-        inside, none = place % length, torch.tensor(math.inf)
+    def row(strip: Tensor) -> Tensor:
+        starts = range(0, image[1] - size[1] + 1, size[1])
+        tiles = (strip[..., start : start + size[1]].contiguous() for start in starts)
+        found = [_maps(model, batch._replace(x=tile, y=None), precision) for tile in tiles]
+        if (other := found[0][1]) != stride:
+            raise _error(
+                f"a tile has an output every {other} pixels, a whole image every {stride}. Give "
+                "another size."
+            )
+        return torch.cat([maps for maps, _ in found], 3)
+
+    starts = range(0, image[0] - size[0] + 1, size[0])
+    part = torch.cat([row(batch.x[:, :, start : start + size[0]]) for start in starts], 2)
+
+    def to_cut(n: int, length: int, whole: int) -> Tensor:
         # The image's own border is no cut.
-        before = inside.where(place > length, none)
-        return before.minimum((length - inside).where(place - inside + length < whole, none))
+        cuts = torch.tensor([*range(length, whole, length), math.inf])
+        return ((torch.arange(n)[:, None] + 0.5) * stride - cuts).abs().amin(1)
 
-    down, across = along(rows, size[0], image[0]), along(columns, size[1], image[1])
-    return apart.flatten(4, 5).flatten(2, 3), down[:, None].minimum(across[None])
+    down, across = (to_cut(n, *of) for n, *of in zip(part.shape[2:], size, image, strict=True))
+    return part, down[:, None].minimum(across[None])
+
+
+def _error(problem: str) -> ConfigError:
+    return ConfigError(f"--tiles: {problem}", name="tiles")

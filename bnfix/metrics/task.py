@@ -63,19 +63,16 @@ class ByRows(ABC):
     def losses(self, outputs: Any, targets: Any) -> Tensor:
         """The loss of each example, ``(N,)``, with its graph, as precise as the outputs."""
 
-    def scores(self, outputs: Any, targets: Any) -> Tensor | None:
-        """How right each example is, ``(N,)`` from 0 to 1; ``None`` if only the loss can say."""
-        return None
+    def facts(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
+        """What a task says of each example beside its loss, as far as it knows.
 
-    def blind(self, outputs: Any, targets: Any) -> Tensor | None:
-        """The expected loss of each example if any target were alike; ``None`` if not known."""
-        # `gain_t` counts one such example. An unbounded target has no such loss, and a dense one is
-        # an average already: there the worst difference seen is counted alone.
-        return None
-
-    def rows(self, outputs: Any, targets: Any) -> Tensor:
-        """What metrics need of each example, ``(N, R)``."""
-        return self.losses(outputs, targets)[:, None][:, :0]
+        ``scores``: how right it is, ``(N,)`` from 0 to 1; ``rows``: what metrics need, ``(N, R)``;
+        ``blind``: its expected loss if any target were alike, ``(N,)``; ``counted``: whether it has
+        anything to be judged by, ``(N,)``.
+        """
+        # `gain_t` counts one `blind` example. An unbounded target has no such loss, and a dense one
+        # is an average already: there the worst difference seen is counted alone.
+        return {}
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
         """Metrics ``(S,)`` by name, of S weightings ``(S, N)`` of the rows; NaN without a value."""
@@ -84,10 +81,6 @@ class ByRows(ABC):
     def by_class(self, rows: Array) -> Array:
         """A number of each class, NaN without one, and its positions in the targets: ``(K, 2)``."""
         return np.empty((0, 2))
-
-    def counted(self, targets: Any) -> Tensor | None:
-        """Which examples have anything to be judged by, ``(N,)``; ``None`` if all do."""
-        return None
 
 
 @dataclass(frozen=True)

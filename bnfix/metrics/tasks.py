@@ -108,33 +108,32 @@ class Segmentation(ByRows):
         how = f"outputs of {own} are resized ({_RESIZE[targets.ndim - 1]}) to the masks' {wanted}"
         return "" if own == wanted else how
 
-    def counted(self, targets: Tensor) -> Tensor:
-        """Those with a valid position."""
-        valid: Tensor = targets != self.ignore_index
-        return valid.flatten(1).any(1)
-
-    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The fraction of valid positions that are right."""
-        right = self._resized(outputs, targets).argmax(1) == targets
-        valid = targets != self.ignore_index
-        n_right, n_valid = ((part & valid).flatten(1).sum(1) for part in (right, valid))
-        return n_right.double() / n_valid.clamp(min=1)
-
-    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Valid positions of each class: right, in the target, and predicted: ``(N, 3 K)``."""
-        k = outputs.shape[1]
-        predicted = self._resized(outputs, targets).argmax(1)
-        counts = []
-        for guess, target in zip(predicted.flatten(1), targets.flatten(1), strict=True):
-            valid = target != self.ignore_index
-            pairs = torch.bincount(target[valid] * k + guess[valid], minlength=k * k).view(k, k)
-            counts.append(torch.cat([pairs.diagonal(), pairs.sum(1), pairs.sum(0)]))
-        return torch.stack(counts).double() if counts else outputs.new_zeros((0, 3 * k)).double()
+    def facts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Of valid positions the fraction right; of each class how many are right, its, guessed."""
+        n, k = outputs.shape[:2]
+        guess, target = self._resized(outputs, targets).argmax(1).flatten(1), targets.flatten(1)
+        valid = target != self.ignore_index
+        # Each example has places of its own for the classes, so all are counted at once.
+        first = k * torch.arange(n, device=target.device)[:, None]
+        right, wanted, guessed = (
+            torch.bincount((first + classes)[held], minlength=n * k).view(n, k)
+            for classes, held in (
+                (target, valid & (guess == target)),
+                (target, valid),
+                (guess, valid),
+            )
+        )
+        n_valid = wanted.sum(1)
+        return {
+            "scores": right.sum(1).double() / n_valid.clamp(min=1),
+            "rows": torch.cat([right, wanted, guessed], 1),
+            "counted": n_valid > 0,
+        }
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
         """Mean IoU over the classes that are in targets or predictions, and right positions."""
         sums = weights @ rows
-        right, wanted, _ = _thirds(sums)
+        right, wanted, _ = np.split(sums, 3, axis=1)
         iou = self._iou(sums)
         there = np.isfinite(iou)
         miou = _ratio(np.where(there, iou, 0).sum(1), there.sum(1))
@@ -143,10 +142,10 @@ class Segmentation(ByRows):
     def by_class(self, rows: Array) -> Array:
         """The IoU of each class: right / (target + predicted - right), over all positions."""
         sums = rows.sum(0, keepdims=True)
-        return np.column_stack([self._iou(sums)[0], _thirds(sums)[1][0]])
+        return np.column_stack([self._iou(sums)[0], np.split(sums[0], 3)[1]])
 
     def _iou(self, sums: Array) -> Array:
-        right, wanted, guessed = _thirds(sums)
+        right, wanted, guessed = np.split(sums, 3, axis=1)
         iou = np.asarray(_ratio(right, wanted + guessed - right))
         # A class that is ignored has no target: to predict it is wrong, but it has no IoU.
         if 0 <= self.ignore_index < iou.shape[1]:
@@ -184,17 +183,14 @@ class Multilabel(ByRows):
         each = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
         return each.flatten(1).mean(1)
 
-    def blind(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """With each label there or not alike."""
-        return (self.losses(outputs, targets) + self.losses(outputs, 1 - targets)) / 2
-
-    def scores(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The fraction of labels right, at logit 0."""
-        return ((outputs > 0) == (targets > 0)).flatten(1).double().mean(1)
-
-    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Logits and targets, ``(N, 2 K)``."""
-        return torch.cat([outputs.flatten(1), targets.flatten(1)], 1).double()
+    def facts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The fraction of labels right, at logit 0; logits and targets; a label's mean loss."""
+        z = outputs.double()
+        return {
+            "scores": ((outputs > 0) == (targets > 0)).flatten(1).double().mean(1),
+            "rows": torch.cat([outputs.flatten(1), targets.flatten(1)], 1),
+            "blind": (self.losses(z, targets) + self.losses(z, 1 - targets)) / 2,
+        }
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
         """Mean average precision over labels that are there at all, and F1 at logit 0."""
@@ -238,12 +234,12 @@ class Regression(ByRows):
         each = _LOSSES[self.loss][1](outputs, targets.to(outputs.dtype), reduction="none")
         return _columns(each).mean((1, 2))
 
-    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def facts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Sums of 1, |e|, e^2, t, t^2, o, o^2, ot over positions: ``(N, 8 K)``, K numbers."""
         o, t = (_columns(part.double()) for part in (outputs, targets))
         e = o - t
         parts = (torch.ones_like(o), e.abs(), e**2, t, t**2, o, o**2, o * t)
-        return torch.stack([part.sum(2) for part in parts], 1).flatten(1)
+        return {"rows": torch.stack([part.sum(2) for part in parts], 1).flatten(1)}
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
         """MAE and RMSE over all numbers; R2 and Pearson's r of each of K numbers, their mean."""
@@ -398,11 +394,6 @@ def _fitting(batch: Any, outputs: Tensor, model: nn.Module | None, task: str) ->
 def _columns(values: Tensor) -> Tensor:
     """``(N, K, positions)`` of ``(N, K, *space)`` or ``(N,)``."""
     return (values[:, None] if values.ndim == 1 else values)[..., None].flatten(2)
-
-
-def _thirds(sums: Array) -> tuple[Array, Array, Array]:
-    right, wanted, guessed = np.split(sums, 3, axis=1)
-    return right, wanted, guessed
 
 
 def _ratio(above: Array, below: Array) -> Array:

@@ -2,21 +2,127 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
-from bnfix.metrics.compare import Decision, mean_and_se
-from bnfix.metrics.metrics import Metrics, numbered
+from bnfix.metrics.compare import Decision
+from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Shifted
-from bnfix.metrics.task import Array, ByRows
-from bnfix.report.pages import FIRST, INK, LAST, LOSS, MUTED, Picture, clean, percent, picture
-from bnfix.report.records import Evaluated
+from bnfix.metrics.task import Array
+from bnfix.report.pages import clean, percent
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import CurvePoint
+
+_WIDTH = 4.4  # inches: still readable when a phone shrinks it to 350 pixels
+INK, MUTED, _GRID, FIRST, LAST, LOSS = (f"#0{i}0{i}0{i}" for i in range(1, 7))
+_VARIABLES = {
+    "#000000": "currentColor",
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    _GRID: "var(--line)",
+    FIRST: "var(--first)",
+    LAST: "var(--last)",
+    LOSS: "var(--loss)",
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bnfix",
+    "font.family": "DejaVu Sans",
+    **dict.fromkeys(["font.size", "axes.titlesize", "axes.labelsize"], 10),
+    **dict.fromkeys(["xtick.labelsize", "ytick.labelsize", "legend.fontsize"], 9),
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.titlecolor"], INK),
+    **dict.fromkeys(["xtick.labelcolor", "ytick.labelcolor"], INK),
+    **dict.fromkeys(["axes.edgecolor", "xtick.color", "ytick.color"], MUTED),
+    **dict.fromkeys(["legend.frameon", "axes.spines.top", "axes.spines.right"], False),
+    **dict.fromkeys(["axes.grid", "axes.axisbelow"], True),
+    "grid.color": _GRID,
+    **dict.fromkeys(["figure.facecolor", "axes.facecolor"], "none"),
+}
+_SVG = "{http://www.w3.org/2000/svg}"
+_LINK = "{http://www.w3.org/1999/xlink}href"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture: a key that is unique on the page, heading, caption, and an ``<svg>`` element."""
+
+    key: str
+    title: str
+    caption: str
+    svg: str
+
+
+def picture(
+    key: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 2.7
+) -> Picture:
+    """Draw with Matplotlib's own defaults, whatever the user's settings are; height in inches."""
+    import matplotlib.style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with warnings.catch_warnings(), matplotlib.style.context(["default", _STYLE]):
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        draw(figure)
+        text = io.StringIO()
+        # As savefig does it, which would draw all of it twice.
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(text, metadata={"Date": None})
+    return Picture(key, title, caption, _for_page(text.getvalue(), key, f"{title}. {caption}"))
+
+
+def _for_page(text: str, key: str, label: str) -> str:
+    """Matplotlib's SVG as an element of the page: unique ids, short numbers, a title."""
+    root = ElementTree.fromstring(text[text.index("<svg") :])
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if not child.tag.startswith(_SVG) or child.tag in (f"{_SVG}style", f"{_SVG}metadata"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(_SVG)
+        _clean_attributes(element.attrib, element.tag, key)
+        if element.tag not in ("text", "tspan"):
+            element.text = None
+        element.tail = None
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-labelledby": f"{key}-title",
+        "fill": "currentColor",
+    }
+    title = ElementTree.Element("title", {"id": f"{key}-title"})
+    title.text = label
+    root.insert(0, title)
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=True)
+
+
+def _clean_attributes(given: dict[str, str], tag: str, key: str) -> None:
+    if tag in ("g", "text"):
+        given.pop("id", None)
+    if _LINK in given:
+        given["href"] = given.pop(_LINK)
+    if "id" in given:
+        given["id"] = f"{key}-{given['id']}"
+    for name in given.keys() & {"href", "clip-path"}:
+        given[name] = given[name].replace("#", f"#{key}-", 1)
+    if "style" in given:
+        parts = [part.strip() for part in given["style"].split(";")]
+        style = ";".join(part for part in parts if not part.startswith("font-family"))
+        given["style"] = re.sub("#[0-9a-f]{6}", lambda m: _VARIABLES.get(m[0], m[0]), style)
+    for name in given.keys() & {"d", "x", "y", "transform", "width", "height"}:
+        shorter = re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.2f}", given[name])
+        given[name] = " ".join(shorter.split())
+
+
+# --- pictures ---
 
 #: The darkest cell of a heat map: text must stay legible on it, in light and in dark.
 SHADE = 0.45
@@ -256,11 +362,9 @@ def speed(models: Sequence[tuple[str, float]]) -> Picture:
     def draw(figure: Any) -> None:
         axis = figure.subplots()
         rates = [rate for _, rate in models]
-        axis.barh(range(len(models)), rates, height=0.6, color=[FIRST] * (len(models) - 1) + [LAST])
-        for row, rate in enumerate(rates):
-            axis.annotate(
-                f"{rate:,.0f}", (rate, row), (4, 0), textcoords="offset points", va="center"
-            )
+        colors = [FIRST] * (len(models) - 1) + [LAST]
+        bars = axis.barh(range(len(models)), rates, height=0.6, color=colors)
+        axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=4)
         _rows(axis, [name for name, _ in models], 22)
         axis.set_xlim(0, 1.18 * max(rates))
         axis.grid(visible=False, axis="y")
@@ -292,10 +396,7 @@ def corruptions(rows: Sequence[Shifted], score: str) -> Picture:
 
     def cell(axis: Any, at: Shifted, color: str, alpha: float, text: str) -> None:
         x, y = severities.index(at.severity), kinds.index(at.kind)
-        axis.fill(
-            [x - 0.47, x + 0.47, x + 0.47, x - 0.47], [y - 0.45, y - 0.45, y + 0.45, y + 0.45],
-            color=color, alpha=alpha, linewidth=0,
-        )  # fmt: skip
+        axis.barh(y, 0.94, height=0.9, left=x - 0.47, color=color, alpha=alpha, linewidth=0)
         axis.text(x, y, text, ha="center", va="center", color=INK, fontsize=9)
 
     def draw(figure: Any) -> None:
@@ -363,68 +464,5 @@ def _legend(figure: Any, lines: Any, labels: Sequence[str]) -> None:
 
 
 def _finite(values: Sequence[float | None]) -> Array:
-    array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+    array = np.array(values, dtype=np.float64)  # None is NaN
     return np.where(np.isfinite(array), array, np.nan)
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """Top-1 of one class."""
-
-    index: int
-    name: str
-    n_examples: int
-    top1: tuple[float | None, ...]  # one per model
-
-    @property
-    def change(self) -> float:
-        """Of the last model against the first; 0 where one has none."""
-        first, last = self.top1[0], self.top1[-1]
-        return 0.0 if first is None or last is None else last - first
-
-
-def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
-    """Top-1 of every class that has examples, by index; empty without labels."""
-    examples = [model.metrics.examples for model in models]
-    found = [model.metrics.by_class for model in models]
-    if found and found[0]:
-        return [
-            ClassRow(
-                index=c,
-                name=names[c] if c < len(names) else f"class {c}",
-                n_examples=int(n),
-                top1=tuple(one[c][0] if c < len(one) else None for one in found),
-            )
-            for c, (_, n) in enumerate(found[0])
-        ]
-    if not examples or examples[0] is None or isinstance(models[0].metrics.task, ByRows):
-        return []
-    n = np.bincount(examples[0].labels)
-    right = [
-        None if e is None else np.bincount(e.labels, e.scores, minlength=len(n)) for e in examples
-    ]
-    return [
-        ClassRow(
-            index=c,
-            name=names[c] if c < len(names) else f"class {c}",
-            n_examples=int(n[c]),
-            top1=tuple(None if r is None else float(r[c] / n[c]) for r in right),
-        )
-        for c in np.flatnonzero(n).tolist()
-    ]
-
-
-def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
-    """Standard error of each class's change from the first model to the last, if labelled."""
-    first, last = models[0].metrics.examples, models[-1].metrics.examples
-    if first is None or last is None or first.scores is None or last.scores is None:
-        return None
-    if first.groups is not None:
-        d, ids = np.subtract(last.scores, first.scores, dtype=np.float64), first.groups
-        inside = [np.flatnonzero(first.labels == row.index) for row in rows]
-        return np.array([mean_and_se(d[i], numbered(ids[i], len(i)))[1] for i in inside])
-    # The variance of a difference of paired outcomes: only images that changed contribute.
-    changed = np.bincount(first.labels, first.scores != last.scores)[[row.index for row in rows]]
-    n = np.array([row.n_examples for row in rows])
-    change = np.array([row.change for row in rows])
-    return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))

@@ -1,29 +1,26 @@
-"""The parts of a report as records, and the sentences that they make."""
+"""The parts of a report as records, and the sentences on what was done and left out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import nn
 
-from bnfix.core.errors import Note
+from bnfix.core.errors import some
 from bnfix.core.settings import Preprocessing
-from bnfix.metrics.compare import Decision, Paired, compare
-from bnfix.metrics.custom import Custom
-from bnfix.metrics.metrics import Metrics
-from bnfix.metrics.robustness import Moved
-from bnfix.metrics.task import LABELS, ByRows, Task
+from bnfix.metrics.beside import Custom
+from bnfix.metrics.compare import Decision, Paired, mean_and_se
+from bnfix.metrics.metrics import Metrics, numbered
+from bnfix.metrics.task import ByRows
 from bnfix.norm.layer import generalized_norms
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.report.agreement import BADGES, ByLoss, Closeness, describe_unlike, no_change
-from bnfix.report.pages import clean, count, difference, direction, number, percent
+from bnfix.report.pages import count
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
 
@@ -157,262 +154,88 @@ def describe_neighbours(model: nn.Module) -> list[str]:
     ]
 
 
-# --- sentences ---
+@dataclass(frozen=True)
+class ClassRow:
+    """Top-1 of one class."""
 
-#: Commands whose first model is the same network before the work.
-_BEFORE = ("fix", "convert", "calibrate", "finetune", "demo", "export")
-_VERDICTS = {"better": "Better", "same": "Same", "worse": "Worse"}
+    index: int
+    name: str
+    n_examples: int
+    top1: tuple[float | None, ...]  # one per model
+
+    @property
+    def change(self) -> float:
+        """Of the last model against the first; 0 where one has none."""
+        first, last = self.top1[0], self.top1[-1]
+        return 0.0 if first is None or last is None else last - first
+
+
+def class_rows(models: Sequence[Evaluated], names: Sequence[str]) -> list[ClassRow]:
+    """Top-1 of every class that has examples, by index; empty without labels."""
+    found = [model.metrics.by_class for model in models]
+    dense = bool(models) and isinstance(models[0].metrics.task, ByRows)
+    return [
+        ClassRow(
+            index=c,
+            name=names[c] if c < len(names) else f"class {c}",
+            n_examples=int(n),
+            top1=tuple(one[c][0] if c < len(one) else None for one in found),
+        )
+        for c, (_, n) in enumerate(found[0] if found else ())
+        if n or dense
+    ]
+
+
+def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -> np.ndarray | None:
+    """Standard error of each class's change from the first model to the last, if labelled."""
+    first, last = models[0].metrics.examples, models[-1].metrics.examples
+    if first is None or last is None or first.scores is None or last.scores is None:
+        return None
+    if first.groups is not None:
+        d, ids = np.subtract(last.scores, first.scores, dtype=np.float64), first.groups
+        inside = [np.flatnonzero(first.labels == row.index) for row in rows]
+        return np.array([mean_and_se(d[i], numbered(ids[i], len(i)))[1] for i in inside])
+    # The variance of a difference of paired outcomes: only images that changed contribute.
+    changed = np.bincount(first.labels, first.scores != last.scores)[[row.index for row in rows]]
+    n = np.array([row.n_examples for row in rows])
+    change = np.array([row.change for row in rows])
+    return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))
 
 
 @dataclass(frozen=True)
-class Findings:
-    """The models and their comparison with the first, as a verdict in words."""
+class Rank:
+    """A model's rank by NLL, then by top-1."""
 
-    command: str
-    data: DataUsed | None
-    models: tuple[Evaluated, ...]
-    n_seen: int = 0  # evaluated examples that were used for fitting or choosing
-    moved: Moved | None = None  # how far the outputs moved
-    swap: SwapPlan | None = None
-    seed: int = 0
+    rank: int  # from 1; equal models share it
+    name: str
+    nll: float
+    top1: float  # 0 for a task without a score
+    paired: Paired | None  # against the first model given
 
-    @property
-    def task(self) -> Task:
-        """What the models were judged by."""
-        return self.models[-1].metrics.task if self.models else LABELS
 
-    @property
-    def by_rows(self) -> ByRows | None:
-        """The task, if it is no classification."""
-        return self.task if isinstance(self.task, ByRows) else None
-
-    @cached_property
-    def paired(self) -> tuple[Paired | None, ...]:
-        """Each further model against the first; ``None`` without labels."""
-        return self._pairs([model.metrics for model in self.models])
-
-    @cached_property
-    def agreed(self) -> tuple[Paired | None, ...]:
-        """Each further model against the first, by the reference; ``None`` without one."""
-        return self._pairs([model.agreement for model in self.models])
-
-    def _pairs(self, found: Sequence[Metrics | None]) -> tuple[Paired | None, ...]:
-        return tuple(
-            compare(found[0], other, seed=self.seed)
-            if found[0] is not None
-            and other is not None
-            and all(m.examples is not None or m.problem for m in (found[0], other))
-            else None
-            for other in found[1:]
+def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
+    """Rank models on the same labelled examples, best first; empty for fewer than two."""
+    keys = sorted(
+        (m.metrics.nll, -(m.metrics.top1 or 0.0), i)
+        for i, m in enumerate(models)
+        if m.metrics.nll is not None
+    )
+    # Without the position: models with equal numbers share a rank.
+    values = [key[:2] for key in keys]
+    return [
+        Rank(
+            rank=values.index((nll, top1)) + 1,
+            name=models[i].name,
+            nll=nll,
+            top1=-top1,
+            paired=paired[i - 1] if i else None,
         )
+        for nll, top1, i in keys
+        if len(keys) > 1
+    ]
 
-    @property
-    def _last_pair(self) -> Paired | None:
-        return self.paired[-1] if self.paired else None
 
-    @property
-    def verdict(self) -> str | None:
-        """``better``, ``same`` or ``worse``: the last model against the first."""
-        return None if self._last_pair is None else self._last_pair.verdict
-
-    def _by_loss(self, task: ByRows) -> ByLoss:
-        """The first and the last model of a task that is no classification."""
-        first, last = self.models[0].metrics, self.models[-1].metrics
-        return ByLoss(task, first, last, paired=self._last_pair, before=self._reference())
-
-    @property
-    def _closeness(self) -> Closeness | None:
-        """The last model against the first by the reference, if there is one."""
-        paired = self.agreed[-1] if self.agreed else None
-        first, last = (self.models[k].agreement if self.models else None for k in (0, -1))
-        if paired is None or first is None or last is None:
-            return None
-        return Closeness(first=first, last=last, paired=paired, before=self._reference())
-
-    @property
-    def agreement_verdict(self) -> str | None:
-        """The same by divergence from a reference and agreement with it; ``None`` without one."""
-        return None if self._closeness is None else self._closeness.paired.verdict
-
-    @property
-    def temperature_only(self) -> bool:
-        """Whether no gain remains after temperature scaling."""
-        return self._last_pair is not None and self._last_pair.temperature_only
-
-    def verdict_sentence(self) -> str:
-        """The verdict, its evidence and its limits."""
-        sentences = " ".join([self.headline(), *self.remarks()])
-        if self.verdict is None:
-            return sentences[:1].upper() + sentences[1:]
-        return f"{self.verdict}: {sentences}"
-
-    @property
-    def n_groups(self) -> int | None:
-        """Groups among the evaluated examples, if any are given."""
-        last = self.models[-1] if self.models else None
-        for metrics in (last.metrics, last.agreement) if last else ():
-            if metrics is not None and metrics.examples is not None:
-                return metrics.examples.n_groups
-        return None
-
-    def _said(self, text: str) -> str:
-        """A sentence with the word that its intervals are by groups, where they are."""
-        by_groups = "95% interval by groups"
-        return text if self.n_groups is None else text.replace("95% interval", by_groups)
-
-    def headline(self) -> str:
-        """The first sentence, in small letters: words may come before it."""
-        return self._said(self._headline())
-
-    def _headline(self) -> str:
-        if not self.models:
-            n = len(self.swap.changes) if self.swap else 0
-            if n:
-                layers = "layer" if n == 1 else "layers"
-                return f"{count(n)} norm {layers} swapped; accuracy was not evaluated."
-            return "not evaluated: there were no labelled test images."
-        last, images = self.models[-1].metrics, self._images()
-        if not self.models[-1].classified:
-            return self._own_metrics(images)
-        if last.problem:
-            return f"{clean(self.models[-1].name)} cannot be evaluated on {images}: {last.problem}."
-        if last.nll is None and (close := self._closeness) is not None:
-            return close.headline(images)
-        if last.nll is None:
-            return f"the {images} have no labels, so accuracy cannot be measured."
-        if isinstance(self.task, ByRows):
-            return self._by_loss(self.task).headline(images)
-        if len(self.models) == 1:
-            low, high = (100 * end for end in last.interval["top1"])
-            return f"{percent(last.top1)} of {images} right (95% interval {low:.1f} to {high:.1f})."
-        first, paired = self.models[0].metrics, self._last_pair
-        if paired is None or first.top1 is None:
-            why = f"cannot be evaluated: {first.problem}" if first.problem else "was not measured"
-            return f"{percent(last.top1)} of {images} right; {clean(self.models[0].name)} {why}."
-        if self._judged_by_nll():
-            return (
-                f"NLL {number(last.nll)} on {images}, {number(first.nll)} {self._reference()}; "
-                f"the difference is {difference(paired.nll)}."
-            )
-        now = f"{no_change(paired, last)}{percent(last.top1)} of {images} right"
-        change = difference(paired.top1, points=True)
-        return f"{now}, {percent(first.top1)} {self._reference()}; the difference is {change}."
-
-    def remarks(self) -> list[Note]:
-        """Facts that qualify the headline, one sentence each."""
-        notes: list[Note] = []
-        paired = self._last_pair
-        if isinstance(self.task, ByRows):
-            notes += map(Note, self._by_loss(self.task).remarks())
-        elif paired is not None and math.isfinite(paired.nll.difference):
-            first, last = self.models[0].metrics, self.models[-1].metrics
-            if self._judged_by_nll():
-                text = f"Top-1 {direction(paired.top1)}: {percent(last.top1)}, "
-                text += f"{percent(first.top1)} {self._reference()}"
-                text += f" (difference {difference(paired.top1, points=True)})."
-            else:
-                text = f"NLL {direction(paired.nll)}: {number(last.nll)}, "
-                text += f"{number(first.nll)} {self._reference()}"
-                text += f" (difference {difference(paired.nll)})."
-            notes.append(Note(text))
-        if (close := self._closeness) is not None:
-            notes += map(Note, close.remarks(labelled=self.verdict is not None))
-        notes += [Note(text, "caution") for text in self._cautions()]
-        notes += [] if self.moved is None else [self._movement(self.moved)]
-        return [Note(self._said(note), note.kind) for note in notes]
-
-    def _cautions(self) -> Iterator[str]:
-        known = self.models and self.by_rows is None
-        if known and (m := self.models[-1].metrics).top1 is not None:
-            chance = 1 / m.logits.shape[1] if m.logits.size else 0
-            if m.interval["top1"][0] <= chance:
-                yield (
-                    f"This is no better than chance ({percent(chance)}). Check preprocessing, "
-                    "--class-map and --output first."
-                )
-        if self._last_pair is not None:
-            names, shown = zip(*((m.name, m.preprocessing) for m in self.models), strict=True)
-            yield from describe_unlike(names, shown)
-        if self.temperature_only:
-            yield "Temperature scaling alone gives the same gain."
-        if self.n_seen:
-            yield (
-                f"{count(self.n_seen)} of these {self.noun} were used to fit or choose the model, "
-                "so this is no proof."
-            )
-
-    def badge(self) -> str:
-        """One or two words for the head of the page."""
-        if self.verdict is not None:
-            return _VERDICTS[self.verdict] + (", no proof" if self.n_seen else "")
-        if self.agreement_verdict is not None:
-            return BADGES[self.agreement_verdict]
-        if not self.models:
-            return "Done"
-        measured = self.models[-1].metrics.nll is not None or self.models[-1].custom
-        return "Measured" if measured else "Not proven"
-
-    def _movement(self, moved: Moved) -> Note:
-        """How far the outputs moved, with a warning if that is far and nothing shows a gain."""
-        n = count(moved.n)
-        if moved.relative_rms == 0 and not moved.top1_changed:
-            return Note(f"The outputs did not change on {n} {self.noun}.")
-        text = (
-            "The outputs cannot be compared with those before (not finite, or of another shape)"
-            if moved.relative_rms is None
-            else f"The outputs changed by {percent(moved.relative_rms)} (relative RMS)"
-        )
-        if moved.top1_changed is not None:
-            text += f"; the top-1 class changed on {percent(moved.top1_changed)}"
-        text += f" {'on' if moved.top1_changed is None else 'of'} {n} {self.noun}."
-        if not moved.is_large or (self.verdict or self.agreement_verdict) == "better":
-            return Note(text)
-        return Note(
-            f"{text} Warning: this is a large change, and no labelled image shows that it helps. "
-            "Compare both files with bnfix eval before you use the new one.",
-            "caution",
-        )
-
-    def _judged_by_nll(self) -> bool:
-        """Whether the verdict rests on NLL, not on top-1."""
-        if (paired := self._last_pair) is None or paired.verdict == "same":
-            return False
-        # The other measure may point elsewhere, so the headline names the one that is significant.
-        return direction(paired.top1) != ("is higher" if paired.verdict == "better" else "is lower")
-
-    def _reference(self) -> str:
-        if self.command in _BEFORE and len(self.models) == 2:
-            return "before"
-        if self.command == "average":
-            return "with the first checkpoint"
-        return f"with {clean(self.models[0].name)}"
-
-    @property
-    def noun(self) -> str:
-        """Images, or else examples."""
-        return "images" if self.data is None else self.data.noun
-
-    def _images(self) -> str:
-        is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
-        corruption = self.data.corruption if self.data is not None else None
-        groups = "" if self.n_groups is None else f" in {count(self.n_groups)} groups"
-        return (
-            f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}"
-            f"{self.noun}{groups}{f' under {corruption}' if corruption else ''}"
-        )
-
-    def _own_metrics(self, images: str) -> str:
-        """The headline where the outputs are not logits of classes."""
-        shown = self.models[-1].custom[:3]
-        values = [f"{clean(c.name)} {number(c.value)}{self._before(c)}" for c in shown]
-        metrics = ", ".join(values) or "no metric was given"
-        return f"on {images}: {metrics}; the outputs are not the logits of classes."
-
-    def _before(self, last: Custom) -> str:
-        first = next((c for c in self.models[0].custom if c.name == last.name), None)
-        if first is None or len(self.models) == 1:
-            return ""
-        return f" ({number(first.value)} {self._reference()})"
+# --- sentences ---
 
 
 def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = ()) -> list[str]:
@@ -475,3 +298,31 @@ def _spent(calibration: Calibration) -> str:
         f" Reading data took {cost.data:.2f} s{whose}, forward passes {cost.forward:.2f} s, "
         f"statistics {cost.statistics:.2f} s{speed}."
     )
+
+
+def left_out(
+    assumptions: Sequence[str], data: DataUsed | None, swap: SwapPlan | None, trials: Trials
+) -> list[str]:
+    """Assumptions and exclusions, one sentence each, each once."""
+    notes = list(assumptions)
+    if swap:
+        notes += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
+    if trials.calibration:
+        c = trials.calibration.exceptions
+        notes += _grouped("Statistics unchanged, never reached", c.never_reached)
+        notes += _grouped("Statistics unchanged, frozen or excluded", c.left_alone)
+        notes += _grouped("Called more than once per pass, calls pooled", c.called_again)
+    if trials.choice:
+        notes += _grouped("Example weight unchanged", trials.choice.excluded)
+    for run in trials.finetunings:
+        notes += _grouped("Statistics unchanged, frozen or excluded", run.frozen)
+        if n := run.n_skipped_steps:
+            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped, not finite.")
+    if data and (n := data.n_skipped):
+        shown = f": {some(data.skipped, 20)}" if data.skipped else ""
+        notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")
+    return list(dict.fromkeys(notes))
+
+
+def _grouped(title: str, names: Sequence[str]) -> list[str]:
+    return [f"{title}: {some(names, 8)}."] if names else []

@@ -1,74 +1,60 @@
-"""The report of a command as JSON, Markdown and one HTML page, and its files."""
+"""The report of a command as JSON, Markdown and one HTML page, its files, and `--predictions`."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bnfix.checkpoints.save import check_folder, check_free, write_text
+from bnfix.checkpoints.save import check_folder, check_free, replace_whole, write_text
 from bnfix.core import __version__
-from bnfix.core.errors import file_error, some
+from bnfix.core.errors import ConfigError, file_error, file_errors, plain
+from bnfix.metrics.beside import Custom, Uncertain
 from bnfix.metrics.compare import Decision, Paired
-from bnfix.metrics.custom import Custom
+from bnfix.metrics.evaluate import Outputs
+from bnfix.metrics.metrics import Metrics, chunks, log_softmax, losses_of
 from bnfix.metrics.robustness import BatchInvariance, Shifted, Tiled
-from bnfix.metrics.task import ByRows
-from bnfix.metrics.uncertainty import Uncertain
-from bnfix.norm.swap import SwapPlan
+from bnfix.metrics.task import Array, ByRows
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
-from bnfix.report.agreement import agreed_json, agreement_intervals, agreement_json
-from bnfix.report.pages import Picture, count, fields_of, flat, plain_json, render
-from bnfix.report.plots import ClassRow, class_change_errors, class_rows
-from bnfix.report.records import DataUsed, Evaluated, Findings, LayerRow, Trials, done
+from bnfix.report.pages import fields_of, flat, plain_json, render
+from bnfix.report.records import (
+    ClassRow,
+    DataUsed,
+    Evaluated,
+    LayerRow,
+    Rank,
+    Trials,
+    class_change_errors,
+    class_rows,
+    done,
+    left_out,
+    ranking,
+)
+from bnfix.report.verdict import Findings
 
-
-@dataclass(frozen=True)
-class Rank:
-    """A model's rank by NLL, then by top-1."""
-
-    rank: int  # from 1; equal models share it
-    name: str
-    nll: float
-    top1: float  # 0 for a task without a score
-    paired: Paired | None  # against the first model given
-
-
-def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> list[Rank]:
-    """Rank models on the same labelled examples, best first; empty for fewer than two."""
-    keys = sorted(
-        (m.metrics.nll, -(m.metrics.top1 or 0.0), i)
-        for i, m in enumerate(models)
-        if m.metrics.nll is not None
-    )
-    # Without the position: models with equal numbers share a rank.
-    values = [key[:2] for key in keys]
-    return [
-        Rank(
-            rank=values.index((nll, top1)) + 1,
-            name=models[i].name,
-            nll=nll,
-            top1=-top1,
-            paired=paired[i - 1] if i else None,
-        )
-        for nll, top1, i in keys
-        if len(keys) > 1
-    ]
+#: Metrics against a reference, and their names in the JSON of a model.
+_AGREEMENT = {"top1": "agreement", "nll": "divergence"}
 
 
 def model_json(model: Evaluated) -> dict[str, Any]:
     """The JSON of a model; ``custom`` only where there are metrics of the user's."""
-    m = model.metrics
+    m, agreement = model.metrics, agreement_json(model.agreement)
     names = ("top1", "top5", "nll", "nll_temperature_scaled", "temperature", "brier", "ece")
     named = {name: getattr(m, name) for name in names}
     if isinstance(m.task, ByRows):
         named = {"nll": m.nll, "top1": m.top1, **m.values}
+    ends = {} if model.agreement is None else model.agreement.interval
+    intervals = {name: ends[key] for key, name in _AGREEMENT.items() if key in ends}
     return {
         "name": model.name,
         "file": model.file,
@@ -78,16 +64,18 @@ def model_json(model: Evaluated) -> dict[str, Any]:
         "n_live": model.n_live,
         **({"preprocessing": asdict(p)} if (p := model.preprocessing) else {}),
         **named,
-        **agreement_json(model.agreement),
-        "interval": {
-            "top1": None,
-            "nll": None,
-            **m.interval,
-            **agreement_intervals(model.agreement),
-        },
+        **agreement,
+        "interval": {"top1": None, "nll": None, **m.interval, **intervals},
         "images_per_second": m.images_per_second or None,
         **({"custom": {c.name: _custom_json(c) for c in model.custom}} if model.custom else {}),
     }
+
+
+def agreement_json(agreement: Metrics | None) -> dict[str, float | None]:
+    """Agreement with a reference and divergence from it; nothing without one."""
+    if agreement is None:
+        return {}
+    return {name: getattr(agreement, key) for key, name in _AGREEMENT.items()}
 
 
 def _custom_json(custom: Custom) -> dict[str, Any]:
@@ -191,12 +179,7 @@ class Report(Findings):
             "n_seen": self.n_seen,
             "data": self.data and self._data_json(self.data),
             "models": [model_json(model) for model in self.models],
-            "paired": [
-                {**paired_json(model.name, self.models[0].name, paired), **agreed_json(agreed)}
-                for model, paired, agreed in zip(
-                    self.models[1:], self.paired, self.agreed, strict=True
-                )
-            ],
+            "paired": self._paired_json(),
             "layers": self.layers,
             "decisions": [fields_of(decision, "words") for decision in self.decisions],
             "calibration": trials.calibration and trials.calibration.to_json(),
@@ -233,6 +216,15 @@ class Report(Findings):
         plain["task"] = {"name": self.by_rows.name, "loss": self.by_rows.words.loss}
         found: dict[str, Any] = renamed(plain, self.by_rows)
         return found
+
+    def _paired_json(self) -> list[dict[str, Any]]:
+        rows = []
+        for model, pair, agreed in zip(self.models[1:], self.paired, self.agreed, strict=True):
+            rows.append(paired_json(model.name, self.models[0].name, pair))
+            if agreed is not None:
+                rows[-1] |= {"agreement": agreed.top1, "divergence": agreed.nll}
+                rows[-1]["agreement_verdict"] = agreed.verdict
+        return rows
 
     def _class_json(self, row: ClassRow) -> dict[str, Any]:
         value, n = ("top1", "examples") if self.by_rows is None else self.by_rows.of_class
@@ -279,7 +271,7 @@ class Report(Findings):
     def _classes(self) -> list[ClassRow]:
         return class_rows(self.models, (self.data.class_names if self.data else None) or ())
 
-    def _pictures(self) -> list[Picture]:
+    def _pictures(self) -> list[plots.Picture]:
         """The plots that have data."""
         labelled = [(m.name, m.metrics) for m in self.models if m.metrics.reliability]
         rates = [(m.name, m.metrics.images_per_second) for m in self.models]
@@ -293,7 +285,7 @@ class Report(Findings):
         ends = [labelled[0], labelled[-1]][: len(labelled)] if labelled else []
         words = self.task.words
         shifted = self.corruptions and words.score
-        made: list[Picture | None] = [
+        made: list[plots.Picture | None] = [
             plots.gate(self.decisions) if self.decisions else None,
             plots.reliability(ends) if ends else None,
             plots.weights_over_depth(weights) if self._any_weight() else None,
@@ -319,7 +311,7 @@ class Report(Findings):
             f"{max(highest):.3g}: predictions depend on the other images in the batch."
         )
 
-    def _class_picture(self) -> Picture | None:
+    def _class_picture(self) -> plots.Picture | None:
         rows, none = self._classes, self.by_rows is not None
         if none or not self.paired or self.paired[-1] is None or len(rows) < 2:
             return None
@@ -329,7 +321,7 @@ class Report(Findings):
         names = [row.name for row in rows]
         return None if errors is None else plots.per_class(names, n, first, last, errors)
 
-    def _render(self, template: str, pictures: Sequence[Picture]) -> str:
+    def _render(self, template: str, pictures: Sequence[plots.Picture]) -> str:
         headline = self.headline()
         return render(
             template,
@@ -352,34 +344,6 @@ class Report(Findings):
             any_weight=self._any_weight(),
             batch_weights=self._batch_weights(),
         )
-
-
-def left_out(
-    assumptions: Sequence[str], data: DataUsed | None, swap: SwapPlan | None, trials: Trials
-) -> list[str]:
-    """Assumptions and exclusions, one sentence each, each once."""
-    notes = list(assumptions)
-    if swap:
-        notes += [*swap.notes, *_grouped("Not swapped", swap.skipped)]
-    if trials.calibration:
-        c = trials.calibration.exceptions
-        notes += _grouped("Statistics unchanged, never reached", c.never_reached)
-        notes += _grouped("Statistics unchanged, frozen or excluded", c.left_alone)
-        notes += _grouped("Called more than once per pass, calls pooled", c.called_again)
-    if trials.choice:
-        notes += _grouped("Example weight unchanged", trials.choice.excluded)
-    for run in trials.finetunings:
-        notes += _grouped("Statistics unchanged, frozen or excluded", run.frozen)
-        if n := run.n_skipped_steps:
-            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped, not finite.")
-    if data and (n := data.n_skipped):
-        shown = f": {some(data.skipped, 20)}" if data.skipped else ""
-        notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")
-    return list(dict.fromkeys(notes))
-
-
-def _grouped(title: str, names: Sequence[str]) -> list[str]:
-    return [f"{title}: {some(names, 8)}."] if names else []
 
 
 def report_paths(out: Path) -> tuple[Path, ...]:
@@ -406,3 +370,82 @@ def check_report_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
         raise file_error(folder, "is not a folder. Give another --report.")
     check_folder(next(path for path in (folder, *folder.parents) if path.exists()) / "report.json")
     return paths
+
+
+# --- the table of predictions ---
+
+TABLES = (".csv", ".parquet")
+
+
+def check_predictions(path: Path, *, force: bool) -> None:
+    """Refuse, before any work, a file that could not be written."""
+    if path.suffix.lower() not in TABLES:
+        raise ConfigError(
+            f"--predictions: {plain(path)}, expected a name ending in {' or '.join(TABLES)}.",
+            name="predictions",
+        )
+    check_folder(path)
+    check_free(path, force=force)
+    if path.suffix.lower() == ".parquet":
+        _pyarrow()
+
+
+def table_of(
+    names: Sequence[str], examples: Sequence[str], found: Sequence[Outputs]
+) -> dict[str, list[Any] | Array]:
+    """Columns of the table: file, label, and for each model prediction, confidence, NLL."""
+    labels = found[0].labels
+    columns: dict[str, list[Any] | Array] = {"file": list(examples)}
+    if labels is not None:
+        columns["label"] = labels.astype(np.int64)
+    for name, one in zip(names, found, strict=True):
+        confidence = np.empty(len(one.outputs))
+        for part in chunks(one.outputs):
+            confidence[part] = np.exp(log_softmax(one.outputs[part]).max(1))
+        columns[f"{name}.prediction"] = one.outputs.argmax(1)
+        columns[f"{name}.confidence"] = confidence
+        if one.labels is not None:
+            columns[f"{name}.nll"] = losses_of(one.outputs, one.labels.astype(np.int64))
+    return columns
+
+
+def write_predictions(path: Path, columns: dict[str, list[Any] | Array]) -> None:
+    """Write the table, whole or not at all; an existing file is replaced."""
+    if path.suffix.lower() == ".csv":
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*(_shown(column) for column in columns.values()), strict=True))
+        write_text(path, text.getvalue())
+        return
+    arrow, parquet = _pyarrow()
+    names = [_utf8(name) for name in columns]
+    values = [list(map(_utf8, c)) if isinstance(c, list) else c for c in columns.values()]
+    table = arrow.table(values, names=names)
+    check_folder(path)
+    with file_errors(path, "not written", kinds=(OSError,)):
+        replace_whole(path, lambda temporary: parquet.write_table(table, temporary))
+
+
+def _utf8(text: object) -> str:
+    """A text without the half characters that a file name may hold."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def _shown(column: list[Any] | Array) -> list[Any]:
+    if isinstance(column, list):
+        return column
+    if column.dtype.kind == "f":
+        return [f"{value:.9g}" for value in column]
+    return list(column.tolist())
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ConfigError(
+            "--predictions: a .parquet file needs pyarrow, which is not installed. Give a .csv "
+            'file, or: pip install "bnfix[parquet]".',
+            name="predictions",
+        ) from error
