@@ -18,8 +18,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.cli import app
 from bnfix.core.errors import NormError
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions, StatisticsRecipe, WeightRecipe
-from bnfix.diagnosis.advice import Finding, read_history
-from bnfix.diagnosis.faults import examine_behaviour, examine_call, examine_model
+from bnfix.diagnosis.faults import Finding, read_history
+from bnfix.diagnosis.model import examine_behaviour, examine_call, examine_model
 from bnfix.jobs.convert import convert
 from bnfix.jobs.inspect import inspect_checkpoint
 from bnfix.jobs.run import calibrate

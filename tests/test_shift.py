@@ -12,8 +12,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnfix.core.errors import DataError
-from bnfix.diagnosis.faults import examine_behaviour
-from bnfix.diagnosis.shift import Shifts, measure_shifts
+from bnfix.diagnosis.model import Shifts, examine_behaviour, measure_shifts
 from bnfix.norm.swap import swap_norms_
 from bnfix.recalibrate.recalibrate import recalibrate_, residuals
 from tests import nets

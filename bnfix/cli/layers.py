@@ -10,9 +10,8 @@ from rich.table import Table
 
 from bnfix.cli.terminal import shown_text
 from bnfix.core.errors import some
-from bnfix.diagnosis.advice import Finding
-from bnfix.diagnosis.faults import Behaviour
-from bnfix.diagnosis.shift import Shifts
+from bnfix.diagnosis.faults import Finding
+from bnfix.diagnosis.model import Behaviour, Shifts
 from bnfix.jobs.inspect import Inspection
 from bnfix.norm.swap import Change
 from bnfix.report.pages import percent

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bnfix.core.errors import CheckpointError, some
-from bnfix.diagnosis.advice import Finding, finding
+from bnfix.diagnosis.faults import Finding, finding, under
 from bnfix.recalibrate.collector import drift
 
 #: Fewer values show no pattern, in a weight and in one of its channels.
@@ -160,22 +160,21 @@ def compare_weights(tensors: Mapping[str, Tensor], original: Mapping[str, Tensor
         if not torch.equal(weight, original[name].to(weight))
     ]
     norms = [
-        name.removesuffix("running_mean")
-        for name in tensors
-        if name.endswith("running_mean")
+        name.rpartition(".")[0]
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[2] == "running_mean"
         and {name, name.removesuffix("mean") + "var"} <= both
-        and tensors[name].is_floating_point()
+        and tensor.is_floating_point()
     ]
     moved = {norm for norm in norms if _has_moved(norm, tensors, original)}
     large = [change for change in changed if change.relative_norm > _SLIGHT]
     reached = _norms_after(large, norms, [list(tensors), list(original)])
-    stale = [norm for norm in norms if norm in reached and norm not in moved]
     return Comparison(
         n_weights=len(weights),
         changed=tuple(changed),
         n_norms=len(norms),
-        moved=tuple(norm.removesuffix(".") for norm in norms if norm in moved),
-        stale=tuple(norm.removesuffix(".") for norm in stale),
+        moved=tuple(norm for norm in norms if norm in moved),
+        stale=tuple(norm for norm in norms if norm in reached - moved),
         unmatched=tuple(sorted((tensors.keys() | original.keys()) - both)),
     )
 
@@ -279,13 +278,13 @@ def _norms_after(
     if order is None:
         return set(norms) if any(change.is_convolution for change in changed) else set()
     first = min((order.index(change.name) for change in changed), default=len(order))
-    return {norm for norm in norms if f"{norm}running_mean" in order[first:]}
+    return {norm for norm in norms if under(norm, "running_mean") in order[first:]}
 
 
 def _has_moved(norm: str, tensors: Mapping[str, Tensor], original: Mapping[str, Tensor]) -> bool:
     """Whether a layer's statistics differ by more than storing them again can explain."""
     new, old = (
-        (state[f"{norm}running_mean"].double(), state[f"{norm}running_var"].double())
+        (state[under(norm, "running_mean")].double(), state[under(norm, "running_var")].double())
         for state in (tensors, original)
     )
     return not all(part <= _MOVED for part in drift(new, old, _EPS))  # NaN has moved too

@@ -1,37 +1,266 @@
-"""Faults of norm layers: in a checkpoint's tensors, in a model's settings, in one call, on data."""
+"""Faults of norm layers in a file's tensors, the advice against each, and commands to copy."""
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnfix.core import guards, masks, runtime
-from bnfix.core.errors import ModelError, some
-from bnfix.core.torch_private import BatchNormBase
-from bnfix.diagnosis.advice import Fault, Finding, finding, mapping
-from bnfix.diagnosis.shift import Shifts, measure_shifts
-from bnfix.metrics.task import labels_of, raw_labels
-from bnfix.metrics.tasks import read_off
-from bnfix.norm.sites import NormSite, find_norms, instance_norms
+from bnfix.core.errors import plain
+from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
+
+# Advice ends with a command; CKPT, SPEC, DATA and OUT are filled in where they are known.
+RECALIBRATE = (
+    "bnfix calibrate CKPT --model SPEC --data DATA --statistics population --example-weight keep "
+    "-o OUT"
+)
+BLEND = (
+    "without labels the middle way (where weights were changed: --statistics population): bnfix "
+    "calibrate CKPT --model SPEC --data DATA --statistics blend --example-weight keep -o OUT"
+)
+GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
+_INSPECT = "bnfix inspect CKPT --model SPEC --data DATA"
+_COMPARE = "to see whether they are: bnfix inspect CKPT --against ORIGINAL"
+_REPAIR = (
+    "repair it against the original: bnfix calibrate CKPT --model SPEC --reference ORIGINAL "
+    "--data DATA -o OUT"
+)
+_REPLACE = "take another checkpoint"
+_CHOOSE = "let new images choose: bnfix fix CKPT --model SPEC --data DATA --select OTHER -o OUT"
+_MEASURE = (
+    "measure it: if it is as accurate as it should be, the statistics belong to the weights, so "
+    f"keep them; else {GATED}"
+)
+_ALONE = "to see how much: bnfix eval CKPT --model SPEC --data DATA --compare-batch-sizes"
+_TUNE = "bnfix finetune CKPT --model SPEC --data DATA --train norms -o OUT"
+_TRACK = (
+    "in Python: build it with track_running_stats=True, load_state_dict(..., strict=False), "
+    "bnfix.recalibrate_, bnfix.save"
+)
+
+#: Severity, advice and the faults that have them; with an error the outputs cannot be right.
+#: Every other fault is a warning with the advice to recalibrate.
+_GROUPS: Final = (
+    ("error", RECALIBRATE, "not-finite negative-variance momentum-out-of-range output-not-finite"),
+    ("error", _REPLACE, "gamma-not-finite beta-not-finite moment-missing odd-statistics"),
+    ("error", f"fetch the file again, or {_REPLACE}", "length-mismatch"),
+    ("warning", _MEASURE, "evaluation-mode"),
+    ("warning", _CHOOSE, "trained-on"),
+    # New statistics of a pruned network can be worse than stale ones, so the command compares them.
+    ("warning", _REPAIR, "stale-weights"),
+    ("warning", _TUNE, "gamma-all-zero"),
+    ("warning", _TRACK, "no-statistics"),
+    ("note", RECALIBRATE, "counter-behind half-statistics momentum-none"),
+    ("note", f"nothing, if it is intended; {RECALIBRATE}", "frozen frozen-kind"),
+    ("note", f"nothing, if it is intended; {_INSPECT}", "shared"),
+    ("note", f"to be sure: {_INSPECT}", "counted-again predicted-gap"),
+    ("note", "bnfix eval CKPT --model SPEC --data DATA --precision bf16", "beyond-half"),
+    ("note", "for statistics of each call: give every call a layer of its own", "reused"),
+    ("note", "left alone", "instance-norm"),
+    ("note", _ALONE, "batch-weight"),
+    ("note", _COMPARE, "pruned clustered rounded"),
+    ("note", "no new statistics are needed", "compared"),
+    ("note", "nothing", "dead-channels counter-zero gamma-zero unused single-position"),
+)
+_FAULTS: Final = {
+    fault: (severity, advice) for severity, advice, faults in _GROUPS for fault in faults.split()
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A fault of a layer, or of the model (``layer`` is empty), and the advice against it."""
+
+    layer: str
+    fault: str  # a short code, the same for the same fault everywhere
+    detail: str
+    severity: str  # error, warning or note
+    advice: str
+
+
+#: A fault and its detail.
+Fault = tuple[str, str]
+
+
+def finding(layer: str, fault: str, detail: str) -> Finding:
+    """A finding with its fault's severity and advice."""
+    severity, advice = _FAULTS.get(fault, ("warning", RECALIBRATE))
+    return Finding(layer=layer, fault=fault, detail=detail, severity=severity, advice=advice)
+
+
+def gated(found: Finding) -> Finding:
+    """Advise new statistics only where labelled data show that they are better."""
+    words, asked, _ = found.advice.partition(RECALIBRATE)
+    # With an error the stored statistics are wrong for any weights, so nothing need be compared.
+    if not asked or found.severity == "error":
+        return found
+    return replace(found, advice=words + GATED)
+
+
+def blended(found: Sequence[Finding]) -> list[Finding]:
+    """Advise what lies between stored and new statistics, where no labels tell which are better."""
+    # Layers with other faults hold nothing that is worth keeping a part of.
+    faulty = {one.layer for one in found if one.severity != "note" and one.fault != "stale"} - {""}
+    mixed = {("stale", RECALIBRATE), ("output-range", RECALIBRATE)}
+    return [
+        replace(one, advice=BLEND)
+        if (one.fault, one.advice) in mixed and one.layer not in faulty
+        else one
+        for one in found
+    ]
+
+
+#: Advice holds at most one command, which runs from this word to its end.
+_START: Final = "bnfix "
+#: Options that a command does not have.
+_LACKS: Final = {"finetune": {"--labels"}, "eval": {"--test"}}
+
+
+@dataclass(frozen=True)
+class Call:
+    """The options of an inspection, with what is known of the model and the labels."""
+
+    path: Path
+    model: ModelRecipe
+    data: str | None
+    source: DataRecipe
+    run: RunOptions
+    seed: int
+    samples: tuple[str, ...]
+    asks_model: bool  # neither the options nor the file name a model
+    labelled: bool
+    frozen: dict[str, str]  # by layer, the option with which commands change it
+    original: Path | None = None
+
+    def fill(self, found: Finding) -> str:
+        """Put file, model, data and all options that were given into an advice's command."""
+        words, _, rest = found.advice.partition(_START)
+        given = rest.split()
+        if "CKPT" not in given:
+            return found.advice
+        name, data = given[0], self.data
+        if name == "finetune" and not self.labelled:  # it needs other data than the inspection's
+            words, data = f"{words}with labelled data: ", None
+        own = {word for word in given if word.startswith("--")} | _LACKS.get(name, set())
+        flag = self.frozen.get(found.layer, "")
+        acts = "OUT" in given and (flag == "--unfreeze" or name == "calibrate")
+        replaced = {
+            "CKPT": [f"./{self.path}" if str(self.path).startswith("-") else str(self.path)],
+            "ORIGINAL": ["ORIGINAL" if self.original is None else str(self.original)],
+            "OUT": [f"{self.path.stem}.{name.removesuffix('e')}ed.safetensors"],
+            "--model": [],
+            "SPEC": ["--model", "SPEC"] * self.asks_model + _options(self.model),
+            "--data": [],
+            "DATA": [
+                *("--data", data or "DATA"),
+                *((flag,) if flag and acts else ()),
+                *_options(self.source, own),
+                *_options(self.run, own),
+                *(self.samples if name == "inspect" else ()),
+                *(("--seed", str(self.seed)) if self.seed else ()),
+            ],
+        }
+        filled = [part for word in given for part in replaced.get(word, [word])]
+        return f"{words}{_START}{shlex.join(filled)}"
+
+
+def _options(recipe: Any, without: Collection[str] = ()) -> list[str]:
+    """The fields of a recipe that are not at their defaults, as words of a command line."""
+    words: list[str] = []
+    for field in fields(recipe):
+        value, flag = getattr(recipe, field.name), "--" + field.name.replace("_", "-")
+        if value == field.default or value is None or value is False or flag in without:
+            continue
+        if field.name == "arguments":
+            flag, value = "--model-arg", tuple(f"{k}={json.dumps(v)}" for k, v in value)
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, tuple) and value and isinstance(value[0], str):
+            # The option is given once for each.
+            words += [word for item in value for word in (flag, item)]
+        else:
+            words += [flag, ",".join(map(str, value if isinstance(value, tuple) else (value,)))]
+    return words
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a history: its command (``None`` where it holds none), options and results."""
+
+    command: str | None
+    options: tuple[str, ...]
+    did: str
+
+
+def read_history(history: Any) -> list[Entry]:
+    """Read a header's history; a stranger may have written it, so nothing in it is trusted."""
+    entries = history if isinstance(history, list) else []
+    return [_entry(found) for found in entries if isinstance(found, dict)]
+
+
+def _entry(found: Mapping[str, Any]) -> Entry:
+    command = _quoted(found.get("command_line"))
+    if command is not None:
+        return Entry(command, (), _did(found))
+    # Files of earlier versions, and those written from Python, hold the options alone.
+    file = mapping(found.get("input")).get("file")
+    lines = [f"{plain(found.get('command') or '?')} {plain(file or '')}".rstrip()]
+    for name, values in mapping(found.get("options")).items():
+        given = values
+        if isinstance(values, dict):
+            given = {k: v for k, v in values.items() if v not in (None, False, [], "")}
+        if given:
+            lines.append(f"{plain(name)}: {json.dumps(given, ensure_ascii=False)}")
+    return Entry(None, tuple(lines), _did(found))
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is an object of a header, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _quoted(typed: Any) -> str | None:
+    """A stored command, quoted again, so that a copy of it runs bnfix and nothing else."""
+    try:
+        words = shlex.split(typed) if isinstance(typed, str) else []
+    except ValueError:
+        return None
+    return shlex.join(words) if words[:1] == ["bnfix"] else None
+
+
+def _did(entry: Mapping[str, Any]) -> str:
+    results, data = mapping(entry.get("results")), mapping(entry.get("data"))
+    said = [
+        words.format(plain(value) if kind is str else value)
+        for value, kind, words in (
+            (results.get("output"), str, "output: {}"),
+            (results.get("n_layers"), int, "{} layers swapped"),
+            (results.get("difference"), float, "largest output difference {:.2g}"),
+            (results.get("top1"), float, "top-1 {:.4f} on its test split"),
+            (results.get("nll"), float, "NLL {:.4f}"),
+            (results.get("loss"), float, "loss {:.4f} on its test split"),
+            (data.get("n_examples"), int, "{} examples"),
+        )
+        if type(value) is kind
+    ]
+    return ", ".join(said) or "no results recorded"
+
+
+# --- the tensors of a file ---
 
 _MOMENTS = ("running_mean", "running_var")
 _TINY_VAR = 1e-5
 #: Below so many batches more than 1% of a new layer's statistics is left at momentum 0.1.
 _FEW_BATCHES = 44
 _LARGEST_HALF = 65504.0
-#: Means off by half a deviation, variances by a factor of 2, on average over a layer's channels.
-_STALE_SHIFT, _STALE_LOG_RATIO = 0.5, math.log(2)
-#: The smallest number of float16: an eps below it is 0 there.
-_LEAST_HALF: Final = 2.0**-24
-_FEW_LEFT: Final = 0.01
-#: Outputs differ between two passes over the data, but not by this factor.
-_RANGE_FACTOR: Final = 10
 
 
 @dataclass(frozen=True)
@@ -59,12 +288,12 @@ def read_norms(
     layers = []
     for key, mean in tensors.items():
         name, _, last = key.rpartition(".")
-        var = tensors.get(_under(name, "running_var"))
+        var = tensors.get(under(name, "running_var"))
         if last != "running_mean" or var is None:
             continue
         if mean.shape != var.shape or mean.numel() == 0 or not (_is_real(mean) and _is_real(var)):
             continue
-        gamma = tensors.get(_under(name, "weight"))
+        gamma = tensors.get(under(name, "weight"))
         if gamma is not None and (gamma.numel() == 0 or not _is_real(gamma)):
             gamma = None
         settings, ours = mapping(found := (header or {}).get(name)), isinstance(found, dict)
@@ -72,7 +301,7 @@ def read_norms(
             NormTensors(
                 name=name,
                 channels=mean.numel(),
-                batches_tracked=_count(tensors.get(_under(name, "num_batches_tracked"))),
+                batches_tracked=_count(tensors.get(under(name, "num_batches_tracked"))),
                 mean_range=_range(mean),
                 var_range=_range(var),
                 gamma_range=None if gamma is None else _range(gamma.double().abs()),
@@ -93,7 +322,7 @@ def diagnose(tensors: Mapping[str, Tensor], layers: list[NormTensors]) -> list[F
     counts = [layer.batches_tracked for layer in layers if (layer.batches_tracked or 0) > 0]
     usual = Counter(counts).most_common(1)[0][0] if counts else None
     for layer in layers:
-        mean, var = (tensors[_under(layer.name, key)] for key in _MOMENTS)
+        mean, var = (tensors[under(layer.name, key)] for key in _MOMENTS)
         faults = [
             *_statistics_faults(layer, mean, var, trained=_is_trained(layer, tensors)),
             *_counter_faults(layer, _is_new(mean.double(), var.double()), usual),
@@ -104,7 +333,8 @@ def diagnose(tensors: Mapping[str, Tensor], layers: list[NormTensors]) -> list[F
     return findings + _broken_layers(tensors, {layer.name for layer in layers})
 
 
-def _under(layer: str, key: str) -> str:
+def under(layer: str, key: str) -> str:
+    """The full name of a layer's tensor."""
     return f"{layer}.{key}" if layer else key
 
 
@@ -114,7 +344,7 @@ def _is_new(mean: Tensor, var: Tensor) -> bool:
 
 def _is_trained(layer: NormTensors, tensors: Mapping[str, Tensor]) -> bool:
     """Whether scale or shift differ from a new layer's: 1 (or 0) and 0."""
-    gamma, beta = (tensors.get(_under(layer.name, key)) for key in ("weight", "bias"))
+    gamma, beta = (tensors.get(under(layer.name, key)) for key in ("weight", "bias"))
     if beta is not None and bool((beta != 0).any()):
         return True
     return gamma is not None and bool((gamma != 1).any()) and bool((gamma != 0).any())
@@ -167,28 +397,22 @@ def _counter_faults(layer: NormTensors, is_new: bool, usual: int | None) -> Iter
         left = f"at torch's momentum of 0.1 a part of {0.9**n:.2g} of the statistics"
         yield "few-batches", f"{n} batches were counted: {left} is still that of a new layer"
     elif usual and n > usual and n % usual == 0:
-        k = n // usual
-        yield (
-            "counted-again",
-            f"counted {k} times as many batches as most layers: the model calls it {k} times a "
-            "forward pass, and its statistics pool those calls",
-        )
+        k, pool = n // usual, "and its statistics pool those calls"
+        calls = f"the model calls it {k} times a forward pass, {pool}"
+        yield "counted-again", f"counted {k} times as many batches as most layers: {calls}"
     elif usual and n < usual / 2:
         why = "newer than the others, or frozen for a part of training"
         yield "counter-behind", f"counted {n} batches where most layers counted {usual}: {why}"
 
 
 def _affine_faults(layer: NormTensors, tensors: Mapping[str, Tensor]) -> Iterator[Fault]:
-    gamma, beta = (tensors.get(_under(layer.name, key)) for key in ("weight", "bias"))
-    for fault, name, tensor in (
-        ("gamma-not-finite", "scale (gamma)", gamma),
-        ("beta-not-finite", "shift (beta)", beta),
-    ):
+    gamma, beta = (tensors.get(under(layer.name, key)) for key in ("weight", "bias"))
+    for kind, word, tensor in (("gamma", "scale", gamma), ("beta", "shift", beta)):
         if tensor is not None and _is_real(tensor) and not bool(tensor.isfinite().all()):
-            yield fault, f"{name} is not finite"
+            yield f"{kind}-not-finite", f"{word} ({kind}) is not finite"
         if tensor is not None and tensor.shape != (layer.channels,):
             detail = f"has shape {tuple(tensor.shape)}, the statistics have {layer.channels}"
-            yield "length-mismatch", f"{name} {detail} channels"
+            yield "length-mismatch", f"{word} ({kind}) {detail} channels"
     if gamma is not None and _is_real(gamma) and bool(gamma.isfinite().all()) and gamma.numel():
         n_zero = int((gamma.double().abs() < 1e-8).sum())
         if n_zero == gamma.numel():
@@ -216,7 +440,7 @@ def _broken_layers(tensors: Mapping[str, Tensor], known: set[str]) -> list[Findi
         if last not in _MOMENTS or name in known:
             continue
         shape = tuple(tensor.shape)
-        other = tensors.get(_under(name, _MOMENTS[1 - _MOMENTS.index(last)]))
+        other = tensors.get(under(name, _MOMENTS[1 - _MOMENTS.index(last)]))
         if other is None:
             found.append(finding(name, "moment-missing", f"has a {last} and not the other moment"))
         elif last == _MOMENTS[1]:
@@ -252,229 +476,3 @@ def _weight(found: Any) -> float | list[float]:
 
 def _range(tensor: Tensor) -> tuple[float, float]:
     return float(tensor.double().min()), float(tensor.double().max())
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """A model on data, in evaluation and (``..._training``) with each batch's own statistics."""
-
-    n_examples: int
-    shifts: Shifts
-    top1: float | None  # None without labels or logits
-    top1_training: float | None
-    output_range: tuple[float, float]
-    output_range_training: tuple[float, float]
-
-    @property
-    def drifts(self) -> dict[str, tuple[float, float]]:
-        """Mean shift in deviations and log variance ratio in inference, stored against data."""
-        found = self.shifts.sequential
-        return {name: (shift.mean_shift, shift.log_var_ratio) for name, shift in found.items()}
-
-    def to_json(self) -> dict[str, Any]:
-        """All but the layers."""
-        shifts, own = self.shifts, {k: v for k, v in vars(self).items() if k != "shifts"}
-        return {**own, "batch_size": shifts.batch_size, "reading": shifts.reading}
-
-
-def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Finding]:
-    """List the faults in the settings of norm layers."""
-    stored = {layer.name: layer for layer in layers}
-    found = [
-        finding(site.name, *fault)
-        for site in find_norms(model)
-        for fault in _setting_faults(
-            site, stored.get(site.name), at_rest=site.is_put_to_rest(model)
-        )
-    ]
-    why = "its running statistics are means of each example's own, so no command changes them"
-    instances = instance_norms(model).items()
-    return found + [finding(name, "instance-norm", f"{kind}: {why}") for name, kind in instances]
-
-
-def _setting_faults(
-    site: NormSite, stored: NormTensors | None, *, at_rest: bool
-) -> Iterator[Fault]:
-    if site.aliases:
-        yield "shared", f"the same module as {some(site.aliases, 3)}: all use one set of statistics"
-    if site.frozen:
-        why = "its numbers are constants, which no command changes without --unfreeze"
-        yield "frozen-kind", f"{site.kind}: {why}"
-    elif at_rest:
-        yield "frozen", "the model's code froze it (evaluation mode, no gradients): left alone"
-    if not site.has_statistics:
-        yield (
-            "no-statistics",
-            "keeps no running statistics: in evaluation, too, outputs depend on the batch",
-        )
-        return
-    if not site.frozen:
-        n = stored.batches_tracked if stored is not None and not stored.ours else None
-        yield from _momentum_faults(getattr(site.module, "momentum", 0.1), n)
-    yield from _eps_faults(site.module)
-
-
-def _momentum_faults(momentum: Any, n_batches: int | None) -> Iterator[Fault]:
-    if momentum is None:
-        detail = "momentum None: statistics are the mean over all of training, early batches too"
-        yield "momentum-none", detail
-    elif not isinstance(momentum, int | float) or not 0 <= momentum <= 1:
-        detail = f"momentum {momentum}, expected 0 to 1: statistics diverge in training"
-        yield "momentum-out-of-range", detail
-    elif momentum == 0:
-        yield "momentum-zero", "momentum 0: statistics never move in training"
-    elif momentum >= 0.5:
-        detail = f"momentum {momentum:g}: statistics are those of the last few batches"
-        yield "momentum-high", detail
-    # The tensors alone show this at torch's usual momentum: fault few-batches.
-    elif momentum < 0.1 and n_batches and n_batches > 0:
-        left = (1 - momentum) ** n_batches
-        if left > _FEW_LEFT:
-            rest = f"leaves a part of {left:.2g} of a new layer's statistics"
-            yield "momentum-low", f"momentum {momentum:g} over {n_batches} batches {rest}"
-
-
-def _eps_faults(module: nn.Module) -> Iterator[Fault]:
-    eps, var = float(getattr(module, "eps", 1e-5)), getattr(module, "running_var", None)
-    if not isinstance(var, Tensor) or not var.numel() or not bool(var.isfinite().all()):
-        return
-    wide = var.double().clamp_min(0)
-    least = float(wide.min())
-    if eps < _LEAST_HALF and least + eps < 1e-6:
-        gain = math.inf if least + eps == 0 else (least + eps) ** -0.5
-        times = f"a channel is multiplied by {gain:.3g}, in float16 by infinity"
-        yield "eps-tiny", f"eps {eps:g} beside a variance of {least:.2g}: {times}"
-    n_small = int((wide < eps).sum())
-    if n_small > wide.numel() / 2 and bool(wide.any()):
-        small = f"{n_small} of {wide.numel()} channels have a variance below eps ({eps:g})"
-        yield "eps-dominates", f"{small}: they are hardly normalized"
-
-
-def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
-    """List the layers that one forward pass calls again, not at all, or on single positions."""
-    sites = find_norms(model)
-    calls: dict[str, list[int]] = {site.name: [] for site in sites}
-    with guards.inference(model), guards.hooks() as handles:
-        for site in sites:
-
-            def look(_: nn.Module, args: Any, out: Any, name: str = site.name) -> None:
-                shape = out.shape if isinstance(out, Tensor) else ()
-                calls[name].append(math.prod(shape[2:]))
-
-            handles.append(site.module.register_forward_hook(look))
-        runtime.run(model, batch, runtime.device_of(model))
-    found = []
-    for name, positions in calls.items():
-        if not positions:
-            detail = "the forward pass does not reach it: its statistics are never used"
-            found.append(finding(name, "unused", detail))
-            continue
-        if len(positions) > 1:
-            detail = f"is called {len(positions)} times a forward pass; its statistics pool them"
-            found.append(finding(name, "reused", detail))
-        if min(positions) == 1:
-            no = "cannot be trained on a batch of one, and example weights have no effect"
-            found.append(finding(name, "single-position", f"has 1x1 feature maps: {no}"))
-    return found
-
-
-def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behaviour, list[Finding]]:
-    """Run data through a model in both modes, and compare."""
-    shifts = measure_shifts(model, batches)
-    evaluation = _pass(model, batches, training=False)
-    training = _pass(model, batches, training=True)
-    seen = Behaviour(
-        n_examples=evaluation.n,
-        shifts=shifts,
-        top1=evaluation.top1,
-        top1_training=training.top1,
-        output_range=(evaluation.low, evaluation.high),
-        output_range_training=(training.low, training.high),
-    )
-    faults = _mode_faults(evaluation, training)
-    return seen, [*_stale_layers(seen.drifts), *(finding("", *fault) for fault in faults)]
-
-
-@dataclass
-class _Pass:
-    """One pass over the data: its outputs, and which examples were classified correctly."""
-
-    n: int = 0
-    low: float = math.inf
-    high: float = -math.inf
-    n_bad: int = 0
-    parts: list[Tensor] = field(default_factory=list)
-
-    def add(self, batch: Any, n: int, output: Any) -> None:
-        """Take in the outputs of a batch of ``n`` examples."""
-        self.n += n
-        for tensor in runtime.tensors_in(output):
-            if tensor.is_floating_point():
-                finite = tensor[tensor.isfinite()].double()
-                self.n_bad += tensor.numel() - finite.numel()
-                if finite.numel():
-                    self.low = min(self.low, float(finite.min()))
-                    self.high = max(self.high, float(finite.max()))
-        try:
-            logits = runtime.logits_of(output)
-        except ModelError:
-            return
-        known = len(logits) == n and read_off(output, raw_labels(batch)) == "classification"
-        labels = labels_of(batch, n, logits.shape[1]) if known else None
-        if labels is not None:
-            self.parts.append(logits.argmax(1).cpu() == torch.as_tensor(labels))
-
-    @property
-    def right(self) -> Tensor | None:
-        """For each example whether it was classified correctly; ``None`` if not known of all."""
-        return torch.cat(self.parts) if self.parts and sum(map(len, self.parts)) == self.n else None
-
-    @property
-    def top1(self) -> float | None:
-        return None if self.right is None else len(self.right.nonzero()) / self.n
-
-
-def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
-    """One pass; in training only the norm layers are in training mode, and all is restored."""
-    found = _Pass()
-    with guards.inference(model):
-        for site in find_norms(model) if training else ():
-            if isinstance(site.module, BatchNormBase) and not site.frozen:
-                site.module.train()
-        for batch in batches:
-            x = runtime.unpack(batch)[0]
-            n = len(x) if isinstance(x, Tensor) else 1
-            # One example has no batch statistics on 1x1 feature maps; stock layers know no mask.
-            if training and (n < 2 or masks.mask_in(batch)):
-                continue
-            found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
-    return found
-
-
-def _stale_layers(drifts: dict[str, tuple[float, float]]) -> Iterator[Finding]:
-    for name, (shift, ratio) in drifts.items():
-        if not (shift <= _STALE_SHIFT and ratio <= _STALE_LOG_RATIO):  # NaN is stale too
-            off = f"stored means are {shift:.2g} deviations off those of the data, variances by a"
-            factor = math.exp(min(ratio, 700))  # exp overflows above 709
-            yield finding(
-                name, "stale", f"{off} factor of {factor:.3g}, on average over the channels"
-            )
-
-
-def _mode_faults(evaluation: _Pass, training: _Pass) -> Iterator[Fault]:
-    for mode, passed in (("evaluation", evaluation), ("training", training)):
-        if passed.n_bad:
-            yield "output-not-finite", f"{passed.n_bad} outputs in {mode} mode are not finite"
-    own = "the statistics of each batch"
-    before, after = evaluation.right, training.right
-    if before is not None and after is not None and training.n == evaluation.n:
-        gained, lost = int((after & ~before).sum()), int((before & ~after).sum())
-        # Paired: without a difference the counts agree to within the root of their sum.
-        if gained - lost > 3 * math.sqrt(gained + lost):
-            stored = f"top-1 is {evaluation.top1:.3f} with the stored statistics"
-            fit = "the stored ones do not fit"
-            yield "modes-differ", f"{stored} and {training.top1:.3f} with {own}: {fit}"
-    widths = [max(abs(passed.low), abs(passed.high)) for passed in (evaluation, training)]
-    if all(map(math.isfinite, widths)) and widths[0] > _RANGE_FACTOR * widths[1] > 0:
-        reach = f"outputs reach {widths[0]:.3g} in evaluation and {widths[1]:.3g} with {own}"
-        yield "output-range", reach

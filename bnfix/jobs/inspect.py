@@ -19,27 +19,28 @@ from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
-from bnfix.diagnosis.advice import (
+from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
+from bnfix.diagnosis.faults import (
     Call,
     Entry,
     Finding,
+    NormTensors,
     blended,
+    diagnose,
     finding,
     gated,
     mapping,
     read_history,
+    read_norms,
 )
-from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
-from bnfix.diagnosis.faults import (
+from bnfix.diagnosis.model import (
     Behaviour,
-    NormTensors,
-    diagnose,
+    Shifts,
     examine_behaviour,
     examine_call,
     examine_model,
-    read_norms,
+    read_predictions,
 )
-from bnfix.diagnosis.shift import Shifts, read_predictions
 from bnfix.jobs.convert import example_input, known_shape
 from bnfix.jobs.inputs import Track, Tracked, open_inputs, resolve_preprocessing, silent
 from bnfix.jobs.session import load_one
