@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def _is_detections(output: Any) -> bool:
 class Recorded:
     """Outputs on some images, kept to be compared with others on the same ones."""
 
-    tensors: list[list[Tensor]]
+    tensors: list[Tensor]
     classes: list[Tensor]
     n: int
 
@@ -76,7 +76,8 @@ def record(model: nn.Module, batches: Iterable[Any], precision: str) -> Recorded
         with runtime.autocast(runtime.device_of(model), precision):
             call = partial(runtime.run, model, batch, runtime.device_of(model))
             tensors, output = all_outputs(model, call)
-        found.tensors.append([t.float().cpu() for t in tensors if t.is_floating_point()])
+        kept = [t.float().cpu() for t in tensors if t.is_floating_point()]
+        found.tensors += kept
         found.n += runtime.n_examples_of(batch)
         try:
             logits = runtime.logits_of(output)
@@ -85,7 +86,7 @@ def record(model: nn.Module, batches: Iterable[Any], precision: str) -> Recorded
         else:
             top1 = logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
             found.classes.append(top1.cpu())
-        n_bytes += sum(t.numel() * t.element_size() for t in found.tensors[-1])
+        n_bytes += sum(t.nbytes for t in kept)
         if n_bytes > _MOST_BYTES:
             break
     return found
@@ -93,14 +94,13 @@ def record(model: nn.Module, batches: Iterable[Any], precision: str) -> Recorded
 
 def moved(before: Recorded, after: Recorded) -> Moved:
     """Compare the outputs of two models on the same images."""
-    old, new = (list(chain.from_iterable(one.tensors)) for one in (before, after))
-    rms = None
-    if old and [t.shape for t in old] == [t.shape for t in new]:
-        pairs = list(zip(old, new, strict=True))
+    rms, pairs = None, list(zip(before.tensors, after.tensors, strict=False))
+    alike = len(before.tensors) == len(after.tensors)
+    if pairs and alike and all(a.shape == b.shape for a, b in pairs):
         change = sum(float((b.double() - a.double()).square().sum()) for a, b in pairs)
         size = sum(float(a.double().square().sum()) for a, _ in pairs)
         ratio = (change / size) ** 0.5 if size else float("inf") if change else 0.0
-        rms = ratio if torch.tensor(ratio).isfinite() else None
+        rms = ratio if math.isfinite(ratio) else None
     top1 = None
     if before.classes and after.classes:
         was, now = torch.cat(before.classes), torch.cat(after.classes)
