@@ -194,22 +194,23 @@ def load_ready(
     if model is None:
         model = _built(origin, checkpoint, notes, mapped=mapped)
     thawed = unfreeze_(model) if recipe.unfreeze else []
-    if recipe.unfreeze:
-        found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
-        notes.append(f"--unfreeze: {found}")
+    found = f"{len(thawed)} frozen layers are now BatchNorm2d" if thawed else "no frozen layer"
+    notes += [f"--unfreeze: {found}"] if recipe.unfreeze else []
     shapes = stock_shapes(model)
     misfits = misfits_of(shapes, checkpoint.tensors)
     if misfits and recipe.prefix is None:
         # Known names may make another prefix the better one.
         checkpoint = read_checkpoint(path, key=key, expected=set(shapes), prefer_ema=prefer_ema)
         misfits = misfits_of(shapes, checkpoint.tensors)
-    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     if (origin.spec or "").startswith("transformers:"):
-        checkpoint, misfits = _as_transformers_loads(checkpoint, model, shapes, misfits)
+        notes.append(f"{type(model).__name__} of transformers was built, as the folder says")
+        if misfits and not misfits.misshapen:
+            checkpoint = _as_transformers_loads(checkpoint, model, notes)
+            misfits = misfits_of(shapes, checkpoint.tensors)
     origin.place = replace(checkpoint, tensors={}, metadata=None, beside={})
     origin.folder = hub_folder(path) if checkpoint.names else None
     if borrows and _lacks_statistics(model, checkpoint, misfits):
-        checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders)
+        checkpoint = _with_statistics(checkpoint, shapes, misfits, lenders, notes)
     elif misfits:
         where = origin.spec or type(model).__name__
         raise file_error(
@@ -227,18 +228,14 @@ def load_ready(
     _apply_norms(model, checkpoint)
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
-    sets, listed = _domains(model, checkpoint, recipe.domain)
-    return Loaded(model, replace(checkpoint, notes=(*checkpoint.notes, *listed)), origin, sets)
-
-
-def _domains(model: nn.Module, file: Checkpoint, name: str | None) -> tuple[Sets, tuple[str, ...]]:
-    """The further statistics in a file, and a note on them; the model gets those of the name."""
-    sets = read_domains(model, file)
-    if name is not None:
-        set_statistics_(model, domain_of(sets, name, file.path))
-    only = "(--domain); only calibrate --domain keeps them in its output"
-    note = f"it also has statistics of the domains {some(sorted(sets))} {only}"
-    return sets, (note,) * (name is None and bool(sets))
+    sets = read_domains(model, checkpoint)
+    if recipe.domain is not None:
+        set_statistics_(model, domain_of(sets, recipe.domain, checkpoint.path))
+    elif sets:
+        only = "(--domain); only calibrate --domain keeps them in its output"
+        notes.append(f"it also has statistics of the domains {some(sorted(sets))} {only}")
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
+    return Loaded(model, checkpoint, origin, sets)
 
 
 def hub_folder(checkpoint: str | Path, spec: str | None = None) -> Path | None:
@@ -293,20 +290,17 @@ def weight_buffers(model: nn.Module) -> set[str]:
 
 
 def _as_transformers_loads(
-    checkpoint: Checkpoint, model: nn.Module, shapes: Mapping[str, torch.Size], misfits: Misfits
-) -> tuple[Checkpoint, Misfits]:
+    checkpoint: Checkpoint, model: nn.Module, notes: list[str]
+) -> Checkpoint:
     """A checkpoint whose names are those of transformers' files, under the model's names."""
-    notes = [f"{type(model).__name__} of transformers was built, as the folder says"]
-    misnamed = misfits and not misfits.misshapen
-    tensors = renamed(model, checkpoint.tensors) if misnamed else {}
-    if tensors:
-        n = sum(name not in tensors for name in checkpoint.tensors)
-        notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
-        places = names_in_file(model, checkpoint.tensors)
-        names = {name: checkpoint.names[place] for name, place in places.items()}
-        checkpoint = replace(checkpoint, tensors=tensors, names=names)
-        misfits = misfits_of(shapes, tensors)
-    return replace(checkpoint, notes=(*checkpoint.notes, *notes)), misfits
+    tensors = renamed(model, checkpoint.tensors)
+    if not tensors:
+        return checkpoint
+    n = sum(name not in tensors for name in checkpoint.tensors)
+    notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
+    places = names_in_file(model, checkpoint.tensors)
+    names = {name: checkpoint.names[place] for name, place in places.items()}
+    return replace(checkpoint, tensors=tensors, names=names)
 
 
 def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, misfits: Misfits) -> bool:
@@ -322,6 +316,7 @@ def _with_statistics(
     shapes: Mapping[str, torch.Size],
     misfits: Misfits,
     lenders: Sequence[str],
+    notes: list[str],
 ) -> Checkpoint:
     """Parameters without statistics, completed by those of another set, or refused."""
     missing = [name for name in shapes if name not in checkpoint.tensors]
@@ -335,17 +330,12 @@ def _with_statistics(
             continue
         tensors = {name: other.tensors[name] for name in missing if name in other.tensors}
         lender = f"{other.path.name}, {other.key or other.prefix or 'top level'}"
-        note = (
+        notes.append(
             f"{checkpoint.key or checkpoint.path.name} has parameters and no statistics; those of "
             f"{plain(lender)} were taken, which belong to other weights; commands with data "
             "measure them (--statistics population)"
         )
-        return replace(
-            checkpoint,
-            tensors={**checkpoint.tensors, **tensors},
-            notes=(*checkpoint.notes, note),
-            borrowed=True,
-        )
+        return replace(checkpoint, tensors={**checkpoint.tensors, **tensors}, borrowed=True)
     raise file_error(
         checkpoint.path,
         f"has the parameters of the model, but none of its {len(missing)} buffers "
