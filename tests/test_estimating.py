@@ -84,9 +84,9 @@ def test_an_estimate_changes_nothing(files):
     state = torch.get_rng_state()
     notes = list(bench.assumptions)
     found = estimated(bench, work_of(bench.plan, bench))
-    assert found.seconds is not None
-    assert 0 < found.seconds[0] < found.seconds[1] < 600
-    assert found.memory_bytes > 0
+    low, high = found["seconds_estimated"]
+    assert 0 < low < high < 600
+    assert found["memory_estimated_bytes"] > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
     assert [(p.requires_grad, p.grad) for p in model.parameters()] == grads
@@ -98,7 +98,8 @@ def test_an_estimate_changes_nothing(files):
 def test_twice_the_work_takes_about_twice_as_long(files):
     bench = opened(files)
     once, often = (
-        estimated(bench, [Work("x", 180, passes, "training")]).seconds[1] for passes in (50, 5000)
+        estimated(bench, [Work("x", 180, passes, "training")])["seconds_estimated"][1]
+        for passes in (50, 5000)
     )
     assert once < often / 5
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bnfix.jobs.pool import measure_moments, pooled, set_moments_
+from bnfix.jobs.unjudged import measure_moments, pooled, set_moments_
 from bnfix.recalibrate.recalibrate import recalibrate_
 from tests import nets
 from tests.conftest import images_of, inputs_of

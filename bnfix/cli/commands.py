@@ -74,11 +74,11 @@ from bnfix.jobs.convert import convert as convert_file
 from bnfix.jobs.export import ExportRecipe, plan_export
 from bnfix.jobs.export import export as export_file
 from bnfix.jobs.inspect import SAMPLES, inspect_checkpoint
-from bnfix.jobs.plan import describe, estimated_again, replayed_plan, with_own_models
+from bnfix.jobs.plan import cost_json, describe, replayed_plan, with_own_models
 from bnfix.jobs.run import execute
 from bnfix.jobs.session import TRIED, Plan
 from bnfix.jobs.steps import open_plan
-from bnfix.jobs.without_data import calibrate_without_data
+from bnfix.jobs.unjudged import calibrate_without_data
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.report import check_predictions, check_report_folder
 from bnfix.report.result import Export, check_exports, check_outputs
@@ -273,7 +273,7 @@ def convert(
     changes, skipped = (report.swap.changes, report.swap.skipped) if report.swap else ((), ())
     # A re-fit takes a pass for each layer.
     passes = 0 if data is None else len(changes)
-    cost = estimated_again(result.model, time.perf_counter() - started, passes).to_json()
+    cost = cost_json(time.perf_counter() - started, result.model, passes)
     if out.as_json:
         more = {"plan": True, **cost, "output": None} if out.show_plan else {"output": str(output)}
         terminal.print_json({**report.to_json(), **more})

@@ -12,8 +12,8 @@ from bnfix.checkpoints.save import check_output
 from bnfix.cli.flags import OUT, RUN, Model, Out, Output, Writes, about, command_line, written
 from bnfix.core.errors import ConfigError
 from bnfix.core.settings import RunOptions
-from bnfix.jobs.pool import pool_files, save_moments
 from bnfix.jobs.session import Plan
+from bnfix.jobs.unjudged import pool_files, save_moments
 from bnfix.report.result import check_outputs
 
 _MOMENTS = "In place of -o: write only the moments of what every norm layer meets, for pool."

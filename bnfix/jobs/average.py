@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bnfix.checkpoints.average import Ingredients, best_of
 from bnfix.core import guards
@@ -67,25 +66,18 @@ def interpolated(fits: Fits, now: State, *, gated: bool) -> Fitted:
     return dataclasses.replace(fitted, name=named if gated else fitted.name)
 
 
-@dataclass(frozen=True)
-class _Mean:
-    """A mean on its way: the positions of its checkpoints, and what the select split says."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Mean(State):
+    """A mean on its way, with the positions of its checkpoints."""
 
-    name: str
+    metrics: Metrics  # on the select split
     which: tuple[int, ...]
-    metrics: Metrics
-    values: guards.Snapshot
-    results: tuple[Any, ...] = ()
 
     @property
     def loss(self) -> float:
         """What checkpoints are ordered by; infinite where it cannot be measured."""
         nll = self.metrics.nll
         return math.inf if nll is None or math.isnan(nll) else nll
-
-    def against(self, rival: _Mean, z: float) -> Decision:
-        """Whether it may take the rival's place."""
-        return judge(MEAN, (self.name, self.metrics), (rival.name, rival.metrics), z)
 
 
 def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
@@ -99,23 +91,25 @@ def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
     Source: Wortsman et al., "Model soups", 2022, recipe 1. Differs: not lower is not enough, it has
     to be better by z standard errors.
     """
-    found, z = _open(fits, recipe), fits.plan.gate.z
+    found, z, decisions = _open(fits, recipe), fits.plan.gate.z, list[Decision]()
+
+    def admitted(tried: _Mean, rival: _Mean) -> bool:
+        pair = (tried.name, tried.metrics), (rival.name, rival.metrics)
+        decisions.append(judge(MEAN, *pair, z))
+        return decisions[-1].admitted
+
     alone = [_alone(fits, found, i, now) for i in range(len(found.names))]
     best, *others = sorted(alone, key=lambda one: one.loss)
     if best.which != (0,):
         found.put_(best.which)
         best = dataclasses.replace(best, values=guards.Snapshot(fits.model))
-    kept, decisions = best, list[Decision]()
+    kept = best
     for more in [(), *(other.which for other in others)]:
         which = (*kept.which, *more)
-        for target in _targets(recipe, which):
+        wanted = recipe.statistics if len(which) > 1 else "population"  # there is no between of one
+        for target in ("population", "interpolated") if wanted == "auto" else (wanted,):
             tried = _tried(fits, found, which, target, now)
-            if tried is None:
-                continue
-            decisions.append(tried.against(kept, z))
-            if decisions[-1].admitted and kept is not best:
-                decisions.append(tried.against(best, z))
-            if decisions[-1].admitted:
+            if tried and admitted(tried, kept) and (kept is best or admitted(tried, best)):
                 kept = tried
     kept.values.restore_()
     found.which = kept.which
@@ -135,15 +129,7 @@ def _alone(fits: Fits, found: Ingredients, i: int, now: State) -> _Mean:
     if metrics is None:
         found.put_([i])
         metrics = fits.on_select(name)
-    return _Mean(name, (i,), metrics, now.values)
-
-
-def _targets(recipe: AverageRecipe, which: Sequence[int]) -> tuple[str, ...]:
-    """The statistics to try: between one checkpoint and itself there are none."""
-    if len(which) == 1:
-        return ("population",)
-    both = ("population", "interpolated")
-    return both if recipe.statistics == "auto" else (recipe.statistics,)
+    return _Mean(name, now.values, metrics=metrics, which=(i,))
 
 
 def _tried(
@@ -165,4 +151,4 @@ def _tried(
         return None
     name = f"{of}, statistics of the data ({target})"
     metrics, values = fits.on_select(name), guards.Snapshot(fits.model)
-    return _Mean(name, tuple(which), metrics, values, results=fitted.results)
+    return _Mean(name, values, metrics=metrics, results=fitted.results, which=tuple(which))

@@ -16,12 +16,12 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import require_file
 from bnfix.checkpoints.save import versions
 from bnfix.core import distributed, runtime
-from bnfix.core.errors import ConfigError, DataError, ModelError
+from bnfix.core.errors import DataError, ModelError
 from bnfix.core.memory import BatchSize, first_of, footprint
-from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_seed
+from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_seed, require
 from bnfix.core.settings import DataRecipe, EvaluationRecipe, ModelRecipe, RunOptions
 from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
-from bnfix.data.fingerprints import data_record, describe_unlisted, seen_before
+from bnfix.data.fingerprints import describe_unlisted, seen_before
 from bnfix.data.groups import describe_groups
 from bnfix.data.images import Images
 from bnfix.deploy.exported import is_exported
@@ -30,18 +30,16 @@ from bnfix.jobs.inputs import (
     Inputs,
     Track,
     Tracked,
+    data_used,
     describe_corruption,
-    describe_skipped,
     evaluation_batch_size,
     open_inputs,
     silent,
 )
 from bnfix.jobs.plan import estimated_evaluation
 from bnfix.jobs.session import load_one
-from bnfix.jobs.uncertainty import on_labelled, uncertain
-from bnfix.metrics.beside import custom_metrics, import_metric
+from bnfix.metrics.beside import check_logits, custom_metrics, import_metric, uncertain
 from bnfix.metrics.evaluate import Outputs, collect, describe_left_out, measured
-from bnfix.metrics.metrics import refuse_not_finite
 from bnfix.metrics.robustness import (
     BatchInvariance,
     Shifted,
@@ -55,7 +53,6 @@ from bnfix.metrics.robustness import (
 from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.blend import take_domain_
 from bnfix.report.records import (
-    DataUsed,
     Evaluated,
     describe_neighbours,
     drifts_between,
@@ -71,6 +68,8 @@ N_COMPARED = 256
 N_TILED = 16
 #: Images that a faster copy is checked on.
 N_CHECKED = 8
+#: Part of the labelled examples that may be measured ones, as a few copies are in many collections.
+_SHARED = 0.05
 _STATED = ("corrupt", "groups", "domain")
 _T = TypeVar("_T")
 
@@ -116,24 +115,24 @@ def evaluate_files(
     check_seed(seed)
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     source, run, also = source or DataRecipe(), run or RunOptions(), also or EvaluationRecipe()
-    if not checkpoints:
-        raise ConfigError("eval: no checkpoint given.")
-    if also.corruptions and source.corrupt is not None:
-        raise ConfigError("--corruptions: not together with --corrupt. Leave one of them out.")
+    require(bool(checkpoints), "eval: no checkpoint given.", "checkpoints")
+    words = "--corruptions: not together with --corrupt. Leave one of them out."
+    require(not also.corruptions or source.corrupt is None, words, "corruptions")
     streams = () if also.streams is None else streams_of(also.streams)
     functions = [import_metric(spec) for spec in also.metric]
     if predictions is not None:
         check_predictions(predictions, force=force)
     notes: list[str] = []
     entrants = enter(checkpoints, data, recipe, source, run, bool(functions), notes)
-    notes += describe_groups(entrants[0].inputs.images, splits=False)
-    for option, wanted in (("--corruptions", also.corruptions), ("--streams", streams)):
-        if wanted and not entrants[0].inputs.images.labelled:
-            raise ConfigError(f"{option}: the examples have no labels. Give labels.")
-    if streams and isinstance(entrants[0].inputs.task, ByRows):
-        raise ConfigError("--streams: orders by class are of a classification. Leave it out.")
-    if also.corruptions and entrants[0].inputs.preprocessing is None:
-        raise ConfigError(f"--corruptions: {data} holds no images. Leave it out.")
+    inputs = entrants[0].inputs
+    notes += describe_groups(inputs.images, splits=False)
+    for name, wanted in (("corruptions", also.corruptions), ("streams", streams)):
+        words = f"--{name}: the examples have no labels. Give labels."
+        require(not wanted or inputs.images.labelled, words, name)
+    words = "--streams: orders by class are of a classification. Leave it out."
+    require(not streams or not isinstance(inputs.task, ByRows), words, "streams")
+    words = f"--corruptions: {data} holds no images. Leave it out."
+    require(not also.corruptions or inputs.preprocessing is not None, words, "corruptions")
     entrants = hasten(entrants, run.precision, seed, notes) if also.fast else entrants
     arena = Arena(entrants, run, seed, track)
     labelled = arena.labelled(also.estimate_from, source)
@@ -163,7 +162,7 @@ def evaluate_files(
         **{name: value for name, value in dataclasses.asdict(also).items() if value},
     }
     return dataclasses.replace(
-        _report(entrants, arena, models, notes, source.corrupt),
+        _report(arena, models, notes, source.corrupt),
         options=options,
         seed=seed,
         command_line=command_line,
@@ -176,39 +175,29 @@ def evaluate_files(
 
 
 def _report(
-    entrants: Sequence[Entrant],
-    arena: Arena,
-    models: tuple[Evaluated, ...],
-    notes: Sequence[str],
-    corruption: str | None,
+    arena: Arena, models: tuple[Evaluated, ...], notes: Sequence[str], corruption: str | None
 ) -> Report:
     """The report on models that went through the same examples; layers are those of the last."""
-    images = entrants[-1].inputs.images
-    used = {**data_record(images), "n_examples": models[0].metrics.n_examples}
-    skipped = describe_skipped(arena.passes)
-    history = [entry for one in entrants for entry in one.loaded.origin.history]
-    first, last = (one.loaded.model for one in (entrants[0], entrants[-1]))
+    images = arena.entrants[-1].inputs.images
+    history = [entry for one in arena.entrants for entry in one.loaded.origin.history]
+    first, last = (arena.entrants[k].loaded.model for k in (0, -1))
+    of_data = [f"{note}." for note in images.notes]
+    said = [*notes, *describe_unlisted(history), *arena.notes, *of_data]
     return Report(
         command="eval",
-        data=DataUsed(
-            **used,
-            n_groups=len(images.group_names) or None,
+        data=data_used(
+            images,
+            passes=arena.passes,
+            n_examples=models[0].metrics.n_examples,
             class_names=images.class_names,
-            skipped=skipped,
-            n_skipped=len(skipped),
             corruption=corruption,
-            noun=images.noun,
         ),
         models=models,
         layers=layer_rows(last, drifts_between(statistics_of(first), statistics_of(last)), {}),
-        assumptions=tuple(
-            dict.fromkeys([
-                *notes, *describe_unlisted(history), *arena.notes, *(f"{n}." for n in images.notes)
-            ])
-        ),
+        assumptions=tuple(dict.fromkeys(said)),
         n_seen=seen_before(images, np.arange(len(images)), history),
         versions=versions(),
-    )  # fmt: skip
+    )
 
 
 def plan_evaluation(
@@ -223,35 +212,26 @@ def plan_evaluation(
     """What `evaluate_files` would do, and what it would cost by a few batches of every model."""
     for path in checkpoints:
         require_file(Path(path))
-    corrupted = also is not None and also.corruptions
-    n_variants = 1 + corrupted * len(CORRUPTIONS) * len(SEVERITIES)
-    source, run = source or DataRecipe(), run or RunOptions()
-    own = also is not None and bool(also.metric)
-    entrants = enter(checkpoints, data, model or ModelRecipe(), source, run, own, [])
-    n_examples = len(entrants[0].inputs.images)
-    few = []
+    source, run, also = source or DataRecipe(), run or RunOptions(), also or EvaluationRecipe()
+    n_variants = 1 + also.corruptions * len(CORRUPTIONS) * len(SEVERITIES)
+    entrants = enter(checkpoints, data, model or ModelRecipe(), source, run, bool(also.metric), [])
+    n_examples, few = len(entrants[0].inputs.images), []
     for one in entrants:
         size = evaluation_batch_size(run, one.loaded.model, one.inputs.size)
         index = np.arange(min(n_examples, 2 * size))
         few.append((one.loaded.model, one.inputs.lenient(len(index)).batches(index, run, size)))
-    cost = estimated_evaluation(few, n_examples, n_variants, run.precision)
     return {
         "command": "eval",
         "plan": True,
         "checkpoints": [str(path) for path in checkpoints],
         "data": {"spec": data, "n_examples": n_examples},
-        **({} if also is None else also.of_certainty),
-        **cost.to_json(),
+        **also.of_certainty,
+        **estimated_evaluation(few, n_examples, n_variants, run.precision),
     }
 
 
 def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[Outputs]) -> None:
-    if not all(one.classified for one in found):
-        raise ConfigError(
-            "--predictions: the outputs are no logits of classes. Leave it out.", name="predictions"
-        )
-    for one in found:
-        refuse_not_finite(one.outputs)
+    check_logits("--predictions", found, groups=True)
     images, positions = entrants[0].inputs.images, found[0].positions
     examples = [] if positions is None else [images.name(int(i)) for i in positions]
     if distributed.here().is_first:
@@ -294,12 +274,12 @@ def enter(
         notes += [f"{name}: {one}" for one in (*said, *take_domain_(loaded, recipe.domain, few))]
         entrants.append(Entrant(name=name, path=str(path), loaded=loaded, inputs=inputs))
     first, *others = (one.inputs.task for one in entrants)
-    if other := [task for task in others if task != first]:
-        raise ConfigError(
+    for other in others:
+        words = (
             f"--task: {entrants[0].name} was judged by {first.name}, {first.words.loss}, another "
-            f"file by {other[0].name}, {other[0].words.loss}. State one task for all.",
-            name="task",
+            f"file by {other.name}, {other.words.loss}. State one task for all."
         )
+        require(other == first, words, "task")
     return entrants
 
 
@@ -331,7 +311,7 @@ class Arena:
     def __init__(
         self, entrants: Sequence[Entrant], run: RunOptions, seed: int, track: Track
     ) -> None:
-        self._entrants, self._run, self._seed, self._track = entrants, run, seed, track
+        self.entrants, self._run, self._seed, self._track = entrants, run, seed, track
         self._groups: dict[Any, list[int]] = {}
         for i, one in enumerate(entrants):
             labels = one.inputs.images.labels
@@ -357,7 +337,7 @@ class Arena:
 
     @property
     def _names(self) -> list[str]:
-        return [one.name for one in self._entrants]
+        return [one.name for one in self.entrants]
 
     def outputs(
         self, stage: str, corruption: Corruption | None = None, any_task: bool = False
@@ -378,7 +358,7 @@ class Arena:
         seen = [one.positions for one in found if one.positions is not None]
         if any(not np.array_equal(positions, seen[0]) for positions in seen):
             raise DataError(
-                f"{self._entrants[0].inputs.images.spec}: some images are unreadable for one model "
+                f"{self.entrants[0].inputs.images.spec}: some images are unreadable for one model "
                 "and not for another. Remove them, or give all models one --resize and --crop."
             )
         if seen:
@@ -410,22 +390,16 @@ class Arena:
 
     def invariance(self) -> list[BatchInvariance]:
         """Look at some examples in several batches."""
-        rng = np.random.default_rng(self._seed)
-        index = rng.permutation(self._good)[:N_COMPARED]
+        index = np.random.default_rng(self._seed).permutation(self._good)[:N_COMPARED]
 
         def run(members: list[Entrant], size: int) -> list[BatchInvariance]:
             def batches_of(positions: np.ndarray, size: int) -> Tracked:
-                return self._batches(members[0], positions, size, f"batches of {size}", None)
+                return self._batches(members[0], positions, size, f"batches of {size}")
 
-            return batch_invariance(
-                [one.name for one in members],
-                [one.net for one in members],
-                batches_of,
-                index,
-                min(size, max(1, len(index) // 2)),
-                precision=self._run.precision,
-                seed=self._seed,
-            )
+            names, nets = [one.name for one in members], [one.net for one in members]
+            how: Any = {"precision": self._run.precision, "seed": self._seed}
+            least = min(size, max(1, len(index) // 2))
+            return batch_invariance(names, nets, batches_of, index, least, **how)
 
         return self._by_group(run)
 
@@ -436,25 +410,42 @@ class Arena:
         def run(members: list[Entrant], n: int) -> list[list[Tiled]]:
             named = "tiles against whole images"
             batches = self._batches(members[0], index, min(n, N_TILED), named, corruption).whole()
-            shape, precision = (size[0], size[-1]), self._run.precision
-            return [tiled(m.name, m.loaded.model, batches, shape, precision) for m in members]
+            how = batches, (size[0], size[-1]), self._run.precision
+            return [tiled(one.name, one.loaded.model, *how) for one in members]
 
         return [row for rows in self._by_group(run) for row in rows]
 
     def labelled(self, data: str | None, source: DataRecipe) -> list[Outputs]:
-        """What every entrant gives for other data, if there are any."""
+        """What every entrant gives for other data, the labelled ones that an estimate starts from.
+
+        Nothing where there are none.
+        """
         if data is None:
             return []
-        others = on_labelled(self._entrants, data, source)
+        others, opened = list[Entrant](), dict[int, Images]()
+        source = dataclasses.replace(source, labels="auto", corrupt=None, groups=None)
+        for one in self.entrants:
+            try:
+                inputs = open_inputs(one.loaded, data, source, opened=opened)
+            except DataError as error:
+                raise DataError(f"--estimate-from: {error}", path=error.path) from error
+            known = set(inputs.images.digests())
+            shared = sum(digest in known for digest in one.inputs.images.digests())
+            where = f"--estimate-from {data}"
+            words = f"{where}: has no labels. Give labelled examples."
+            require(inputs.images.labelled, words, "estimate_from")
+            words = f"{where}: {shared:,} of its examples are in --data, too. Give others."
+            require(shared <= _SHARED * len(known), words, "estimate_from")
+            others.append(dataclasses.replace(one, inputs=inputs))
         return Arena(others, self._run, self._seed, self._track).outputs("estimating by")
 
     def _by_group(self, run: Callable[[list[Entrant], int], list[_T]]) -> list[_T]:
         """What each entrant gets, in the order in which they were given."""
         found: dict[int, _T] = {}
         for group, size in zip(self._groups.values(), self._sizes, strict=True):
-            members = [self._entrants[i] for i in group]
+            members = [self.entrants[i] for i in group]
             found.update(zip(group, size.run(partial(run, members)), strict=True))
-        return [found[i] for i in range(len(self._entrants))]
+        return [found[i] for i in range(len(self.entrants))]
 
     def _batches(
         self,
@@ -462,7 +453,7 @@ class Arena:
         index: np.ndarray,
         size: int,
         stage: str,
-        corruption: Corruption | None,
+        corruption: Corruption | None = None,
     ) -> Tracked:
         batches = one.inputs.batches(index, self._run, size, corruption)
         place = distributed.here()

@@ -14,8 +14,7 @@ from torch import nn
 
 from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import check_room
-from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
-from bnfix.core import guards
+from bnfix.checkpoints.save import round_as_stored_
 from bnfix.core.errors import ModelError, one_line
 from bnfix.core.runtime import device_of, has_forward
 from bnfix.core.runtime import run as run_model
@@ -31,7 +30,8 @@ from bnfix.jobs.inputs import (
     resolve_preprocessing,
     silent,
 )
-from bnfix.jobs.session import Workbench, load_one
+from bnfix.jobs.session import Workbench, finished, load_one
+from bnfix.metrics.evaluate import first_look
 from bnfix.metrics.robustness import all_outputs
 from bnfix.models.build import input_channels
 from bnfix.norm.layer import generalized_norms
@@ -96,7 +96,7 @@ def convert(
     source, run = source or DataRecipe(), run or RunOptions()
     loaded = load_one(checkpoint, recipe, run, mapped=True)
     check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
-    unlabelled = dataclasses.replace(source, labels="none")
+    unlabelled = replace(source, labels="none")
     stated, _ = resolve_preprocessing(loaded, source)
     example = example_input(loaded.model, input_shape, known_shape(loaded.model, stated))
     where = "normal random input"
@@ -130,15 +130,6 @@ def convert(
         )
     recipes: dict[str, Any] = {"model": recipe, "swap": swap, "data": source}
     options = {name: dataclasses.asdict(one) for name, one in recipes.items()}
-    entry = history_entry(
-        "convert",
-        options={**options, "samples": samples},
-        seed=seed,
-        checkpoint=loaded.checkpoint,
-        data=used,
-        command_line=command_line,
-        results={"difference": difference, "n_layers": len(plan.changes), "residuals": residuals},
-    )
     report = Report(
         command="convert",
         data=None,
@@ -146,11 +137,12 @@ def convert(
         layers=layer_rows(loaded.model, {}, {}),
         swap=plan,
         assumptions=(*notes, *plan.notes, *describe_neighbours(loaded.model)),
-        options=options,
+        options={**options, "samples": samples},
+        seed=seed,
         command_line=command_line,
-        versions=versions(),
     )
-    return Result(loaded.model, report, entry, preprocessing)
+    results = {"difference": difference, "n_layers": len(plan.changes), "residuals": residuals}
+    return finished(loaded, report, results=results, data=used, preprocessing=preprocessing)
 
 
 def _swapped(
@@ -245,17 +237,9 @@ def _runs(model: nn.Module, shape: tuple[int, ...], failures: list[str]) -> torc
 
 def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
     """Norm layers whose maps have a single position."""
-    found: set[str] = set()
-    with guards.hooks() as handles:
-        for site in find_norms(model):
-
-            def look(_: nn.Module, args: Any, out: Any, name: str = site.name) -> None:
-                if isinstance(out, torch.Tensor) and out[0, 0].numel() == 1:
-                    found.add(name)
-
-            handles.append(site.module.register_forward_hook(look))
-        outputs_of(model, example)
-    return found
+    norms = {site.name: site.module for site in find_norms(model)}
+    ((calls, _),) = first_look("model", model, norms, [_batch_of(example)])
+    return {name for name, n_positions in calls if n_positions == 1}
 
 
 def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
@@ -280,23 +264,22 @@ def swap_(bench: Workbench, swap: SwapRecipe) -> None:
     """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
     swapped = plan_swap(bench.model, swap)
     layers = dict(generalized_norms(bench.model))
-    if layers:
-        if replace(swap, layers=(), skip=()) == SwapRecipe():
-            return
+    if layers and replace(swap, layers=(), skip=()) == SwapRecipe():
+        return
 
-        def keeping(change: Change) -> Change:
-            layer = layers.get(change.name)
-            if layer is None or swap.to != SwapRecipe().to:
-                return change
-            return replace(
-                change,
-                channel_groups=swap.channel_groups or layer.channel_groups,
-                ghost_size=swap.ghost_size or layer.ghost_size,
-                example_weight=swap.example_weight,
-                batch_weight=swap.batch_weight,
-            )
+    def keeping(change: Change) -> Change:
+        layer = layers.get(change.name)
+        if layer is None or swap.to != SwapRecipe().to:
+            return change
+        return replace(
+            change,
+            channel_groups=swap.channel_groups or layer.channel_groups,
+            ghost_size=swap.ghost_size or layer.ghost_size,
+            example_weight=swap.example_weight,
+            batch_weight=swap.batch_weight,
+        )
 
-        swapped = replace(swapped, changes=tuple(map(keeping, swapped.changes)))
+    swapped = replace(swapped, changes=tuple(map(keeping, swapped.changes)))
     live = any(layer.live for layer in layers.values())
     if not live and any(change.example_weight for change in swapped.changes):
         bench.original = copy.deepcopy(bench.model)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -23,30 +22,31 @@ from bnfix.core import guards, runtime
 from bnfix.core.errors import ConfigError, ModelError, one_line
 from bnfix.core.options import check_seed, one_of, option, require
 from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
+from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
-from bnfix.data.fingerprints import data_record
-from bnfix.data.images import Images
 from bnfix.data.open import open_images
 from bnfix.deploy import forms
 from bnfix.deploy.exported import with_header
 from bnfix.deploy.forms import Agreement, agreement, names_of, torch_runner
 from bnfix.jobs.convert import CALL_ERRORS, example_input, known_shape
+from bnfix.jobs.fits import ORIGINAL
 from bnfix.jobs.inputs import (
     Inputs,
     Track,
     Tracked,
     as_inputs,
+    data_used,
     describe_skipped,
     open_stated,
     resolve_preprocessing,
     silent,
 )
-from bnfix.jobs.plan import Estimate, peak_memory
+from bnfix.jobs.plan import cost_json
 from bnfix.jobs.quantize import open_bench, quantize, refuse_live
 from bnfix.jobs.session import Plan, load_one
 from bnfix.metrics.evaluate import evaluate
 from bnfix.norm.layer import generalized_norms, set_example_weight_
-from bnfix.report.records import DataUsed, Evaluated, describe_neighbours, layer_rows, n_live
+from bnfix.report.records import Evaluated, describe_neighbours, layer_rows, n_live
 from bnfix.report.report import Report
 from bnfix.report.result import SUFFIXES, Export, Verified
 
@@ -108,16 +108,11 @@ class _Inputs:
     x: Tensor
     preprocessing: Preprocessing | None
     notes: list[str]
-    data: Inputs | None = None  # and which of its images `x` holds
-    index: np.ndarray = field(default_factory=lambda: np.arange(0))
+    data: Inputs | None = None  # none: noise
+    index: np.ndarray | None = None  # of the images that `x` holds
     #: Inputs of another height and width, where both are free, and the shape that is sure to run.
     other: Tensor | None = None
     usual: tuple[int, ...] = ()
-
-    @property
-    def images(self) -> Images | None:
-        """The images, if it is no noise."""
-        return None if self.data is None else self.data.images
 
     @contextmanager
     def free_size(self) -> Iterator[None]:
@@ -125,14 +120,13 @@ class _Inputs:
         try:
             yield
         except CALL_ERRORS as error:
-            if self.other is None or self.images is not None:
+            if self.other is None or self.data is not None:
                 raise
             shape = ",".join(map(str, self.usual))
-            reason = str(error) if isinstance(error, ModelError) else one_line(error)
             raise ModelError(
                 "export: the size of the network's input is not known, and it cannot have a free "
-                f"height and width ({reason.rstrip('.')}). Give --input-shape C,H,W, for example "
-                f"{shape}, on which the network runs; or --data."
+                f"height and width ({_reason(error).rstrip('.')}). Give --input-shape C,H,W, for "
+                f"example {shape}, on which the network runs; or --data."
             ) from error
 
 
@@ -177,21 +171,21 @@ def export(
         ModelError: if the model cannot be exported so, or the form differs by more than ``atol``.
     """
     recipe = recipe or ExportRecipe(to)
-    source = source or DataRecipe(labels="auto" if recipe.to == "onnx-int8" else "none")
+    is_int8, max_drop, bench = recipe.to == "onnx-int8", recipe.max_drop, None
+    source = source or DataRecipe(labels="auto" if is_int8 else "none")
     check_seed(seed)
     if recipe.to in ("onnx", "onnx-int8"):
         forms.require_onnx(f"--to {recipe.to}")
-    if recipe.to != "onnx-int8" and {source.test, recipe.max_drop} != {None}:
+    if not is_int8 and {source.test, max_drop} != {None}:
         raise ConfigError("--test, --max-drop: only with --to onnx-int8. Leave them out.")
     wanted = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     loaded = load_one(checkpoint, wanted, RunOptions("cpu"))
     if not recipe.force_zero:
         refuse_live(loaded.model.eval(), recipe.to)
-    bench, max_drop = None, recipe.max_drop
-    if recipe.to == "onnx-int8":
+    if is_int8:
         plan = Plan("export", command_line, wanted, source, gate=GateRecipe(seed=seed))
         bench = open_bench(checkpoint, data, plan, workers, max_drop=max_drop, track=track)
-        recipe = dataclasses.replace(recipe, to="onnx", max_drop=None)
+        recipe = replace(recipe, to="onnx", max_drop=None)
     job = _Job(loaded, recipe, source, workers=workers, seed=seed, track=track)
     made = job.made(data, command_line)
     return made if bench is None else quantize(made, bench, max_drop)
@@ -217,9 +211,9 @@ def plan_export(
         "n_norms": len(layer_rows(net, {}, {})),
         "n_live": 0 if recipe.force_zero else n_live(net),
         "data": None if data is None else {"spec": data, "n_examples": n_examples},
-        "options": dataclasses.asdict(recipe),
+        "options": asdict(recipe),
         # Twice the weights, for model and form; the time of tracing cannot be foreseen.
-        **Estimate(None, peak_memory(net), 2).to_json(),
+        **cost_json(None, net, 2),
     }
 
 
@@ -250,31 +244,38 @@ class _Job:
         try:
             made, content, companion, found = self.form(inputs, names)
         except CALL_ERRORS as error:
-            if inputs.other is None or inputs.images is None:
+            if inputs.other is None or inputs.data is None:
                 raise
             # Of maps any size is wanted; the size of the images is enough.
             size = "x".join(map(str, inputs.x.shape[2:]))
-            inputs = dataclasses.replace(inputs, other=None)
+            inputs = replace(inputs, other=None)
             made, content, companion, found = self.form(inputs, names)
-            why = str(error) if isinstance(error, ModelError) else one_line(error)
-            made.notes.append(f"takes inputs of {size} only, since another size failed: {why}")
+            reason = f"takes inputs of {size} only, since another size failed: {_reason(error)}"
+            made.notes.append(reason)
         if recipe.to == "onnx":
             content = with_header(content, self.loaded.origin, inputs.preprocessing)
-        notes = [
-            *self.loaded.checkpoint.notes,
-            *inputs.notes,
-            *made.notes,
-            *describe_neighbours(net),
-        ]
+        notes = [*self.loaded.checkpoint.notes, *inputs.notes, *made.notes]
+        shaped, data_of = inputs.preprocessing and asdict(inputs.preprocessing), inputs.data
+        report = Report(
+            command="export",
+            data=None if data_of is None else data_used(data_of.images, inputs.index),
+            models=models,
+            layers=layer_rows(net, {}, {}),
+            assumptions=tuple(dict.fromkeys([*notes, *describe_neighbours(net)])),
+            options={**asdict(recipe), "preprocessing": shaped},
+            seed=self.seed,
+            command_line=command_line,
+            versions={**versions(), **forms.versions(recipe.to)},
+        )
         return Export(
             to=recipe.to,
             content=content,
             companion=companion,
-            report=self.report(inputs, models, notes, command_line),
+            report=report,
             verified=Verified(
                 agreement=found,
                 atol=recipe.atol,
-                inputs="noise" if inputs.images is None else "images",
+                inputs="noise" if inputs.data is None else "images",
                 input_shape=tuple(inputs.x.shape[1:]),
                 other_shape=None if inputs.other is None else tuple(inputs.other.shape[1:]),
             ),
@@ -292,7 +293,7 @@ class _Job:
         """Make the form, and compare it with the model on all inputs."""
         recipe, net, free = self.recipe, self.loaded.model, inputs.other is not None
         # The tracer takes equal sides for one; of images they may be.
-        example = inputs.x if inputs.other is None or inputs.images is None else inputs.other
+        example = inputs.x if inputs.other is None or inputs.data is None else inputs.other
         made = forms.Making(
             self.loaded, recipe.to, recipe.opset, example[:2], names=names, free_size=free
         )
@@ -322,14 +323,12 @@ class _Job:
         """Some of the data's images, in seeded random order."""
         recipe = self.recipe
         labels = self.source.labels if recipe.force_zero else "none"
-        source = dataclasses.replace(self.source, labels=labels)
+        source = replace(self.source, labels=labels)
         stated, notes = resolve_preprocessing(self.loaded, source)
         images = open_stated(data, source, stated.channels)
         inputs = as_inputs(images, stated, notes, source)
-        notes = list(inputs.notes)
         index = np.random.default_rng(self.seed).permutation(len(images))[: recipe.samples]
-        batches = self._batches(inputs, index, "reading images")
-        read = []
+        batches, read = self._batches(inputs, index, "reading images"), list[Batch]()
         for batch in batches:
             if not isinstance(batch.x, Tensor):
                 kind = runtime.described(batch.x)
@@ -340,12 +339,10 @@ class _Job:
             self._check_size(tuple(batch.x.shape[1:]))
             read.append(batch)
         x = torch.cat([batch.x for batch in read])
-        index = np.concatenate([batch.index for batch in read])
         # Without --force-zero no labels are read, so notes on unused labels would mislead.
         unused = set() if recipe.force_zero else {"unused labels"}
         used = (note for note in images.notes if getattr(note, "kind", "") not in unused)
-        notes += [f"{data}: {note}." for note in used]
-        notes += describe_skipped([batches])
+        notes = [*inputs.notes, *(f"{data}: {note}." for note in used)]
         if len(x) < 2:
             raise ModelError(f"{data}: {len(x)} usable images, expected at least 2 to verify on.")
         with guards.inference(self.loaded.model):
@@ -353,11 +350,10 @@ class _Job:
         return _Inputs(
             x=x,
             preprocessing=inputs.preprocessing,
-            notes=notes,
+            notes=[*notes, *describe_skipped([batches])],
             data=inputs,
-            index=index,
+            index=np.concatenate([batch.index for batch in read]),
             other=self.elsewhere(x, output),
-            usual=tuple(x.shape[1:]),
         )
 
     def noise(self) -> _Inputs:
@@ -427,7 +423,7 @@ class _Job:
             return cost, ()
         index = np.random.default_rng(self.seed).permutation(len(data.images))[:_COST_EXAMPLES]
         models = []
-        for name, net in (("as it was", before), ("all weights 0", after)):
+        for name, net in ((ORIGINAL, before), ("all weights 0", after)):
             batches = self._batches(data, index, f"evaluating {name}")
             metrics = evaluate(net, batches, seed=self.seed)
             models.append(Evaluated(name, None, None, metrics, n_live=n_live(net)))
@@ -440,16 +436,15 @@ class _Job:
             return
         i = found.worst_example
         where = made.suspect(x[[i, (i + 1) % len(x)]], atol)
-        name = "noise" if inputs.images is None else inputs.images.name(int(inputs.index[i]))
+        data, index = inputs.data, inputs.index
+        name = "noise" if data is None or index is None else data.images.name(int(index[i]))
         suspect = f"suspect layer: {where}."
-        if not where and found.relative_difference < _ROUNDING:
+        if not where:
             enough = float(f"{1.1 * found.relative_difference:.1e}")
-            suspect = (
-                "every layer agrees by itself, so it is rounding that adds up. "
-                f"Give --atol {enough:g} to accept it."
-            )
-        elif not where:
-            suspect = "every layer agrees by itself, so suspect the operations between the layers."
+            so = "suspect the operations between the layers"
+            if found.relative_difference < _ROUNDING:
+                so = f"it is rounding that adds up. Give --atol {enough:g} to accept it"
+            suspect = f"every layer agrees by itself, so {so}."
         raise ModelError(
             f"--to {self.recipe.to}: output {found.worst_output!r} of example {i} ({name}) differs "
             f"by {found.max_difference:.2g}, more than --atol {atol:g} accepts "
@@ -457,23 +452,6 @@ class _Job:
             f"{found.largest_output:.3g}); {suspect} Nothing was written."
         )
 
-    def report(
-        self, inputs: _Inputs, models: tuple[Evaluated, ...], notes: list[str], command_line: str
-    ) -> Report:
-        """The report that every command writes."""
-        data = None
-        if inputs.images is not None:
-            record = data_record(inputs.images, inputs.index)
-            data = DataUsed(record["spec"], len(inputs.x), record["fingerprint"])
-        shaped = inputs.preprocessing and dataclasses.asdict(inputs.preprocessing)
-        return Report(
-            command="export",
-            data=data,
-            models=models,
-            layers=layer_rows(self.loaded.model, {}, {}),
-            assumptions=tuple(dict.fromkeys(notes)),
-            options={**dataclasses.asdict(self.recipe), "preprocessing": shaped},
-            seed=self.seed,
-            command_line=command_line,
-            versions={**versions(), **forms.versions(self.recipe.to)},
-        )
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, ModelError) else one_line(error)

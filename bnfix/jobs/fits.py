@@ -29,7 +29,7 @@ from bnfix.recalibrate.noise import average_over_noise_, noisy_weights
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
-from bnfix.report.records import n_live, statistics_of
+from bnfix.report.records import Evaluated, n_live, statistics_of
 from bnfix.training.finetune import Finetuning, finetune_
 from bnfix.weights.choose import choose_example_weight_, weighable_layers
 from bnfix.weights.label_free import fit_moments_, fit_predictions_
@@ -37,6 +37,7 @@ from bnfix.weights.mixtures import choose_mixture_, learn_batch_weight_
 
 #: Name of the network before all steps.
 ORIGINAL = "as it was"
+BATCH = "batch weight"
 #: What `--batch-weight auto` tries, on so many examples at most.
 BATCH_WEIGHTS, BATCH_WEIGHT_EXAMPLES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 2000
 _Weights = Mapping[str, Any]
@@ -134,13 +135,14 @@ class Fits:
         by_labels, by_reference = self._measured("select", name, self.model)
         return by_reference or by_labels
 
-    def on_test(self, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
-        """Metrics of a model on the test split: by the labels, and by the reference."""
-        return self._measured("test", name, model)
+    def on_test(self, name: str, model: nn.Module) -> Evaluated:
+        """A model on the test split: by the labels, and by the reference."""
+        metrics, agreement = self._measured("test", name, model)
+        return Evaluated(name, None, None, metrics, n_live=n_live(model), agreement=agreement)
 
     def statistics(
         self,
-        _: State,
+        now: State,
         *,
         target: str,
         example_weight: float | None = None,
@@ -156,7 +158,7 @@ class Fits:
         words = {"blend": "between stored and measured", "reference": "matched to the reference"}
         name = f"statistics {words.get(target, f'of the data ({calibration.target})')}"
         if example_weight is not None:
-            self._set_weight(example_weight)
+            self.weight(now, value=example_weight)
             name = f"match (statistics {calibration.target}, example weight {example_weight:.3g})"
         return Fitted(name, (calibration,))
 
@@ -164,21 +166,20 @@ class Fits:
         """Mixtures of the statistics before and the population's, against the state of now."""
         if self._population is None or now.metrics is None:
             return Fitted(None)  # the population could not be measured
-        bench, (calibration, pairs) = self.bench, self._population
-        learn, monitor = bench.learn_and_monitor()
-        size = bench.training_batch_size(self.plan.weight.batch_size)
+        calibration, pairs = self._population
+        learn, monitor = self._to_learn("mixture")
         choice = choose_mixture_(
             self.model,
             pairs,
-            bench.batches(learn, "mixture: fitting", size).shuffled(self.seed),
-            monitor=bench.batches(monitor, "mixture: watching"),
-            select=bench.batches(bench.split.select, "select: mixture"),
+            learn,
+            monitor=monitor,
+            select=self.bench.batches(self.bench.split.select, "select: mixture"),
             incumbent=(now.name, now.metrics),
             recipe=self.plan.weight,
             z=self.plan.gate.z,
             precision=self.precision,
         )
-        bench.assumptions += choice.notes
+        self.bench.assumptions += choice.notes
         admitted = [d.candidate for d in choice.decisions if d.admitted]
         if not admitted:
             return Fitted(None, (), choice.decisions)
@@ -240,19 +241,38 @@ class Fits:
         bench.assumptions += describe_missing(calibration)
         return calibration
 
-    def weight(self, _: State, *, value: float) -> Fitted:
-        """One stated example weight on every layer that can have one."""
-        self._set_weight(value)
-        return Fitted(f"example weight {value:.3g}")
+    def _to_learn(self, stage: str) -> tuple[Callable[[int], Tracked], Tracked]:
+        """Batches to learn weights on, in another order each pass, and batches to watch."""
+        bench, (learn, monitor) = self.bench, self.bench.learn_and_monitor()
+        if stage == BATCH:
+            # As images come: in the order of the files a batch could be of one class.
+            monitor = np.random.default_rng(self.seed).permutation(monitor)
+        size = bench.training_batch_size(self.plan.weight.batch_size)
+        fitting = bench.batches(learn, f"{stage}: fitting", size).shuffled(self.seed)
+        return fitting, bench.batches(monitor, f"{stage}: watching")
 
-    def batch_weight(self, _: State, *, value: float) -> Fitted:
-        """One stated batch weight on every layer that can have one."""
-        self._set_weight(value, "batch")
-        return Fitted(f"batch weight {value:.3g}{self._by_medians}")
+    def weight(self, _: State, *, value: float, source: str = "example") -> Fitted:
+        """One stated weight of the example, or of the batch, on every layer that can have one."""
+        layers, excluded = self._weighable(beside_batch=True)
+        wanted = dict.fromkeys(layers, value)
+        if layers and source == "batch":
+            self._weigh_batch_(wanted)
+        elif layers:
+            set_example_weight_(self.model, wanted)
+        if excluded and value:
+            self.bench.assumptions.append(
+                f"{len(excluded)} layers keep their {source} weight: they have a single position a "
+                "map, or no statistics (--pointwise takes the first in)."
+            )
+        return Fitted(f"{source} weight {value:.3g}{self._by_medians * (source == 'batch')}")
 
     @property
     def _by_medians(self) -> str:
         return " by medians" * (self.plan.weight.batch_estimator == "median")
+
+    def _weigh_batch_(self, weights: _Weights) -> None:
+        how = self.plan.weight.batch_estimator
+        set_example_weight_(self.model, batch_weight=weights, batch_estimator=how)
 
     def chosen_batch_weight(self, now: State) -> Fitted:
         """One batch weight, the best on fit, or less until a stream sorted by class bears it.
@@ -289,7 +309,9 @@ class Fits:
             return Fitted(None, decisions=tuple(decisions))
         set_example_weight_(self.model, batch_weight=chosen)
         if self.plan.weight.granularity == "channel":
-            each = self._batch_weight_per_channel(found)
+            learn, monitor = self._to_learn(BATCH)
+            how: Any = {"recipe": self.plan.weight, "precision": self.precision}
+            each = learn_batch_weight_(self.model, found, learn, monitor=monitor, **how)
             finer = name.replace(own, f"batch weight per channel{self._by_medians}")
             decision, _ = self._judged_batch_weight((finer, each), (name, chosen), none)
             decisions.append(decision)
@@ -297,27 +319,12 @@ class Fits:
             set_example_weight_(self.model, batch_weight=chosen)
         return Fitted(name, decisions=tuple(decisions))
 
-    def _batch_weight_per_channel(self, layers: Mapping[str, GeneralizedBatchNorm]) -> _Weights:
-        bench, recipe = self.bench, self.plan.weight
-        learn, monitor = bench.learn_and_monitor()
-        # As images come: in the order of the files a batch could be of one class.
-        monitor = np.random.default_rng(self.seed).permutation(monitor)
-        size = bench.training_batch_size(recipe.batch_size)
-        return learn_batch_weight_(
-            self.model,
-            layers,
-            bench.batches(learn, "batch weight: fitting", size).shuffled(self.seed),
-            monitor=bench.batches(monitor, "batch weight: watching"),
-            recipe=recipe,
-            precision=self.precision,
-        )
-
     def _judged_batch_weight(
         self, candidate: tuple[str, _Weights], kept: tuple[str, _Weights], none: _Weights
     ) -> tuple[Decision, bool]:
         """The gate's decision, and whether only images sorted by class spoke against it."""
         old, new = (self._in_order("iid", weights) for _, weights in (kept, candidate))
-        decision = judge("batch weight", (candidate[0], new), (kept[0], old), self.plan.gate.z)
+        decision = judge(BATCH, (candidate[0], new), (kept[0], old), self.plan.gate.z)
         if not decision.admitted or self.plan.weight.assume_iid:
             return decision, False
         # A batch of few classes has their statistics, and loses what tells them from others.
@@ -343,25 +350,10 @@ class Fits:
     def _with_batch_weight(
         self, weights: _Weights, index: np.ndarray, what: str, size: int | None = None
     ) -> Metrics:
-        how = self.plan.weight.batch_estimator
-        set_example_weight_(self.model, batch_weight=weights, batch_estimator=how)
+        self._weigh_batch_(weights)
         batches_of = partial(self.bench.batches, index, f"{what}: batch weight", size)
         found = replace(self.outputs(self.model, batches_of), task=self.task)
         return measured(found, self.seed)
-
-    def _set_weight(self, weight: float, source: str = "example") -> None:
-        layers, excluded = self._weighable(beside_batch=True)
-        wanted = dict.fromkeys(layers, weight)
-        if layers and source == "batch":
-            how = self.plan.weight.batch_estimator
-            set_example_weight_(self.model, batch_weight=wanted, batch_estimator=how)
-        elif layers:
-            set_example_weight_(self.model, wanted)
-        if excluded and weight:
-            self.bench.assumptions.append(
-                f"{len(excluded)} layers keep their {source} weight: they have a single position a "
-                "map, or no statistics (--pointwise takes the first in)."
-            )
 
     def _weighable(
         self, *, beside_batch: bool = False
@@ -377,30 +369,24 @@ class Fits:
         size = train_batch_size * -(-64 // train_batch_size)
         batches = self.bench.batches(order, f"example weight: {how}", size).whole()
         fit = fit_moments_ if how == "fit-moments" else fit_predictions_
-        found = fit(
-            self.model,
-            batches,
-            train_batch_size,
-            self._weighable()[0],
-            granularity=self.plan.weight.granularity,
-            seed=self.seed,
-        )
+        layers, freedom = self._weighable()[0], self.plan.weight.granularity
+        how_much: Any = {"granularity": freedom, "seed": self.seed}
+        found = fit(self.model, batches, train_batch_size, layers, **how_much)
         self.bench.assumptions.append(found.describe())
         return Fitted(how)
 
     def chosen_weights(self, now: State) -> Fitted:
         """Example weights chosen on the select split, level by level, against the state of now."""
-        bench, recipe = self.bench, self.plan.weight
-        learn, monitor = bench.learn_and_monitor()
-        size = bench.training_batch_size(recipe.batch_size)
+        bench = self.bench
+        learn, monitor = self._to_learn("example weight")
         choice = choose_example_weight_(
             self.model,
-            bench.batches(learn, "example weight: fitting", size).shuffled(self.seed),
+            learn,
             select=bench.batches(bench.split.select, "select: example weight"),
-            monitor=bench.batches(monitor, "example weight: watching"),
+            monitor=monitor,
             task=self.task,
             reference=None if bench.labelled else self._reference,
-            recipe=recipe,
+            recipe=self.plan.weight,
             z=self.plan.gate.z,
             incumbent=None if now.metrics is None else (now.name, now.metrics),
             precision=self.precision,
@@ -413,8 +399,7 @@ class Fits:
         self, _: State, *, recipe: FinetuneRecipe, gated: bool, distils: bool, alone: bool = False
     ) -> Fitted:
         """Fine-tuning, best epoch kept; the select split judges it, or else its monitor has."""
-        calibrations: list[Calibration] = []
-        state = None if gated else self.plan.state
+        state, calibrations = None if gated else self.plan.state, list[Calibration]()
         tuned = self._finetune(recipe, state, calibrations, distils=distils)
         if recipe.norm_decay_target == "none" and any(recipe.norm_decays.values()):
             still = "--norm-decay: without --norm-decay-target zero or identity nothing decays."

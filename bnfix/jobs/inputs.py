@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import exp, log
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded, origin_of
@@ -24,6 +22,7 @@ from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecip
 from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
+from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images, open_several
 from bnfix.metrics.task import LABELS, ByRows, Task, caller
@@ -31,6 +30,8 @@ from bnfix.metrics.tasks import Multilabel, Regression, Segmentation, resolve_ta
 from bnfix.models.build import input_channels
 from bnfix.models.published import default_preprocessing, preset_preprocessing
 from bnfix.norm.sites import sites_with_statistics
+from bnfix.recalibrate.collector import StopHereError
+from bnfix.report.records import DataUsed
 
 VALUES_A_BATCH = 1 << 22
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -53,21 +54,18 @@ def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
     return batches
 
 
+@dataclass(frozen=True, eq=False)
 class Tracked:
     """Batches whose every pass shows its progress; of several processes each has its share."""
 
-    def __init__(
-        self,
-        batches: Batches,
-        stage: str,
-        track: Track,
-        vary: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None,
-    ) -> None:
-        self.batches, self.stage, self._track, self._vary = batches, stage, track, vary
+    batches: Batches
+    stage: str
+    track: Track
+    vary: Callable[[Iterable[Batch]], Iterable[Batch]] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        source = self.batches if self._vary is None else self._vary(self.batches)
-        return iter(self._track(self.stage, source, len(self.batches)))
+        source = self.batches if self.vary is None else self.vary(self.batches)
+        return iter(self.track(self.stage, source, len(self.batches)))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -79,15 +77,15 @@ class Tracked:
 
     def starting_at(self, n: int) -> Tracked:
         """The same without the first batches."""
-        return Tracked(self.batches.starting_at(n), self.stage, self._track, self._vary)
+        return replace(self, batches=self.batches.starting_at(n))
 
     def evened(self) -> Tracked:
         """The same images without a far smaller last batch."""
-        return Tracked(self.batches.evened(), self.stage, self._track, self._vary)
+        return replace(self, batches=self.batches.evened())
 
     def whole(self) -> Tracked:
         """All batches, on every rank."""
-        return Tracked(self.batches.dealt(0, 1), self.stage, self._track, self._vary)
+        return replace(self, batches=self.batches.dealt(0, 1))
 
     def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
         """Pass k has seed + k and own variants of the images; each rank has a part of all."""
@@ -102,7 +100,7 @@ class Tracked:
         def of_pass(k: int) -> Tracked:
             vary = partial(augmented, kind=augment, seed=seed, epoch=k)
             batches = self.batches.with_seed(seed + k).sliced(place.rank, place.size)
-            return Tracked(batches, self.stage, self._track, None if augment == "none" else vary)
+            return replace(self, batches=batches, vary=None if augment == "none" else vary)
 
         return of_pass
 
@@ -114,21 +112,30 @@ def describe_corruption(source: DataRecipe) -> list[str]:
     return [f"every image was corrupted: {source.corrupt}, after resize and crop."]
 
 
-def describe_skipped(benches: Iterable[Tracked]) -> tuple[str, ...]:
+def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:
     """Bad images that passes have met, on any rank, each once, in words."""
     found: dict[str, str] = {}
-    for bench in benches:
-        shares = distributed.gather(bench.batches.skipped)
-        names = {skipped.name for share in shares for skipped in share}
-        if distributed.here().shared and len(names) > bench.batches.max_bad:
+    for batches in (one.batches for one in passes):
+        skipped = [s for share in distributed.gather(batches.skipped) for s in share]
+        names = {s.name for s in skipped}
+        if distributed.here().shared and len(names) > batches.max_bad:
             raise DataError(
-                f"{bench.batches.images.spec}: {len(names)} bad images, "
-                f"{bench.batches.max_bad:g} allowed: {some(sorted(names))}. Remove them, or allow "
-                "more with --max-bad."
+                f"{batches.images.spec}: {len(names)} bad images, {batches.max_bad:g} allowed: "
+                f"{some(sorted(names))}. Remove them, or allow more with --max-bad."
             )
-        for s in (skipped for share in shares for skipped in share):
+        for s in skipped:
             found.setdefault(s.name, f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}")
     return tuple(found.values())
+
+
+def data_used(
+    images: Images, index: np.ndarray | None = None, passes: Iterable[Tracked] = (), **more: Any
+) -> DataUsed:
+    """The report's record of the data, and of the bad images that passes over them have met."""
+    skipped = describe_skipped(passes)
+    known: dict[str, Any] = {"n_groups": len(images.group_names) or None, "noun": images.noun}
+    known |= {"skipped": skipped, "n_skipped": len(skipped)}
+    return DataUsed(**{**data_record(images, index), **known, **more})
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Inputs:
     preprocessing: Preprocessing | None  # none for inputs that are no images
     notes: list[str]
     source: DataRecipe
-    size: int  # numbers in one input
+    size: int = 0  # numbers in one input
     task: Task = LABELS  # what a model is judged by on these
 
     def batches(
@@ -166,8 +173,7 @@ class Inputs:
 
     def lenient(self, n: int) -> Inputs:
         """The same, for a look at n images: all of them may be bad."""
-        source = dataclasses.replace(self.source, max_bad=float(n))
-        return dataclasses.replace(self, source=source)
+        return replace(self, source=replace(self.source, max_bad=float(n)))
 
     def first_batch(self, seed: int) -> Batch | None:
         """A few images, drawn at random; none where none can be read."""
@@ -196,12 +202,12 @@ def open_inputs(
         data, loaded.model, source, stated, known, recipe=recipe, any_task=any_task
     )
     opened.setdefault(stated.channels, images)
-    found = as_inputs(images, stated, notes, source, size)
+    found = as_inputs(images, stated, notes, source)
     if isinstance(task, ByRows):
         found.notes.append(f"task: {task.name}, {told}; judged by {task.words.loss}.")
         name = task.name if task.name in TASKS else "auto"
         loaded.origin.task = TaskRecipe(name, task.loss, recipe.ignore_index)
-    return dataclasses.replace(found, task=task)
+    return replace(found, size=size, task=task)
 
 
 def _stated_task(loaded: Loaded, source: DataRecipe) -> tuple[TaskRecipe, str]:
@@ -219,13 +225,13 @@ def _stated_task(loaded: Loaded, source: DataRecipe) -> tuple[TaskRecipe, str]:
 
 
 def as_inputs(
-    images: Images, stated: Preprocessing, notes: list[str], source: DataRecipe, size: int = 0
+    images: Images, stated: Preprocessing, notes: list[str], source: DataRecipe
 ) -> Inputs:
     """Opened data with their preprocessing, or without it where they hold no images."""
     if not isinstance(images, TensorItems):
-        return Inputs(images, stated, notes, source=source, size=size)
+        return Inputs(images, stated, notes, source)
     notes = [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
-    return Inputs(images, None, notes, source=source, size=size)
+    return Inputs(images, None, notes, source)
 
 
 def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
@@ -236,37 +242,28 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
     stored = loaded.origin.preprocessing
     spec, sha256 = loaded.origin.spec, loaded.checkpoint.sha256
     default = None if spec is None else default_preprocessing(spec, sha256)
-    photometric = source.mean is not None or source.std is not None
     if source.preset is not None:
         base = preset_preprocessing(source.preset)
     elif stored is not None:
         base = stored
         notes.append("preprocessing: as stored in the checkpoint.")
     elif default is not None:
-        base = default[0]
-        notes.append(f"{default[1]}, since nothing else was given.")
-    elif channels == 3:
-        base = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
-        if not photometric:
-            notes.append(
-                "preprocessing: pixels/255, less ImageNet's mean, by ImageNet's deviation, assumed "
-                "since nothing was given (--mean, --std, --scale, --preset)."
-            )
+        base, words = default
+        notes.append(f"{words}, since nothing else was given.")
     else:
-        base = Preprocessing(channels=1)
-        if not photometric:
+        of_3 = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
+        base = of_3 if channels == 3 else Preprocessing(channels=1)
+        less = ", less ImageNet's mean, by ImageNet's deviation" if channels == 3 else ""
+        if source.mean is None and source.std is None:
             notes.append(
-                "preprocessing: pixels/255, assumed since nothing was given (--mean, --std)."
+                f"preprocessing: pixels/255{less}, assumed since nothing was given (--mean, --std, "
+                "--scale, --preset)."
             )
-    given: dict[str, Any] = {
-        name: getattr(source, name)
-        for name in ("interpolation", "mean", "std", "scale")
-        if getattr(source, name) is not None
-    }
+    names = ("interpolation", "mean", "std", "scale")
+    given = {name: value for name in names if (value := getattr(source, name)) is not None}
     if source.resize is not None or source.crop is not None:
         crop = source.crop
-        given["resize"] = source.resize
-        given["crop"] = None if crop is None else (crop[0], crop[-1])
+        given |= {"resize": source.resize, "crop": crop and (crop[0], crop[-1])}
     if source.bgr and not base.bgr:
         # A mean and a deviation that were not given are those of the same colours.
         given = {"mean": base.mean[::-1], "std": base.std[::-1], **given, "bgr": True}
@@ -274,7 +271,7 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
         given.setdefault("mean", (sum(base.mean) / len(base.mean),))
         given.setdefault("std", (sum(base.std) / len(base.std),))
         given["channels"] = channels
-    return dataclasses.replace(base, **given), notes
+    return replace(base, **given), notes
 
 
 def open_checked(
@@ -317,10 +314,9 @@ def open_checked(
         _set_classes(images, output, first.y, recipe.task)
     if images.labels is None:
         return images, input_size, task
-    if any_task and isinstance(output, torch.Tensor):
-        is_logits = output.ndim == 2 and int(images.labels.max()) < output.shape[1]
-        if not is_logits:
-            return images, input_size, task
+    odd = any_task and isinstance(output, Tensor)
+    if odd and not (output.ndim == 2 and int(images.labels.max()) < output.shape[1]):
+        return images, input_size, task
     output, notes = _chosen_output(model, output, images)
     labels = origin_of(model).labels
     images = for_outputs(images, runtime.logits_of(output).shape[1], labels)
@@ -387,10 +383,6 @@ def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) ->
     return min(128, max(8, VALUES_A_BATCH // input_size))
 
 
-class _Seen(BaseException):
-    """Ends a pass once the layer is reached; no Exception, which the model might catch."""
-
-
 def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> str | None:
     """A sentence where the first images do not fit the running statistics of the first norm layer.
 
@@ -412,9 +404,9 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
         if arguments and isinstance(arguments[0], Tensor):
             x, valid = arguments[0].detach(), masks.current_mask()
             inputs.append(x if valid is None else valid.kept(x))
-        raise _Seen
+        raise StopHereError
 
-    with guards.inference(model), guards.hooks() as hooks, suppress(_Seen):
+    with guards.inference(model), guards.hooks() as hooks, suppress(StopHereError):
         hooks.append(site.module.register_forward_pre_hook(keep))
         runtime.run(model, batch, runtime.device_of(model))
     if not inputs or inputs[0].ndim < 2 or inputs[0].shape[1] != len(mean):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +57,6 @@ _ORDER = {"error": 0, "warning": 1, "note": 2}
 
 
 @dataclass(frozen=True)
-class Original:
-    """The checkpoint that another one was made from, and how they differ."""
-
-    file: Checkpoint
-    comparison: Comparison
-
-    @staticmethod
-    def read(path: str | Path, damaged: Checkpoint, recipe: ModelRecipe) -> Original:
-        """Read the original in the same way, and compare."""
-        file = read_checkpoint(path, prefer_ema=recipe.prefer_ema)
-        return Original(file, compare_weights(damaged.tensors, file.tensors))
-
-    def findings(self) -> list[Finding]:
-        """The comparison as a finding."""
-        return self.comparison.findings()
-
-    def to_json(self) -> dict[str, Any]:
-        """The part of `inspect --json` on the original."""
-        file = {"file": str(self.file.path), "sha256": self.file.sha256}
-        return {**file, **dataclasses.asdict(self.comparison), "sentence": self.comparison.sentence}
-
-
-@dataclass(frozen=True)
 class Inspection:
     """The norm layers of a checkpoint, their faults, and the file's history."""
 
@@ -93,40 +69,44 @@ class Inspection:
     data: dict[str, Any] | None  # their spec, size and fingerprint
     commands: list[Entry]  # of the file's history
     notes: list[str]  # how the file was read, and what was assumed
-    original: Original | None = None  # the file that it is compared with
-    gaps: Mapping[str, float] = field(default_factory=dict)  # of predicted means, by layer
+    gaps: Mapping[str, float]  # of predicted means, by layer
+    against: tuple[Checkpoint, Comparison] | None  # the file that it was made from
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``inspect --json`` prints; its numbers may be NaN or infinite."""
-        history = (self.checkpoint.metadata or {}).get("history")
-        seen = self.behaviour
+        file, seen, against = self.checkpoint, self.behaviour, None
+        history = (file.metadata or {}).get("history")
         shifts = Shifts() if seen is None else seen.shifts
+        if self.against is not None:
+            other, comparison = self.against
+            against = {"file": str(other.path), "sha256": other.sha256, **asdict(comparison)}
+            against["sentence"] = comparison.sentence
         return {
             "bnfix": __version__,
             "command": "inspect",
-            "file": str(self.checkpoint.path),
-            "sha256": self.checkpoint.sha256,
-            "key": self.checkpoint.key,
-            "prefix": self.checkpoint.prefix,
+            "file": str(file.path),
+            "sha256": file.sha256,
+            "key": file.key,
+            "prefix": file.prefix,
             "notes": self.notes,
-            "n_tensors": len(self.checkpoint.tensors),
-            "beside": self.checkpoint.beside,
+            "n_tensors": len(file.tensors),
+            "beside": file.beside,
             "layers": [
                 {
-                    **dataclasses.asdict(layer),
+                    **asdict(layer),
                     "kind": self.kinds.get(layer.name),
                     "predicted_gap": self.gaps.get(layer.name),
                     **shifts.to_json(layer.name),
                 }
                 for layer in self.layers
             ],
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "findings": [asdict(finding) for finding in self.findings],
             "problems": self.problems,
             "behaviour": None if seen is None else seen.to_json(),
             "data": self.data,
             "history": history if isinstance(history, list) else [],
-            "against": None if self.original is None else self.original.to_json(),
-            "commands": [dataclasses.asdict(entry) for entry in self.commands],
+            "against": against,
+            "commands": [asdict(entry) for entry in self.commands],
         }
 
 
@@ -146,17 +126,17 @@ def inspect_checkpoint(
 
     ``against`` is the checkpoint that this one was made from.
     """
-    recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), _beside(source, data)
-    loaded = load_one(path, recipe, run) if recipe.model is not None or data is not None else None
-    found = (
-        read_checkpoint(path, key=recipe.key, prefix=recipe.prefix, prefer_ema=recipe.prefer_ema)
-        if loaded is None
-        else loaded.checkpoint
-    )
-    header = found.metadata or {}
+    recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
+    words = "--test: is compared with --data, which is missing. Give both."
+    require(source.test is None or data is not None, words, "test")
+    loaded = None if recipe.model is None and data is None else load_one(path, recipe, run)
+    found = _read(path, recipe) if loaded is None else loaded.checkpoint
+    header, compared = found.metadata or {}, None
+    if against is not None:
+        original = read_checkpoint(against, prefer_ema=recipe.prefer_ema)
+        compared = original, compare_weights(found.tensors, original.tensors)
     layers = read_norms(found.tensors, mapping(header.get("norms")))
-    original = None if against is None else Original.read(against, found, recipe)
-    weights = diagnose_weights(found.tensors) if original is None else original.findings()
+    weights = diagnose_weights(found.tensors) if compared is None else compared[1].findings()
     findings = [*diagnose(found.tensors, layers), *weights, *_neighbours(layers)]
     seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
     gaps = {} if loaded is None else predicted_gaps(loaded.model)
@@ -167,16 +147,15 @@ def inspect_checkpoint(
         # An InstanceNorm's running statistics follow other rules, so its tensors show no fault.
         findings = [f for f in findings if "InstanceNorm" not in kinds.get(f.layer, "")]
         findings += [*examine_model(loaded.model, layers), *read_predictions(gaps)]
-        if data is None:
-            seen = _call(loaded, source)
-        else:
-            seen = _look(loaded, data, source, run, samples, seed, track)
+        how = source, run, samples, seed, track
+        seen = _call(loaded, source) if data is None else _look(loaded, data, *how)
         findings += seen.findings
     if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
         findings = [gated(finding) for finding in findings]
     elif not seen.labelled:
         findings = blended(findings)
     stated = mapping(header.get("model"))
+    is_named = recipe.model is not None or isinstance(stated.get("spec"), str)
     call = Call(
         path=Path(path),
         model=_for_commands(recipe, stated),
@@ -185,12 +164,10 @@ def inspect_checkpoint(
         run=run,
         seed=seed,
         samples=() if samples == SAMPLES else ("--samples", str(samples)),
-        asks_model=recipe.model is None
-        and not isinstance(stated.get("spec"), str)
-        and hub_folder(path) is None,
+        asks_model=not is_named and hub_folder(path) is None,
         labelled=seen.labelled,
         frozen=frozen,
-        original=None if original is None else original.file.path,
+        original=None if compared is None else compared[0].path,
     )
     findings = [replace(one, advice=call.fill(one)) for one in findings]
     return Inspection(
@@ -203,22 +180,20 @@ def inspect_checkpoint(
         data=seen.record,
         commands=read_history(header.get("history")),
         notes=[*found.notes, *_describe_beside(found), *seen.remarks],
-        original=original,
         gaps=gaps,
+        against=compared,
     )
+
+
+def _read(path: str | Path, recipe: ModelRecipe) -> Checkpoint:
+    ema = recipe.prefer_ema
+    return read_checkpoint(path, key=recipe.key, prefix=recipe.prefix, prefer_ema=ema)
 
 
 def _describe_beside(file: Checkpoint) -> list[str]:
     """The values beside the weights, as a note."""
     values = [f"{name} = {value}" for name, value in file.beside.items()]
     return [f"beside the weights: {some(values, _SHOWN)}"] if values else []
-
-
-def _beside(source: DataRecipe | None, data: str | None) -> DataRecipe:
-    source = source or DataRecipe()
-    alone = source.test is not None and data is None
-    require(not alone, "--test: is compared with --data, which is missing. Give both.", "test")
-    return source
 
 
 def _neighbours(layers: Sequence[NormTensors]) -> Iterator[Finding]:

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from torch import nn
 
 from bnfix.core import runtime
 from bnfix.core.errors import ConfigError, ModelError, some
+from bnfix.core.options import require
 from bnfix.core.settings import RunOptions
-from bnfix.data.fingerprints import (
-    data_record,
-    describe_unlisted,
-    history_digests,
-    seen_before,
-)
+from bnfix.data.fingerprints import describe_unlisted, history_digests, seen_before
 from bnfix.deploy.exported import ExportedNet, net_of, with_header
 from bnfix.deploy.forms import in_8_bits
-from bnfix.jobs.inputs import Track, describe_corruption, describe_skipped
+from bnfix.jobs.inputs import Track, data_used
 from bnfix.jobs.session import Plan, Workbench, open_workbench
 from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import shortfall
 from bnfix.metrics.task import ByRows
 from bnfix.norm.layer import generalized_norms
 from bnfix.report.pages import difference, percent
-from bnfix.report.records import DataUsed, Evaluated
+from bnfix.report.records import Evaluated
 from bnfix.report.report import Report
 from bnfix.report.result import Export, Int8
 
@@ -39,13 +35,13 @@ _BATCH: Final = 16
 
 def refuse_live(net: nn.Module, to: str) -> None:
     """Refuse layers that weigh examples in forms that have no place for them."""
-    layers = [(name, layer) for name, layer in generalized_norms(net) if layer.live]
+    layers = {name: layer for name, layer in generalized_norms(net) if layer.live}
     if not layers or to not in ("folded", "onnx-int8"):
         return
-    weighed = "weigh the " + (
-        "batch" if any(layer.uses_batch for _, layer in layers) else "example"
-    )
-    have = weighed if any(layer.weighs for _, layer in layers) else "have gates"
+    have = "have gates"
+    if any(layer.weighs for layer in layers.values()):
+        of_batch = any(layer.uses_batch for layer in layers.values())
+        have = f"weigh the {'batch' if of_batch else 'example'}"
     advice = "Use --to onnx, pt2 or plain, or --force-zero."
     if to == "onnx-int8":
         advice = (
@@ -53,8 +49,8 @@ def refuse_live(net: nn.Module, to: str) -> None:
             "--statistics population --example-weight 0. Or give --force-zero."
         )
     raise ModelError(
-        f"--to {to}: {len(layers)} layers {have} and "
-        f"cannot be folded: {some([name for name, _ in layers])}. {advice}"
+        f"--to {to}: {len(layers)} layers {have} and cannot be folded: {some(list(layers))}. "
+        f"{advice}"
     )
 
 
@@ -73,22 +69,19 @@ def open_bench(
             "--to onnx-int8: no images to measure the ranges of activations on. Give --data.",
             name="data",
         )
-    plan = dataclasses.replace(plan, run=RunOptions("cpu", workers=workers))
-    gate = plan.gate
-    of_test = 1 - gate.fit - gate.select_part
-    parts = (1.0, 0.0, 0.0) if plan.source.test else (gate.fit, gate.select_part, of_test)
+    plan, gate = replace(plan, run=RunOptions("cpu", workers=workers)), plan.gate
+    cut = gate.fit, gate.select_part, 1 - gate.fit - gate.select_part
+    parts = (1.0, 0.0, 0.0) if plan.source.test else cut
     bench = open_workbench(checkpoint, data, plan, parts, track)
-    if max_drop is not None and not bench.test.images.labelled:
-        raise ConfigError(
-            "--max-drop: the test images have no labels. Give labels, or leave it out.",
-            name="max_drop",
-        )
+    words = "--max-drop: the test images have no labels. Give labels, or leave it out."
+    require(max_drop is None or bench.test.images.labelled, words, "max_drop")
     return bench
 
 
 def quantize(made: Export, bench: Workbench, max_drop: float | None) -> Export:
     """A verified ONNX file in 8 bits, compared with itself in float; refused if it is worse."""
     seed, images, test = bench.plan.gate.seed, bench.inputs.images, bench.split.test
+    history = bench.loaded.origin.history
     index = np.random.default_rng(seed).permutation(bench.split.fit)[:N_CALIBRATED]
     passes = [
         bench.batches(index, "calibrating", _BATCH),
@@ -109,29 +102,14 @@ def quantize(made: Export, bench: Workbench, max_drop: float | None) -> Export:
         )
         for name, outputs in zip(("float", "int8"), found, strict=True)
     )
-    record, skipped = data_record(bench.test.images, test), describe_skipped(passes)
-    notes = [*bench.assumptions, *describe_corruption(bench.plan.source)]
-    report = dataclasses.replace(
+    notes = [*made.report.assumptions, *bench.assumptions, *describe_unlisted(history)]
+    sizes = {"fit": len(index), "select": 0, "test": len(test)}
+    report = replace(
         made.report,
-        data=DataUsed(
-            **record,
-            splits={"fit": len(index), "select": 0, "test": len(test)},
-            skipped=skipped,
-            n_skipped=len(skipped),
-            n_groups=len(bench.test.images.group_names) or None,
-            noun=bench.test.images.noun,
-        ),
+        data=data_used(bench.test.images, test, passes, splits=sizes),
         models=models,
-        assumptions=tuple(
-            dict.fromkeys(
-                [
-                    *made.report.assumptions,
-                    *notes,
-                    *describe_unlisted(bench.loaded.origin.history),
-                ]
-            )
-        ),
-        n_seen=seen_before(bench.test.images, test, bench.loaded.origin.history),
+        assumptions=tuple(dict.fromkeys(notes)),
+        n_seen=seen_before(bench.test.images, test, history),
         options={**made.report.options, "to": "onnx-int8", "max_drop": max_drop},
     )
     int8 = Int8(
@@ -140,9 +118,8 @@ def quantize(made: Export, bench: Workbench, max_drop: float | None) -> Export:
         max_drop=max_drop,
         bound=None if max_drop is None else _within(report, max_drop / 100),
     )
-    return dataclasses.replace(
-        made, to="onnx-int8", content=content, operators=operators, report=report, int8=int8
-    )
+    changed: dict[str, Any] = {"content": content, "operators": operators, "report": report}
+    return replace(made, to="onnx-int8", int8=int8, **changed)
 
 
 def _called_as(bench: Workbench, net: ExportedNet) -> ExportedNet:

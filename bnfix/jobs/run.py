@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,17 +17,16 @@ import numpy as np
 from torch import nn
 
 from bnfix.checkpoints.domains import end_domain_
-from bnfix.checkpoints.save import history_entry, round_as_stored_, versions
+from bnfix.checkpoints.save import round_as_stored_
 from bnfix.core import distributed, guards
 from bnfix.core.errors import ModelError, NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.data.fingerprints import data_record, describe_unlisted, history_digests, seen_before
 from bnfix.jobs.fits import ORIGINAL, Fits, Fitted, State
-from bnfix.jobs.head import cool_, named
-from bnfix.jobs.inputs import Track, describe_skipped, silent
+from bnfix.jobs.head import cool_, describe_prior, named, open_prior, with_prior
+from bnfix.jobs.inputs import Track, data_used, silent
 from bnfix.jobs.plan import options_of
-from bnfix.jobs.prior import describe_prior, open_prior, with_prior
-from bnfix.jobs.session import Plan, Workbench
+from bnfix.jobs.session import Plan, Workbench, finished
 from bnfix.jobs.steps import STATISTICS, TUNING, Step, is_gated, open_plan, resolve
 from bnfix.metrics.compare import Decision, compare, describe_easier, judge
 from bnfix.metrics.metrics import Metrics
@@ -35,13 +35,11 @@ from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.noise import describe_noise
 from bnfix.recalibrate.recalibrate import Calibration, residuals
 from bnfix.report.records import (
-    DataUsed,
     Evaluated,
     Trials,
     describe_neighbours,
     drifts_between,
     layer_rows,
-    n_live,
     statistics_of,
 )
 from bnfix.report.report import Report, agreement_json
@@ -139,8 +137,8 @@ def execute(bench: Workbench) -> Result:
     run.cool_()
     run.set_prior_()
     result = run.result()
-    loaded, name = bench.loaded, bench.plan.model.domain
-    if bench.plan.command == "calibrate" and name is not None:
+    loaded, name = bench.loaded, bench.plan.new_domain
+    if name is not None:
         tensors = loaded.checkpoint.tensors
         loaded.origin.domains = end_domain_(loaded.model, loaded.domains, name, tensors)
     return result
@@ -188,16 +186,16 @@ class Run:
             if not step.gate:
                 self.stated = self.kept
         if self.trained is not None and self.plan.finetune and self.plan.finetune.refit:
-            self._train_again(*self.trained)
+            did = self._train_again(*self.trained)
+            self.bench.assumptions.append(f"--refit: {did}")
         self.bench.track = track
 
-    def _train_again(self, step: Step, start: State) -> None:
+    def _train_again(self, step: Step, start: State) -> str:
         """The training that won once more from its start, on the images that chose it, too."""
-        won, notes = self.kept, self.bench.assumptions
+        won = self.kept
         run = _last(won.results, Finetuning)
         if won.metrics is None or run is None or run.best_epoch + 1 < len(run.curve):
-            notes.append(f"--refit: {won.name} was best before its last epoch, so it stays.")
-            return
+            return f"{won.name} was best before its last epoch, so it stays."
         start.values.restore_()
         self.bench.again = True
         fitted = self._fitted(step)
@@ -205,16 +203,13 @@ class Run:
         # It has learned these images: a loss that is not lower means that something went wrong.
         losses = [m.nll for m in (self.fits.on_select(name), won.metrics) if m.nll is not None]
         if fitted.name is None or len(losses) < 2 or losses[0] >= losses[1]:
-            notes.append(f"--refit: {won.name} did not gain by more images, so it stays.")
             won.values.restore_()
-            return
-        self.kept = State(
-            name, guards.Snapshot(self.model), None, (*start.results, *fitted.results)
-        )
-        n = len(self.bench.work)
-        notes.append(
-            f"--refit: {won.name} was trained again on all {n} images, those that chose it, too; "
-            "its curve is measured on images that it learned from."
+            return f"{won.name} did not gain by more images, so it stays."
+        results = (*start.results, *fitted.results)
+        self.kept = State(name, guards.Snapshot(self.model), results=results)
+        return (
+            f"{won.name} was trained again on all {len(self.bench.work)} images, those that chose "
+            "it, too; its curve is measured on images that it learned from."
         )
 
     def _metrics_of_kept(self) -> Metrics:
@@ -265,34 +260,27 @@ class Run:
         if known and bench.split.test.size:
             models = self._tested()
             bench.assumptions += self._doubts(models[0].metrics)
-        movement = self._movement()
-        results = self.kept.results
-        held = set(map(id, results))
-        data = data_record(bench.inputs.images)
-        skipped = describe_skipped(self.fits.passes)
-        options = self._options()
+        movement, results, images = self._movement(), self.kept.results, bench.inputs.images
+        held, calibration = set(map(id, results)), _last(results, Calibration)
         report = Report(
             command=self.plan.command,
-            data=DataUsed(
-                **data,
-                n_groups=len(bench.inputs.images.group_names) or None,
-                class_names=bench.inputs.images.class_names,
+            data=data_used(
+                images,
+                passes=self.fits.passes,
+                class_names=images.class_names,
                 splits=bench.split.sizes(),
-                skipped=skipped,
-                n_skipped=len(skipped),
                 corruption=self.plan.source.corrupt,
-                noun=bench.inputs.images.noun,
             ),
             models=models,
             layers=layer_rows(
                 self.model,
                 drifts_between(self.statistics_before, statistics_of(self.model)),
                 self._residuals(),
-                _last(results, Calibration),
+                calibration,
             ),
             trials=Trials(
                 decisions=tuple(self.decisions),
-                calibration=_last(results, Calibration),
+                calibration=calibration,
                 choice=_last(self.tried, WeightChoice),
                 finetunings=tuple(one for one in self.tried if isinstance(one, Finetuning)),
                 refused=tuple(one for one in self.tried if id(one) not in held),
@@ -302,23 +290,24 @@ class Run:
                 dict.fromkeys([*bench.assumptions, *describe_neighbours(self.model)])
             ),
             n_seen=seen_before(bench.test.images, bench.split.test, bench.loaded.origin.history),
-            options=options,
+            options=options_of(bench, self.fits.ingredients, self.prior),
             seed=self.plan.gate.seed,
             command_line=self.plan.command_line,
-            versions=versions(),
         )
-        return Result(
-            self.model, report, self._entry(data, options, models), bench.inputs.preprocessing
+        last = models[-1] if models else None
+        measured = {"top1": None, "nll": None} if last is None else last.metrics.results
+        agreement = agreement_json(None if last is None else last.agreement)
+        return finished(
+            bench.loaded,
+            report,
+            results={"output": self.kept.name, **measured, **agreement},
+            data={
+                **data_record(images),
+                "fit": history_digests(images, bench.split.fit),
+                "select": history_digests(images, bench.split.select),
+            },
+            preprocessing=bench.inputs.preprocessing,
         )
-
-    def _options(self) -> dict[str, Any]:
-        bench, options = self.bench, options_of(self.plan, self.fits.ingredients)
-        if self.prior is not None:
-            options["class_prior"] = self.prior.to_json()
-        if bench.reference is not None:
-            file = bench.reference.checkpoint
-            options["reference"] = {"file": file.path.name, "sha256": file.sha256}
-        return options
 
     def cool_(self) -> None:
         """Give the head the temperature at which the output was judged."""
@@ -328,7 +317,7 @@ class Run:
         if self.kept.name != name:
             t = self._metrics_of_kept().temperature or 1.0
         try:
-            cool_(self.fits, t)
+            cool_(self.bench, t)
         except ModelError as error:
             name, self.kept = self.kept.name, self.stated
             self.kept.values.restore_()
@@ -357,34 +346,12 @@ class Run:
         self.kept, self.stated, self.prior = kept, stated, prior
         bench.assumptions.append(describe_prior(prior, judged=judged))
 
-    def _entry(
-        self, data: dict[str, Any], options: dict[str, Any], models: tuple[Evaluated, ...]
-    ) -> dict[str, Any]:
-        """This command in the output's history."""
-        images, split = self.bench.inputs.images, self.bench.split
-        parts = {"fit": split.fit, "select": split.select}
-        digests = {name: history_digests(images, part) for name, part in parts.items()}
-        last = models[-1] if models else None
-        return history_entry(
-            self.plan.command,
-            options=options,
-            seed=self.plan.gate.seed,
-            checkpoint=self.bench.loaded.checkpoint,
-            data={**data, **digests},
-            results={
-                "output": self.kept.name,
-                **(last.metrics.results if last else {"top1": None, "nll": None}),
-                **agreement_json(None if last is None else last.agreement),
-            },
-            command_line=self.plan.command_line,
-        )
-
     def _tested(self) -> tuple[Evaluated, ...]:
         """Original and output on the test split; an output that is worse there is put back."""
         bench, checkpoint = self.bench, self.bench.loaded.checkpoint
-        was = self._at(self.original, lambda model: self._evaluated(ORIGINAL, model))
+        was = self._at(self.original, partial(self.fits.on_test, ORIGINAL))
         was = replace(was, file=str(checkpoint.path), sha256=checkpoint.sha256)
-        now = self._evaluated(self.kept.name, self.model)
+        now = self.fits.on_test(self.kept.name, self.model)
         labelled = bench.test.images.labelled
 
         def is_worse(than: Evaluated) -> bool:
@@ -398,8 +365,7 @@ class Run:
         worse = may_go and is_worse(was)
         if worse and self.prior is not None and self.stated.values is not self.original.values:
             # On images of the old balance the prior is what is worse; is the rest, too?
-            name = self.stated.name
-            worse = is_worse(self._at(self.stated, lambda model: self._evaluated(name, model)))
+            worse = is_worse(self._at(self.stated, partial(self.fits.on_test, self.stated.name)))
         if worse:
             name = self.stated.name
             bench.assumptions.append(
@@ -410,7 +376,7 @@ class Run:
             self.kept.values.restore_()
             round_as_stored_(self.model)
             is_input = self.stated.values is self.original.values
-            now = was if is_input else self._evaluated(name, self.model)
+            now = was if is_input else self.fits.on_test(name, self.model)
         return was, replace(now, name=f"output: {self.kept.name}", file=None, sha256=None)
 
     def _doubts(self, tested: Metrics) -> list[str]:
@@ -418,11 +384,6 @@ class Run:
         found, chosen = describe_unlisted(self.bench.loaded.origin.history), self.original.metrics
         own = isinstance(self.plan.gate.select, str) or self.plan.source.test is None
         return found if own or chosen is None else [*found, *describe_easier(chosen, tested)]
-
-    def _evaluated(self, name: str, model: nn.Module) -> Evaluated:
-        """A model on the test split."""
-        metrics, agreement = self.fits.on_test(name, model)
-        return Evaluated(name, None, None, metrics, n_live=n_live(model), agreement=agreement)
 
     def _at(self, state: State, work: Callable[[nn.Module], _T]) -> _T:
         """Do something with the network in a state, such as before all; the model is put back."""
@@ -454,9 +415,8 @@ class Run:
             return {}
 
         def attempt(_: int) -> dict[str, tuple[float, float]]:
-            parts = bench.by_source(bench.split.fit)
+            parts, mix = bench.by_source(bench.split.fit), self.plan.statistics.mix
             tracked = [bench.batches(part, "residual of the statistics") for part in parts]
-            mix = self.plan.statistics.mix
             return residuals(self.model, tracked if mix else tracked[0], mix=mix)
 
         with suppress(NumericError):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,17 @@ from bnfix.checkpoints.checkpoint import misfits_of
 from bnfix.checkpoints.domains import begin_domain_
 from bnfix.checkpoints.load import Loaded, load_ready, stock_shapes
 from bnfix.checkpoints.read import check_room
+from bnfix.checkpoints.save import history_entry, versions
 from bnfix.core import distributed, runtime, settings
-from bnfix.core.errors import CheckpointError, ConfigError, DataError, file_error
+from bnfix.core.errors import CheckpointError, DataError, file_error
 from bnfix.core.memory import BatchSize, Footprint, footprint
-from bnfix.core.settings import ModelRecipe, RunOptions
+from bnfix.core.options import require
+from bnfix.core.settings import ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
 from bnfix.data.fingerprints import Split, choosing, cut, unseen, watched
 from bnfix.data.groups import describe_groups, groups_of_test
-from bnfix.data.images import Images, SeveralImages
+from bnfix.data.images import SeveralImages
 from bnfix.deploy.exported import is_exported, load_exported
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
@@ -44,6 +45,8 @@ from bnfix.metrics.metrics import shortfall
 from bnfix.models.build import import_forward
 from bnfix.models.published import default_preprocessing
 from bnfix.recalibrate.blend import MEASURED_SPREAD
+from bnfix.report.report import Report
+from bnfix.report.result import Result
 
 #: What `fix` tries where there are labels.
 TRIED = settings.FinetuneRecipe(train="norms+head", example_weight="learn")
@@ -88,30 +91,30 @@ class Plan:
     average: settings.AverageRecipe | None = None
 
     @property
+    def new_domain(self) -> str | None:
+        """The domain that the command makes statistics for."""
+        return self.model.domain if self.command == "calibrate" else None
+
+    @property
     def chooses_weights(self) -> bool:
         """Whether example weights are tried; they judge themselves without noise, for no domain."""
-        domain = self.command == "calibrate" and self.model.domain is not None
-        return self.weight.example_weight == "auto" and not (self.statistics.weight_noise or domain)
+        barred = self.statistics.weight_noise or self.new_domain is not None
+        return self.weight.example_weight == "auto" and not barred
 
     def __post_init__(self) -> None:
         """Check combinations of recipes."""
-        weight = self.weight.example_weight
-        if weight in settings.LABEL_FREE and self.statistics.train_batch_size is None:
-            raise ConfigError(
-                f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B.",
-                name="train_batch_size",
-            )
-        if self.command == "calibrate" and self.model.domain is not None:
-            live = self.weight.is_stated or self.weight.batch_weight != "keep"
-            live |= self.gate.temperature == "auto" or self.gate.class_prior is not None
-            if live or self.model.like_input:
-                others = "--temperature, --class-prior, --like-input and example and batch weights"
-                words = f"--domain: a domain has statistics, and no weights. Leave out {others}."
-                raise ConfigError(words, name="domain")
-        takes = self.command in ("fix", "calibrate") and self.weight.batch_weight != "auto"
-        if self.statistics.weight_noise and not (takes and self.average is None):
-            words = "--weight-noise: only fix and calibrate take it, without --batch-weight auto."
-            raise ConfigError(words, name="weight_noise")
+        weight, noise = self.weight.example_weight, self.statistics.weight_noise
+        ok = weight not in settings.LABEL_FREE or self.statistics.train_batch_size is not None
+        words = f"--example-weight {weight}: the batch size is missing. Give --train-batch-size B."
+        require(ok, words, "train_batch_size")
+        live = self.weight.is_stated or self.weight.batch_weight != "keep" or self.model.like_input
+        live |= self.gate.temperature == "auto" or self.gate.class_prior is not None
+        others = "--temperature, --class-prior, --like-input and example and batch weights"
+        words = f"--domain: a domain has statistics, and no weights. Leave out {others}."
+        require(self.new_domain is None or not live, words, "domain")
+        ok = self.command in ("fix", "calibrate") and self.weight.batch_weight != "auto"
+        words = "--weight-noise: only fix and calibrate take it, without --batch-weight auto."
+        require(not noise or (ok and self.average is None), words, "weight_noise")
 
 
 _ACTING = (
@@ -150,16 +153,16 @@ def without_live_layers(plan: Plan) -> Plan:
     if not plan.model.like_input:
         return plan
     learns = plan.command == "finetune" and tune is not None and tune.example_weight == "learn"
-    learns = learns or plan.swap.to == "gated"
-    if plan.weight.is_stated or plan.weight.batch_weight == "auto" or learns:
-        raise ConfigError(
-            "--like-input: a training checkpoint has no place for example and batch weights, and "
-            "gates. Leave --like-input or them out.",
-            name="like_input",
-        )
-    weight = dataclasses.replace(plan.weight, example_weight="keep")
-    tune = None if tune is None else dataclasses.replace(tune, example_weight="keep")
-    return dataclasses.replace(plan, weight=weight, finetune=tune)
+    stated = plan.weight.is_stated or plan.weight.batch_weight == "auto"
+    require(
+        not (stated or learns or plan.swap.to == "gated"),
+        "--like-input: a training checkpoint has no place for example and batch weights, and "
+        "gates. Leave --like-input or them out.",
+        "like_input",
+    )
+    weight = replace(plan.weight, example_weight="keep")
+    tune = tune and replace(tune, example_weight="keep")
+    return replace(plan, weight=weight, finetune=tune)
 
 
 @dataclass
@@ -217,7 +220,7 @@ class Workbench:
         # So do images that were given to choose on.
         select = none if isinstance(self.plan.gate.select, str) else split.select
         fit = np.sort(np.concatenate([split.fit, select, own]))
-        self.split = dataclasses.replace(split, fit=fit, select=none, test=test)
+        self.split = replace(split, fit=fit, select=none, test=test)
 
     def by_source(self, index: np.ndarray) -> list[np.ndarray]:
         """Positions of each source's images, where `--mix` weighs them; else all of them."""
@@ -226,29 +229,32 @@ class Workbench:
             return [index]
         return [index[sources[index] == k] for k in range(len(self.plan.statistics.mix))]
 
-    def batches(self, index: np.ndarray, stage: str, size: int | None = None) -> Tracked:
+    def batches(
+        self,
+        index: np.ndarray,
+        stage: str,
+        size: int | None = None,
+        inputs: Inputs | None = None,
+    ) -> Tracked:
         """Re-iterable batches of chosen images in this order, for a stage that progress names."""
-        return self._batches(self.inputs, index, stage, size or self.evaluation.size)
+        plan, place = self.plan, distributed.here()
+        corruption = corruption_of(plan.source.corrupt, plan.gate.seed)
+        size, inputs = size or self.evaluation.size, inputs or self.inputs
+        batches = inputs.batches(index, plan.run, size, corruption)
+        return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
 
     def test_batches(self, stage: str) -> Tracked:
         """Re-iterable batches of the test split, for a stage that progress names."""
-        return self._batches(self.test, self.split.test, stage, self.evaluation.size)
-
-    def _batches(self, inputs: Inputs, index: np.ndarray, stage: str, size: int) -> Tracked:
-        plan, place = self.plan, distributed.here()
-        corruption = corruption_of(plan.source.corrupt, plan.gate.seed)
-        batches = inputs.batches(index, plan.run, size, corruption)
-        return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
+        return self.batches(self.split.test, stage, inputs=self.test)
 
     def identity(self, *parts: np.ndarray, batch_size: int) -> str:
         """Hash everything between the files and the network: the one identity of ``--state``."""
         digest, model = hashlib.sha256(), self.plan.model
         # The test split does not take part, nor does the number of bad images allowed.
-        source = dataclasses.replace(self.plan.source, test=None, max_bad=None)
-        digest.update(repr([
-            model, source, self.inputs.preprocessing, self.plan.gate.seed, batch_size,
-            list(map(len, parts)),
-        ]).encode())  # fmt: skip
+        source, seed = replace(self.plan.source, test=None, max_bad=None), self.plan.gate.seed
+        lengths = list(map(len, parts))
+        known = [model, source, self.inputs.preprocessing, seed, batch_size, lengths]
+        digest.update(repr(known).encode())
         for spec in (model.model, model.forward, self.plan.statistics.reference_model):
             name = (spec or "").rpartition(":")[0]
             code = Path(getattr(sys.modules.get(name), "__file__", None) or name)
@@ -283,25 +289,24 @@ def open_workbench(
     plan: Plan,
     fractions: tuple[float, float, float],
     track: Track = silent,
-    memory_bytes: int | None = None,
 ) -> Workbench:
     """Open a plan's checkpoint and data, and cut the data into fit, select and test."""
     source, run, seed = plan.source, plan.run, plan.gate.seed
-    _check_mix(plan.statistics.mix, 1 if isinstance(data, str) else len(data))
-    lenders = () if plan.average is None else plan.average.files
-    loaded, notes = _opened(checkpoint, plan, lenders)
-    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    mix, n_sources = plan.statistics.mix, 1 if isinstance(data, str) else len(data)
+    words = f"--mix: {len(mix)} numbers for {n_sources} --data. Give at least two --data, and one "
+    require(not mix or len(mix) == n_sources > 1, f"{words}number for each.", "mix")
+    loaded, notes = _opened(checkpoint, plan)
     reference = open_reference(loaded, plan)
     inputs, split = _cut_inputs(loaded, data, plan, fractions)
     test, images = inputs, inputs.images
-    notes += [*_copied(loaded, plan), *inputs.notes]
+    notes += inputs.notes
     if reference is not None:
         notes += [f"reference: {note}" for note in reference.checkpoint.notes]
     if source.test is not None:
-        of_test = dataclasses.replace(source, groups=groups_of_test(source.groups))
+        of_test = replace(source, groups=groups_of_test(source.groups))
         test = open_inputs(loaded, source.test, of_test)
         found, n_dropped = unseen(test.images, images)
-        split = dataclasses.replace(split, test=found)
+        split = replace(split, test=found)
         if n_dropped:
             notes.append(
                 f"{n_dropped} test images are in the data too"
@@ -314,8 +319,11 @@ def open_workbench(
     notes += [f"{images.spec}: {note}." for note in images.notes]
     both = (images,) if test is inputs else (images, test.images)
     notes += [note for one in both for note in describe_groups(one)]
-    if plan.command != "export" and (images.labelled or reference is not None):
-        notes += _describe_select(split, images)
+    groups, n = None if images.groups is None else images.groups[split.select], len(split.select)
+    judged = plan.command != "export" and (images.labelled or reference is not None)
+    if judged and n and (short := shortfall(n, groups)):
+        advice = "Give more data, or a larger --select with a --test of its own."
+        notes.append(f"the select split has {short}, so nothing can be chosen. {advice}")
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
     corruption = corruption_of(source.corrupt, seed)
@@ -324,7 +332,7 @@ def open_workbench(
             f"every image was corrupted, those of the test too: {corruption.text} "
             f"({corruption.words}), after resize and crop."
         )
-    held = None if few is None else footprint(loaded.model, few, run.precision, memory_bytes)
+    held = None if few is None else footprint(loaded.model, few, run.precision)
     size = evaluation_batch_size(run, loaded.model, inputs.size)
     evaluation = BatchSize(size, "--batch-size", notes, gives_way=run.batch_size is None)
     evaluation.foresee(held)
@@ -340,15 +348,6 @@ def open_workbench(
         footprint=held,
         reference=reference,
     )
-
-
-def _copied(loaded: Loaded, plan: Plan) -> list[str]:
-    """That the output is a copy with new weights; an input that cannot be copied is refused."""
-    if not plan.model.like_input:
-        return []
-    check_copyable(loaded.checkpoint)
-    copy = f"the output is a copy of {loaded.checkpoint.path.name} with new weights"
-    return [f"{copy} (--like-input), so no example weights are tried."]
 
 
 def _cut_inputs(
@@ -371,30 +370,20 @@ def _cut_inputs(
     return inputs, split
 
 
-def _opened(checkpoint: str | Path, plan: Plan, lenders: Sequence[str]) -> tuple[Loaded, list[str]]:
+def _opened(checkpoint: str | Path, plan: Plan) -> tuple[Loaded, list[str]]:
     """The checkpoint and notes on it; a domain that calibrate writes may be one it lacks."""
-    name = plan.model.domain if plan.command == "calibrate" else None
-    recipe = plan.model if name is None else dataclasses.replace(plan.model, domain=None)
+    name = plan.new_domain
+    recipe = plan.model if name is None else replace(plan.model, domain=None)
+    lenders = () if plan.average is None else plan.average.files
     loaded = load_one(checkpoint, recipe, plan.run, lenders=lenders)
-    begun = [] if name is None else begin_domain_(loaded.model, loaded.domains, name)
-    return loaded, [*loaded.checkpoint.notes, *begun]
-
-
-def _describe_select(split: Split, images: Images) -> list[str]:
-    """That nothing can be chosen, if so few examples or groups would have to."""
-    groups = None if images.groups is None else images.groups[split.select]
-    few = shortfall(len(split.select), groups) if len(split.select) else ""
-    advice = "Give more data, or a larger --select with a --test of its own."
-    return [f"the select split has {few}, so nothing can be chosen. {advice}"] if few else []
-
-
-def _check_mix(mix: Sequence[float], n_sources: int) -> None:
-    if mix and (len(mix) != n_sources or n_sources < 2):
-        raise ConfigError(
-            f"--mix: {len(mix)} numbers for {n_sources} --data. Give at least two --data, and one "
-            "number for each.",
-            name="mix",
-        )
+    file = loaded.checkpoint
+    notes = [*file.notes, *([] if not name else begin_domain_(loaded.model, loaded.domains, name))]
+    check_room(file.metadata, file.path)
+    if plan.model.like_input:
+        check_copyable(file)
+        copy = f"the output is a copy of {file.path.name} with new weights (--like-input)"
+        notes.append(f"{copy}, so no example weights are tried.")
+    return loaded, notes
 
 
 def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
@@ -404,10 +393,9 @@ def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
         return None
     made = f"For --reference, give the network that {loaded.checkpoint.path.name} was made from."
     arguments = () if spec else tuple(loaded.origin.arguments.items())
-    spec = spec or loaded.origin.spec
     # Where the tensors lie in the damaged file says nothing of this one.
-    own: Any = {"key": None, "prefix": None, "domain": None}
-    recipe = dataclasses.replace(plan.model, model=spec, arguments=arguments, **own)
+    own: Any = {"key": None, "prefix": None, "domain": None, "model": spec or loaded.origin.spec}
+    recipe = replace(plan.model, arguments=arguments, **own)
     try:
         reference = load_one(path, recipe, plan.run)
     except CheckpointError as error:
@@ -425,13 +413,9 @@ def _first_look(loaded: Loaded, batch: Batch | None, *, as_given: bool) -> list[
     if batch is None:
         return []
     spec = loaded.origin.spec
-    known = None if spec is None else default_preprocessing(spec)
-    size = None if known is None or as_given else known[0].crop
-    found = (
-        None if size is None else look_at_size(tuple(batch.x.shape), size),
-        look_at_inputs(loaded.model, batch, as_given=as_given),
-    )
-    return [sentence for sentence in found if sentence is not None]
+    known = None if spec is None or as_given else default_preprocessing(spec)
+    size = known and look_at_size(tuple(batch.x.shape), known[0].crop)
+    return [text for text in (size, look_at_inputs(loaded.model, batch, as_given=as_given)) if text]
 
 
 def load_one(
@@ -458,3 +442,25 @@ def load_one(
         loaded.model.float()
     loaded.model.to(device)
     return loaded
+
+
+def finished(
+    loaded: Loaded,
+    report: Report,
+    *,
+    results: dict[str, Any],
+    data: dict[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> Result:
+    """What a command returns; the entry in the output's history says the same as the report."""
+    report = replace(report, versions=versions())
+    entry = history_entry(
+        report.command,
+        options=report.options,
+        seed=report.seed,
+        checkpoint=loaded.checkpoint,
+        data=data,
+        results=results,
+        command_line=report.command_line,
+    )
+    return Result(loaded.model, report, entry, preprocessing)

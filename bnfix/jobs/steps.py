@@ -14,16 +14,10 @@ from functools import partial
 from pathlib import Path
 
 from bnfix.core.errors import DataError
-from bnfix.core.settings import (
-    LABEL_FREE,
-    AverageRecipe,
-    FinetuneRecipe,
-    StatisticsRecipe,
-    WeightRecipe,
-)
+from bnfix.core.settings import LABEL_FREE, AverageRecipe, FinetuneRecipe
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
 from bnfix.jobs.convert import swap_
-from bnfix.jobs.fits import BATCH_WEIGHT_EXAMPLES, BATCH_WEIGHTS, Fits, Fitted, State
+from bnfix.jobs.fits import BATCH, BATCH_WEIGHT_EXAMPLES, BATCH_WEIGHTS, Fits, Fitted, State
 from bnfix.jobs.head import TEMPERATURE, temperature
 from bnfix.jobs.inputs import Track
 from bnfix.jobs.session import (
@@ -39,7 +33,6 @@ from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 
 STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
-BATCH = "batch weight"
 #: The search of one global weight tries so many, each on a third of the examples.
 _TRIED_WEIGHTS = 10
 #: Steps of a reference's candidate, at least.
@@ -78,73 +71,259 @@ class Step:
     leaves: str = ""
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Numbers that the cost of steps depends on; of no session, all 0 or 1."""
+class _Resolver:
+    """The steps of a plan; without a session as if there were labels, and without costs."""
 
-    fit: int = 0
-    select: int = 0
-    learn: int = 0
-    monitor: int = 0
-    layers: int = 1
-    of_images: bool = False  # which can be varied
-    feed_passes: float = 1.0
-    by_depth: float = 1.0  # passes of the sequential feed where memory is short
-    training_batch: Callable[[int | None], int] = lambda stated: stated or 64
+    def __init__(self, plan: Plan, bench: Workbench | None) -> None:
+        self.plan, self.bench = plan, bench
+        self.judged = bench is None or bench.judged
+        self.labelled = bench is None or bench.labelled
+        sites = [] if bench is None else find_norms(bench.model)
+        sizes = {} if bench is None else bench.split.sizes()
+        # Numbers that the cost of steps depends on.
+        self.fit, self.select = sizes.get("fit", 0), sizes.get("select", 0)
+        self.monitor = max(1, self.fit // 5) if self.fit else 0
+        self.learn, self.layers = self.fit - self.monitor, max(1, len(sites))
+        # All batches walk together, or each layer takes a pass that is shorter than the next.
+        n_norms = sum(site.has_statistics and not site.frozen for site in sites)
+        # Passes of the sequential feed where memory is short.
+        self.by_depth = 1.0 if bench is None else (n_norms + 3) / 2
+
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        plan, labelled = self.plan, self.labelled
+        if plan.command == "finetune":
+            return self._alone()
+        steps = self._statistics() if plan.average is None else self._mean(plan.average)
+        weight, b = plan.weight.example_weight, plan.statistics.train_batch_size
+        if weight == "match" and b is not None:
+            weight = 1 / b
+        if not isinstance(weight, str):
+            fit = partial(Fits.weight, value=float(weight))
+            steps.append(Step(f"example weight {weight:.3g}", WEIGHT, fit, gate=""))
+        elif weight in LABEL_FREE and b is not None:
+            fit = partial(Fits.label_free, how=weight, train_batch_size=b)
+            work = (Work(f"example weight: {weight}", self.fit, _LABEL_FREE_PASSES, "live"),)
+            steps.append(Step(f"example weight: {weight}", WEIGHT, fit, work, gate=""))
+        batch = plan.weight.batch_weight
+        if not isinstance(batch, str):
+            fit = partial(Fits.weight, value=float(batch), source="batch")
+            steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
+        if plan.gate.temperature == "auto" and labelled:
+            # Before all that is judged, which then has to win by more than a temperature does.
+            gated = (place for place, step in enumerate(steps) if step.gate == "select")
+            place = next(gated, len(steps))
+            cost = Work(TEMPERATURE, self.fit, 1), Work(f"select: {TEMPERATURE}", self.select, 1)
+            steps.insert(place, Step("temperature of the logits", TEMPERATURE, temperature, cost))
+        # Without labels it takes a reference to learn from; weights act where labels show a gain.
+        steps += self._distilling() if self.judged else []
+        steps += self._tuning() if labelled else []
+        # The last one, since it makes predictions depend on each other.
+        return [*steps, self._batch_weight()] if labelled and batch == "auto" else steps
+
+    def _mean(self, recipe: AverageRecipe) -> list[Step]:
+        """The mean of checkpoints, with the statistics of the population, or between them."""
+        n_files, kind, steps = len(recipe.files) + 1, recipe.statistics, list[Step]()
+        new = self._measured("population", gate="")
+        if recipe.method == "greedy":
+            name = f"greedy mean of up to {n_files} checkpoints, each time with new statistics"
+            # Of k checkpoints, as of all, each runs once for statistics between them.
+            between = 0 if kind == "population" else n_files * (self.by_depth + n_files / 2)
+            work = [replace(one, passes=n_files * one.passes + between) for one in new.work]
+            work.append(Work("select: checkpoints and means", self.select, 3 * n_files - 2))
+            steps.append(Step(name, MEAN, partial(greedy, recipe=recipe), tuple(work)))
+        else:
+            fit = partial(uniform, recipe=recipe)
+            steps.append(Step(f"mean of {n_files} checkpoints", MEAN, fit, gate=""))
+            steps += [] if kind == "interpolated" else [new]
+        gate = "select" if kind == "auto" else ""
+        if recipe.method == "uniform" and (kind == "interpolated" or (gate and self.labelled)):
+            name = f"statistics between those of {n_files} checkpoints (interpolated)"
+            fit = partial(interpolated, gated=bool(gate))
+            work = [replace(one, passes=n_files + self.by_depth) for one in new.work]
+            work += [Work("select: interpolated statistics", self.select, 1)] if gate else []
+            steps.append(Step(name, STATISTICS, fit, tuple(work), gate=gate))
+        return steps
+
+    def _statistics(self) -> list[Step]:
+        """New statistics: stated, or each kind as a candidate."""
+        recipe, weight = self.plan.statistics, self.plan.weight.example_weight
+        kind, b = recipe.statistics, recipe.train_batch_size
+        if weight in LABEL_FREE and kind == "auto":
+            kind = "train-batch"
+        if kind == "auto" and not self.judged:
+            return [self._measured("blend", gate="none")] * blends_by_default(self.plan)
+        if kind == "population" and recipe.weight_noise:
+            kind = "noise"
+        if kind != "auto":
+            return [] if kind == "keep" else [self._measured(kind, gate="")]
+        steps = [self._measured("population")]
+        if recipe.weight_noise:
+            return [*steps, self._measured("noise")]
+        tried = {
+            "blend": not self.labelled,
+            "reference": recipe.reference is not None,
+            "train-batch": b is not None,
+        }
+        steps += [self._measured(target) for target, is_tried in tried.items() if is_tried]
+        steps += [self._mixture()] if self.labelled else []
+        if b is not None and weight == "auto":
+            steps.append(self._measured("train-batch", example_weight=1 / b))
+        return steps
+
+    def _mixture(self) -> Step:
+        """Mixtures of the statistics before and the population's, as free at inference as both."""
+        recipe = self.plan.weight
+        by_layer, epochs = recipe.granularity != "global", min(1, recipe.epochs)
+        work = [Work("mixture: one for all layers", self.learn, _TRIED_WEIGHTS / 3)]
+        if by_layer:
+            work.append(Work("mixture: per layer", self.learn, epochs / 2, "training"))
+            work.append(Work("mixture: watching", self.monitor, epochs))
+        work.append(Work("select: mixture", self.select, 1 + by_layer))
+        name = f"mixture of old and new statistics (up to per {'layer' if by_layer else 'model'})"
+        return Step(f"{name}, on fit", STATISTICS, Fits.mixed, tuple(work), start="population")
+
+    def _measured(
+        self, target: str, *, gate: str = "select", example_weight: float | None = None
+    ) -> Step:
+        """Statistics of the data of one kind."""
+        recipe, plain, how = self.plan.statistics, 1, target
+        feed, passes = recipe.feed, 1.0 if recipe.feed == "batch" else self.by_depth
+        if target == "noise":
+            plain, how = recipe.draws, f"population of {recipe.draws} copies with weight noise"
+            passes *= plain
+        if target in ("reference", "blend") or recipe.robust:
+            # One pass more goes through the reference, or looks for images of another kind.
+            plain = 2 if target == "reference" or recipe.robust else 1
+            feed, passes = "sequential", self.by_depth + plain - 1
+        more = "" if passes == plain else f", or {passes:g} where memory is short"
+        over = f"{plain} pass{'es' if plain > 1 else ''} over fit{more}"
+        with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"
+        used = min(self.fit, recipe.samples) if isinstance(recipe.samples, int) else self.fit
+        work = [Work(STATISTICS, used, passes, "live")]
+        work += [Work(f"select: {STATISTICS}", self.select, 1)] if gate == "select" else []
+        return Step(
+            name=f"population statistics ({how}, {feed} feed){with_weight}: {over}",
+            stage=STATISTICS,
+            fit=partial(Fits.statistics, target=target, example_weight=example_weight),
+            work=tuple(work),
+            gate=gate,
+            leaves=target if target in ("population", "reference") else "",
+        )
+
+    def _distilling(self) -> list[Step]:
+        """Fine-tuning to a reference's predictions: of the input, and after matched statistics."""
+        plan = self.plan
+        if plan.finetune is None or plan.statistics.reference is None:
+            return []
+        recipe = replace(plan.finetune, example_weight="keep")
+        # Predictions say more of an image than a label does, so that more passes can be taken.
+        epochs = math.ceil(_LEAST_STEPS / self._n_steps(recipe, 1))
+        if recipe.steps is None:
+            recipe = replace(recipe, epochs=max(recipe.epochs, epochs))
+        of_images = self.bench is not None and self.bench.inputs.preprocessing is not None
+        if of_images and recipe.augment == "none":
+            # The reference sees the same variant, so that no variation can make its answer wrong.
+            recipe = replace(recipe, augment="light")
+        # What was stated for statistics or weights is part of whatever follows.
+        is_stated = plan.statistics.statistics != "auto" or plan.weight.is_stated
+        starts = ["base"] if is_stated else ["input", "reference"]
+        return [self._tuned(recipe, distils=True, start=start) for start in starts]
+
+    def _tuning(self) -> list[Step]:
+        """Fine-tuning alone, example weights alone, both together."""
+        recipe, steps = self.plan.finetune, list[Step]()
+        # Trained statistics belong to the weights trained with them; frozen ones to all.
+        frozen = recipe is None or recipe.statistics == "frozen"
+        start = "base" if frozen else "kept"
+        if recipe is not None:
+            steps.append(self._tuned(replace(recipe, example_weight="keep")))
+        if not self.plan.chooses_weights:
+            return steps
+        name = f"example weight (up to per {self.plan.weight.granularity}), on fit"
+        steps.append(Step(name, WEIGHT, Fits.chosen_weights, self._choice(), start=start))
+        if recipe is not None and recipe.example_weight == "learn" and frozen:
+            steps.append(self._tuned(recipe, start=start))
+        return steps
+
+    def _alone(self) -> list[Step]:
+        """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
+        recipe, bench, steps = self.plan.finetune, self.bench, list[Step]()
+        if recipe is None:
+            return steps
+        if bench is not None and bench.original is not None:
+            name = "re-fitting scale and shift"
+            work = (Work(name, min(self.fit, REFIT_SAMPLES), 2, "live"),)
+            steps.append(Step(name, "re-fitting", Fits.refitted, work, gate=""))
+        return [*steps, self._tuned(recipe, gate="monitor", distils=not self.labelled)]
+
+    def _n_steps(self, recipe: FinetuneRecipe, accumulate: int) -> int:
+        """Steps of one pass over the images to learn on."""
+        stated = recipe.batch_size
+        size = (stated or 64) if self.bench is None else self.bench.training_batch_size(stated)
+        return max(1, math.ceil(self.learn / (size * accumulate)))
+
+    def _tuned(
+        self,
+        recipe: FinetuneRecipe,
+        *,
+        gate: str = "select",
+        distils: bool = False,
+        start: str = "kept",
+    ) -> Step:
+        epochs = float(recipe.epochs)
+        if recipe.steps is not None:
+            epochs = recipe.steps / self._n_steps(recipe, recipe.accumulate)
+        watched = math.ceil(epochs)
+        work = [
+            Work(f"fine-tuning {recipe.train}", self.learn, epochs, "training"),
+            Work("fine-tuning: watching", self.monitor, watched + 1, "live"),
+        ]
+        work += [Work("distilling: the reference", self.learn, epochs)] * distils
+        if recipe.statistics == "train":
+            work.append(Work("statistics after each epoch", self.fit, watched, "live"))
+        judged, alone = gate == "select", start == "input"
+        work += [Work("select: fine-tuned", self.select, 1, "live")] * judged
+        weights = " with example weights" if recipe.example_weight == "learn" else ""
+        verb = "distilling" if distils else "fine-tuning"
+        fit = partial(Fits.tuned, recipe=recipe, gated=judged, distils=distils, alone=alone)
+        name = f"{verb} ({recipe.train}){' alone' * alone}{weights}: {epochs:g} epochs"
+        return Step(name, TUNING, fit, tuple(work), gate=gate, start=start)
+
+    def _choice(self) -> tuple[Work, ...]:
+        """The cost of choosing example weights."""
+        recipe = self.plan.weight
+        levels = ("global", "layer", "channel").index(recipe.granularity)
+        work = [Work("example weight: one for all layers", self.learn, _TRIED_WEIGHTS / 3, "live")]
+        if levels >= 1:
+            passes = min(1, recipe.epochs) / 2
+            work.append(Work("example weight: per layer", self.learn, passes, "training"))
+        if levels == 2:
+            work.append(Work("example weight: per channel", self.learn, recipe.epochs, "training"))
+        if levels:
+            watched = 1 + (recipe.epochs if levels == 2 else 0)
+            watched += 2 + math.ceil(math.log2(self.layers)) if recipe.thin else 0
+            work.append(Work("example weight: watching", self.monitor, watched, "live"))
+        return (*work, Work("select: example weight", self.select, levels + 1, "live"))
+
+    def _batch_weight(self) -> Step:
+        recipe, used = self.plan.weight, min(self.fit, BATCH_WEIGHT_EXAMPLES)
+        work = [
+            Work("batch weight: fit", used, len(BATCH_WEIGHTS), "live"),
+            Work("select: batch weight", self.select, 4, "live"),
+        ]
+        if recipe.granularity == "channel":
+            work += [
+                Work("batch weight: per channel", self.learn, recipe.epochs, "training"),
+                Work("batch weight: watching", self.monitor, recipe.epochs, "live"),
+                Work("select: batch weight per channel", self.select, 4, "live"),
+            ]
+        return Step("batch weight, on fit", BATCH, Fits.chosen_batch_weight, tuple(work))
 
 
 def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
     """The steps of a plan; without a session as if there were labels, and without costs."""
-    n = _Sizes() if bench is None else _sizes(plan, bench)
-    if plan.command == "finetune":
-        return _alone(plan, n, bench)
-    judged = bench is None or bench.judged
-    labelled = bench is None or bench.labelled
-    steps = []
-    if plan.average is not None:
-        steps += _mean(plan.average, plan.statistics, n, labelled=labelled)
-    else:
-        steps += _statistics(plan, n, judged=judged, labelled=labelled)
-    weight, b = plan.weight.example_weight, plan.statistics.train_batch_size
-    if weight == "match" and b is not None:
-        weight = 1 / b
-    if not isinstance(weight, str):
-        fit = partial(Fits.weight, value=float(weight))
-        steps.append(Step(f"example weight {weight:.3g}", WEIGHT, fit, gate=""))
-    elif weight in LABEL_FREE and b is not None:
-        fit = partial(Fits.label_free, how=weight, train_batch_size=b)
-        work = (Work(f"example weight: {weight}", n.fit, _LABEL_FREE_PASSES, "live"),)
-        steps.append(Step(f"example weight: {weight}", WEIGHT, fit, work, gate=""))
-    batch = plan.weight.batch_weight
-    if not isinstance(batch, str):
-        fit = partial(Fits.batch_weight, value=float(batch))
-        steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
-    if plan.gate.temperature == "auto" and labelled:
-        # Before all that is judged, which then has to win by more than a temperature does.
-        place = next((k for k, step in enumerate(steps) if step.gate == "select"), len(steps))
-        cost = Work(TEMPERATURE, n.fit, 1), Work(f"select: {TEMPERATURE}", n.select, 1)
-        steps.insert(place, Step("temperature of the logits", TEMPERATURE, temperature, cost))
-    # Without labels it takes a reference to learn from; weights act where labels show a gain.
-    steps += _distilling(plan, n) if judged else []
-    if not labelled:
-        return steps
-    steps += _tuning(plan, n)
-    if batch == "auto":
-        # The last one, since it makes predictions depend on each other.
-        used = min(n.fit, BATCH_WEIGHT_EXAMPLES)
-        passes: tuple[Work, ...] = (
-            Work("batch weight: fit", used, len(BATCH_WEIGHTS), "live"),
-            Work("select: batch weight", n.select, 4, "live"),
-        )
-        if plan.weight.granularity == "channel":
-            epochs = plan.weight.epochs
-            passes += (
-                Work("batch weight: per channel", n.learn, epochs, "training"),
-                Work("batch weight: watching", n.monitor, epochs, "live"),
-                Work("select: batch weight per channel", n.select, 4, "live"),
-            )
-        steps.append(Step("batch weight, on fit", BATCH, Fits.chosen_batch_weight, passes))
-    return steps
+    return _Resolver(plan, bench).steps()
 
 
 def is_gated(steps: list[Step]) -> bool:
@@ -234,221 +413,3 @@ def open_plan(
         )
     swap_(bench, plan.swap)
     return bench
-
-
-def _sizes(plan: Plan, bench: Workbench) -> _Sizes:
-    sites = find_norms(bench.model)
-    n_fit = len(bench.split.fit)
-    n_monitor = max(1, n_fit // 5) if n_fit else 0
-    # All batches walk together, or each layer takes a pass that is shorter than the next.
-    n_norms = sum(site.has_statistics and not site.frozen for site in sites)
-    by_depth = (n_norms + 3) / 2
-    return _Sizes(
-        fit=n_fit,
-        select=len(bench.split.select),
-        learn=n_fit - n_monitor,
-        monitor=n_monitor,
-        layers=max(1, len(sites)),
-        of_images=bench.inputs.preprocessing is not None,
-        feed_passes=1.0 if plan.statistics.feed == "batch" else by_depth,
-        by_depth=by_depth,
-        training_batch=bench.training_batch_size,
-    )
-
-
-def _mean(
-    recipe: AverageRecipe, statistics: StatisticsRecipe, n: _Sizes, *, labelled: bool
-) -> list[Step]:
-    """The mean of checkpoints; of its statistics the population's, those between, or the better."""
-    n_files, kind, steps = len(recipe.files) + 1, recipe.statistics, list[Step]()
-    new = _statistics_step(statistics, n, "population", gate="")
-    if recipe.method == "greedy":
-        name = f"greedy mean of up to {n_files} checkpoints, each time with new statistics"
-        # Of k checkpoints, as of all, each runs once for statistics between them.
-        between = 0 if kind == "population" else n_files * (n.by_depth + n_files / 2)
-        work = [replace(one, passes=n_files * one.passes + between) for one in new.work]
-        work.append(Work("select: checkpoints and means", n.select, 3 * n_files - 2))
-        steps.append(Step(name, MEAN, partial(greedy, recipe=recipe), tuple(work)))
-    else:
-        fit = partial(uniform, recipe=recipe)
-        steps.append(Step(f"mean of {n_files} checkpoints", MEAN, fit, gate=""))
-        steps += [] if kind == "interpolated" else [new]
-    gate = "select" if kind == "auto" else ""
-    if recipe.method == "uniform" and (kind == "interpolated" or (gate and labelled)):
-        name = f"statistics between those of {n_files} checkpoints (interpolated)"
-        fit = partial(interpolated, gated=bool(gate))
-        work = [replace(one, passes=n_files + n.by_depth) for one in new.work]
-        work += [Work("select: interpolated statistics", n.select, 1)] if gate else []
-        steps.append(Step(name, STATISTICS, fit, tuple(work), gate=gate))
-    return steps
-
-
-def _statistics(plan: Plan, n: _Sizes, *, judged: bool, labelled: bool) -> list[Step]:
-    """New statistics: stated, or each kind as a candidate."""
-    recipe, weight = plan.statistics, plan.weight.example_weight
-    kind, b = recipe.statistics, recipe.train_batch_size
-    if weight in LABEL_FREE and kind == "auto":
-        kind = "train-batch"
-    if kind == "auto" and not judged:
-        return [_statistics_step(recipe, n, "blend", gate="none")] * blends_by_default(plan)
-    if kind == "keep":
-        return []
-    if kind == "population" and recipe.weight_noise:
-        kind = "noise"
-    if kind != "auto":
-        return [_statistics_step(recipe, n, kind, gate="")]
-    steps = [_statistics_step(recipe, n, "population")]
-    if recipe.weight_noise:
-        return [*steps, _statistics_step(recipe, n, "noise")]
-    if not labelled:
-        steps.append(_statistics_step(recipe, n, "blend"))
-    if recipe.reference is not None:
-        steps.append(_statistics_step(recipe, n, "reference"))
-    if b is not None:
-        steps.append(_statistics_step(recipe, n, "train-batch"))
-    if labelled:
-        steps.append(_mixture_step(plan.weight, n))
-    if b is not None and weight == "auto":
-        steps.append(_statistics_step(recipe, n, "train-batch", example_weight=1 / b))
-    return steps
-
-
-def _mixture_step(recipe: WeightRecipe, n: _Sizes) -> Step:
-    """Mixtures of the statistics before and the population's, which are as free at inference."""
-    by_layer = recipe.granularity != "global"
-    work = [Work("mixture: one for all layers", n.learn, _TRIED_WEIGHTS / 3)]
-    if by_layer:
-        work.append(Work("mixture: per layer", n.learn, min(1, recipe.epochs) / 2, "training"))
-        work.append(Work("mixture: watching", n.monitor, min(1, recipe.epochs)))
-    work.append(Work("select: mixture", n.select, 1 + by_layer))
-    name = f"mixture of old and new statistics (up to per {'layer' if by_layer else 'model'})"
-    return Step(f"{name}, on fit", STATISTICS, Fits.mixed, tuple(work), start="population")
-
-
-def _statistics_step(
-    recipe: StatisticsRecipe,
-    n: _Sizes,
-    target: str,
-    *,
-    gate: str = "select",
-    example_weight: float | None = None,
-) -> Step:
-    feed, passes, plain, how = recipe.feed, n.feed_passes, 1, target
-    if target == "noise":
-        plain, how = recipe.draws, f"population of {recipe.draws} copies with weight noise"
-        passes *= plain
-    if target in ("reference", "blend") or recipe.robust:
-        # One pass more goes through the reference, or looks for images of another kind.
-        plain = 2 if target == "reference" or recipe.robust else 1
-        feed, passes = "sequential", n.by_depth + plain - 1
-    more = "" if passes == plain else f", or {passes:g} where memory is short"
-    over = f"{plain} pass{'es' if plain > 1 else ''} over fit{more}"
-    with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"
-    used = min(n.fit, recipe.samples) if isinstance(recipe.samples, int) else n.fit
-    work = [Work(STATISTICS, used, passes, "live")]
-    if gate == "select":
-        work.append(Work(f"select: {STATISTICS}", n.select, 1))
-    return Step(
-        name=f"population statistics ({how}, {feed} feed){with_weight}: {over}",
-        stage=STATISTICS,
-        fit=partial(Fits.statistics, target=target, example_weight=example_weight),
-        work=tuple(work),
-        gate=gate,
-        leaves=target if target in ("population", "reference") else "",
-    )
-
-
-def _distilling(plan: Plan, n: _Sizes) -> list[Step]:
-    """Fine-tuning to a reference's predictions: of the input, and after matched statistics."""
-    if plan.finetune is None or plan.statistics.reference is None:
-        return []
-    recipe = replace(plan.finetune, example_weight="keep")
-    a_pass = max(1, math.ceil(n.learn / n.training_batch(recipe.batch_size)))
-    # Predictions say more of an image than a label does, so that more passes can be taken.
-    epochs = max(recipe.epochs, math.ceil(_LEAST_STEPS / a_pass))
-    recipe = recipe if recipe.steps is not None else replace(recipe, epochs=epochs)
-    if n.of_images and recipe.augment == "none":
-        # The reference sees the same variant, so that no variation can make its answer wrong.
-        recipe = replace(recipe, augment="light")
-    starts = ["input", "reference"]
-    # What was stated for statistics or weights is part of whatever follows.
-    if plan.statistics.statistics != "auto" or plan.weight.is_stated:
-        starts = ["base"]
-    return [_tuning_step(recipe, n, distils=True, start=start) for start in starts]
-
-
-def _tuning(plan: Plan, n: _Sizes) -> list[Step]:
-    """Fine-tuning alone, example weights alone, both together."""
-    recipe, steps = plan.finetune, []
-    # Trained statistics belong to the weights trained with them; frozen ones to all.
-    frozen = recipe is None or recipe.statistics == "frozen"
-    start = "base" if frozen else "kept"
-    if recipe is not None:
-        steps.append(_tuning_step(replace(recipe, example_weight="keep"), n))
-    if not plan.chooses_weights:
-        return steps
-    name = f"example weight (up to per {plan.weight.granularity}), on fit"
-    work = _choice_work(plan.weight, n)
-    steps.append(Step(name, WEIGHT, Fits.chosen_weights, work, start=start))
-    if recipe is not None and recipe.example_weight == "learn" and frozen:
-        steps.append(_tuning_step(recipe, n, start=start))
-    return steps
-
-
-def _alone(plan: Plan, n: _Sizes, bench: Workbench | None) -> list[Step]:
-    """Fine-tuning as stated; its own monitor keeps the best epoch or the original."""
-    converted = bench is not None and bench.original is not None
-    steps = []
-    if plan.finetune is not None and converted:
-        work = (Work("re-fitting scale and shift", min(n.fit, REFIT_SAMPLES), 2, "live"),)
-        steps.append(Step("re-fitting scale and shift", "re-fitting", Fits.refitted, work, gate=""))
-    if plan.finetune is not None:
-        distils = bench is not None and not bench.labelled
-        steps.append(_tuning_step(plan.finetune, n, gate="monitor", distils=distils))
-    return steps
-
-
-def _tuning_step(
-    recipe: FinetuneRecipe,
-    n: _Sizes,
-    *,
-    gate: str = "select",
-    distils: bool = False,
-    start: str = "kept",
-) -> Step:
-    size = n.training_batch(recipe.batch_size) * recipe.accumulate
-    epochs = float(recipe.epochs)
-    if recipe.steps is not None:
-        epochs = recipe.steps / max(1, math.ceil(n.learn / size))
-    watched = math.ceil(epochs)
-    work = [
-        Work(f"fine-tuning {recipe.train}", n.learn, epochs, "training"),
-        Work("fine-tuning: watching", n.monitor, watched + 1, "live"),
-    ]
-    if distils:
-        work.append(Work("distilling: the reference", n.learn, epochs))
-    if recipe.statistics == "train":
-        work.append(Work("statistics after each epoch", n.fit, watched, "live"))
-    if gate == "select":
-        work.append(Work("select: fine-tuned", n.select, 1, "live"))
-    weights = " with example weights" if recipe.example_weight == "learn" else ""
-    verb, alone = "distilling" if distils else "fine-tuning", start == "input"
-    judged = gate == "select"
-    fit = partial(Fits.tuned, recipe=recipe, gated=judged, distils=distils, alone=alone)
-    name = f"{verb} ({recipe.train}){' alone' * alone}{weights}: {epochs:g} epochs"
-    return Step(name, TUNING, fit, tuple(work), gate=gate, start=start)
-
-
-def _choice_work(recipe: WeightRecipe, n: _Sizes) -> tuple[Work, ...]:
-    levels = ("global", "layer", "channel").index(recipe.granularity)
-    work = [Work("example weight: one for all layers", n.learn, _TRIED_WEIGHTS / 3, "live")]
-    if levels >= 1:
-        passes = min(1, recipe.epochs) / 2
-        work.append(Work("example weight: per layer", n.learn, passes, "training"))
-    if levels == 2:
-        work.append(Work("example weight: per channel", n.learn, recipe.epochs, "training"))
-    if levels:
-        watched = 1 + (recipe.epochs if levels == 2 else 0)
-        thinning = 2 + math.ceil(math.log2(n.layers)) if recipe.thin else 0
-        work.append(Work("example weight: watching", n.monitor, watched + thinning, "live"))
-    return (*work, Work("select: example weight", n.select, levels + 1, "live"))

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, one_line, plain
+from bnfix.core.options import require
+from bnfix.core.settings import EvaluationRecipe
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.metrics import (
     N_RESAMPLES,
@@ -20,6 +22,7 @@ from bnfix.metrics.metrics import (
     log_softmax,
     losses_of,
     middle,
+    refuse_not_finite,
     resample,
 )
 from bnfix.metrics.task import Array, as_array, import_function
@@ -298,3 +301,40 @@ def estimate_shares(logits: Array, old: Array) -> Array:
         if np.abs(new - before).max() < _TOLERANCE:
             break
     return np.asarray(new)
+
+
+def uncertain(
+    found: Sequence[Outputs], labelled: Sequence[Outputs], also: EvaluationRecipe, seed: int
+) -> tuple[Uncertain, ...]:
+    """Sets of classes and estimated accuracy of every model, where they are asked for."""
+    if also.coverage is not None:
+        check_logits("--coverage", found, needs_labels=True)
+    if labelled:
+        check_logits("--estimate-from", [*found, *labelled])
+    rows = []
+    for k, own in enumerate(found):
+        sets = estimate = None
+        if also.coverage is not None and own.labels is not None:
+            sets = conformal_sets(own.outputs, own.labels, also.coverage, seed)
+        if labelled and (y := labelled[k].labels) is not None:
+            estimate = estimate_accuracy((labelled[k].outputs, y), own.outputs, seed)
+        if estimate is not None and own.labels is not None:
+            truth = float((own.outputs.argmax(1) == own.labels).mean())
+            estimate = replace(estimate, truth=truth)
+        rows.append(Uncertain(sets, estimate))
+    return tuple(rows) if also.of_certainty else ()
+
+
+def check_logits(
+    option: str, outputs: Sequence[Outputs], *, groups: bool = False, needs_labels: bool = False
+) -> None:
+    """Refuse outputs that an option cannot use."""
+    name = option[2:].replace("-", "_")
+    for one in outputs:
+        words = f"{option}: the outputs are no logits of classes. Leave it out."
+        require(one.classified, words, name)
+        words = f"{option}: its interval counts examples one by one. Leave --groups out."
+        require(groups or one.groups is None, words, name)
+        words = f"{option}: the examples have no labels. Give labels."
+        require(not needs_labels or one.labels is not None, words, name)
+        refuse_not_finite(one.outputs)

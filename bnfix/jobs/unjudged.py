@@ -1,15 +1,18 @@
-"""Statistics of clients who share no images, measured and pooled.
+"""Statistics that nothing judges: predicted without an example, or pooled from clients.
 
-Each client measures, in one pass, the count, mean and variance of what every norm layer meets. By
-the law of total variance the pool equals one pass over the batches of all. Under the batch feed a
-batch is normalized by itself, whoever has it; under the sequential feed by stored statistics: then
-the pool is exact for one more layer with each round that starts from the last one's output.
+`calibrate --data none` sets what changed weights and the original's statistics predict. `pool`
+joins the statistics of clients who share no images: each measures, in one pass, the count, mean
+and variance of what every norm layer meets. By the law of total variance the pool equals one pass
+over the batches of all. Under the batch feed a batch is normalized by itself, whoever has it; under
+the sequential feed by stored statistics: then the pool is exact for one more layer with each round
+that starts from the last one's output.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,24 +20,124 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnfix.checkpoints.alike import check_copyable
+from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import FORMAT, check_room, parse_header, read_file, sha256_of
 from bnfix.checkpoints.save import identity_of, round_as_stored_, write_checkpoint
 from bnfix.core import __version__
-from bnfix.core.errors import CheckpointError, ConfigError, plain, some
+from bnfix.core.errors import CheckpointError, ConfigError, ModelError, plain, some
 from bnfix.core.options import require
-from bnfix.core.settings import ModelRecipe, RunOptions
-from bnfix.jobs.inputs import Track
-from bnfix.jobs.session import Plan, load_one, open_workbench
-from bnfix.jobs.without_data import stated_flags, unjudged
+from bnfix.core.settings import ModelRecipe, RunOptions, StatisticsRecipe
+from bnfix.jobs.convert import example_input, known_shape, outputs_of
+from bnfix.jobs.inputs import Track, resolve_preprocessing
+from bnfix.jobs.session import Plan, finished, load_one, open_reference, open_workbench
 from bnfix.norm.moments import Moments, pool
 from bnfix.norm.sites import find_norms, sites_with_statistics
 from bnfix.recalibrate.collector import Collector
 from bnfix.recalibrate.passes import met_in_a_pass
-from bnfix.report.records import drifts_between, statistics_of
+from bnfix.recalibrate.predicted import match_predicted_
+from bnfix.report.records import drifts_between, layer_rows, statistics_of
+from bnfix.report.report import Report
 from bnfix.report.result import Result
 
 #: More values a channel than any client has; float64 counts them exactly.
 _MOST_VALUES = 2**53
+_UNPROVEN = "Nothing proves that the output is better: compare it with the input on"
+
+
+def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
+    """Set the statistics that weights and the original's statistics predict; nothing is judged.
+
+    Raises:
+        ConfigError: if no reference is given.
+        ModelError: if one of both networks has no graph.
+    """
+    words = f"--data none: {plan.command} needs examples; only calibrate takes none. Give data."
+    require(plan.command == "calibrate", words, "data")
+    stated = stated_flags(plan, replace(plan.statistics, reference=None, reference_model=None))
+    words = f"--data none: without examples {some(stated)} cannot act. Leave it out, or give data."
+    require(not stated, words, "data")
+    loaded = load_one(checkpoint, plan.model, plan.run)
+    original = open_reference(loaded, plan)
+    if original is None:
+        raise ConfigError(
+            "--data none: without examples, statistics can only be predicted from the original's. "
+            "Give --reference CKPT, or data.",
+            name="reference",
+        )
+    check_room(loaded.checkpoint.metadata, loaded.checkpoint.path)
+    if plan.model.like_input:
+        check_copyable(loaded.checkpoint)
+    preprocessing, _ = resolve_preprocessing(loaded, plan.source)
+    example = example_input(loaded.model, None, known_shape(loaded.model, preprocessing))
+    before = None if example is None else outputs_of(loaded.model, example)
+    try:
+        reached = match_predicted_(loaded.model, original.model, example)
+    except ModelError as error:
+        raise ModelError(f"--data none: {error} Give data.") from error
+    round_as_stored_(loaded.model)
+    notes = [
+        f"no example was used: the means of {len(reached)} layers were moved, and their variances "
+        "lowered, as the weights predict from the original's statistics. "
+        f"{_UNPROVEN} images (bnfix eval).",
+        *_describe_left(loaded, reached, "out of reach of the prediction"),
+    ]
+    if before is not None and example is not None:
+        moved = outputs_of(loaded.model, example) - before
+        size = float(moved.square().mean().sqrt() / before.square().mean().sqrt().clamp_min(1e-12))
+        notes.append(f"on normal random input the outputs moved by {size:.2g} of their size (RMS).")
+    recipes: dict[str, Any] = {"model": plan.model, "statistics": plan.statistics}
+    options = {name: dataclasses.asdict(one) for name, one in recipes.items()}
+    return _unjudged(plan, loaded, notes, options, results={"predicted": reached})
+
+
+def stated_flags(plan: Plan, statistics: StatisticsRecipe) -> list[str]:
+    """Options that are not as by default, of those that say how statistics or weights are found."""
+    usual = Plan()
+    statistics = replace(statistics, batch_size=usual.statistics.batch_size)
+    pairs: list[tuple[Any, Any]] = [
+        (statistics, usual.statistics), (plan.weight, usual.weight), (plan.swap, usual.swap),
+        (replace(usual.gate, class_prior=plan.gate.class_prior), usual.gate),
+    ]  # fmt: skip
+    stated = [
+        "--" + field.name.replace("_", "-")
+        for given, default in pairs
+        for field in dataclasses.fields(given)
+        if getattr(given, field.name) != getattr(default, field.name)
+    ]
+    stated += ["--select"] * isinstance(plan.gate.select, str)
+    return stated + ["--test"] * (plan.source.test is not None)
+
+
+def _describe_left(loaded: Loaded, done: Collection[str], why: str) -> list[str]:
+    left = [site.name for site in find_norms(loaded.model) if site.name not in done]
+    return [f"{some(left)}: {why}, left as they were."] if left else []
+
+
+def _unjudged(
+    plan: Plan,
+    loaded: Loaded,
+    notes: Sequence[str],
+    options: dict[str, Any],
+    *,
+    results: dict[str, Any],
+    drifts: Mapping[str, tuple[float, float]] | None = None,
+) -> Result:
+    """The model and what was done."""
+    report = Report(
+        command=plan.command,
+        data=None,
+        models=(),
+        layers=layer_rows(loaded.model, drifts or {}, {}),
+        assumptions=(*loaded.checkpoint.notes, *notes),
+        options=options,
+        seed=plan.gate.seed,
+        command_line=plan.command_line,
+    )
+    return finished(loaded, report, results=results, preprocessing=loaded.origin.preprocessing)
+
+
+# --- moments of clients ---
 
 
 def measure_moments(
@@ -72,9 +175,8 @@ def save_moments(
     track: Track,
 ) -> dict[str, Any]:
     """Measure what every norm layer meets on a client's images, and write it to a file, if any."""
-    source = dataclasses.replace(plan.source, labels="none")
-    plan = dataclasses.replace(plan, source=source)
-    if stated := stated_flags(plan, dataclasses.replace(plan.statistics, feed="batch")):
+    plan = replace(plan, source=replace(plan.source, labels="none"))
+    if stated := stated_flags(plan, replace(plan.statistics, feed="batch")):
         raise ConfigError(
             f"--save-moments: writes plain moments, so {some(stated)} cannot act. Leave it out."
         )
@@ -90,7 +192,7 @@ def save_moments(
         layer: torch.stack([m.count.expand_as(m.mean), m.mean, m.var]) for layer, m in found.items()
     }
     of: dict[str, Any] = {"model": identity, "feed": recipe.feed}
-    of["preprocessing"] = None if shaped is None else dataclasses.asdict(shaped)
+    of["preprocessing"] = shaped and dataclasses.asdict(shaped)
     header = {"format": FORMAT, "bnfix": __version__, "moments": of, "n_examples": n}
     write_checkpoint(path, tensors, header, force=force)
     return {**done, "moments": str(path), "n_layers": len(found)}
@@ -136,18 +238,15 @@ def pool_files(
     before, together = statistics_of(loaded.model), pooled(parts)
     set_moments_(loaded.model, together)
     round_as_stored_(loaded.model)
-    left = [site.name for site in find_norms(loaded.model) if site.name not in together]
     feed, counts = first["moments"]["feed"], [header.get("n_examples") for _, header, _ in moments]
     notes = [
-        *loaded.checkpoint.notes,
         f"the moments of {len(parts)} files ({some(list(map(str, counts)))} examples, {feed} feed) "
-        f"were pooled for {len(together)} layers. Nothing proves that the output is better: "
-        "compare it with the input on labelled images (bnfix eval).",
-        *([f"{some(left)}: not in the files, left as they were."] if left else []),
+        f"were pooled for {len(together)} layers. {_UNPROVEN} labelled images (bnfix eval).",
+        *_describe_left(loaded, together, "not in the files"),
     ]
-    drifts = drifts_between(before, statistics_of(loaded.model))
-    plan, results = Plan(command="pool", command_line=command_line), {"n_examples": counts}
-    return unjudged(plan, loaded, notes, {"feed": feed}, results=results, drifts=drifts)
+    plan, drifts = Plan("pool", command_line), drifts_between(before, statistics_of(loaded.model))
+    results = {"n_examples": counts}
+    return _unjudged(plan, loaded, notes, {"feed": feed}, results=results, drifts=drifts)
 
 
 def _opened(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
