@@ -65,6 +65,10 @@ class Paired:
     #: Of the task's metrics by name; they have intervals, and no p, since they decide nothing.
     metrics: dict[str, Difference] = field(default_factory=dict)
 
+    def change(self, key: str) -> Difference | None:
+        """The difference of a number by the key of its column; ``None`` where there is none."""
+        return self.metrics.get(key, getattr(self, key, None))
+
     def __repr__(self) -> str:
         only = ", temperature_only" if self.temperature_only else ""
         return f"Paired({self.verdict}, top1 {self.top1!r}, nll {self.nll!r}{only})"

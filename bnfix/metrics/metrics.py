@@ -313,6 +313,10 @@ class Metrics(Scores):
         """The mean loss of the task."""
         return self.nll
 
+    def number(self, key: str) -> float | None:
+        """A number by the key of its column; ``None`` where there is none."""
+        return self.values.get(key, getattr(self, key, None))
+
     @property
     def results(self) -> dict[str, float | None]:
         """The numbers to remember of it."""

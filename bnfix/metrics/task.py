@@ -31,6 +31,15 @@ class Words(NamedTuple):
     unit: str = ""  # with a space before it
 
 
+class Column(NamedTuple):
+    """A number of a model in tables: the name that `Metrics` has for it, and its heading."""
+
+    key: str
+    heading: str
+    fraction: bool = False
+    tested: bool = False  # the verdict's p is of such numbers
+
+
 class ByRows(ABC):
     """A task whose metrics come from a few numbers an example, so that no outputs are kept."""
 
@@ -47,6 +56,17 @@ class ByRows(ABC):
     @abstractmethod
     def words(self) -> Words:
         """Names of the loss, and of the score."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The numbers of a model, the loss first."""
+        words, headings = self.words, self.headings.items()
+        score = Column("top1", words.score_heading.capitalize(), fraction=True, tested=True)
+        return (
+            Column("nll", words.loss_heading.capitalize(), tested=True),
+            *([score] if words.score else []),
+            *(Column(name, heading) for name, heading in headings),
+        )
 
     def output(self, output: Any) -> Any:
         """The one tensor of a model's output, float32."""
@@ -92,6 +112,14 @@ class Labels:
     tempered: bool = False
     name: ClassVar[str] = "classification"
     words: ClassVar[Words] = Words("loss", "top-1", "NLL", "top-1", unit=" nats")
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("top1", "Top-1", fraction=True, tested=True),
+        Column("top5", "Top-5", fraction=True),
+        Column("nll", "NLL", tested=True),
+        Column("nll_temperature_scaled", "NLL after temperature scaling", tested=True),
+        Column("brier", "Brier"),
+        Column("ece", "ECE", fraction=True),
+    )
 
     def output(self, output: Any) -> Tensor:
         """The logits."""

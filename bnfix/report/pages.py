@@ -156,10 +156,15 @@ def _weight(value: float | list[float]) -> tuple[str, str]:
     return _brief(middle), f"{low:.3g} to {high:.3g}" if high > low else ""
 
 
+def _shown(value: float | None, fraction: bool) -> str:
+    return percent(value) if fraction else number(value)
+
+
 _FILTERS: Mapping[str, Callable[..., Any]] = {
     "count": count,
     "percent": percent,
     "number": number,
+    "shown": _shown,
     "ends": ends,
     "brief": _brief,
     "tiny": lambda value: f"{value:.1e}",

@@ -23,7 +23,7 @@ from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.evaluate import Outputs
 from bnfix.metrics.metrics import Metrics, chunks, log_softmax, losses_of
 from bnfix.metrics.robustness import BatchInvariance, Shifted, Tiled
-from bnfix.metrics.task import Array, ByRows
+from bnfix.metrics.task import LABELS, Array, ByRows
 from bnfix.recalibrate.recalibrate import Calibration
 from bnfix.report import plots
 from bnfix.report.pages import fields_of, flat, plain_json, render
@@ -49,10 +49,10 @@ _AGREEMENT = {"top1": "agreement", "nll": "divergence"}
 def model_json(model: Evaluated) -> dict[str, Any]:
     """The JSON of a model; ``custom`` only where there are metrics of the user's."""
     m, agreement = model.metrics, agreement_json(model.agreement)
-    names = ("top1", "top5", "nll", "nll_temperature_scaled", "temperature", "brier", "ece")
-    named = {name: getattr(m, name) for name in names}
-    if isinstance(m.task, ByRows):
-        named = {"nll": m.nll, "top1": m.top1, **m.values}
+    columns = m.task.columns if isinstance(m.task, ByRows) else LABELS.columns
+    named = {column.key: m.number(column.key) for column in columns}
+    if not isinstance(m.task, ByRows):
+        named["temperature"] = m.temperature
     ends = {} if model.agreement is None else model.agreement.interval
     intervals = {name: ends[key] for key, name in _AGREEMENT.items() if key in ends}
     return {
@@ -107,12 +107,6 @@ def renamed(content: Any, task: ByRows) -> Any:
         own = key in ("custom", "options")
         found[key if own else name] = value if own else renamed(value, task)
     return found
-
-
-def shifted_json(row: Shifted, against: str) -> dict[str, Any]:
-    """The JSON of a model on corrupted images."""
-    paired = None if row.paired is None else paired_json(row.model, against, row.paired)
-    return {**fields_of(row), "paired": paired}
 
 
 _DRIFTS = ("mean_shift", "log_var_ratio", "residual")
@@ -196,7 +190,7 @@ class Report(Findings):
                 {**fields_of(row), "paired": row.paired and fields_of(row.paired, "metrics")}
                 for row in self.ranking
             ],
-            "corruptions": [shifted_json(row, self.models[0].name) for row in self.corruptions],
+            "corruptions": self._shifted_json(self.corruptions),
             "batch_invariance": self.invariance,
             **({"streams": self._streams_json()} if self.streams else {}),
             **({"tiles": self.tiles} if self.tiles else {}),
@@ -235,8 +229,15 @@ class Report(Findings):
         # The number of groups only where there are groups.
         return fields_of(data, "class_names", "noun", *(() if data.n_groups else ("n_groups",)))
 
+    def _shifted_json(self, rows: Sequence[Shifted]) -> list[dict[str, Any]]:
+        first = self.models[0].name if self.models else ""
+        return [
+            {**fields_of(row), "paired": row.paired and paired_json(row.model, first, row.paired)}
+            for row in rows
+        ]
+
     def _streams_json(self) -> list[dict[str, Any]]:
-        rows = [shifted_json(row, self.models[0].name) for row in self.streams]
+        rows = self._shifted_json(self.streams)
         for row in rows:
             row["stream"], row["batch_size"] = row.pop("kind"), row.pop("severity")
         return rows
@@ -327,6 +328,9 @@ class Report(Findings):
             template,
             r=self,
             version=__version__,
+            what=f"bnfix {self.command}",
+            of_model=f" of {self.models[-1].name}" if self.models else "",
+            verdict=self.verdict or "none",
             badge=self.badge(),
             headline=headline[:1].upper() + headline[1:],
             remarks=self.remarks(),
@@ -339,6 +343,7 @@ class Report(Findings):
             if self.by_rows
             else ("Top-1", self.noun.capitalize()),
             by_rows=self.by_rows,
+            compared=[c for c in self.columns if c.tested or self.by_rows],
             custom_names=list(dict.fromkeys(c.name for m in self.models for c in m.custom)),
             options=dict(flat(self.options)),
             any_weight=self._any_weight(),

@@ -31,7 +31,7 @@ from bnfix.checkpoints.save import (
     write_bytes,
 )
 from bnfix.core import __version__, distributed
-from bnfix.core.errors import output_error, some
+from bnfix.core.errors import Note, output_error, some
 from bnfix.core.settings import ModelRecipe, Preprocessing
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
@@ -195,8 +195,7 @@ def results_of(model: Evaluated) -> list[dict[str, Any]]:
         names |= {key: (key, heading) for key, heading in m.task.headings.items()}
     found = []
     for key, (kind, name) in names.items():
-        value = m.values.get(key, getattr(m, key, None))
-        if value is None:
+        if (value := m.number(key)) is None:
             continue
         counted: dict[str, Any] = {"n": m.n_examples}
         if (interval := m.interval.get(key)) is not None:
@@ -299,10 +298,16 @@ class Export:
         values = {
             "e": self,
             "r": self.report,
+            "what": f"bnfix export --to {self.to}",
+            "of_model": "",
             "version": __version__,
+            "verdict": "none",
+            "badge": "Exported",
             "fates": self._fates(),
-            "sentence": self.sentence(),
-            "remarks": self.remarks(),
+            "headline": self.sentence(),
+            "remarks": [Note(remark) for remark in self.remarks()],
+            "left_out": self.report.assumptions,
+            "options": {},
         }
         markdown, page = render("export.md.j2", **values), render("export.html.j2", **values)
         return json_text(self.to_json()), markdown, page

@@ -12,7 +12,7 @@ from bnfix.core.errors import Note
 from bnfix.metrics.compare import Difference, Paired, compare
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Moved
-from bnfix.metrics.task import LABELS, ByRows, Task
+from bnfix.metrics.task import LABELS, ByRows, Column, Task
 from bnfix.norm.swap import SwapPlan
 from bnfix.report.pages import clean, count, difference, direction, fields_of, number, percent
 from bnfix.report.records import DataUsed, Evaluated
@@ -49,6 +49,11 @@ class Findings:
     def by_rows(self) -> ByRows | None:
         """The task, if it is no classification."""
         return self.task if isinstance(self.task, ByRows) else None
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The numbers of the models in tables."""
+        return LABELS.columns if self.by_rows is None else self.by_rows.columns
 
     @cached_property
     def paired(self) -> tuple[Paired | None, ...]:
