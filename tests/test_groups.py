@@ -18,7 +18,7 @@ from PIL import Image
 import bnfix
 from benchmarks.clusters import coverage, drawn, false_rates
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.core.data_settings import DataRecipe
+from bnfix.core.settings import DataRecipe
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import GateRecipe, ModelRecipe, RunOptions
 from bnfix.data.fingerprints import cut, unseen, watched

@@ -300,7 +300,7 @@ def test_a_failing_run_with_ingredients_leaves_all_as_it_was(recipe):
         ),
         ({"batch_statistics": "some"}, "--batch-statistics: 'some' is not known"),
         ({"consistency": (0.1,)}, "--consistency: .*expected two numbers"),
-        ({"sharpness": -1.0}, "--sharpness: -1.0, expected at least 0"),
+        ({"sharpness": -1.0}, "--sharpness: -1.0, expected 0 to 1000"),
         ({"norm_decay": "first=0.1"}, "--norm-decay: first=0.1, expected .*last, shortcut"),
         ({"norm_decay": "last=0.1,last=0.2"}, "--norm-decay: last=0.1,last=0.2, expected"),
         ({"norm_decay": "last=x"}, "--norm-decay: last=x, expected"),

@@ -1,9 +1,14 @@
-"""The fields of settings, with their help texts, and the checks that they share."""
+"""How a setting states its help and what it takes; the settings of data, model and run.
+
+`bnfix.core.settings` offers them beside the recipes of the stages.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from bnfix.core.errors import ConfigError
@@ -21,6 +26,10 @@ KINDS: dict[str, tuple[str | None, int | None, float]] = {
 #: What `--corrupt` and `--corruptions` offer.
 CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "pixelate")
 SEVERITIES = (1, 2, 3)
+#: Ways to resize an image.
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+#: What a model can be judged by.
+TASKS = ("classification", "segmentation", "multilabel", "regression")
 
 
 def option(default: Any, help: str) -> Any:
@@ -43,13 +52,10 @@ def check_seed(seed: int) -> None:
 def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
     """Read a corruption of images."""
     kind, _, severity = text.partition(":")
-    known = kind in CORRUPTIONS and severity in map(str, SEVERITIES)
-    require(
-        known,
-        f"{where}: {text!r} is not known. Give KIND:SEVERITY, such as blur:2; kinds: "
-        f"{', '.join(CORRUPTIONS)}; severities: {', '.join(map(str, SEVERITIES))}.",
-        "corrupt",
-    )
+    severities = [str(n) for n in SEVERITIES]
+    offered = f"kinds: {', '.join(CORRUPTIONS)}; severities: {', '.join(severities)}."
+    words = f"{where}: {text!r} is not known. Give KIND:SEVERITY, such as blur:2; {offered}"
+    require(kind in CORRUPTIONS and severity in severities, words, "corrupt")
     return kind, int(severity)
 
 
@@ -62,9 +68,267 @@ def one_of(value: Any, choices: Collection[str], name: str) -> None:
         raise error
 
 
-def in_range(recipe: Any, low: float, high: float, *names: str) -> None:
-    """Refuse settings that are numbers outside of [low, high)."""
+def in_range(recipe: Any, low: float, high: float, *names: str, excluded: bool = False) -> None:
+    """Refuse settings that are numbers outside of [low, high], or of [low, high)."""
+    span = f"{low} to {high}" + f", {high} excluded" * excluded
+    if high == math.inf:
+        span, excluded = f"at least {low}", True
     for name in names:
         value, flag = getattr(recipe, name), "--" + name.replace("_", "-")
-        span = f"at least {low}" if high > 1 else f"{low} to 1, 1 excluded"
-        require(value is None or low <= value < high, f"{flag}: {value}, expected {span}.", name)
+        ok = value is None or (low <= value <= high and not (excluded and value == high))
+        require(ok, f"{flag}: {value}, expected {span}.", name)
+
+
+def above_zero(recipe: Any, name: str) -> None:
+    """Refuse numbers that are not above 0, or so large that a sum of them overflows."""
+    values = getattr(recipe, name)
+    shown = ", ".join(map(str, values))
+    ok = all(0 < value < 1e6 for value in values)
+    require(ok, f"--{name}: {shown}, expected numbers above 0.", name)
+
+
+# --- data, model, run, evaluation ---
+
+
+@dataclass(frozen=True)
+class InputRecipe:
+    """How examples become inputs, where the checkpoint or the model has it otherwise.
+
+    Resize and crop belong together: one given replaces both. The rest replaces one by one.
+    """
+
+    preset: str | None = option(
+        None, "Preprocessing of torchvision:WEIGHTS_NAME or timm:NAME, to start from."
+    )
+    resize: tuple[int, ...] | None = None
+    crop: tuple[int, ...] | None = None
+    interpolation: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    scale: float | None = None
+    bgr: bool = False
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """What a model is judged by."""
+
+    task: str = option(
+        "auto", f"What outputs and targets are: auto (as they look), {', '.join(TASKS)}."
+    )
+    loss: str | None = option(
+        None,
+        "Of regression: mse (the default), l1, huber. Of any task: package.module:callable or "
+        "path/to/file.py:callable, called with outputs and targets as tensors, gives one loss an "
+        "example, a tensor (N,) with its graph.",
+    )
+    ignore_index: int = option(255, "Class in the masks of a segmentation that counts nowhere.")
+
+    def __post_init__(self) -> None:
+        one_of(self.task, ("auto", *TASKS), "--task")
+        own = self.loss is not None and ":" in self.loss
+        ok = self.loss in (None, "mse", "l1", "huber") or own
+        require(ok, f"--loss: {self.loss!r}, expected mse, l1, huber or FILE.py:callable.", "loss")
+        ok = type(self.ignore_index) is int
+        require(ok, f"--ignore-index: {self.ignore_index!r}, expected a number.", "ignore_index")
+        known = ("auto",) if own else ("auto", "regression")
+        ok = self.loss is None or self.task in known
+        require(ok, f"--loss {self.loss}: not with --task {self.task}. Leave one out.", "loss")
+
+
+@dataclass(frozen=True)
+class DataRecipe(InputRecipe, TaskRecipe):
+    """Which examples are used, and how they become inputs."""
+
+    test: str | None = option(None, "Examples for the claim, used for nothing else.")
+    class_map: str | None = option(None, "JSON file: folder name to class index.")
+    labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
+    groups: str | None = option(
+        None,
+        "Groups of examples that depend on each other, such as frames of one video: a column of "
+        "labels.csv, a regular expression for file names (its first group, or the whole match), an "
+        "array of the .npz, or an .npy or .npz file with one group an example.",
+    )
+    max_bad: float | None = option(
+        None, "Bad images that a pass may meet (default: 1%, and at least 5)."
+    )
+    corrupt: str | None = option(
+        None,
+        "Corrupt every image that is read, after resize and crop: KIND:SEVERITY, such as blur:2; "
+        "kinds " + ", ".join(CORRUPTIONS) + "; severities 1 to 3.",
+    )
+
+    def __post_init__(self) -> None:
+        TaskRecipe.__post_init__(self)
+        one_of(self.labels, ("auto", "none"), "--labels")
+        if self.corrupt is not None:
+            check_corruption(self.corrupt)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded image to the network's input: resize, centre crop, scale, normalize.
+
+    input = (pixel · scale - mean) / std, pixel in 0..255, per channel in the input's order.
+    """
+
+    resize: tuple[int, ...] | None = option(
+        None, "Resize before the crop: one number for the shorter side, or HEIGHTxWIDTH."
+    )
+    crop: tuple[int, int] | None = option(
+        None, "Centre crop after the resize: one number or HEIGHTxWIDTH."
+    )
+    interpolation: str = option("bilinear", "How to resize: " + ", ".join(INTERPOLATIONS) + ".")
+    mean: tuple[float, ...] = option(
+        (0.0,), "Mean to subtract after scaling, one number or one a channel, comma-separated."
+    )
+    std: tuple[float, ...] = option(
+        (1.0,), "Deviation to divide by, one number or one a channel, comma-separated."
+    )
+    scale: float = option(1 / 255, "Factor for pixel values 0..255 (a number or 1/255).")
+    channels: int = option(3, "Channels of the input: 3 (colour) or 1 (grey).")
+    bgr: bool = option(
+        False, "Channels in the order blue, green, red, those of --mean and --std too."
+    )
+
+    def __post_init__(self) -> None:
+        one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
+        require(self.channels in (1, 3), f"channels: {self.channels}, expected 1 or 3.", "channels")
+        require(type(self.bgr) is bool, f"bgr: {self.bgr!r}, expected true or false.", "bgr")
+        require(self.channels == 3 or not self.bgr, "--bgr: not for a grey input.", "bgr")
+        for name in ("resize", "crop"):
+            size = getattr(self, name)
+            known = all(type(s) is int and 0 < s <= 16384 for s in size or ())
+            ok = size is None or (len(size) in (1, 2) and known)
+            shown = "x".join(map(str, size or ()))
+            require(ok, f"--{name}: {shown}, expected one or two sizes from 1 to 16384.", name)
+        n = self.channels
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            ok = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+            require(ok, f"--{name}: {values}, expected finite numbers.", name)
+            words = f"--{name}: {len(values)} numbers for {n} channels. Give 1 or {n}."
+            require(len(values) in (1, n), words, name)
+        require(all(s > 0 for s in self.std), f"--std: {self.std}, expected above 0.", "std")
+        ok = self.scale > 0 and math.isfinite(self.scale)
+        require(ok, f"--scale: {self.scale}, expected a number above 0.", "scale")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which model a checkpoint belongs to, and where in the file it lies."""
+
+    model: str | None = option(
+        None,
+        "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
+        "path/to/file.py:callable; needed until a checkpoint carries one.",
+    )
+    arguments: tuple[tuple[str, Any], ...] = option(
+        (), "Argument of the builder, a JSON value; repeatable."
+    )
+    key: str | None = option(None, "Dotted nesting of the state dict in the file.")
+    prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
+    prefer_ema: bool = option(
+        False, "Take the running mean of the weights that lies beside them in the file."
+    )
+    unfreeze: bool = option(
+        False,
+        "Turn FrozenBatchNorm2d layers into BatchNorm2d of the same numbers, on which commands "
+        "act; the output then holds their num_batches_tracked, too, and loads into either.",
+    )
+    forward: str | None = option(
+        None,
+        "package.module:callable or path/to/file.py:callable, called with the model and a batch "
+        "(inputs, labels or None, positions), for models that are not called on images alone.",
+    )
+    logits_output: str | None = option(
+        None, "Which output holds the logits: its name or index, dotted where they are nested."
+    )
+    trust_code: bool = option(
+        False, "Open .pt2 files, which can run code as torch reads them: only files of your own."
+    )
+    like_input: bool = option(
+        False,
+        "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with the new weights in their "
+        "places and all else as it is: training goes on from it. No example weights.",
+    )
+    domain: str | None = option(
+        None,
+        "Which statistics of a file that has several: a name, in eval also auto, the nearest by "
+        "what the first norm layer meets. calibrate writes them under this name.",
+    )
+
+    def __post_init__(self) -> None:
+        name, ok = self.logits_output, self.forward is None or self.logits_output is None
+        words = f"--output: {name}, but --forward returns the logits itself. Leave one of them out."
+        require(ok, words, "logits_output")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run: nothing here changes a number by more than rounding."""
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (autocast).")
+    batch_size: int | None = option(
+        None, "Batch size (default 128, less for large inputs on the CPU)."
+    )
+    workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
+
+    def __post_init__(self) -> None:
+        one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
+        in_range(self, 1, math.inf, "batch_size")
+        require(self.workers >= -1, f"--workers: {self.workers}, expected at least 0.", "workers")
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What else is measured beside the usual metrics."""
+
+    corruptions: bool = option(
+        False,
+        "Also measure under common corruptions: " + ", ".join(CORRUPTIONS) + "; 3 severities each.",
+    )
+    compare_batch_sizes: bool = option(
+        False, "Also compare each image's logits alone, in its batch and in another batch."
+    )
+    streams: str | None = option(None, "Also in other orders: iid,sorted,mixed,single, or some.")
+    tiles: tuple[int, ...] | None = option(
+        None,
+        "Also compare the maps of some whole images with those of tiles of this size, by the "
+        "distance to the nearest cut: for networks that are run tile by tile.",
+    )
+    coverage: float | None = option(
+        None,
+        "Also sets of classes that hold the right one with this probability, such as 0.9: the "
+        "threshold is from one half of the examples, the coverage from the other.",
+    )
+    estimate_from: str | None = option(
+        None,
+        "Labelled examples of the usual kind: by how sure the model is of them, its accuracy on "
+        "--data is estimated, which needs no labels there. Under strong shifts it is too high.",
+    )
+    fast: bool = option(
+        False,
+        "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "
+        "follows, on CPUs channels last. Equal to rounding, which is checked first.",
+    )
+    metric: tuple[str, ...] = option(
+        (),
+        "Metric of your own, package.module:callable or path/to/file.py:callable, called with all "
+        "outputs and labels as numpy arrays; returns a number or a dict of numbers; repeatable.",
+    )
+
+    def __post_init__(self) -> None:
+        ok = self.tiles is None or (len(self.tiles) in (1, 2) and min(self.tiles) > 0)
+        size = "x".join(map(str, self.tiles or ()))
+        require(ok, f"--tiles: {size}, expected one or two sizes from 1.", "tiles")
+        c = self.coverage
+        ok = c is None or 0 < c < 1
+        require(ok, f"--coverage: {c}, expected above 0 and below 1.", "coverage")
+
+    @property
+    def of_certainty(self) -> dict[str, float | str]:
+        """What is asked for of sets and estimates."""
+        given = {"coverage": self.coverage, "estimate_from": self.estimate_from}
+        return {name: value for name, value in given.items() if value is not None}

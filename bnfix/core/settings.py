@@ -8,27 +8,23 @@ here once: the command line reads both from these classes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from bnfix.core.data_settings import DataRecipe as DataRecipe
-from bnfix.core.data_settings import InputRecipe as InputRecipe
-from bnfix.core.data_settings import Preprocessing as Preprocessing
-from bnfix.core.data_settings import TaskRecipe as TaskRecipe
-from bnfix.core.finetune_settings import TRAINED as TRAINED
-from bnfix.core.finetune_settings import FinetuneRecipe as FinetuneRecipe
-from bnfix.core.options import (
-    CORRUPTIONS,
-    KINDS,
-    check_seed,
-    in_range,
-    one_of,
-    option,
-    require,
-)
+from bnfix.core.options import KINDS, above_zero, check_seed, in_range, one_of, option, require
+from bnfix.core.options import DataRecipe as DataRecipe
+from bnfix.core.options import EvaluationRecipe as EvaluationRecipe
+from bnfix.core.options import ModelRecipe as ModelRecipe
+from bnfix.core.options import Preprocessing as Preprocessing
+from bnfix.core.options import RunOptions as RunOptions
+from bnfix.core.options import TaskRecipe as TaskRecipe
 
 #: Ways to set the example weight without labels, for networks trained with batches of B.
 LABEL_FREE = ("match", "fit-moments", "fit-predictions")
+#: What fine-tuning may train.
+TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
+#: What a norm layer is to the residual branches around it.
+ROLES = ("last", "shortcut", "stem", "other")
 _ESTIMATOR = (
     "With --batch-weight, how the batch's moments are made from those of its images: mean (the "
     "default), or median, for which fewer than half of the images may be garbage."
@@ -52,9 +48,8 @@ class SwapRecipe:
 
     def __post_init__(self) -> None:
         one_of(self.to, KINDS, "--to")
+        in_range(self, 0, 1, "example_weight")
         a, b = self.example_weight, self.batch_weight or 0.0
-        ok = a is None or 0 <= a <= 1
-        require(ok, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
         room = 1 - (KINDS[self.to][2] if a is None else a)
         require(0 <= b <= room, f"--batch-weight: {b}, expected 0 to {room:g}.", "batch_weight")
         _check_estimator(self.batch_estimator, weighs=bool(self.batch_weight))
@@ -94,29 +89,15 @@ class AverageRecipe:
     def __post_init__(self) -> None:
         one_of(self.method, ("uniform", "greedy"), "--method")
         one_of(self.statistics, ("auto", "population", "interpolated"), "--statistics")
-        n = len(self.files) + 1
+        n, n_weights, best = len(self.files) + 1, len(self.weights), self.best
         require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
-        require(
-            len(self.weights) in (0, n),
-            f"--weights: {len(self.weights)} numbers for {n} checkpoints. Give one each.",
-            "weights",
-        )
-        require(
-            all(0 < w < 1e6 for w in self.weights),
-            f"--weights: {', '.join(map(str, self.weights))}, expected numbers above 0.",
-            "weights",
-        )
-        best = self.best
-        require(
-            best is None or 2 <= best <= n,
-            f"--best: {best}, expected 2 to {n}, of {n} files.",
-            "best",
-        )
-        require(
-            best is None or not self.weights,
-            "--weights: the order of the files with --best is not known before. Leave one out.",
-            "weights",
-        )
+        words = f"--weights: {n_weights} numbers for {n} checkpoints. Give one each."
+        require(n_weights in (0, n), words, "weights")
+        above_zero(self, "weights")
+        ok = best is None or 2 <= best <= n
+        require(ok, f"--best: {best}, expected 2 to {n}, of {n} files.", "best")
+        words = "the order of the files with --best is not known before. Leave one out."
+        require(best is None or not n_weights, f"--weights: {words}", "weights")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +112,8 @@ class NoiseRecipe:
     draws: int = option(8, "With --weight-noise: copies to measure, and as many to judge on.")
 
     def __post_init__(self) -> None:
-        size, n = self.weight_noise, self.draws
-        require(0 <= size <= 10, f"--weight-noise: {size}, expected 0 to 10.", "weight_noise")
-        require(1 <= n <= 1000, f"--draws: {n}, expected 1 to 1000.", "draws")
+        in_range(self, 0, 10, "weight_noise")
+        in_range(self, 1, 1000, "draws")
 
     def copies(self, part: str, seed: int) -> range:
         """Seeds of the copies that a part of the data meets; no two parts share one."""
@@ -187,48 +167,40 @@ class StatisticsRecipe(NoiseRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        kind, reference = self.statistics, self.reference
         kinds = ("auto", "keep", "population", "train-batch", "blend", "reference")
-        one_of(self.statistics, kinds, "--statistics")
-        require(
-            self.reference is not None
-            or not (self.statistics == kinds[-1] or self.reference_model),
-            "--reference: the undamaged network's checkpoint is missing. Give --reference CKPT.",
-            "reference",
-        )
+        one_of(kind, kinds, "--statistics")
         one_of(self.feed, ("batch", "sequential"), "--feed")
         in_range(self, 1, math.inf, "train_batch_size", "batch_size")
+        above_zero(self, "mix")
         require(
-            self.statistics != "train-batch" or self.train_batch_size is not None,
-            "--statistics train-batch: the batch size is missing. Give --train-batch-size B.",
-            "train_batch_size",
+            self.tolerance > 0, f"--tolerance: {self.tolerance}, expected above 0.", "tolerance"
         )
-        n = self.samples
+        n, prior = self.samples, self.prior
         ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
         require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
-        prior = self.prior
         ok = prior in (None, "auto") or (not isinstance(prior, str) and 0 <= prior < math.inf)
         require(ok, f"--prior: {prior}, expected auto or a number of at least 0.", "prior")
-        ok = prior is None or self.statistics == "blend"
-        found = f"--statistics is {self.statistics}, expected"
+
+        ok = reference is not None or not (kind == "reference" or self.reference_model)
+        words = "the undamaged network's checkpoint is missing. Give --reference CKPT."
+        require(ok, f"--reference: {words}", "reference")
+        ok = kind != "train-batch" or self.train_batch_size is not None
+        words = "the batch size is missing. Give --train-batch-size B."
+        require(ok, f"--statistics train-batch: {words}", "train_batch_size")
+        found = f"--statistics is {kind}, expected"
+        ok = prior is None or kind == "blend"
         require(ok, f"--prior: {found} blend. Add --statistics blend.", "prior")
-        ok = not self.robust or self.statistics in ("population", "blend")
+        ok = not self.robust or kind in ("population", "blend")
         require(ok, f"--robust: {found} population or blend. Add --statistics blend.", "robust")
-        require(
-            all(0 < w < 1e6 for w in self.mix),
-            f"--mix: {', '.join(map(str, self.mix))}, expected numbers above 0.",
-            "mix",
-        )
-        ok = self.statistics in ("auto", "population", "blend") and not self.robust
-        ok = not self.mix or (ok and self.reference is None)
+        ok = kind in ("auto", "population", "blend") and not self.robust and reference is None
         words = "only --statistics auto, population, blend take it, without --robust or --reference"
-        require(ok, f"--mix: {words}.", "mix")
-        others = self.robust or self.mix or self.reference or self.train_batch_size
-        ok = self.statistics in ("auto", "population") and not others
+        require(ok or not self.mix, f"--mix: {words}.", "mix")
+        others = self.robust or self.mix or reference or self.train_batch_size
+        ok = kind in ("auto", "population") and not others
         words = "without --robust, --mix, --reference, --train-batch-size"
         words = f"--weight-noise: only --statistics auto and population take it, {words}."
         require(ok or not self.weight_noise, words, "weight_noise")
-        t = self.tolerance
-        require(t > 0, f"--tolerance: {t}, expected above 0.", "tolerance")
 
 
 @dataclass(frozen=True)
@@ -263,13 +235,13 @@ class WeightRecipe:
         if isinstance(a, str):
             one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
         else:
-            require(0 <= a <= 1, f"--example-weight: {a}, expected 0 to 1.", "example_weight")
+            in_range(self, 0, 1, "example_weight")
         b, room = self.batch_weight, 1.0 if isinstance(a, str) else 1 - a
         ok = b in ("auto", "keep") if isinstance(b, str) else 0 <= b <= room
         require(ok, f"--batch-weight: {b}, expected auto, keep or 0 to {room:g}.", "batch_weight")
         _check_estimator(self.batch_estimator, weighs=b not in ("keep", 0))
         one_of(self.granularity, ("global", "layer", "channel"), "--granularity")
-        in_range(self, 0, 1, "thin")
+        in_range(self, 0, 1, "thin", excluded=True)
 
     @property
     def is_stated(self) -> bool:
@@ -317,123 +289,157 @@ class GateRecipe:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How to run: nothing here changes a number by more than rounding."""
+class OptimizerRecipe:
+    """How the steps of a training run are taken."""
 
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.")
-    precision: str = option("fp32", "fp32, bf16 or fp16 (autocast).")
-    batch_size: int | None = option(
-        None, "Batch size (default 128, less for large inputs on the CPU)."
-    )
-    workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
-
-    def __post_init__(self) -> None:
-        one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
-        in_range(self, 1, math.inf, "batch_size")
-        require(self.workers >= -1, f"--workers: {self.workers}, expected at least 0.", "workers")
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """Which model a checkpoint belongs to, and where in the file it lies."""
-
-    model: str | None = option(
+    optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
+    lr: float | None = option(
         None,
-        "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
-        "path/to/file.py:callable; needed until a checkpoint carries one.",
+        "Peak learning rate, falling to 0 by cosine (default 0.006; 0.0005 with --train all).",
     )
-    arguments: tuple[tuple[str, Any], ...] = option(
-        (), "Argument of the builder, a JSON value; repeatable."
+    weight_lr: float = option(0.02, "Peak rate for learned example weights.")
+    warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
+    weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
+    norm_decay: float | str = option(
+        0.0,
+        "Decay of gamma and beta, decoupled from the gradient; or one a role, such as "
+        "last=0.05,shortcut=0,other=0.01: the last layer of a residual branch, that of its "
+        "shortcut, the stem's, any other.",
     )
-    key: str | None = option(None, "Dotted nesting of the state dict in the file.")
-    prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
-    prefer_ema: bool = option(
-        False, "Take the running mean of the weights that lies beside them in the file."
+    norm_decay_target: str = option(
+        "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
     )
-    unfreeze: bool = option(
-        False,
-        "Turn FrozenBatchNorm2d layers into BatchNorm2d of the same numbers, on which commands "
-        "act; the output then holds their num_batches_tracked, too, and loads into either.",
+    clip: float | None = option(
+        None, "Largest norm of the gradient over all that is trained; a larger one is shortened."
     )
-    forward: str | None = option(
+    accumulate: int = option(
+        1, "Batches a step: their gradients together are those of all their examples in one batch."
+    )
+    ema: float | None = option(
         None,
-        "package.module:callable or path/to/file.py:callable, called with the model and a batch "
-        "(inputs, labels or None, positions), for models that are not called on images alone.",
-    )
-    logits_output: str | None = option(
-        None, "Which output holds the logits: its name or index, dotted where they are nested."
-    )
-    trust_code: bool = option(
-        False, "Open .pt2 files, which can run code as torch reads them: only files of your own."
-    )
-    like_input: bool = option(
-        False,
-        "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with the new weights in their "
-        "places and all else as it is: training goes on from it. No example weights.",
-    )
-    domain: str | None = option(
-        None,
-        "Which statistics of a file that has several: a name, in eval also auto, the nearest by "
-        "what the first norm layer meets. calibrate writes them under this name.",
+        "Evaluate and keep an exponential moving average of what is trained: its decay, such as "
+        "0.99 (less at the start, where a step t counts as min(decay, (1+t)/(10+t))).",
     )
 
     def __post_init__(self) -> None:
-        require(
-            self.forward is None or self.logits_output is None,
-            f"--output: {self.logits_output}, but --forward returns the logits itself. Leave one "
-            "of them out.",
-            "logits_output",
-        )
-
-
-@dataclass(frozen=True)
-class EvaluationRecipe:
-    """What else is measured beside the usual metrics."""
-
-    corruptions: bool = option(
-        False,
-        "Also measure under common corruptions: " + ", ".join(CORRUPTIONS) + "; 3 severities each.",
-    )
-    compare_batch_sizes: bool = option(
-        False, "Also compare each image's logits alone, in its batch and in another batch."
-    )
-    streams: str | None = option(None, "Also in other orders: iid,sorted,mixed,single, or some.")
-    tiles: tuple[int, ...] | None = option(
-        None,
-        "Also compare the maps of some whole images with those of tiles of this size, by the "
-        "distance to the nearest cut: for networks that are run tile by tile.",
-    )
-    coverage: float | None = option(
-        None,
-        "Also sets of classes that hold the right one with this probability, such as 0.9: the "
-        "threshold is from one half of the examples, the coverage from the other.",
-    )
-    estimate_from: str | None = option(
-        None,
-        "Labelled examples of the usual kind: by how sure the model is of them, its accuracy on "
-        "--data is estimated, which needs no labels there. Under strong shifts it is too high.",
-    )
-    fast: bool = option(
-        False,
-        "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "
-        "follows, on CPUs channels last. Equal to rounding, which is checked first.",
-    )
-    metric: tuple[str, ...] = option(
-        (),
-        "Metric of your own, package.module:callable or path/to/file.py:callable, called with all "
-        "outputs and labels as numpy arrays; returns a number or a dict of numbers; repeatable.",
-    )
-
-    def __post_init__(self) -> None:
-        ok = self.tiles is None or (len(self.tiles) in (1, 2) and min(self.tiles) > 0)
-        size = "x".join(map(str, self.tiles or ()))
-        require(ok, f"--tiles: {size}, expected one or two sizes from 1.", "tiles")
-        c = self.coverage
-        ok = c is None or 0 < c < 1
-        require(ok, f"--coverage: {c}, expected above 0 and below 1.", "coverage")
+        one_of(self.optimizer, ("adamw", "sgd"), "--optimizer")
+        one_of(self.norm_decay_target, ("none", "zero", "identity"), "--norm-decay-target")
+        in_range(self, 0, 1000, "lr", "weight_lr", "weight_decay")
+        for role, decay in self.norm_decays.items():
+            ok = role in ROLES and 0 <= decay <= 1000
+            known = f"expected 0 to 1000, or {', '.join(ROLES)} with = and such a number"
+            require(ok, f"--norm-decay: {self.norm_decay}, {known}.", "norm_decay")
+        in_range(self, 0, 1, "warmup", "ema", excluded=True)
+        in_range(self, 0, math.inf, "clip")
+        in_range(self, 1, math.inf, "accumulate")
 
     @property
-    def of_certainty(self) -> dict[str, float | str]:
-        """What is asked for of sets and estimates."""
-        given = {"coverage": self.coverage, "estimate_from": self.estimate_from}
-        return {name: value for name, value in given.items() if value is not None}
+    def norm_decays(self) -> dict[str, float]:
+        """The decay of each role; a single number is that of all, ``other``."""
+        if not isinstance(self.norm_decay, str):
+            return {"other": self.norm_decay}
+        parts = [part.partition("=") for part in self.norm_decay.split(",")]
+        none = {"": math.nan}
+        try:
+            found = {role.strip(): float(value) for role, _, value in parts}
+        except ValueError:
+            return none
+        return found if len(found) == len(parts) else none  # a role twice is none
+
+
+@dataclass(frozen=True)
+class IngredientRecipe(OptimizerRecipe):
+    """What a step adds to plain training; all of it is off by default."""
+
+    batch_statistics: str = option(
+        "inclusive",
+        "With --statistics train: inclusive, or exclusive, where the others of its ghost batch "
+        "normalize an example.",
+    )
+    ghost_noise: int | None = option(
+        None,
+        "With --statistics frozen: noise on the statistics, as large as in ghost batches of N.",
+    )
+    consistency: tuple[float, ...] | None = option(
+        None,
+        "Penalty on the gaps between stored and batch statistics that inspect shows: factors of "
+        "the mean gap and the sd gap, such as 0.1,0.01.",
+    )
+    sharpness: float = option(
+        0.0,
+        "Sharpness-aware steps: gradients are taken where gamma and beta lie this far uphill; each "
+        "step costs two.",
+    )
+
+    refit: bool = option(
+        False,
+        "Train the candidate that won once more, on the images that chose it, too. Nothing judges "
+        "that but the test.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.batch_statistics, ("inclusive", "exclusive"), "--batch-statistics")
+        in_range(self, 2, math.inf, "ghost_noise")
+        in_range(self, 0, 1000, "sharpness")
+        factors = self.consistency
+        ok = factors is None or (len(factors) == 2 and all(0 <= f <= 1000 for f in factors))
+        require(ok, f"--consistency: {factors}, expected two numbers from 0.", "consistency")
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(IngredientRecipe):
+    """A short training run on top of a trained checkpoint."""
+
+    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
+    statistics: str = option(
+        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
+    )
+    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
+    epochs: int = option(2, "Passes over the fit examples.")
+    steps: int | None = option(None, "Number of steps, instead of epochs.")
+    batch_size: int | None = option(
+        None, "Batch size of training (default 64, less for large inputs)."
+    )
+    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
+    label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
+    augment: str = option(
+        "none",
+        "Training images: none; light (mirror, shift by up to 1/8); standard (mirror, random crop "
+        "of 1/2 to all of the area). Not for digits or text, which mirroring makes wrong.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.train, TRAINED, "--train")
+        one_of(self.statistics, ("frozen", "train"), "--statistics")
+        one_of(self.example_weight, ("keep", "learn"), "--example-weight")
+        one_of(self.augment, ("none", "light", "standard"), "--augment")
+        in_range(self, 0, math.inf, "epochs", "steps")
+        in_range(self, 1, math.inf, "batch_size", "ghost_size")
+        in_range(self, 0, 1, "label_smoothing", excluded=True)
+        trains = self.statistics == "train"
+        ok = trains or self.batch_statistics == "inclusive"
+        only = "statistics are only made of batches with --statistics train. Add it, or leave this"
+        require(ok, f"--batch-statistics exclusive: {only} out.", "batch_statistics")
+        alone = next((n for n in ("ghost_size", "batch_size") if getattr(self, n) == 1), "")
+        ok = self.batch_statistics == "inclusive" or not alone
+        found = f"--batch-statistics exclusive: --{alone.replace('_', '-')} is 1, so an example"
+        require(ok, f"{found} has no others, expected at least 2. Give more.", "batch_statistics")
+        ok = not trains or self.ghost_noise is None
+        only = "batches bring noise of their own with --statistics train. Leave one of them out"
+        require(ok, f"--ghost-noise: {only}.", "ghost_noise")
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate: the one stated, or that for what is trained."""
+        if self.lr is not None:
+            return self.lr
+        return 0.0005 if self.train == "all" else 0.006
+
+    def stated(self) -> dict[str, Any]:
+        """All settings but ingredients that are off, as earlier versions state them."""
+        plain = asdict(IngredientRecipe())
+        later = plain.keys() - asdict(OptimizerRecipe()).keys()
+        own = asdict(self)
+        return {k: v for k, v in own.items() if k not in later or v != plain[k]}

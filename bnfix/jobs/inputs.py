@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded, origin_of
 from bnfix.core import distributed, guards, masks, runtime
-from bnfix.core.data_settings import TASKS
+from bnfix.core.options import TASKS
 from bnfix.core.errors import ConfigError, DataError, plain, some
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecipe
 from bnfix.data.arrays import TensorItems

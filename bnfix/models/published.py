@@ -21,8 +21,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from bnfix.core.data_settings import INTERPOLATIONS
 from bnfix.core.errors import ConfigError, did_you_mean, model_error, model_errors, plain
+from bnfix.core.options import INTERPOLATIONS
 from bnfix.core.settings import Preprocessing
 
 
