@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from bnfix.cli.terminal import duration_words
+from bnfix.cli.tables import duration_words
 from bnfix.core.runtime import n_examples_of
 from bnfix.core.settings import (
     DataRecipe,

@@ -18,9 +18,8 @@ from PIL import Image
 import bnfix
 from benchmarks.clusters import coverage, drawn, false_rates
 from bnfix.checkpoints.checkpoint import read_checkpoint
-from bnfix.core.settings import DataRecipe
 from bnfix.core.errors import ConfigError, DataError
-from bnfix.core.settings import GateRecipe, ModelRecipe, RunOptions
+from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, RunOptions
 from bnfix.data.fingerprints import cut, unseen, watched
 from bnfix.data.groups import describe_groups
 from bnfix.data.images import ArrayImages

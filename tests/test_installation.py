@@ -250,7 +250,7 @@ def test_sdist_and_wheel_hold_what_they_should_and_the_wheel_has_the_pages(tmp_p
     assert tops == {"bnfix", f"bnfix-{bnfix.__version__}.dist-info"}
     (site / "docs").mkdir()  # somebody else's
     (site / "docs" / "theirs.md").write_text("# Theirs\n")
-    found = runpy.run_path(str(site / "bnfix" / "cli" / "first_steps.py"))["pages"]()
+    found = runpy.run_path(str(site / "bnfix" / "cli" / "__init__.py"))["pages"]()
     assert found.keys() == PAGES.keys()
     for name, page in found.items():
         assert page.is_relative_to(site)

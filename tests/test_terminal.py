@@ -10,7 +10,8 @@ import torch
 import typer
 from rich.console import Console
 
-from bnfix.cli.terminal import Terminal, fitted, stated, tables_of
+from bnfix.cli.tables import fitted, tables_of
+from bnfix.cli.terminal import Terminal, stated
 from tests.test_report import full_report
 
 

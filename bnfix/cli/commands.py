@@ -10,54 +10,28 @@ from typing import Annotated, Any
 
 import typer
 
+import bnfix.cli.flags as flags
 from bnfix.checkpoints.read import finite
-from bnfix.checkpoints.save import make_folder
+from bnfix.checkpoints.save import check_output, make_folder
 from bnfix.cli.flags import (
     DATA,
     MODEL,
     NORM,
     OUT,
     RUN,
-    TO_TRAIN,
     TRAIN,
-    Averaged,
-    Checkpoint,
-    Chosen,
-    Compared,
-    Continued,
-    Data,
-    Feed,
-    Gate,
-    Grouped,
-    Inputs,
-    Layers,
-    Measured,
-    Model,
-    Opened,
-    Out,
-    Output,
-    Referred,
-    Run,
-    Seed,
-    Several,
-    State,
-    Statistics,
-    Swapped,
-    Tested,
-    Tuned,
-    Weight,
-    Writes,
     about,
-    averaged,
-    check_beside_recipe,
     command_line,
     option_of,
-    sizes,
     written,
 )
-from bnfix.cli.layers import changes_table, inspection_lines, layers_table
-from bnfix.cli.pooling import Either, Moments, write_moments
-from bnfix.cli.terminal import estimate_line, plan_lines
+from bnfix.cli.tables import (
+    changes_table,
+    estimate_line,
+    inspection_lines,
+    layers_table,
+    plan_lines,
+)
 from bnfix.core import distributed
 from bnfix.core.errors import ConfigError
 from bnfix.core.options import require
@@ -69,6 +43,7 @@ from bnfix.core.settings import (
     SwapRecipe,
     WeightRecipe,
 )
+from bnfix.jobs import unjudged
 from bnfix.jobs.compare import evaluate_files, plan_evaluation
 from bnfix.jobs.convert import convert as convert_file
 from bnfix.jobs.export import ExportRecipe, plan_export
@@ -78,7 +53,6 @@ from bnfix.jobs.plan import cost_json, describe, replayed_plan, with_own_models
 from bnfix.jobs.run import execute
 from bnfix.jobs.session import TRIED, Plan
 from bnfix.jobs.steps import open_plan
-from bnfix.jobs.unjudged import calibrate_without_data
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.report import check_predictions, check_report_folder
 from bnfix.report.result import Export, check_exports, check_outputs
@@ -92,8 +66,12 @@ _LOOK_DATA = (
 )
 _REFIT_DATA = "Examples to re-fit scale and shift on (--to group, weights above 0), without labels."
 
-_SHARED = {"model": Continued, "source": Tested, "swap": Layers, "run": Run}
-_CHOICES = {**_SHARED, "statistics": Statistics, "weight": Weight, "gate": Chosen}
+_MOMENTS = "In place of -o: write only the moments of what every norm layer meets, for pool."
+_EITHER = "The .safetensors, or a hub folder as CKPT is, to write."
+_FILES = "The checkpoint, and the files that calibrate --save-moments wrote for it, in any order."
+
+_SHARED = {"model": flags.Continued, "source": flags.Tested, "swap": flags.Layers, "run": flags.Run}
+_CHOICES = {**_SHARED, "statistics": flags.Statistics, "weight": flags.Weight, "gate": flags.Chosen}
 # Defaults of the commands; the options replace some of them.
 _CALIBRATE = Plan(command="calibrate", finetune=None)
 _STATED = replace(_CALIBRATE, weight=WeightRecipe("keep"))
@@ -105,13 +83,14 @@ _AVERAGE = replace(_STATED, command="average", statistics=StatisticsRecipe("popu
 
 def fix(
     context: typer.Context,
-    checkpoint: Checkpoint,
-    data: Several,
-    output: Output,
-    out: Writes,
+    checkpoint: flags.Checkpoint,
+    data: flags.Several,
+    output: flags.Output,
+    out: flags.Writes,
     plan: Annotated[Plan, _CHOICES] = Plan(),
     train: Annotated[
-        str, about(f"What to train: {', '.join(TO_TRAIN)}.", TRAIN, words=lambda: TO_TRAIN)
+        str,
+        about(f"What to train: {', '.join(flags.TO_TRAIN)}.", TRAIN, words=lambda: flags.TO_TRAIN),
     ] = TRIED.train,
     tune: Annotated[FinetuneRecipe, {TRAIN: "epochs lr refit"}] = TRIED,
     recipe: Annotated[
@@ -123,7 +102,7 @@ def fix(
     Example: bnfix fix net.pth --model net.py:build --data photos/ -o fixed.safetensors
     """
     if recipe is not None:
-        check_beside_recipe(context)
+        flags.check_beside_recipe(context)
         how: dict[str, Any] = {"command_line": command_line(), "test": plan.source.test}
         plan = with_own_models(replayed_plan(recipe, run=plan.run, **how), plan)
     else:
@@ -132,42 +111,42 @@ def fix(
 
 
 def calibrate(
-    checkpoint: Checkpoint,
-    data: Several,
-    out: Writes,
-    output: Either = None,
+    checkpoint: flags.Checkpoint,
+    data: flags.Several,
+    out: flags.Writes,
+    output: Annotated[Path | None, written(_EITHER)] = None,
     plan: Annotated[Plan, _CHOICES] = _CALIBRATE,
-    state: State = None,
-    save_moments: Moments = None,
+    state: flags.State = None,
+    save_moments: Annotated[Path | None, about(_MOMENTS, OUT, "FILE")] = None,
 ) -> None:
     """Recompute statistics and choose example weights; keep each only if it is proven better.
 
     Example: bnfix calibrate net.pth --model net.py:build --data photos/ -o calibrated.safetensors
     """
     if save_moments is not None or output is None:
-        write_moments(plan, checkpoint, data, (save_moments, output), out)
+        _write_moments(plan, checkpoint, data, (save_moments, output), out)
     else:
         _carry_out(replace(plan, state=state), checkpoint, data, output, out)
 
 
 def finetune(
-    checkpoint: Checkpoint,
-    data: Data,
-    output: Output,
-    out: Writes,
+    checkpoint: flags.Checkpoint,
+    data: flags.Data,
+    output: flags.Output,
+    out: flags.Writes,
     plan: Annotated[
         Plan,
         {
-            "model": Continued,
-            "source": Tested,
-            "finetune": Tuned,
+            "model": flags.Continued,
+            "source": flags.Tested,
+            "finetune": flags.Tuned,
             "swap": Annotated[SwapRecipe, {NORM: "to ghost_size channel_groups layers skip"}],
-            "statistics": Referred,
+            "statistics": flags.Referred,
             "run": Annotated[RunOptions, {RUN: "device workers precision"}],
-            "gate": Seed,
+            "gate": flags.Seed,
         },
     ] = _FINETUNE,
-    state: State = None,
+    state: flags.State = None,
 ) -> None:
     """Train for a few epochs; keep the best epoch, or the original if none is better.
 
@@ -178,16 +157,16 @@ def finetune(
 
 
 def average(
-    checkpoints: Averaged,
-    data: Data,
-    output: Output,
-    out: Writes,
-    plan: Annotated[Plan, {**_SHARED, "statistics": Feed, "gate": Gate}] = _AVERAGE,
+    checkpoints: flags.Averaged,
+    data: flags.Data,
+    output: flags.Output,
+    out: flags.Writes,
+    plan: Annotated[Plan, {**_SHARED, "statistics": flags.Feed, "gate": flags.Gate}] = _AVERAGE,
     weights: Annotated[str | None, option_of(AverageRecipe, "weights", NORM)] = None,
     method: Annotated[str, option_of(AverageRecipe, "method", NORM)] = "uniform",
     best: Annotated[int | None, option_of(AverageRecipe, "best", NORM)] = None,
     statistics: Annotated[str, option_of(AverageRecipe, "statistics", NORM)] = "auto",
-    state: State = None,
+    state: flags.State = None,
 ) -> None:
     """Average the weights of several checkpoints, recompute statistics, compare with the first.
 
@@ -195,12 +174,14 @@ def average(
 
     Example: bnfix average net.pth net2.pth --model net.py:build --data photos/ -o mean.safetensors
     """
-    first, mean = averaged(checkpoints, weights, method=method, best=best, statistics=statistics)
+    first, mean = flags.averaged(
+        checkpoints, weights, method=method, best=best, statistics=statistics
+    )
     _carry_out(replace(plan, average=mean, state=state), first, data, output, out)
 
 
 def _carry_out(
-    plan: Plan, checkpoint: Path, data: str | Sequence[str], output: Path, out: Out
+    plan: Plan, checkpoint: Path, data: str | Sequence[str], output: Path, out: flags.Out
 ) -> None:
     """Check the output, open, do, save, show; or show the plan."""
     terminal = out.terminal()
@@ -213,7 +194,7 @@ def _carry_out(
         check_outputs(output, checkpoint, plan.model, force=out.force)
     with terminal.working() as track:
         if data in ("none", ["none"]):
-            result = calibrate_without_data(checkpoint, plan)
+            result = unjudged.calibrate_without_data(checkpoint, plan)
             notes = result.report.assumptions
             described, lines = {"command": plan.command, "steps": notes}, [*notes, "not written"]
         else:
@@ -232,14 +213,14 @@ def _carry_out(
 
 
 def convert(
-    checkpoint: Checkpoint,
-    output: Output,
-    model: Model,
-    swap: Swapped,
-    source: Inputs,
+    checkpoint: flags.Checkpoint,
+    output: flags.Output,
+    model: flags.Model,
+    swap: flags.Swapped,
+    source: flags.Inputs,
     run: Annotated[RunOptions, {RUN: "device workers batch_size"}],
-    gate: Seed,
-    out: Writes,
+    gate: flags.Seed,
+    out: flags.Writes,
     input_shape: Annotated[str | None, about(_CHECKED_SHAPE, MODEL, "C,H,W")] = None,
     data: Annotated[str | None, about(_REFIT_DATA, DATA, "DATA")] = None,
     samples: Annotated[int | None, about(_REFIT_ON, DATA)] = None,
@@ -249,7 +230,7 @@ def convert(
     Example: bnfix convert net.pth --model net.py:build --to batch-group -o out.safetensors
     """
     terminal, started = out.terminal(), time.perf_counter()
-    shape = None if input_shape is None else sizes(input_shape, "--input-shape")
+    shape = None if input_shape is None else flags.sizes(input_shape, "--input-shape")
     _check_samples(samples)
     if not out.show_plan:
         check_outputs(output, checkpoint, model, force=out.force)
@@ -292,15 +273,15 @@ def _check_samples(n: int | None) -> None:
 
 
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: flags.Checkpoint,
     output: Annotated[Path, written("The .onnx, .pt2, folded .safetensors or plain .py to write.")],
     to: Annotated[str, option_of(ExportRecipe, "to", OUT)],
-    model: Model,
-    source: Tested,
+    model: flags.Model,
+    source: flags.Tested,
     run: Annotated[RunOptions, {RUN: "device workers"}],
     recipe: Annotated[ExportRecipe, _FORM],
-    gate: Seed,
-    out: Writes,
+    gate: flags.Seed,
+    out: flags.Writes,
     data: Annotated[
         str | None, about("Images to verify on (default: seeded noise).", DATA, "DATA")
     ] = None,
@@ -349,14 +330,14 @@ def export(
 
 
 def evaluate(
-    checkpoints: Compared,
-    data: Data,
-    model: Opened,
-    source: Grouped,
-    also: Measured,
-    run: Run,
-    gate: Seed,
-    out: Writes,
+    checkpoints: flags.Compared,
+    data: flags.Data,
+    model: flags.Opened,
+    source: flags.Grouped,
+    also: flags.Measured,
+    run: flags.Run,
+    gate: flags.Seed,
+    out: flags.Writes,
     predictions: Annotated[
         Path | None,
         about("File for each model's predictions for each image: .csv or .parquet.", OUT, "FILE"),
@@ -399,12 +380,12 @@ def evaluate(
 
 
 def inspect(
-    checkpoint: Checkpoint,
-    model: Model,
-    source: Tested,
-    run: Run,
-    gate: Seed,
-    out: Annotated[Out, {OUT: "as_json quiet debug"}],
+    checkpoint: flags.Checkpoint,
+    model: flags.Model,
+    source: flags.Tested,
+    run: flags.Run,
+    gate: flags.Seed,
+    out: Annotated[flags.Out, {OUT: "as_json quiet debug"}],
     data: Annotated[str | None, about(_LOOK_DATA, DATA, "DATA")] = None,
     samples: Annotated[int, about("Examples to run, in seeded random order.", DATA)] = SAMPLES,
     against: Annotated[Path | None, about(_AGAINST, MODEL, "ORIGINAL")] = None,
@@ -434,3 +415,46 @@ def inspect(
         terminal.out.print(layers_table(found))
     for line in inspection_lines(found):
         terminal.say(line)
+
+
+def pool(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE... CKPT", help=_FILES)],
+    output: flags.Output,
+    model: flags.Model,
+    run: Annotated[RunOptions, {RUN: "device"}],
+    out: flags.Writes,
+) -> None:
+    """Give a checkpoint the pooled statistics of clients who share no images.
+
+    Example: bnfix pool a.safetensors b.safetensors net.pth --model net.py:build -o both.safetensors
+    """
+    terminal = out.terminal()
+    if not out.show_plan:
+        check_outputs(output, None, force=out.force)
+    with terminal.working():
+        result = unjudged.pool_files(files, model=model, run=run, command_line=command_line())
+        if not out.show_plan:
+            result.save(output, force=out.force)
+    if out.show_plan:
+        notes = list(result.report.assumptions)
+        terminal.plan({"command": "pool", "plan": True, "steps": notes}, *notes, "not written")
+    else:
+        terminal.show(result.report, output)
+
+
+def _write_moments(
+    plan: Plan, checkpoint: Path, data: Sequence[str], given: Sequence[Path | None], out: flags.Out
+) -> None:
+    """Measure a client's moments and write them, or say what would be done; not with -o."""
+    path, output = given
+    if path is None or output is not None:
+        raise ConfigError("calibrate: give either -o OUT or --save-moments FILE.", name="output")
+    terminal = out.terminal()
+    check_output(path, force=out.force or out.show_plan)
+    with terminal.working() as track:
+        file = None if out.show_plan else path
+        found = unjudged.save_moments(checkpoint, data, plan, file, force=out.force, track=track)
+    done = "nothing was written" if out.show_plan else f"wrote {path}"
+    if not terminal.as_json:
+        terminal.notes(found["assumptions"])
+    terminal.plan(found, f"moments of {found['n_examples']:,} examples; {done}")

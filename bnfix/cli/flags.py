@@ -362,8 +362,8 @@ def check_beside_recipe(context: typer.Context) -> None:
 
 # --- options that several commands have ---
 
-REFERENCE = "reference reference_model"
-INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
+_REFERENCE = "reference reference_model"
+_INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The checkpoint.")]
 _COMPARED = "One or more checkpoints or ONNX files."
@@ -389,28 +389,14 @@ State = Annotated[
     str | None,
     about("Folder for the run's state; after an interrupt the same command resumes.", RUN, "DIR"),
 ]
-Model = Annotated[
-    ModelRecipe,
-    {MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output domain"},
-]
-Opened = Annotated[
-    ModelRecipe,
-    {
-        MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output domain "
-        "trust_code"
-    },
-]
-Continued = Annotated[
-    ModelRecipe,
-    {
-        MODEL: "model arguments key prefix prefer_ema unfreeze forward logits_output domain",
-        OUT: "like_input",
-    },
-]
-Inputs = Annotated[DataRecipe, {DATA: INPUT}]
-TASK = "task loss ignore_index"
-Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups", TRAIN: TASK}]
-Tested = Annotated[DataRecipe, {DATA: f"class_map labels {INPUT} groups test", TRAIN: TASK}]
+_FOUND = "model arguments key prefix prefer_ema unfreeze forward logits_output domain"
+Model = Annotated[ModelRecipe, {MODEL: _FOUND}]
+Opened = Annotated[ModelRecipe, {MODEL: f"{_FOUND} trust_code"}]
+Continued = Annotated[ModelRecipe, {MODEL: _FOUND, OUT: "like_input"}]
+Inputs = Annotated[DataRecipe, {DATA: _INPUT}]
+_TASK = "task loss ignore_index"
+Grouped = Annotated[DataRecipe, {DATA: f"class_map labels {_INPUT} groups", TRAIN: _TASK}]
+Tested = Annotated[DataRecipe, {DATA: f"class_map labels {_INPUT} groups test", TRAIN: _TASK}]
 Swapped = Annotated[
     SwapRecipe,
     {NORM: "to ghost_size channel_groups layers skip example_weight batch_weight batch_estimator"},
@@ -421,10 +407,10 @@ Statistics = Annotated[
     {
         NORM: "statistics prior robust mix train_batch_size feed samples tolerance include_frozen "
         "weight_noise draws",
-        MODEL: REFERENCE,
+        MODEL: _REFERENCE,
     },
 ]
-Referred = Annotated[StatisticsRecipe, {NORM: "include_frozen", MODEL: REFERENCE}]
+Referred = Annotated[StatisticsRecipe, {NORM: "include_frozen", MODEL: _REFERENCE}]
 Feed = Annotated[StatisticsRecipe, {NORM: "feed samples tolerance include_frozen"}]
 Weight = Annotated[
     WeightRecipe,

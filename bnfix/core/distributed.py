@@ -9,7 +9,6 @@ torch.distributed for itself, and calls bnfix on one rank, is left alone.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bnfix.core import guards
 from bnfix.core.errors import BnfixError, ConfigError, ProcessError, plain
 from bnfix.core.torch_private import default_store
 
@@ -81,23 +81,6 @@ def speaks() -> bool:
 
 
 @contextmanager
-def _off_standard_output() -> Iterator[None]:
-    """What gloo prints goes to standard error, since a result as JSON may be on the other."""
-    sys.stdout.flush()
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is none
-        yield
-        return
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-@contextmanager
 def joined() -> Iterator[Place]:
     """Work together with the other processes of this launch; alone where there are none.
 
@@ -120,7 +103,8 @@ def joined() -> Iterator[Place]:
                 _store = next(iter(found))[0]
                 _store.set_timeout(_PATIENCE)
             # A group made a second time would meet what the first has left under the same keys.
-            with _off_standard_output():
+            # And gloo prints, where a result as JSON may be on standard output.
+            with guards.stdout_to_stderr():
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                     store=dist.PrefixStore(f"bnfix/{_n_joined}", _store),  # type: ignore[attr-defined]

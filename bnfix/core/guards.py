@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import numpy as np
@@ -139,6 +141,26 @@ def seeded(seed: int) -> Iterator[None]:
         all_of_them = torch.accelerator.is_available()
         (torch if all_of_them else torch.default_generator).manual_seed(seed)
         yield
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send standard output to standard error, also what compiled code or a child process prints."""
+    sys.stdout.flush()
+    kept: int | None = None
+    # In memory, where a test or another program reads them, they are no files.
+    with suppress(OSError, ValueError):
+        own, error = sys.stdout.fileno(), sys.stderr.fileno()
+        kept = os.dup(own)
+        os.dup2(error, own)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.stderr.flush()
+        if kept is not None:
+            os.dup2(kept, own)
+            os.close(kept)
 
 
 class Snapshot:

@@ -24,6 +24,7 @@ from bnfix.core.errors import (
     one_line,
     some,
 )
+from bnfix.core.options import one_of
 from bnfix.core.torch_private import BatchNormBase, tree_map
 
 #: How a model is run on one batch of the user's own form.
@@ -79,13 +80,9 @@ def device_of(model: nn.Module) -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The context for a precision."""
+    one_of(precision, ("fp32", *_AUTOCAST), "--precision")
     if precision == "fp32":
         return nullcontext()
-    if precision not in _AUTOCAST:
-        raise ConfigError(
-            f"--precision: {precision!r} is not known. Use one of: fp32, {', '.join(_AUTOCAST)}.",
-            name="precision",
-        )
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
@@ -241,7 +238,7 @@ def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextMan
             f"{some(stock)}: stock layers take padding for values of the batch, expected "
             "GeneralizedBatchNorm for batches with a mask. Call swap_norms_(model) first."
         )
-    x = _first_input(batch)
+    x = _first_of(_inputs(batch))
     total = x.shape[-1] if isinstance(x, Tensor) and x.ndim > 1 else None
     valid = masks.valid_of(given.get("mask"), given.get("lengths"), total)
     return masks.mask_used(valid, [t for t in tensors_in(batch) if t is not valid.mask])
@@ -424,10 +421,7 @@ def logits_of(output: Any) -> Tensor:
 
 def n_examples_of(batch: Any) -> int:
     """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
-    try:
-        found = unpack(batch)[0]
-    except DataError:
-        found = batch  # a form that only the user's forward knows
+    found = _inputs(batch)
     if isinstance(found, list | tuple) and all(
         isinstance(image, Tensor) and image.ndim == 3 and len(image) <= 4 for image in found
     ):
@@ -436,12 +430,12 @@ def n_examples_of(batch: Any) -> int:
     return int(shape[0]) if shape else 1
 
 
-def _first_input(batch: Any) -> Any:
-    """The first tensor among a batch's inputs."""
+def _inputs(batch: Any) -> Any:
+    """The inputs of a batch, or all of it."""
     try:
-        return _first_of(unpack(batch)[0])
-    except DataError:
-        return _first_of(batch)
+        return unpack(batch)[0]
+    except DataError:  # a form that only the user's forward knows
+        return batch
 
 
 def _first_of(nest: Any) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded, origin_of
 from bnfix.core import distributed, guards, masks, runtime
-from bnfix.core.options import TASKS
 from bnfix.core.errors import ConfigError, DataError, plain, some
+from bnfix.core.options import TASKS
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecipe
 from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batch, Batches, augmented, max_bad_of

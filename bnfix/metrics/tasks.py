@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix.core import runtime
-from bnfix.core.options import TASKS, TaskRecipe
 from bnfix.core.errors import ConfigError, DataError, ModelError, one_line, plain
+from bnfix.core.options import TASKS, TaskRecipe
 from bnfix.core.runtime import described
 from bnfix.core.torch_private import tree_map
 from bnfix.metrics.task import (
