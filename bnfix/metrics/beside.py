@@ -205,7 +205,9 @@ def exact_interval(k: int, n: int, level: float = 0.95) -> Interval:
     return low, float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
 
 
-def estimate_accuracy(labelled: tuple[Array, Array], logits: Array, seed: int) -> Estimate:
+def estimate_accuracy(
+    labelled: tuple[Array, Array], logits: Array, seed: int, *, labels: Array | None = None
+) -> Estimate:
     """Average thresholded confidence (Garg et al., 2022) by negative entropy, sum of p log p.
 
     p is at the temperature of the labelled examples. The threshold leaves as many of them below it
@@ -239,6 +241,7 @@ def estimate_accuracy(labelled: tuple[Array, Array], logits: Array, seed: int) -
         labelled_top1=float((~wrong).mean()),
         n_labelled=len(old),
         n_examples=len(new),
+        truth=None if labels is None else float((logits.argmax(1) == labels).mean()),
     )
 
 
@@ -317,10 +320,8 @@ def uncertain(
         if also.coverage is not None and own.labels is not None:
             sets = conformal_sets(own.outputs, own.labels, also.coverage, seed)
         if labelled and (y := labelled[k].labels) is not None:
-            estimate = estimate_accuracy((labelled[k].outputs, y), own.outputs, seed)
-        if estimate is not None and own.labels is not None:
-            truth = float((own.outputs.argmax(1) == own.labels).mean())
-            estimate = replace(estimate, truth=truth)
+            pair = labelled[k].outputs, y
+            estimate = estimate_accuracy(pair, own.outputs, seed, labels=own.labels)
         rows.append(Uncertain(sets, estimate))
     return tuple(rows) if also.of_certainty else ()
 

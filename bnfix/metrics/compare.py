@@ -93,20 +93,16 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         sign = bool(before.problem) - bool(after.problem)
         return Paired(verdict={1: "better", 0: "same", -1: "worse"}[sign])
     old, new = paired_examples(before, after)
-    columns, groups = {}, new.groups
-    if old.scores is not None and new.scores is not None:
-        columns["top1"] = new.scores * 1.0 - old.scores
-    columns["nll"] = new.losses - old.losses
-    if old.scaled_losses is not None and new.scaled_losses is not None:
-        columns["scaled"] = new.scaled_losses - old.scaled_losses
+    was, groups = old.columns, new.groups
+    columns = {key: now * 1.0 - was[key] for key, now in new.columns.items() if key in was}
     blind = new.blind_loss - old.blind_loss
     table = np.column_stack(list(columns.values()))
     drawn, means = resampled_means(table, seed, groups).T, table.mean(0)
-    found = dict.fromkeys(("top1", "nll", "scaled"), _NONE)
-    for name, column, resampled, mean in zip(columns, table.T, drawn, means, strict=True):
-        p = _score_p(column, groups) if name == "top1" else _paired_p(column, blind, groups)
-        found[name] = Difference(float(mean), middle(resampled, mean, groups), p)
-    top1, nll, scaled = found.values()
+    found = {}
+    for (key, column), resampled, mean in zip(columns.items(), drawn, means, strict=True):
+        p = _score_p(column, groups) if key == "top1" else _paired_p(column, blind, groups)
+        found[key] = Difference(float(mean), middle(resampled, mean, groups), p)
+    top1, nll = found.get("top1", _NONE), found["nll"]
     signs = _sign(top1), -_sign(nll)
     surer = "top1" not in columns or min(top1.p, nll.p) < (1 - LEVEL) / 2
     if new.shortfall:
@@ -115,13 +111,12 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
         verdict = "worse"
     else:
         verdict = "better" if signs == (1, 1) or (1 in signs and surer) else "same"
-    left = _sign(top1) == 1 or _sign(scaled) == -1
+    scaled = found.get("nll_temperature_scaled")
+    left = scaled is None or _sign(top1) == 1 or _sign(scaled) == -1
     return Paired(
-        top1=top1,
-        nll=nll,
-        nll_temperature_scaled=scaled,
+        **found,
         verdict=verdict,
-        temperature_only=verdict == "better" and "scaled" in columns and not left,
+        temperature_only=verdict == "better" and not left,
         metrics={name: _metric_difference(name, before, after, groups) for name in after.values},
     )
 

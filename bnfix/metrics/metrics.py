@@ -240,6 +240,13 @@ class PerExample:
     groups: Array | None = None  # (N,) from 0, where examples depend on each other
 
     @property
+    def columns(self) -> dict[str, Array]:
+        """What is known of each example, by the keys that `Metrics` has for the means."""
+        scaled = {"nll_temperature_scaled": self.scaled_losses}
+        every = {"top1": self.scores, "nll": self.losses, **scaled}
+        return {key: values for key, values in every.items() if values is not None}
+
+    @property
     def n_groups(self) -> int | None:
         """How many groups there are, if any are given."""
         return None if self.groups is None else int(self.groups.max()) + 1
@@ -356,8 +363,11 @@ def measure(
     right = rank == 0
     scaled, temperature = scaled_losses(logits, targets, task, seed)
     bins, gaps = _reliability(confidence, right)
-    columns = {"top1": right, "top5": rank < 5, "nll": losses}
-    columns |= {"nll_temperature_scaled": scaled, "brier": brier}
+    examples = PerExample(
+        labels, losses, scaled, right, blind_loss=float(blind.mean()), words=task.words,
+        groups=groups,
+    )  # fmt: skip
+    columns = examples.columns | {"top5": rank < 5, "brier": brier}
     means, interval, drawn = _means(columns, gaps, seed, groups)
     ece, drawn_ece = float(np.abs(gaps.mean(0)).sum()), np.abs(drawn).sum(1)
     interval["ece"] = middle((drawn_ece - drawn_ece.mean() + ece).clip(0, 1), ece, groups)
@@ -367,10 +377,7 @@ def measure(
         n_examples=n, **means, ece=ece, temperature=temperature, interval=interval,
         images_per_second=images_per_second, reliability=bins, logits=logits, task=task,
         by_class=tuple(zip(right_of_class.tolist(), of_class.tolist(), strict=True)),
-        examples=PerExample(
-            labels, losses, scaled, right, blind_loss=float(blind.mean()), words=task.words,
-            groups=groups,
-        ),
+        examples=examples,
     )  # fmt: skip
 
 
@@ -397,10 +404,7 @@ def measure_rows(
         )
     n, groups = len(finite), examples.groups
     rows = np.empty((n, 0)) if examples.rows is None else examples.rows
-    columns = {"nll": examples.losses}
-    if examples.scores is not None:
-        columns["top1"] = examples.scores
-    means, interval, _ = _means(columns, np.empty((n, 0)), seed, groups)
+    means, interval, _ = _means(examples.columns, np.empty((n, 0)), seed, groups)
     values = {name: float(v[0]) for name, v in task.metrics(rows, np.ones((1, n))).items()}
     parts = [task.metrics(rows, counts) for counts in resamples(n, seed, groups)] if values else []
     resampled = {name: np.concatenate([part[name] for part in parts]) for name in values}

@@ -56,12 +56,9 @@ def model_json(model: Evaluated) -> dict[str, Any]:
     ends = {} if model.agreement is None else model.agreement.interval
     intervals = {name: ends[key] for key, name in _AGREEMENT.items() if key in ends}
     return {
-        "name": model.name,
-        "file": model.file,
-        "sha256": model.sha256,
+        **{name: getattr(model, name) for name in ("name", "file", "sha256", "n_live")},
         "n_examples": m.n_examples,
         **({"n_groups": n} if (n := m.examples and m.examples.n_groups) else {}),
-        "n_live": model.n_live,
         **({"preprocessing": asdict(p)} if (p := model.preprocessing) else {}),
         **named,
         **agreement,

@@ -37,7 +37,7 @@ from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement
 from bnfix.metrics.task import ByRows
-from bnfix.report.pages import clean, count, percent, plain_json, render
+from bnfix.report.pages import clean, count, fields_of, percent, plain_json, render
 from bnfix.report.records import Evaluated, n_live
 from bnfix.report.report import Report, json_text, report_paths, write_texts
 
@@ -314,22 +314,15 @@ class Export:
 
     def to_json(self) -> dict[str, Any]:
         """The keys of every report, and ``export``."""
-        verified, folding = self.verified, self.folding
+        folding, named = self.folding, ("to", "opset", "operators", "live", "zeroed")
         export = {
-            "to": self.to,
-            "atol": verified.atol,
-            "inputs": verified.inputs,
-            "input_shape": verified.input_shape,
-            "other_shape": verified.other_shape,
-            "opset": self.opset,
-            "operators": self.operators,
-            "verification": verified.agreement,
+            **{name: getattr(self, name) for name in named},
+            **fields_of(self.verified, "agreement"),
+            "verification": self.verified.agreement,
             "folded": [] if folding is None else folding.folded,
             "folds_checked_on": None if folding is None else folding.checked_on,
             "traced_by": None if folding is None else folding.traced_by,
             "left": self._left(),
-            "live": self.live,
-            "zeroed": self.zeroed,
             "cost_of_zero": self.cost,
             **({} if self.int8 is None else {"int8": self.int8}),
         }
