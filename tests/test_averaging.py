@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bnfix
-from bnfix.checkpoints.average import Ingredients, best_of, matching, mean_of
 from bnfix.checkpoints.load import load_ready
+from bnfix.checkpoints.several import Ingredients, best_of, matching, mean_of
 from bnfix.core.errors import CheckpointError, ConfigError, NumericError
 from bnfix.core.settings import AverageRecipe, ModelRecipe
 from tests import nets
@@ -123,7 +123,7 @@ def loaded(path):
 
 def average_into_(into, recipe):
     """Put the mean of all into a loaded model; the record of each, and notes."""
-    found = Ingredients(into, recipe, ModelRecipe())
+    found = Ingredients(into.model, into.checkpoint, recipe, ModelRecipe())
     found.put_(found.which)
     return found.records(), found.notes
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnfix.checkpoints.average import mean_of
+from bnfix.checkpoints.several import mean_of
 from bnfix.core.errors import ConfigError, NumericError
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_

@@ -21,7 +21,7 @@ from bnfix.checkpoints.checkpoint import (
     misfits_of,
     read_checkpoint,
 )
-from bnfix.checkpoints.domains import Sets, domain_of, read_domains, set_statistics_
+from bnfix.checkpoints.several import Sets, domain_of, read_domains, set_statistics_
 from bnfix.core.errors import (
     BnfixError,
     CheckpointError,

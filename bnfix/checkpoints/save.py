@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, storable
-from bnfix.checkpoints.domains import as_header
 from bnfix.checkpoints.load import origin_of, weight_buffers
 from bnfix.checkpoints.read import FORMAT, finite, parse_header, read_file
+from bnfix.checkpoints.several import as_header
 from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, file_error, file_errors, output_error, plain, some
 from bnfix.core.settings import Preprocessing

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from bnfix.checkpoints.average import matching
+from bnfix.checkpoints.several import matching
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.core.errors import ConfigError, some
 from bnfix.core.options import option

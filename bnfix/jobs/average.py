@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnfix.checkpoints.average import Ingredients, best_of
+from bnfix.checkpoints.several import Ingredients, best_of
 from bnfix.core import guards
 from bnfix.core.errors import CheckpointError, DataError, NumericError, some
 from bnfix.core.settings import AverageRecipe
@@ -118,7 +118,8 @@ def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
 
 
 def _open(fits: Fits, recipe: AverageRecipe) -> Ingredients:
-    fits.ingredients = found = Ingredients(fits.bench.loaded, recipe, fits.plan.model)
+    loaded, stated = fits.bench.loaded, fits.plan.model
+    fits.ingredients = found = Ingredients(loaded.model, loaded.checkpoint, recipe, stated)
     fits.bench.assumptions += found.notes
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bnfix.checkpoints.average import Ingredients
+from bnfix.checkpoints.several import Ingredients
 from bnfix.core import guards
 from bnfix.core.errors import DataError
 from bnfix.core.memory import BatchSize

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bnfix.checkpoints.average import Ingredients
 from bnfix.checkpoints.checkpoint import read_checkpoint
+from bnfix.checkpoints.several import Ingredients
 from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError, file_error, plain
 from bnfix.core.memory import first_of

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import nn
 
-from bnfix.checkpoints.domains import end_domain_
 from bnfix.checkpoints.save import round_as_stored_
+from bnfix.checkpoints.several import end_domain_
 from bnfix.core import distributed, guards
 from bnfix.core.errors import ModelError, NumericError
 from bnfix.core.settings import FinetuneRecipe

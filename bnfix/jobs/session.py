@@ -15,10 +15,10 @@ from torch import nn
 
 from bnfix.checkpoints.alike import check_copyable
 from bnfix.checkpoints.checkpoint import misfits_of
-from bnfix.checkpoints.domains import begin_domain_
 from bnfix.checkpoints.load import Loaded, load_ready, stock_shapes
 from bnfix.checkpoints.read import check_room
 from bnfix.checkpoints.save import history_entry, versions
+from bnfix.checkpoints.several import begin_domain_
 from bnfix.core import distributed, runtime, settings
 from bnfix.core.errors import CheckpointError, DataError, file_error
 from bnfix.core.memory import BatchSize, Footprint, footprint

@@ -38,8 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnfix.checkpoints.domains import domain_of, set_statistics_, statistics_in
 from bnfix.checkpoints.load import Loaded
+from bnfix.checkpoints.several import domain_of, set_statistics_, statistics_in
 from bnfix.core import runtime
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.norm.moments import Moments, mix
