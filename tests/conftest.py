@@ -149,8 +149,9 @@ class Outcome:
         assert lines[0].startswith("bnfix: ")
         assert "Traceback" not in self.err
         text, see, page = lines[0].partition(" See bnfix ")
-        # An interrupt needs no explanation, nor does an error of somebody else's code.
-        own = self.code != 130 and not text.startswith(("bnfix: unexpected ", "bnfix: out of mem"))
+        # An interrupt needs no explanation, nor does an error of help or of somebody else's code.
+        none = ("bnfix: unexpected ", "bnfix: out of mem", "bnfix: help: ")
+        own = self.code != 130 and not text.startswith(none)
         assert bool(see) == own, lines[0]
         assert not see or re.fullmatch(r"(help [a-z]+|([a-z]+ )?--help)\.", page), page
         return text

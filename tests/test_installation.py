@@ -66,6 +66,7 @@ def test_a_topic_that_there_is_not_is_refused(cli: Cli, topic: str) -> None:
     assert outcome.code == 2
     assert outcome.message.startswith(f"bnfix: help: no page '{topic}'. ")
     assert ("Did you mean data?" in outcome.message) == (topic == "data.md")
+    assert "See bnfix" not in outcome.err
 
 
 def test_on_a_terminal_a_page_is_set_and_says_how_to_open_others() -> None:

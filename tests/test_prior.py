@@ -111,7 +111,7 @@ def test_the_shift_is_exact_and_stays_unjudged(files, cli, tmp_path, start):
     assert name.endswith("class prior")
     notes = " ".join(done["assumptions"])
     assert "not judged by these images" in notes
-    assert "0 0.25 to 0.97" in notes
+    assert "0 from 0.25 to 0.97" in notes
     assert done["options"]["gate"]["class_prior"] == str(prior)
     assert done["options"]["class_prior"] == {"from": [0.25, 0.25, 0.5], "to": [0.97, 0.02, 0.01]}
     shift = torch.tensor([0.97, 0.02, 0.01]).double().div(torch.tensor([0.25, 0.25, 0.5])).log()
@@ -127,6 +127,18 @@ def test_the_shift_is_exact_and_stays_unjudged(files, cli, tmp_path, start):
         # New statistics help with the prior, too, so that the test does not take them back.
         assert name.startswith("output: statistics")
         assert not torch.equal(weights(out)["bn1.running_mean"], before["bn1.running_mean"])
+
+
+def test_a_temperature_stays_beside_a_prior_that_no_test_judges(files, cli, tmp_path):
+    """The prior weighs more once the network is less sure, and is worse on the old balance."""
+    hot, out = tmp_path / "hot.pth", tmp_path / "out.safetensors"
+    content = weights(files.net)
+    torch.save({k: 4 * v if k.startswith("fc.") else v for k, v in content.items()}, hot)
+    prior = written(tmp_path, {"from": {"0": 1, "1": 1, "2": 1}, "to": {"0": 98, "1": 1, "2": 1}})
+    words = ["--data", files.data, "--test", files.test, *files.common, "--class-prior", prior]
+    done = cli("calibrate", hot, *words, *ALONE, "--temperature", "auto", "-o", out).json
+    assert re.fullmatch(r"output: temperature \S+, class prior", done["models"][1]["name"])
+    assert "turned out" not in " ".join(done["assumptions"])
 
 
 def test_the_same_balance_changes_no_bit(files, cli, tmp_path):
@@ -210,17 +222,17 @@ def test_the_plan_names_it(files, cli, tmp_path):
         ("[1, 1, 1]", "expected a JSON object"),
         ("{}", "expected a JSON object"),
         ('{"0": 1, "0": 2, "1": 1, "2": 1}', "names listed twice: 0"),
-        ('{"0": NaN, "1": -1, "2": Infinity}', "3 problems: to: 0: nan.*to: 1: -1.*to: 2: inf"),
-        ({"0": True, "1": "x", "2": 1}, "2 problems: to: 0: True.*to: 1: x"),
-        ({"0": True, "1": 1, "2": None}, "2 problems: to: 0: True.*to: 2: None"),
-        ({"0": 1, "cat": 1}, "2 problems: to: 'cat' is no class, to: no number for 1, 2"),
+        ('{"0": NaN, "1": -1, "2": Infinity}', "to: 0: nan.*to: 1: -1.*to: 2: inf"),
+        ({"0": True, "1": "x", "2": 1}, "to: 0: True.*to: 1: x"),
+        ({"0": True, "1": 1, "2": None}, "to: 0: True.*to: 2: None"),
+        ({"0": 1, "cat": 1}, "to: 'cat' is no class, to: no number for the classes 1, 2"),
         ({"0": 0, "1": 0, "2": 0}, "all numbers are 0"),
         ({"0": 1, "1": 10**400, "2": 1}, "to: 1: 1000"),
         (
             {"from": {"0": 0, "1": 1, "2": 1}, "to": {"0": 1}},
             "from: 0: 0, expected a number above 0",
         ),
-        ({"from": "em", "to": "em"}, "1 problems: from is no object"),
+        ({"from": "em", "to": "em"}, "from is no object"),
         ({"to": {"0": 1, "1": 1, "2": 1}, "old": {}}, "'old' is neither from nor to"),
         ({"0\x1b[31m": 1, "1": 1, "2": 1}, r"to: '0\?\[31m' is no class"),
     ],

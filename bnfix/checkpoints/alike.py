@@ -30,7 +30,7 @@ from bnfix.checkpoints.save import (
     write_folder,
     write_text,
 )
-from bnfix.core.errors import file_error, file_errors, output_error, plain, some
+from bnfix.core.errors import file_error, file_errors, name_error, output_error, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.models.published import described_in
 from bnfix.norm.layer import generalized_norms
@@ -54,7 +54,7 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
     check_folder(path)
     with file_errors(path, "cannot be written"):
         if path.suffix in TORCH_SUFFIXES:
-            raise output_error(path, "expected a name that ends in .safetensors, or a folder's.")
+            raise name_error(path, "expected a name that ends in .safetensors, or a folder's.")
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise output_error(path, "is no folder. Give another name.")
         held = {entry.name for entry in path.iterdir()} if path.exists() else set()
@@ -146,11 +146,17 @@ def save_folder(
 
 def check_like_input(path: Path, source: Path, *, force: bool) -> None:
     """Refuse, before any work, a file that cannot have the form of the input."""
-    if path.suffix not in TORCH_SUFFIXES or path.suffix != source.suffix:
-        raise output_error(
+    if source.suffix not in TORCH_SUFFIXES:
+        raise file_error(
+            source,
+            f"--like-input: expected a torch file ({', '.join(TORCH_SUFFIXES)}) to copy. Leave the "
+            "option out.",
+        )
+    if path.suffix != source.suffix:
+        raise name_error(
             path,
-            f"--like-input: expected a name that ends like the input's ({plain(source.name)}), one "
-            f"of {', '.join(TORCH_SUFFIXES)}. Change -o, or leave the option out.",
+            f"--like-input: expected a name that ends like the input's ({plain(source.name)}). "
+            "Change -o, or leave the option out.",
         )
     check_folder(path)
     check_free(path, force=force)

@@ -27,7 +27,15 @@ from bnfix.checkpoints.load import origin_of, weight_buffers
 from bnfix.checkpoints.read import FORMAT, finite, parse_header, read_file
 from bnfix.checkpoints.several import as_header
 from bnfix.core import __version__
-from bnfix.core.errors import CheckpointError, file_error, file_errors, output_error, plain, some
+from bnfix.core.errors import (
+    CheckpointError,
+    file_error,
+    file_errors,
+    name_error,
+    output_error,
+    plain,
+    some,
+)
 from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
 
@@ -71,7 +79,7 @@ def check_output(path: str | Path, *, force: bool) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         better = plain(path.with_suffix(".safetensors").name) if path.name else "out.safetensors"
-        raise output_error(
+        raise name_error(
             path,
             "expected a name that ends in .safetensors, the one kind that is written. "
             f"Use {better}.",

@@ -83,8 +83,12 @@ def _words(error: typer.TyperException) -> str:
     text = " ".join(text.split()).removesuffix(".")
     if not text and not possible:
         return ""
+    if found := getattr(error.__cause__, "errors", list)():  # pydantic, which hides the value
+        kind = "whole number" if found[0]["type"].startswith("int") else "number"
+        text = f"{text.partition(': ')[0]}: {found[0]['input']!r}, expected a {kind}"
     meant = f"Did you mean {' or '.join(possible)}?" if possible else ""
-    path = "bnfix" if context is None else context.command_path
+    typed = [word for word in _TYPED.get()[:1] if not word.startswith("-")]
+    path = " ".join(["bnfix", *typed]) if context is None else context.command_path
     end = "" if text.endswith("?") else "."
     return " ".join(part for part in (f"{text}{end}", meant, f"See {path} --help.") if part)
 

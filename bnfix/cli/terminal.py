@@ -94,8 +94,8 @@ class Terminal:
             if report.data is not None and (n := report.data.n_skipped):
                 self.notes([f"{n} unreadable images skipped: {some(report.data.skipped, 3)}"])
             if written is not None:
-                inside = "/" if written.is_dir() else f" and {written.name}."
-                self.say(f"wrote {written}{inside}report.html, .md, .json")
+                beside = "/: weights, card and " if written.is_dir() else f" and {written.name}."
+                self.say(f"wrote {written}{beside}report.html, .md, .json")
 
     def plan(self, content: dict[str, Any], *lines: str) -> None:
         """Print a plan: lines, or JSON."""
@@ -163,7 +163,8 @@ def _translated(command: str, debug: bool) -> Iterator[None]:
         end = "" if text.endswith((".", "?", "!")) else "."
         page = f"help {error.page}" if error.page else f"{command} --help"
         code = 2 if isinstance(error, ConfigError) else 1
-        _fail(error, code, f"{text}{end} See bnfix {page}.", debug)
+        more = f" See bnfix {page}." if command != "help" else ""
+        _fail(error, code, f"{text}{end}{more}", debug)
     except torch.OutOfMemoryError as error:
         message = str(error).splitlines()[0]
         hint = "Lower --batch-size, or use --device cpu."

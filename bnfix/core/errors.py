@@ -121,6 +121,13 @@ def output_error(path: str | Path, text: str) -> CheckpointError:
     return error
 
 
+def name_error(path: str | Path, text: str) -> ConfigError:
+    """A `ConfigError` of a name that no file of the kind to write has."""
+    error = ConfigError(f"{plain(Path(path))}: {text}", path=path)
+    error.page = "output"
+    return error
+
+
 @contextmanager
 def file_errors(
     path: str | Path,

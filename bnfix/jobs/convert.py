@@ -110,6 +110,8 @@ def convert(
     plan, difference, notes = _swapped(loaded, planned, swap, example, where)
     notes = [*loaded.checkpoint.notes, *notes]
     preprocessing, used, residuals = loaded.origin.preprocessing, None, None
+    if resolve_preprocessing(loaded, DataRecipe())[0] != stated:
+        preprocessing = stated  # later commands go by it
     if original is not None and data is not None and n_live(loaded.model):
         inputs = open_inputs(loaded, data, unlabelled)
         index, batches = inputs.sample(samples or REFIT_SAMPLES, loaded.model, run, seed)

@@ -136,8 +136,9 @@ def describe_prior(prior: Prior, *, judged: bool) -> str:
     """The shares, from where, and who judged them."""
     new, most = prior.new, np.argsort(-np.abs(prior.shift), kind="stable")
     new = prior.old if new is None else new
-    shares = some([f"{plain(prior.names[k])} {prior.old[k]:.3g} to {new[k]:.3g}" for k in most])
-    text = f"class prior, old shares {prior.old_is}, new ones {prior.new_is}: {shares}"
+    names, old = prior.names, prior.old
+    shares = some([f"{plain(names[k])} from {old[k]:.3g} to {new[k]:.3g}" for k in most])
+    text = f"class prior, old shares {prior.old_is}, new ones {prior.new_is}: class {shares}"
     if not prior.shift.any():
         return f"{text}. They are the same, so the head was left as it is."
     by = "the --test images have the new balance, and judged it."
@@ -188,7 +189,7 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
             problems.append(f"{part} is no object of class to number")
     if problems:
         raise DataError(
-            f"{where}: {len(problems)} problems: {some(problems)}. Give a number for each of "
+            f"{where}: {some(problems)}. Give a number for each of "
             f"{len(names)} classes, by its name or index.",
             path=path,
         )
@@ -215,7 +216,7 @@ def _numbers(
             least = "above 0" if positive else "of at least 0"
             problems += [] if ok else [f"{shown}: {plain(value, 30)}, expected a number {least}"]
     missing = [plain(name, 60) for name, x in zip(names, found, strict=True) if np.isnan(x)]
-    problems += [f"no number for {some(missing)}"] if missing else []
+    problems += [f"no number for the classes {some(missing)}"] if missing else []
     problems += [] if problems or found.any() else ["all numbers are 0"]
     return found, problems
 

@@ -155,6 +155,8 @@ class Run:
         self.original = self.kept = self.stated = State(ORIGINAL, guards.Snapshot(self.model))
         self.trained: tuple[Step, State] | None = None  # the kept state's training, and its start
         self.prior = open_prior(bench)  # balance of the classes that the output is for
+        self.unshifted: State | None = None  # the kept state before a prior that no test judges
+        self.cooled: str | None = None  # note of the output's temperature
         self.tried: list[Any] = []
         self.decisions: list[Decision] = []
 
@@ -323,9 +325,9 @@ class Run:
             self.kept.values.restore_()
             self.bench.assumptions.append(f"{name!r} was given up at temperature {t:.3g}: {error}")
             return
-        self.bench.assumptions.append(
-            f"the head's weights and bias were divided by {t:.4g}, the output's temperature."
-        )
+        by = f"divided by {t:.4g}, the output's temperature."
+        self.cooled = f"the head's weights and bias were {by}"
+        self.bench.assumptions.append(self.cooled)
         name = self.kept.name
         name = name if name == named(t) else f"{name}, {named(t)}"
         self.kept = replace(self.kept, name=name, values=guards.Snapshot(self.model))
@@ -341,6 +343,7 @@ class Run:
         has_own = labels is not None and self.plan.source.test is not None
         judged = has_own and prior.has_new(np.asarray(labels)[bench.split.test])
         if not judged:
+            self.unshifted = self.kept
             stated = kept if is_stated else with_prior(self.fits, prior, self.stated)[0]
         kept.values.restore_()
         self.kept, self.stated, self.prior = kept, stated, prior
@@ -354,24 +357,26 @@ class Run:
         now = self.fits.on_test(self.kept.name, self.model)
         labelled = bench.test.images.labelled
 
-        def is_worse(than: Evaluated) -> bool:
-            before, after = (one.metrics if labelled else one.agreement for one in (than, now))
+        def is_worse(output: Evaluated) -> bool:
+            before, after = (one.metrics if labelled else one.agreement for one in (was, output))
             if before is None or after is None:
                 return False
             return compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
 
         # Another kind of normalization was asked for, whatever it costs.
         may_go = bench.original is None and self.kept.values is not self.stated.values
-        worse = may_go and is_worse(was)
-        if worse and self.prior is not None and self.stated.values is not self.original.values:
-            # On images of the old balance the prior is what is worse; is the rest, too?
-            worse = is_worse(self._at(self.stated, partial(self.fits.on_test, self.stated.name)))
-        if worse:
+        judged, rest = now, self.unshifted or self.kept
+        if may_go and rest is not self.kept:
+            # On images of the old balance a prior makes all worse: the rest is judged without it.
+            judged = self._at(rest, partial(self.fits.on_test, rest.name))
+        if may_go and is_worse(judged):
             name = self.stated.name
             bench.assumptions.append(
                 f"{self.kept.name!r} turned out significantly worse on the test split, so the "
                 f"output is {'the input' if name == ORIGINAL else repr(name)}."
             )
+            if self.cooled in bench.assumptions:
+                bench.assumptions.remove(self.cooled)
             self.kept = self.stated
             self.kept.values.restore_()
             round_as_stored_(self.model)

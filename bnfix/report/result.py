@@ -31,7 +31,7 @@ from bnfix.checkpoints.save import (
     write_bytes,
 )
 from bnfix.core import __version__, distributed
-from bnfix.core.errors import Note, output_error, some
+from bnfix.core.errors import Note, name_error, output_error, some
 from bnfix.core.settings import ModelRecipe, Preprocessing
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
@@ -406,7 +406,7 @@ def check_exports(
     if path.suffix != SUFFIXES[to]:
         better = path.with_suffix(SUFFIXES[to]).name if path.name else f"out{SUFFIXES[to]}"
         ends = f"expected a name that ends in {SUFFIXES[to]} for --to {to}"
-        raise output_error(path, f"{ends}. Use {better}.")
+        raise name_error(path, f"{ends}. Use {better}.")
     files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
     check_folder(path)
     check_free(*files, force=force)
