@@ -129,18 +129,6 @@ def test_the_shift_is_exact_and_stays_unjudged(files, cli, tmp_path, start):
         assert not torch.equal(weights(out)["bn1.running_mean"], before["bn1.running_mean"])
 
 
-def test_a_temperature_stays_beside_a_prior_that_no_test_judges(files, cli, tmp_path):
-    """The prior weighs more once the network is less sure, and is worse on the old balance."""
-    hot, out = tmp_path / "hot.pth", tmp_path / "out.safetensors"
-    content = weights(files.net)
-    torch.save({k: 4 * v if k.startswith("fc.") else v for k, v in content.items()}, hot)
-    prior = written(tmp_path, {"from": {"0": 1, "1": 1, "2": 1}, "to": {"0": 98, "1": 1, "2": 1}})
-    words = ["--data", files.data, "--test", files.test, *files.common, "--class-prior", prior]
-    done = cli("calibrate", hot, *words, *ALONE, "--temperature", "auto", "-o", out).json
-    assert re.fullmatch(r"output: temperature \S+, class prior", done["models"][1]["name"])
-    assert "turned out" not in " ".join(done["assumptions"])
-
-
 def test_the_same_balance_changes_no_bit(files, cli, tmp_path):
     """With the old shares from the file, and counted in the labels."""
     out, prior = tmp_path / "out.safetensors", tmp_path / "prior.json"

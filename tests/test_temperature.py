@@ -201,6 +201,21 @@ def test_others_must_win_by_more_than_a_temperature(files, cli, loud, tmp_path):
     assert tempered["nll"] < plain["nll"]
 
 
+def test_a_temperature_stays_beside_a_prior_that_no_test_judges(files, cli, loud, tmp_path):
+    """The prior weighs more once the network is less sure, and all is worse on the old balance."""
+    out, prior = tmp_path / "out.safetensors", tmp_path / "prior.json"
+    equal, one = {"0": 1, "1": 1, "2": 1}, {"0": 9998, "1": 1, "2": 1}
+    prior.write_text(json.dumps({"from": equal, "to": one}))
+    data = ["--data", loud.with_name("data.npz"), "--test", files.test]
+    words = [*data, *files.common, *ALONE, "--temperature", "auto", "--class-prior", prior]
+    told = cli("calibrate", loud, *words, "--json", "-o", out).json
+    name = told["models"][1]["name"]
+    assert name.startswith("output: temperature ")
+    assert name.endswith(", class prior")
+    assert told["verdict"] == "worse"
+    assert "turned out" not in " ".join(told["assumptions"])
+
+
 def test_a_calibrated_network_keeps_its_head(files, cli, tmp_path):
     out = tmp_path / "out.safetensors"
     words = ["--data", files.data, *files.common, *ALONE, "--temperature", "auto", "--z", "1000"]
