@@ -29,8 +29,12 @@ def x() -> torch.Tensor:
 
 
 def norms_of(path: Path) -> dict[str, Any]:
+    return of_header(path, "norms")
+
+
+def of_header(path: Path, name: str) -> Any:
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["bnfix"])["norms"]
+        return json.loads(file.metadata()["bnfix"])[name]
 
 
 @torch.no_grad()
@@ -92,6 +96,15 @@ def test_the_group_kind_is_group_norm(files, x):
         reference.bias.copy_(layer.bias)
         y = torch.randn(3, 12, 5, 5)
         torch.testing.assert_close(layer(y), reference(y), rtol=1e-5, atol=1e-5)
+
+
+def test_preprocessing_that_is_given_is_stored(cli, files, tmp_path):
+    for name, given in (("a", ()), ("b", ("--mean", "0.1,0.2,0.3", "--resize", "9"))):
+        out = tmp_path / f"{name}.safetensors"
+        assert cli("convert", files.net, "--model", files.spec, *given, "-o", out).code == 0
+    found = [of_header(tmp_path / f"{name}.safetensors", "preprocessing") for name in "ab"]
+    assert found[0] is None
+    assert (found[1]["mean"], found[1]["resize"]) == ([0.1, 0.2, 0.3], [9])
 
 
 def test_overrides_go_before_the_preset(cli, files, tmp_path):

@@ -61,6 +61,7 @@ def clients(files, cli, tmp_path_factory):
         words = ("calibrate", files.stale, "--data", folder / f"{name}.npz", *files.common)
         done = cli(*words, "--save-moments", folder / f"{name}.safetensors")
         assert done.code == 0, done.err
+        assert "--labels none" not in done.err
     return folder
 
 

@@ -182,3 +182,5 @@ def test_without_labels_only_agreement_is_known(files: Files, tmp_path):
     assert 0.8 < found.int8.top1_agreement <= 1
     assert "accuracy cannot be measured" in found.sentence()
     assert "top-1 agrees with float on" in found.remarks()[0]
+    found.save(tmp_path / "int8.onnx")
+    assert "In 8 bits" in (tmp_path / "int8.onnx.report.md").read_text()

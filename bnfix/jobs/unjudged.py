@@ -180,10 +180,13 @@ def save_moments(
         raise ConfigError(
             f"--save-moments: writes plain moments, so {some(stated)} cannot act. Leave it out."
         )
-    bench = open_workbench(checkpoint, data, plan, (1.0, 0.0, 0.0), track)
+    given = data[0] if len(data) == 1 else data
+    bench = open_workbench(checkpoint, given, plan, (1.0, 0.0, 0.0), track)
     recipe, identity = plan.statistics, identity_of(bench.model, {})
     shaped, n = bench.inputs.preprocessing, len(bench.split.fit)
-    done = {"command": "calibrate", "n_examples": n, "assumptions": bench.assumptions}
+    # Labels are never read here, so a note on unused ones would mislead.
+    notes = [note for note in bench.assumptions if "--labels none" not in note]
+    done = {"command": "calibrate", "n_examples": n, "assumptions": notes}
     if path is None:
         return done
     batches = bench.batches(bench.split.fit, "moments", recipe.batch_size).evened()
