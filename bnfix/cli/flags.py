@@ -83,7 +83,8 @@ def _words(error: typer.TyperException) -> str:
     text = " ".join(text.split()).removesuffix(".")
     if not text and not possible:
         return ""
-    if found := getattr(error.__cause__, "errors", list)():  # pydantic, which hides the value
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
+    if found:  # pydantic's words hide the value
         kind = "whole number" if found[0]["type"].startswith("int") else "number"
         text = f"{text.partition(': ')[0]}: {found[0]['input']!r}, expected a {kind}"
     meant = f"Did you mean {' or '.join(possible)}?" if possible else ""
