@@ -1419,6 +1419,13 @@ def test_options_of_the_step_reach_it(cli, files, tmp_path):
     assert "--clip: -1.0, expected at least 0" in refused.message
 
 
+def test_a_training_without_a_better_epoch_is_said(cli, files, tmp_path):
+    words = ["finetune", files.net, *files.common, "--data", files.data, "--lr", 50, "--json"]
+    found = cli(*words, "-o", tmp_path / "a.safetensors").json
+    assert found["models"][1]["name"] == "output: as it was"
+    assert "no epoch was better on the validation split" in " ".join(found["assumptions"])
+
+
 def test_a_ghost_size_without_effect_is_said(cli, files, tmp_path):
     words = ["finetune", files.net, *files.common, "--data", files.data, "--json"]
     found = cli(*words, "--ghost-size", 4, "-o", tmp_path / "a.safetensors").json

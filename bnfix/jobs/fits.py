@@ -412,6 +412,11 @@ class Fits:
         if gated:
             learned = " with example weights" if recipe.example_weight == "learn" else ""
             return Fitted(f"{did} {recipe.train}{learned}{' alone' * alone}", results)
+        if not tuned.best_epoch:
+            self.bench.assumptions.append(
+                "no epoch was better on the validation split than the start, so the network is "
+                "left as it was. Another --lr may help."
+            )
         return Fitted(f"{did} {tuned.trained}" if tuned.best_epoch else None, results, ())
 
     def _finetune(
