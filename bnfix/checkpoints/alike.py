@@ -52,9 +52,9 @@ _LARGEST: Final = 8 * 2**20
 def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
     """Refuse, before any work, a place where no folder may be written."""
     check_folder(path)
+    if path.suffix in TORCH_SUFFIXES:
+        raise name_error(path, "expected a name that ends in .safetensors, or a folder's.")
     with file_errors(path, "cannot be written"):
-        if path.suffix in TORCH_SUFFIXES:
-            raise name_error(path, "expected a name that ends in .safetensors, or a folder's.")
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise output_error(path, "is no folder. Give another name.")
         held = {entry.name for entry in path.iterdir()} if path.exists() else set()
