@@ -38,18 +38,9 @@ from bnfix.jobs.inputs import (
 )
 from bnfix.jobs.plan import estimated_evaluation
 from bnfix.jobs.session import load_one
+from bnfix.metrics import robustness
 from bnfix.metrics.beside import check_logits, custom_metrics, import_metric, uncertain
 from bnfix.metrics.evaluate import Outputs, collect, describe_left_out, measured
-from bnfix.metrics.robustness import (
-    BatchInvariance,
-    Shifted,
-    Tiled,
-    batch_invariance,
-    in_stream,
-    shifted,
-    streams_of,
-    tiled,
-)
 from bnfix.metrics.task import ByRows
 from bnfix.recalibrate.blend import take_domain_
 from bnfix.report.records import (
@@ -118,7 +109,7 @@ def evaluate_files(
     require(bool(checkpoints), "eval: no checkpoint given.", "checkpoints")
     words = "--corruptions: not together with --corrupt. Leave one of them out."
     require(not also.corruptions or source.corrupt is None, words, "corruptions")
-    streams = () if also.streams is None else streams_of(also.streams)
+    streams = () if also.streams is None else robustness.streams_of(also.streams)
     functions = [import_metric(spec) for spec in also.metric]
     if predictions is not None:
         check_predictions(predictions, force=force)
@@ -365,20 +356,22 @@ class Arena:
             self._good = np.sort(seen[0])
         return found
 
-    def shifted(self) -> Iterator[Shifted]:
+    def shifted(self) -> Iterator[robustness.Shifted]:
         """Measure every entrant under every corruption."""
         for corruption in every_corruption(self._seed):
             found = self.outputs(f"under {corruption.text},", corruption)
             kind, severity = corruption.kind, corruption.severity
-            yield from shifted(self._names, found, kind, severity, seed=self._seed)
+            yield from robustness.shifted(self._names, found, kind, severity, seed=self._seed)
 
-    def streamed(self, names: Sequence[str], corruption: Corruption | None) -> Iterator[Shifted]:
+    def streamed(
+        self, names: Sequence[str], corruption: Corruption | None
+    ) -> Iterator[robustness.Shifted]:
         """Measure every entrant on batches of the same images in other orders."""
         used: list[int] = []
 
         def run(name: str, members: list[Entrant], size: int) -> list[Outputs]:
             labels = np.asarray(members[0].inputs.images.labels)[self._good]
-            index = self._good[in_stream(name, labels, size, self._seed)]
+            index = self._good[robustness.in_stream(name, labels, size, self._seed)]
             used.append(1 if name == "single" else size)
             batches = self._batches(members[0], index, used[-1], f"stream: {name}", corruption)
             models = [one.net for one in members]
@@ -386,32 +379,32 @@ class Arena:
 
         for name in names:
             found = self._by_group(partial(run, name))
-            yield from shifted(self._names, found, name, used[-1], seed=self._seed)
+            yield from robustness.shifted(self._names, found, name, used[-1], seed=self._seed)
 
-    def invariance(self) -> list[BatchInvariance]:
+    def invariance(self) -> list[robustness.BatchInvariance]:
         """Look at some examples in several batches."""
         index = np.random.default_rng(self._seed).permutation(self._good)[:N_COMPARED]
 
-        def run(members: list[Entrant], size: int) -> list[BatchInvariance]:
+        def run(members: list[Entrant], size: int) -> list[robustness.BatchInvariance]:
             def batches_of(positions: np.ndarray, size: int) -> Tracked:
                 return self._batches(members[0], positions, size, f"batches of {size}")
 
             names, nets = [one.name for one in members], [one.net for one in members]
             how: Any = {"precision": self._run.precision, "seed": self._seed}
             least = min(size, max(1, len(index) // 2))
-            return batch_invariance(names, nets, batches_of, index, least, **how)
+            return robustness.batch_invariance(names, nets, batches_of, index, least, **how)
 
         return self._by_group(run)
 
-    def tiled(self, size: tuple[int, ...], corruption: Corruption | None) -> list[Tiled]:
+    def tiled(self, size: tuple[int, ...], corruption: Corruption | None) -> list[robustness.Tiled]:
         """Compare tiles with whole images, of a few."""
         index = np.random.default_rng(self._seed).permutation(self._good)[:N_TILED]
 
-        def run(members: list[Entrant], n: int) -> list[list[Tiled]]:
+        def run(members: list[Entrant], n: int) -> list[list[robustness.Tiled]]:
             named = "tiles against whole images"
             batches = self._batches(members[0], index, min(n, N_TILED), named, corruption).whole()
             how = batches, (size[0], size[-1]), self._run.precision
-            return [tiled(one.name, one.loaded.model, *how) for one in members]
+            return [robustness.tiled(one.name, one.loaded.model, *how) for one in members]
 
         return [row for rows in self._by_group(run) for row in rows]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,6 @@ def convert(
             "groups only; give --data to re-fit them to the original's outputs."
         )
     recipes: dict[str, Any] = {"model": recipe, "swap": swap, "data": source}
-    options = {name: dataclasses.asdict(one) for name, one in recipes.items()}
     report = Report(
         command="convert",
         data=None,
@@ -139,7 +137,7 @@ def convert(
         layers=layer_rows(loaded.model, {}, {}),
         swap=plan,
         assumptions=(*notes, *plan.notes, *describe_neighbours(loaded.model)),
-        options={**options, "samples": samples},
+        options={name: asdict(one) for name, one in recipes.items()} | {"samples": samples},
         seed=seed,
         command_line=command_line,
     )

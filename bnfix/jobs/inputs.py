@@ -105,11 +105,13 @@ class Tracked:
         return of_pass
 
 
-def describe_corruption(source: DataRecipe) -> list[str]:
+def describe_corruption(source: DataRecipe, too: str = "") -> list[str]:
     """A note where images are corrupted."""
-    if source.corrupt is None:
+    found = corruption_of(source.corrupt)
+    if found is None:
         return []
-    return [f"every image was corrupted: {source.corrupt}, after resize and crop."]
+    words = f"every image was corrupted{too}: {found.text} ({found.words}), after resize and crop."
+    return [words]
 
 
 def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:

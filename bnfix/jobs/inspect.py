@@ -18,20 +18,8 @@ from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.fingerprints import data_record
+from bnfix.diagnosis import faults
 from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
-from bnfix.diagnosis.faults import (
-    Call,
-    Entry,
-    Finding,
-    NormTensors,
-    blended,
-    diagnose,
-    finding,
-    gated,
-    mapping,
-    read_history,
-    read_norms,
-)
 from bnfix.diagnosis.model import (
     Behaviour,
     Shifts,
@@ -61,13 +49,13 @@ class Inspection:
     """The norm layers of a checkpoint, their faults, and the file's history."""
 
     checkpoint: Checkpoint
-    layers: list[NormTensors]
+    layers: list[faults.NormTensors]
     kinds: dict[str, str]  # class name of each layer, with a model
     problems: list[str]  # reasons against a swap, with a model
-    findings: list[Finding]  # errors first
+    findings: list[faults.Finding]  # errors first
     behaviour: Behaviour | None  # with data
     data: dict[str, Any] | None  # their spec, size and fingerprint
-    commands: list[Entry]  # of the file's history
+    commands: list[faults.Entry]  # of the file's history
     notes: list[str]  # how the file was read, and what was assumed
     gaps: Mapping[str, float]  # of predicted means, by layer
     against: tuple[Checkpoint, Comparison] | None  # the file that it was made from
@@ -135,9 +123,9 @@ def inspect_checkpoint(
     if against is not None:
         original = read_checkpoint(against, prefer_ema=recipe.prefer_ema)
         compared = original, compare_weights(found.tensors, original.tensors)
-    layers = read_norms(found.tensors, mapping(header.get("norms")))
+    layers = faults.read_norms(found.tensors, faults.mapping(header.get("norms")))
     weights = diagnose_weights(found.tensors) if compared is None else compared[1].findings()
-    findings = [*diagnose(found.tensors, layers), *weights, *_neighbours(layers)]
+    findings = [*faults.diagnose(found.tensors, layers), *weights, *_neighbours(layers)]
     seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
     gaps = {} if loaded is None else predicted_gaps(loaded.model)
     if loaded is not None:
@@ -151,12 +139,12 @@ def inspect_checkpoint(
         seen = _call(loaded, source) if data is None else _look(loaded, data, *how)
         findings += seen.findings
     if seen.fits or any(finding.fault == "evaluation-mode" for finding in findings):
-        findings = [gated(finding) for finding in findings]
+        findings = [faults.gated(finding) for finding in findings]
     elif not seen.labelled:
-        findings = blended(findings)
-    stated = mapping(header.get("model"))
+        findings = faults.blended(findings)
+    stated = faults.mapping(header.get("model"))
     is_named = recipe.model is not None or isinstance(stated.get("spec"), str)
-    call = Call(
+    call = faults.Call(
         path=Path(path),
         model=_for_commands(recipe, stated),
         data=data,
@@ -178,7 +166,7 @@ def inspect_checkpoint(
         findings=sorted(findings, key=lambda finding: _ORDER[finding.severity]),
         behaviour=seen.behaviour,
         data=seen.record,
-        commands=read_history(header.get("history")),
+        commands=faults.read_history(header.get("history")),
         notes=[*found.notes, *_describe_beside(found), *seen.remarks],
         gaps=gaps,
         against=compared,
@@ -196,13 +184,13 @@ def _describe_beside(file: Checkpoint) -> list[str]:
     return [f"beside the weights: {some(values, _SHOWN)}"] if values else []
 
 
-def _neighbours(layers: Sequence[NormTensors]) -> Iterator[Finding]:
+def _neighbours(layers: Sequence[faults.NormTensors]) -> Iterator[faults.Finding]:
     """A note on every layer that weighs the batch."""
     for layer in layers:
         highest = float(np.max(layer.batch_weight, initial=0))
         if highest > 0:
             words = "predictions depend on the other images in the batch: it has a weight of up to"
-            yield finding(layer.name, "batch-weight", f"{words} {highest:.3g}")
+            yield faults.finding(layer.name, "batch-weight", f"{words} {highest:.3g}")
 
 
 def _frozen(sites: Sequence[NormSite], loaded: Loaded) -> dict[str, str]:
@@ -219,7 +207,7 @@ def _for_commands(recipe: ModelRecipe, stated: Mapping[str, Any]) -> ModelRecipe
     spec = stated.get("spec")
     if recipe.model is not None or not isinstance(spec, str) or from_file_allowed(spec):
         return recipe
-    arguments = tuple(mapping(stated.get("arguments")).items())
+    arguments = tuple(faults.mapping(stated.get("arguments")).items())
     return replace(recipe, model=spec, arguments=arguments)
 
 
@@ -227,7 +215,7 @@ def _for_commands(recipe: ModelRecipe, stated: Mapping[str, Any]) -> ModelRecipe
 class _Seen:
     """The faults that a run of the model shows, and the data that it ran on."""
 
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[faults.Finding, ...] = ()
     remarks: tuple[str, ...] = ()
     behaviour: Behaviour | None = None
     record: dict[str, Any] | None = None
@@ -274,7 +262,7 @@ def _look(
             test = open_inputs(loaded, source.test, source)
             others = test.sample(samples, loaded.model, run, seed)[1]
             both = (evaluate(loaded.model, one, task=inputs.task) for one in (batches, others))
-            more += [finding("", "trained-on", text) for text in describe_easier(*both)]
+            more += [faults.finding("", "trained-on", text) for text in describe_easier(*both)]
     return _Seen(
         findings=(*findings, *more),
         remarks=tuple(inputs.notes),

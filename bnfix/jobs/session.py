@@ -35,6 +35,7 @@ from bnfix.jobs.inputs import (
     Inputs,
     Track,
     Tracked,
+    describe_corruption,
     evaluation_batch_size,
     look_at_inputs,
     look_at_size,
@@ -307,12 +308,9 @@ def open_workbench(
         test = open_inputs(loaded, source.test, of_test)
         found, n_dropped = unseen(test.images, images)
         split = replace(split, test=found)
-        if n_dropped:
-            notes.append(
-                f"{n_dropped} test images are in the data too"
-                f"{', or in one of its groups' if test.images.group_names else ''}; they were left "
-                "out of the test."
-            )
+        in_groups = ", or in one of its groups" if test.images.group_names else ""
+        copies = f"{n_dropped} test images are in the data too{in_groups}"
+        notes += [f"{copies}; they were left out of the test."] * bool(n_dropped)
     if n := split.duplicates:
         copies = f"{n} images are exact copies of others; they were left out, so that"
         notes.append(f"{copies} no image is in two splits.")
@@ -326,12 +324,7 @@ def open_workbench(
         notes.append(f"the select split has {short}, so nothing can be chosen. {advice}")
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
-    corruption = corruption_of(source.corrupt, seed)
-    if corruption is not None:
-        notes.append(
-            f"every image was corrupted, those of the test too: {corruption.text} "
-            f"({corruption.words}), after resize and crop."
-        )
+    notes += describe_corruption(source, ", those of the test too")
     held = None if few is None else footprint(loaded.model, few, run.precision)
     size = evaluation_batch_size(run, loaded.model, inputs.size)
     evaluation = BatchSize(size, "--batch-size", notes, gives_way=run.batch_size is None)
