@@ -55,7 +55,7 @@ DOORS = {
     "safetensors": {"checkpoints.read", "checkpoints.save", "deploy.forms"},
     "pickle": {"checkpoints.read"},
     "PIL": {
-        "data.batches", "data.callables", "data.corruptions", "data.images", "data.targets",
+        "data.arrays", "data.batches", "data.corruptions", "data.images", "data.targets",
     },
 }  # fmt: skip
 

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from bnfix.core.errors import CheckpointError, DataError
 from bnfix.core.settings import RunOptions
-from bnfix.data.arrays import TensorItems
+from bnfix.data.arrays import TensorItems, is_callable
 from bnfix.data.batches import Batches
-from bnfix.data.callables import is_callable
 from bnfix.data.open import open_images
 from bnfix.jobs.plan import replayed_plan
 from tests.conftest import Files, Outcome

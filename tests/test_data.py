@@ -21,9 +21,9 @@ from torchvision.transforms import v2
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import Preprocessing
 from bnfix.data.batches import Batches, Skipped
-from bnfix.data.fingerprints import cut, fingerprint
 from bnfix.data.images import ArrayImages, Images
 from bnfix.data.open import map_classes, open_images
+from bnfix.data.splits import cut, fingerprint
 from tests.real import DATA, needs_data
 
 RAW = Preprocessing(scale=1.0)

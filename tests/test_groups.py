@@ -20,10 +20,9 @@ from benchmarks.clusters import coverage, drawn, false_rates
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.core.errors import ConfigError, DataError
 from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, RunOptions
-from bnfix.data.fingerprints import cut, unseen, watched
-from bnfix.data.groups import describe_groups
 from bnfix.data.images import ArrayImages
 from bnfix.data.open import open_images
+from bnfix.data.splits import cut, describe_groups, unseen, watched
 from bnfix.jobs.session import Plan, open_workbench
 from bnfix.metrics.compare import compare, gain_t, judge, mean_and_se
 from bnfix.metrics.metrics import measure, middle, numbered, resampled_means

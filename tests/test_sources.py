@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bnfix.core.errors import ConfigError, DataError
-from bnfix.data.fingerprints import cut
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images, open_several
+from bnfix.data.splits import cut
 from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.recalibrate import recalibrate_, residuals
 from tests import nets

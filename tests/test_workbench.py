@@ -16,15 +16,15 @@ from bnfix.checkpoints.read import TEXT_LIMIT
 from bnfix.core.errors import ConfigError, DataError, ModelError
 from bnfix.core.settings import DataRecipe, GateRecipe, ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batches
-from bnfix.data.fingerprints import (
+from bnfix.data.images import ArrayImages
+from bnfix.data.open import open_images
+from bnfix.data.splits import (
     cut,
     data_record,
     describe_unlisted,
     history_digests,
     seen_before,
 )
-from bnfix.data.images import ArrayImages
-from bnfix.data.open import open_images
 from bnfix.jobs.inputs import (
     describe_skipped,
     evaluation_batch_size,
@@ -284,7 +284,7 @@ def test_images_are_recognized_by_their_content(files, tmp_path):
 
 
 def test_a_history_lists_no_more_images_than_it_has_room_for(files, monkeypatch):
-    monkeypatch.setattr("bnfix.data.fingerprints.MAX_LISTED", 9)
+    monkeypatch.setattr("bnfix.data.splits.MAX_LISTED", 9)
     images = open_images(str(files.data))
     kept = history_digests(images, np.arange(10))
     assert kept == {"n_examples": 10, "digests": None}

@@ -22,8 +22,15 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bnfix.core.errors import DataError, plain, some
-from bnfix.data.images import MAX_IMAGE_BYTES, SUFFIXES, EncodedImages, Opened, open_regular
+from bnfix.core.errors import DataError, some
+from bnfix.data.images import (
+    MAX_IMAGE_BYTES,
+    SUFFIXES,
+    EncodedImages,
+    Opened,
+    open_regular,
+    parsing,
+)
 
 MAX_SHARDS: Final = 100_000
 _MAX_MEMBERS: Final = 20_000_000
@@ -33,9 +40,6 @@ _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,18}")
 _NO_END: Final = "ends without an end mark: it may have been cut"
 _IMAGE_KINDS: Final = {suffix.removeprefix(".") for suffix in SUFFIXES}
 _JSON_KEYS: Final = ("label", "cls", "class", "class_id", "target", "class_name")
-_TAR_ERRORS: Final = (
-    tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError, MemoryError,
-)  # fmt: skip
 _IMAGE_COLUMNS: Final = ("image", "img", "png", "jpg", "jpeg", "webp", "picture")
 _LABEL_COLUMNS: Final = ("label", "fine_label", "labels", "cls", "target", "class", "class_id")
 _LABEL_TYPES: Final = ("int", "uint", "string", "large_string", "dictionary<values=string")
@@ -172,52 +176,47 @@ def _shown(member: tarfile.TarInfo) -> str:
 def _members(path: Path, passed: defaultdict[str, list[str]]) -> Iterator[tarfile.TarInfo]:
     """Ordinary files one after another, each wholly inside the shard and behind the one before."""
     size, last, n = path.stat().st_size, -1, 0
-    try:
-        with open_regular(path) as file:
-            if file.read(2) == b"\x1f\x8b":
-                raise DataError(
-                    f"{path}: compressed, so its images cannot be read in any order. "
-                    "Uncompress it (gunzip)."
-                )
-            file.seek(0)
-            archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)
-            while (member := archive.next()) is not None:
-                n += 1
-                # Or every header would stay in memory.
-                archive.members.clear()  # type: ignore[attr-defined]
-                end = member.offset_data + max(0, member.size)
-                if member.size < 0 or member.offset <= last or end > size or n > _MAX_MEMBERS:
-                    raise tarfile.ReadError(f"member {n} does not lie inside the file")
-                last, name = member.offset, PurePosixPath(member.name)
-                if not member.isreg() or member.issparse():
-                    if not member.isdir():
-                        passed["members that are links or no ordinary files"].append(_shown(member))
-                elif name.is_absolute() or ".." in name.parts or not member.name.isprintable():
-                    passed["members with paths that lead out"].append(_shown(member))
-                elif not name.name.startswith("."):
-                    yield member
-            # Blocks of zeros end an archive; other bytes there are a member that was cut.
-            file.seek(min(archive.offset, size))
-            rest = file.read(512)
-            if rest.strip(b"\0"):
-                raise tarfile.ReadError("it ends in the middle of a member")
-            if not rest:
-                passed[_NO_END].append(path.name)
-    except _TAR_ERRORS as error:
-        reason = plain(str(error)) or type(error).__name__
-        raise DataError(f"{path}: not a whole tar archive ({reason}). Fetch it again.") from error
+    broken = parsing(f"{path}: not a whole tar archive", " Fetch it again.")
+    with broken, open_regular(path) as file:
+        if file.read(2) == b"\x1f\x8b":
+            raise DataError(
+                f"{path}: compressed, so its images cannot be read in any order. "
+                "Uncompress it (gunzip)."
+            )
+        file.seek(0)
+        archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)
+        while (member := archive.next()) is not None:
+            n += 1
+            # Or every header would stay in memory.
+            archive.members.clear()  # type: ignore[attr-defined]
+            end = member.offset_data + max(0, member.size)
+            if member.size < 0 or member.offset <= last or end > size or n > _MAX_MEMBERS:
+                raise tarfile.ReadError(f"member {n} does not lie inside the file")
+            last, name = member.offset, PurePosixPath(member.name)
+            if not member.isreg() or member.issparse():
+                if not member.isdir():
+                    passed["members that are links or no ordinary files"].append(_shown(member))
+            elif name.is_absolute() or ".." in name.parts or not member.name.isprintable():
+                passed["members with paths that lead out"].append(_shown(member))
+            elif not name.name.startswith("."):
+                yield member
+        # Blocks of zeros end an archive; other bytes there are a member that was cut.
+        file.seek(min(archive.offset, size))
+        rest = file.read(512)
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("it ends in the middle of a member")
+        if not rest:
+            passed[_NO_END].append(path.name)
 
 
 def _label(path: Path, file: io.BufferedReader, member: tarfile.TarInfo, kind: str) -> str | None:
     place = f"{path}/{member.name[:200]}"
     if member.size > _MAX_LABEL_BYTES:
         raise DataError(f"{place}: {member.size:,} bytes for a label.")
-    file.seek(member.offset_data)
-    try:
+    with parsing(f"{place}: cannot be read"):
+        file.seek(member.offset_data)
         text = file.read(member.size).decode("utf-8").strip()
         value: Any = json.loads(text) if kind == "json" else text
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: cannot be read ({str(error)[:200]}).") from error
     if isinstance(value, dict):
         value = next((value[key] for key in _JSON_KEYS if key in value), None)
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
@@ -280,24 +279,18 @@ def open_tables(spec: str | list[Path], wanted: bool, channels: int) -> Opened:
     """Open parquet or .arrow files of one layout, listed or as one name or a range of them."""
     paths = named_files(spec) if isinstance(spec, str) else spec
     try:
-        arrow = _arrow()
+        _arrow()
     except ImportError as error:
         raise DataError(
             f"needs pyarrow, which is not installed ({error}). pip install 'bnfix[parquet]'."
         ) from error
-    errors = (arrow.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError,
-              OverflowError, AttributeError, RecursionError)  # fmt: skip
-    path, labels, images = paths[0], [], TableImages(paths, channels)
-    try:
-        for path in paths:
+    labels, images = [], TableImages(paths, channels)
+    advice = " Fetch it again, or write it with an image column (bytes, path) and a label column."
+    for path in paths:
+        with parsing(f"{path}: cannot be read", advice):
             labels += images.add(path, wanted)
-    except errors as error:
-        raise DataError(
-            f"{path}: cannot be read ({plain(str(error), 300) or type(error).__name__}). "
-            "Fetch it again, or write it with an image column (bytes, path) and a label column."
-        ) from error
     if not len(images):
-        raise DataError(f"no images, there are no rows in {path}.")
+        raise DataError(f"no images, there are no rows in {paths[-1]}.")
     images.class_names = images.columns.names if images.columns else None
     return images, labels or None
 
@@ -358,10 +351,7 @@ class TableImages(EncodedImages):
 
     def _stream(self, i: int) -> io.BytesIO:
         k, row = self._place(i)
-        try:
-            content = self._images(k)[row].as_py()
-        except (_arrow().ArrowException, LookupError, TypeError) as error:
-            raise OSError(str(error)) from error
+        content = self._images(k)[row].as_py()
         content = content.get("bytes") if isinstance(content, dict) else content
         if not isinstance(content, bytes) or not content:
             raise OSError("no bytes in the table")

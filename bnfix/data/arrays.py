@@ -1,30 +1,40 @@
-"""Arrays in memory: ``.npz``, ``.pt`` and ``.safetensors`` files, and inputs that are no images.
+"""Arrays in memory: of ``.npz``, ``.pt`` and ``.safetensors`` files, and of the user's callables.
 
 Files may come from strangers: headers are checked before memory is taken, nothing is unpickled.
+Only a callable named on the command line is imported, never one that comes out of a file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tokenize
 import warnings
 import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bnfix.checkpoints.read import read_file
-from bnfix.core.errors import CheckpointError, DataError, some
+from bnfix.core.errors import BnfixError, DataError, one_line, some
 from bnfix.core.masks import MASK_KEYS, valid_of
-from bnfix.core.torch_private import tree_leaves
+from bnfix.core.torch_private import tree_leaves, tree_map
 from bnfix.data.archives import named_files
-from bnfix.data.images import DIGEST_SIZE, ArrayImages, Images, Opened
+from bnfix.data.images import (
+    DIGEST_SIZE,
+    ArrayImages,
+    Images,
+    Opened,
+    digest_of,
+    parsing,
+    pixels_of,
+)
+from bnfix.models.build import import_callable, importable
 
 _EXPECTED = (
     "floating-point or whole numbers (a tensor, an array, a number), or tuples and dicts of them. "
@@ -32,19 +42,25 @@ _EXPECTED = (
 )
 #: Arrays of a file that say what is right.
 _TARGETS = ("labels", "targets")
+#: Under which name an item that is a dict may have its label.
+_LABELS = ("label", "labels", "target", "targets", "y")
 #: The one type of each sort: networks refuse float64 and int32 beside their own.
 _TYPES = {"f": np.float32, "b": np.bool_}
-_KINDS = {"mask": "b", "lengths": "iu"}
+_VALID = (
+    "the valid positions of inputs: lengths are whole numbers ({n},), a mask is bool ({n}, "
+    "positions). Masks to learn are targets"
+)
+#: Arrays beside the inputs: their kinds of numbers, numbers of axes, and both in words.
+_BESIDE = {
+    "labels": ("iu", range(1, 2), "whole numbers ({n},), one an image"),
+    "targets": ("fiub", range(1, 65), "numbers of shape ({n}, ...)"),
+    "lengths": ("iu", range(1, 2), _VALID),
+    "mask": ("b", range(2, 65), _VALID),
+}
 # Maps are large, so targets keep a small type until `TensorItems.take` converts them.
 _SMALL = {"bool": np.uint8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
 #: Numbers looked at in one piece.
 _AT_ONCE = 1 << 24
-_GIB = 1 << 30
-# What zipfile and numpy's header parser raise on archives that are broken on purpose.
-_ARCHIVE_ERRORS = (
-    OSError, ValueError, TypeError, EOFError, RuntimeError, MemoryError, SyntaxError, zlib.error,
-    tokenize.TokenError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 class TensorItems(Images):
@@ -55,12 +71,11 @@ class TensorItems(Images):
     """
 
     noun = "examples"
+    ragged = False
 
-    def __init__(
-        self, spec: str, items: Tensor | Sequence[Any], kind: str, *, ragged: bool = False
-    ) -> None:
+    def __init__(self, spec: str, items: Tensor | Sequence[Any], kind: str) -> None:
         super().__init__(spec, 0)
-        self.items, self.kind, self.ragged = items, kind, ragged
+        self.items, self.kind = items, kind
         self.beside: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -73,19 +88,22 @@ class TensorItems(Images):
             taken = as_inputs(self.items[rows])
             beside = {name: values[rows] for name, values in self.beside.items()}
             return {"inputs": taken, **beside} if beside else taken
+        items = [self.items[i] for i in index.tolist()]
         if self.ragged:
-            return [self.items[i] for i in index.tolist()]
+            return items
+        leaves = [tree_leaves(item) for item in items]
         try:
-            return _stacked([self.items[i] for i in index.tolist()])
+            stacks = iter([torch.stack(column) for column in zip(*leaves, strict=True)])
         except RuntimeError as error:
             # torch does not say which items differ.
-            shapes = [[tuple(leaf.shape) for leaf in tree_leaves(self.items[i])] for i in index]
+            shapes = [[tuple(leaf.shape) for leaf in own] for own in leaves]
             odd = next(k for k, shape in enumerate(shapes) if shape != shapes[0])
             raise DataError(
                 f"{self.spec}: items of different shapes in one batch, item {index[0]} is "
                 f"{shapes[0]}, item {index[odd]} is {shapes[odd]}. Make them alike, or give "
                 "--batch-size 1."
             ) from error
+        return tree_map(lambda _: next(stacks), items[0])
 
     def _hash(self, i: int) -> bytes:
         digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
@@ -116,37 +134,33 @@ def as_inputs(value: Any) -> Any:
     return value if value.dtype == torch.bool else value.long()
 
 
-def _stacked(items: list[Any]) -> Any:
-    first = items[0]
-    if isinstance(first, dict):
-        return {key: _stacked([item[key] for item in items]) for key in first}
-    if isinstance(first, tuple):
-        return tuple(_stacked(list(parts)) for parts in zip(*items, strict=True))
-    return torch.stack(items)
-
-
 # --- files of arrays ---
 
 
 def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
     """Open ``.npz``, ``.pt`` or ``.safetensors`` files of named arrays, one or a range of them."""
+    parts: list[dict[str, np.ndarray]] = []
+    others: set[str] = set()
     paths = named_files(spec)
-    found = [_read(path, wanted) for path in paths]
-    for path, (arrays, _) in zip(paths, found, strict=True):
-        odd = [k for k in {**arrays, **found[0][0]} if _row(arrays, k) != _row(found[0][0], k)]
+    for path in paths:
+        read = _read_npz if path.suffix.lower() == ".npz" else _read_tensors
+        with parsing(f"not a readable {path.suffix} file"):
+            part, unused = read(path, wanted)
+        parts.append(part)
+        others.update(unused)
+        rows, first = ({name: f"{array.dtype} {array.shape[1:]}" for name, array in one.items()}
+                       for one in (part, parts[0]))  # fmt: skip
+        odd = [name for name in {**rows, **first} if rows.get(name) != first.get(name)]
         if odd:
             raise DataError(
                 f"{some(odd)} in {path.name} and {paths[0].name} differ: "
-                f"{_row(arrays, odd[0])} and {_row(found[0][0], odd[0])}. Make them alike."
+                f"{rows.get(odd[0])} and {first.get(odd[0])}. Make them alike."
             )
-    parts = [arrays for arrays, _ in found]
     arrays = parts[0]
     if len(parts) > 1:
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in arrays}
-    others = sorted({other for _, names in found for other in names})
     images = _images_of(spec, arrays, channels)
-    images.unused = others
-    images.kind = paths[0].suffix.removeprefix(".")
+    images.unused, images.kind = sorted(others), paths[0].suffix.removeprefix(".")
     if "targets" in arrays:
         targets = _tensor("targets", arrays["targets"], _SMALL)
         images.targets = TensorItems(spec, targets, "targets")
@@ -156,14 +170,11 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
     return images, arrays.get("labels")
 
 
-def _row(arrays: dict[str, np.ndarray], name: str) -> str:
-    """Type and shape of one row of an array, in words."""
-    return f"{arrays[name].dtype} {arrays[name].shape[1:]}" if name in arrays else "none"
-
-
 def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Images:
     array = arrays["images" if "images" in arrays else "inputs"]
-    if "images" not in arrays and not _are_pixels(array.shape, array.dtype):
+    # Inputs of 8 bits, channels last, are images too; other whole numbers are codes.
+    is_pixels = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3, 4)
+    if "images" not in arrays and not is_pixels:
         inputs = _tensor("inputs", array, {"bool": np.bool_})
         items = TensorItems(spec, inputs, "npz")
         items.beside = {name: as_inputs(arrays[name]) for name in MASK_KEYS if name in arrays}
@@ -210,20 +221,16 @@ def refuse_not_finite(name: str, values: Tensor, *, infinite: bool = True) -> No
             )
 
 
-def _read(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of one file that are used, checked, and the names of others."""
-    try:
-        return (_read_npz if path.suffix.lower() == ".npz" else _read_tensors)(path, wanted)
-    except _ARCHIVE_ERRORS as error:
-        raise DataError(f"not a readable {path.suffix} file ({error}).") from error
-    except CheckpointError as error:
-        raise DataError(str(error).removeprefix(f"{path}: ")) from error
+@contextmanager
+def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
+    with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+        warnings.simplefilter("ignore")  # of headers that another numpy has written
+        yield archive
 
 
 def _read_npz(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Headers first, then memory, then the arrays."""
-    with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-        warnings.simplefilter("ignore")  # of headers that another numpy has written
+    """The arrays that are used, and the names of others: headers first, then memory, then those."""
+    with _npz(path) as archive:
         members = [member.removesuffix(".npy") for member in archive.namelist()]
         names = _names(members, members, wanted)
         _check({name: _npy_header(archive, name) for name in names})
@@ -244,9 +251,8 @@ def _read_tensors(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list
         plain_one = tensor.layout == torch.strided and not tensor.is_quantized
         # Repeated by a stride of 0, a few bytes can claim any size.
         if not plain_one or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise DataError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected plain numbers."
-            )
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise DataError(f"{name} is {found}, expected plain numbers.")
         arrays[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     _check({name: (array.shape, array.dtype) for name, array in arrays.items()})
     return arrays, [str(name) for name in content if name not in (*names, *_TARGETS)]
@@ -282,36 +288,19 @@ def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None
     elif dtype.kind not in "fiub" or not shape or min(shape) == 0:
         raise DataError(f"inputs are {dtype} {shape}, expected numbers of shape (N, ...).")
     for other, (found, kind) in others:
-        n = shape[0]
-        fits = found == (n,) if other == "lengths" else found[:1] == (n,) and len(found) > 1
-        if other in MASK_KEYS and not (fits and kind.kind in _KINDS[other]):
-            raise DataError(
-                f"{other} is {kind} {found}, expected the valid positions of inputs: lengths are "
-                f"whole numbers ({n},), a mask is bool ({n}, positions). Masks to learn are "
-                "targets."
-            )
-        if other == "labels" and (kind.kind not in "iu" or found != (n,)):
-            raise DataError(
-                f"labels are {kind} {found}, expected whole numbers ({n},), one an image."
-            )
-        if other == "targets" and (kind.kind not in "fiub" or found[:1] != (n,) or 0 in found):
-            raise DataError(f"targets are {kind} {found}, expected numbers of shape ({n}, ...).")
-
-
-def _are_pixels(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether inputs are images: 8 bits, channels last. Other whole numbers are codes."""
-    return dtype == np.uint8 and len(shape) == 4 and shape[3] in (1, 3, 4)
+        kinds, ranks, words = _BESIDE[other]
+        fits = found[:1] == shape[:1] and len(found) in ranks and 0 not in found
+        if not (fits and kind.kind in kinds):
+            verb = "is" if other in MASK_KEYS else "are"
+            expected = words.format(n=shape[0])
+            raise DataError(f"{other} {verb} {kind} {found}, expected {expected}.")
 
 
 def named_array(path: Path, name: str) -> np.ndarray:
     """One array of an ``.npz`` file; its header is read first."""
-    try:
-        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-            warnings.simplefilter("ignore")
-            _npy_header(archive, name)
-            return _npy(archive, name)
-    except _ARCHIVE_ERRORS as error:
-        raise DataError(f"not a readable .npz file ({error})") from error
+    with parsing("not a readable .npz file"), _npz(path) as archive:
+        _npy_header(archive, name)
+        return _npy(archive, name)
 
 
 def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
@@ -321,19 +310,18 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
         raise DataError(f"arrays {found}, expected one named {name}.")
     info = archive.getinfo(f"{name}.npy")
     # Images of one colour compress 1000 times; below 1 GiB that does no harm.
-    if info.file_size > max(_GIB, 100 * info.compress_size):
+    if info.file_size > max(1 << 30, 100 * info.compress_size):
         raise DataError(
             f"{name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
             "more than 100 times and 1 GiB. Save it again with numpy.savez."
         )
     with archive.open(info) as file:
+        readers = {(1, 0): np.lib.format.read_array_header_1_0,
+                   (2, 0): np.lib.format.read_array_header_2_0}  # fmt: skip
         version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
+        if version not in readers:
             raise ValueError(f"{name} has .npy version {version}")
-        read = np.lib.format.read_array_header_1_0
-        if version == (2, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        shape, _, dtype = readers[version](file)
         n_bytes = file.tell() + prod(shape) * dtype.itemsize
     # Memory is taken for the claimed shape, so it must be that of the bytes there are.
     if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
@@ -347,3 +335,145 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
 def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(f"{name}.npy") as file:
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+# --- what a callable gives ---
+
+
+class ItemImages(Images):
+    """Images that the user's code has given, kept in memory."""
+
+    kind = "callable"
+
+    def __init__(self, spec: str, items: list[np.ndarray], channels: int) -> None:
+        super().__init__(spec, channels)
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, i: int) -> np.ndarray:
+        """The pixels as they were given, in the channels asked for."""
+        return pixels_of(Image.fromarray(self.items[i]), self.channels)
+
+    def _hash(self, i: int) -> bytes:
+        return digest_of(self.items[i])
+
+
+def is_callable(spec: str) -> bool:
+    """Say whether a spec can be the name of a callable; nothing is imported."""
+    where, _, name = spec.rpartition(":")
+    if not where or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    return where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
+
+
+def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
+    """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
+    pairs: list[tuple[Any, Any]] = []
+    try:
+        call, folder = import_callable(spec)
+        # A generator runs, and may import, only when its items are asked for.
+        with importable(folder):
+            for item in _items(call() if callable(call) else call):
+                pairs.append(_pair(item, f"item {len(pairs)}"))
+    except BnfixError as error:
+        raise DataError(str(error).removeprefix(f"{spec}: ")) from error
+    except Exception as error:
+        raise DataError(
+            f"its code failed at item {len(pairs)} ({one_line(error)}). It gives items one by one, "
+            "each (input, label) or an input."
+        ) from error
+    if not pairs:
+        raise DataError("gave no images, expected pairs of image and label.")
+    images = _opened(spec, [inputs for inputs, _ in pairs], channels)
+    labels = [label for _, label in pairs]
+    if not wanted or all(isinstance(label, int | str | None) for label in labels):
+        return images, labels if wanted else None
+    # Beside numbers with a fraction, whole ones are no classes either.
+    targets = [_inputs(float(y) if isinstance(y, int) else y, f"item {i}: its target")
+               for i, y in enumerate(labels)]  # fmt: skip
+    shapes = [tree_map(lambda leaf: tuple(leaf.shape), target) for target in targets]
+    images.targets = TensorItems(spec, targets, "targets")
+    images.targets.ragged = any(shape != shapes[0] for shape in shapes)
+    if isinstance(images, ItemImages):
+        images.moves = all(map(_is_mask, targets, images.items))
+    return images, None
+
+
+def _is_mask(target: Any, pixels: np.ndarray) -> bool:
+    """Whether a target is whole numbers, one a pixel."""
+    whole = isinstance(target, Tensor) and not target.is_floating_point()
+    return whole and target.shape == pixels.shape[:2]
+
+
+def _inputs(value: Any, place: str) -> Any:
+    try:
+        nest = as_inputs(value)
+    except DataError as error:
+        raise DataError(f"{place} is {error}") from error
+    for leaf in tree_leaves(nest):
+        # Infinities may be meant, as in a mask of attention.
+        refuse_not_finite(place, leaf, infinite=False)
+    return nest
+
+
+def _opened(spec: str, items: list[Any], channels: int) -> Images:
+    """Items that are all images, arrays of pixels, or all inputs of one nesting of tensors."""
+    kinds = [None if isinstance(item, np.ndarray) else tree_map(lambda _: "tensor", item)
+             for item in items]  # fmt: skip
+    odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
+    if odd is not None:
+        words = ("an image" if kinds[i] is None else f"no image ({kinds[i]})" for i in (0, odd))
+        raise DataError(f"item 0 is {next(words)}, item {odd} is {next(words)}. Give one kind.")
+    images = kinds[0] is None
+    return ItemImages(spec, items, channels) if images else TensorItems(spec, items, "callable")
+
+
+def _items(source: Any) -> Iterator[Any]:
+    # Iteration waits for an IndexError, which many a Dataset with a length never raises.
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        for i in range(len(source)):
+            yield source[i]
+    elif isinstance(source, Iterable):
+        yield from source
+    else:
+        raise DataError(
+            f"gave a {type(source).__name__}, expected an iterable or a Dataset of (image, label)."
+        )
+
+
+def _pair(item: Any, place: str) -> tuple[Any, Any]:
+    """Pixels of an image, or tensors of any other input; and the label."""
+    inputs, label = item, None
+    if isinstance(item, dict):
+        name = next((name for name in _LABELS if name in item), None)
+        label = None if name is None else item[name]
+        inputs = item.get("image", {key: item[key] for key in item if key != name})
+    elif isinstance(item, tuple | list):
+        if len(item) not in (1, 2):
+            raise DataError(
+                f"{place} is a {type(item).__name__} of {len(item)}, expected (input, label). "
+                "Give several inputs as one tuple: ((a, b), label), or ((a, b), None)."
+            )
+        inputs, label = (*item, None)[:2]
+    if isinstance(label, Tensor | np.ndarray | np.generic) and label.ndim == 0:
+        label = label.item()
+    if not isinstance(label, int | str | None):
+        label = _inputs(label, f"{place}: its target")
+    pixels = _pixels(inputs)
+    return (_inputs(inputs, place) if pixels is None else pixels), label
+
+
+def _pixels(image: Any) -> np.ndarray | None:
+    """Pixels of a Pillow image, or of 8 bits: (H, W[, C]) as an array, (C, H, W) as a tensor."""
+    if isinstance(image, Image.Image):
+        return pixels_of(image, 1 if image.mode in ("1", "L") else 3)
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:
+        image = image.permute(1, 2, 0).numpy(force=True)
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or not image.size:
+        return None
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    return np.ascontiguousarray(image) if is_image else None

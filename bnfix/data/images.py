@@ -11,14 +11,12 @@ import hashlib
 import json
 import os
 import stat
-import struct
 import warnings
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from hashlib import blake2b
 from io import BufferedReader, BytesIO, StringIO
 from pathlib import Path, PureWindowsPath
@@ -27,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bnfix.core.errors import DataError, plain, some
+from bnfix.core.errors import BnfixError, DataError, one_line, plain, some
 
 # Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
 MAX_PIXELS = 50_000_000
@@ -39,12 +37,6 @@ _HASHED_AT_ONCE = 256
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Not every plugin: some of Pillow's formats start other programs (EPS) or are rarely tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-# What Pillow's decoders raise on files that are broken on purpose; it has no common base class.
-_DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError,
-    AttributeError, RuntimeError, MemoryError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 _ORIENTATION = 0x0112
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -59,37 +51,31 @@ _STRIP_PIXELS = 1 << 22
 
 
 class Images(ABC):
-    """One opened DATA: its images by position, and their labels where there are any.
-
-    ``labels`` is int64 (n,) or None; ``class_names[k]`` names class k; ``targets`` are in their
-    place where they are no classes; ``groups`` is int64 (n,), of the names in ``group_names``,
-    where examples depend on each other, or None; ``fields`` are the columns of ``labels.csv``;
-    ``notes`` are sentences on assumptions and files passed over;
-    ``shaped`` keeps resized images for `Batches`.
-    """
+    """One opened DATA: its images by position, and their labels where there are any."""
 
     kind: str
-    #: Targets by position, with ``take(index)`` and ``digest(i)``.
+    noun = "images"
+    labels: np.ndarray | None = None  # int64 (n,)
+    class_names: tuple[str, ...] | None = None  # of class k
+    classes: tuple[str, ...] = ()  # its class folders, of which some may be empty
+    classes_given: Any = None  # before they were numbered, for `for_outputs`
+    #: In place of labels where they are no classes, with ``take(index)`` and ``digest(i)``.
     targets: Any = None
     #: Whether targets move with the pixels: a mask (H, W), or boxes; `target` gives one.
     moves = False
+    #: Where examples depend on each other, int64 (n,), of the names in ``group_names``.
+    groups: np.ndarray | None = None
+    group_names: tuple[str, ...] = ()
     #: Of several DATA taken together, the source of each image, int64 (n,).
     sources: np.ndarray | None = None
     unused: Sequence[str] = ()  # arrays of its file that nothing reads
-    noun = "images"
     _hash_threads = 1
 
     def __init__(self, spec: str, channels: int) -> None:
-        self.spec = spec
-        self.channels = channels
-        self.labels: np.ndarray | None = None
-        self.class_names: tuple[str, ...] | None = None
-        self.groups: np.ndarray | None = None
-        self.group_names: tuple[str, ...] = ()
-        self.fields: dict[str, list[str]] = {}
-        self.notes: list[str] = []
-        self.shaped: dict[Any, Any] = {}
-        self.classes_given: Any = None  # before they were numbered, for `for_outputs`
+        self.spec, self.channels = spec, channels
+        self.fields: dict[str, list[str]] = {}  # columns of labels.csv
+        self.notes: list[str] = []  # on assumptions, and on files passed over
+        self.shaped: dict[Any, Any] = {}  # resized images, kept for `Batches`
         self._digests: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,14 +150,13 @@ class EncodedImages(Images):
 
 
 class FileImages(EncodedImages):
-    """Images in a folder, one file each; ``classes`` are its class folders, if it has any."""
+    """Images in a folder, one file each."""
 
     _hash_threads = 16
 
     def __init__(self, root: Path, kind: str, files: Sequence[str], channels: int) -> None:
         super().__init__(str(root), channels)
         self.root, self.kind, self.files = root, kind, list(files)
-        self.classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -238,14 +223,14 @@ class SeveralImages(Images):
         self._hash_threads = max(part._hash_threads for part in parts)
         sizes = [len(part) for part in parts]
         self._starts = np.cumsum([0, *sizes])
-        self._source_of = self.sources = np.repeat(np.arange(len(parts)), sizes)
-        self.classes = tuple(sorted({c for part in parts for c in getattr(part, "classes", ())}))
+        self.sources: np.ndarray = np.repeat(np.arange(len(parts)), sizes)
+        self.classes = tuple(sorted({name for part in parts for name in part.classes}))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def _place(self, i: int) -> tuple[Images, int]:
-        source = int(self._source_of[i])
+        source = int(self.sources[i])
         return self.parts[source], i - int(self._starts[source])
 
     def name(self, i: int) -> str:
@@ -268,6 +253,24 @@ Opened = tuple[Images, list[Any] | np.ndarray | None]
 
 
 @contextmanager
+def parsing(problem: str, advice: str = "", path: Path | None = None) -> Iterator[None]:
+    """One kind of error for all that a parser raises on a file that is broken, even on purpose."""
+    try:
+        yield
+    except BnfixError:  # which says it already
+        raise
+    except Exception as error:  # parsers of others have no base class for theirs
+        # The text of others, such as a KeyError's, says little without their name.
+        reason = plain(error, 300) if isinstance(error, OSError | ValueError) else ""
+        raise DataError(f"{problem} ({reason or one_line(error)}).{advice}", path=path) from error
+
+
+def faults_of(problems: Mapping[str, Sequence[str]]) -> str:
+    """All faults in one text, since each one found alone would cost the user another run."""
+    return "; ".join(f"{len(v):,} {what} ({some(v)})" for what, v in problems.items() if v)
+
+
+@contextmanager
 def opened(
     stream: Callable[[], BufferedReader | BytesIO],
     name: str,
@@ -286,25 +289,24 @@ def opened(
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image
-    except _DECODE_ERRORS as error:
-        if isinstance(error, Image.DecompressionBombError):
-            reason = f"more than {MAX_PIXELS:,} pixels"
-        elif isinstance(error, UnidentifiedImageError):
-            reason = f"not an image in {'a known format' if formats == _FORMATS else formats[0]}"
-        elif isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        else:
-            reason = plain(str(error)) or type(error).__name__
+    except BnfixError:  # of the caller's block
+        raise
+    except Exception as error:  # Pillow's decoders have no base class for theirs
+        known = "a known format" if formats == _FORMATS else formats[0]
+        reasons: dict[type, str] = {
+            Image.DecompressionBombError: f"more than {MAX_PIXELS:,} pixels",
+            UnidentifiedImageError: f"not an image in {known}",
+            FileNotFoundError: "no such file",
+        }
+        reason = reasons.get(type(error)) or plain(error) or type(error).__name__
         raise DataError(f"{name}: bad image, {reason}.", name=name, path=path) from error
 
 
 def digest_of_file(stream: Callable[[], BufferedReader | BytesIO], name: str) -> bytes:
     """Hash a file; one that cannot be read has the hash of its name."""
-    try:
-        with stream() as file:
-            return hashlib.file_digest(file, lambda: blake2b(digest_size=DIGEST_SIZE)).digest()
-    except (OSError, ValueError):
-        return blake2b(name.encode(), digest_size=DIGEST_SIZE, key=b"name").digest()
+    with suppress(Exception), stream() as file:
+        return hashlib.file_digest(file, lambda: blake2b(digest_size=DIGEST_SIZE)).digest()
+    return blake2b(name.encode(), digest_size=DIGEST_SIZE, key=b"name").digest()
 
 
 def digest_of(pixels: np.ndarray) -> bytes:
@@ -322,17 +324,12 @@ def open_regular(path: Path) -> BufferedReader:
     return path.open("rb")
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except _DECODE_ERRORS:
-        return 1  # a broken tag block does not make the pixels worse
-
-
 def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     """Decode an image: first frame, upright, 8 bit, no alpha."""
     image.load()
-    orientation = _orientation(image)
+    orientation = 1
+    with suppress(Exception):  # a broken tag block does not make the pixels worse
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     pixels = np.empty((image.height, image.width, channels), dtype=np.uint8)
@@ -371,8 +368,8 @@ def list_images(folder: Path) -> tuple[list[str], list[str], int]:
     return sorted(files), sorted(folders), n_others
 
 
-def outside_and_missing(root: Path, files: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Listed files that lie outside their folder, on any system, and files that are not there."""
+def misplaced(root: Path, files: Iterable[str]) -> dict[str, list[str]]:
+    """Listed files that lie outside their folder, on any system, or are not there."""
     outside, missing = [], []
     for name in dict.fromkeys(files):
         path = PureWindowsPath(name)  # it takes / and \ for separators
@@ -380,14 +377,13 @@ def outside_and_missing(root: Path, files: Iterable[str]) -> tuple[list[str], li
             outside.append(name)
         elif not _is_file(root / name):
             missing.append(name)
-    return outside, missing
+    return {"leading out of the folder": outside, "missing": missing}
 
 
 def _is_file(path: Path) -> bool:
-    try:
+    with suppress(OSError, ValueError):  # no file can have the name
         return path.is_file()
-    except (OSError, ValueError):
-        return False  # no file can have the name
+    return False
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -408,10 +404,8 @@ def read_object(path: Path, where: str, limit: int) -> dict[str, Any]:
             raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
         return dict(pairs)
 
-    try:
+    with parsing(f"{where}: cannot be read as JSON", path=path):
         content = json.loads(read_bytes(path, limit), object_pairs_hook=unique)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: cannot be read as JSON ({plain(error)}).", path=path) from error
     if not isinstance(content, dict) or not content:
         raise DataError(f"{where}: expected a JSON object that is not empty.", path=path)
     return content
@@ -419,9 +413,8 @@ def read_object(path: Path, where: str, limit: int) -> dict[str, Any]:
 
 def read_rows(path: Path, limit: int) -> list[list[str]]:
     """Read the rows of a CSV file that are not empty, without spaces around their cells."""
-    try:
-        text = read_bytes(path, limit).decode("utf-8-sig")
+    content = read_bytes(path, limit)
+    with parsing(f"{path.name}: not a readable CSV file"):
+        text = content.decode("utf-8-sig")
         rows = [[cell.strip() for cell in row] for row in csv.reader(StringIO(text, newline=""))]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path.name}: not a readable CSV file ({error}).") from error
     return [row for row in rows if any(row)]

@@ -15,7 +15,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,13 +23,15 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bnfix.core.errors import DataError, some
+from bnfix.core.errors import DataError, did_you_mean, some
 from bnfix.data.images import (
     ArrayImages,
     FileImages,
     Opened,
+    faults_of,
     list_images,
-    outside_and_missing,
+    misplaced,
+    parsing,
     read_bytes,
     read_rows,
 )
@@ -71,11 +72,11 @@ def is_dataset(spec: str) -> bool:
 def near_dataset(spec: str) -> str:
     """A question for a spec that misspells a known name; empty for others."""
     kind, colon, root = spec.partition(":")
-    close = get_close_matches(kind, DATASETS, n=1, cutoff=0.7)
+    hint = did_you_mean(kind, list(DATASETS))
     # Not where a module has the name: then a callable is meant.
-    if not colon or not kind.isidentifier() or not close or find_spec(kind) is not None:
+    if not colon or not kind.isidentifier() or not hint or find_spec(kind) is not None:
         return ""
-    return f"Did you mean {close[0]}:{root}?"
+    return f"{hint.removesuffix('?')}:{root}?"
 
 
 def open_dataset(spec: str, wanted: bool, channels: int) -> Opened:
@@ -221,20 +222,16 @@ def _find_root(root: Path, folders: Sequence[str], needed: str) -> Path:
 
 def _files(root: Path, files: Sequence[str], channels: int) -> FileImages:
     """Listed files of a folder, once all are known to be in it."""
-    outside, missing = outside_and_missing(root, files)
-    faults = {"lead out of the folder": outside, "are missing": missing}
-    n = f"{len(files):,}"
-    found = [f"{len(v):,} of {n} images {what} ({some(v)})" for what, v in faults.items() if v]
-    if found or not files:
-        raise _broken(f"{'; '.join(found) or 'no images in this split'}, in {root}")
+    if not files:
+        raise _broken(f"no images in this split, in {root}")
+    if found := faults_of(misplaced(root, files)):
+        raise _broken(f"{found} of {len(files):,} images in {root}")
     return FileImages(root, "", files, channels)
 
 
 def _read_text(path: Path) -> str:
-    try:
+    with parsing(f"{path}: cannot be read", " Fetch the data set again."):
         return read_bytes(path, _MAX_LIST_BYTES).decode("utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise _broken(f"{path}: cannot be read ({error})") from error
 
 
 def _open_caltech256(root: Path, split: str, channels: int) -> Opened:
@@ -383,7 +380,10 @@ def _by_devkit(kit: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]
 
 def _synsets(path: Path) -> dict[str, str]:
     """WordNet id by the devkit's own number, of the 1000 classes themselves."""
-    try:
+    if not path.exists():
+        found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
+        raise _broken(found, "Unpack the whole devkit.")
+    with parsing(f"{path}: not the devkit's meta.mat", " Unpack it again."):
         rows = list(_rows_of_mat(read_bytes(path, _MAX_TABLE_BYTES), b"synsets"))
         leaves = [row for row in rows if int(row["num_children"][0]) == 0]
         numbers = [str(int(row["ILSVRC2012_ID"][0])) for row in leaves]
@@ -391,19 +391,6 @@ def _synsets(path: Path) -> dict[str, str]:
         if not ids or not all(map(_WNID.fullmatch, ids)):
             raise ValueError("no table of WordNet ids")
         return dict(zip(numbers, ids, strict=True))
-    except FileNotFoundError as error:
-        found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
-        raise _broken(found, "Unpack the whole devkit.") from error
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        OverflowError,
-        struct.error,
-        zlib.error,
-    ) as error:
-        raise _broken(f"{path}: not the devkit's meta.mat ({error})", "Unpack it again.") from error
 
 
 def _rows_of_mat(content: bytes, wanted: bytes) -> Iterator[dict[str, np.ndarray]]:

@@ -16,23 +16,23 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bnfix.core.errors import ConfigError, DataError, Note, some
+from bnfix.core.errors import BnfixError, CheckpointError, ConfigError, DataError, Note, some
 from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
-from bnfix.data.arrays import TensorItems, open_arrays
-from bnfix.data.callables import is_callable, open_callable
-from bnfix.data.groups import group_
+from bnfix.data.arrays import TensorItems, is_callable, open_arrays, open_callable
 from bnfix.data.images import (
     SUFFIXES,
     FileImages,
     Images,
     Opened,
     SeveralImages,
+    faults_of,
     list_images,
-    outside_and_missing,
+    misplaced,
     read_object,
     read_rows,
 )
 from bnfix.data.named_sets import is_dataset, near_dataset, open_dataset
+from bnfix.data.splits import group_
 from bnfix.data.targets import is_coco, is_segmentation, open_coco, open_masked
 
 MAX_CSV_BYTES: Final = 500_000_000
@@ -65,12 +65,11 @@ def open_images(
         images, classes = _kind_of(spec).open(spec, wanted, channels)
         if isinstance(classes, list) and wanted:
             classes = given_classes(images, classes)
-    except DataError as error:
+    except (DataError, CheckpointError, OSError, ValueError) as error:
         # The kinds say the fault alone; here it gets its place.
-        raise DataError(f"DATA {spec}: {error}", name=spec, path=spec) from error
-    except (OSError, ValueError) as error:
-        message = f"DATA {spec}: cannot be read ({error})."
-        raise DataError(message, name=spec, path=spec) from error
+        stated = isinstance(error, BnfixError)
+        fault = str(error).removeprefix(f"{spec}: ") if stated else f"cannot be read ({error})."
+        raise DataError(f"DATA {spec}: {fault}", name=spec, path=spec) from error
     images.spec = spec
     if groups is not None:
         group_(images, groups)
@@ -152,7 +151,7 @@ def _kind_of(spec: str) -> _Kind:
         if kind.fits(spec, path):
             return kind
     if not path.exists() and (hint := near_dataset(spec)):
-        raise DataError(f"no such kind. {hint}")
+        raise DataError(f"no such kind.{hint}")
     is_other = path.exists() or ":" in spec
     reason = "not of a kind that is known" if is_other else "no such file or folder"
     raise DataError(f"{reason}. Give {', '.join(kind.words for kind in _KINDS)}.")
@@ -256,18 +255,13 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
         raise DataError("labels.csv: no images; there is no line after the header.")
     column = header.index("file"), header.index("label") if "label" in header else 0
     files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
-    outside, missing = outside_and_missing(path, files)
-    # All faults at once: each one found alone would cost the user another run.
     problems = {
         "without a file or label": [
             f"line of {row[0]!r}" for row in rows if len(row) <= max(column) or not row[column[1]]
         ],
         "listed more than once": [name for name, n in Counter(files).items() if n > 1],
-        "leading out of the folder": outside,
-        "missing": missing,
     }
-    found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
-    if found:
+    if found := faults_of(problems | misplaced(path, files)):
         raise DataError(f"labels.csv: {found}. Correct the file.")
     images = FileImages(path, "labels.csv", files, channels)
     images.fields = {
@@ -315,7 +309,7 @@ def for_outputs(images: Images, n_classes: int | None, labels: Sequence[str] = (
             # Of a name that two outputs have, nobody knows which is meant.
             once = Counter(labels)
             numbers = {name: k for k, name in enumerate(labels) if once[name] == 1}
-            if {*classes, *getattr(images, "classes", ())} <= numbers.keys():
+            if {*classes, *images.classes} <= numbers.keys():
                 mapping = numbers
                 again.notes.append("the model's own labels are the class map")
         _set_labels(again, classes, mapping, n_classes)
@@ -346,8 +340,7 @@ def _set_labels(
             images.class_names = (*known[:n], *map(str, range(len(known), n)))
         return
     names = [str(name) for name in classes]
-    folders = getattr(images, "classes", ())  # of folders, some of which may be empty
-    indices, how = map_classes(sorted({*names, *folders}), mapping, n, where)
+    indices, how = map_classes(sorted({*names, *images.classes}), mapping, n, where)
     images.notes.append(how)
     images.labels = np.asarray([indices[name] for name in names], dtype=np.int64)
     held: dict[int, list[str]] = {}

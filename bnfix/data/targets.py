@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -16,25 +17,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bnfix.core.errors import DataError, one_line, some
+from bnfix.core.errors import DataError, some
 from bnfix.data.images import (
     FileImages,
     Opened,
     digest_of,
     digest_of_file,
+    faults_of,
     list_images,
+    misplaced,
     open_regular,
     opened,
-    outside_and_missing,
+    parsing,
 )
 
 MAX_COCO_BYTES: Final = 1_000_000_000
 _INT32: Final = np.iinfo(np.int32)
-# What pycocotools and the lines here raise on annotations of another form.
-_COCO_ERRORS: Final = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError,
-    MemoryError, OverflowError, RuntimeError,
-)  # fmt: skip
 #: Pillow spreads grey values of 2 and 4 bits over 0 to 255.
 _SPREAD: Final = {2: 85, 4: 17}
 
@@ -162,16 +160,14 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
     if not files:
         raise DataError("no images in its folder images/.")
     images = FileImages(root, "flat folder", [f"images/{name}" for name in files], channels)
-    if n_others:
-        images.notes.append(f"{n_others} files in images/ without an image's suffix passed over")
     if wanted:
         names, _, _ = list_images(root / "masks")
         masks = {PurePosixPath(name).stem: name for name in names}
         stems = [PurePosixPath(name).stem for name in files]
-        odd = [name for name in names if not name.lower().endswith(".png")]
-        # All faults at once, as each one found alone costs the user another run.
         problems = {
-            "masks are no PNG, and other formats do not keep class indices": odd,
+            "masks are no PNG, and other formats do not keep class indices": [
+                name for name in names if not name.lower().endswith(".png")
+            ],
             "images have no mask of their name": [
                 name for name, stem in zip(files, stems, strict=True) if stem not in masks
             ],
@@ -181,15 +177,15 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
             ],
         }  # fmt: skip
         extra = [name for stem, name in masks.items() if stem not in set(stems)]
-        found = "; ".join(f"{len(v)} {what} ({some(v)})" for what, v in problems.items() if v)
-        if found:
+        if found := faults_of(problems):
             more = f"; {len(extra)} masks have no image ({some(extra)})" if extra else ""
             raise DataError(f"{found}{more}. Give masks/NAME.png for each image.")
-        notes, files = images.notes, images.files
-        images = MaskedImages(root, files, [f"masks/{masks[stem]}" for stem in stems], channels)
-        images.notes = notes
+        of_each = [f"masks/{masks[stem]}" for stem in stems]
+        images = MaskedImages(root, images.files, of_each, channels)
         if extra:
             images.notes.append(f"{len(extra)} masks without an image passed over: {some(extra)}")
+    if n_others:
+        images.notes.append(f"{n_others} files in images/ without an image's suffix passed over")
     return images, None
 
 
@@ -253,22 +249,17 @@ def open_coco(spec: str, wanted: bool, channels: int) -> Opened:
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise DataError(f"no folder images or {fitting[0]} in {root}.")
-    try:
+    if find_spec("pycocotools") is None:
+        raise DataError("needs pycocotools, which is not installed. pip install 'bnfix[coco]'.")
+    advice = (
+        " Give images with id, file_name, height and width, and annotations with image_id, bbox "
+        "and category_id."
+    )
+    with parsing(f"{file.name}: no annotations of instances", advice):
         images, n_left_out = _read_coco(folder, file, channels)
-    except ImportError as error:
-        raise DataError(
-            f"needs pycocotools, which is not installed ({error}). pip install 'bnfix[coco]'."
-        ) from error
-    except _COCO_ERRORS as error:
-        raise DataError(
-            f"{file.name}: no annotations of instances ({one_line(error)}). Give images with id, "
-            "file_name, height and width, and annotations with image_id, bbox and category_id."
-        ) from error
-    outside, missing = outside_and_missing(folder, images.files)
-    problems = {"lead out of the folder": outside, f"are not in {folder}": missing}
-    faults = "; ".join(f"{len(v)} images {what} ({some(v)})" for what, v in problems.items() if v)
+    faults = faults_of(misplaced(folder, images.files))
     if faults or not images.files:
-        raise DataError(f"{file.name}: {faults or 'no images'}.")
+        raise DataError(f"{file.name}: {faults or 'no images'}, in {folder}.")
     if not wanted:
         return FileImages(folder, "coco", images.files, channels), None
     if n_left_out:

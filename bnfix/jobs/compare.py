@@ -21,9 +21,8 @@ from bnfix.core.memory import BatchSize, first_of, footprint
 from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_seed, require
 from bnfix.core.settings import DataRecipe, EvaluationRecipe, ModelRecipe, RunOptions
 from bnfix.data.corruptions import Corruption, corruption_of, every_corruption
-from bnfix.data.fingerprints import describe_unlisted, seen_before
-from bnfix.data.groups import describe_groups
 from bnfix.data.images import Images
+from bnfix.data.splits import describe_groups, describe_unlisted, seen_before
 from bnfix.deploy.exported import is_exported
 from bnfix.deploy.fuse import fused
 from bnfix.jobs.inputs import (

@@ -19,7 +19,7 @@ from bnfix.core.runtime import device_of, has_forward
 from bnfix.core.runtime import run as run_model
 from bnfix.core.settings import DataRecipe, ModelRecipe, Preprocessing, RunOptions, SwapRecipe
 from bnfix.data.batches import Batch
-from bnfix.data.fingerprints import data_record, history_digests
+from bnfix.data.splits import data_record, history_digests
 from bnfix.jobs.inputs import (
     Track,
     Tracked,

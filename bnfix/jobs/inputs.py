@@ -22,9 +22,9 @@ from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecip
 from bnfix.data.arrays import TensorItems
 from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
-from bnfix.data.fingerprints import data_record
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images, open_several
+from bnfix.data.splits import data_record
 from bnfix.metrics.task import LABELS, ByRows, Task, caller
 from bnfix.metrics.tasks import Multilabel, Regression, Segmentation, resolve_task
 from bnfix.models.build import input_channels

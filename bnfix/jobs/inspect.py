@@ -17,7 +17,7 @@ from bnfix.core.options import require
 from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.data.batches import Batch
-from bnfix.data.fingerprints import data_record
+from bnfix.data.splits import data_record
 from bnfix.diagnosis import faults
 from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
 from bnfix.diagnosis.model import (

@@ -21,9 +21,9 @@ from bnfix.core import distributed, guards, runtime
 from bnfix.core.errors import ConfigError, DataError, ModelError, file_error, plain
 from bnfix.core.memory import first_of
 from bnfix.core.settings import RunOptions
+from bnfix.data.arrays import is_callable
 from bnfix.data.batches import Batch, Batches
-from bnfix.data.callables import is_callable
-from bnfix.data.fingerprints import data_record
+from bnfix.data.splits import data_record
 from bnfix.jobs.head import open_prior
 from bnfix.jobs.session import Plan, Workbench
 from bnfix.jobs.steps import TUNING, Work, is_gated, resolve, work_of

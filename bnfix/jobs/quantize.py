@@ -14,7 +14,7 @@ from bnfix.core import runtime
 from bnfix.core.errors import ConfigError, ModelError, some
 from bnfix.core.options import require
 from bnfix.core.settings import RunOptions
-from bnfix.data.fingerprints import describe_unlisted, history_digests, seen_before
+from bnfix.data.splits import describe_unlisted, history_digests, seen_before
 from bnfix.deploy.exported import ExportedNet, net_of, with_header
 from bnfix.deploy.forms import in_8_bits
 from bnfix.jobs.inputs import Track, data_used

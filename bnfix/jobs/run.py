@@ -21,7 +21,7 @@ from bnfix.checkpoints.several import end_domain_
 from bnfix.core import distributed, guards
 from bnfix.core.errors import ModelError, NumericError
 from bnfix.core.settings import FinetuneRecipe
-from bnfix.data.fingerprints import data_record, describe_unlisted, history_digests, seen_before
+from bnfix.data.splits import data_record, describe_unlisted, history_digests, seen_before
 from bnfix.jobs.fits import ORIGINAL, Fits, Fitted, State
 from bnfix.jobs.head import cool_, describe_prior, named, open_prior, with_prior
 from bnfix.jobs.inputs import Track, data_used, silent

@@ -26,9 +26,8 @@ from bnfix.core.options import require
 from bnfix.core.settings import ModelRecipe, Preprocessing, RunOptions
 from bnfix.data.batches import Batch
 from bnfix.data.corruptions import corruption_of
-from bnfix.data.fingerprints import Split, choosing, cut, unseen, watched
-from bnfix.data.groups import describe_groups, groups_of_test
 from bnfix.data.images import SeveralImages
+from bnfix.data.splits import Split, choosing, cut, describe_groups, groups_of_test, unseen, watched
 from bnfix.deploy.exported import is_exported, load_exported
 from bnfix.jobs.inputs import (
     VALUES_A_BATCH,
