@@ -32,7 +32,7 @@ from bnfix.norm.swap import swap_norms_
 from bnfix.recalibrate.recalibrate import recalibrate_, residuals
 from bnfix.report.result import Result
 from bnfix.training.finetune import finetune_
-from bnfix.training.loop import decay_norms_, parameter_groups
+from bnfix.training.parameters import decay_norms_, parameter_groups
 from bnfix.weights.choose import choose_example_weight_
 
 __all__ = [

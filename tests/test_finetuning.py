@@ -24,7 +24,7 @@ from bnfix.core.settings import FinetuneRecipe
 from bnfix.metrics.evaluate import evaluate
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.training.finetune import finetune_
-from bnfix.training.loop import decay_norms_, parameter_groups
+from bnfix.training.parameters import decay_norms_, parameter_groups
 from tests import nets
 
 N_CLASSES = 3

@@ -16,7 +16,7 @@ from bnfix import GeneralizedBatchNorm, finetune_
 from bnfix.core.errors import ConfigError, NormError, NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.norm.moments import over_runs
-from bnfix.training.roles import norm_roles
+from bnfix.training.parameters import norm_roles
 from tests.test_finetuning import BATCHES, MONITOR, NORMS, Found, stock, tiny
 
 # Exclusive statistics

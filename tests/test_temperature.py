@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import bnfix
 from bnfix.core.errors import ModelError
 from bnfix.metrics.evaluate import tempered
-from bnfix.training.head import find_head, move_logits_
+from bnfix.training.parameters import find_head, move_logits_
 from tests.conftest import images_of, inputs_of
 
 

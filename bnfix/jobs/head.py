@@ -24,7 +24,7 @@ from bnfix.metrics.compare import judge
 from bnfix.metrics.evaluate import tempered
 from bnfix.metrics.metrics import inverse_temperature, refuse_not_finite
 from bnfix.metrics.task import LABELS, Array, Labels
-from bnfix.training.head import find_head, move_logits_
+from bnfix.training.parameters import find_head, move_logits_
 
 TEMPERATURE = "temperature"
 #: Of a file of shares.

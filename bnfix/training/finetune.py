@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -22,25 +22,16 @@ from bnfix.checkpoints.save import (
     values_of,
 )
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, NormError, NumericError
+from bnfix.core.errors import NormError, NumericError
+from bnfix.core.options import require
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.metrics.evaluate import score
 from bnfix.metrics.task import LABELS, Judged, Reference, Task, learned
 from bnfix.metrics.tasks import judged_by
-from bnfix.norm.layer import (
-    GeneralizedBatchNorm,
-    set_example_weight_,
-)
+from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.mixture import trainable_weights
-from bnfix.training.head import find_head
-from bnfix.training.ingredients import Added, training_norms
-from bnfix.training.loop import (
-    Run,
-    Setting,
-    followed,
-    n_steps_of,
-    parameter_groups,
-)
+from bnfix.training.loop import Added, Run, Setting, followed, n_steps_of, training_norms
+from bnfix.training.parameters import find_head, parameter_groups
 from bnfix.weights.choose import weighable_layers
 
 _START = 0.05  # least example weight to learn from, as in `WeightRecipe.start`
@@ -148,29 +139,23 @@ def finetune_(
         what forward changes by itself, other than in norm layers and torch's own modules.
     """
     recipe = recipe or FinetuneRecipe()
-    if epochs is not None:
-        recipe = replace(recipe, epochs=epochs, steps=None)
+    recipe = recipe if epochs is None else replace(recipe, epochs=epochs, steps=None)
     _check(recipe, precision)
     started = time.perf_counter()
     with guards.seeded(seed):
         batches, monitor = runtime.hold_out(batches, monitor, every=5)
         judged = judged_by(task) if reference is None else Reference(reference, forward)
         how = Setting(
-            model=model,
-            recipe=recipe,
-            task=judged or LABELS,
-            forward=forward,
-            precision=precision,
-            include_frozen=include_frozen,
-            added=Added(model, recipe),
-        )
+            model, recipe, task=judged or LABELS, forward=forward, precision=precision,
+            include_frozen=include_frozen, added=Added(model, recipe),
+        )  # fmt: skip
         groups, layers = _groups(how, monitor), _learned(how, weighable, monitor)
         n_steps = n_steps_of(recipe, batches)
         settings = {"recipe": recipe.stated(), "seed": seed, "n_steps": n_steps, "of": identity}
         # Only what is unusual, so that states of earlier versions are still known.
-        settings |= {} if precision == "fp32" else {"precision": precision}
+        settings |= {"precision": precision} if precision != "fp32" else {}
         settings |= {"include_frozen": True} if include_frozen else {}
-        settings |= {} if reference is None else {"reference": identity_of(reference, {})}
+        settings |= {"reference": identity_of(reference, {})} if reference is not None else {}
         folder = None if state is None else StateFolder(state, identity_of(model, settings))
         # The first rank's file holds for all: what is trained is the same on every rank.
         reads = folder is not None and distributed.here().is_first
@@ -196,8 +181,10 @@ def finetune_(
     if course.best_epoch:
         for name, layer in layers.items():
             set_example_weight_(layer, leaves[name])
+    weights = " and example weights" if layers else ""
+    losses = ", by the model's own losses" if runtime.trains_by_itself(model) else ""
     return Finetuning(
-        trained=recipe.train + _more(model, layers),
+        trained=f"{recipe.train}{weights}{losses}",
         n_parameters=sum(p.numel() for p in run.parameters),
         curve=tuple(course.points),
         best_epoch=course.best_epoch,
@@ -209,31 +196,19 @@ def finetune_(
     )
 
 
-def _more(model: nn.Module, layers: Mapping[str, GeneralizedBatchNorm]) -> str:
-    """Words for what else was trained, and by which loss if not the task's."""
-    weights = " and example weights" if layers else ""
-    return weights + (", by the model's own losses" if runtime.trains_by_itself(model) else "")
-
-
 def _check(recipe: FinetuneRecipe, precision: str) -> None:
-    if recipe.example_weight == "learn" and recipe.statistics == "train":
-        raise ConfigError(
-            "--example-weight learn: weights act in evaluation only, so they cannot be learned "
-            "with --statistics train. Use --statistics frozen."
-        )
-    if precision == "fp16":
-        raise ConfigError(
-            "--precision fp16: gradients underflow in it. Use bf16, or fp32.", name="precision"
-        )
+    only = "--example-weight learn: weights act in evaluation only, so they cannot be learned with"
+    ok = recipe.example_weight != "learn" or recipe.statistics != "train"
+    require(ok, f"{only} --statistics train. Use --statistics frozen.", "example_weight")
+    message = "--precision fp16: gradients underflow in it. Use bf16, or fp32."
+    require(precision != "fp16", message, "precision")
 
 
 def _refuse_trained(reference: nn.Module | None, trained: Iterable[Tensor]) -> None:
     own = {id(parameter) for parameter in trained}
-    if reference is not None and any(id(p) in own for p in reference.parameters()):
-        raise ConfigError(
-            "reference: it shares parameters with what is trained. Give a copy of its own.",
-            name="reference",
-        )
+    shared = reference is not None and any(id(p) in own for p in reference.parameters())
+    message = "reference: it shares parameters with what is trained. Give a copy of its own."
+    require(not shared, message, "reference")
 
 
 class _Course:

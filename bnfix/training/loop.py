@@ -1,9 +1,9 @@
-"""The steps of fine-tuning: what is trained, rates, gathered gradients, averages, counters."""
+"""The steps of fine-tuning: rates, gathered gradients, averages, and what a recipe adds to them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -14,140 +14,157 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.checkpoints.save import random_state, set_random_state_
-from bnfix.core import distributed, runtime
-from bnfix.core.errors import ConfigError, DataError, ModelError, NumericError
-from bnfix.core.settings import TRAINED, FinetuneRecipe
+from bnfix.core import distributed, guards, runtime
+from bnfix.core.errors import DataError, ModelError, NormError, NumericError, some
+from bnfix.core.options import require
+from bnfix.core.settings import FinetuneRecipe
 from bnfix.metrics.task import Task, mean_loss
+from bnfix.norm.layer import GeneralizedBatchNorm
+from bnfix.norm.moments import gaps
 from bnfix.norm.sites import find_norms
-from bnfix.training.head import head_of
-from bnfix.training.ingredients import Added, require_norms, uphill
-from bnfix.training.roles import decays_of
-
-
-def parameter_groups(
-    model: nn.Module,
-    *,
-    lr: float,
-    weight_decay: float = 0.0,
-    norm_decay: float = 0.0,
-    train: str = "all",
-    head: nn.Module | None = None,
-) -> list[dict[str, Any]]:
-    """Sort the parameters to train into groups for any torch optimizer.
-
-    Gamma and beta of the norm layers are the group named ``norms``, with ``weight_decay`` 0: torch
-    decays toward 0 only, so theirs is a step of its own, `decay_norms_`, for which the group
-    carries ``norm_decay``. The group named ``others`` is the rest. Frozen norm layers are in none,
-    tied parameters are in one once, and a group without parameters is left out.
-
-    Args:
-        model: any module; ``requires_grad`` is neither looked at nor set.
-        lr: learning rate of both groups.
-        weight_decay: of the others.
-        norm_decay: noted in the norms' group, as ``norm_decay``; no optimizer acts on it.
-        train: ``norms``, ``head``, ``norms+head``, ``last-norm+head`` (of the norm layers only the
-            last one defined) or ``all``.
-        head: what ``head`` means; by default the last linear layer or 1x1 convolution defined.
-
-    Returns:
-        One or two groups, the norms first.
-
-    Raises:
-        ConfigError: if ``train`` is not known.
-        ModelError: if there is nothing to train, or no head.
-
-    Example:
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-        >>> groups = parameter_groups(net, lr=0.01, weight_decay=0.1, norm_decay=0.1)
-        >>> optimizer = torch.optim.AdamW(groups)
-        >>> optimizer.step()
-        >>> decay_norms_(net, optimizer.param_groups[0]["lr"], 0.1, "identity")
-    """
-    if train not in TRAINED:
-        raise ConfigError(
-            f"--train: {train!r} is not known. Use one of: {', '.join(TRAINED)}.", name="train"
-        )
-    sites = find_norms(model)
-    own = {id(p): (p, s) for s in sites for p in s.module.parameters(recurse=False)}
-    free = [(p, site) for p, site in own.values() if not site.frozen and train != "head"]
-    if train == "last-norm+head":
-        free = [(p, site) for p, site in free if site is free[-1][1]]
-    norms = [p for p, _ in free]
-    if train == "all":
-        others = [p for p in model.parameters() if id(p) not in own]
-    elif train == "norms":
-        others = []
-    else:
-        others = list((head or head_of(list(model.modules()), None)).parameters())
-    if not norms and not others:
-        raise ModelError(f"--train {train}: the model has no such parameters. Use --train all.")
-    of_norms = {"weight_decay": 0.0, "norm_decay": norm_decay}
-    groups: list[dict[str, Any]] = [
-        {"name": "norms", "params": norms, "lr": lr, **of_norms},
-        {"name": "others", "params": others, "lr": lr, "weight_decay": weight_decay},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-@torch.no_grad()
-def decay_norms_(
-    model: nn.Module | Iterable[nn.Module],
-    rate: float,
-    norm_decay: float,
-    target: str = "identity",
-) -> None:
-    """Decay gamma and beta of the norm layers by one decoupled step; call it after the optimizer's.
-
-    gamma <- t + (gamma - t)(1 - rate w), t = 1 for ``identity`` and 0 for ``zero``, w the decay;
-    beta <- beta (1 - rate w), as centring and scaling gates.
-    Over steps s: gamma_T - t = (gamma_0 - t) prod_s (1 - rate_s w).
-
-    Args:
-        model: its norm layers but the frozen ones; or an iterable of just the layers to decay.
-        rate: the learning rate of the step.
-        norm_decay: w.
-        target: ``identity``, ``zero``, or ``none``, which changes nothing.
-
-    Raises:
-        ConfigError: if the target is not known, or the step would go beyond it.
-
-    Changes:
-        ``weight`` and ``bias`` of the layers, and the first two rows of ``gates``; tied ones once.
-
-    Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization",
-    ICLR 2020, section 3.4. Differs: decoupled from the gradient, as in AdamW.
-    """
-    if target not in ("none", "zero", "identity"):
-        raise ConfigError(
-            f"--norm-decay-target: {target!r} is not known. Use one of: none, zero, identity.",
-            name="norm_decay_target",
-        )
-    if not 0 <= rate * norm_decay <= 1:
-        raise ConfigError(
-            f"--norm-decay: {norm_decay:g} at a rate of {rate:g} leads beyond its target. Expected "
-            "a product from 0 to 1.",
-            name="norm_decay",
-        )
-    if target == "none" or rate * norm_decay == 0:
-        return
-    done: set[int] = set()
-    for layer in norm_layers(model) if isinstance(model, nn.Module) else model:
-        for p, goal in ((layer.weight, float(target == "identity")), (layer.bias, 0.0)):
-            if isinstance(p, nn.Parameter) and id(p) not in done:
-                done.add(id(p))
-                p.sub_(goal).mul_(1 - rate * norm_decay).add_(goal)
-        gates: Any = getattr(layer, "gates", None)
-        if gates is not None and id(gates) not in done:
-            done.add(id(gates))
-            gates[:2].mul_(1 - rate * norm_decay)
-
-
-def norm_layers(model: nn.Module) -> list[nn.Module]:
-    """List the norm layers that are not frozen."""
-    return [site.module for site in find_norms(model) if not site.frozen]
-
+from bnfix.training.parameters import decay_norms_, decays_of, norm_layers
 
 _MOST_BAD_STEPS = 10
+
+
+class Added:
+    """The hooks of a recipe's ingredients on a network's norm layers, and their part of the loss.
+
+    ``ghost_noise`` N: each example i of a layer with frozen moments (mu, sd) is normalized as if
+    these were a ghost batch's, whose mean and deviation vary by chance:
+
+        z = (x - mu - sd d) / (sd s),  d ~ N(0, 1/N),  s^2 ~ chi^2(N-1) / (N-1)
+
+    per example and channel, without a gradient of its own. Source: Kosson et al., "Ghost noise for
+    regularizing deep neural networks", AAAI 2024.
+
+    ``consistency`` (l_mean, l_sd): the loss grows by l_mean times the mean gap plus l_sd times the
+    sd gap (`gaps`), summed over layers. The gradient goes through the batch's moments. Source:
+    Wang, Wu & Huang, "Understanding the failure of batch normalization for transformers in NLP",
+    2022. Differs: deviations, not variances, relative to the batch's, as `inspect` shows them.
+    """
+
+    def __init__(self, model: nn.Module, recipe: FinetuneRecipe) -> None:
+        self._model, self._recipe = model, recipe
+        self._terms: list[Tensor] = []
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """The layers with hooks, for a while; they act in training only."""
+        recipe = self._recipe
+        steps: list[Callable[[Any, Tensor], Tensor]] = []
+        steps += [self._consistent] if recipe.consistency else []
+        steps += [self._noisy] if recipe.ghost_noise else []
+        layers = [s.module for s in find_norms(self._model) if s.has_statistics and not s.frozen]
+        if steps and any(getattr(layer, "gates", None) is not None for layer in layers):
+            raise NormError(
+                "--ghost-noise, --consistency: the statistics of layers with gates are not of "
+                "their inputs, so neither acts on them. Leave both out."
+            )
+
+        def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, *rest = inputs
+            for step in steps if self._model.training and x.numel() else ():
+                x = step(layer, x)
+            return (x, *rest)
+
+        with guards.hooks() as handles:
+            handles += [layer.register_forward_pre_hook(before) for layer in layers if steps]
+            yield
+
+    def penalty(self) -> Tensor | None:
+        """What the batch just run adds to the loss."""
+        terms, self._terms = self._terms, []
+        return torch.stack(terms).sum() if terms else None
+
+    def _consistent(self, layer: Any, x: Tensor) -> Tensor:
+        if x.numel() > x.shape[1]:  # a single value has no deviation
+            dims = [axis for axis in range(x.ndim) if axis != 1]
+            var, mean = torch.var_mean(x.float(), dims, correction=0)
+            stored = layer.running_mean.clone(), layer.running_var.clone()  # they move in training
+            factors = torch.tensor(self._recipe.consistency, device=x.device)
+            self._terms.append((factors * gaps(stored, (mean, var), layer.eps)).sum())
+        return x
+
+    @torch.no_grad()
+    def _draw(self, n: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        size = self._recipe.ghost_noise or 2
+        shape = (n, len(like))
+        shift = torch.randn(shape, device=like.device) / math.sqrt(size)
+        freedom = torch.full(shape, size - 1.0, device=like.device)
+        return shift, (torch.distributions.Chi2(freedom).sample() / freedom).sqrt()
+
+    def _noisy(self, layer: Any, x: Tensor) -> Tensor:
+        mean, var = layer.running_mean, layer.running_var
+        shift, scale = self._draw(len(x), mean)
+        after = [1] * (x.ndim - 2)
+        sd = (var + layer.eps).sqrt()
+        shift, scale = (t.view(*t.shape, *after) for t in (sd * shift, scale))
+        centre = mean.view(-1, *after)
+        noisy: Tensor = centre + (x - centre - shift) / scale
+        return noisy.to(x.dtype)
+
+
+@contextmanager
+def _uphill(parameters: Sequence[Tensor], length: float) -> Iterator[bool]:
+    """Parameters moved by e = length g / |g| for a while, g their gradients together.
+
+    It gives False, and moves nothing, where there is no such direction. Source: Mueller et al.,
+    "Normalization layers are all that sharpness-aware minimization needs", NeurIPS 2023.
+    """
+    moved = [(p, p.grad) for p in parameters if p.grad is not None]
+    norm = math.sqrt(sum(float(g.square().sum()) for _, g in moved))
+    if not (norm > 0 and math.isfinite(norm)):
+        yield False
+        return
+    with _values_kept([p for p, _ in moved]):
+        with torch.no_grad():
+            for p, g in moved:
+                p.add_(g, alpha=length / norm)
+        yield True
+
+
+@contextmanager
+def _values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Put the values of tensors back on leaving."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+
+
+@contextmanager
+def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
+    """The recipe's ghosts and momentum for gathered batches, where statistics are trained."""
+    trains = recipe.statistics == "train"
+    sites = [site for site in find_norms(model) if trains and not site.frozen]
+    stock = [site.name for site in sites if not isinstance(site.module, GeneralizedBatchNorm)]
+    own: dict[str, Any] = {} if recipe.ghost_size is None else {"ghost_size": recipe.ghost_size}
+    own |= {"exclusive": True} if recipe.batch_statistics == "exclusive" else {}
+    if stock and own:
+        flag = "--ghost-size" if "ghost_size" in own else "--batch-statistics"
+        raise NormError(
+            f"{flag}: {some(stock)}: no GeneralizedBatchNorm. Call swap_norms_(model) first.",
+            name=stock[0],
+        )
+    before: list[tuple[nn.Module, str, Any]] = []
+    try:
+        for layer in (site.module for site in sites):
+            settings = own.copy()
+            momentum: Any = getattr(layer, "momentum", None)
+            if recipe.accumulate > 1 and momentum is not None:
+                # K batches move the running moments as far as one does otherwise.
+                settings["momentum"] = 1 - (1 - momentum) ** (1 / recipe.accumulate)
+            for name, value in settings.items():
+                before.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, value)
+        yield
+    finally:
+        for layer, name, value in before:
+            setattr(layer, name, value)
 
 
 @dataclass(frozen=True)
@@ -213,10 +230,11 @@ class Run:
             if any(id(p) in trained for p in layer.parameters(recurse=False))
         ]  # fmt: skip
         self._decays = decays_of(how.model, decaying, recipe)
-        self._norms: list[Tensor] = next(
-            (g["params"] for g in groups if g.get("name") == "norms"), []
+        self._norms = [p for g in groups if g.get("name") == "norms" for p in g["params"]]
+        message = f"--sharpness: --train {recipe.train} trains no gamma and beta. Use --train norms"
+        require(
+            bool(self._norms or not recipe.sharpness), f"{message} or leave it out.", "sharpness"
         )
-        require_norms(recipe, self._norms)
         self._peaks = [group["lr"] for group in groups]
         sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
         kind: Any = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
@@ -354,13 +372,13 @@ class Run:
 
     def _sharpen(self, gathered: list[Any]) -> None:
         """Replace the gradients by those uphill; running moments follow the first pass only."""
-        met = [buffer.clone() for buffer, _ in self._moments]
-        with uphill(self._norms, self.how.recipe.sharpness) as moved:
+        with (
+            _values_kept(buffer for buffer, _ in self._moments),
+            _uphill(self._norms, self.how.recipe.sharpness) as moved,
+        ):
             if moved:
                 self.optimizer.zero_grad()
                 self._gradients(gathered)
-        for (buffer, _), value in zip(self._moments, met, strict=True):
-            buffer.copy_(value)
 
     @torch.no_grad()
     def _after_update(self) -> None:
@@ -386,17 +404,11 @@ class Run:
         if not self._average:
             yield
             return
-        following = [buffer for buffer, _ in self._moments]
-        own = [(t, t.detach().clone()) for t in (*self.parameters, *following)]
-        with torch.no_grad():
-            for p, mean in zip(self.parameters, self._average, strict=True):
-                p.copy_(mean)
-        try:
-            yield
-        finally:
+        with _values_kept((*self.parameters, *(buffer for buffer, _ in self._moments))):
             with torch.no_grad():
-                for tensor, value in own:
-                    tensor.copy_(value)
+                for p, mean in zip(self.parameters, self._average, strict=True):
+                    p.copy_(mean)
+            yield
 
     def state(self) -> dict[str, Any]:
         """All that the coming steps depend on but the model and the random state."""
