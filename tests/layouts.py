@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,9 @@ def authenticate(root: Path, replace: Callable[[object, str, object], None]) -> 
         for split, (url, name, old) in datasets.SVHN.split_list.items()
     }
     replace(datasets.SVHN, "split_list", splits)
+    name, old = datasets.imagenet.ARCHIVE_META["devkit"]
+    archives = datasets.imagenet.ARCHIVE_META | {"devkit": (name, md5(name, old))}
+    replace(datasets.imagenet, "ARCHIVE_META", archives)
     table = datasets.Flowers102._file_dict
     replace(datasets.Flowers102, "_file_dict", {k: (n, md5(n, v)) for k, (n, v) in table.items()})
 
@@ -182,18 +186,21 @@ def imagenet(root: Path, flat: bool = False) -> np.ndarray:
 
 
 def devkit(root: Path, labels: np.ndarray) -> Path:
-    """The devkit numbers its classes in an order of its own, with inner nodes behind the leaves."""
+    """The devkit's archive: classes in an order of its own, with inner nodes behind the leaves."""
     folder = root / "ILSVRC2012_devkit_t12" / "data"
     numbers = {label: 3 - label for label in range(3)}
     lines = [str(numbers[label]) for label in labels.tolist()]
     write(folder / "ILSVRC2012_validation_ground_truth.txt", "\n".join(lines) + "\n")
-    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    names = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")
+    kinds = [(name, "O") for name in names]
     synsets = np.zeros((4, 1), dtype=kinds)
     for label, number in numbers.items():
-        synsets[number - 1, 0] = (float(number), WNIDS[label], "a fish", 0.0)
-    synsets[3, 0] = (1001.0, "n00001740", "entity", 2.0)
+        synsets[number - 1, 0] = (float(number), WNIDS[label], "a fish", "swims", 0.0)
+    synsets[3, 0] = (1001.0, "n00001740", "entity", "is", 2.0)
     scipy.io.savemat(folder / "meta.mat", {"synsets": synsets}, do_compression=True)
-    return folder
+    archive = packed(folder.parent, root / "ILSVRC2012_devkit_t12.tar.gz")
+    shutil.rmtree(folder.parent)
+    return archive
 
 
 # --- tar shards ---

@@ -130,16 +130,17 @@ def test_batches_order_and_processes_do_not_matter(kind, files):
     everything = np.arange(len(images))
     corruption = Corruption(kind, 2, 7)
 
-    def run(index=everything, **options):
+    def run(index=everything, seed=None, **options):
         fresh = open_images(str(files.folders))
-        return pixels_of(Batches(fresh, index, Preprocessing(), corruption=corruption, **options))
+        batches = Batches(fresh, index, Preprocessing(), corruption=corruption, **options)
+        return pixels_of(batches if seed is None else batches.with_seed(seed))
 
     expected = run(batch_size=60, workers=0)
     clean = pixels_of(Batches(images, everything, Preprocessing(), batch_size=60, workers=0))
     assert any((clean[i] != expected[i]).any() for i in clean)
     others = [
         run(batch_size=7, workers=0),
-        run(batch_size=1, workers=0, shuffle_seed=1),
+        run(batch_size=1, workers=0, seed=1),
         run(batch_size=16, workers=2),
         run(everything[::-1][:20], batch_size=8, workers=0),
     ]

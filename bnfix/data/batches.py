@@ -16,11 +16,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from bnfix.core.errors import ConfigError, DataError, some
+from bnfix.core.options import one_of, require
 from bnfix.core.settings import Preprocessing
 from bnfix.data.arrays import TensorItems
 from bnfix.data.corruptions import Corruption
 from bnfix.data.images import MAX_PIXELS, ArrayImages, EncodedImages, Images
-from bnfix.data.targets import MisfitError, as_pair, moved, together
+from bnfix.data.targets import MisfitError, moved, together
 
 
 class Batch(NamedTuple):
@@ -45,12 +46,9 @@ class Skipped:
     reason: str
 
 
-class _Refused(str):
-    """Why an image and its target do not fit: an error, where a bad image is passed over."""
-
-
-#: Pixels and what moves with them, if anything; or the reason why there are none.
-_Item = tuple[np.ndarray, Any] | str
+#: Pixels and what moves with them, if anything; or the reason why there are none. A MisfitError is
+#: for the user, where other bad images are passed over.
+_Item = tuple[np.ndarray, Any] | DataError
 
 
 @dataclass
@@ -62,7 +60,7 @@ class _Shaped:
 
     def keep(self, i: int, shaped: _Item, cache_bytes: int) -> None:
         """Remember one image, unless the memory allowed is used up."""
-        size = 0 if isinstance(shaped, str) else sum(getattr(v, "nbytes", 0) for v in shaped)
+        size = sum(getattr(v, "nbytes", 0) for v in shaped) if isinstance(shaped, tuple) else 0
         if i not in self.known and self.n_bytes + size <= cache_bytes:
             self.known[i] = shaped
             self.n_bytes += size
@@ -75,16 +73,17 @@ class _Shaper(Dataset[list[_Item]]):
         self.images, self.preprocessing = images, preprocessing
 
     def __getitem__(self, positions: Sequence[int]) -> list[_Item]:
-        return [self._shape(i) for i in positions]
+        return [self._item(i) for i in positions]
 
-    def _shape(self, i: int) -> _Item:
+    def _item(self, i: int) -> _Item:
         try:
-            pixels = self.images.read(i)
-            target = self.images.target(i) if self.images.moves else None
-        except MisfitError as error:
-            return _Refused(error)
+            return self._shaped(i)
         except DataError as error:
-            return str(error)
+            return type(error)(str(error))  # without the frames that hold the image
+
+    def _shaped(self, i: int) -> tuple[np.ndarray, Any]:
+        pixels, name = self.images.read(i), self.images.name(i)
+        target = self.images.target(i) if self.images.moves else None
         resize, crop = self.preprocessing.resize, self.preprocessing.crop
         if resize is None and crop is None:
             return pixels, target
@@ -92,16 +91,13 @@ class _Shaper(Dataset[list[_Item]]):
         if resize is not None:
             # Resized by its shorter side, an image of 1 x 5000 pixels would become enormous.
             if len(resize) == 1 and resize[0] ** 2 * max(image.size) > MAX_PIXELS * min(image.size):
-                name = self.images.name(i)
-                return f"{name}: bad image, {image.size} resized is above {MAX_PIXELS:,} pixels."
+                large = f"{image.size} resized is above {MAX_PIXELS:,} pixels"
+                raise DataError(f"{name}: bad image, {large}.")
             v2 = _v2()
             mode = v2.InterpolationMode(self.preprocessing.interpolation)
             image = v2.functional.resize(image, list(resize), mode, antialias=True)
-        try:
-            if target is not None:
-                target = moved(target, pixels.shape[:2], (image.height, image.width), crop)
-        except MisfitError as error:
-            return _Refused(f"{self.images.name(i)}: its target {error}")
+        if target is not None:
+            target = moved(target, pixels.shape[:2], (image.height, image.width), crop, name)
         if crop is not None:
             image = _v2().functional.center_crop(image, list(crop))
         return np.array(image).reshape(image.height, image.width, -1), target
@@ -126,37 +122,35 @@ class Batches:
         *,
         batch_size: int,
         workers: int = -1,
-        shuffle_seed: int | None = None,
         max_bad: float | None = None,
         cache_bytes: int = 2 << 30,
         corruption: Corruption | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"--batch-size: {batch_size}, expected 1 or more.", name="batch_size")
-        if workers < -1:
-            raise ConfigError(f"--workers: {workers}, expected 0 or more.", name="workers")
+        message = f"--batch-size: {batch_size}, expected 1 or more."
+        require(batch_size >= 1, message, "batch_size")
+        require(workers >= -1, f"--workers: {workers}, expected 0 or more.", "workers")
         preprocessing = preprocessing or Preprocessing()
-        if isinstance(images, TensorItems):
-            if corruption is not None:
-                message = f"{corruption.text}: {images.spec} holds no images to corrupt."
-                raise ConfigError(message, name="corrupt")
-        elif preprocessing.channels != images.channels:
-            raise ConfigError(
-                f"channels: {preprocessing.channels} in the preprocessing, {images.channels} in "
-                f"the images opened from {images.spec}. Open them with the same number.",
-                name="channels",
-            )
+        no_images = isinstance(images, TensorItems)
+        if corruption is not None:
+            message = f"{corruption.text}: {images.spec} holds no images to corrupt."
+            require(not no_images, message, "corrupt")
+        require(
+            no_images or preprocessing.channels == images.channels,
+            f"channels: {preprocessing.channels} in the preprocessing, {images.channels} in the "
+            f"images opened from {images.spec}. Open them with the same number.",
+            "channels",
+        )
         _check_maps(images, preprocessing)
         index = np.asarray(index, dtype=np.int64)
-        if index.size and not (0 <= index.min() and index.max() < len(images)):
-            raise ConfigError(f"index: positions outside 0 to {len(images) - 1}.", name="index")
+        ok = not index.size or (0 <= index.min() and index.max() < len(images))
+        require(bool(ok), f"index: positions outside 0 to {len(images) - 1}.", "index")
         self.images, self.preprocessing, self.corruption = images, preprocessing, corruption
         self.batch_size, self.workers, self.cache_bytes = batch_size, workers, cache_bytes
         self.max_bad = max_bad_of(len(index), max_bad)
         self.skipped: list[Skipped] = []
         self._seen_bad: set[int] = set()
         self._index = index
-        self._order, self._evened = _shuffled(index, shuffle_seed), False
+        self._order, self._evened = index, False
         self._part: Callable[[list[np.ndarray]], list[np.ndarray]] = lambda groups: groups
         geometry = (preprocessing.resize, preprocessing.crop, preprocessing.interpolation)
         self._shaped: _Shaped = images.shaped.setdefault(geometry, _Shaped())
@@ -164,20 +158,18 @@ class Batches:
     def __len__(self) -> int:
         return len(self._groups())
 
-    @property
-    def n_examples(self) -> int:
-        """How many images there are, less the bad ones met so far."""
-        return len(self._order) - len(self._seen_bad)
-
     def _with(self, **changes: Any) -> Batches:
         """A copy that shares memory and ``skipped``, so that it costs nothing."""
         other = copy.copy(self)
         vars(other).update(changes)
         return other
 
-    def with_seed(self, seed: int | None) -> Batches:
-        """The same batches in another order; None is the order as given."""
-        return self._with(_order=_shuffled(self._index, seed))
+    def with_seed(self, seed: int) -> Batches:
+        """The same batches in an order of their own."""
+        require(seed >= 0, f"--seed: {seed}, expected 0 or more.", "seed")
+        # By name: numpy may change the generator behind `default_rng`.
+        drawn = np.random.Generator(np.random.PCG64(seed))
+        return self._with(_order=drawn.permutation(self._index))
 
     def dealt(self, rank: int, size: int) -> Batches:
         """Every ``size``-th batch, whole: together, all ranks have the same batches as one."""
@@ -252,11 +244,11 @@ class Batches:
             good: dict[int, tuple[np.ndarray, Any]] = {}
             for i in group.tolist():
                 shaped = loaded[i]
-                if isinstance(shaped, _Refused):
+                if isinstance(shaped, MisfitError):
                     raise DataError(f"{self.images.spec}: {shaped}", path=self.images.spec)
-                if isinstance(shaped, str):
+                if isinstance(shaped, DataError):
                     n_bad += 1
-                    self._skip(i, shaped, n_bad)
+                    self._skip(i, str(shaped), n_bad)
                 else:
                     good[i] = shaped
             if good:
@@ -362,15 +354,6 @@ def max_bad_of(n: int, stated: float | None) -> float:
     return max(5.0, 0.01 * n) if stated is None else stated
 
 
-def _shuffled(index: np.ndarray, seed: int | None) -> np.ndarray:
-    if seed is None:
-        return index
-    if seed < 0:
-        raise ConfigError(f"--seed: {seed}, expected 0 or more.", name="seed")
-    # By name: numpy may change the generator behind `default_rng`.
-    return np.random.Generator(np.random.PCG64(seed)).permutation(index)
-
-
 def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:
     """Vary the images of batches, the same again for one seed, epoch and image.
 
@@ -379,9 +362,9 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
     area, sides 3:4 to 4:3) resized to the whole. Masks vary with their images. The default is
     none: mirroring damages digits and text.
     """
-    if kind not in ("none", "light", "standard"):
-        message = f"--augment: {kind!r} is not known. Use one of: none, light, standard."
-        raise ConfigError(message, name="augment")
+    from torchvision import tv_tensors  # takes seconds to import
+
+    one_of(kind, ("none", "light", "standard"), "--augment")
     for batch in batches:
         if kind == "none":
             yield batch
@@ -392,16 +375,14 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
             for k, position in enumerate(batch.index):
                 # By position: batch size and order must not change the variant of an image. Only
                 # this generator: torch.manual_seed keeps stack traces for devices not in use.
-                torch.default_generator.manual_seed(_draw(seed, epoch, int(position)))
-                varied.append(
-                    transform(*(as_pair(batch.x[k], batch.y[k]) if is_map else (batch.x[k],)))
-                )
-        if is_map:
-            pairs = ([part.as_subclass(torch.Tensor) for part in pair] for pair in varied)
-            x, y = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-            yield batch._replace(x=x, y=y)
-        else:
-            yield batch._replace(x=torch.stack(varied))
+                text = b"%d:%d:%d" % (seed, epoch, position)
+                drawn = hashlib.blake2b(text, digest_size=7).digest()
+                torch.default_generator.manual_seed(int.from_bytes(drawn, "little"))
+                mask = tv_tensors.Mask(batch.y[k]) if is_map else None
+                varied.append(transform(tv_tensors.Image(batch.x[k]), mask))
+        images, masks = zip(*varied, strict=True)
+        y = torch.stack(masks) if is_map else batch.y
+        yield batch._replace(x=torch.stack(images), y=y)
 
 
 def _is_map(batch: Batch, kind: str) -> bool:
@@ -423,11 +404,6 @@ def _is_map(batch: Batch, kind: str) -> bool:
     )
 
 
-def _draw(seed: int, epoch: int, position: int) -> int:
-    text = b"%d:%d:%d" % (seed, epoch, position)
-    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
-
-
 def _v2() -> Any:
     from torchvision.transforms import v2  # takes seconds to import
 
@@ -435,11 +411,9 @@ def _v2() -> Any:
 
 
 def _transform(kind: str, height: int, width: int) -> Callable[..., Any]:
-    v2 = _v2()
+    v2, size = _v2(), (height, width)
+    place = v2.RandomResizedCrop(size, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3))
     if kind == "light":
-        padding = (width // 8, height // 8)
-        place = v2.RandomCrop((height, width), padding, padding_mode="reflect")
-    else:
-        place = v2.RandomResizedCrop((height, width), scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3))
+        place = v2.RandomCrop(size, (width // 8, height // 8), padding_mode="reflect")
     whole: Callable[..., Any] = v2.Compose([v2.RandomHorizontalFlip(), place])
     return whole

@@ -1,9 +1,9 @@
 """Data sets named on the command line, ``NAME:ROOT#SPLIT``, by their usual layouts on disk.
 
-torchvision's classes of CIFAR, SVHN and Flowers-102 compare the MD5 of every file with that of the
-file that its authors distribute, before they unpickle or load it. That is why pickles and .mat
-files are read here at all: changed ones are refused. Its classes of the other sets check no MD5,
-and that of ImageNet unpacks archives into the folder.
+torchvision compares the MD5 of every file of CIFAR, SVHN, Flowers-102 and of ImageNet's devkit with
+that of the file that its authors distribute, before it unpickles or loads it. That is why pickles
+and .mat files are read here at all: changed ones are refused. Its classes of the other sets check
+no MD5, and that of ImageNet unpacks archives into the folder.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -37,24 +35,13 @@ from bnfix.data.images import (
 )
 
 _MAX_LIST_BYTES: Final = 100_000_000
-#: ImageNet's table of classes has a few hundred kB.
-_MAX_TABLE_BYTES: Final = 16_000_000
 #: Caltech-256 has no split of its own: of each class this part is for training, drawn by name.
 _TRAIN_FRAC: Final = 0.8
 _CATEGORY: Final = re.compile(r"([0-9]{3})\.(.+)")
-_WNID: Final = re.compile(r"n[0-9]{8}")
 _CLUTTER: Final = 257
-#: Where ImageNet lies inside the folder given, and the answers of its flat validation folder.
+#: Where ImageNet lies inside the folder given, and tables of its flat validation folder.
 _INSIDE: Final = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "ILSVRC2012", "imagenet")
-_DEVKIT: Final = ("ILSVRC2012_devkit_t12/data", "devkit/data", "data", ".")
-_TRUTH: Final = "ILSVRC2012_validation_ground_truth.txt"
 _TABLES: Final = ("LOC_val_solution.csv", "val.csv", "val/labels.csv")
-#: MATLAB's types of stored numbers and texts, and of what else a file holds.
-_STORED: Final = {
-    1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8",
-    13: "<u8", 16: "u1", 17: "<u2",
-}  # fmt: skip
-_MATRIX, _COMPRESSED = 14, 15
 
 
 class _Layout(NamedTuple):
@@ -64,9 +51,9 @@ class _Layout(NamedTuple):
     splits: tuple[str, ...]
 
 
-def is_dataset(spec: str) -> bool:
-    """Whether a spec begins with a known name and a colon."""
-    return spec.partition(":")[0] in DATASETS and ":" in spec
+def is_dataset(spec: str, path: Path) -> bool:
+    """Whether a spec begins with a known name and a colon; a folder of that name comes first."""
+    return spec.partition(":")[0] in DATASETS and ":" in spec and not path.exists()
 
 
 def near_dataset(spec: str) -> str:
@@ -178,12 +165,7 @@ def _cifar_in(kind: Any, folder: Path, place: Path, split: str, channels: int) -
 
 def _open_svhn(root: Path, split: str, channels: int) -> Opened:
     name = f"{split}_32x32.mat"
-    path = next((p for p in (root / name, root / "svhn" / name) if p.is_file()), None)
-    if path is None:
-        raise DataError(
-            f"looked for {name} in {root}; it is not there. Give the folder that holds "
-            "the cropped digits (train_32x32.mat and test_32x32.mat)."
-        )
+    path = _find_root(root, ("svhn",), name) / name
     held = _checked(lambda: _torchvision().SVHN(path.parent, split), path, [path])
     pixels = np.ascontiguousarray(held.data.transpose(0, 2, 3, 1))
     images = ArrayImages(str(path), pixels, channels)
@@ -339,14 +321,27 @@ def _answers(root: Path, top: Path, files: list[str]) -> tuple[list[str], tuple[
     for path in (place / name for place in (top, root) for name in _TABLES):
         if path.is_file():
             return _by_table(path, files)
-    for kit in (place / name for place in (top, root) for name in _DEVKIT):
-        if (kit / _TRUTH).is_file():
-            return _by_devkit(kit, files)
-    raise DataError(
-        f"{top / 'val'} is flat, and its answers were not found: looked in {root} for "
-        f"{_DEVKIT[0]}/{_TRUTH} (with meta.mat), {some(_TABLES)}. Add one, or sort the images "
-        "into folders named by WordNet ids."
-    )
+    # The devkit numbers the classes in an order of its own, by a table of MATLAB's.
+    devkit = _torchvision().imagenet
+    name, _ = devkit.ARCHIVE_META["devkit"]
+    archive = next((place / name for place in (top, root) if (place / name).is_file()), None)
+    if archive is None:
+        raise DataError(
+            f"{top / 'val'} is flat, and its answers were not found: looked in {root} for {name}, "
+            f"{some(_TABLES)}. Add one, or sort the images into folders named by WordNet ids."
+        )
+    with TemporaryDirectory() as folder:
+        (Path(folder) / name).symlink_to(archive.resolve())
+        _checked(lambda: devkit.parse_devkit_archive(folder), archive, ())
+        known, ids = devkit.load_meta_file(folder)
+    digits = [Path(name).stem.rpartition("_")[2] for name in files]
+    numbers = [int(text[:9]) if text.isdecimal() else 0 for text in digits]
+    wrong = [name for name, k in zip(files, numbers, strict=True) if not 0 < k <= len(ids)]
+    if wrong:
+        found = f"{len(wrong):,} of {len(files):,} images in val have no answer among the "
+        todo = "Give the files that belong together."
+        raise _broken(f"{found}{len(ids):,} of {archive}: {some(wrong)}", todo)
+    return [ids[k - 1] for k in numbers], tuple(sorted(known))
 
 
 def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -361,79 +356,6 @@ def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]
         found = f"{path}: {len(missing):,} of {len(files):,} images are not in it: {some(missing)}"
         raise _broken(found, "Give the whole table.")
     return [ids[Path(name).stem] for name in files], tuple(sorted(set(ids.values())))
-
-
-def _by_devkit(kit: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    answers = dict(enumerate(_read_text(kit / _TRUTH).split(), 1))
-    ids = _synsets(kit / "meta.mat")
-    digits = {name: Path(name).stem.rpartition("_")[2] for name in files}
-    numbers = {name: int(text[:9]) for name, text in digits.items() if text.isdecimal()}
-    wrong = [name for name in files if answers.get(numbers.get(name, 0)) not in ids]
-    if wrong:
-        found = (
-            f"{len(wrong):,} of {len(files):,} images in val have no answer among the "
-            f"{len(answers):,} of {kit / _TRUTH}: {some(wrong)}"
-        )
-        raise _broken(found, "Give the files that belong together.")
-    return [ids[answers[numbers[name]]] for name in files], tuple(sorted(ids.values()))
-
-
-def _synsets(path: Path) -> dict[str, str]:
-    """WordNet id by the devkit's own number, of the 1000 classes themselves."""
-    if not path.exists():
-        found = f"looked for {path}, which gives the devkit's numbers of the classes; not there"
-        raise _broken(found, "Unpack the whole devkit.")
-    with parsing(f"{path}: not the devkit's meta.mat", " Unpack it again."):
-        rows = list(_rows_of_mat(read_bytes(path, _MAX_TABLE_BYTES), b"synsets"))
-        leaves = [row for row in rows if int(row["num_children"][0]) == 0]
-        numbers = [str(int(row["ILSVRC2012_ID"][0])) for row in leaves]
-        ids = ["".join(map(chr, row["WNID"])) for row in leaves]
-        if not ids or not all(map(_WNID.fullmatch, ids)):
-            raise ValueError("no table of WordNet ids")
-        return dict(zip(numbers, ids, strict=True))
-
-
-def _rows_of_mat(content: bytes, wanted: bytes) -> Iterator[dict[str, np.ndarray]]:
-    """Rows of one structure of numbers and texts in a MATLAB file, version 5.
-
-    SciPy's reader recurses as deep as a file asks it to, up to the end of the stack, and takes the
-    memory that a file claims. One level is all that the devkit needs.
-    """
-    if content[124:128] != b"\0\1IM":
-        raise ValueError("no MATLAB version 5 file by its first bytes")
-    for kind, data in _elements(content[128:]):
-        if kind == _COMPRESSED:
-            inflater = zlib.decompressobj()
-            data = inflater.decompress(data, _MAX_TABLE_BYTES)
-            if not inflater.eof:
-                raise ValueError(f"a variable is cut, or above {_MAX_TABLE_BYTES:,} bytes")
-            ((kind, data),) = _elements(data)
-        parts = [part for _, part in _elements(data)] if kind == _MATRIX else []
-        if len(parts) < 5 or parts[2] != wanted:
-            continue
-        width = struct.unpack("<I", parts[3])[0]
-        names = [parts[4][k : k + width] for k in range(0, len(parts[4]), width)]
-        fields = [name.rstrip(b"\0").decode("latin-1") for name in names]
-        for k in range(5, len(parts), len(fields)):
-            cells = [list(_elements(cell)) for cell in parts[k : k + len(fields)]]
-            # Of each cell the fourth part is its values, after flags, shape and name.
-            values = [np.frombuffer(cell[3][1], _STORED.get(cell[3][0], "V0")) for cell in cells]
-            yield dict(zip(fields, values, strict=True))
-
-
-def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Type and content of each data element; compressed ones are not padded."""
-    at = 0
-    while at + 8 <= len(data):
-        kind, size = struct.unpack_from("<II", data, at)
-        start, end = at + 8, at + 8 + size + (0 if kind == _COMPRESSED else -size % 8)
-        # Up to 4 bytes are packed beside their size, which then fills the upper half of the word.
-        if kind >> 16:
-            kind, size, start, end = kind & 0xFFFF, kind >> 16, at + 4, at + 8
-        if start + size > min(end, len(data)):
-            raise ValueError(f"an element claims {size:,} bytes, {len(data) - start:,} are left")
-        yield kind, data[start : start + size]
-        at = end
 
 
 DATASETS: Final = {

@@ -16,7 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bnfix.core.errors import BnfixError, CheckpointError, ConfigError, DataError, Note, some
+from bnfix.core.errors import BnfixError, CheckpointError, DataError, Note, some
+from bnfix.core.options import one_of, require
 from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
 from bnfix.data.arrays import TensorItems, is_callable, open_arrays, open_callable
 from bnfix.data.images import (
@@ -55,10 +56,8 @@ def open_images(
     groups: str | None = None,
 ) -> Images:
     """Open DATA: find out its kind, list its images, and give each its class and its group."""
-    if labels not in ("auto", "none"):
-        raise ConfigError(f"--labels: {labels!r}, expected auto or none.", name="labels")
-    if channels not in (1, 3):
-        raise ConfigError(f"channels: {channels}, expected 1 or 3.", name="channels")
+    one_of(labels, ("auto", "none"), "--labels")
+    require(channels in (1, 3), f"channels: {channels}, expected 1 or 3.", "channels")
     mapping = None if class_map is None else read_class_map(Path(class_map))
     wanted = labels == "auto"
     try:
@@ -157,13 +156,8 @@ def _kind_of(spec: str) -> _Kind:
     raise DataError(f"{reason}. Give {', '.join(kind.words for kind in _KINDS)}.")
 
 
-def _fits_dataset(spec: str, path: Path) -> bool:
-    # A folder may have the name of a data set: what is on disk comes first.
-    return not path.exists() and is_dataset(spec)
-
-
 def _fits_folder(spec: str, path: Path) -> bool:
-    named = is_dataset(spec) or is_coco(spec, path)
+    named = is_dataset(spec, path) or is_coco(spec, path)
     return path.is_dir() or (not path.exists() and "#" in spec and not named)
 
 
@@ -287,7 +281,7 @@ _KINDS: Final = (
         _fits_arrays,
         open_arrays,
     ),
-    _Kind("a data set as cifar10:ROOT#test", _fits_dataset, open_dataset),
+    _Kind("a data set as cifar10:ROOT#test", is_dataset, open_dataset),
     _Kind("boxes as coco:ROOT#val2017", is_coco, open_coco),
     _Kind(".tar shards", partial(_fits_suffix, ".tar"), open_shards),
     _Kind(".parquet files", partial(_fits_suffix, ".parquet"), open_tables),
@@ -320,25 +314,25 @@ def _set_labels(
     images: Images, classes: list[str] | np.ndarray, mapping: dict[str, int] | None, n: int | None
 ) -> None:
     """Turn each image's class, a name or a number, into its index."""
-    where = images.spec + ("/labels.csv" if images.kind == "labels.csv" else "")
-    if mapping is None and images.kind == "labels.csv":
+    where, known = images.spec, images.class_names
+    if images.kind == "labels.csv":
+        where += "/labels.csv"
         odd = [name for name in dict.fromkeys(classes) if not _INTEGER.fullmatch(name)]
-        if not odd:
+        if mapping is None and not odd:
             classes = np.asarray([int(name) for name in classes], dtype=np.int64)
-        elif any(_NUMBER.fullmatch(name) for name in classes):
+        elif mapping is None and any(_NUMBER.fullmatch(name) for name in classes):
             raise DataError(
                 f"{where}: some labels are numbers, but not whole ones or not all: {some(odd)}. "
                 "Give whole numbers only, class names only, or --class-map FILE.json."
             )
-    known = images.class_names
-    # A class map goes by names, where the data has names for its numbers.
-    if isinstance(classes, np.ndarray) and mapping is not None and known is not None:
-        classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
-    if mapping is None and isinstance(classes, np.ndarray):
-        images.labels = check_range(classes, n, where)
-        if known is not None and n is not None:
-            images.class_names = (*known[:n], *map(str, range(len(known), n)))
-        return
+    if isinstance(classes, np.ndarray):
+        if mapping is None:
+            images.labels = check_range(classes, n, where)
+            if known is not None and n is not None:
+                images.class_names = (*known[:n], *map(str, range(len(known), n)))
+            return
+        if known is not None:  # a class map goes by names, where numbers have them
+            classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
     names = [str(name) for name in classes]
     indices, how = map_classes(sorted({*names, *images.classes}), mapping, n, where)
     images.notes.append(how)

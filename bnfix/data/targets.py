@@ -45,7 +45,7 @@ class MisfitError(DataError):
 
 
 def moved(
-    target: Any, before: tuple[int, int], after: tuple[int, int], crop: tuple[int, int] | None
+    target: Any, before: tuple[int, int], after: tuple[int, int], crop: Any, name: str
 ) -> Any:
     """A mask, or boxes, as the image was resized, then cropped about its centre.
 
@@ -56,13 +56,18 @@ def moved(
 
     if isinstance(target, np.ndarray):
         if before != after:
-            image = Image.fromarray(_for_pillow(target))
+            if target.dtype != np.uint8:
+                if target.min() < _INT32.min or target.max() > _INT32.max:
+                    raise MisfitError(f"{name}: its target has class indices of more than 32 bits.")
+                target = target.astype(np.int32)
+            image = Image.fromarray(target)
             target = np.array(image.resize(after[::-1], Image.Resampling.NEAREST))
         if crop and (after[0] < crop[0] or after[1] < crop[1]):
             # Images are padded with black, but no class is known to be there.
             raise MisfitError(
-                f"is {after[0]}x{after[1]}, too small for --crop {crop[0]}x{crop[1]}, and a mask "
-                "cannot be padded. Give a smaller --crop, or --resize."
+                f"{name}: its target is {after[0]}x{after[1]}, too small for --crop "
+                f"{crop[0]}x{crop[1]}, and a mask cannot be padded. Give a smaller --crop, or "
+                "--resize."
             )
         return v2.center_crop(torch.from_numpy(target)[None], list(crop or after))[0].numpy()
     from torchvision import tv_tensors
@@ -80,21 +85,6 @@ def together(targets: Sequence[Any]) -> Any:
     if isinstance(targets[0], np.ndarray):
         return torch.from_numpy(np.stack(targets).astype(np.int64))
     return list(targets)
-
-
-def as_pair(image: torch.Tensor, mask: torch.Tensor) -> tuple[Any, Any]:
-    """An image and its mask, for transforms of torchvision that vary both alike."""
-    from torchvision import tv_tensors
-
-    return tv_tensors.Image(image), tv_tensors.Mask(mask)
-
-
-def _for_pillow(mask: np.ndarray) -> np.ndarray:
-    if mask.dtype == np.uint8:
-        return mask
-    if mask.min() < _INT32.min or mask.max() > _INT32.max:
-        raise MisfitError("has class indices of more than 32 bits.")
-    return mask.astype(np.int32)
 
 
 # --- segmentation folders ---

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import scipy.io
 from PIL import Image
 
 from bnfix.core.errors import BnfixError
@@ -142,17 +141,6 @@ def parquet(folder: Path, rng: np.random.Generator) -> str:
     return str(path)
 
 
-def mat(folder: Path, rng: np.random.Generator) -> str:
-    layouts.write(folder / "val" / "ILSVRC2012_val_00000001.JPEG", png())
-    kit = layouts.devkit(folder, np.zeros(int(one_of(rng, 1, 0, 3)), np.int64))
-    meta = kit / "meta.mat"
-    if rng.random() < 0.3:
-        held = one_of(rng, "text", np.zeros((2, 3)), np.array([["n0"]], dtype=object))
-        scipy.io.savemat(meta, {"synsets": held}, do_compression=bool(rng.integers(0, 2)))
-    layouts.write(meta, damaged(meta.read_bytes(), rng))
-    return f"imagenet:{folder}#val"
-
-
 def batch(folder: Path, rng: np.random.Generator) -> str:
     """Nothing but the distributed files is read."""
     layouts.write(folder / "cifar-10-batches-py" / "test_batch", damaged(pickle.dumps(Runs()), rng))
@@ -247,7 +235,7 @@ def picture(folder: Path, rng: np.random.Generator) -> str:
 
 
 MAKERS: dict[str, Maker] = {
-    "labels.csv": table, "npz": npz, "tar": shard, "parquet": parquet, "mat": mat, "cifar": batch,
+    "labels.csv": table, "npz": npz, "tar": shard, "parquet": parquet, "cifar": batch,
     "lists": lists, "class map": class_map, "image": picture, "image again": picture,
 }  # fmt: skip
 
