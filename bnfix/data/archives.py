@@ -126,10 +126,8 @@ def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
     """Index tar shards; a label is a number or a name in ``key.cls`` or ``key.json``."""
     passed: defaultdict[str, list[str]] = defaultdict(list)
     paths = named_files(spec)
-    found = [one for k in range(len(paths)) for one in _samples(k, paths[k], wanted, passed)]
-    samples = [one for one in found if one.size >= 0]
+    samples = [one for k in range(len(paths)) for one in _samples(k, paths[k], wanted, passed)]
     uncut = passed.pop(_NO_END, [])
-    passed["keys without an image"] += [one.name for one in found if one.size < 0]
     if not samples:
         raise DataError(
             f"no images; looked for members named {', '.join(sorted(_IMAGE_KINDS))} "
@@ -138,7 +136,7 @@ def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
     places = np.asarray([(one.shard, one.offset, one.size) for one in samples], dtype=np.int64)
     images = ShardImages(paths, places, [one.name for one in samples], channels)
     images.notes += [f"{name} {_NO_END}" for name in uncut]
-    images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in passed.items() if v]
+    images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in passed.items()]
     labels = [one.label for one in samples]
     whole = all(label is None or _WHOLE.fullmatch(label) for label in labels)
     return images, [int(label) if whole and label else label for label in labels]
@@ -161,7 +159,10 @@ def _samples(
                     passed["second images of a key"].append(_shown(member))
                 elif wanted and kind in ("cls", "json") and sample.label is None:
                     sample.label = _label(path, file, member, kind)
-            yield sample
+            if sample.size >= 0:
+                yield sample
+            else:
+                passed["keys without an image"].append(sample.name)
 
 
 def _key(member: tarfile.TarInfo) -> tuple[PurePosixPath, str]:
@@ -391,8 +392,7 @@ class TableImages(EncodedImages):
         """Schema and rows of each part, once the sizes that the file claims are believed."""
         if path.suffix == ".arrow":
             return self._table(path).schema, [self._table(path).num_rows]
-        limits = {"string": 64 << 20, "container": _MAX_ROWS}
-        limits = {f"thrift_{name}_size_limit": limit for name, limit in limits.items()}
+        limits = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": _MAX_ROWS}
         with _arrow().parquet.ParquetFile(path, **limits) as file:
             groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
             sizes = [group.num_rows for group in groups]

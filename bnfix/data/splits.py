@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from bnfix.core.errors import ConfigError, DataError, plain, some
+from bnfix.core.options import require
 from bnfix.data.arrays import named_array
 from bnfix.data.images import DIGEST_SIZE, EncodedImages, FileImages, Images, SeveralImages
 
@@ -27,7 +28,7 @@ _OF_NAME: Final = r"([^/]*?)\d+\.[^./]+$"
 #: Fewer examples are not looked at; more sequences are no sequences.
 _FEWEST, _MOST = 20, 50
 _FILES: Final = (".npy", ".npz")
-_refused = partial(ConfigError, name="groups")
+_require = partial(require, name="groups")
 
 
 # --- groups of examples that depend on each other, such as the frames of one video ---
@@ -39,22 +40,19 @@ def group_(images: Images, spec: str) -> None:
     values = _values(images, spec, where)
     array = spec.removeprefix(images.spec).lstrip("#") or "groups"  # read, so not passed over
     images.unused = [name for name in images.unused if name != array]
-    if len(values) != len(images):
-        raise _refused(
-            f"{where}: {len(values):,} groups for the {len(images):,} examples of {images.spec}, "
-            "expected one for each."
-        )
+    found = f"{where}: {len(values):,} groups for the {len(images):,} examples of {images.spec}"
+    _require(len(values) == len(images), f"{found}, expected one for each.")
     empty = [images.name(i) for i, value in enumerate(values) if value == ""]
-    if empty:
-        raise _refused(f"{where}: {len(empty)} examples without a group ({some(empty)}). Add them.")
+    _require(
+        not empty, f"{where}: {len(empty)} examples without a group ({some(empty)}). Add them."
+    )
     names, ids = np.unique(values, return_inverse=True)
-    n = len(names)
-    if n == 1:
-        raise _refused(
-            f"{where}: all {len(values):,} examples are in the group {plain(str(names[0]))!r}, "
-            "expected at least 2 groups. Give another column, expression or file."
-        )
-    if n == len(values):
+    _require(
+        len(names) > 1,
+        f"{where}: all {len(values):,} examples are in the group {plain(str(names[0]))!r}, "
+        "expected at least 2 groups. Give another column, expression or file.",
+    )
+    if len(names) == len(values):
         images.notes.append(f"{where} is not used: every example has a group of its own")
         return
     images.groups, images.group_names = ids.reshape(-1).astype(np.int64), tuple(map(str, names))
@@ -68,31 +66,30 @@ def _values(images: Images, spec: str, where: str) -> Sequence[str] | np.ndarray
         return _numbered(path, array or "groups", where)
     if spec in images.fields:
         return images.fields[spec]
-    if spec.isidentifier() and images.kind in ("npz", "labels.csv"):
-        if images.kind == "npz":
-            return _numbered(Path(images.spec), spec, where)
-        raise _refused(
-            f"{where}: no such column in {images.spec}/labels.csv, which has "
-            f"{some(list(images.fields))}. Name one of them."
-        )
-    if not isinstance(images, EncodedImages):
-        raise _refused(
-            f"{where}: no such file, and the examples of {images.spec} have no file names that an "
-            "expression could match. Give an .npy file with one group an example."
-        )
+    if spec.isidentifier() and images.kind == "npz":
+        return _numbered(Path(images.spec), spec, where)
+    columns = f"{where}: no such column in {images.spec}/labels.csv, which has "
+    no_column = spec.isidentifier() and images.kind == "labels.csv"
+    _require(not no_column, f"{columns}{some(list(images.fields))}. Name one of them.")
+    _require(
+        isinstance(images, EncodedImages),
+        f"{where}: no such file, and the examples of {images.spec} have no file names that an "
+        "expression could match. Give an .npy file with one group an example.",
+    )
     try:
         expression = re.compile(spec)
     except re.error as error:
-        raise _refused(f"{where}: no column, file or regular expression ({error}).") from error
+        message = f"{where}: no column, file or regular expression ({error})."
+        raise ConfigError(message, name="groups") from error
     names = [images.name(i) for i in range(len(images))]
     found = [expression.search(name) for name in names]
     missed = [name for name, match in zip(names, found, strict=True) if match is None]
-    if missed:
-        raise _refused(
-            f"{where}: no column or file has this name, so it was taken as a regular expression; "
-            f"{len(missed):,} of {len(names):,} file names do not match ({some(missed)}). Give an "
-            "expression that matches all, or an .npy file with one group an example."
-        )
+    _require(
+        not missed,
+        f"{where}: no column or file has this name, so it was taken as a regular expression; "
+        f"{len(missed):,} of {len(names):,} file names do not match ({some(missed)}). Give an "
+        "expression that matches all, or an .npy file with one group an example.",
+    )
     # A first group that took no part, as in (a)|b, is as good as none.
     return [(m.groups() or (None,))[0] or m.group() for m in found if m is not None]
 
@@ -100,33 +97,30 @@ def _values(images: Images, spec: str, where: str) -> Sequence[str] | np.ndarray
 def _numbered(path: Path, array: str, where: str) -> np.ndarray:
     """One group an example, as whole numbers or words, from a file."""
     try:
-        values = (
-            np.load(path, mmap_mode="r", allow_pickle=False)
-            if path.suffix.lower() == ".npy"
-            else named_array(path, array)
-        )
+        if path.suffix.lower() == ".npz":
+            values = named_array(path, array)
+        else:
+            values = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, DataError) as error:
         fault = str(error).rstrip(".")
         message = f"{where}: {path} cannot be read ({fault}). Name another array or file."
-        raise _refused(message) from error
-    if values.ndim != 1 or values.dtype.kind not in "iuU":
-        raise _refused(
-            f"{where}: {values.dtype} {values.shape}, expected one whole number or word an "
-            "example, (N,)."
-        )
+        raise ConfigError(message, name="groups") from error
+    found = f"{where}: {values.dtype} {values.shape}"
+    ok = values.ndim == 1 and values.dtype.kind in "iuU"
+    _require(ok, f"{found}, expected one whole number or word an example, (N,).")
     return values
 
 
 def groups_of_test(spec: str | None) -> str | None:
     """``--groups`` for the examples of ``--test``: the same, or another array of the file."""
     path = Path(spec or "")
-    if path.suffix.lower() == ".npy" and path.is_file():
-        raise _refused(
-            f"--groups {plain(path)}: has no groups for the examples of --test. Give an .npz file "
-            "with the arrays groups and test_groups."
-        )
-    is_file = path.suffix.lower() == ".npz" and path.is_file()
-    return f"{spec}#test_groups" if is_file else spec
+    kind = path.suffix.lower() if path.is_file() else ""
+    _require(
+        kind != ".npy",
+        f"--groups {plain(path)}: has no groups for the examples of --test. Give an .npz file with "
+        "the arrays groups and test_groups.",
+    )
+    return f"{spec}#test_groups" if kind == ".npz" else spec
 
 
 def describe_groups(images: Images, *, splits: bool = True) -> list[str]:

@@ -158,7 +158,7 @@ def head_of(
         n_outputs = None
         if isinstance(module, nn.Linear):
             n_outputs = module.out_features
-        elif pointwise or (dense and isinstance(module, CONVOLUTIONS)):
+        elif isinstance(module, CONVOLUTIONS) and (dense or pointwise):
             n_outputs = module.out_channels
         if n_outputs is not None and n_classes in (None, n_outputs):
             return module
