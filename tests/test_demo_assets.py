@@ -82,7 +82,7 @@ def test_pixels_are_the_seventeen_grey_levels_of_the_source() -> None:
 
 
 def test_a_part_that_is_not_there_is_refused_with_the_parts() -> None:
-    with pytest.raises(ConfigError, match=r"'valid' is not a part.*train, calibration, test"):
+    with pytest.raises(ConfigError, match=r"'valid' is not known.*train, calibration, test"):
         demo.digits("valid")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bnfix.core.errors import ConfigError
+from bnfix.core.options import one_of
 from bnfix.core.settings import Preprocessing
 
 #: The network's model spec, as ``--model`` takes it.
@@ -38,10 +38,7 @@ class DemoFiles:
 
 def digits(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Read one part of the embedded digits."""
-    if part not in PARTS:
-        raise ConfigError(
-            f"digits: {part!r} is not a part. Use one of: {', '.join(PARTS)}.", name="part"
-        )
+    one_of(part, PARTS, "digits")
     packed = io.BytesIO(_FOLDER.joinpath("digits.npz").read_bytes())
     with np.load(packed, allow_pickle=False) as arrays:
         chosen = arrays["split"] == PARTS[part]

@@ -231,10 +231,9 @@ class Run:
         ]  # fmt: skip
         self._decays = decays_of(how.model, decaying, recipe)
         self._norms = [p for g in groups if g.get("name") == "norms" for p in g["params"]]
-        message = f"--sharpness: --train {recipe.train} trains no gamma and beta. Use --train norms"
-        require(
-            bool(self._norms or not recipe.sharpness), f"{message} or leave it out.", "sharpness"
-        )
+        found = f"--sharpness: --train {recipe.train} trains no gamma and beta."
+        ok = bool(self._norms) or not recipe.sharpness
+        require(ok, f"{found} Use --train norms or leave it out.", "sharpness")
         self._peaks = [group["lr"] for group in groups]
         sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
         kind: Any = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
