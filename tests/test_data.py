@@ -499,7 +499,9 @@ def test_specs_that_are_not_known(tmp_path: Path) -> None:
     for spec in (str(tmp_path / "none"), str(tmp_path / "none.npz"), "a\0b"):
         with pytest.raises(DataError, match=r"no such file or folder. Give a folder of class fold"):
             open_images(spec)
-    with pytest.raises(ConfigError, match="--labels: 'some' is not known. Use one of: auto, none"):
+    with pytest.raises(
+        ConfigError, match=r"--labels: 'some' is not known\. Use one of: auto, none"
+    ):
         open_images(str(tmp_path), labels="some")
     with pytest.raises(ConfigError, match="channels: 2, expected 1 or 3"):
         open_images(str(tmp_path), channels=2)
