@@ -176,8 +176,9 @@ def export(
     check_seed(seed)
     if recipe.to in ("onnx", "onnx-int8"):
         forms.require_onnx(f"--to {recipe.to}")
-    if not is_int8 and {source.test, max_drop} != {None}:
-        raise ConfigError("--test, --max-drop: only with --to onnx-int8. Leave them out.")
+    for name, value in {"--test": source.test, "--max-drop": max_drop}.items():
+        if value is not None and not is_int8:
+            raise ConfigError(f"{name}: acts only with --to onnx-int8. Leave it out.")
     wanted = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     loaded = load_one(checkpoint, wanted, RunOptions("cpu"))
     if not recipe.force_zero:
