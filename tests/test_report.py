@@ -328,7 +328,7 @@ def test_verdict_is_the_last_against_the_first() -> None:
 
 def test_nothing_evaluated_is_said() -> None:
     alone = Report("calibrate", None, ())
-    assert alone.verdict_sentence() == "Not evaluated: there were no labelled test images."
+    assert alone.verdict_sentence() == "Not evaluated: no labelled images were left for a test."
     plan = SwapPlan((Change("bn", "BatchNorm2d", 3, 3, None, 0.0, 1e-7),), (), (), ())
     report = Report("convert", None, (), swap=plan)
     assert report.verdict_sentence() == ("1 norm layer swapped; accuracy was not evaluated.")

@@ -126,7 +126,7 @@ class Findings:
             if n:
                 layers = "layer" if n == 1 else "layers"
                 return f"{count(n)} norm {layers} swapped; accuracy was not evaluated."
-            return "not evaluated: there were no labelled test images."
+            return "not evaluated: no labelled images were left for a test."
         first, last, images = self.models[0].metrics, self.models[-1].metrics, self._images()
         if not self.models[-1].classified:
             return self._own_metrics(images)
