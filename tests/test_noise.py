@@ -258,6 +258,7 @@ def evaluate_mse(net, batches):
         (("--weight-noise", "-0.1"), "--weight-noise: -0.1, expected 0 to 10"),
         (("--weight-noise", "nan"), "--weight-noise: nan, expected 0 to 10"),
         (("--weight-noise", 0.1, "--draws", 0), "--draws: 0, expected 1 to 1000"),
+        (("--draws", 3), "--draws: acts only with --weight-noise"),
         (("--weight-noise", 0.1, "--draws", 1001), "--draws: 1001, expected 1 to 1000"),
         (("--weight-noise", 0.1, "--statistics", "blend"), "only --statistics auto and population"),
         (("--weight-noise", 0.1, "--statistics", "population", "--robust"), "without --robust"),

@@ -114,6 +114,8 @@ class NoiseRecipe:
     def __post_init__(self) -> None:
         in_range(self, 0, 10, "weight_noise")
         in_range(self, 1, 1000, "draws")
+        words = "acts only with --weight-noise. Add it, or leave this out."
+        require(self.weight_noise > 0 or self.draws == 8, f"--draws: {words}", "draws")
 
     def copies(self, part: str, seed: int) -> range:
         """Seeds of the copies that a part of the data meets; no two parts share one."""

@@ -355,9 +355,11 @@ def _cut_inputs(
         split, fractions = choosing(split, images), (1.0, 1.0, 0.0)
     for name, wanted in zip(("fit", "select"), fractions, strict=False):
         if wanted and split.sizes()[name] < 2:
+            own = isinstance(chooser, str) and name == "select"
+            more = "other images than --data to --select" if own else "more data"
             raise DataError(
                 f"{images.spec}: {len(images)} images leave {split.sizes()[name]} for the {name} "
-                "split, expected at least 2. Give more data."
+                f"split, expected at least 2. Give {more}."
             )
     return inputs, split
 
