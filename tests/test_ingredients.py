@@ -415,3 +415,10 @@ def test_roles_of_a_network_without_a_graph_are_refused():
 
     with pytest.raises(ConfigError, match="--norm-decay: roles need the network's graph"):
         norm_roles(Branching())
+
+
+def test_the_plan_names_the_ingredients(cli, files, tmp_path):
+    words = ["finetune", files.net, "--data", files.data, *files.common, "--plan", "--json"]
+    words += ["--ghost-noise", 8, "--sharpness", 0.05, "-o", tmp_path / "out.safetensors"]
+    (stage,) = cli(*words).json["stages"]
+    assert stage.endswith("epochs, ghost noise, sharpness")

@@ -287,7 +287,10 @@ class _Resolver:
         weights = " with example weights" if recipe.example_weight == "learn" else ""
         verb = "distilling" if distils else "fine-tuning"
         fit = partial(Fits.tuned, recipe=recipe, gated=judged, distils=distils, alone=alone)
-        name = f"{verb} ({recipe.train}){' alone' * alone}{weights}: {epochs:g} epochs"
+        more = [n for n in ("ghost_noise", "consistency", "sharpness") if getattr(recipe, n)]
+        more += ["exclusive statistics"] * (recipe.batch_statistics == "exclusive")
+        named = f", {', '.join(more).replace('_', ' ')}" if more else ""
+        name = f"{verb} ({recipe.train}){' alone' * alone}{weights}: {epochs:g} epochs{named}"
         return Step(name, TUNING, fit, tuple(work), gate=gate, start=start)
 
     def _choice(self) -> tuple[Work, ...]:
