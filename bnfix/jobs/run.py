@@ -187,8 +187,9 @@ class Run:
                 starts["base"] = self.kept
             if not step.gate:
                 self.stated = self.kept
-        if self.trained is not None and self.plan.finetune and self.plan.finetune.refit:
-            did = self._train_again(*self.trained)
+        if self.plan.finetune and self.plan.finetune.refit:
+            none = "no training won, so none was done again."
+            did = self._train_again(*self.trained) if self.trained else none
             self.bench.assumptions.append(f"--refit: {did}")
         self.bench.track = track
 
