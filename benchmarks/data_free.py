@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bnfix.recalibrate.predicted import match_predicted_, predicted_gaps
+from bnfix.recalibrate.reference import match_predicted_, predicted_gaps
 from tests import nets, real
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -196,7 +196,7 @@ def one_of_several(out: Path, rounds: int) -> None:
             seconds.append(max(distributed.gather(time.perf_counter() - start)))
     if place.is_first:
         source = Source(net, mine)
-        collector = Collector(list(find_norms(net)), source.cost, by_batch=True)
+        collector = Collector(list(find_norms(net)), source, by_batch=True)
         one_pass(source, collector)
         sent = len(pickle.dumps(collector.sums.state(summed=True)))
         out.write_text(json.dumps({"seconds": float(np.median(seconds[1:])), "bytes": sent}))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from benchmarks.quality_cases import cases
 from bnfix import find_norms, recalibrate_
-from bnfix.recalibrate.noise import average_over_noise_, noisy_weights
 from bnfix.recalibrate.recalibrate import Calibration
+from bnfix.recalibrate.targets import average_over_noise_, noisy_weights
 from tests.real import DATA
 
 SIZES, COPIES, OTHERS = (0.05, 0.1, 0.2), 8, 4

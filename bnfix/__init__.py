@@ -29,7 +29,8 @@ from bnfix.metrics.metrics import Metrics
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
-from bnfix.recalibrate.recalibrate import recalibrate_, residuals
+from bnfix.recalibrate.passes import residuals
+from bnfix.recalibrate.recalibrate import recalibrate_
 from bnfix.report.result import Result
 from bnfix.training.finetune import finetune_
 from bnfix.training.parameters import decay_norms_, parameter_groups

@@ -22,7 +22,8 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import swap_norms_
 from bnfix.recalibrate import collector, lockstep, passes
 from bnfix.recalibrate.accumulator import precise_moments
-from bnfix.recalibrate.recalibrate import describe_missing, recalibrate_, residuals
+from bnfix.recalibrate.passes import residuals
+from bnfix.recalibrate.recalibrate import describe_missing, recalibrate_
 from tests import nets, reference
 
 FEEDS = ["batch", "sequential"]

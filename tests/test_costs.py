@@ -123,7 +123,7 @@ def test_an_interrupted_pass_is_counted_up_to_there():
 
     with pytest.raises(OSError, match="disk"):
         list(cost.reading(broken()))
-    with pytest.raises(OSError, match="disk"), cost.running(), cost.measuring():
+    with pytest.raises(OSError, match="disk"), cost.of("forward"), cost.of("statistics"):
         list(broken())
     assert cost.data >= 2 * NAP
     assert cost.statistics >= 2 * NAP

@@ -18,7 +18,7 @@ from bnfix.core.errors import CheckpointError, NumericError
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.deploy.fold import optimize_
 from bnfix.deploy.fuse import fused
-from bnfix.norm.gates import set_gates_
+from bnfix.norm.mixture import set_gates_
 from bnfix.training.parameters import decay_norms_, parameter_groups
 from bnfix.weights.label_free import fit_moments_
 from tests import nets, reference

@@ -16,8 +16,8 @@ from bnfix.core.errors import ConfigError, ModelError
 from bnfix.core.settings import StatisticsRecipe, WeightRecipe
 from bnfix.jobs.session import Plan
 from bnfix.norm.sites import find_norms
-from bnfix.recalibrate.noise import average_over_noise_, noisy_weights
 from bnfix.recalibrate.recalibrate import recalibrate_
+from bnfix.recalibrate.targets import average_over_noise_, noisy_weights
 from tests import nets
 from tests.conftest import images_of, inputs_of
 

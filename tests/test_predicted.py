@@ -9,7 +9,7 @@ from torch import nn
 
 import bnfix
 from bnfix.core.errors import ModelError
-from bnfix.recalibrate.predicted import match_predicted_, predicted_gaps, predicted_moments
+from bnfix.recalibrate.reference import match_predicted_, predicted_gaps, predicted_moments
 from tests import nets, real
 
 ACTS = [nn.ReLU(), nn.ReLU6(), nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.Tanh(), nn.Identity()]

@@ -14,7 +14,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnfix.core.errors import DataError
 from bnfix.diagnosis.model import Shifts, examine_behaviour, measure_shifts
 from bnfix.norm.swap import swap_norms_
-from bnfix.recalibrate.recalibrate import recalibrate_, residuals
+from bnfix.recalibrate.passes import residuals
+from bnfix.recalibrate.recalibrate import recalibrate_
 from tests import nets
 from tests.real import DATA, needs_data
 

@@ -13,7 +13,8 @@ from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images, open_several
 from bnfix.data.splits import cut
 from bnfix.norm.sites import find_norms
-from bnfix.recalibrate.recalibrate import recalibrate_, residuals
+from bnfix.recalibrate.passes import residuals
+from bnfix.recalibrate.recalibrate import recalibrate_
 from tests import nets
 from tests.conftest import images_of, inputs_of
 

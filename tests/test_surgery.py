@@ -17,7 +17,8 @@ from bnfix.core.settings import SwapRecipe
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, set_example_weight_
 from bnfix.norm.sites import find_norms, selected, sites_with_statistics, unmatched
 from bnfix.norm.swap import plan_swap, swap_norms_, swap_planned_, unfreeze_
-from bnfix.recalibrate.recalibrate import recalibrate_, residuals
+from bnfix.recalibrate.passes import residuals
+from bnfix.recalibrate.recalibrate import recalibrate_
 from bnfix.weights.choose import choose_example_weight_
 from tests import nets
 
@@ -479,7 +480,7 @@ def test_every_field_is_kept():
             added = {"gates": None} if name == "_parameters" else {}
             assert new[name] == (value | added if added else value), name
     assert set(new) - set(old) == {
-        "channel_groups", "ghost_size", "_live", "_shiftable", "_uses_batch",
+        "channel_groups", "ghost_size", "weighs", "_shiftable", "uses_batch",
     }  # fmt: skip
     assert list(stock_state(net)) == keys
     assert net[0].eps == 3e-3

@@ -41,8 +41,8 @@ from bnfix.models.published import (
     published_weights,
     renamed,
 )
-from bnfix.norm.gates import set_gates_
 from bnfix.norm.layer import set_example_weight_
+from bnfix.norm.mixture import set_gates_
 from bnfix.norm.sites import find_norms, is_frozen_kind
 from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
 

@@ -183,6 +183,17 @@ class Snapshot:
             module.__dict__.update(settings)
 
 
+@contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[Snapshot]:
+    """Take a snapshot, and go back to it if what is done inside fails."""
+    before = Snapshot(model)
+    try:
+        yield before
+    except BaseException:
+        before.restore_()
+        raise
+
+
 #: Fields that belong to the machinery of torch, the mode and the kind of hooks among them.
 _TORCH_FIELDS = frozenset(vars(nn.Module()))
 

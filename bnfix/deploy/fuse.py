@@ -35,7 +35,7 @@ from bnfix.norm.kernels import (
     silu_,
 )
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, generalized_norms
-from bnfix.norm.mixture import evaluate_masked
+from bnfix.norm.mixture import normalized
 
 #: Functions and methods of torch that change each value by itself, without further arguments.
 _FUNCTIONS: dict[Any, Activation] = {
@@ -94,11 +94,11 @@ class FusedNorm(nn.Module):
         """``activation(norm(input) + residual)``, input ``(N, C, *spatial)``."""
         if self.norm.training or (torch.is_grad_enabled() and input.requires_grad):
             raise ModelError("fused network: it is for inference. Train the original model.")
-        terms = self.norm._terms()
         valid = masks.current_mask() if masks.mask_is_set else None
         if valid is not None:
-            finish = Finish(residual, self._activation)
-            return evaluate_masked(input, terms, valid.fitted(input), finish)
+            output = normalized(self.norm, input, valid.fitted(input), by_batch=False)
+            return Finish(residual, self._activation).apply(output)
+        terms = self.norm._terms()
         if residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype):
             finish = Finish(residual, self._activation)
             return evaluate(input, terms, finish, overwrite=self.overwrite)

@@ -36,7 +36,7 @@ from bnfix.metrics.task import labels_of, raw_labels
 from bnfix.metrics.tasks import read_off
 from bnfix.norm.moments import gaps
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
-from bnfix.recalibrate.collector import Collector, Cost, eps_of, stored_moments
+from bnfix.recalibrate.collector import Collector, Source
 from bnfix.recalibrate.passes import met_in_a_pass, stored_drift
 
 #: Means off by half a deviation, variances by a factor of 2, on average over a layer's channels.
@@ -221,9 +221,9 @@ def _feed(
 class _Gaps(Collector):
     """Also compares every call's moments with the stored ones."""
 
-    def __init__(self, sites: Sequence[NormSite], cost: Cost, *, by_batch: bool) -> None:
-        super().__init__(sites, cost, by_batch=by_batch)
-        self._stored = {site.name: stored_moments(site) for site in sites}
+    def __init__(self, sites: Sequence[NormSite], source: Source, *, by_batch: bool) -> None:
+        super().__init__(sites, source, by_batch=by_batch)
+        self._stored = {site.name: site.moments for site in sites}
         self._gaps: dict[str, Tensor] = {}
         self._n: Counter[str] = Counter()
 
@@ -233,7 +233,7 @@ class _Gaps(Collector):
         """Measure a call, and add its gaps, which count as often as it has examples."""
         mean, var = super().measure(site, x, valid)
         if x.numel() > x.shape[1]:  # a single value has no deviation
-            found = len(x) * gaps(self._stored[site.name], (mean, var), eps_of(site))
+            found = len(x) * gaps(self._stored[site.name], (mean, var), site.eps)
             self._gaps[site.name] = found + self._gaps.get(site.name, 0)
             self._n[site.name] += len(x)
         return mean, var

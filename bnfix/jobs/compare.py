@@ -41,7 +41,7 @@ from bnfix.metrics import robustness
 from bnfix.metrics.beside import check_logits, custom_metrics, import_metric, uncertain
 from bnfix.metrics.evaluate import Outputs, collect, describe_left_out, measured
 from bnfix.metrics.task import ByRows
-from bnfix.recalibrate.blend import take_domain_
+from bnfix.recalibrate.targets import take_domain_
 from bnfix.report.records import (
     Evaluated,
     describe_neighbours,

@@ -25,10 +25,10 @@ from bnfix.metrics.robustness import in_stream
 from bnfix.metrics.task import ByRows, Reference, Task
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.swap import zero_pointwise_
-from bnfix.recalibrate.noise import average_over_noise_, noisy_weights
 from bnfix.recalibrate.recalibrate import Calibration, describe_missing, recalibrate_
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.refit import REFIT_SAMPLES, refit_
+from bnfix.recalibrate.targets import average_over_noise_, noisy_weights
 from bnfix.report.records import Evaluated, n_live, statistics_of
 from bnfix.training.finetune import Finetuning, finetune_
 from bnfix.weights.choose import choose_example_weight_, weighable_layers

@@ -35,7 +35,7 @@ from bnfix.metrics.compare import describe_easier
 from bnfix.metrics.evaluate import evaluate
 from bnfix.models.build import from_file_allowed
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
-from bnfix.recalibrate.predicted import predicted_gaps
+from bnfix.recalibrate.reference import predicted_gaps
 
 #: Examples that are run by default.
 SAMPLES = 512

@@ -32,8 +32,9 @@ from bnfix.metrics.compare import Decision, compare, describe_easier, judge
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import MOST_IMAGES, Moved, Recorded, moved, record
 from bnfix.metrics.task import ByRows
-from bnfix.recalibrate.noise import describe_noise
-from bnfix.recalibrate.recalibrate import Calibration, residuals
+from bnfix.recalibrate.passes import residuals
+from bnfix.recalibrate.recalibrate import Calibration
+from bnfix.recalibrate.targets import describe_noise
 from bnfix.report.records import (
     Evaluated,
     Trials,

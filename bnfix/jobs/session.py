@@ -44,7 +44,7 @@ from bnfix.jobs.inputs import (
 from bnfix.metrics.metrics import shortfall
 from bnfix.models.build import import_forward
 from bnfix.models.published import default_preprocessing
-from bnfix.recalibrate.blend import MEASURED_SPREAD
+from bnfix.recalibrate.targets import MEASURED_SPREAD
 from bnfix.report.report import Report
 from bnfix.report.result import Result
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from bnfix.norm.moments import Moments, pool
 from bnfix.norm.sites import find_norms, sites_with_statistics
 from bnfix.recalibrate.collector import Collector
 from bnfix.recalibrate.passes import met_in_a_pass
-from bnfix.recalibrate.predicted import match_predicted_
+from bnfix.recalibrate.reference import match_predicted_
 from bnfix.report.records import drifts_between, layer_rows, statistics_of
 from bnfix.report.report import Report
 from bnfix.report.result import Result
@@ -145,8 +144,7 @@ def measure_moments(
 ) -> dict[str, Moments]:
     """Count, mean and biased variance ``(C,)``, float64, of what every layer meets in one pass."""
     by_batch = feed == "batch"
-    kind: Any = partial(Collector, is_strict=by_batch)
-    met: Collector = met_in_a_pass(model, batches, kind, by_batch=by_batch)
+    met = met_in_a_pass(model, batches, Collector, by_batch=by_batch, is_strict=by_batch)
     found, sites = met.sums.measured, sites_with_statistics(model)
     return {site.name: found[site.name].values for site in sites if site.name in found}
 

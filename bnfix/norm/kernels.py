@@ -36,8 +36,8 @@ from torch.nn import functional as F
 
 from bnfix.core.torch_private import is_forward_differentiated, is_transformed
 from bnfix.norm import moments
-from bnfix.norm.moments import example_moments, over_channel_groups
-from bnfix.norm.terms import Terms
+from bnfix.norm.mixture import Terms, mixed_moments, plain, wide_type
+from bnfix.norm.moments import over_channel_groups
 
 _log = logging.getLogger("bnfix")
 
@@ -92,47 +92,7 @@ class Finish(NamedTuple):
 NOTHING = Finish()
 
 
-def values_of(input: Tensor) -> Tensor:
-    """An input as ``(N, C, L)`` for its statistics, halves as float32."""
-    values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
-    return values.to(_wide(input.dtype))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def affine(
-    centred: Tensor,
-    offset: Tensor,
-    var: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Scale and shift centred values."""
-    scale = torch.rsqrt(var + eps)
-    if gamma is not None:
-        scale = scale * gamma.to(scale.dtype)
-    shift = offset * scale
-    if beta is not None:
-        shift = shift + beta.to(shift.dtype)
-    return torch.addcmul(shift.unsqueeze(-1), centred, scale.unsqueeze(-1))
-
-
 # --- the mixture of the moments: by parts, in few operations, and for compilers ---
-
-
-def _mixed(mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Moments to normalize by ``(N, C)``: the example's, mixed into the others."""
-    mean, var = over_channel_groups(mean, var, terms.channel_groups)
-    terms = terms.among(mean, var)
-    if terms.mean is None or terms.var is None:
-        return mean, var
-    distance = mean - terms.mean
-    rest = 1 - a
-    var = torch.addcmul(var, distance, distance * rest)
-    return terms.mean + a * distance, rest * terms.var + a * var
 
 
 def _mixed_with_room(
@@ -142,10 +102,10 @@ def _mixed_with_room(
     a: Tensor | float,
     measured: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_mixed`, with eps in the variance; and by how much a channel keeps its digits."""
+    """As `mixed_moments`, with eps in the variance; and by how much a channel keeps its digits."""
     single = terms.channel_groups == mean.shape[1]
     if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
-        mu, mixed = _mixed(mean, var, terms, a)
+        mu, mixed = mixed_moments(mean, var, terms, a)
         mixed = mixed + terms.eps
         weight = terms.weight() if measured is None else measured
         least = weight.clamp_min(_LEAST) if isinstance(weight, Tensor) else max(weight, _LEAST)
@@ -185,19 +145,9 @@ def _batch_with_room(mean: Tensor, var: Tensor, terms: Terms) -> tuple[Tensor, T
     return centre.unsqueeze(0), mixed, room
 
 
-def plain(input: Tensor, terms: Terms) -> Tensor:
-    """Evaluate by the formula, centring each (example, channel) by its own mean."""
-    values = values_of(input)
-    mean, var, centred = example_moments(values)
-    cast = terms.cast(values.dtype)
-    mu, var = _mixed(mean, var, cast, cast.example_weight)
-    output = affine(centred, mean - mu, var, terms.gamma, terms.beta, terms.eps)
-    return output.view(input.shape).to(input.dtype)
-
-
 def _shifted(input: Tensor, terms: Terms) -> Tensor:
     """By moments about the population's mean, which one reading gives; for compilers to fuse."""
-    wide = _wide(input.dtype)
+    wide = wide_type(input.dtype)
     terms = terms.cast(wide)
     if terms.mean is None or terms.var is None:  # narrows the type; `_fits_shift` has seen to it
         return plain(input, terms)
@@ -371,7 +321,7 @@ def _proved(
 
 def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_rows: bool) -> Tensor:
     """By so many examples at once that the second reading finds them in the cache."""
-    wide = terms.cast(_wide(input.dtype))
+    wide = terms.cast(wide_type(input.dtype))
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input) and wide.batch_weight is None:
         _slab(input, output, wide, by_rows)

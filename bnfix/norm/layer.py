@@ -30,21 +30,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnfix.core import masks
-from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
+from bnfix.core import guards, masks
+from bnfix.core.errors import ConfigError, NormError, NumericError
+from bnfix.core.options import one_of
 from bnfix.core.torch_private import BatchNormBase
-from bnfix.norm import gates, kernels
-from bnfix.norm.mixture import Weight, evaluate_masked, train_masked, weight_errors
+from bnfix.norm import kernels
+from bnfix.norm.mixture import Terms, Weight, are_open, closed, normalized, weight_errors
 from bnfix.norm.moments import (
     differentiable_moments,
     differentiable_scale,
-    example_moments,
     keep_their_digits,
     mix,
     over_channel_groups,
     over_runs,
 )
-from bnfix.norm.terms import Terms
 
 
 class GeneralizedBatchNorm(BatchNormBase):
@@ -89,9 +88,10 @@ class GeneralizedBatchNorm(BatchNormBase):
     frozen: bool = False
     exclusive: bool = False  # in training the others of its ghost batch normalize an example
     batch_weight: Tensor | None  # None is 0: then a state dict has no such entry
-    gates: nn.Parameter | None  # (3, C), see `bnfix.norm.gates`; None for none
+    gates: nn.Parameter | None  # (3, C), see `bnfix.norm.mixture`; None for none
+    weighs: bool = False  # some channel's weight of the example or the batch is above 0
+    uses_batch: bool = False  # some batch weight is: an output depends on the examples beside it
     _shiftable: bool = False
-    _uses_batch: bool = False
     _median: bool = False
 
     def __init__(
@@ -150,12 +150,9 @@ class GeneralizedBatchNorm(BatchNormBase):
             None if w is None else torch.as_tensor(w, dtype=torch.float32, device=like.device)
             for w in (weight, batch)
         )
-        if estimator not in (None, "mean", "median"):
-            raise ConfigError(
-                f"batch_estimator: {estimator!r} is not known. Use mean or median.",
-                name="batch_estimator",
-            )
-        for error in self._weight_errors(a, b):
+        if estimator is not None:
+            one_of(estimator, ("mean", "median"), "batch_estimator")
+        for error in weight_errors(self, a, b):
             raise error
         if a is not None:
             self.example_weight = a.detach().clone()
@@ -165,39 +162,19 @@ class GeneralizedBatchNorm(BatchNormBase):
             self._median = estimator == "median"
         self._refresh_flags()
 
-    def _weight_errors(self, weight: Tensor | None, batch: Tensor | None) -> list[BnfixError]:
-        """All that speaks against weights, of which None stays as it is."""
-        given = {"example_weight": weight, "batch_weight": batch}
-        both = (
-            self.example_weight if weight is None else weight,
-            self.batch_weight if batch is None else batch,
-        )
-        tracks = self.running_mean is not None
-        return weight_errors(given, both, self.num_features, tracks=tracks)
-
     def _refresh_flags(self) -> None:
         a, b = self.example_weight, self.batch_weight
         known = a.device.type != "meta"
         if known and b is not None and not bool((b != 0).any()):
             b = self.batch_weight = None
-        self._uses_batch = known and b is not None
-        self._live = known and (self._uses_batch or bool((a != 0).any()))
+        self.uses_batch = known and b is not None
+        self.weighs = known and (self.uses_batch or bool((a != 0).any()))
         self._shiftable = known and bool((a if b is None else a + b).le(kernels.SHIFTABLE).all())
 
     @property
     def live(self) -> bool:
         """Whether evaluation looks at its input: a weight above 0, or an open gate."""
-        return self._live or gates.are_open(self)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether some channel's weight of the example or the batch is above 0."""
-        return self._live
-
-    @property
-    def uses_batch(self) -> bool:
-        """Whether an example's output depends on those beside it: some batch weight is above 0."""
-        return self._uses_batch
+        return self.weighs or are_open(self)
 
     @property
     def batch_estimator(self) -> str:
@@ -218,17 +195,14 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._check_input_dim(input)
         if input.numel() == 0:
             return super().forward(input)
-        by_batch = self.training or (self.running_mean is None and not self._live)
-        if self.gates is not None:
-            return gates.gated(self, input, by_batch=by_batch)
-        if (
-            masks.mask_is_set
-            and (by_batch or self._live)
-            and (valid := masks.current_mask()) is not None
-        ):
-            if by_batch:
-                return train_masked(self, input, valid.fitted(input))
-            return evaluate_masked(input, self._terms(), valid.fitted(input))
+        by_batch = self.training or (self.running_mean is None and not self.weighs)
+        gated = self.gates is not None
+        valid = None
+        if masks.mask_is_set and (gated or by_batch or self.weighs):
+            valid = masks.current_mask()
+        if gated or valid is not None:
+            fitted = None if valid is None else valid.fitted(input)
+            return normalized(self, input, fitted, by_batch=by_batch)
         if by_batch:
             whole = self.ghost_size is None or self.ghost_size >= input.shape[0]
             compiled_average = self.momentum is None and torch.compiler.is_compiling()
@@ -236,7 +210,7 @@ class GeneralizedBatchNorm(BatchNormBase):
             if whole and self.channel_groups == self.num_features and not compiled_average:
                 return super().forward(input)
             return self._by_runs(input)
-        if self._live:
+        if self.weighs:
             return kernels.evaluate(input, self._terms())
         if self.channel_groups == self.num_features:
             return super().forward(input)
@@ -259,16 +233,15 @@ class GeneralizedBatchNorm(BatchNormBase):
             eps=self.eps,
             channel_groups=self.channel_groups,
             shiftable=self._shiftable,
-            batch_weight=self.batch_weight if self._uses_batch else None,
+            batch_weight=self.batch_weight if self.uses_batch else None,
             median=self._median,
         )
 
     def _by_runs(self, input: Tensor) -> Tensor:
         """Normalize each (ghost batch, channel group) by itself; update the running moments."""
-        values = kernels.values_of(input)
-        n_runs, n_values = self._runs_of(input)
         one_type = all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias))
         if one_type and kernels.has_rows(input):
+            n_runs, n_values = self._runs_of(input)
             mean, var = differentiable_moments(input)
             run_mean, run_var = over_runs(
                 mean, var, n_runs, self.channel_groups, exclusive=self.exclusive
@@ -277,19 +250,23 @@ class GeneralizedBatchNorm(BatchNormBase):
             if keep_their_digits(mean, run_var):
                 self._update_running(mean, var, n_values)
                 return differentiable_scale(input, run_mean, run_var, self.weight, self.bias)
-        mean, var, centred = example_moments(values)
-        run_mean, run_var = over_runs(
-            mean, var, n_runs, self.channel_groups, exclusive=self.exclusive
-        )
-        self._update_running(mean, var, n_values)
-        output = kernels.affine(centred, mean - run_mean, run_var, self.weight, self.bias, self.eps)
-        return output.view(input.shape).to(input.dtype)
+        return normalized(self, input, None, by_batch=True)
 
-    def _runs_of(self, input: Tensor) -> tuple[int, int]:
+    def _runs_of(self, input: Tensor, valid: Tensor | None = None) -> tuple[int, int]:
         """How many ghost batches an input has, which must be large enough, and values a channel."""
         n = input.shape[0]
         n_values = input.numel() // input.shape[1]
         n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
+        if valid is not None:
+            least = min(int(run.sum()) for run in valid.tensor_split(n_runs))
+            if least * (self.num_features // self.channel_groups) < 2 or self.exclusive:
+                found = "exclusive statistics" if self.exclusive else f"{least} valid positions"
+                raise NumericError(
+                    "expected more than 1 valid value per ghost batch and channel group when "
+                    f"training with a mask, and no exclusive statistics; got {found}, input size "
+                    f"{tuple(input.shape)} with ghost_size {self.ghost_size}"
+                )
+            return n_runs, int(valid.sum())
         if self.exclusive and n // n_runs < 2:
             raise NumericError(
                 f"expected more than 1 example per ghost batch with exclusive statistics, got {n} "
@@ -330,18 +307,18 @@ class GeneralizedBatchNorm(BatchNormBase):
         own = {name: getattr(self, name) for name in ("example_weight", "batch_weight", "gates")}
         given = {name: state_dict.get(prefix + name) for name in own}
         found = {name: w if isinstance(w, Tensor) else None for name, w in given.items()}
-        errors = self._weight_errors(found["example_weight"], found["batch_weight"])
+        errors = weight_errors(self, found["example_weight"], found["batch_weight"])
         if found["gates"] is not None and self.gates is None:
-            self.gates = own["gates"] = gates.closed(self)
+            self.gates = own["gates"] = closed(self)
         rest[-1].extend(f"{prefix}{error}" for error in errors)
+        state_dict = dict(state_dict)  # the caller's stays as it was
         for name, weight in found.items():
             mine = own[name]
             if errors or given[name] is None:
                 # What is there loads into itself.
+                state_dict.pop(prefix + name, None)
                 if mine is not None:
                     state_dict[prefix + name] = mine
-                else:
-                    state_dict.pop(prefix + name, None)
             elif name == "gates" or weight is None:
                 continue  # torch checks the shape of a parameter
             elif mine is None or mine.shape != weight.shape:
@@ -351,12 +328,6 @@ class GeneralizedBatchNorm(BatchNormBase):
             nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, *rest)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
-        # The caller's dict stays as it was.
-        for name, value in given.items():
-            if value is None:
-                state_dict.pop(prefix + name, None)
-            else:
-                state_dict[prefix + name] = value
         self._refresh_flags()
 
     def extra_repr(self) -> str:
@@ -372,7 +343,7 @@ class GeneralizedBatchNorm(BatchNormBase):
                 continue
             low, high = weight.min().item(), weight.max().item()
             parts.append(f"{name}={f'{low:.4g}' if weight.ndim == 0 else f'{low:.3g}..{high:.3g}'}")
-        if self._uses_batch and self._median:
+        if self.uses_batch and self._median:
             parts.append("batch_estimator=median")
         if self.gates is not None:
             parts.append("gates=True")
@@ -463,13 +434,9 @@ def set_example_weight_(
     unknown = [name for name in wanted if name not in layers]
     if unknown:
         raise NormError(f"{unknown[0]}: not a GeneralizedBatchNorm of this model.", name=unknown[0])
-    before = {name: (layers[name]._buffers.copy(), layers[name]._median) for name in wanted}
-    try:
+    with guards.undone_on_error(nn.ModuleList(layers[name] for name in wanted)):
         for name in wanted:
-            layers[name]._assign(given[0].get(name), given[1].get(name), batch_estimator)
-    except (NormError, ConfigError) as error:
-        for done, (buffers, median) in before.items():
-            layers[done]._buffers.update(buffers)
-            layers[done]._median = median
-            layers[done]._refresh_flags()
-        raise type(error)(f"{name}: {error}", name=name) from error
+            try:
+                layers[name]._assign(given[0].get(name), given[1].get(name), batch_estimator)
+            except (NormError, ConfigError) as error:
+                raise type(error)(f"{name}: {error}", name=name) from error

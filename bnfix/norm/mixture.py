@@ -1,20 +1,33 @@
-"""The mixture of a layer's moments: which weights there can be, and its plain form for a mask.
+"""The layer's formulas in their plain form: the mixture of moments, with masks and gates.
 
 On padded batches moments are over valid positions, and all positions are normalized by them.
+
+Gates of Representative Batch Norm: an example's own mean centres it and scales its output. For
+example i, per channel, with m_i the mean of x over its positions and (c, s, b) the channel's gates,
+mean and var the moments of x', of the batch in training and as stored in evaluation:
+
+    x' = x + c m_i
+    z  = (x' - mean) / sqrt(var + eps)
+    y  = gamma g_i z + beta,  g_i = sigmoid(s t_i + b) / sigmoid(b),  t_i the mean of z
+
+Source: Gao et al., "Representative batch normalization with feature calibration", CVPR 2021.
+Differs: their gamma times sigmoid(b) is gamma here. So c = s = 0 changes nothing at any b, and the
+decay of gamma means the same with gates and without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bnfix.core.errors import BnfixError, ConfigError, NormError, NumericError
-from bnfix.norm import kernels
+from bnfix.core.errors import BnfixError, ConfigError, NormError
 from bnfix.norm.moments import (
+    example_moments,
     masked_moments,
     median_mix,
     mix,
@@ -22,22 +35,173 @@ from bnfix.norm.moments import (
     over_runs,
     shares,
 )
-from bnfix.norm.terms import Terms
 
 Weight = float | Sequence[float] | Tensor
 
 
-def weight_errors(
-    given: Mapping[str, Tensor | None],
-    both: tuple[Tensor, Tensor | None],
-    channels: int,
-    *,
-    tracks: bool,
-) -> list[BnfixError]:
-    """All that speaks against weights, by name, and against the two that a layer then has."""
-    found = [_error(name, w, channels, tracks) for name, w in given.items() if w is not None]
+class Terms(NamedTuple):
+    """The tensors and settings that the layer mixes the example's moments with, and applies."""
+
+    mean: Tensor | None  # the population's, (C,), pooled over channel groups; None with none kept
+    var: Tensor | None  # biased
+    example_weight: Tensor  # a, () or (C,)
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    channel_groups: int
+    shiftable: bool = False  # no weight is above `SHIFTABLE`
+    batch_weight: Tensor | None = None  # b, () or (C,); needs a population
+    median: bool = False  # the batch's moments are medians over its examples
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
+        return self.mean, self.var, self.example_weight, self.gamma, self.beta, self.batch_weight
+
+    def cast(self, dtype: torch.dtype) -> Terms:
+        """Convert every tensor."""
+        if all(t is None or t.dtype == dtype for t in self.tensors()):
+            return self
+        return self._with([None if t is None else t.to(dtype) for t in self.tensors()])
+
+    def channels(self, index: Tensor, of: int) -> Terms:
+        """Select channels, whole groups of them."""
+        kept = self._with([t if t is None or t.ndim == 0 else t[index] for t in self.tensors()])
+        return kept._replace(channel_groups=self.channel_groups * len(index) // of)
+
+    def weight(self) -> Tensor:
+        """How much of the moments is measured: the example's and the batch's weight."""
+        a, b = self.example_weight, self.batch_weight
+        return a if b is None else a + b
+
+    def alone(self) -> Terms:
+        """The same for a single example, which is its batch."""
+        return self._with([self.mean, self.var, self.weight(), self.gamma, self.beta, None])
+
+    def beside(self, mean: Tensor, var: Tensor) -> Terms:
+        """Mix the batch into the population, by the batch's moments ``(C,)``."""
+        if self.batch_weight is None or self.mean is None or self.var is None:
+            return self
+        # The least divisor lets the weight be 0 where the example's is 1.
+        share = (self.batch_weight / (1 - self.example_weight).clamp_min(1e-6)).clamp_max(1.0)
+        gap = mean - self.mean
+        mixed = torch.lerp(self.mean, mean, share)  # exact at both ends
+        spread = torch.addcmul(torch.lerp(self.var, var, share), gap * gap, share * (1 - share))
+        return self._with([mixed, spread, self.example_weight, self.gamma, self.beta, None])
+
+    def _with(self, tensors: list[Any]) -> Terms:
+        mean, var, weight, gamma, beta, batch = tensors
+        # Not by _replace, which torch 2.8 does not compile.
+        return Terms(
+            mean=mean,
+            var=var,
+            example_weight=weight,
+            gamma=gamma,
+            beta=beta,
+            eps=self.eps,
+            channel_groups=self.channel_groups,
+            shiftable=self.shiftable,
+            batch_weight=batch,
+            median=self.median,
+        )
+
+
+def values_of(input: Tensor) -> Tensor:
+    """An input as ``(N, C, L)`` for its statistics, halves as float32."""
+    values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
+    return values.to(wide_type(input.dtype))
+
+
+def wide_type(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute in."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def affine(
+    centred: Tensor,
+    offset: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Scale and shift centred values."""
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = scale * gamma.to(scale.dtype)
+    shift = offset * scale
+    if beta is not None:
+        shift = shift + beta.to(shift.dtype)
+    return torch.addcmul(shift.unsqueeze(-1), centred, scale.unsqueeze(-1))
+
+
+def mixed_moments(
+    mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Moments to normalize by ``(N, C)``, from those of the examples, which count by ``count``."""
+    mean, var = over_channel_groups(mean, var, terms.channel_groups)
+    if terms.batch_weight is not None:
+        share = None if count is None else shares(count).to(mean.dtype)
+        terms = terms.beside(*(median_mix(mean, var) if terms.median else mix(mean, var, share)))
+    if terms.mean is None or terms.var is None:
+        return mean, var
+    distance = mean - terms.mean
+    rest = 1 - a
+    var = torch.addcmul(var, distance, distance * rest)
+    return terms.mean + a * distance, rest * terms.var + a * var
+
+
+def plain(input: Tensor, terms: Terms) -> Tensor:
+    """Evaluate by the formula, centring each (example, channel) by its own mean."""
+    values = values_of(input)
+    mean, var, centred = example_moments(values)
+    cast = terms.cast(values.dtype)
+    mu, var = mixed_moments(mean, var, cast, cast.example_weight)
+    output = affine(centred, mean - mu, var, terms.gamma, terms.beta, terms.eps)
+    return output.view(input.shape).to(input.dtype)
+
+
+def normalized(layer: Any, input: Tensor, valid: Tensor | None, *, by_batch: bool) -> Tensor:
+    """Normalize as a layer does, by its ghost batches or its mixture, with its gates and a mask.
+
+    ``valid`` ``(N, L)``: which positions are.
+    """
+    values, count, own = values_of(input), None, layer.gates
+    if valid is None:
+        mean, var, around = example_moments(values)
+    else:
+        mean, var, count = masked_moments(values, valid)
+        around = values - mean.unsqueeze(-1)
+    if own is not None:
+        centring, scaling, bias = own.to(values.dtype)
+        mean = mean + centring * mean
+    if by_batch:
+        n_runs, n_values = layer._runs_of(input, valid)
+        share = None if count is None else shares(count).to(mean.dtype)
+        layer._update_running(mean, var, n_values, share)
+        groups = layer.channel_groups
+        mu, var = over_runs(mean, var, n_runs, groups, exclusive=layer.exclusive, count=count)
+    else:
+        terms = layer._terms()
+        if terms.batch_weight is not None and len(input) == 1:
+            terms = terms.alone()
+        terms = terms.cast(values.dtype)
+        mu, var = mixed_moments(mean, var, terms, terms.example_weight, count)
+    gamma = layer.weight
+    if own is not None:
+        z = (mean - mu) * torch.rsqrt(var + layer.eps)
+        # Of the logarithms, since sigmoid(b) may be 0 to rounding.
+        gate = (F.softplus(-bias) - F.softplus(-(scaling * z + bias))).exp()
+        gamma = gate if gamma is None else gate * gamma
+    output = affine(around, mean - mu, var, gamma, layer.bias, layer.eps)
+    return output.view(input.shape).to(input.dtype)
+
+
+def weight_errors(layer: Any, weight: Tensor | None, batch: Tensor | None) -> list[BnfixError]:
+    """All that speaks against a layer's new weights, of which None stays as it is."""
+    given = {"example_weight": weight, "batch_weight": batch}
+    found = [_error(layer, name, w) for name, w in given.items() if w is not None]
     errors = [error for error in found if error is not None]
-    a, b = both
+    a, b = (getattr(layer, name) if w is None else w for name, w in given.items())
     if errors or b is None or a.device.type == "meta" or b.device.type == "meta":
         return errors
     # Two weights, each rounded, may add up to a little more than 1.
@@ -48,21 +212,19 @@ def weight_errors(
     return errors
 
 
-def _error(name: str, value: Tensor, channels: int, tracks: bool) -> BnfixError | None:
+def _error(layer: Any, name: str, value: Tensor) -> BnfixError | None:
     """What speaks against one weight by itself."""
-    if value.shape not in ((), (channels,)):
-        return ConfigError(
-            f"{name}: shape {tuple(value.shape)}, expected one number or {channels} (one a "
-            "channel).",
-            name=name,
-        )
+    n = layer.num_features
+    if value.shape not in ((), (n,)):
+        words = f"expected one number or {n} (one a channel)."
+        return ConfigError(f"{name}: shape {tuple(value.shape)}, {words}", name=name)
     if value.device.type == "meta":
         return None
     if not bool(((value >= 0) & (value <= 1)).all()):
         return ConfigError(f"{name}: a value outside 0 to 1. Give weights from 0 to 1.", name=name)
     # The example's moments alone need no others; the batch's are used without a weight.
     alone = value == (0 if name == "batch_weight" else value.flatten()[0].round())
-    if tracks or bool(alone.all()):
+    if layer.running_mean is not None or bool(alone.all()):
         return None
     source, use = name.removesuffix("_weight"), "0" if name == "batch_weight" else "0 or 1"
     return NormError(
@@ -72,62 +234,35 @@ def _error(name: str, value: Tensor, channels: int, tracks: bool) -> BnfixError 
     )
 
 
-def evaluate_masked(
-    input: Tensor, terms: Terms, valid: Tensor, finish: kernels.Finish = kernels.NOTHING
-) -> Tensor:
-    """`kernels.evaluate`, with the moments of positions that are true in ``valid`` ``(N, L)``."""
-    values = kernels.values_of(input)
-    if terms.batch_weight is not None and len(input) == 1:
-        terms = terms.alone()
-    mean, var, count = masked_moments(values, valid)
-    mean, var = mixed(mean, var, terms.cast(values.dtype), count)
-    return finish.apply(_scaled(input, mean, var, terms))
+def closed(layer: Any, bias: float = 1.0) -> nn.Parameter:
+    """Gates ``(3, C)`` that change nothing: centring 0, scaling 0, a bias."""
+    like = layer.example_weight
+    rows = torch.tensor([[0.0], [0.0], [bias]], device=like.device)
+    return nn.Parameter(rows.repeat(1, layer.num_features))
 
 
-def mixed(
-    mean: Tensor, var: Tensor, terms: Terms, count: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Moments to normalize by ``(N, C)``, from those of the examples, which count by ``count``."""
-    mean, var = over_channel_groups(mean, var, terms.channel_groups)
-    if terms.batch_weight is not None:
-        share = None if count is None else shares(count).to(mean.dtype)
-        terms = terms.beside(*(median_mix(mean, var) if terms.median else mix(mean, var, share)))
-    if terms.mean is not None and terms.var is not None:
-        a, gap = terms.example_weight, mean - terms.mean
-        mean, var = terms.mean + a * gap, (1 - a) * terms.var + a * (var + (1 - a) * gap * gap)
-    return mean, var
-
-
-def train_masked(layer: Any, input: Tensor, valid: Tensor) -> Tensor:
-    """A layer in training: each (ghost batch, channel group) by its own valid positions."""
-    values, groups = kernels.values_of(input), layer.channel_groups
-    n_runs = masked_runs(layer, input, valid)
-    mean, var, count = masked_moments(values, valid)
-    layer._update_running(mean, var, int(count.sum()), shares(count).to(mean.dtype))
-    mean, var = over_runs(mean, var, n_runs, groups, count=count)
-    return _scaled(input, mean, var, layer._terms())
-
-
-def masked_runs(layer: Any, input: Tensor, valid: Tensor) -> int:
-    """The number of ghost batches, each of which must have enough valid positions."""
-    n_runs = 1 if layer.ghost_size is None else -(-len(input) // layer.ghost_size)
-    least = min(int(run.sum()) for run in valid.tensor_split(n_runs))
-    if least * (layer.num_features // layer.channel_groups) < 2 or layer.exclusive:
-        found = "exclusive statistics" if layer.exclusive else f"{least} valid positions"
-        raise NumericError(
-            "expected more than 1 valid value per ghost batch and channel group when training "
-            f"with a mask, and no exclusive statistics; got {found}, input size "
-            f"{tuple(input.shape)} with ghost_size {layer.ghost_size}"
+def set_gates_(layer: Any, rows: Sequence[Sequence[float]]) -> None:
+    """Give a layer that has gates other ones."""
+    given = torch.tensor(rows)
+    if given.shape != layer.gates.shape or not bool(given.isfinite().all()):
+        raise NormError(
+            f"gates: shape {tuple(given.shape)}, expected finite numbers of shape "
+            f"{tuple(layer.gates.shape)}."
         )
-    return n_runs
+    with torch.no_grad():
+        layer.gates.copy_(given)
 
 
-def _scaled(input: Tensor, mean: Tensor, var: Tensor, terms: Terms) -> Tensor:
-    """All positions, normalized by moments ``(N, C)``."""
-    values = kernels.values_of(input)
-    centred, none = values - mean.unsqueeze(-1), torch.zeros_like(mean)
-    output = kernels.affine(centred, none, var, terms.gamma, terms.beta, terms.eps)
-    return output.view(input.shape).to(input.dtype)
+def are_open(layer: Any) -> bool:
+    """Whether a layer has gates that look at the example."""
+    own = layer.gates
+    return own is not None and own.device.type != "meta" and bool((own[:2] != 0).any())
+
+
+def centred(layer: Any, mean: Tensor) -> Tensor:
+    """Means ``(N, C)`` of the examples as a layer's statistics meet them."""
+    own = getattr(layer, "gates", None)
+    return mean if own is None else mean + own[0].detach().to(mean) * mean
 
 
 @contextmanager
@@ -143,7 +278,7 @@ def trainable_weights(
             weight = layer.example_weight.new_zeros(()) if own is None else own.detach()
             value = weight.expand(layer.num_features) if granularity == "channel" else weight.mean()
             layer._buffers[source] = leaves[name] = value.clamp_min(start).requires_grad_()
-            layer._live, layer._uses_batch = True, layer.batch_weight is not None
+            layer.weighs, layer.uses_batch = True, layer.batch_weight is not None
             layer._shiftable = False  # a leaf may come near 1
         yield leaves
     finally:

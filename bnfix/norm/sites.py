@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bnfix.core.errors import some
 from bnfix.core.torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, require_eager
+from bnfix.norm.moments import over_channel_groups
 
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 #: On layers that the code that built the model has frozen; its modes are lost in loading.
@@ -62,6 +63,28 @@ class NormSite:
         # Another class that holds running_mean and running_var may mean something else by them.
         known = not self.problem or isinstance(self.module, BatchNormBase)
         return known and not self.unmeasured
+
+    @property
+    def eps(self) -> float:
+        """What the layer adds to the variance."""
+        return float(getattr(self.module, "eps", 1e-5))
+
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """The moments that the layer holds, as it uses them, in float64."""
+        buffers: Any = self.module._buffers
+        return self.over_groups(buffers["running_mean"].double(), buffers["running_var"].double())
+
+    def over_groups(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Pool moments over the layer's channel groups, and repeat them over their channels."""
+        if isinstance(self.module, GeneralizedBatchNorm):
+            return over_channel_groups(mean, var, self.module.channel_groups)
+        return mean, var
+
+    def as_stored(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments as the layer's buffers hold them."""
+        own: Any = self.module._buffers["running_mean"]
+        return mean.to(own), var.to(own)
 
     def set_moments_(self, mean: Tensor, var: Tensor, n_batches: int) -> None:
         """Write its running statistics; a counter of batches that is 0 gets their number."""

@@ -16,13 +16,13 @@ from bnfix.core.guards import exchange_, tensors_kept
 from bnfix.core.options import KINDS
 from bnfix.core.settings import SwapRecipe
 from bnfix.core.torch_private import BatchNormBase
-from bnfix.norm.gates import closed
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     GeneralizedBatchNormAct,
     generalized_norms,
     set_example_weight_,
 )
+from bnfix.norm.mixture import closed
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import (
     NormSite,
@@ -246,33 +246,29 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         groups = gcd(channels, 32) if kind_groups == "gcd32" else channels
     weight = kind_weight if recipe.example_weight is None else recipe.example_weight
     ghost = recipe.ghost_size or kind_ghost
-    problems = []
+    affine = all(getattr(site.module, p, None) is not None for p in ("weight", "bias"))
+    gated = recipe.to == "gated" or getattr(site.module, "gates", None) is not None
+    divided, keeps, none = groups < channels, site.has_statistics, "keeps no running statistics"
+    found = (
+        (
+            divided and not affine and keeps,
+            "without scale and shift it cannot keep its outputs when channels share statistics",
+        ),
+        (not keeps and 0 < weight < 1, f"{none} to mix the example's with"),
+        (
+            not keeps and weight == 0 and (ghost is not None or divided),
+            f"{none}, so groups or ghost batches would change its outputs in evaluation too",
+        ),
+        (gated and site.frozen, "is frozen (--unfreeze), so it cannot have gates"),
+        (gated and not (keeps or site.frozen), f"{none}, so it cannot have gates"),
+        (recipe.batch_weight and not keeps, f"{none} to mix the batch's with"),
+    )
+    problems = [f"{problem}; leave it with --skip" for applies, problem in found if applies]
     if channels % groups:
         problems.append(
             f"{channels} channels do not divide into {groups} groups; use a divisor of "
             f"{channels}, for example --channel-groups {gcd(channels, groups)}"
         )
-    affine = all(getattr(site.module, p, None) is not None for p in ("weight", "bias"))
-    if groups < channels and not affine and site.has_statistics:
-        problems.append(
-            "without scale and shift it cannot keep its outputs when channels share statistics; "
-            "leave it with --skip"
-        )
-    if not site.has_statistics and 0 < weight < 1:
-        problems.append(
-            "keeps no running statistics to mix the example's with; leave it with --skip"
-        )
-    elif not site.has_statistics and weight == 0 and (ghost is not None or groups < channels):
-        problems.append(
-            "keeps no running statistics, so groups or ghost batches would change its outputs in "
-            "evaluation too; leave it with --skip"
-        )
-    gated = recipe.to == "gated" or getattr(site.module, "gates", None) is not None
-    if gated and (site.frozen or not site.has_statistics):
-        why = "is frozen (--unfreeze)" if site.frozen else "keeps no running statistics"
-        problems.append(f"{why}, so it cannot have gates; leave it with --skip")
-    if recipe.batch_weight and not site.has_statistics:
-        problems.append("keeps no running statistics to mix the batch's with; leave it with --skip")
     change = Change(
         site.name,
         site.kind,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnfix.core import distributed
+from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError
+from bnfix.core.options import require
 from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, mix, pool, shares
 
 #: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
@@ -52,10 +53,6 @@ class Accumulator:
         self._positions = positions
         self._waiting.append((mean, var) if count is None else (mean, var, count))
         self._n_waiting += mean.shape[0]
-
-    def part(self, batch: int) -> Accumulator:
-        """The sums that a batch is added to."""
-        return self
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -197,18 +194,113 @@ def _mixed_up() -> DataError:
     )
 
 
+class Sources:
+    """The batches of several sources in turn, and which source the k-th batch of a pass is of.
+
+    Sources s with moments (mean_s, var_s), pooled over their own examples, and weights w_s, their
+    sum 1, mix by the law of total variance:
+
+        mean = sum_s w_s mean_s,  var = sum_s w_s (var_s + (mean_s - mean)^2)
+
+    So each of the n_s examples of s weighs w_s / n_s, however many there are. No batch holds
+    examples of two sources; at each layer all of them are measured in the same pass, and mixed
+    before those above it are normalized (sequential feed).
+    """
+
+    def __init__(self, batches: Any, weights: Sequence[float]) -> None:
+        parts = list(batches) if isinstance(batches, Sequence) else []
+        found = len(parts) or type(batches).__name__
+        require(
+            len(parts) == len(weights) >= 2,
+            f"mix: {len(weights)} weights, expected a list of as many sources of batches, at least "
+            f"2; found {found}.",
+            "mix",
+        )
+        right = all(0 < w < 1e6 for w in weights)
+        require(right, f"mix: {list(weights)}, expected numbers above 0.", "mix")
+        once = any(isinstance(part, Iterator) for part in parts)
+        require(not once, "mix: a stream is read once. Give lists or loaders.", "mix")
+        self._parts = parts
+        self.weights = tuple(w / sum(weights) for w in weights)
+        self.of: list[int] = []
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.of = []
+        # In turn, so that the first batches are of all sources.
+        left = dict(enumerate(iter(runtime.pass_of(part, 0)) for part in self._parts))
+        while left:
+            for source, batches in list(left.items()):
+                try:
+                    batch = next(batches)
+                except StopIteration:
+                    del left[source]
+                    continue
+                self.of.append(source)
+                yield batch
+
+
+class Mixed(Accumulator):
+    """Sums of one layer's inputs for each source apart, and their mixture by the weights."""
+
+    def __init__(self, parts: Iterable[Accumulator], weights: Sequence[float]) -> None:
+        self.parts, self._weights = list(parts), weights
+
+    def merged(self, others: Sequence[Accumulator]) -> Accumulator:
+        """These sums and those of others together, source by source."""
+        rows = zip(self.parts, *(other.parts for other in others), strict=True)  # type: ignore[attr-defined]
+        return Mixed([first.merged(rest) for first, *rest in rows], self._weights)
+
+    def state(self, *, summed: bool = False) -> dict[str, Any]:
+        """All that the sums hold."""
+        return {"parts": [part.state(summed=summed) for part in self.parts]}
+
+    @property
+    def n_examples(self) -> int:
+        """Examples of all sources, each counted once a call."""
+        return sum(part.n_examples for part in self.parts)
+
+    @property
+    def values(self) -> Moments:
+        """All values of a channel, those of a source by its weight."""
+        found = [part.values for part in self.parts]
+        mean, var = torch.stack([m.mean for m in found]), torch.stack([m.var for m in found])
+        mixed = mix(mean, var, mean.new_tensor(self._weights).unsqueeze(-1))
+        return Moments(torch.stack([m.count for m in found]).sum(), *mixed)
+
+    def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``(C,)`` of the mixture."""
+        empty = [s for s, part in enumerate(self.parts, 1) if not part.n_examples]
+        if empty:
+            raise DataError(
+                f"mix: source {empty[0]} of {len(self.parts)} gives no examples. Give it some, or "
+                "leave it and its weight out."
+            )
+        whole = self.values
+        return whole.mean, whole.var
+
+    def errors(self, about: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Standard errors of mean and variance ``(C,)``: those of the sources, by their weights."""
+        about = self.values.mean if about is None else about
+        found = [part.errors(about) for part in self.parts]
+        weights = found[0][0].new_tensor(self._weights).unsqueeze(-1)
+        rows = (torch.stack(kind) for kind in zip(*found, strict=True))
+        mean, var = ((weights * se).square().sum(0).sqrt() for se in rows)
+        return mean, var
+
+
 class Sums:
     """The sums of all layers, and how often and in which order batches have called them."""
 
     def __init__(
-        self, devices: Mapping[str, torch.device], *, sources: Any = None, screen: Any = None
+        self,
+        devices: Mapping[str, torch.device],
+        sources: Sources | None = None,
+        screen: Any = None,
     ) -> None:
-        self._devices, self._screen = devices, screen
-        #: Make a layer's sums, by its first mean or from a state.
-        self.make: Callable[[Tensor], Accumulator] = Accumulator
-        self.remade: Callable[[Mapping[str, Any], torch.device], Accumulator] = Accumulator.of_state
-        if sources is not None:
-            sources.attach_(self)
+        self._devices, self._sources, self._screen = devices, sources, screen
         self.measured: dict[str, Accumulator] = {}
         self.n_calls: dict[str, int] = {}  # by one batch, at most
         #: Layers from the first call to the last of one that is called again.
@@ -225,7 +317,21 @@ class Sums:
             moments = self._screen.rows(name, index, moments)
         mean, var, count = moments
         if len(mean):
-            self.measured[name].part(index).add(mean, var, positions, count)
+            sums: Any = self.measured[name]
+            sums = sums if self._sources is None else sums.parts[self._sources.of[index]]
+            sums.add(mean, var, positions, count)
+
+    def begun(self, shift: Tensor) -> Accumulator:
+        """A layer's sums, by its first mean."""
+        if self._sources is None:
+            return Accumulator(shift)
+        weights = self._sources.weights
+        return Mixed([Accumulator(shift) for _ in weights], weights)
+
+    def of_state(self, name: str, state: Mapping[str, Any]) -> Accumulator:
+        """A layer's sums that go on from a state."""
+        parts = [Accumulator.of_state(p, self._devices[name]) for p in state.get("parts", [state])]
+        return parts[0] if self._sources is None else Mixed(parts, self._sources.weights)
 
     def new_batch(self) -> None:
         """Calls from now on belong to another batch."""
@@ -275,8 +381,7 @@ class Sums:
             for name, names in state["before"].items():
                 self._before.setdefault(name, set()).update(names)
             for name, sums in state["measured"].items():
-                part = self.remade(sums, self._devices[name])
-                parts.setdefault(name, []).append(part)
+                parts.setdefault(name, []).append(self.of_state(name, sums))
         # One part stays as it is, with what still waits: so a run goes on bit for bit.
         self.measured = {
             name: first if not rest else first.merged(rest)
@@ -287,8 +392,7 @@ class Sums:
         """What all ranks together have measured so far; a collective call."""
         if not distributed.here().shared:
             return self.measured
-        together = Sums(self._devices)
-        together.remade = self.remade
+        together = Sums(self._devices, self._sources)
         together.set_states_(distributed.gather(self.state(summed=True)))
         return together.measured
 

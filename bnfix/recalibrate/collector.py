@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from bnfix.core import distributed, guards, masks, runtime
 from bnfix.core.errors import DataError, NormError, NumericError
 from bnfix.core.torch_private import eager
-from bnfix.norm.gates import centred
-from bnfix.norm.layer import GeneralizedBatchNorm
-from bnfix.norm.moments import masked_moments, mix, over_channel_groups, shares
+from bnfix.norm.mixture import centred
+from bnfix.norm.moments import masked_moments, mix, shares
 from bnfix.norm.sites import NormSite
-from bnfix.recalibrate.accumulator import Accumulator, Sums, precise_moments
+from bnfix.recalibrate.accumulator import Accumulator, Sources, Sums, precise_moments
 
 _T = TypeVar("_T")
 _Moments = dict[str, tuple[Tensor, Tensor]]
@@ -60,52 +59,43 @@ class Cost:
     forward: float = 0.0  # the network, its layers' normalizing included
     statistics: float = 0.0  # measuring what the norm layers meet, and adding it up
 
-    def reading(self, batches: Iterable[_T]) -> Iterator[_T]:
-        """Go through batches, and count the time that each is waited for."""
-        started, end = time.perf_counter(), object()
-        iterator = iter(batches)
-        while True:
-            try:
-                batch: Any = next(iterator, end)
-            finally:
-                self.data += time.perf_counter() - started
-            if batch is end:
-                return
-            yield batch
-            del batch  # not held while the next one is read
-            started = time.perf_counter()
-
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Count what is done inside as forward passes, less the statistics measured meanwhile."""
+    def of(self, part: str) -> Iterator[None]:
+        """Count what is done inside as one part, less the statistics measured meanwhile."""
         started, before = time.perf_counter(), self.statistics
         try:
             yield
         finally:
-            self.forward += time.perf_counter() - started - (self.statistics - before)
+            seconds = time.perf_counter() - started - (self.statistics - before)
+            setattr(self, part, getattr(self, part) + seconds)
 
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Count what is done inside as statistics."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.statistics += time.perf_counter() - started
+    def reading(self, batches: Iterable[_T]) -> Iterator[_T]:
+        """Go through batches, and count the time that each is waited for."""
+        end: Any = object()
+        with self.of("data"):
+            iterator = iter(batches)
+        while True:
+            with self.of("data"):
+                batch = next(iterator, end)
+            if batch is end:
+                return
+            yield batch
+            del batch  # not held while the next one is read
 
 
 class Target:
     """Which moments a layer gets by what it meets: those of all values, or of training batches."""
 
-    def __init__(self, batch_size: int | None = None) -> None:
+    screen: Any = None  # `Screen` of examples, of which not all count
+
+    def __init__(self, batch_size: int | None = None, sources: Sources | None = None) -> None:
         self.batch_size = batch_size  # of training; None for all values
+        self.sources = sources  # of examples that are weighed apart
         self.name = "population" if batch_size is None else f"train-batch {batch_size}"
         #: Channels, by layer, that a rule does not fit, so that they get other moments.
         self.unmatched: dict[str, int] = {}
         #: Of a mixture, by layer: the weight of what was measured, a mean over the channels.
         self.weights: dict[str, float] = {}
-        self.screen: Any = None  # `Screen` of examples, of which not all count
-        self.sources: Any = None  # `Sources` of examples that are weighed apart
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
         """Measure what the rule needs beside the model, by passes; return how many it took."""
@@ -140,15 +130,16 @@ class Collector:
     def __init__(
         self,
         sites: Sequence[NormSite],
-        cost: Cost,
+        source: Source,
         *,
-        by_batch: bool,
+        by_batch: bool = False,
         is_strict: bool = False,
-        sums: Callable[..., Sums] = Sums,
     ) -> None:
         self.sites = {id(site.module): site for site in sites}
         self.by_name = {site.name: site for site in sites}
-        self.sums = sums({site.name: device_of_site(site) for site in sites})
+        own: Any = {site.name: site.module._buffers["running_mean"] for site in sites}
+        devices = {name: mean.device for name, mean in own.items()}
+        self.sums = Sums(devices, source.target.sources, source.target.screen)
         self.by_batch = by_batch
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
         #: Layers to measure, all by default, and whether a pass ends at the first of them.
@@ -156,7 +147,7 @@ class Collector:
         self.stops = False
         #: Moments of the first batches, call by call.
         self.traces: dict[int, list[tuple[str, Tensor, Tensor]]] = {}
-        self._cost, self._is_strict = cost, is_strict
+        self._cost, self._is_strict = source.cost, is_strict
         self._batch_index = 0
         self._own: dict[int, tuple[Any, Any]] = {}
         #: Calls to be looked at later: a look makes the host wait for the device.
@@ -188,10 +179,11 @@ class Collector:
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
         if (self.wanted is None or site.name in self.wanted) and x.numel():
-            moments = self.measure(site, x, masks.current_mask())
+            with self._cost.of("statistics"):
+                moments = self.measure(site, x, masks.current_mask())
             if self.stops:
                 raise StopHereError
-            use = as_stored(site, *moments) if self.by_batch else use
+            use = site.as_stored(*moments) if self.by_batch else use
         if use is not None:
             self.lend(module, use)
 
@@ -216,12 +208,6 @@ class Collector:
         self, site: NormSite, x: Tensor, valid: masks.Valid | None = None
     ) -> tuple[Tensor, Tensor]:
         """Count a call and add its input to the layer's sums; return the input's own moments."""
-        with self._cost.measuring():
-            return self._measured(site, x, valid)
-
-    def _measured(
-        self, site: NormSite, x: Tensor, valid: masks.Valid | None
-    ) -> tuple[Tensor, Tensor]:
         sums, index = self.sums, self._batch_index
         sums.count(site.name)
         values = x.unsqueeze(-1) if x.dim() == 2 else x.flatten(2)
@@ -240,7 +226,7 @@ class Collector:
             mean, var, count = masked_moments(values.double(), valid.fitted(x, site.name))
             n_values = int(count.sum())
         # Pooled example by example: the spread of a group's means is not the mean of the spreads.
-        mean, var = over_groups(site, centred(site.module, mean), var)
+        mean, var = site.over_groups(centred(site.module, mean), var)
         mixed = mix(mean, var, None if count is None else shares(count), dim=0)
         sums.most_examples = max(sums.most_examples, len(values))
         if index < TRACED and not self.by_batch:
@@ -248,7 +234,7 @@ class Collector:
         self._unchecked.append((index, site.name, mean, var, mixed[1]))
         self._n_unchecked += 2 * mean.numel()
         if site.name not in sums.measured:
-            sums.measured[site.name] = sums.make(mixed[0])
+            sums.measured[site.name] = sums.begun(mixed[0])
         sums.add(site.name, index, (mean, var, count), values.shape[2])
         if n_values == 1 and self._single is None:
             self._single = site.name, index
@@ -278,37 +264,6 @@ class Collector:
             "use fp32.",
             name=name,
         )
-
-
-def over_groups(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped layers pool their moments, and repeat them over the group's channels."""
-    if isinstance(site.module, GeneralizedBatchNorm):
-        return over_channel_groups(mean, var, site.module.channel_groups)
-    return mean, var
-
-
-def eps_of(site: NormSite) -> float:
-    """The eps of a layer."""
-    return float(getattr(site.module, "eps", 1e-5))
-
-
-def stored_moments(site: NormSite) -> tuple[Tensor, Tensor]:
-    """The moments that a layer holds, as it uses them, in float64."""
-    mean: Any = site.module._buffers["running_mean"]
-    var: Any = site.module._buffers["running_var"]
-    return over_groups(site, mean.double(), var.double())
-
-
-def as_stored(site: NormSite, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments as the layer's buffers hold them."""
-    own: Any = site.module._buffers["running_mean"]
-    return mean.to(own), var.to(own)
-
-
-def device_of_site(site: NormSite) -> torch.device:
-    """Where a layer's statistics are."""
-    own: Any = site.module._buffers["running_mean"]
-    return torch.device("cpu") if own is None else own.device
 
 
 def up_to(batches: Iterable[Any], samples: int | None, most: int | None = None) -> Iterator[Any]:
@@ -388,7 +343,7 @@ def settle(
         used = {name: use[name] for name in names}
         found.passes += 1.0
         met = measure(names)
-        errors = [max(drift(used[s.name], met[s.name], eps_of(s))) for s in sites]
+        errors = [max(drift(used[s.name], met[s.name], s.eps)) for s in sites]
         n_settled = next((i for i, error in enumerate(errors) if not error < _SETTLED), len(errors))
         measured = {name: collector.sums.measured[name] for name in names}
         return _Round(max(errors), used, met, measured=measured, n_settled=n_settled)
@@ -398,9 +353,9 @@ def settle(
     step = last.met
     for _ in range(_ROUNDS + len(names)):
         if last.error < enough:
-            use.update(space.stored(last.met))
+            use.update({site.name: site.as_stored(*last.met[site.name]) for site in sites})
             return
-        use.update(space.stored(step))
+        use.update({site.name: site.as_stored(*step[site.name]) for site in sites})
         try:
             now = one_round()
         except NumericError:
@@ -428,13 +383,13 @@ class _Space:
     """Moments as one vector: means in units of a scale, logarithms of variances with eps."""
 
     def __init__(self, sites: Sequence[NormSite], use: _Moments) -> None:
-        self._sites = sites
-        variances = [use[site.name][1].double() for site in sites]
-        self._scales = [(v + eps_of(s)).sqrt() for v, s in zip(variances, sites, strict=True)]
+        self._sites, self._sizes = sites, [use[site.name][1].numel() for site in sites]
+        eps = torch.tensor([site.eps for site in sites], dtype=torch.float64)
+        self._eps = eps.repeat_interleave(torch.tensor(self._sizes))
+        self._scale = (self._all(use, 1) + self._eps).sqrt()
 
-    def stored(self, moments: _Moments) -> _Moments:
-        """As the layers' buffers hold them."""
-        return {site.name: as_stored(site, *moments[site.name]) for site in self._sites}
+    def _all(self, moments: _Moments, kind: int) -> Tensor:
+        return torch.cat([moments[site.name][kind].double().cpu() for site in self._sites])
 
     def mixed(self, history: Sequence[_Round], part: float) -> _Moments:
         """The combination of rounds with the least change, and a part of that change."""
@@ -449,24 +404,16 @@ class _Space:
         return self._moments(xs[-1] - steps @ weights + part * left, xs[-1], part)
 
     def _vector(self, moments: _Moments) -> Tensor:
-        parts: list[Tensor] = []
-        for site, scale in zip(self._sites, self._scales, strict=True):
-            mean, var = (moment.double() for moment in moments[site.name])
-            parts += [mean / scale, (var.clamp_min(0) + eps_of(site)).log()]
-        return torch.cat([part.cpu() for part in parts])
+        mean, var = self._all(moments, 0), self._all(moments, 1)
+        return torch.cat((mean / self._scale, (var.clamp_min(0) + self._eps).log()))
 
     def _moments(self, point: Tensor, before: Tensor, part: float) -> _Moments:
         """The moments of a vector; variances change by a bounded factor."""
-        most = _MOST_LOG * part
-        found: _Moments = {}
-        start = 0
-        for site, scale in zip(self._sites, self._scales, strict=True):
-            middle, end = start + scale.numel(), start + 2 * scale.numel()
-            log = before[middle:end] + (point - before)[middle:end].clamp(-most, most)
-            var = (log.exp() - eps_of(site)).clamp_min(0)
-            found[site.name] = point[start:middle].to(scale) * scale, var.to(scale)
-            start = end
-        return found
+        most, old = _MOST_LOG * part, before.chunk(2)[1]
+        mean, log = point.chunk(2)
+        var = ((old + (log - old).clamp(-most, most)).exp() - self._eps).clamp_min(0)
+        rows = (torch.split(moment, self._sizes) for moment in (mean * self._scale, var))
+        return {site.name: (m, v) for site, m, v in zip(self._sites, *rows, strict=True)}
 
 
 def drift(

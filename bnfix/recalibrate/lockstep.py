@@ -28,8 +28,6 @@ from bnfix.recalibrate.collector import (
     Collector,
     Source,
     StopHereError,
-    as_stored,
-    device_of_site,
     up_to,
 )
 
@@ -122,7 +120,7 @@ class Walk:
                 sums.measured[name] = self._everyones(name, [state for _, state, _ in found])
             site = collector.by_name[name]
             moments = self._source.target.moments(site, sums.measured[name])
-            collector.use[name] = as_stored(site, *moments)
+            collector.use[name] = site.as_stored(*moments)
             self.n_steps += 1
             distributed.together(self._go_on)
         n_examples = distributed.gather((self.n_examples, self.n_batches))
@@ -148,9 +146,8 @@ class Walk:
 
     def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
         """What all ranks have measured at a layer."""
-        device = device_of_site(self._collector.by_name[name])
-        remade = self._collector.sums.remade
-        first, *rest = (remade(part, device) for part in sums if part is not None)
+        whole = self._collector.sums
+        first, *rest = (whole.of_state(name, part) for part in sums if part is not None)
         return first.merged(rest)
 
     def _go_on(self) -> None:
@@ -170,13 +167,14 @@ class Walk:
         """Let one batch run until it waits again, or ends."""
         self._collector.new_batch(walker.index)
         self._running, walker.at = walker, None
-        with self._source.cost.running():
+        with self._source.cost.of("forward"):
             walker.go.release()
             self._back.acquire()
         self._running = None
         if walker.at is not None:
             # Here, not in the batch's thread: the many small sums want threads that are awake.
-            self._collector.measure(walker.at, walker.x, walker.valid)
+            with self._source.cost.of("statistics"):
+                self._collector.measure(walker.at, walker.x, walker.valid)
             walker.x = None
         if walker.is_over:
             error = walker.done.exception()

@@ -18,7 +18,7 @@ from bnfix.checkpoints.save import StateFolder
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import DataError, NormError, some
 from bnfix.norm.sites import NormSite, find_norms
-from bnfix.recalibrate.accumulator import Accumulator, Sums
+from bnfix.recalibrate.accumulator import Accumulator, Sources, Sums
 from bnfix.recalibrate.collector import (
     MOST_UNCOUNTED,
     UNCHECKED,
@@ -27,11 +27,9 @@ from bnfix.recalibrate.collector import (
     Seen,
     Source,
     StopHereError,
-    as_stored,
+    Target,
     drift,
-    eps_of,
     settle,
-    stored_moments,
     up_to,
 )
 from bnfix.recalibrate.lockstep import Walk, default_memory
@@ -161,7 +159,7 @@ def _own_part(
         if batch is None:
             return 0
         collector.new_batch(index)
-        with source.cost.running():
+        with source.cost.of("forward"):
             try:
                 runtime.run(model, batch, device, source.forward)
             except StopHereError:
@@ -221,7 +219,7 @@ class Enough:
             return False
         self._next_look = math.ceil(n_examples * (1 + _LOOK_AGAIN))
         errors = {
-            name: layer_error(sums, eps_of(collector.by_name[name]))
+            name: layer_error(sums, collector.by_name[name].eps)
             for name, sums in collector.sums.everyones().items()
         }
         late = [name for name, error in errors.items() if not error <= self._tolerance]
@@ -252,10 +250,8 @@ def collect(
         source = replace(source, batches=_kept(source.batches, source.samples))
     screen = source.target.screen
     if screen is not None:
-        screen.find_(source, sites, one_pass)
-    sums = partial(Sums, sources=source.target.sources, screen=screen)
-    strict = feed == "batch"
-    scout = Collector(sites, source.cost, by_batch=True, is_strict=strict, sums=sums)
+        screen.find_(source, sites)
+    scout = Collector(sites, source, by_batch=True, is_strict=feed == "batch")
     if feed == "batch":
         seen = _scout(source, scout, auto, keeper)
         _refuse_single_examples(source, scout, seen)
@@ -266,7 +262,7 @@ def collect(
         source = replace(source, samples=scouted.n_own)
     before = source.target.measure_(source, partial(one_pass, keeper=keeper))
     before += screen is not None
-    walking = Collector(sites, source.cost, by_batch=False, sums=sums)
+    walking = Collector(sites, source)
     walk = Walk(source, walking, memory_bytes)
     if walk.go():
         walked = Seen(walk.n_examples, walk.n_batches, 0)
@@ -280,7 +276,7 @@ def collect(
     seen = scouted or _scout(source, scout, None, keeper)
     # A walk given up has run as much of the network as the layers that it came to.
     passes = 1.0 + before + walk.n_steps / len(scout.sums.measured)
-    collector = Collector(sites, source.cost, by_batch=False, sums=sums)
+    collector = Collector(sites, source)
     found = Found(collector, scout.sums.n_calls, seen, passes, disturbed=disturbed)
     _sequential(source, scout, found, keeper)
     if disturbed:
@@ -318,9 +314,10 @@ def _kept(batches: Iterator[Any], samples: int | None) -> list[Any]:
 def _as_alone(source: Source, first: list[Any], walking: Collector) -> bool:
     """Whether the first batches meet in a plain pass, by themselves, the moments of the walk."""
     # A network that keeps activations on itself gets another batch's when batches walk together.
-    alone = Collector(list(walking.sites.values()), source.cost, by_batch=False)
+    source = replace(source, batches=first, samples=None, target=Target())
+    alone = Collector(list(walking.sites.values()), source)
     alone.use = walking.use
-    one_pass(replace(source, batches=first, samples=None), alone)
+    one_pass(source, alone)
     pairs = [
         pair
         for index in range(len(first))
@@ -328,7 +325,7 @@ def _as_alone(source: Source, first: list[Any], walking: Collector) -> bool:
     ]
     same = all(
         a is not None and b is not None and a[0] == b[0]
-        and _is_rounding(a[1:], b[1:], eps_of(walking.by_name[a[0]]))
+        and _is_rounding(a[1:], b[1:], walking.by_name[a[0]].eps)
         for a, b in pairs
     )  # fmt: skip
     return all(distributed.gather(same))
@@ -343,12 +340,11 @@ def _is_rounding(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> bool:
 def _left(source: Source, collector: Collector) -> float:
     """How far one more pass is from the moments found, at the layer where it is furthest."""
     sites = collector.by_name
-    sums = partial(Sums, sources=source.target.sources, screen=source.target.screen)
-    last = Collector(list(sites.values()), source.cost, by_batch=False, sums=sums)
+    last = Collector(list(sites.values()), source)
     last.use = collector.use
     one_pass(source, last)
     return max(
-        max(drift(last.use[name], source.target.moments(sites[name], sums), eps_of(sites[name])))
+        max(drift(last.use[name], source.target.moments(sites[name], sums), sites[name].eps))
         for name, sums in last.sums.measured.items()
         if name in last.use
     )
@@ -373,7 +369,7 @@ def _sequential(source: Source, scout: Collector, found: Found, keeper: Kept | N
     order, target, collector = scout.sums.order(), source.target, found.collector
     # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
     collector.use = use = {
-        name: as_stored(site, *target.moments(site, scout.sums.measured[name]))
+        name: site.as_stored(*target.moments(site, scout.sums.measured[name]))
         for name, site in scout.by_name.items()
         if name in scout.sums.measured
     }
@@ -404,7 +400,7 @@ def _sequential(source: Source, scout: Collector, found: Found, keeper: Kept | N
         else:
             collector.stops = True
             new = measure([name])
-            use[name] = as_stored(collector.by_name[name], *new[name])
+            use[name] = collector.by_name[name].as_stored(*new[name])
             found.passes += depth / len(order)
 
 
@@ -414,13 +410,14 @@ def met_in_a_pass(
     kind: type[_Kind],
     *,
     forward: runtime.Forward | None = None,
-    by_batch: bool = False,
+    **how: Any,
 ) -> _Kind:
     """Measure in one pass what all layers meet, in inference or by each batch's statistics."""
     # Frozen layers too: whether their constants fit the data is worth knowing.
     sites = [site for site in find_norms(model) if site.has_statistics and site.is_measurable]
-    source = Source(model, batches, forward)
-    collector = kind(sites, source.cost, by_batch=by_batch)
+    sources = batches if isinstance(batches, Sources) else None
+    source = Source(model, batches, forward, target=Target(sources=sources))
+    collector = kind(sites, source, **how)
     if one_pass(source, collector).n_examples == 0:
         raise DataError("residuals: no examples. Give at least one batch.")
     return collector
@@ -430,4 +427,32 @@ def stored_drift(met: Collector, name: str) -> tuple[float, float]:
     """How far a layer's stored moments are from those measured; see `drift`."""
     site = met.by_name[name]
     fresh = met.sums.measured[name].statistics(None)
-    return drift(stored_moments(site), fresh, eps_of(site))
+    return drift(site.moments, fresh, site.eps)
+
+
+def residuals(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: runtime.Forward | None = None,
+    mix: Sequence[float] = (),
+) -> dict[str, tuple[float, float]]:
+    """Compare stored statistics with those that one inference pass over the data meets.
+
+    Args:
+        model: as it will be used; only read.
+        batches: any iterable of batches.
+        forward: called as ``forward(model, batch)`` for unusual batches.
+        mix: weights of several sources, with a list of them as ``batches``.
+
+    Returns:
+        For each layer reached: mean over channels of |log((var_stored + eps)/(var_fresh + eps))|,
+        and of |mean_stored - mean_fresh| / sqrt(var_fresh + eps).
+
+    Raises:
+        DataError: if there are no examples.
+    """
+    batches = Sources(batches, mix) if mix else batches
+    met = met_in_a_pass(model, batches, Collector, forward=forward)
+    drifts = {name: stored_drift(met, name) for name in met.by_name if name in met.sums.measured}
+    return {name: (log_var_ratio, shift) for name, (shift, log_var_ratio) in drifts.items()}

@@ -8,9 +8,8 @@ evaluation. The model's own buffers are not touched until the end, when all are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,12 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
-from bnfix.core.errors import ConfigError, NormError, NumericError, some
+from bnfix.core.errors import NormError, NumericError, some
+from bnfix.core.options import require
 from bnfix.norm.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
-from bnfix.recalibrate.accumulator import Accumulator, Sums
-from bnfix.recalibrate.blend import Sources
-from bnfix.recalibrate.collector import (
-    Collector,
-    Cost,
-    Found,
-    Source,
-    as_stored,
-    drift,
-    eps_of,
-    stored_moments,
-)
-from bnfix.recalibrate.passes import Enough, Kept, collect, met_in_a_pass, stored_drift
+from bnfix.recalibrate.accumulator import Accumulator, Sources
+from bnfix.recalibrate.collector import Cost, Found, Source, drift
+from bnfix.recalibrate.passes import Enough, Kept, collect
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.targets import Wanted
 
@@ -172,7 +162,7 @@ def recalibrate_(
             on the same examples (`bnfix.recalibrate.reference`), which may be few, and others than
             those of training; ``interpolated``, the same with the mean of several networks' means
             and deviations; or ``blend``, between those stored and the population's, by the law of
-            total variance (`bnfix.recalibrate.blend`). Standard errors are those of population
+            total variance (`bnfix.recalibrate.targets`). Standard errors are those of population
             moments.
         train_batch_size: B of ``train-batch``.
         reference: the original, with the same norm layers; only read. Costs one pass more. Of
@@ -185,8 +175,9 @@ def recalibrate_(
             more. One pass more of the same batches, that keeps two numbers a channel and example.
         mix: of ``population`` and ``blend``, with a list of several sources as ``batches``: the
             weight of each in the statistics, whatever its number of examples, by the law of total
-            variance (`bnfix.recalibrate.blend`). By the sequential feed, unless stated otherwise;
-            under the batch feed layers above see each source normalized by itself.
+            variance (`bnfix.recalibrate.accumulator.Sources`). By the sequential feed, unless
+            stated otherwise; under the batch feed layers above see each source normalized by
+            itself.
         feed: what the layers above a layer see. ``batch``, the default: its output normalized by
             the batch's own moments, one pass. ``sequential``, the only one with a reference: its
             output in inference with its new moments, layer after layer, exact whatever the batches
@@ -255,8 +246,7 @@ def recalibrate_(
     _check_samples(samples, tolerance, batches)
     started = time.perf_counter()
     sites, frozen = _sites(model, layers, skip, include_frozen)
-    rule = wanted.rule(model, sites)
-    rule.sources = sources
+    rule = wanted.rule(model, sites, sources)
     auto = Enough(tolerance) if samples == "auto" else None
     keeper = None
     if state is not None:
@@ -270,12 +260,13 @@ def recalibrate_(
     source = Source(model, batches, forward, n_most, target=rule)
     with runtime.autocast(runtime.device_of(model), precision):
         found = collect(source, sites, feed, auto, memory_bytes, keeper)
-    records = _written(source, found)
+    records, n = _written(source, found), found.seen.n_examples
     names, reached = [site.name for site in sites], found.collector.sums.measured
+    seconds, n_resumed = time.perf_counter() - started, 0 if keeper is None else keeper.n_resumed
     return Calibration(
         target=rule.name,
         feed=feed,
-        n_examples=found.seen.n_examples,
+        n_examples=n,
         n_batches=found.seen.n_batches,
         passes=found.passes,
         how=found.how,
@@ -294,16 +285,15 @@ def recalibrate_(
             changed_by_forward=tuple(source.changed),
             n_left_out=None if rule.screen is None else rule.screen.n_left_out,
         ),
-        effort=_effort(source, found, keeper, time.perf_counter() - started),
+        effort=Effort(
+            seconds=seconds,
+            cost=source.cost,
+            n_processes=distributed.here().size,
+            n_resumed=n_resumed,
+            # An earlier run's time is not known.
+            examples_per_second=None if n_resumed else n * found.passes / max(seconds, 1e-9),
+        ),
     )
-
-
-def _effort(source: Source, found: Found, keeper: Kept | None, seconds: float) -> Effort:
-    n_resumed = 0 if keeper is None else keeper.n_resumed
-    # An earlier run's time is not known.
-    rate = found.seen.n_examples * found.passes / max(seconds, 1e-9) if not n_resumed else None
-    size = distributed.here().size
-    return Effort(seconds, source.cost, size, n_resumed=n_resumed, examples_per_second=rate)
 
 
 def _sites(
@@ -329,12 +319,12 @@ def _sites(
 def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
     """Write all layers' new moments, after checking that all fit; their records."""
     sites, measured = found.collector.by_name, found.collector.sums.measured
-    with source.cost.measuring():
+    with source.cost.of("statistics"):
         new = {
             name: found.nearest.get(name) or source.target.moments(sites[name], sums)
             for name, sums in measured.items()
         }
-    stored = {name: as_stored(sites[name], *moments) for name, moments in new.items()}
+    stored = {name: sites[name].as_stored(*moments) for name, moments in new.items()}
     for name, (mean, var) in stored.items():
         if not bool((mean + var).isfinite().all()):
             raise NumericError(
@@ -351,45 +341,13 @@ def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
     return records
 
 
-def residuals(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    forward: runtime.Forward | None = None,
-    mix: Sequence[float] = (),
-) -> dict[str, tuple[float, float]]:
-    """Compare stored statistics with those that one inference pass over the data meets.
-
-    Args:
-        model: as it will be used; only read.
-        batches: any iterable of batches.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        mix: weights of several sources, with a list of them as ``batches``.
-
-    Returns:
-        For each layer reached: mean over channels of |log((var_stored + eps)/(var_fresh + eps))|,
-        and of |mean_stored - mean_fresh| / sqrt(var_fresh + eps).
-
-    Raises:
-        DataError: if there are no examples.
-    """
-    sources = Sources(batches, mix) if mix else None
-    kind: Any = partial(Collector, sums=partial(Sums, sources=sources))
-    met: Collector = met_in_a_pass(model, sources or batches, kind, forward=forward)
-    drifts = {name: stored_drift(met, name) for name in met.by_name if name in met.sums.measured}
-    return {name: (log_var_ratio, shift) for name, (shift, log_var_ratio) in drifts.items()}
-
-
 def _check_samples(samples: int | str | None, tolerance: float, batches: runtime.Batches) -> None:
-    if not (samples >= 1 if isinstance(samples, int) else samples in (None, "auto")):
-        raise ConfigError(f"samples: {samples}, expected at least 1, or auto.", name="samples")
-    if not tolerance > 0:
-        raise ConfigError(f"tolerance: {tolerance}, expected above 0.", name="tolerance")
-    if samples == "auto" and isinstance(batches, Iterator):
-        raise ConfigError(
-            "samples auto: the batches are a stream, which may have no end. Give a number.",
-            name="samples",
-        )
+    some_number = samples >= 1 if isinstance(samples, int) else samples in (None, "auto")
+    require(some_number, f"samples: {samples}, expected at least 1, or auto.", "samples")
+    require(tolerance > 0, f"tolerance: {tolerance}, expected above 0.", "tolerance")
+    ends = samples != "auto" or not isinstance(batches, Iterator)
+    stream = "samples auto: the batches are a stream, which may have no end. Give a number."
+    require(ends, stream, "samples")
 
 
 def _record(
@@ -399,9 +357,9 @@ def _record(
     new: tuple[Tensor, Tensor],
     n_calls: int,
 ) -> LayerStatistics:
-    mean_shift, log_var_ratio = drift(stored_moments(site), new, eps_of(site))
+    mean_shift, log_var_ratio = drift(site.moments, new, site.eps)
     mean_se, var_se = accumulator.errors()
-    spread = new[1] + eps_of(site)
+    spread = new[1] + site.eps
     return LayerStatistics(
         name=site.name,
         kind=site.kind,

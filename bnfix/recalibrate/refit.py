@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -105,21 +105,16 @@ def refit_(
             "layer of both nets. Give the model from before the conversion, or name layers.",
             name=lacking[0] if lacking else None,
         )
-    if iter(batches) is batches:
-        batches = list(batches)
+    batches = list(batches) if isinstance(batches, Iterator) else batches
     scaled = {name: found[name] for name in wanted if found[name].weight is not None}
     fit = _Fit(model, original, forward, samples)
-    snapshot = guards.Snapshot(model)
     records = []
-    try:
+    with guards.undone_on_error(model) as snapshot:
         first = fit.distance(batches)
         for name, n_calls in fit.order(batches, scaled).items():
             joint = fit.moments(batches, name, found[name], before[name], n_calls)
             records.append(_set_best(name, found[name], joint))
         last = fit.distance(batches)
-    except BaseException:
-        snapshot.restore_()
-        raise
     # Each layer is nearest to its original by itself; the net as a whole need not be.
     kept = not last > first
     if not kept:

@@ -74,9 +74,10 @@ class WeightSearch:
     n_run: int = 0  # examples so far; with gradients three times
     seconds_an_example: float = 0.0
 
-    def snapshot(self) -> guards.Snapshot:
-        """The layers as they are now, to go back to."""
-        return guards.Snapshot(nn.ModuleList(self.layers.values()))
+    @property
+    def modules(self) -> nn.ModuleList:
+        """The layers as one module, to go back to as it is."""
+        return nn.ModuleList(self.layers.values())
 
     def set_(self, weights: Mapping[str, Any]) -> None:
         """Set the weight of some layers, a number or one a channel."""
@@ -147,6 +148,8 @@ class WeightSearch:
     def learned(self, granularity: str, recipe: WeightRecipe) -> dict[str, Tensor]:
         """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
         best_loss, best, squares = np.inf, dict[str, Tensor](), dict[str, Tensor]()
+        if not self.n_batches:
+            self._count()
         part, epochs = self.n_batches, recipe.epochs
         if granularity == "layer":  # one number a layer needs fewer examples than one a channel
             part, epochs = self._part(2), min(1, epochs)
@@ -344,16 +347,12 @@ def choose_example_weight_(
         precision=precision,
     )
     levels = Levels(search, measured, recipe, z, (name, metrics))
-    before = search.snapshot()
-    try:
+    with guards.undone_on_error(search.modules):
         for level in search.names if layers else ():
             levels.try_(level)
             if level == recipe.granularity:
                 break
         levels.thin_later()
-    except BaseException:
-        before.restore_()
-        raise
     seconds = time.perf_counter() - started
     n_given = search.n_examples + search.n_watched + levels.incumbent[1].n_examples
     pass_seconds = search.seconds_an_example * n_given
@@ -386,7 +385,7 @@ class Levels:
         self.decisions: dict[str, Decision] = {}
         self.chosen, self.curve = "keep", tuple[CurvePoint, ...]()
         self._squares: dict[str, dict[str, Tensor]] = {}  # gradients, by level and layer
-        self._admitted = search.snapshot()
+        self._admitted = guards.Snapshot(search.modules)
 
     def _judge(self, level: str, incumbent: tuple[str, Metrics]) -> tuple[Decision, Metrics]:
         found = self._measured()
@@ -406,7 +405,7 @@ class Levels:
         self.decisions[level] = decision
         if decision.admitted:
             self._below, self.incumbent = self.incumbent, (decision.candidate, metrics)
-            self.chosen, self._admitted = level, self._search.snapshot()
+            self.chosen, self._admitted = level, guards.Snapshot(self._search.modules)
         else:
             self.put_back_()
 

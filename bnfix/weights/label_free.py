@@ -32,13 +32,12 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError
-from bnfix.norm.gates import centred
 from bnfix.norm.layer import (
     GeneralizedBatchNorm,
     generalized_norms,
     set_example_weight_,
 )
-from bnfix.norm.mixture import trainable_weights
+from bnfix.norm.mixture import centred, trainable_weights
 from bnfix.norm.moments import example_moments, mix, over_channel_groups
 from bnfix.weights.choose import best_root, descent
 
@@ -130,7 +129,6 @@ def fit_predictions_(
 ) -> LabelFree:
     """Set example weights so that inference says what training mode said on average."""
     _check(train_batch_size, layers)
-    before = guards.Snapshot(nn.ModuleList(layers.values()))
     pairs = _targets(model, batches, train_batch_size, seed)
     n_examples = sum(len(target) for _, target in pairs)
     _require_some(n_examples if len(pairs) > 1 else 0, train_batch_size)
@@ -142,18 +140,16 @@ def fit_predictions_(
             parts = [_divergence(model, x, target) for x, target in on]
         return float(torch.cat(parts).double().mean())
 
-    try:
-        zero = loss(dict.fromkeys(layers, 0.0), held)
+    def loss_of_one(a: float) -> float:
+        return loss(dict.fromkeys(layers, a), learned)
 
-        def loss_of_one(a: float) -> float:
-            return loss(dict.fromkeys(layers, a), learned)
-
+    with guards.undone_on_error(nn.ModuleList(layers.values())):
+        best: dict[str, Any] = dict.fromkeys(layers, 0.0)
+        zero = least = loss(best, held)
         roots = {root: loss_of_one(root**2) for root in (0.0, 0.15, 0.3, 0.5, 0.7, 0.9)}
-        one = best_root(loss_of_one, roots, n_steps=6) ** 2
-        best: dict[str, Any] = dict.fromkeys(layers, one)
-        least = loss(best, held)
-        if least >= zero:
-            best, least = dict.fromkeys(layers, 0.0), zero
+        one = dict.fromkeys(layers, best_root(loss_of_one, roots, n_steps=6) ** 2)
+        if (now := loss(one, held)) < least:
+            best, least = one, now
         if granularity != "global":
             set_example_weight_(model, best)
             for weights in _descent(model, layers, learned):
@@ -161,9 +157,6 @@ def fit_predictions_(
                 if now < least:
                     best, least = weights, now
         set_example_weight_(model, best)
-    except BaseException:
-        before.restore_()
-        raise
     found = {name: float(weight) for name, weight in best.items()}
     return LabelFree(
         how="fit-predictions",

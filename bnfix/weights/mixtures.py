@@ -1,6 +1,6 @@
 """`choose_mixture_`: statistics between two pairs, by labelled examples, each before the gate.
 
-Old and new statistics are mixed as `bnfix.recalibrate.blend` does, with a weight w of the new:
+Old and new statistics are mixed as `bnfix.recalibrate.targets` does, with a weight w of the new:
 
     mean = (1 - w) mean_o + w mean_n
     var  = (1 - w) var_o + w var_n + w (1 - w) (mean_n - mean_o)^2
@@ -18,7 +18,7 @@ a gate judges them, in random order and sorted by class.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
@@ -37,7 +37,7 @@ from bnfix.metrics.metrics import Metrics
 from bnfix.norm.layer import GeneralizedBatchNorm, set_example_weight_
 from bnfix.norm.mixture import trainable_weights
 from bnfix.norm.moments import over_channel_groups
-from bnfix.recalibrate.blend import between
+from bnfix.recalibrate.targets import between
 from bnfix.weights.choose import Levels, WeightSearch
 
 _Moments = tuple[Tensor, Tensor]
@@ -83,10 +83,9 @@ class MixtureSearch(WeightSearch):
     @contextmanager
     def leaves(self, granularity: str, start: float) -> Iterator[dict[str, Tensor]]:
         """Let the weights, one a layer, take gradients; all is put back on leaving."""
-        layers = nn.ModuleList(self.layers.values())
         leaves: dict[str, Tensor] = {}
         # Compiled code would not see the hooks.
-        with guards.tensors_kept(layers), guards.hooks() as handles, eager():
+        with guards.tensors_kept(self.modules), guards.hooks() as handles, eager():
             for name, layer in self.layers.items():
                 old = self.pairs[name][0][0]
                 leaves[name] = old.new_tensor(self.weights[name]).requires_grad_()
@@ -140,30 +139,12 @@ def choose_mixture_(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> MixtureChoice:
-    """Choose how much of new statistics a model gets beside its old ones.
+    """Choose how much of new statistics a model gets beside its old ones, by labelled batches.
 
-    Args:
-        model: with norm layers that keep statistics, on the device to run on.
-        pairs: old and new moments, each mean and biased variance ``(C,)``, float64, by layer. A
-            layer where one of them is not finite keeps what it holds.
-        learn: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
-        monitor: labelled batches on which learning decides when to stop.
-        select: labelled batches for the gate.
-        incumbent: name and select metrics of what a mixture must beat; their task is its own.
-        recipe: the finest granularity allowed; ``channel`` is as ``layer`` here.
-        z: standard errors that the gate demands.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        precision: ``fp32``, ``bf16`` or ``fp16`` for evaluation; learning is in fp32.
-
-    Returns:
-        The decisions, and the weights now set.
-
-    Raises:
-        ModelError: if the model cannot be run on the batches.
-
-    Changes:
-        Running means and variances of the layers of ``pairs``, if a candidate won; else, and after
-        an exception, nothing.
+    ``pairs`` holds old and new moments by layer, each mean and biased variance ``(C,)``, float64. A
+    layer where one of them is not finite keeps what it holds. The finest granularity ``channel`` is
+    as ``layer`` here. ``incumbent`` is what a mixture must beat; its task is that of the choice.
+    Running means and variances change only if a candidate won.
     """
     recipe = recipe or WeightRecipe()
     task = incumbent[1].task
@@ -171,7 +152,7 @@ def choose_mixture_(
     modules = dict(model.named_modules())
     device = runtime.device_of(model)
     usable = {
-        name: (_on(device, old), _on(device, new))
+        name: ((old[0].to(device), old[1].to(device)), (new[0].to(device), new[1].to(device)))
         for name, (old, new) in pairs.items()
         if all(bool(moment.isfinite().all()) for moment in (*old, *new))
     }
@@ -188,8 +169,8 @@ def choose_mixture_(
     measured = partial(evaluate, model, select, task=task, forward=forward, precision=precision)
     by_layer = replace(recipe, granularity=finest, thin=0.0, lr=_RATE)
     levels = Levels(search, measured, by_layer, z, incumbent)
-    weights, notes, before = dict[str, float](), list[str](), search.snapshot()
-    try:
+    weights, notes = dict[str, float](), list[str]()
+    with guards.undone_on_error(search.modules):
         for level in search.names if search.pairs else ():
             try:
                 levels.try_(level)
@@ -203,9 +184,6 @@ def choose_mixture_(
                 weights = search.weights
             if level == finest:
                 break
-    except BaseException:
-        before.restore_()
-        raise
     if weights:
         low, high, mean = min(weights.values()), max(weights.values()), fmean(weights.values())
         words = f"from {low:.2f} to {high:.2f}, {mean:.2f} on average" * (high > low)
@@ -214,11 +192,6 @@ def choose_mixture_(
     return MixtureChoice(
         tuple(levels.decisions.values()), levels.chosen, weights, notes=tuple(notes)
     )
-
-
-def _on(device: torch.device, moments: _Moments) -> _Moments:
-    mean, var = moments
-    return mean.to(device), var.to(device)
 
 
 @dataclass
@@ -233,16 +206,9 @@ class BatchWeightSearch(WeightSearch):
         fitting = {name: weight.minimum(room[name]) for name, weight in weights.items()}
         set_example_weight_(self.model, batch_weight=fitting)
 
-    @contextmanager
-    def leaves(self, granularity: str, start: float) -> Iterator[dict[str, Tensor]]:
+    def leaves(self, granularity: str, start: float) -> AbstractContextManager[dict[str, Tensor]]:
         """Let the weights take gradients; all is put back on leaving."""
-        with trainable_weights(self.layers, granularity, start, "batch") as leaves:
-            yield leaves
-
-    def learned(self, granularity: str, recipe: WeightRecipe) -> dict[str, Tensor]:
-        """Weights by projected Adam; leaves the best epoch's set."""
-        self._count()
-        return super().learned(granularity, recipe)
+        return trainable_weights(self.layers, granularity, start, "batch")
 
 
 def learn_batch_weight_(
@@ -263,11 +229,7 @@ def learn_batch_weight_(
         forward=None,
         precision=precision,
     )
-    before = guards.Snapshot(nn.ModuleList(layers.values()))
-    try:
+    with guards.undone_on_error(search.modules):
         search.learned("channel", replace(recipe, start=0.0))
-    except BaseException:
-        before.restore_()
-        raise
     found = {name: layer.batch_weight for name, layer in layers.items()}
     return {name: weight for name, weight in found.items() if weight is not None}
