@@ -236,12 +236,7 @@ class Entrant:
     path: str
     loaded: Loaded  # its model on the device
     inputs: Inputs  # with labels that fit its outputs
-    fast: nn.Module | None = None  # goes through the data in place of the model
-
-    @property
-    def net(self) -> nn.Module:
-        """What goes through the data."""
-        return self.loaded.model if self.fast is None else self.fast
+    net: nn.Module  # goes through the data: the model, or a faster copy
 
 
 def enter(
@@ -262,7 +257,7 @@ def enter(
         said = [*loaded.checkpoint.notes, *inputs.notes, *describe_neighbours(loaded.model)]
         few = inputs.sample(N_COMPARED, loaded.model, run, 0)[1]
         notes += [f"{name}: {one}" for one in (*said, *take_domain_(loaded, recipe.domain, few))]
-        entrants.append(Entrant(name=name, path=str(path), loaded=loaded, inputs=inputs))
+        entrants.append(Entrant(name, str(path), loaded, inputs, net=loaded.model))
     first, *others = (one.inputs.task for one in entrants)
     for other in others:
         words = (
@@ -291,7 +286,7 @@ def hasten(
             notes.append(f"{one.name}: evaluated as it is, for all --fast: {error}")
         else:
             notes.append(f"{one.name}: {done.text}, on {len(few.index)} images.")
-            found[k] = dataclasses.replace(one, fast=net)
+            found[k] = dataclasses.replace(one, net=net)
     return found
 
 

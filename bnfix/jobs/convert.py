@@ -154,7 +154,7 @@ def _swapped(
     plan = swap_planned_(loaded.model, planned)
     notes: list[str] = []
     if example is not None and (swap.example_weight or swap.batch_weight or swap.to == "group"):
-        _, excluded = weighable_layers(loaded.model, [_batch_of(example)], beside_batch=True)
+        _, excluded = weighable_layers(loaded.model, [batch_of(example)], beside_batch=True)
         notes += zero_pointwise_(loaded.model, excluded)
     round_as_stored_(loaded.model)
     if before is None or example is None:
@@ -238,7 +238,7 @@ def _runs(model: nn.Module, shape: tuple[int, ...], failures: list[str]) -> torc
 def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
     """Norm layers whose maps have a single position."""
     norms = {site.name: site.module for site in find_norms(model)}
-    ((calls, _),) = first_look("model", model, norms, [_batch_of(example)])
+    ((calls, _),) = first_look("model", model, norms, [batch_of(example)])
     return {name for name, n_positions in calls if n_positions == 1}
 
 
@@ -247,7 +247,7 @@ def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
 
     def call() -> Any:
         if has_forward(model):
-            return run_model(model, _batch_of(example), example.device)
+            return run_model(model, batch_of(example), example.device)
         return model(example)
 
     found, _ = all_outputs(model, call)
@@ -256,7 +256,8 @@ def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor.double().flatten() for tensor in found])
 
 
-def _batch_of(example: torch.Tensor) -> Batch:
+def batch_of(example: torch.Tensor) -> Batch:
+    """Inputs without labels, as batches of data are."""
     return Batch(example, None, np.arange(len(example)))
 
 

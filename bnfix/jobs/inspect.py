@@ -16,7 +16,6 @@ from bnfix.core.errors import some
 from bnfix.core.options import require
 from bnfix.core.runtime import autocast, device_of
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
-from bnfix.data.batches import Batch
 from bnfix.data.splits import data_record
 from bnfix.diagnosis import faults
 from bnfix.diagnosis.damage import Comparison, compare_weights, diagnose_weights
@@ -28,7 +27,7 @@ from bnfix.diagnosis.model import (
     examine_model,
     read_predictions,
 )
-from bnfix.jobs.convert import example_input, known_shape
+from bnfix.jobs.convert import batch_of, example_input, known_shape
 from bnfix.jobs.inputs import Track, Tracked, open_inputs, resolve_preprocessing, silent
 from bnfix.jobs.session import load_one
 from bnfix.metrics.compare import describe_easier
@@ -237,8 +236,7 @@ def _call(loaded: Loaded, source: DataRecipe) -> _Seen:
     example = example_input(loaded.model, None, known_shape(loaded.model, preprocessing))
     if example is None:
         return _Seen(remarks=("the model could not run on a made-up input; give --data",))
-    batch = Batch(example, None, np.arange(len(example)))
-    return _Seen(findings=tuple(examine_call(loaded.model, batch)))
+    return _Seen(findings=tuple(examine_call(loaded.model, batch_of(example))))
 
 
 def _look(
