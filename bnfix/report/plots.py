@@ -18,6 +18,7 @@ from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Shifted
 from bnfix.metrics.task import Array
 from bnfix.report.pages import clean, percent
+from bnfix.report.records import ClassRow
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import CurvePoint
 
@@ -319,38 +320,36 @@ def reliability(models: Sequence[tuple[str, Metrics]]) -> Picture:
     )
 
 
-def per_class(
-    names: Sequence[str], n_examples: Array, first: Array, last: Array, change_se: Array
-) -> Picture:
+def per_class(rows: Sequence[ClassRow], change_se: Array) -> Picture:
     """Each class's top-1 in two models; only the largest changes where classes are many."""
-    change = last - first
-    order = np.arange(len(names))
-    if len(names) > _MOST_CLASSES:
+    change = np.array([row.change for row in rows])
+    order = np.arange(len(rows))
+    if len(rows) > _MOST_CLASSES:
         order = np.argsort(-np.abs(change), kind="stable")[:_SHOWN_CLASSES]
     order = order[np.argsort(-change[order], kind="stable")]
     clear = np.abs(change) > 2 * change_se
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
-        for row, c in enumerate(order):
-            gained = change[c] >= 0
+        for place, c in enumerate(order):
+            gained, first, last = change[c] >= 0, rows[c].top1[0], rows[c].top1[-1]
             color = LAST if gained else LOSS
-            axis.plot([first[c], last[c]], [row, row], color=color, linewidth=2, alpha=0.6)
-            axis.plot([first[c]], [row], "o", color=FIRST, markersize=4)
+            axis.plot([first, last], [place, place], color=color, linewidth=2, alpha=0.6)
+            axis.plot([first], [place], "o", color=FIRST, markersize=4)
             face = color if clear[c] else "none"
-            axis.plot([last[c]], [row], "><"[not gained], mec=color, mfc=face, markersize=6)
-        _rows(axis, [names[int(c)] for c in order], 22)
+            axis.plot([last], [place], "><"[not gained], mec=color, mfc=face, markersize=6)
+        _rows(axis, [rows[c].name for c in order], 22)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axis.set_xlabel("top-1 of the class")
 
-    some = "" if len(order) == len(names) else f"The {len(order)} largest of {len(names)}. "
+    some = "" if len(order) == len(rows) else f"The {len(order)} largest of {len(rows)}. "
     n_up, n_down = int((change > 0).sum()), int((change < 0).sum())
     return picture(
         "classes",
         "Per-class change",
         f"{some}Dots are the first model, arrows the last; filled arrows are changes beyond two "
         f"standard errors (about 1 class in 20 by chance). {n_up} classes gain, {n_down} lose; "
-        f"about {int(np.median(n_examples)):,} images per class.",
+        f"about {int(np.median([row.n_examples for row in rows])):,} images per class.",
         draw,
         0.9 + 0.23 * len(order),
     )

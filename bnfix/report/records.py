@@ -191,12 +191,12 @@ def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -
     first, last = models[0].metrics.examples, models[-1].metrics.examples
     if first is None or last is None or first.scores is None or last.scores is None:
         return None
-    if first.groups is not None:
-        d, ids = np.subtract(last.scores, first.scores, dtype=np.float64), first.groups
+    d, ids = np.subtract(last.scores, first.scores, dtype=np.float64), first.groups
+    if ids is not None:
         inside = [np.flatnonzero(first.labels == row.index) for row in rows]
         return np.array([mean_and_se(d[i], numbered(ids[i], len(i)))[1] for i in inside])
     # The variance of a difference of paired outcomes: only images that changed contribute.
-    changed = np.bincount(first.labels, first.scores != last.scores)[[row.index for row in rows]]
+    changed = np.bincount(first.labels, d != 0)[[row.index for row in rows]]
     n = np.array([row.n_examples for row in rows])
     change = np.array([row.change for row in rows])
     return np.asarray(np.sqrt(np.maximum(changed / n - change**2, 0) / n))

@@ -310,14 +310,11 @@ class Report(Findings):
         )
 
     def _class_picture(self) -> plots.Picture | None:
-        rows, none = self._classes, self.by_rows is not None
-        if none or not self.paired or self.paired[-1] is None or len(rows) < 2:
+        rows = self._classes
+        if self.by_rows is not None or self._last_pair is None or len(rows) < 2:
             return None
         errors = class_change_errors(self.models, rows)
-        n = np.array([row.n_examples for row in rows])
-        first, last = (np.array([row.top1[k] for row in rows]) for k in (0, -1))
-        names = [row.name for row in rows]
-        return None if errors is None else plots.per_class(names, n, first, last, errors)
+        return None if errors is None else plots.per_class(rows, errors)
 
     def _render(self, template: str, pictures: Sequence[plots.Picture]) -> str:
         headline = self.headline()
