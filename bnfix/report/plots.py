@@ -331,14 +331,14 @@ def per_class(rows: Sequence[ClassRow], change_se: Array) -> Picture:
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
-        for place, c in enumerate(order):
+        for place, c in enumerate(order.tolist()):
             gained, first, last = change[c] >= 0, rows[c].top1[0], rows[c].top1[-1]
             color = LAST if gained else LOSS
             axis.plot([first, last], [place, place], color=color, linewidth=2, alpha=0.6)
             axis.plot([first], [place], "o", color=FIRST, markersize=4)
             face = color if clear[c] else "none"
             axis.plot([last], [place], "><"[not gained], mec=color, mfc=face, markersize=6)
-        _rows(axis, [rows[c].name for c in order], 22)
+        _rows(axis, [rows[c].name for c in order.tolist()], 22)
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}%")
         axis.set_xlabel("top-1 of the class")
 
