@@ -19,13 +19,13 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from bnfix.core import guards, runtime
 from bnfix.core.errors import ModelError
 from bnfix.core.torch_private import ConvBase, ConvTransposeBase, tree_map
-from bnfix.models.graph import Source, hooked, sources_of
+from bnfix.models.graph import export_program, graph_or_reason, hooked
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import NormSite, find_norms, is_timm_act
@@ -35,8 +35,12 @@ CONVOLUTIONS = (
 )  # fmt: skip
 #: timm's convolution with TensorFlow's padding, recognized by its module, so timm stays optional.
 _TIMM_SAME = "Conv2dSame"
+#: Modules that return their input unchanged in evaluation mode.
+_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 #: Largest difference of a fold, relative to the largest output where that is above 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+#: The source of a norm layer that no call has, as `_source` gives it.
+_UNREACHED = "", "is not called on the way from input to output"
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,12 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
     # Where the user states how the model is called, only that knows what the inputs are.
     x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
     x = x.to(runtime.device_of(model)) if isinstance(x, Tensor) else None
-    sources, traced_by = sources_of(model, [site.module for site in sites], x)
+    sources, traced_by = _sources(model, [site.module for site in sites], x)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    tried = {site.name: _candidate(site, sources.get(site.name), model, owners) for site in sites}
+    tried = {
+        site.name: _candidate(site, sources.get(site.name, _UNREACHED), model, owners)
+        for site in sites
+    }
     candidates = [one for one in tried.values() if isinstance(one, _Candidate)]
     differences = _differences(model, candidates, example)
     accepted, left, folded = [], dict[str, str](), []
@@ -128,6 +135,114 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
             folded.append(Fold(name, one.name, type(one.layer).__name__, found))
     _apply_(model, accepted, example)
     return Folding(tuple(folded), left, traced_by=traced_by)
+
+
+def _sources(
+    model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None
+) -> tuple[dict[str, tuple[str, str]], str]:
+    """Of each norm layer its `_source`, by dotted name, and the tool that found them.
+
+    torch.fx traces for all inputs at once. If it fails (on a branch that depends on a size, for
+    example) and there is an example, torch.export follows the path of inputs of its size.
+    """
+    graph = graph_or_reason(model, norms)
+    if isinstance(graph, fx.Graph):
+        calls, tool = _traced_calls(graph, model), "torch.fx"
+    elif example is None:
+        raise ModelError(
+            f"folding: the model cannot be traced by torch.fx ({graph}), and torch.export takes no "
+            "inputs of this form. Leave its norm layers as they are."
+        )
+    else:
+        try:
+            calls, tool = _exported_calls(export_program(model, example), model), "torch.export"
+        except ModelError as error:
+            raise ModelError(
+                f"folding: the model can be traced neither by torch.fx ({graph}) nor by "
+                f"torch.export ({error})."
+            ) from error
+    known = set(norms)
+    names = {name for name, module in model.named_modules() if module in known}
+    sources = {n: _source(call, calls, model) for call, n in calls.layer.items() if n in names}
+    return sources, tool
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """The calls of a model's modules in a graph, each by a name of its own."""
+
+    nodes: dict[str, set[fx.Node]]  # one node in torch.fx, in an exported program several
+    layer: dict[str, str]  # first dotted name of the module that is called
+    tensors: set[fx.Node]  # that are parameters and buffers, not values
+    read: set[str]  # modules whose weights are also read outside of the call
+
+
+def _traced_calls(graph: fx.Graph, model: nn.Module) -> _Calls:
+    first = _first_names(model)
+    called = {n.name: n for n in graph.nodes if n.op == "call_module"}
+    return _Calls(
+        nodes={call: {node} for call, node in called.items()},
+        layer={call: first[str(node.target)] for call, node in called.items()},
+        tensors=set(),
+        read={str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"},
+    )
+
+
+def _exported_calls(program: torch.export.ExportedProgram, model: nn.Module) -> _Calls:
+    """The calls in an exported program, whose nodes name the module that they came from."""
+    first, signature = _first_names(model), program.graph_signature
+    stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+    found = _Calls({}, {}, {n for n in program.graph.nodes if n.name in stored}, set())
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op == "call_function" and stack:
+            # A second call of the same module has its number after an @ in its key.
+            key, (name, _) = list(stack.items())[-1]
+            call = f"{name}@{key.rpartition('@')[2]}" if "@" in key else str(name)
+            found.nodes.setdefault(call, set()).add(node)
+            found.layer[call] = first.get(str(name), str(name))
+    for call, nodes in found.nodes.items():
+        weights = found.tensors & {given for node in nodes for given in node.all_input_nodes}
+        if any(not set(weight.users) <= nodes for weight in weights):
+            found.read.add(found.layer[call])
+    return found
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Of each dotted name of a module, the first one that the same module has."""
+    first = {module: name for name, module in model.named_modules()}
+    return {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
+
+
+def _source(call: str, calls: _Calls, model: nn.Module) -> tuple[str, str]:
+    """The module whose output alone the norm layer in a call reads, or why there is none.
+
+    It is seen through modules that do nothing.
+    """
+    n_calls = Counter(calls.layer.values())
+    if (n := n_calls[calls.layer[call]]) > 1:
+        return "", f"is called {n} times a pass"
+    while True:
+        users = calls.nodes[call]
+        given = {node for user in users for node in user.all_input_nodes} - users - calls.tensors
+        if len(given) != 1:
+            return "", "has no single input"
+        (node,) = given
+        call = next((name for name, nodes in calls.nodes.items() if node in nodes), "")
+        name = calls.layer.get(call, "")
+        # A module with children computes more than its own formula.
+        if not call or any(True for _ in model.get_submodule(name).children()):
+            return "", f"follows {node.name}, not a convolution or linear layer"
+        module = model.get_submodule(name)
+        if not set(node.users) <= users:
+            return "", f"the output of {name} is used elsewhere too"
+        if isinstance(module, _SILENT) and not module.training:
+            continue
+        if (n := n_calls[name]) > 1:
+            return "", f"{name} is shared: it is called {n} times a pass"
+        if name in calls.read:
+            return "", f"the weights of {name} are used elsewhere too"
+        return name, ""
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
@@ -149,7 +264,7 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _candidate(
-    site: NormSite, source: Source | None, model: nn.Module, owners: Counter[int]
+    site: NormSite, source: tuple[str, str], model: nn.Module, owners: Counter[int]
 ) -> _Candidate | str:
     """A fold that may be tried, or why not."""
     norm = site.module
@@ -162,12 +277,9 @@ def _candidate(
         return site.problem or "keeps no population statistics"
     if hooked(norm):
         return "has hooks"
-    if source is None:
-        return "is not called on the way from input to output"
-    if source.layer is None:
-        return source.problem
-    layer = model.get_submodule(source.layer)
-    if problem := _layer_problem(layer, source.layer, owners):
+    name, problem = source
+    layer = model.get_submodule(name)
+    if problem := problem or _layer_problem(layer, name, owners):
         return problem
     mean, var = (cast(Tensor, getattr(norm, f"running_{m}")).double() for m in ("mean", "var"))
     if isinstance(norm, GeneralizedBatchNorm):
@@ -176,7 +288,7 @@ def _candidate(
         return "its statistics are not finite"
     n_outputs = getattr(layer, "out_channels", None) or layer.out_features
     if len(mean) != n_outputs:
-        return f"has {len(mean)} channels, {source.layer} gives {n_outputs}"
+        return f"has {len(mean)} channels, {name} gives {n_outputs}"
     new = _folded(layer, norm, mean, var)
     if not all(bool(p.isfinite().all()) for p in new.parameters(recurse=False)):
         return f"the folded weights do not fit into {_weight(layer).dtype}"
@@ -185,10 +297,11 @@ def _candidate(
         # The part of timm's BatchNormAct2d after normalization; its children keep their names.
         rest = {name: getattr(norm, name, None) or nn.Identity() for name in ("drop", "act")}
         after = nn.Sequential(OrderedDict(rest))
-    return _Candidate(norm=site, name=source.layer, layer=layer, new=new, after=after.eval())
+    return _Candidate(norm=site, name=name, layer=layer, new=new, after=after.eval())
 
 
-def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str | None:
+def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str:
+    """Why a layer cannot take a norm in; empty if it can."""
     kind = type(layer)
     is_same = kind.__name__ == _TIMM_SAME and kind.__module__.startswith("timm.")
     if kind not in (*CONVOLUTIONS, nn.Linear) and not is_same:
@@ -200,7 +313,7 @@ def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str | N
         return f"{name} has hooks or a forward of its own"
     if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
         return f"{name} shares its weights with another layer"
-    return None
+    return ""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Trace a model with torch.fx or torch.export, and find the layer before each norm layer."""
+"""Trace a model with torch.fx or torch.export."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import io
 import logging
 import operator
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,46 +23,6 @@ _TRACE_ERRORS = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NameError,
     ArithmeticError,
 )  # fmt: skip
-#: Modules that return their input unchanged in evaluation mode.
-_SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-
-
-@dataclass(frozen=True)
-class Source:
-    """The module whose output a norm layer alone reads, or the reason why there is none."""
-
-    layer: str | None
-    problem: str = ""
-
-
-def sources_of(
-    model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None
-) -> tuple[dict[str, Source], str]:
-    """The source of each norm layer by dotted name, and the tool that found it.
-
-    torch.fx traces for all inputs at once. If it fails (on a branch that depends on a size, for
-    example) and there is an example, torch.export follows the path of inputs of its size.
-    """
-    graph = _graph(model, norms)
-    if isinstance(graph, fx.Graph):
-        calls, tool = _traced_calls(graph, model), "torch.fx"
-    elif example is None:
-        raise ModelError(
-            f"folding: the model cannot be traced by torch.fx ({graph}), and torch.export takes no "
-            "inputs of this form. Leave its norm layers as they are."
-        )
-    else:
-        try:
-            calls, tool = _exported_calls(export_program(model, example), model), "torch.export"
-        except ModelError as error:
-            raise ModelError(
-                f"folding: the model can be traced neither by torch.fx ({graph}) nor by "
-                f"torch.export ({error})."
-            ) from error
-    known = set(norms)
-    names = {name for name, module in model.named_modules() if module in known}
-    sources = {n: _source(call, calls, model) for call, n in calls.layer.items() if n in names}
-    return sources, tool
 
 
 def graph_of(
@@ -74,7 +32,7 @@ def graph_of(
 
     Where that fails and there is an example, branches go as they go for it.
     """
-    graph = _graph(model, norms)
+    graph = graph_or_reason(model, norms)
     if isinstance(graph, str) and example is not None:
         with contextlib.suppress(*_TRACE_ERRORS), torch.no_grad():
             return _Followed(model, norms, example).trace(model, _defaults(model))
@@ -123,7 +81,7 @@ def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _graph(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
+def graph_or_reason(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | str:
     """The graph, or why there is none."""
     reasons = []
     for coarse in (False, True):
@@ -190,78 +148,3 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """Defaults of the further arguments; as symbols they would take the wrong branches."""
     parameters = list(inspect.signature(model.forward).parameters.values())
     return {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """The calls of a model's modules in a graph, each by a name of its own."""
-
-    nodes: dict[str, set[fx.Node]]  # one node in torch.fx, in an exported program several
-    layer: dict[str, str]  # first dotted name of the module that is called
-    tensors: set[fx.Node]  # that are parameters and buffers, not values
-    read: set[str]  # modules whose weights are also read outside of the call
-
-
-def _traced_calls(graph: fx.Graph, model: nn.Module) -> _Calls:
-    first = _first_names(model)
-    called = {n.name: n for n in graph.nodes if n.op == "call_module"}
-    return _Calls(
-        nodes={call: {node} for call, node in called.items()},
-        layer={call: first[str(node.target)] for call, node in called.items()},
-        tensors=set(),
-        read={str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"},
-    )
-
-
-def _exported_calls(program: torch.export.ExportedProgram, model: nn.Module) -> _Calls:
-    """The calls in an exported program, whose nodes name the module that they came from."""
-    first, signature = _first_names(model), program.graph_signature
-    stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
-    found = _Calls({}, {}, {n for n in program.graph.nodes if n.name in stored}, set())
-    for node in program.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if node.op == "call_function" and stack:
-            # A second call of the same module has its number after an @ in its key.
-            key, (name, _) = list(stack.items())[-1]
-            call = f"{name}@{key.rpartition('@')[2]}" if "@" in key else str(name)
-            found.nodes.setdefault(call, set()).add(node)
-            found.layer[call] = first.get(str(name), str(name))
-    for call, nodes in found.nodes.items():
-        weights = found.tensors & {given for node in nodes for given in node.all_input_nodes}
-        if any(not set(weight.users) <= nodes for weight in weights):
-            found.read.add(found.layer[call])
-    return found
-
-
-def _first_names(model: nn.Module) -> dict[str, str]:
-    """Of each dotted name of a module, the first one that the same module has."""
-    first = {module: name for name, module in model.named_modules()}
-    return {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
-
-
-def _source(call: str, calls: _Calls, model: nn.Module) -> Source:
-    """The source of the norm layer in a call, seen through modules that do nothing."""
-    n_calls = Counter(calls.layer.values())
-    if (n := n_calls[calls.layer[call]]) > 1:
-        return Source(None, f"is called {n} times a pass")
-    while True:
-        users = calls.nodes[call]
-        given = {node for user in users for node in user.all_input_nodes} - users - calls.tensors
-        if len(given) != 1:
-            return Source(None, "has no single input")
-        (node,) = given
-        call = next((name for name, nodes in calls.nodes.items() if node in nodes), "")
-        name = calls.layer.get(call, "")
-        # A module with children computes more than its own formula.
-        if not call or any(True for _ in model.get_submodule(name).children()):
-            return Source(None, f"follows {node.name}, not a convolution or linear layer")
-        module = model.get_submodule(name)
-        if not set(node.users) <= users:
-            return Source(None, f"the output of {name} is used elsewhere too")
-        if isinstance(module, _SILENT) and not module.training:
-            continue
-        if (n := n_calls[name]) > 1:
-            return Source(None, f"{name} is shared: it is called {n} times a pass")
-        if name in calls.read:
-            return Source(None, f"the weights of {name} are used elsewhere too")
-        return Source(name)
