@@ -52,7 +52,7 @@ EVALUATED = {
 }
 #: The commands that make a file, by the name of the row.
 METHODS = {
-    "fix": ("fix",),
+    "fix": ("fix", "--no-refit"),
     "mixed statistics, no labels": (
         "calibrate", "--statistics", "blend", "--labels", "none", "--example-weight", "keep",
     ),

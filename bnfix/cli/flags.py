@@ -103,6 +103,7 @@ _FLAGS = {
     "as_json": ("--json",),
     "logits_output": ("--output", "--logits-output"),
     "quiet": ("--quiet", "-q"),
+    "refit": ("--refit/--no-refit",),
     "show_plan": ("--plan",),
 }
 _METAVARS = {

@@ -49,7 +49,7 @@ from bnfix.report.report import Report
 from bnfix.report.result import Result
 
 #: What `fix` tries where there are labels.
-TRIED = settings.FinetuneRecipe(train="norms+head", example_weight="learn")
+TRIED = settings.FinetuneRecipe(train="norms+head", example_weight="learn", refit=True)
 
 
 @dataclass(frozen=True)
