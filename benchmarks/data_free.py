@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch

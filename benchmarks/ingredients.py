@@ -1,6 +1,7 @@
 """Each ingredient of `finetune`, alone and together, against the same training without it.
 
     python benchmarks/ingredients.py --data FOLDER [--nets resnet20] [--batches 128] [--seeds 5]
+        [--images 1250]    # of those to work with, drawn by the seed; all of them by default
     python benchmarks/ingredients.py --only-table     # from the rows that are there
 
 Two ways to train: ``norms`` (gamma, beta and head, statistics frozen) and ``all`` (everything,
@@ -46,6 +47,7 @@ GHOSTS: dict[str, Any] = {"ghost_size": 16}
 OTHERS: dict[str, Any] = {"batch_statistics": "exclusive"}
 CONSISTENT: dict[str, Any] = {"consistency": (0.1, 0.01)}
 SHARP: dict[str, Any] = {"sharpness": 0.1}
+GATES: dict[str, Any] = {"to": "gated"}
 #: What is trained, and what each ingredient adds to it.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
     "norms": (
@@ -57,6 +59,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "consistency": CONSISTENT,
             "sharpness": SHARP,
             "decay by role": DECAY,
+            "gates": GATES,
             "all of these": {**WEIGHTS, **NOISE, **CONSISTENT, **SHARP, **DECAY},
         },
     ),
@@ -70,19 +73,28 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
             "consistency": CONSISTENT,
             "sharpness": SHARP,
             "decay by role": DECAY,
+            "gates": GATES,
             "all of these": {**OTHERS, **GHOSTS, **CONSISTENT, **SHARP, **DECAY},
         },
     ),
 }
+#: Network, way, batch, images to work with (0: all), ingredient.
+Setting = tuple[str, str, int, int, str]
+NAMES = ("net", "way", "batch", "images", "ingredient", "seed")
 #: Metrics of a row, each with its unit's factor and decimals.
 MEASURED = {"top1": (100, 2), "nll": (1, 4), "nll_temperature_scaled": (1, 4)}
 
 
-def trained(case: Case, way: str, ingredient: str, batch: int, seed: int) -> dict[str, Any]:
+def trained(case: Case, key: Setting, seed: int) -> dict[str, Any]:
     """One run, and its metrics on the test images."""
-    common, added = WAYS[way][0], WAYS[way][1][ingredient]
+    _, way, batch, n_images, ingredient = key
+    common, added = WAYS[way][0], dict(WAYS[way][1][ingredient])
     images, labels, test_images, test_labels = case.images(seed)
-    net = Run(case, images, labels, seed).swapped()
+    if n_images:
+        drawn = np.random.default_rng((seed, 1)).permutation(len(labels))[:n_images]
+        images, labels = images[drawn], labels[drawn]
+    net = Run(case, images, labels, seed).net
+    bnfix.swap_norms_(net, to=added.pop("to", "example-aware"))
     watched, learned = np.split(
         np.random.default_rng(seed).permutation(len(labels)), [len(labels) // 5]
     )
@@ -117,19 +129,20 @@ def trained(case: Case, way: str, ingredient: str, batch: int, seed: int) -> dic
 
 def differences(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
     """Of every setting: metrics and their differences from the plain runs of the same seeds."""
-    settings = dict.fromkeys((r["net"], r["way"], r["batch"], r["ingredient"]) for r in rows)
-    by_key = {(r["net"], r["way"], r["batch"], r["ingredient"], r["seed"]): r for r in rows}
+    settings = dict.fromkeys(tuple(r[name] for name in NAMES[:-1]) for r in rows)
+    by_key = {tuple(r[name] for name in NAMES): r for r in rows}
     for setting in settings:
         own = {r["seed"]: r for r in rows if by_key.get((*setting, r["seed"])) is r}
-        pairs = [(one, by_key.get((*setting[:3], PLAIN, seed))) for seed, one in own.items()]
+        pairs = [(one, by_key.get((*setting[:4], PLAIN, seed))) for seed, one in own.items()]
         pairs = [pair for pair in pairs if pair[1] is not None]
         if not pairs:
             continue
-        cells = [f"{setting[0]}, {setting[2]}", setting[1], setting[3], str(len(pairs))]
+        what = f"{setting[0]}, {setting[3] or 'all'}, {setting[2]}"
+        cells = [what, setting[1], setting[4], str(len(pairs))]
         for name, (factor, digits) in MEASURED.items():
             new, old = (factor * np.array([p[k][name] for p in pairs]) for k in (0, 1))
             cells.append(f"{new.mean():.{digits}f}")
-            if setting[3] != PLAIN:
+            if setting[4] != PLAIN:
                 cells[-1] += f" ({_interval(new - old, digits)})"
         yield cells
 
@@ -140,7 +153,7 @@ def _interval(d: np.ndarray, digits: int) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| network, batch | trained | ingredient | seeds | top-1 | NLL | NLL scaled |"
+    yield "| network, images, batch | trained | ingredient | seeds | top-1 | NLL | NLL scaled |"
     yield "|---|---|---|--:|--:|--:|--:|"
     for cells in differences(rows):
         yield f"| {' | '.join(cells)} |"
@@ -153,17 +166,18 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[128])
     parser.add_argument("--ways", nargs="+", default=list(WAYS))
     parser.add_argument("--ingredients", nargs="+", help="beginnings of names")
+    parser.add_argument("--images", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only-table", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     rows = [json.loads(line) for line in RESULTS.open()] if RESULTS.exists() else []
-    names = ("net", "way", "batch", "ingredient", "seed")
-    done = {tuple(row[name] for name in names) for row in rows}
+    rows = [{"images": 0, **row} for row in rows]
+    done = {tuple(row[name] for name in NAMES) for row in rows}
     starts = tuple(asked.ingredients or ("",))
     wanted = [
-        (net, way, batch, ingredient, seed)
+        (net, way, batch, asked.images, ingredient, seed)
         for seed in range(asked.seeds)
         for net in asked.nets
         for batch in asked.batches
@@ -175,9 +189,8 @@ def main() -> None:
     for key in [] if asked.only_table else wanted:
         if key in done:
             continue
-        net, way, batch, ingredient, seed = key
-        case = known.setdefault(net, known.get(net) or cases(asked.data)[net]())
-        row = {**dict(zip(names, key, strict=True)), **trained(case, way, ingredient, batch, seed)}
+        case = known.setdefault(key[0], known.get(key[0]) or cases(asked.data)[key[0]]())
+        row = {**dict(zip(NAMES, key, strict=True)), **trained(case, key[:-1], key[-1])}
         rows.append(row)
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")

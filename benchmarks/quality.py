@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# The folder of this file holds names of the standard library (statistics).
+# The root, where `benchmarks` and `tests` lie.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch

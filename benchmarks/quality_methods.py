@@ -146,7 +146,9 @@ def one_weight(run: Run) -> nn.Module:
     return net
 
 
-def auto(granularity: str) -> Callable[[Run], nn.Module]:
+def auto(
+    granularity: str, command: str = "calibrate", temperature: str = "keep"
+) -> Callable[[Run], nn.Module]:
     def method(run: Run) -> nn.Module:
         case, (height, width) = run.case, run.images.shape[1:3]
         with tempfile.TemporaryDirectory() as name:
@@ -161,11 +163,11 @@ def auto(granularity: str) -> Callable[[Run], nn.Module]:
                 source=source,
                 weight=WeightRecipe(granularity=granularity),
                 # Nothing is held back for a claim: the claim is made here, on other images.
-                gate=GateRecipe(fit=0.75, select=0.25, seed=run.seed),
+                gate=GateRecipe(fit=0.75, select=0.25, seed=run.seed, temperature=temperature),
                 run=RunOptions(device="cpu", workers=0),
             )
             data, net = str(folder / "data.npz"), folder / "net.safetensors"
-            result = bnfix.calibrate(net, data=data, model=case.spec, plan=plan)
+            result = getattr(bnfix, command)(net, data=data, model=case.spec, plan=plan)
         return result.model
 
     return method
@@ -202,6 +204,9 @@ METHODS: dict[str, tuple[Callable[[Run], nn.Module], bool]] = {
     "one weight": (one_weight, True),
     "bnfix auto per layer": (auto("layer"), True),
     AUTO: (auto("channel"), True),
+    "temperature and auto": (auto("channel", temperature="auto"), True),
+    "bnfix fix": (auto("channel", "fix"), True),
+    "temperature and fix": (auto("channel", "fix", "auto"), True),
     "gamma and beta": (tuned("keep"), True),
     "both together": (tuned("learn"), True),
 }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import bnfix
-from benchmarks.statistics import checkpoint, cifar
+from benchmarks.measured_statistics import checkpoint, cifar
 from benchmarks.statistics_accuracy import noisy, pruned, rounded
 from bnfix.metrics.compare import compare, judge
 from bnfix.metrics.evaluate import Outputs, against, collect, measured

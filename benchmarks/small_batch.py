@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch

@@ -17,7 +17,7 @@ over rounds of the ratio to a base in the same round, and in brackets the quarti
 Rows go to results/speed-DEVICE.json, which keeps the parts that were not measured again.
 """
 
-# This file's own folder holds names of the standard library, which must not be found there.
+# The root, where `benchmarks` and `tests` lie.
 import os
 import sys
 from pathlib import Path

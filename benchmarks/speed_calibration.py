@@ -165,7 +165,7 @@ def scaling(quick: bool) -> list[Row]:
                 f"--nproc-per-node={n}", "-m", "benchmarks.speed_calibration", str(out),
                 str(3 if quick else 5),
             ]  # fmt: skip
-            # As a module: this file's own folder has names of the standard library.
+            # As a module, so that the root is where imports begin.
             root = Path(__file__).resolve().parents[1]
             subprocess.run(words, check=True, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"})
             found = json.loads(out.read_text())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnfix
-from benchmarks.statistics import checkpoint, cifar, ways
+from benchmarks.measured_statistics import checkpoint, cifar, ways
 from bnfix.core.memory import keep_freed_memory
 from bnfix.core.settings import DataRecipe, GateRecipe, StatisticsRecipe, WeightRecipe
 from bnfix.jobs.session import Plan

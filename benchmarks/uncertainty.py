@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-# The folder of this file holds names of the standard library (statistics).
+# The root, where `benchmarks` and `tests` lie.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np

@@ -206,6 +206,20 @@ def test_the_script_has_help() -> None:
     assert "--steps" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    "script", sorted(Path(train.__file__).parent.glob("*.py")), ids=lambda path: path.stem
+)
+def test_scripts_run_by_their_path_find_what_they_import(script: Path) -> None:
+    """Python puts the folder of a script first, where it may hide modules; the root is missing."""
+    text = script.read_text(encoding="utf-8")
+    assert script.stem not in sys.stdlib_module_names
+    inside = [
+        line.start() for line in re.finditer(r"^from (tests|benchmarks)\b", text, re.MULTILINE)
+    ]
+    if f"python benchmarks/{script.name}" in text and inside:
+        assert 0 < text.find("sys.path[0] = str(Path(__file__).resolve().parents[1])") < inside[0]
+
+
 def test_the_digits_can_be_derived_anew(tmp_path: Path) -> None:
     pytest.importorskip("sklearn", reason="needs scikit-learn (the extra demo-data)")
     train.derive_digits(tmp_path / "digits.npz")

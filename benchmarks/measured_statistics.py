@@ -1,6 +1,6 @@
 """Population statistics by bnfix and by others: their error and their cost.
 
-    python benchmarks/statistics.py --data FOLDER        # the folder that BNFIX_DATA names
+    python benchmarks/measured_statistics.py --data FOLDER        # the folder that BNFIX_DATA names
 
 First table: the worst layer's distance from the statistics that the same weights give in float64
 with all images as one training batch; mean over the layer's channels of |mean shift| / sqrt(var +
@@ -9,17 +9,17 @@ accuracy is in statistics_accuracy.py.
 Needs the real checkpoints and images; fvcore is compared where it is installed. Minutes on 2 cores.
 """
 
-# This file's own name is a module of the standard library, which others must find instead of it.
-import sys
-from pathlib import Path
-
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
