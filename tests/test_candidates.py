@@ -389,8 +389,10 @@ def test_a_training_that_got_worse_is_not_done_again(files):
 
 def test_the_plan_says_that_training_may_be_done_again(files, tmp_path, cli):
     words = ("--model", files.spec, "--data", files.data, "-o", tmp_path / "o.safetensors")
-    for more in ((), ("--refit",)):
+    for more in ((), ("--refit",), ("--no-refit",)):
         done = cli("fix", files.stale, *words, *more, "--plan", "--json")
         assert done.code == 0, done.err
         stages = json.loads(done.out)["stages"]
-        assert any("again on fit and select" in stage for stage in stages) == bool(more)
+        assert any("again on fit and select" in stage for stage in stages) == (
+            "--no-refit" not in more
+        )
