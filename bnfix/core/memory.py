@@ -143,30 +143,19 @@ def _peak(model: nn.Module, batch: Any, precision: str) -> tuple[int, int]:
 
 
 def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
-    """Bytes that this process could still take."""
+    """Bytes that this process could still take, where the system says so."""
     if device.type == "cuda":
         # What torch has taken from the system and does not use is there for the taking too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    asked = _of_machine(system), *(_of_container(system, names) for names in _CONTAINERS)
-    answers = [n for n in asked if n is not None]
+    # Not only what nothing is in: files that are kept in memory make room.
+    kib = _numbers(system / "proc/meminfo").get("MemAvailable:")
+    containers = (_of_container(system / "sys/fs/cgroup", *names) for names in _CONTAINERS)
+    answers = [n for n in (kib and 1024 * kib, *containers) if n is not None]
     return max(0, min(answers)) // distributed.here().per_machine if answers else None
 
 
-def _of_machine(system: Path) -> int | None:
-    # Not only what nothing is in: files that are kept in memory make room.
-    found = _numbers(system / "proc/meminfo").get("MemAvailable:")
-    if found is not None:
-        return found * 1024
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _of_container(system: Path, names: tuple[str, str, str, str]) -> int | None:
-    limit, used, details, droppable = names
-    folder = system / "sys/fs/cgroup"
+def _of_container(folder: Path, limit: str, used: str, details: str, droppable: str) -> int | None:
     try:
         most, now = (int((folder / name).read_text()) for name in (limit, used))
     except (OSError, ValueError):  # no container, or one without a limit

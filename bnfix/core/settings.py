@@ -332,7 +332,8 @@ class OptimizerRecipe:
             known = f"expected 0 to 1000, or {', '.join(ROLES)} with = and such a number"
             require(ok, f"--norm-decay: {self.norm_decay}, {known}.", "norm_decay")
         in_range(self, 0, 1, "warmup", "ema", excluded=True)
-        in_range(self, 0, math.inf, "clip")
+        clip = self.clip
+        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
         in_range(self, 1, math.inf, "accumulate")
 
     @property
