@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from bnfix.core import memory
 from bnfix.core.memory import BatchSize, Footprint, LiveBytes, footprint, free_memory
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 from bnfix.jobs.session import Plan, open_workbench
@@ -221,15 +222,13 @@ def test_other_errors_are_no_reason_to_give_way():
 # --- in the commands ---
 
 
-def bench_of(files, memory_bytes=None, batch_size=None):
+def bench_of(files, batch_size=None):
     plan = Plan(
         model=ModelRecipe(files.spec),
         source=DataRecipe(mean=(0.5,), std=(0.25,)),
         run=RunOptions("cpu", batch_size=batch_size, workers=0),
     )
-    return open_workbench(
-        files.net, str(files.data), plan, (0.6, 0.2, 0.2), memory_bytes=memory_bytes
-    )
+    return open_workbench(files.net, str(files.data), plan, (0.6, 0.2, 0.2))
 
 
 def sizes(bench):
@@ -242,13 +241,15 @@ def test_where_there_is_room_nothing_changes_and_nothing_is_said(files):
     assert not [note for note in bench.assumptions if "batches of" in note]
 
 
-def test_where_there_is_none_the_bench_has_smaller_batches_and_says_so(files):
-    held = bench_of(files).footprint
-    bench = bench_of(files, memory_bytes=2 * held.of(32))
+def test_where_there_is_none_the_bench_has_smaller_batches_and_says_so(files, monkeypatch):
+    room = 2 * bench_of(files).footprint.of(32)
+    monkeypatch.setattr(memory, "free_memory", lambda device: room)
+    bench = bench_of(files)
     assert sizes(bench) == [32, 32, 32, 4]
     (note,) = [note for note in bench.assumptions if "batches of" in note]
     assert note.startswith("--batch-size: batches of 32 instead of 128, since a forward pass of")
-    assert sizes(bench_of(files, memory_bytes=1, batch_size=100)) == [100]
+    room = 1
+    assert sizes(bench_of(files, batch_size=100)) == [100]
 
 
 #: The network of the files, on a device that holds so many examples.
