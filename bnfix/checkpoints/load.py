@@ -232,7 +232,7 @@ def load_ready(
     if recipe.domain is not None:
         set_statistics_(model, domain_of(sets, recipe.domain, checkpoint.path))
     elif sets:
-        only = "(--domain); only calibrate --domain keeps them in its output"
+        only = "(--domain); of the commands that write, only calibrate --domain keeps them"
         notes.append(f"it also has statistics of the domains {some(sorted(sets))} {only}")
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     return Loaded(model, checkpoint, origin, sets)

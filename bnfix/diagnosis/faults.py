@@ -395,7 +395,7 @@ def _counter_faults(layer: NormTensors, is_new: bool, usual: int | None) -> Iter
             )
     elif n < _FEW_BATCHES and not layer.ours:  # bnfix's own statistics are plain means
         left = f"at torch's momentum of 0.1 a part of {0.9**n:.2g} of the statistics"
-        yield "few-batches", f"{n} batches were counted: {left} is still that of a new layer"
+        yield "few-batches", f"num_batches_tracked is {n}: {left} is still that of a new layer"
     elif usual and n > usual and n % usual == 0:
         k, pool = n // usual, "and its statistics pool those calls"
         calls = f"the model calls it {k} times a forward pass, {pool}"

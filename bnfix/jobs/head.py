@@ -188,11 +188,13 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
         elif (part, value) != ("to", "em"):
             problems.append(f"{part} is no object of class to number")
     if problems:
-        raise DataError(
+        error = DataError(
             f"{where}: {some(problems)}. Give a number for each of "
             f"{len(names)} classes, by its name or index.",
             path=path,
         )
+        error.page = "recipes"
+        raise error
     return found
 
 

@@ -241,8 +241,8 @@ def pool_files(
     round_as_stored_(loaded.model)
     feed, counts = first["moments"]["feed"], [header.get("n_examples") for _, header, _ in moments]
     notes = [
-        f"the moments of {len(parts)} files ({some(list(map(str, counts)))} examples, {feed} feed) "
-        f"were pooled for {len(together)} layers. {_UNPROVEN} labelled images (bnfix eval).",
+        f"moments were pooled for {len(together)} layers ({feed} feed; examples by file: "
+        f"{some(list(map(str, counts)))}). {_UNPROVEN} labelled images (bnfix eval).",
         *_describe_left(loaded, together, "not in the files"),
     ]
     plan, drifts = Plan("pool", command_line), drifts_between(before, statistics_of(loaded.model))
