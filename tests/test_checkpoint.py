@@ -24,7 +24,7 @@ from torch import nn
 from bnfix.checkpoints.checkpoint import misfits_of, read_checkpoint
 from bnfix.checkpoints.read import sha256_of
 from bnfix.checkpoints.save import check_output, write_checkpoint, write_text
-from bnfix.core.errors import CheckpointError
+from bnfix.core.errors import CheckpointError, ConfigError
 from tests.real import DATA, needs_data
 
 HEADER = {"format": 1, "bnfix": "0.1.0"}
@@ -727,9 +727,10 @@ def test_check_output_refuses_before_any_work(tmp_path):
         ("closed/out.safetensors", True, "folder .*closed is read-only"),
         ("x" * 300 + ".safetensors", True, "cannot be written"),
     ]:
-        with pytest.raises(CheckpointError, match=match):
+        kind = ConfigError if name == "out.pth" else CheckpointError  # a wrong name is wrong usage
+        with pytest.raises(kind, match=match):
             check_output(tmp_path / name, force=force)
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(kind, match=match):
             write_checkpoint(tmp_path / name, tensors(), HEADER, force=force)
     check_output(tmp_path / "new.safetensors", force=False)
     check_output(tmp_path / "old.safetensors", force=True)

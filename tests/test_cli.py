@@ -68,10 +68,6 @@ def test_version(cli):
         (["eval", "a.pth"], "--data"),
         (["eval", "--data", "x"], "CKPT"),
         (["convert", "a.pth", "-o", "b.safetensors", "--ghost-size", "many"], "--ghost-size"),
-        (
-            ["fix", "a", "--data", "b", "-o", "c.safetensors", "--train", "none", "--refit"],
-            "--refit",
-        ),
         (["fix", "a.pth", "--epochs", "1.5"], "'--epochs': '1.5', expected a whole number. See"),
         (["eval", "a.pth", "--data", "b", "--coverage", "abc"], "'abc', expected a number. See"),
         (["eval", "a.pth", "--data", "b", "--coverage"], "See bnfix eval --help."),

@@ -217,7 +217,7 @@ def test_scripts_run_by_their_path_find_what_they_import(script: Path) -> None:
         line.start() for line in re.finditer(r"^from (tests|benchmarks)\b", text, re.MULTILINE)
     ]
     if f"python benchmarks/{script.name}" in text and inside:
-        assert 0 < text.find("sys.path[0] = str(Path(__file__).resolve().parents[1])") < inside[0]
+        assert 0 < text.find("sys.path[0] = str(") < inside[0]
 
 
 def test_the_digits_can_be_derived_anew(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def shell_lines(block: str) -> Iterator[list[str]]:
 
 
 def flags_of(name: str) -> set[str]:
-    return {"--help"} | {flag for parameter in COMMANDS[name].params for flag in parameter.opts}
+    given = COMMANDS[name].params
+    return {"--help"} | {flag for one in given for flag in (*one.opts, *one.secondary_opts)}
 
 
 @pytest.fixture

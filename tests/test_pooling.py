@@ -74,7 +74,7 @@ def test_pooled_files_are_the_batches_of_both_clients(files, cli, clients, tmp_p
     assert list(tmp_path.iterdir()) == []
     done = cli(*words)
     assert done.code == 0, done.err
-    assert "2 files (64, 116 examples, batch feed) were pooled for 2 layers" in done.err
+    assert "pooled for 2 layers (batch feed; examples by file: 64, 116)" in done.err
     model, x = files.model(), inputs_of(images_of(180, seed=2)[0])
     model.load_state_dict(torch.load(files.stale))
     recalibrate_(model, [x[:64], x[64:]], feed="batch")

@@ -106,8 +106,6 @@ def fix(
         how: dict[str, Any] = {"command_line": command_line(), "test": plan.source.test}
         plan = with_own_models(replayed_plan(recipe, run=plan.run, **how), plan)
     else:
-        words = "--refit: nothing is trained with --train none. Leave one of them out."
-        require(train != "none" or not tune.refit, words, "refit")
         plan = replace(plan, finetune=None if train == "none" else replace(tune, train=train))
     _carry_out(plan, checkpoint, data, output, out)
 

@@ -97,6 +97,8 @@ def _replayed(
     options: dict[str, Any], run: RunOptions, command_line: str, test: str | None
 ) -> Plan:
     """The plan of these options, without any code that only the file names."""
+    if isinstance(asked := options.get("model"), dict):
+        options = {**options, "model": {**asked, "forward": None}}
     usual, recipes = Plan(), dict[str, Any](finetune=None)
     for name, part in _RECIPES.items():
         if name != "finetune" or options.get(name) is not None:
@@ -104,8 +106,7 @@ def _replayed(
     model, statistics, source = (recipes[part] for part in ("model", "statistics", "source"))
     # A model that the file names is built only where a file's word is enough for that.
     allowed = model.model is None or from_file_allowed(model.model)
-    unnamed = {"forward": None} if allowed else {"forward": None, "model": None, "arguments": ()}
-    recipes["model"] = replace(model, **unnamed)
+    recipes["model"] = model if allowed else replace(model, model=None, arguments=())
     stated = statistics.reference_model
     if stated is not None and not from_file_allowed(stated):
         recipes["statistics"] = replace(statistics, reference_model=None)
