@@ -275,7 +275,16 @@ def duration_words(low: float, high: float) -> str:
 
 def changes_table(changes: Iterable[Change]) -> Table:
     """The layers that a conversion swaps."""
-    table = Table("layer", "was", "channels", "groups", "ghost", "example weight", "difference")
+    table = Table(
+        "layer",
+        "was",
+        "channels",
+        "groups",
+        "ghost",
+        "example weight",
+        "difference",
+        box=box.SIMPLE_HEAD,
+    )
     table.columns[0].overflow = "fold"
     for change in changes:
         table.add_row(
@@ -292,7 +301,17 @@ def changes_table(changes: Iterable[Change]) -> Table:
 
 def layers_table(found: Inspection) -> Table:
     """The norm layers of a checkpoint."""
-    table = Table("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    table = Table(
+        "layer",
+        "kind",
+        "channels",
+        "batches",
+        "mean",
+        "variance",
+        "dead",
+        "weight",
+        box=box.SIMPLE_HEAD,
+    )
     table.columns[0].overflow = "fold"
     shifts = Shifts() if found.behaviour is None else found.behaviour.shifts
     if shifts.sequential or shifts.batch:
