@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ _LEAST_WIDTH = 60
 #: Findings of one kind that are spelled out.
 _SHOWN = 5
 _LIVE = "live: layers with an example weight"
+_Layers = partial(Table, box=box.SIMPLE_HEAD)
 
 
 def shown_text(text: object) -> str:
@@ -275,16 +277,7 @@ def duration_words(low: float, high: float) -> str:
 
 def changes_table(changes: Iterable[Change]) -> Table:
     """The layers that a conversion swaps."""
-    table = Table(
-        "layer",
-        "was",
-        "channels",
-        "groups",
-        "ghost",
-        "example weight",
-        "difference",
-        box=box.SIMPLE_HEAD,
-    )
+    table = _Layers("layer", "was", "channels", "groups", "ghost", "example weight", "difference")
     table.columns[0].overflow = "fold"
     for change in changes:
         table.add_row(
@@ -301,17 +294,7 @@ def changes_table(changes: Iterable[Change]) -> Table:
 
 def layers_table(found: Inspection) -> Table:
     """The norm layers of a checkpoint."""
-    table = Table(
-        "layer",
-        "kind",
-        "channels",
-        "batches",
-        "mean",
-        "variance",
-        "dead",
-        "weight",
-        box=box.SIMPLE_HEAD,
-    )
+    table = _Layers("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
     table.columns[0].overflow = "fold"
     shifts = Shifts() if found.behaviour is None else found.behaviour.shifts
     if shifts.sequential or shifts.batch:
