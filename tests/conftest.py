@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer.main
+import typer.testing
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +28,9 @@ from bnfix.cli import app
 
 # A shell that runs tests in the background has them, and what they start, ignore interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The runner makes all commands for each one that it runs, which takes a tenth of a second.
+typer.testing._get_command = functools.cache(typer.main.get_command)
 
 # Many threads on tiny tensors cost more than they give, above all where others work beside.
 torch.set_num_threads(1)

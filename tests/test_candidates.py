@@ -371,7 +371,7 @@ def test_where_no_training_wins_none_is_done_again(files):
     recipe = dataclasses.replace(TUNED, refit=True)
     found = fixed(files, files.stale, finetune=recipe, gate=GateRecipe(z=1000.0))
     assert len(found.report.trials.finetunings) == 2
-    assert "--refit: no training won, so none was done again." in found.report.assumptions
+    assert not any(note.startswith("--refit") for note in found.report.assumptions)
     original = torch.load(files.stale, weights_only=True)
     state = found.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in original.items())

@@ -1426,10 +1426,18 @@ def test_a_training_without_a_better_epoch_is_said(cli, files, tmp_path):
     assert "no epoch was better on the validation split" in " ".join(found["assumptions"])
 
 
-def test_a_ghost_size_without_effect_is_said(cli, files, tmp_path):
-    words = ["finetune", files.net, *files.common, "--data", files.data, "--json"]
-    found = cli(*words, "--ghost-size", 4, "-o", tmp_path / "a.safetensors").json
-    assert "--ghost-size was stored but had no effect" in " ".join(found["assumptions"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--ghost-size", 4), "--ghost-size was stored but had no effect"),
+        (("--norm-decay", 0.1), "--norm-decay: without --norm-decay-target"),
+    ],
+)
+def test_an_option_without_effect_is_said_before_any_work(cli, files, tmp_path, given, said):
+    words = ["finetune", files.net, *files.common, "--data", files.data, "--json", "--plan"]
+    for options, is_said in ((given, True), ((), False)):
+        found = cli(*words, *options, "-o", tmp_path / "a.safetensors").json
+        assert any(note.startswith(said) for note in found["assumptions"]) is is_said
 
 
 def test_the_state_of_a_command_is_of_its_data_too(cli, files, tmp_path):

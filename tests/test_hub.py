@@ -131,7 +131,8 @@ def test_a_folder_comes_back_as_its_library_loads_it(name, cli, data, tmp_path):
 
 def test_the_card_has_what_was_measured(cli, folder, data, tmp_path):
     source = copied(folder, tmp_path / "in")
-    (source / "README.md").write_text("---\ntags:\n- x\nlicense: cc-by-4.0\n---\n# Mine\n")
+    front, body = "tags:\n- x\n- 'dataset:y'\nlicense: cc-by-4.0\n", "tags:\n- z\n# Mine\n"
+    (source / "README.md").write_text(f"---\n{front}---\n{body}")
     out = tmp_path / "re: [paired] | # {net}"
     done = cli(
         "calibrate", source, "--data", data, "--select", "0.34", "--example-weight", "0.3",
@@ -149,6 +150,7 @@ def test_the_card_has_what_was_measured(cli, folder, data, tmp_path):
     )
     assert {result.dataset_name for result in measured.values()} == {data.name}
     assert card.data.license == "cc-by-4.0"
+    assert card.data.tags == ["x", "dataset:y", "bnfix"]
     assert card.data.model_name == out.name
     assert (out / "README.original.md").read_text().endswith("# Mine\n")
     # Live layers: stock code gives the model without the weights, and the card says so.

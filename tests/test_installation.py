@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import typer
+import typer.main
+import typer.testing
 import yaml
 from typer.testing import CliRunner
 
@@ -202,6 +204,7 @@ def test_bash_runs_the_script_that_is_shown(
         pytest.skip("no bash here")
     # The shell is the one named, not that which these tests happen to run in.
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setattr(typer.testing, "_get_command", typer.main.get_command)
     shown = CliRunner().invoke(app, ["--show-completion", "bash"], prog_name="bnfix")
     (tmp_path / "script").write_text(shown.stdout)
     (tmp_path / "bnfix").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m bnfix "$@"\n')

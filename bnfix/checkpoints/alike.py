@@ -100,6 +100,7 @@ class Folder:
     source: str
     library: str
     license: str  # as its own card states it; empty if it does not
+    tags: tuple[str, ...]  # of its own card
     has_card: bool
     other_preprocessing: bool  # than it states was used
 
@@ -109,11 +110,14 @@ def folder_of(source: Path, preprocessing: Preprocessing | None) -> Folder:
     spec, _, stated = described_in(source)
     files = dict(_taken_over(source))
     card = files.get(_ORIGINAL_CARD, b"").decode(errors="replace")
-    licensed = re.match(r"---\n(?:(?!---).*\n)*?license: *([\w.-]+) *\n", card)
+    front = (re.match(r"---\n((?:(?!---).*\n)*)", card) or [""] * 2)[1]
+    licensed = re.search(r"^license: *([\w.-]+) *$", front, re.MULTILINE)
+    tagged = re.search(r"^tags: *\n((?: *- .*\n)*)", front, re.MULTILINE)
     return Folder(
         source=source.resolve().name,
         library=spec.partition(":")[0],
         license=licensed[1] if licensed else "",
+        tags=tuple(re.findall(r"- +[\"']?([\w.:/-]{1,60})", tagged[1])[:50] if tagged else ()),
         has_card=bool(card),
         other_preprocessing=preprocessing not in (None, stated),
     )

@@ -294,7 +294,8 @@ def changes_table(changes: Iterable[Change]) -> Table:
 
 def layers_table(found: Inspection) -> Table:
     """The norm layers of a checkpoint."""
-    table = _Layers("layer", "kind", "channels", "batches", "mean", "variance", "dead", "weight")
+    kind = ["kind"] * bool(found.kinds)  # which takes a model
+    table = _Layers("layer", *kind, "channels", "batches", "mean", "variance", "dead", "weight")
     table.columns[0].overflow = "fold"
     shifts = Shifts() if found.behaviour is None else found.behaviour.shifts
     if shifts.sequential or shifts.batch:
@@ -308,7 +309,7 @@ def layers_table(found: Inspection) -> Table:
     for layer in found.layers:
         row = [
             shown_text(layer.name),
-            shown_text(found.kinds.get(layer.name, "?")),
+            *(shown_text(found.kinds.get(layer.name, "?")) for _ in kind),
             str(layer.channels),
             "-" if layer.batches_tracked is None else str(layer.batches_tracked),
             "{:.2g} to {:.2g}".format(*layer.mean_range),

@@ -401,9 +401,6 @@ class Fits:
         """Fine-tuning, best epoch kept; the select split judges it, or else its monitor has."""
         state, calibrations = None if gated else self.plan.state, list[Calibration]()
         tuned = self._finetune(recipe, state, calibrations, distils=distils)
-        if recipe.norm_decay_target == "none" and any(recipe.norm_decays.values()):
-            still = "--norm-decay: without --norm-decay-target zero or identity nothing decays."
-            self.bench.assumptions.append(still)
         # A resumed run has measured the statistics of the last epochs only.
         k = tuned.best_epoch - len(tuned.curve) + len(calibrations)
         own = calibrations[k : k + 1] if tuned.best_epoch and k >= 0 else []

@@ -188,10 +188,8 @@ class Run:
                 starts["base"] = self.kept
             if not step.gate:
                 self.stated = self.kept
-        if self.plan.finetune and self.plan.finetune.refit:
-            none = "no training won, so none was done again."
-            did = self._train_again(*self.trained) if self.trained else none
-            self.bench.assumptions.append(f"--refit: {did}")
+        if self.trained and self.plan.finetune and self.plan.finetune.refit:
+            self.bench.assumptions.append(f"--refit: {self._train_again(*self.trained)}")
         self.bench.track = track
 
     def _train_again(self, step: Step, start: State) -> str:

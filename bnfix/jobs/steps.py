@@ -409,6 +409,8 @@ def open_plan(
         notes.append("the labels were learned, not the reference (--labels none to learn from it).")
     if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:
         notes.append("--label-smoothing had no effect: there are no labels to smooth.")
+    if tune and tune.norm_decay_target == "none" and any(tune.norm_decays.values()):
+        notes.append("--norm-decay: without --norm-decay-target zero or identity nothing decays.")
     if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
         notes.append(
             "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "

@@ -167,7 +167,7 @@ def card_of(
         dataset = {"name": data, "type": re.sub(r"[^\w.-]+", "-", data), "split": "test"}
         result = {"task": {"type": pipeline}, "dataset": dataset, "metrics": measured}
         front["model-index"] = [{"name": name, "results": [result]}]
-    front["tags"] = ["bnfix"]
+    front["tags"] = [*(tag for tag in folder.tags if tag != "bnfix"), "bnfix"]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
     text = render(
         "card.md.j2",
