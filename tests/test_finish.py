@@ -16,6 +16,7 @@ from torch import nn
 import bnfix
 from bnfix.recalibrate.recalibrate import recalibrate_
 from tests.conftest import ROOT, environment
+from tests.forks import Copy
 from tests.test_report import full_report
 
 # --- did you mean ---
@@ -116,13 +117,12 @@ def test_a_program_that_imports_bnfix_keeps_its_own_hook(tmp_path):
 # --- killed at any moment ---
 
 SAVING = """
-import sys
 from pathlib import Path
 from bnfix.checkpoints.save import write_text
 text = "whole " * 200_000 + "end"
-print("ready", flush=True)
+Path({ready!r}).touch()
 for k in range(10_000):
-    write_text(Path(sys.argv[1]), f"{k} {text}")
+    write_text(Path({page!r}), f"{{k}} {{text}}")
 """
 
 
@@ -131,16 +131,18 @@ def test_a_run_killed_at_any_moment_leaves_no_page_or_a_whole_one(tmp_path):
     moments = random.Random(0)
     page = tmp_path / "page.html"
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVING, str(page)], env=environment(), cwd=ROOT,
-            stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+        ready = tmp_path / "ready"
+        process = Copy(["-c", SAVING.format(page=str(page), ready=str(ready))], environment())
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.005)
+        ready.unlink()
         time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-        process.stdout.close()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
         if page.exists():
             text = page.read_text(encoding="utf-8")
             assert len(text.split(" ", 1)[1]) == 6 * 200_000 + 3

@@ -204,7 +204,7 @@ def test_too_little_to_hold_out_is_refused(batches):
         runtime.hold_out(batches, None, every=4)
 
 
-#: Pages that 20 activations of 160 MB take anew, in the main thread or in one that came later.
+#: Pages that 20 activations of 48 MB take anew, in the main thread or in one that came later.
 PAGES = """
 import resource, sys, threading
 import torch
@@ -217,10 +217,10 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     for _ in range(3):
-        torch.ones(40_000_000)
+        torch.ones(12_000_000)
     before = faults()
     for _ in range(20):
-        torch.ones(40_000_000)
+        torch.ones(12_000_000)
     print(faults() - before)
 worker = threading.Thread(target=work)
 if threaded:
@@ -240,7 +240,7 @@ def new_pages(keeps: str, threaded: str) -> int:
 @pytest.mark.parametrize("threaded", ["no", "yes"])
 def test_freed_memory_is_kept_in_every_thread(threaded):
     # A small allocation may land in the freed piece, so that some of the 20 need fresh pages.
-    one = 160_000_000 // 4096
+    one = 48_000_000 // 4096
     assert new_pages("no", threaded) > 15 * one
     assert new_pages("yes", threaded) < 10 * one
 

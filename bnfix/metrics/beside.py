@@ -74,7 +74,7 @@ def _of_model(name: str, function: MetricFunction, found: Outputs, seed: int) ->
     x, y, groups = found.outputs, found.labels, found.groups
     values, rng, drawn = _called(name, function, x, y), np.random.default_rng(seed), []
     for _ in range(N_CUSTOM if x.nbytes <= MOST_BYTES else 0):
-        rows = np.repeat(np.arange(len(x)), resample(rng, len(x), groups))
+        rows = np.repeat(np.arange(len(x)), resample(rng, len(x), groups)[0])
         try:
             again = _called(name, function, x[rows], None if y is None else y[rows])
         except ConfigError:
@@ -230,7 +230,7 @@ def estimate_accuracy(
 
     top1, limit = estimated(np.ones(len(old)), np.ones(len(new)))
     drawn = [
-        estimated(resample(rng, len(old), None), resample(rng, len(new), None))[0]
+        estimated(resample(rng, len(old), None)[0], resample(rng, len(new), None)[0])[0]
         for _ in range(N_RESAMPLES)
     ]
     low, high = np.quantile(drawn, [(1 - ESTIMATE_LEVEL) / 2, (1 + ESTIMATE_LEVEL) / 2])

@@ -77,11 +77,12 @@ def n_marked(marked: Array, groups: Array | None) -> int:
     return int(marked.sum()) if groups is None else len(np.unique(groups[marked]))
 
 
-def resample(rng: np.random.Generator, n: int, groups: Array | None) -> Array:
-    """How often each of n examples is in one bootstrap sample, which is of whole groups."""
+def resample(rng: np.random.Generator, n: int, groups: Array | None, k: int = 1) -> Array:
+    """How often each of n examples is in k bootstrap samples, of whole groups, ``(k, n)``."""
     m = n if groups is None else int(groups.max()) + 1
-    counts = np.bincount(rng.integers(0, m, m), minlength=m)
-    return counts if groups is None else counts[groups]
+    drawn = rng.integers(0, m, (k, m)) + m * np.arange(k)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=k * m).reshape(k, m)
+    return counts if groups is None else counts[:, groups]
 
 
 def widened(tail: float, n: int | None) -> float:
@@ -100,7 +101,7 @@ def resamples(n: int, seed: int, groups: Array | None = None) -> Iterator[Array]
     rng = np.random.default_rng(seed)
     size = min(100, max(1, 5 * _CHUNK // n))
     for start in range(0, N_RESAMPLES, size):
-        yield np.stack([resample(rng, n, groups) for _ in range(min(size, N_RESAMPLES - start))])
+        yield resample(rng, n, groups, min(size, N_RESAMPLES - start))
 
 
 def resampled_means(values: Array, seed: int, groups: Array | None = None) -> Array:
