@@ -571,7 +571,7 @@ def test_the_commands_set_the_estimator(files, cli, tmp_path, command):
     assert not torch.allclose(found[1], found[2], atol=1e-3)
     for words, message in (
         (("--batch-weight", "0.5", "--batch-estimator", "mode"), "'mode' is not known"),
-        (("--batch-estimator", "median"), "--batch-estimator: only with --batch-weight, above 0"),
+        (("--batch-estimator", "median"), "--batch-estimator: only with --batch-weight above 0"),
     ):
         refused = cli(*given, *words, "-o", out, "--force")
         assert refused.code == 2

@@ -118,7 +118,7 @@ def test_a_multilabel_table_is_repaired(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_part_that_chooses_leaves_some_to_fit(cli: Cli, files: Files, tmp_path: Path) -> None:
     words = "fix", files.net, *files.common, "--data", files.data, "-o", tmp_path / "o.safetensors"
-    for part, said in (("0.5", "at most 0.4, beside 0.6"), ("0", "above 0")):
+    for part, said in (("0.5", "at most 0.4, with 0.6"), ("0", "above 0")):
         message = cli(*words, "--select", part).message
         assert "--select" in message
         assert said in message

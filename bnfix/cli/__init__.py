@@ -1,6 +1,6 @@
 """The command line: the program itself, its help, and its demo.
 
-Each command parses, calls the public API once, and prints tables and progress.
+Each command parses its options, calls the public API once, and prints tables and progress.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _LINK = re.compile(r"\[([^\]]+)\]\((?:commands/)?(\w+)\.md\)")
 
 
 class _Folded(TableElement):
-    """A table of a page, in which a long word is folded; rich itself would cut it."""
+    """A table on a page that folds long words; rich itself would cut them."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for table in super().__rich_console__(console, options):
@@ -59,16 +59,16 @@ class _Page(Markdown):
 
 
 def pages() -> dict[str, Path]:
-    """The page of each topic: inside the installed package, or beside it in a checkout."""
+    """The page of each topic: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).parents[1]
-    # Beside an installed package, a folder of that name is somebody else's.
+    # Next to an installed package, a folder named `docs` belongs to somebody else.
     inside, beside = package / "docs", package.parent / "docs"
     folder = inside if inside.is_dir() else beside
     return {path.stem: path for path in sorted(folder.glob("*.md")) if path.stem != "LOG"}
 
 
 def _topics(context: typer.Context, incomplete: str) -> list[str]:
-    """What a shell completes."""
+    """The words that a shell completes."""
     return [name for name in (*pages(), *_commands(context)) if name.startswith(incomplete)]
 
 
@@ -92,7 +92,7 @@ def show_help(
             if not out.is_terminal:
                 sys.stdout.write(text)
                 return
-            # As git does: colours pass, and a page that fits the screen is left there.
+            # As in git: the pager keeps colours, and a page that fits the screen stays on it.
             os.environ.setdefault("LESS", "FRX")
             with out.pager(styles=not out.no_color):
                 out.print(_Page(_linked(text, found), hyperlinks=False))
@@ -117,7 +117,7 @@ def _commands(context: typer.Context) -> dict[str, str]:
 
 
 def _linked(text: str, names: Mapping[str, Path]) -> str:
-    """The page, whose links to others say how to open them here."""
+    """The page, with links to other pages as commands that open them here."""
 
     def shown(link: re.Match[str]) -> str:
         return f"{link[1]} (`bnfix help {link[2]}`)" if link[2] in names else link[0]
@@ -127,7 +127,7 @@ def _linked(text: str, names: Mapping[str, Path]) -> str:
 
 _DEMO = (
     "A small residual network, trained with batches of 4 on 150 handwritten digits. bnfix repairs "
-    "it with 500 other digits and tests it on 500 more. The same by hand:"
+    "it with 500 other digits and tests it on 500 more. This command does the same:"
 )
 
 
@@ -148,7 +148,7 @@ def demo(
         terminal.plan({"command": "demo", "plan": True, "output": str(output)}, does)
         return
     fixed = output / "digits_net.fixed.safetensors"
-    # The files of an earlier demo are replaced: they are the same every time.
+    # Files of an earlier demo can be replaced, because every demo writes the same ones.
     earlier = (output / "digits_net.safetensors").is_file()
     if output.is_dir() and not (out.force or earlier) and any(output.iterdir()):
         raise file_error(output, "already exists. Give another -o, or --force to write into it.")
@@ -210,7 +210,7 @@ def main() -> None:
     keep_freed_memory()
     exact_float32()
     for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding has no sign for is no reason to fail.
+        # A name that the terminal cannot encode is no reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="bnfix")  # also as python -m bnfix, whose completion nobody could use
+    app(prog_name="bnfix")  # also for python -m bnfix: completion needs this name

@@ -1,4 +1,4 @@
-"""The commands: each calls the library once, and shows the result."""
+"""The commands: each calls the library once and shows the result."""
 
 from __future__ import annotations
 
@@ -57,22 +57,24 @@ from bnfix.recalibrate.refit import REFIT_SAMPLES
 from bnfix.report.report import check_predictions, check_report_folder
 from bnfix.report.result import Export, check_exports, check_outputs
 
-_CHECKED_SHAPE = "Input shape of the final check (default: by the preprocessing, else usual sizes)."
+_CHECKED_SHAPE = "Input shape of the final check (default: from preprocessing, else common sizes)."
 _REFIT_ON = f"Examples to re-fit on, in seeded random order (default {REFIT_SAMPLES})."
 _FORM = {DATA: "samples", OUT: "atol opset max_drop force_zero", MODEL: "input_shape"}
-_AGAINST = "The original of CKPT: says which weights differ, and if the statistics followed."
-_LOOK_DATA = (
-    "Examples to compare stored statistics, both modes and the outputs on; labels are optional."
+_AGAINST = (
+    "The original of CKPT: shows which weights differ, and whether the statistics were updated."
 )
-_REFIT_DATA = "Examples to re-fit scale and shift on (--to group, weights above 0), without labels."
+_LOOK_DATA = (
+    "Examples for comparing stored statistics, both modes and the outputs; labels are optional."
+)
+_REFIT_DATA = "Examples for re-fitting scale and shift (--to group, weights above 0); no labels."
 
-_MOMENTS = "In place of -o: write only the moments of what every norm layer meets, for pool."
-_EITHER = "The .safetensors, or a hub folder as CKPT is, to write."
+_MOMENTS = "Instead of -o: write only the moments of every norm layer's inputs, for pool."
+_EITHER = "The .safetensors file to write, or a hub folder if CKPT is one."
 _FILES = "The checkpoint, and the files that calibrate --save-moments wrote for it, in any order."
 
 _SHARED = {"model": flags.Continued, "source": flags.Tested, "swap": flags.Layers, "run": flags.Run}
 _CHOICES = {**_SHARED, "statistics": flags.Statistics, "weight": flags.Weight, "gate": flags.Chosen}
-# Defaults of the commands; the options replace some of them.
+# Defaults of the commands; their options replace some of them.
 _CALIBRATE = Plan(command="calibrate", finetune=None)
 _STATED = replace(_CALIBRATE, weight=WeightRecipe("keep"))
 _FINETUNE = replace(
@@ -90,14 +92,14 @@ def fix(
     plan: Annotated[Plan, _CHOICES] = Plan(),
     train: Annotated[
         str,
-        about(f"What to train: {', '.join(flags.TO_TRAIN)}.", TRAIN, words=lambda: flags.TO_TRAIN),
+        about(f"Parts to train: {', '.join(flags.TO_TRAIN)}.", TRAIN, words=lambda: flags.TO_TRAIN),
     ] = TRIED.train,
     tune: Annotated[FinetuneRecipe, {TRAIN: "epochs lr refit"}] = TRIED,
     recipe: Annotated[
         Path | None, about("Replay the options in this file's history.", RUN, "OUT.safetensors")
     ] = None,
 ) -> None:
-    """Try new statistics, example weights and brief fine-tuning; keep what is proven better.
+    """Try new statistics, example weights and brief fine-tuning; keep only proven improvements.
 
     Example: bnfix fix net.pth --model net.py:build --data photos/ -o fixed.safetensors
     """
@@ -183,10 +185,10 @@ def average(
 def _carry_out(
     plan: Plan, checkpoint: Path, data: str | Sequence[str], output: Path, out: flags.Out
 ) -> None:
-    """Check the output, open, do, save, show; or show the plan."""
+    """Check the output, open, run, save and show; or show the plan."""
     terminal = out.terminal()
     if not plan.command_line:  # a replayed plan has its own
-        # In the batch feed the batches decide what layers above see, so the recipe states them.
+        # In the batch feed, results depend on the batch size, so the recipe must state it.
         size = plan.run.batch_size or plan.statistics.batch_size
         statistics = replace(plan.statistics, batch_size=size)
         plan = replace(plan, statistics=statistics, command_line=command_line())
@@ -225,7 +227,7 @@ def convert(
     data: Annotated[str | None, about(_REFIT_DATA, DATA, "DATA")] = None,
     samples: Annotated[int | None, about(_REFIT_ON, DATA)] = None,
 ) -> None:
-    """Swap the norm layers; at example weight 0 the outputs stay the same, which bnfix checks.
+    """Swap the norm layers. bnfix checks that outputs stay the same at example weight 0.
 
     Example: bnfix convert net.pth --model net.py:build --to batch-group -o out.safetensors
     """
@@ -252,7 +254,7 @@ def convert(
             result.save(output, force=out.force)
     report = result.report
     changes, skipped = (report.swap.changes, report.swap.skipped) if report.swap else ((), ())
-    # A re-fit takes a pass for each layer.
+    # A re-fit takes one pass per layer.
     passes = 0 if data is None else len(changes)
     cost = cost_json(time.perf_counter() - started, result.model, passes)
     if out.as_json:
@@ -340,7 +342,7 @@ def evaluate(
     out: flags.Writes,
     predictions: Annotated[
         Path | None,
-        about("File for each model's predictions for each image: .csv or .parquet.", OUT, "FILE"),
+        about("File for each model's predictions on each image: .csv or .parquet.", OUT, "FILE"),
     ] = None,
     report: Annotated[Path | None, about("Folder for the report.", OUT, "DIR")] = None,
 ) -> None:
@@ -390,7 +392,7 @@ def inspect(
     samples: Annotated[int, about("Examples to run, in seeded random order.", DATA)] = SAMPLES,
     against: Annotated[Path | None, about(_AGAINST, MODEL, "ORIGINAL")] = None,
 ) -> None:
-    """List the norm layers and what is wrong with them; change nothing.
+    """List the norm layers and their faults; change nothing.
 
     Example: bnfix inspect net.pth
     """
@@ -424,7 +426,7 @@ def pool(
     run: Annotated[RunOptions, {RUN: "device"}],
     out: flags.Writes,
 ) -> None:
-    """Give a checkpoint the pooled statistics of clients who share no images.
+    """Give a checkpoint the pooled statistics of clients that share no images.
 
     Example: bnfix pool a.safetensors b.safetensors net.pth --model net.py:build -o both.safetensors
     """
@@ -445,7 +447,7 @@ def pool(
 def _write_moments(
     plan: Plan, checkpoint: Path, data: Sequence[str], given: Sequence[Path | None], out: flags.Out
 ) -> None:
-    """Measure a client's moments and write them, or say what would be done; not with -o."""
+    """Measure a client's moments and write them, or show the plan; not with -o."""
     path, output = given
     if path is None or output is not None:
         raise ConfigError("calibrate: give either -o OUT or --save-moments FILE.", name="output")

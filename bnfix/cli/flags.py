@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of recipes, and their texts read into values."""
+"""Command-line options made from recipe fields, and parsers of their values."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ _TYPED: Final[ContextVar[tuple[str, ...]]] = ContextVar("typed", default=())
 
 
 def command_line() -> str:
-    """This command as it was typed, quoted for a shell."""
+    """The command line as typed, quoted for a shell."""
     return shlex.join(["bnfix", *_TYPED.get()])
 
 
 class OneLineGroup(TyperGroup):
-    """The commands, whose wrong usage is one line and exit code 2."""
+    """The commands; wrong usage gives one line and exit code 2."""
 
     def main(self, *positional: Any, standalone_mode: bool = True, **options: Any) -> Any:
-        """Run a command line, by default that of this process."""
+        """Run a command line, by default this process's."""
         typed = positional[0] if positional else options.get("args")
         _TYPED.set(tuple(sys.argv[1:] if typed is None else typed))
         if "_BNFIX_COMPLETE" in os.environ:
-            # Folded at 80 columns, a help text has several lines, which fish takes for words.
+            # At 80 columns a help text folds into several lines, and fish takes them for words.
             os.environ["COLUMNS"] = "1000"
         main: Any = super().main
         run = partial(main, *positional, standalone_mode=False, **options)
@@ -66,7 +66,7 @@ class OneLineGroup(TyperGroup):
             typer.echo("bnfix: interrupted.", err=True)
             sys.exit(130)
         except typer.TyperException as error:
-            # A bare `bnfix` has shown its help by now, and has nothing to say.
+            # A bare `bnfix` has already shown its help, and has no message.
             if words := _words(error):
                 typer.echo(f"bnfix: {words}", err=True)
             sys.exit(getattr(error, "exit_code", 2))
@@ -74,17 +74,17 @@ class OneLineGroup(TyperGroup):
 
 
 def _words(error: typer.TyperException) -> str:
-    """The parser's message as one sentence, a likely correction, and where to read more."""
+    """The parser's message as one sentence, a likely correction, and a pointer to the help."""
     context = getattr(error, "ctx", None)
     possible = list(getattr(error, "possibilities", None) or ())
-    # Some of its messages end with a full stop and some do not.
+    # Some of the parser's messages end with a full stop, some do not.
     formatted = getattr(error, "format_message", lambda: error)
     text = str(getattr(error, "message", "") if possible else formatted())
     text = " ".join(text.split()).removesuffix(".")
     if not text and not possible:
         return ""
     found: list[Any] = getattr(error.__cause__, "errors", list)()
-    if found:  # pydantic's words hide the value
+    if found:  # pydantic's message hides the value
         kind = "whole number" if found[0]["type"].startswith("int") else "number"
         text = f"{text.partition(': ')[0]}: {found[0]['input']!r}, expected a {kind}"
     meant = f"Did you mean {' or '.join(possible)}?" if possible else ""
@@ -115,7 +115,7 @@ _METAVARS = {
 }  # fmt: skip
 
 
-#: Parameters that `--recipe` leaves to the command line.
+#: Parameters that can be given together with `--recipe`.
 _BESIDE_A_RECIPE = {
     "checkpoint", "data", "output", "recipe", "test", "device", "workers", "force", "show_plan",
     "as_json", "quiet", "debug", "model", "arguments", "key", "prefix", "prefer_ema", "unfreeze",
@@ -125,7 +125,7 @@ _BESIDE_A_RECIPE = {
 
 @dataclass(frozen=True)
 class Out:
-    """The options of what a command writes and prints."""
+    """The options for a command's output."""
 
     as_json: bool = option(False, "The result as one JSON object on standard output.")
     quiet: bool = option(False, "Only the verdict.")
@@ -178,7 +178,7 @@ def _or_word(kind: type[int] | type[float], text: str, _: str) -> int | float | 
     try:
         return kind(text)
     except ValueError:
-        return text  # the recipe knows which words there are
+        return text  # the recipe checks the words
 
 
 def _many(texts: list[str], _: str) -> tuple[str, ...]:
@@ -198,7 +198,7 @@ def _arguments(pairs: list[str], flag: str) -> tuple[tuple[str, Any], ...]:
     return tuple(found)
 
 
-#: The annotation and the reader of fields that Typer has no type for, by type or name.
+#: Annotation and parser of fields without a Typer type, by type or name.
 _READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
     tuple[int, ...] | None: (str | None, sizes),
     tuple[float, ...] | None: (str | None, numbers),
@@ -216,14 +216,14 @@ _READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
 
 
 def averaged(files: list[Path], weights: str | None, **how: Any) -> tuple[Path, AverageRecipe]:
-    """The first checkpoint, and what it is averaged with; patterns are replaced by their files."""
+    """The first checkpoint, and the recipe of the average; patterns are expanded to files."""
     first, *others = matching(list(map(str, files)))
     parts = () if weights is None else numbers(weights, "--weights")
     return Path(first), AverageRecipe(files=tuple(others), weights=parts, **how)
 
 
 def option_of(recipe: type, name: str, panel: str) -> Any:
-    """The option of a recipe's field, for ``Annotated``; the recipe has its help."""
+    """The option of a recipe's field, for ``Annotated``; its help comes from the recipe."""
     fields: Any = recipe.__dataclass_fields__  # type: ignore[attr-defined]
     owner = recipe if fields[name].metadata else Preprocessing
     own = owner.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
@@ -234,10 +234,10 @@ def option_of(recipe: type, name: str, panel: str) -> Any:
 
 
 def _words_of(recipe: type, name: str) -> Collection[str]:
-    """The words that a field takes, where there are only a few: those that its refusal lists."""
+    """The words that a field accepts, read from its refusal of a wrong one; none for free text."""
     try:
         recipe(**{name: "?"})
-    except (TypeError, ValueError) as error:  # a number's check fails by the type
+    except (TypeError, ValueError) as error:  # the check of a number raises TypeError
         return getattr(error, "choices", ())
     return ()
 
@@ -249,7 +249,7 @@ def about(
     *flags: str,
     words: Callable[[], Collection[str]] = tuple,
 ) -> Any:
-    """An option that is no field of a recipe, for ``Annotated``; a shell completes its words."""
+    """An option that is not a recipe's field, for ``Annotated``; a shell completes its words."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in words() if word.startswith(incomplete)]
@@ -260,7 +260,7 @@ def about(
 
 
 def written(help: str, metavar: str = "OUT") -> Any:
-    """The option of the file or folder that a command writes."""
+    """The option for the file or folder that a command writes."""
     return about(help, OUT, metavar, "-o", "--out")
 
 
@@ -270,7 +270,7 @@ def _flags(name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Group:
-    """A command's parameter that is a recipe, made from one option a field."""
+    """A command's parameter that is a recipe, made from one option per field."""
 
     base: Any  # the recipe of the defaults
     parts: dict[str, Any]  # panel: names of fields; in a plan, name of a recipe: its type
@@ -292,7 +292,7 @@ class _Group:
                 )
 
     def take(self, values: dict[str, Any]) -> Any:
-        """Take its options out of a command's, and make the recipe; ``None`` is a default."""
+        """Remove its options from the command's and make the recipe; ``None`` means the default."""
         taken = {}
         for part, own in self.parts.items():
             if not isinstance(own, str):
@@ -300,7 +300,7 @@ class _Group:
                 continue
             for name in own.split():
                 value, reader = values.pop(name), self._typed(name)[1]
-                if value is not None:  # else not typed, and without a default in the help
+                if value is not None:  # None: not typed, and the help shows no default
                     taken[name] = value if reader is None else reader(value, _flags(name)[0])
         return dataclasses.replace(self.base, **taken)
 
@@ -312,7 +312,7 @@ class _Group:
         return _READ.get(name) or _READ.get(hint) or (hint, None)
 
 
-@functools.cache  # since each call evaluates all annotations of a class
+@functools.cache  # each call evaluates all annotations of a class
 def _hints(kind: Hashable) -> dict[str, Any]:
     return get_type_hints(kind)
 
@@ -320,10 +320,10 @@ def _hints(kind: Hashable) -> dict[str, Any]:
 def flattened(
     command: Callable[..., None], called: str, *, many: bool = False
 ) -> Callable[..., None]:
-    """A command for Typer: one option a field of its recipes, and errors as one line.
+    """A command for Typer: one option per field of its recipes, and errors as one line.
 
     A parameter ``name: Annotated[Recipe, {panel: "field field"}] = Recipe(...)`` is such a recipe.
-    With ``many`` the command can work in several processes, started by torchrun.
+    With ``many`` the command can run in several processes, started by torchrun.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, _Group] = {}
@@ -366,7 +366,7 @@ def check_beside_recipe(context: typer.Context) -> None:
         )
 
 
-# --- options that several commands have ---
+# --- options of several commands ---
 
 _REFERENCE = "reference reference_model"
 _INPUT = "preset resize crop interpolation mean std scale bgr max_bad corrupt"
@@ -380,20 +380,18 @@ Averaged = Annotated[
 _DATA_IS = (
     "Class folders, a folder with labels.csv, one with images/ and masks/, a flat folder, an .npz, "
     ".pt or .safetensors file, coco:ROOT#val2017, .tar shards, parquet or a Hugging Face folder, "
-    "cifar10:ROOT#test and the like, or file.py:callable."
+    "cifar10:ROOT#test and similar names, or file.py:callable."
 )
 _REPEATED = (
-    "Repeatable: all are taken together. calibrate with --reference also takes the word none: then "
-    "weights and the original's statistics predict the new ones, and nothing is judged."
+    "Repeatable: all are combined. calibrate with --reference also takes none: bnfix then predicts "
+    "new statistics from the weights and the original's statistics, and judges nothing."
 )
 Data = Annotated[str, about(_DATA_IS, DATA, "DATA")]
 Several = Annotated[list[str], about(f"{_DATA_IS} {_REPEATED}", DATA, "DATA")]
-Output = Annotated[
-    Path, written("The .safetensors, or the hub folder where CKPT is one, to write.")
-]
+Output = Annotated[Path, written("The .safetensors file to write, or a hub folder if CKPT is one.")]
 State = Annotated[
     str | None,
-    about("Folder for the run's state; after an interrupt the same command resumes.", RUN, "DIR"),
+    about("Folder for the run's state; the same command resumes an interrupted run.", RUN, "DIR"),
 ]
 _FOUND = "model arguments key prefix prefer_ema unfreeze forward logits_output domain"
 Model = Annotated[ModelRecipe, {MODEL: _FOUND}]

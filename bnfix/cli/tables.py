@@ -20,16 +20,16 @@ from bnfix.norm.swap import Change
 from bnfix.report.pages import clean, ends, number, percent
 from bnfix.report.report import Report
 
-#: Columns of a terminal below which tables change their form.
+#: Terminal width in columns below which tables become narrower.
 _LEAST_WIDTH = 60
-#: Findings of one kind that are spelled out.
+#: Findings of one kind that are printed in full.
 _SHOWN = 5
 _LIVE = "live: layers with an example weight"
 _Layers = partial(Table, box=box.SIMPLE_HEAD)
 
 
 def shown_text(text: object) -> str:
-    """A text of any origin on one line, without control characters and without markup."""
+    """A text of any origin on one line, without control characters or markup."""
     return escape(clean(text, limit=10_000))
 
 
@@ -60,7 +60,7 @@ def tables_of(report: Report) -> Iterator[Table]:
 
 
 def fitted(table: Table, width: int) -> Table:
-    """The table, changed for a narrow terminal: numbers wrap, and columns "was" are left out."""
+    """The table; on a narrow terminal numbers wrap, and "was" columns are left out."""
     if width < _LEAST_WIDTH:
         table.columns = [column for column in table.columns if column.header != "was"]
         for place, column in enumerate(table.columns):
@@ -70,7 +70,7 @@ def fitted(table: Table, width: int) -> Table:
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> Table:
-    """A table of names, which alone may wrap, and numbers."""
+    """A table of names and numbers; only names wrap."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="right" if place else "left", no_wrap=place > 0)
@@ -108,7 +108,7 @@ def _models(report: Report) -> Table:
 
 
 def _by_rows(report: Report, task: Any) -> Table:
-    """The models of a task that is no classification."""
+    """The models of a task other than classification."""
     rows = []
     for model in report.models:
         m = model.metrics
@@ -206,7 +206,7 @@ def _tiles(report: Report) -> Table:
     ]
     first = report.tiles[0]
     size = "x".join(map(str, first.size))
-    caption = f"{first.n_examples} images whole and in tiles of {size}; difference: by spread"
+    caption = f"{first.n_examples} images whole and in tiles of {size}; difference: relative to the spread"
     return _table(("pixels from a cut", "layers", "difference", "other class"), rows, caption)
 
 
@@ -218,7 +218,7 @@ def _sets(report: Report) -> Table:
             cells = percent(s.wanted), held, number(s.size, 2), number(s.probability)
             rows.append((model.name, *cells))
             few = "" if s.probability else "; too few for that coverage, so sets have all classes"
-            caption = f"p from {s.n_threshold:,} examples, the rest on {s.n_examples:,} more{few}"
+            caption = f"p from {s.n_threshold:,} examples, the rest from {s.n_examples:,} more{few}"
     headings = "sets of classes", "wanted", "coverage (95%)", "mean size", "least p"
     return _table(headings, rows, caption)
 
@@ -229,7 +229,7 @@ def _estimates(report: Report) -> Table:
         if e := row.estimate:
             shown = f"{percent(e.top1)} ({percent(e.interval[0])} to {percent(e.interval[1])})"
             rows.append((model.name, shown, percent(e.truth), percent(e.labelled_top1)))
-    caption = "an estimate, no measurement: under strong shifts it is too high"
+    caption = "an estimate, not a measurement: under strong shifts it is too high"
     return _table(("estimated top-1", "estimate (90%)", "truth", "labelled"), rows, caption)
 
 
@@ -252,7 +252,7 @@ def plan_lines(described: dict[str, Any]) -> list[str]:
 
 def estimate_line(described: dict[str, Any]) -> str:
     """The cost of a plan in one line."""
-    passes = f"{described['passes']:.3g} passes in all"
+    passes = f"{described['passes']:.3g} passes in total"
     seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
     if seconds is None:
         return f"{passes}; time unknown, because no batch could be run"
@@ -261,7 +261,7 @@ def estimate_line(described: dict[str, Any]) -> str:
 
 
 def duration_words(low: float, high: float) -> str:
-    """A range of time, in the unit that suits its end."""
+    """A range of time, in a unit that suits its upper end."""
     if high < 1:
         return "a second or less"
     units = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
@@ -294,7 +294,7 @@ def changes_table(changes: Iterable[Change]) -> Table:
 
 def layers_table(found: Inspection) -> Table:
     """The norm layers of a checkpoint."""
-    kind = ["kind"] * bool(found.kinds)  # which takes a model
+    kind = ["kind"] * bool(found.kinds)  # known only with a model
     table = _Layers("layer", *kind, "channels", "batches", "mean", "variance", "dead", "weight")
     table.columns[0].overflow = "fold"
     shifts = Shifts() if found.behaviour is None else found.behaviour.shifts
@@ -303,8 +303,8 @@ def layers_table(found: Inspection) -> Table:
             table.add_column(heading)
         table.caption = (
             "shift: stored against measured means, in standard deviations; factor: ratio of the "
-            f"variances; gaps: of mean and deviation from single batches of {shifts.batch_size}, "
-            "where the layers before use stored statistics (sequential feed) or the batch's"
+            f"variances; gaps: mean and deviation against single batches of {shifts.batch_size}; "
+            "the layers before use stored statistics (sequential feed) or the batch's"
         )
     for layer in found.layers:
         row = [

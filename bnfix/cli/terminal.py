@@ -32,16 +32,16 @@ from bnfix.jobs.inputs import Track, silent
 from bnfix.report.pages import clean
 from bnfix.report.report import Report
 
-#: Columns of a text that goes to a file or a pipe: no table is folded or cut there.
+#: Width of text for a file or a pipe: no table is folded or cut there.
 _UNBOUNDED = 1000
-#: Columns below which a progress line shows only the stage, the percentage and the time left.
+#: Width below which a progress line shows only the stage, the percentage and the time left.
 _NARROW = 50
 
 
 def _console(*, stderr: bool = False) -> Console:
-    if not distributed.speaks():  # of several processes the first prints for all
+    if not distributed.speaks():  # the first process prints for all
         return Console(file=io.StringIO())
-    console = Console(stderr=stderr, emoji=False)  # a name such as o.py:star is none
+    console = Console(stderr=stderr, emoji=False)  # a name such as o.py:star is not an emoji
     if not console.is_terminal:
         console.width = _UNBOUNDED
     return console
@@ -49,7 +49,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 @dataclasses.dataclass
 class Terminal:
-    """Where a command prints: results to standard output, all else to standard error."""
+    """The output of a command: results to standard output, everything else to standard error."""
 
     as_json: bool
     quiet: bool
@@ -58,7 +58,7 @@ class Terminal:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Track]:
-        """Show progress on a terminal; keep the user's own prints off standard output."""
+        """Show progress on a terminal; keep prints of the user's code off standard output."""
         shown = self.err.is_terminal and not self.err.is_dumb_terminal and not self.quiet
         if not shown:
             with guards.stdout_to_stderr():
@@ -121,10 +121,10 @@ class Terminal:
 
 
 def _columns(width: int) -> Iterator[ProgressColumn]:
-    """The columns that fit: stage and time left always, then the count, then the bar."""
+    """The columns that fit: always stage and time left, then the count, then the bar."""
     bar = width // 4 if width >= 2 * _NARROW else 0
     room = width - (14 if width < _NARROW else 30 + bar)
-    # The other columns have fixed widths: a long stage is cut, not the time.
+    # The other columns have fixed widths, so a long stage is cut and the time stays visible.
     stage = Column(no_wrap=True, overflow="ellipsis", max_width=max(12, room))
     yield TextColumn("{task.description}", markup=False, table_column=stage)
     if bar:
@@ -139,13 +139,13 @@ def _columns(width: int) -> Iterator[ProgressColumn]:
 
 @contextlib.contextmanager
 def stated(command: str, *, many: bool = False, debug: bool = False) -> Iterator[None]:
-    """Print a stated error as one line, and exit with 1, 2 for wrong usage, 130 interrupted."""
+    """Print a stated error as one line; exit with 1, 2 for wrong usage, 130 if interrupted."""
     with _translated(command, debug), contextlib.ExitStack() as stack:
         if many:
             stack.enter_context(distributed.joined())
         elif distributed.launched().shared:
             raise ConfigError("this command works in one process only. Start it without torchrun.")
-        # Inside, since the processes still have to agree on which of them prints the error.
+        # Inside `joined`, since the processes must still agree on which of them prints the error.
         stack.enter_context(_translated(command, debug))
         yield
 
@@ -169,7 +169,7 @@ def _translated(command: str, debug: bool) -> Iterator[None]:
         message = str(error).splitlines()[0]
         hint = "Lower --batch-size, or use --device cpu."
         _fail(error, 1, f"out of memory: {message} {hint}", debug)
-    except Exception as error:  # noqa: BLE001 - a library's traceback says nothing to most users
+    except Exception as error:  # noqa: BLE001 - a library's traceback means nothing to most users
         hint = "Add --debug for the traceback; report it, unless the error is in your own code."
         _fail(error, 1, f"unexpected {one_line(error)}. {hint}", debug)
 

@@ -1,6 +1,6 @@
-"""How a setting states its help and what it takes; the settings of data, model and run.
+"""Helpers for settings with help texts and checks; the settings of data, model and run.
 
-`bnfix.core.settings` offers them beside the recipes of the stages.
+`bnfix.core.settings` exports them together with the recipes of the stages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from bnfix.core.errors import ConfigError
 
-#: What `--to` offers: (channel groups, ghost size, example weight), before overrides.
+#: The choices of `--to`: (channel groups, ghost size, example weight), before overrides.
 #: ``None`` groups: one channel each; ``None`` ghost: the whole batch; ``"gcd32"``: gcd(C, 32).
 KINDS: dict[str, tuple[str | None, int | None, float]] = {
     "example-aware": (None, None, 0.0),
@@ -23,17 +23,17 @@ KINDS: dict[str, tuple[str | None, int | None, float]] = {
     "gated": (None, None, 0.0),
     "batch": (None, None, 0.0),
 }
-#: What `--corrupt` and `--corruptions` offer.
+#: The choices of `--corrupt` and `--corruptions`.
 CORRUPTIONS = ("noise", "blur", "jpeg", "brightness", "contrast", "pixelate")
 SEVERITIES = (1, 2, 3)
 #: Ways to resize an image.
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-#: What a model can be judged by.
+#: The tasks by which bnfix can judge a model.
 TASKS = ("classification", "segmentation", "multilabel", "regression")
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text, which the command line shows."""
+    """A dataclass field with the help text that the command line shows."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
@@ -44,7 +44,7 @@ def require(condition: bool, message: str, name: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Check that every generator takes a seed."""
+    """Check that every generator accepts a seed."""
     ok = 0 <= seed < 2**63
     require(ok, f"--seed: {seed}, expected a whole number from 0 to 2^63 - 1.", "seed")
 
@@ -60,7 +60,7 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
 
 
 def one_of(value: Any, choices: Collection[str], name: str) -> None:
-    """Refuse a setting that is none of the choices."""
+    """Refuse a setting that is not one of the choices."""
     if value not in choices:
         listed = ", ".join(choices)
         error = ConfigError(f"{name}: {value!r} is not known. Use one of: {listed}.", name=name)
@@ -69,7 +69,7 @@ def one_of(value: Any, choices: Collection[str], name: str) -> None:
 
 
 def in_range(recipe: Any, low: float, high: float, *names: str, excluded: bool = False) -> None:
-    """Refuse settings that are numbers outside of [low, high], or of [low, high)."""
+    """Refuse numbers outside [low, high], or outside [low, high)."""
     span = f"{low} to {high}" + f", {high} excluded" * excluded
     if high == math.inf:
         span, excluded = f"at least {low}", True
@@ -92,9 +92,9 @@ def above_zero(recipe: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class InputRecipe:
-    """How examples become inputs, where the checkpoint or the model has it otherwise.
+    """How examples become inputs, if not as the checkpoint or the model says.
 
-    Resize and crop belong together: one given replaces both. The rest replaces one by one.
+    Resize and crop belong together: giving one replaces both. The other options replace one each.
     """
 
     preset: str | None = option(
@@ -111,18 +111,18 @@ class InputRecipe:
 
 @dataclass(frozen=True)
 class TaskRecipe:
-    """What a model is judged by."""
+    """The measure by which a model is judged."""
 
     task: str = option(
-        "auto", f"What outputs and targets are: auto (as they look), {', '.join(TASKS)}."
+        "auto", f"Kind of outputs and targets: auto (inferred), {', '.join(TASKS)}."
     )
     loss: str | None = option(
         None,
-        "Of regression: mse (the default), l1, huber. Of any task: package.module:callable or "
-        "path/to/file.py:callable, called with outputs and targets as tensors, gives one loss an "
-        "example, a tensor (N,) with its graph.",
+        "For regression: mse (the default), l1, huber. For any task: package.module:callable or "
+        "path/to/file.py:callable, called with outputs and targets as tensors. It returns one loss "
+        "per example, a tensor (N,) with its graph.",
     )
-    ignore_index: int = option(255, "Class in the masks of a segmentation that counts nowhere.")
+    ignore_index: int = option(255, "Class in segmentation masks that is left out everywhere.")
 
     def __post_init__(self) -> None:
         one_of(self.task, ("auto", *TASKS), "--task")
@@ -138,23 +138,23 @@ class TaskRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe(InputRecipe, TaskRecipe):
-    """Which examples are used, and how they become inputs."""
+    """The examples, and how they become inputs."""
 
     test: str | None = option(None, "Examples for the claim, used for nothing else.")
     class_map: str | None = option(None, "JSON file: folder name to class index.")
-    labels: str = option("auto", "auto, or none where labels are missing or must not be used.")
+    labels: str = option("auto", "auto, or none if labels are missing or must not be used.")
     groups: str | None = option(
         None,
         "Groups of examples that depend on each other, such as frames of one video: a column of "
         "labels.csv, a regular expression for file names (its first group, or the whole match), an "
-        "array of the .npz, or an .npy or .npz file with one group an example.",
+        "array of the .npz, or an .npy or .npz file with one group per example.",
     )
     max_bad: float | None = option(
-        None, "Bad images that a pass may meet (default: 1%, and at least 5)."
+        None, "Bad images tolerated in one pass (default: 1%, and at least 5)."
     )
     corrupt: str | None = option(
         None,
-        "Corrupt every image that is read, after resize and crop: KIND:SEVERITY, such as blur:2; "
+        "Corrupt every image, after resize and crop: KIND:SEVERITY, such as blur:2; "
         "kinds " + ", ".join(CORRUPTIONS) + "; severities 1 to 3.",
     )
 
@@ -180,16 +180,14 @@ class Preprocessing:
     )
     interpolation: str = option("bilinear", "How to resize: " + ", ".join(INTERPOLATIONS) + ".")
     mean: tuple[float, ...] = option(
-        (0.0,), "Mean to subtract after scaling, one number or one a channel, comma-separated."
+        (0.0,), "Mean to subtract after scaling, one number or one per channel, comma-separated."
     )
     std: tuple[float, ...] = option(
-        (1.0,), "Deviation to divide by, one number or one a channel, comma-separated."
+        (1.0,), "Deviation to divide by, one number or one per channel, comma-separated."
     )
     scale: float = option(1 / 255, "Factor for pixel values 0..255 (a number or 1/255).")
     channels: int = option(3, "Channels of the input: 3 (colour) or 1 (grey).")
-    bgr: bool = option(
-        False, "Channels in the order blue, green, red, those of --mean and --std too."
-    )
+    bgr: bool = option(False, "Channels in the order blue, green, red, also for --mean and --std.")
 
     def __post_init__(self) -> None:
         one_of(self.interpolation, INTERPOLATIONS, "--interpolation")
@@ -216,46 +214,46 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """Which model a checkpoint belongs to, and where in the file it lies."""
+    """The model of a checkpoint, and its place in the file."""
 
     model: str | None = option(
         None,
         "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
-        "path/to/file.py:callable; needed until a checkpoint carries one.",
+        "path/to/file.py:callable; needed unless the checkpoint names one.",
     )
     arguments: tuple[tuple[str, Any], ...] = option(
         (), "Argument of the builder, a JSON value; repeatable."
     )
-    key: str | None = option(None, "Dotted nesting of the state dict in the file.")
+    key: str | None = option(None, "Dotted path of the state dict in the file.")
     prefix: str | None = option(None, "Prefix to strip from the tensors' names.")
     prefer_ema: bool = option(
-        False, "Take the running mean of the weights that lies beside them in the file."
+        False, "Use the running average of the weights stored in the same file."
     )
     unfreeze: bool = option(
         False,
-        "Turn FrozenBatchNorm2d layers into BatchNorm2d of the same numbers, on which commands "
-        "act; the output then holds their num_batches_tracked, too, and loads into either.",
+        "Turn FrozenBatchNorm2d layers into BatchNorm2d with the same numbers, so that commands "
+        "act on them. The output also holds num_batches_tracked, and loads into either.",
     )
     forward: str | None = option(
         None,
         "package.module:callable or path/to/file.py:callable, called with the model and a batch "
-        "(inputs, labels or None, positions), for models that are not called on images alone.",
+        "(inputs, labels or None, positions), for models that need more than images.",
     )
     logits_output: str | None = option(
-        None, "Which output holds the logits: its name or index, dotted where they are nested."
+        None, "The output with the logits: its name or index, dotted if nested."
     )
     trust_code: bool = option(
-        False, "Open .pt2 files, which can run code as torch reads them: only files of your own."
+        False, "Open .pt2 files. They can run code when torch reads them: use only your own files."
     )
     like_input: bool = option(
         False,
-        "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with the new weights in their "
-        "places and all else as it is: training goes on from it. No example weights.",
+        "Write a copy of CKPT, a training checkpoint (.ckpt, .pth), with only the weights replaced,"
+        " so that training can continue from it. No example weights.",
     )
     domain: str | None = option(
         None,
-        "Which statistics of a file that has several: a name, in eval also auto, the nearest by "
-        "what the first norm layer meets. calibrate writes them under this name.",
+        "The statistics to use in a file with several: a name; in eval also auto, the nearest by "
+        "the inputs of the first norm layer. calibrate writes them under this name.",
     )
 
     def __post_init__(self) -> None:
@@ -266,14 +264,14 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run: nothing here changes a number by more than rounding."""
+    """How to run; none of this changes a number by more than rounding."""
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N.")
     precision: str = option("fp32", "fp32, bf16 or fp16 (autocast).")
     batch_size: int | None = option(
         None, "Batch size (default 128, less for large inputs on the CPU)."
     )
-    workers: int = option(-1, "Processes that decode images (-1: by the kind of data).")
+    workers: int = option(-1, "Processes that decode images (-1: depends on the kind of data).")
 
     def __post_init__(self) -> None:
         one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
@@ -283,7 +281,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
-    """What else is measured beside the usual metrics."""
+    """Measurements in addition to the usual metrics."""
 
     corruptions: bool = option(
         False,
@@ -292,31 +290,33 @@ class EvaluationRecipe:
     compare_batch_sizes: bool = option(
         False, "Also compare each image's logits alone, in its batch and in another batch."
     )
-    streams: str | None = option(None, "Also in other orders: iid,sorted,mixed,single, or some.")
+    streams: str | None = option(
+        None, "Also measure in other orders: iid,sorted,mixed,single, or some of them."
+    )
     tiles: tuple[int, ...] | None = option(
         None,
-        "Also compare the maps of some whole images with those of tiles of this size, by the "
-        "distance to the nearest cut: for networks that are run tile by tile.",
+        "Also compare the maps of some images, whole and in tiles of this size, by the distance to "
+        "the nearest cut: for networks that run tile by tile.",
     )
     coverage: float | None = option(
         None,
-        "Also sets of classes that hold the right one with this probability, such as 0.9: the "
-        "threshold is from one half of the examples, the coverage from the other.",
+        "Also report sets of classes that contain the right one with this probability, such as "
+        "0.9. One half of the examples gives the threshold, the other measures the coverage.",
     )
     estimate_from: str | None = option(
         None,
-        "Labelled examples of the usual kind: by how sure the model is of them, its accuracy on "
-        "--data is estimated, which needs no labels there. Under strong shifts it is too high.",
+        "Labelled examples of the usual kind. The model's confidence on them gives an estimate of "
+        "its accuracy on --data, without labels there. Under strong shifts it is too high.",
     )
     fast: bool = option(
         False,
-        "Evaluate copies made faster: norm layers of weight 0 folded, live ones fused with what "
-        "follows, on CPUs channels last. Equal to rounding, which is checked first.",
+        "Evaluate faster copies: norm layers with weight 0 folded, live ones fused with the next "
+        "operations, channels last on CPUs. bnfix first checks that they agree to rounding.",
     )
     metric: tuple[str, ...] = option(
         (),
-        "Metric of your own, package.module:callable or path/to/file.py:callable, called with all "
-        "outputs and labels as numpy arrays; returns a number or a dict of numbers; repeatable.",
+        "Your own metric: package.module:callable or path/to/file.py:callable, called with all "
+        "outputs and labels as numpy arrays. It returns a number or a dict of numbers; repeatable.",
     )
 
     def __post_init__(self) -> None:
@@ -329,6 +329,6 @@ class EvaluationRecipe:
 
     @property
     def of_certainty(self) -> dict[str, float | str]:
-        """What is asked for of sets and estimates."""
+        """The options given for sets and estimates."""
         given = {"coverage": self.coverage, "estimate_from": self.estimate_from}
         return {name: value for name, value in given.items() if value is not None}

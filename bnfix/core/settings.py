@@ -1,8 +1,8 @@
 """The frozen settings of each stage (what is computed), and the run options (how).
 
-A recipe holds everything that can change a number in a report by more than rounding; it is stored
-in the output's history. Run options change results by rounding only. Defaults and help texts stand
-here once: the command line reads both from these classes.
+A recipe holds everything that can change a number in a report by more than rounding; the output's
+history stores it. Run options change results by rounding only. This file has the only copy of
+defaults and help texts: the command line reads both from these classes.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from bnfix.core.options import TaskRecipe as TaskRecipe
 
 #: Ways to set the example weight without labels, for networks trained with batches of B.
 LABEL_FREE = ("match", "fit-moments", "fit-predictions")
-#: What fine-tuning may train.
+#: The parameters that fine-tuning can train.
 TRAINED = ("norms", "head", "norms+head", "last-norm+head", "all")
-#: What a norm layer is to the residual branches around it.
+#: The roles of norm layers in the residual branches around them.
 ROLES = ("last", "shortcut", "stem", "other")
 _ESTIMATOR = (
-    "With --batch-weight, how the batch's moments are made from those of its images: mean (the "
-    "default), or median, for which fewer than half of the images may be garbage."
+    "With --batch-weight: how to combine the moments of the images into the batch's: mean (the "
+    "default), or median, which tolerates garbage in fewer than half of the images."
 )
 
 
 @dataclass(frozen=True)
 class SwapRecipe:
-    """Which normalization the layers are turned into."""
+    """The normalization that replaces the layers."""
 
     to: str = option("example-aware", "Kind of normalization: " + ", ".join(KINDS) + ".")
     example_weight: float | None = option(
         None, "Weight of the example in its own statistics, 0..1."
     )
-    ghost_size: int | None = option(None, "Examples a ghost batch in training.")
-    channel_groups: int | None = option(None, "Channel groups that share their statistics.")
+    ghost_size: int | None = option(None, "Examples per ghost batch in training.")
+    channel_groups: int | None = option(None, "Number of channel groups with shared statistics.")
     layers: tuple[str, ...] = option((), "Only layers whose dotted name matches; repeatable.")
-    skip: tuple[str, ...] = option((), "Leave layers whose dotted name matches; repeatable.")
+    skip: tuple[str, ...] = option((), "Skip layers whose dotted name matches; repeatable.")
     batch_weight: float | None = option(None, "Weight of the batch in the statistics, 0..1.")
     batch_estimator: str | None = option(None, _ESTIMATOR)
 
@@ -57,28 +57,28 @@ class SwapRecipe:
 
 
 def _check_estimator(estimator: str | None, *, weighs: bool) -> None:
-    """Refuse an estimator that is not known, or that nothing uses."""
+    """Refuse an estimator that is unknown or unused."""
     if estimator is not None:
         one_of(estimator, ("mean", "median"), "--batch-estimator")
-        words = "--batch-estimator: only with --batch-weight, above 0. Give both or none."
+        words = "--batch-estimator: only with --batch-weight above 0. Give both or neither."
         require(weighs, words, "batch_estimator")
 
 
 @dataclass(frozen=True)
 class AverageRecipe:
-    """Which further checkpoints a model is averaged with, by which weights, and how."""
+    """The other checkpoints of an average, their weights, and the method."""
 
     files: tuple[str, ...] = option((), "Further checkpoints.")
     weights: tuple[float, ...] = option(
-        (), "Weights of the checkpoints, comma-separated (default: all the same)."
+        (), "Weights of the checkpoints, comma-separated (default: equal)."
     )
     method: str = option(
         "uniform",
-        "uniform: all of them. greedy: from the best one on, each is kept only if the mean with it "
-        "is better on labelled images.",
+        "uniform: all of them. greedy: starting from the best one, keep each checkpoint only if "
+        "the mean with it is better on labelled images.",
     )
     best: int | None = option(
-        None, "Only the N best, by a number that all the files hold, such as best_acc."
+        None, "Only the N best, by a number that all files contain, such as best_acc."
     )
     statistics: str = option(
         "auto",
@@ -91,12 +91,12 @@ class AverageRecipe:
         one_of(self.statistics, ("auto", "population", "interpolated"), "--statistics")
         n, n_weights, best = len(self.files) + 1, len(self.weights), self.best
         require(n > 1, "average: 1 checkpoint, expected at least 2.", "files")
-        words = f"--weights: {n_weights} numbers for {n} checkpoints. Give one each."
+        words = f"--weights: {n_weights} numbers for {n} checkpoints. Give one for each."
         require(n_weights in (0, n), words, "weights")
         above_zero(self, "weights")
         ok = best is None or 2 <= best <= n
         require(ok, f"--best: {best}, expected 2 to {n}, of {n} files.", "best")
-        words = "the order of the files with --best is not known before. Leave one out."
+        words = "--best decides the order of the files during the run. Leave one of them out."
         require(best is None or not n_weights, f"--weights: {words}", "weights")
 
 
@@ -106,65 +106,67 @@ class NoiseRecipe:
 
     weight_noise: float = option(
         0.0,
-        "Noise on every weight of a copy, in deviations of its tensor: statistics that are right "
-        "on average over copies are tried, and everything is judged on further copies.",
+        "Noise on every weight of a copy, in standard deviations of its tensor. bnfix tries the "
+        "mean statistics of several copies, and judges everything on other copies.",
     )
     draws: int = option(8, "With --weight-noise: copies to measure, and as many to judge on.")
 
     def __post_init__(self) -> None:
         in_range(self, 0, 10, "weight_noise")
         in_range(self, 1, 1000, "draws")
-        words = "acts only with --weight-noise. Add it, or leave this out."
+        words = "only with --weight-noise. Add it, or leave --draws out."
         require(self.weight_noise > 0 or self.draws == 8, f"--draws: {words}", "draws")
 
     def copies(self, part: str, seed: int) -> range:
-        """Seeds of the copies that a part of the data meets; no two parts share one."""
+        """Seeds of the copies that a part of the data runs through; no two parts share one."""
         first = seed + 1000 * ("fit", "select", "test").index(part)
         return range(first, first + (self.draws if self.weight_noise else 1))
 
 
 @dataclass(frozen=True)
 class StatisticsRecipe(NoiseRecipe):
-    """Whether and how running statistics are recalibrated."""
+    """Whether and how to recalibrate running statistics."""
 
     statistics: str = option("auto", "auto, keep, population, train-batch, reference or blend.")
     prior: float | str | None = option(
         None,
-        "With --statistics blend: how many examples the stored statistics count as, N, so that n "
-        "new ones weigh n/(n+N); or auto, the default: by how far each layer has drifted.",
+        "With --statistics blend: the stored statistics count as N examples, so n new ones weigh "
+        "n/(n+N). auto, the default, uses each layer's drift.",
     )
     robust: bool = option(
         False,
-        "Leave out images of another kind than most, for population and blend; one pass more.",
+        "Leave out images that differ in kind from most, for population and blend; one more pass.",
     )
     mix: tuple[float, ...] = option(
         (),
-        "With several --data, their weights in the statistics, such as 1,1, however many images "
-        "each has (default: by their numbers of images).",
+        "Weights of several --data in the statistics, such as 1,1, regardless of their numbers of "
+        "images (default: by their numbers of images).",
     )
     reference: str | None = option(
         None, "Checkpoint of the undamaged network that this one was made from."
     )
-    reference_model: str | None = option(None, "Its model spec (default: as the checkpoint's).")
+    reference_model: str | None = option(None, "Its model spec (default: the checkpoint's).")
     train_batch_size: int | None = option(
-        None, "Batch size a device that the network was trained with."
+        None, "Batch size per device in the network's original training."
     )
     feed: str = option(
-        "batch", "What layers above see: batch (one pass) or sequential (exact, by depth)."
+        "batch",
+        "How the layers before a measured layer normalize: batch (by the batch; one pass) or "
+        "sequential (by their new statistics; exact).",
     )
     samples: int | str | None = option(
         None,
-        "Examples to use, drawn in seeded random order: a number, or auto for as many as it takes "
-        "(default all).",
+        "Examples to use, drawn in seeded random order: a number, or auto for as many as needed "
+        "(default: all).",
     )
     batch_size: int = option(128, "Batch size of the batch feed.")
     tolerance: float = option(
         0.04,
-        "With --samples auto: the standard error that every layer's mean and variance must reach, "
-        "by its spread, root mean square over its channels.",
+        "With --samples auto: the largest standard error of any layer's mean and variance, "
+        "relative to its spread, root mean square over its channels.",
     )
     include_frozen: bool = option(
-        False, "Also layers that the model's code has frozen: evaluation mode, no gradients."
+        False, "Also recalibrate layers frozen by the model's code (evaluation mode, no gradients)."
     )
 
     def __post_init__(self) -> None:
@@ -196,41 +198,43 @@ class StatisticsRecipe(NoiseRecipe):
         ok = not self.robust or kind in ("population", "blend")
         require(ok, f"--robust: {found} population or blend. Add --statistics blend.", "robust")
         ok = kind in ("auto", "population", "blend") and not self.robust and reference is None
-        words = "only --statistics auto, population, blend take it, without --robust or --reference"
+        words = "only with --statistics auto, population or blend, without --robust or --reference"
         require(ok or not self.mix, f"--mix: {words}.", "mix")
         others = self.robust or self.mix or reference or self.train_batch_size
         ok = kind in ("auto", "population") and not others
         words = "without --robust, --mix, --reference, --train-batch-size"
-        words = f"--weight-noise: only --statistics auto and population take it, {words}."
+        words = f"--weight-noise: only with --statistics auto or population, {words}."
         require(ok or not self.weight_noise, words, "weight_noise")
 
 
 @dataclass(frozen=True)
 class WeightRecipe:
-    """How the example weight is chosen."""
+    """How to choose the example weight."""
 
     example_weight: str | float = option(
         "auto",
-        "auto, keep, or a number from 0 to 1; without labels, with --train-batch-size B: match "
+        "auto, keep, or a number from 0 to 1. Without labels, with --train-batch-size B: match "
         "(1/B), fit-moments (per layer, to the moments of random batches of B), fit-predictions "
         "(per layer, to the predictions in such batches).",
     )
-    granularity: str = option("channel", "Finest freedom allowed: global, layer or channel.")
+    granularity: str = option("channel", "Finest granularity: global, layer or channel.")
     pointwise: bool = option(False, "Also weigh layers whose maps have a single position.")
     epochs: int = option(2, "Passes over the fit examples when weights are learned per channel.")
     thin: float = option(
         0.03,
-        "Part of the gain that may be given up, a standard error included, to set whole layers "
-        "back to 0 (0 for none).",
+        "Fraction of the gain, including one standard error, to give up for setting whole layers "
+        "back to 0 (0: nothing).",
     )
     batch_size: int | None = option(
-        None, "Batch size when weights are learned (default 64, less for large inputs)."
+        None, "Batch size for learning weights (default 64, less for large inputs)."
     )
     lr: float = option(0.02, "Adam's rate for learned weights, falling to 0 by cosine.")
-    start: float = option(0.05, "Least weight from which learning starts.")
+    start: float = option(0.05, "Smallest weight from which learning starts.")
     batch_weight: str | float = option("keep", "auto, keep, or the weight of the batch, 0 to 1.")
     batch_estimator: str | None = option(None, _ESTIMATOR)
-    assume_iid: bool = option(False, "Let --batch-weight auto harm images sorted by class.")
+    assume_iid: bool = option(
+        False, "With --batch-weight auto: accept harm to images sorted by class."
+    )
 
     def __post_init__(self) -> None:
         a = self.example_weight
@@ -247,32 +251,33 @@ class WeightRecipe:
 
     @property
     def is_stated(self) -> bool:
-        """Whether a weight was asked for, which needs no labels."""
+        """Whether a weight was stated; then no labels are needed."""
         words = self.example_weight in ("auto", "keep") and isinstance(self.batch_weight, str)
         return not words
 
 
 @dataclass(frozen=True)
 class GateRecipe:
-    """How strict the choice between candidates is, and how the data are cut."""
+    """How strict the choice between candidates is, and how the data are split."""
 
     z: float = option(2.0, "Standard errors by which a candidate must win on the select split.")
-    fit: float = option(0.6, "Part of the data for fitting.")
+    fit: float = option(0.6, "Fraction of the data for fitting.")
     select: float | str = option(
         0.2,
-        "Part of the data for choosing, beside 0.6 to fit on; more where 20 are not reached. Or "
-        "DATA of its own to choose on, such as images that the network was not trained on.",
+        "Fraction of the data for choosing, in addition to 0.6 for fitting; more if it has fewer "
+        "than 20 examples. Or separate DATA to choose on, such as images that the network was not "
+        "trained on.",
     )
     seed: int = option(0, "Seed of the split and of every random choice.")
     temperature: str = option(
         "keep",
-        "keep, or auto: where labels prove it, the head's weights and bias are divided by one "
-        "temperature, and every other candidate is judged at its own, so that it must win by more.",
+        "keep, or auto: divide the head's weights and bias by a temperature, if labels prove it. "
+        "Every other candidate is then judged at its own temperature and must gain more than this.",
     )
     class_prior: str | None = option(
         None,
-        "Shares of the classes where the network will be used: a JSON file of class to number, or "
-        "em, estimated on --data without labels. log(new / old) goes into the head's bias. The old "
+        "Class shares where the network will be used: a JSON file of class to number, or em "
+        "(estimated on --data without labels). log(new / old) goes into the head's bias. The old "
         'shares: {"from": {...}, "to": {...}} in the file, else counted in the labels, else equal.',
     )
 
@@ -282,17 +287,17 @@ class GateRecipe:
         check_seed(self.seed)
         ok = 0 < self.fit < 1 and 0 < self.select_part <= 1 - self.fit
         parts = f"expected above 0 and at most {1 - self.fit:g}"
-        require(ok, f"--select: {self.select}, {parts}, beside {self.fit:g} to fit on.", "select")
+        require(ok, f"--select: {self.select}, {parts}, with {self.fit:g} to fit on.", "select")
 
     @property
     def select_part(self) -> float:
-        """The part of the data that would choose; with DATA for that, it goes to the fit."""
+        """The fraction of the data for choosing; with separate DATA, it goes to the fit."""
         return 0.2 if isinstance(self.select, str) else self.select
 
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """How the steps of a training run are taken."""
+    """The steps of a training run."""
 
     optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
     lr: float | None = option(
@@ -301,26 +306,26 @@ class OptimizerRecipe:
     )
     weight_lr: float = option(0.02, "Peak rate for learned example weights.")
     warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
-    weight_decay: float = option(0.0, "Decay of all trained parameters but gamma and beta.")
+    weight_decay: float = option(0.0, "Decay of all trained parameters except gamma and beta.")
     norm_decay: float | str = option(
         0.0,
-        "Decay of gamma and beta, decoupled from the gradient; or one a role, such as "
-        "last=0.05,shortcut=0,other=0.01: the last layer of a residual branch, that of its "
-        "shortcut, the stem's, any other.",
+        "Decay of gamma and beta, decoupled from the gradient. Or one per role, such as "
+        "last=0.05,shortcut=0,other=0.01: last (the last layer of a residual branch), shortcut, "
+        "stem, other.",
     )
     norm_decay_target: str = option(
-        "none", "Where gamma and beta decay to: none, zero or identity (gamma 1, beta 0)."
+        "none", "Target of the decay of gamma and beta: none, zero or identity (gamma 1, beta 0)."
     )
     clip: float | None = option(
-        None, "Largest norm of the gradient over all that is trained; a larger one is shortened."
+        None, "Largest gradient norm over all trained parameters; a longer gradient is scaled down."
     )
     accumulate: int = option(
-        1, "Batches a step: their gradients together are those of all their examples in one batch."
+        1, "Batches per step: their combined gradient is that of one batch with all examples."
     )
     ema: float | None = option(
         None,
-        "Evaluate and keep an exponential moving average of what is trained: its decay, such as "
-        "0.99 (less at the start, where a step t counts as min(decay, (1+t)/(10+t))).",
+        "Evaluate and keep an exponential moving average of the trained parameters: its decay, "
+        "such as 0.99 (less at the start: step t uses min(decay, (1+t)/(10+t))).",
     )
 
     def __post_init__(self) -> None:
@@ -338,7 +343,7 @@ class OptimizerRecipe:
 
     @property
     def norm_decays(self) -> dict[str, float]:
-        """The decay of each role; a single number is that of all, ``other``."""
+        """The decay of each role; a single number applies to all, as ``other``."""
         if not isinstance(self.norm_decay, str):
             return {"other": self.norm_decay}
         parts = [part.partition("=") for part in self.norm_decay.split(",")]
@@ -352,12 +357,12 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class IngredientRecipe(OptimizerRecipe):
-    """What a step adds to plain training; all of it is off by default."""
+    """Additions to plain training; all are off by default."""
 
     batch_statistics: str = option(
         "inclusive",
-        "With --statistics train: inclusive, or exclusive, where the others of its ghost batch "
-        "normalize an example.",
+        "With --statistics train: inclusive, or exclusive: an example is normalized by the others "
+        "of its ghost batch.",
     )
     ghost_noise: int | None = option(
         None,
@@ -370,14 +375,14 @@ class IngredientRecipe(OptimizerRecipe):
     )
     sharpness: float = option(
         0.0,
-        "Sharpness-aware steps: gradients are taken where gamma and beta lie this far uphill; each "
-        "step costs two.",
+        "Sharpness-aware steps: compute gradients with gamma and beta moved uphill by this "
+        "distance. Each step costs two.",
     )
 
     refit: bool = option(
         False,
-        "Train the candidate that won once more, on the images that chose it, too. Nothing judges "
-        "that but the test.",
+        "Train the winning candidate again, with the select images added. Only the test judges "
+        "the result.",
     )
 
     def __post_init__(self) -> None:
@@ -394,22 +399,22 @@ class IngredientRecipe(OptimizerRecipe):
 class FinetuneRecipe(IngredientRecipe):
     """A short training run on top of a trained checkpoint."""
 
-    train: str = option("norms", f"What is trained: {', '.join(TRAINED)}.")
+    train: str = option("norms", f"Parameters to train: {', '.join(TRAINED)}.")
     statistics: str = option(
-        "frozen", "Normalize by frozen statistics, or train (batch statistics, then recalibrated)."
+        "frozen", "frozen (stored statistics) or train (batch statistics, then recalibration)."
     )
-    example_weight: str = option("keep", "keep, or learn the weights per channel along the way.")
+    example_weight: str = option("keep", "keep, or learn: also train the weights per channel.")
     epochs: int = option(2, "Passes over the fit examples.")
     steps: int | None = option(None, "Number of steps, instead of epochs.")
     batch_size: int | None = option(
-        None, "Batch size of training (default 64, less for large inputs)."
+        None, "Training batch size (default 64, less for large inputs)."
     )
-    ghost_size: int | None = option(None, "Ghost batch in training, with --statistics train.")
+    ghost_size: int | None = option(None, "Ghost batch size in training, with --statistics train.")
     label_smoothing: float = option(0.0, "Label smoothing of the training loss.")
     augment: str = option(
         "none",
-        "Training images: none; light (mirror, shift by up to 1/8); standard (mirror, random crop "
-        "of 1/2 to all of the area). Not for digits or text, which mirroring makes wrong.",
+        "Augmentation: none; light (mirror, shift by up to 1/8); standard (mirror, random crop of "
+        "1/2 to all of the area). Not for digits or text: mirroring makes them wrong.",
     )
 
     def __post_init__(self) -> None:
@@ -423,25 +428,25 @@ class FinetuneRecipe(IngredientRecipe):
         in_range(self, 0, 1, "label_smoothing", excluded=True)
         trains = self.statistics == "train"
         ok = trains or self.batch_statistics == "inclusive"
-        only = "statistics are only made of batches with --statistics train. Add it, or leave this"
+        only = "needs batch statistics, from --statistics train. Add it, or leave this option"
         require(ok, f"--batch-statistics exclusive: {only} out.", "batch_statistics")
         alone = next((n for n in ("ghost_size", "batch_size") if getattr(self, n) == 1), "")
         ok = self.batch_statistics == "inclusive" or not alone
         found = f"--batch-statistics exclusive: --{alone.replace('_', '-')} is 1, so an example"
         require(ok, f"{found} has no others, expected at least 2. Give more.", "batch_statistics")
         ok = not trains or self.ghost_noise is None
-        only = "batches bring noise of their own with --statistics train. Leave one of them out"
+        only = "with --statistics train, batches have their own noise. Leave one of them out"
         require(ok, f"--ghost-noise: {only}.", "ghost_noise")
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate: the one stated, or that for what is trained."""
+        """The peak learning rate: the stated one, or the default for the trained parameters."""
         if self.lr is not None:
             return self.lr
         return 0.0005 if self.train == "all" else 0.006
 
     def stated(self) -> dict[str, Any]:
-        """All settings but ingredients that are off, as earlier versions state them."""
+        """All settings except ingredients that are off, as earlier versions state them."""
         plain = asdict(IngredientRecipe())
         later = plain.keys() - asdict(OptimizerRecipe()).keys()
         own = asdict(self)
