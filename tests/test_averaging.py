@@ -101,7 +101,10 @@ def test_recipes_out_of_range_are_refused(files, weights, found):
         ({"statistics": "keep"}, "--statistics: 'keep' is not known. Use one of: auto, population"),
         ({"best": 1}, "--best: 1, expected 2 to 3, of 3 files"),
         ({"best": 4}, "--best: 4, expected 2 to 3, of 3 files"),
-        ({"best": 2, "weights": (1.0, 1.0, 2.0)}, "--weights: --best decides the order of the files"),
+        (
+            {"best": 2, "weights": (1.0, 1.0, 2.0)},
+            "--weights: --best decides the order of the files",
+        ),
     ],
 )
 def test_ways_that_there_are_not_are_refused(how, found):

@@ -107,7 +107,7 @@ def test_a_run_that_goes_on_from_another_states_no_speed(tmp_path):
     again = recalibrate_(net(), SlowBatches(), state=tmp_path)
     assert again.effort.n_resumed == 3 * N_BATCHES
     assert again.effort.examples_per_second is None
-    assert "images a second" not in " ".join(done(None, Trials(calibration=again)))
+    assert "images per second" not in " ".join(done(None, Trials(calibration=again)))
     # Nothing was read again, and nothing run.
     assert again.effort.cost.data == again.effort.cost.forward == 0
 
@@ -149,4 +149,4 @@ def test_all_three_forms_of_the_report_say_it(files, cli, tmp_path):
     for kind in ("md", "html"):
         text = out.with_name(f"{out.name}.report.{kind}").read_text()
         assert "Reading data took" in text
-        assert "images a second" in text
+        assert "images per second" in text

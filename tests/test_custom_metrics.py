@@ -218,7 +218,7 @@ def test_with_forward_outputs_need_not_be_logits(cli, files, own, tmp_path):
     assert found["paired"][0]["verdict"] is None
     sentence = found["verdict_sentence"]
     assert sentence.startswith(f"On 120 images: pixels {value:.3f} (")
-    assert sentence.endswith(" with stale.pth); the outputs are not the logits of classes.")
+    assert sentence.endswith(" with stale.pth); the outputs are not class logits.")
     page = (tmp_path / "report.html").read_text()
     assert "Your own metrics" in page
     assert ">pixels<" in page

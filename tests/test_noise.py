@@ -260,7 +260,10 @@ def evaluate_mse(net, batches):
         (("--weight-noise", 0.1, "--draws", 0), "--draws: 0, expected 1 to 1000"),
         (("--draws", 3), "--draws: only with --weight-noise"),
         (("--weight-noise", 0.1, "--draws", 1001), "--draws: 1001, expected 1 to 1000"),
-        (("--weight-noise", 0.1, "--statistics", "blend"), "only with --statistics auto or population"),
+        (
+            ("--weight-noise", 0.1, "--statistics", "blend"),
+            "only with --statistics auto or population",
+        ),
         (("--weight-noise", 0.1, "--statistics", "population", "--robust"), "without --robust"),
         (("--weight-noise", 0.1, "--train-batch-size", 4), "--train-batch-size"),
         (("--weight-noise", 0.1, "--batch-weight", "auto"), "without --batch-weight auto"),

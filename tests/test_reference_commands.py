@@ -121,7 +121,7 @@ def test_without_labels_the_reference_judges_and_proves(run, files):
     assert change == pytest.approx(after["agreement"] - before["agreement"])
     sentence = report["verdict_sentence"]
     assert sentence.startswith("Closer to the reference: ")
-    assert "How many answers are right is not known without labels." in sentence
+    assert "Without labels, the fraction of right answers is unknown." in sentence
     assert history_of(out)["results"]["agreement"] == after["agreement"]
     for kind in ("md", "html"):
         page = out.with_name(f"{out.name}.report.{kind}").read_text()

@@ -636,7 +636,7 @@ def test_outputs_that_are_no_logits_claim_nothing() -> None:
     )
     report = Report("eval", DataUsed("x", 40, "f"), (old, new))
     assert report.verdict_sentence() == (
-        "On 40 images: dice 0.750 (0.500 with old); the outputs are not the logits of classes."
+        "On 40 images: dice 0.750 (0.500 with old); the outputs are not class logits."
     )
     assert report.to_json()["ranking"] == []
     assert ">Measured<" in report.to_html()

@@ -177,9 +177,9 @@ def test_different_preprocessing_is_said_beside_the_verdict(cli, files, tmp_path
              "0", "--json")  # fmt: skip
     done = cli(*words).json
     assert (
-        "The two were given different preprocessing (net.pth: mean 0.485,0.456,0.406, std "
-        "0.229,0.224,0.225; stored.safetensors: mean 0.5, std 0.25), which may decide. State "
-        "--mean, --std to give both the same."
+        "The two had different preprocessing (net.pth: mean 0.485,0.456,0.406, std "
+        "0.229,0.224,0.225; stored.safetensors: mean 0.5, std 0.25), which can decide the result. "
+        "State --mean, --std to give both the same."
     ) in done["verdict_sentence"]
     assert [m["preprocessing"]["std"] for m in done["models"]] == [[0.229, 0.224, 0.225], [0.25]]
     same = cli(*words, "--mean", "0.5,0.5,0.5", "--std", "0.25").json

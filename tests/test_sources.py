@@ -319,7 +319,10 @@ def test_groups_of_several_sources_are_told_apart(two):
         (["--data", "flat", "--mix", "1,1,1"], "--mix: 3 numbers for 2 --data"),
         (["--data", "flat", "--mix", "1,0"], "--mix: 1.0, 0.0, expected numbers above 0."),
         (["--data", "flat", "--mix", "1,x"], "--mix: '1,x', expected a number, or several"),
-        (["--data", "flat", "--mix", "1,1", "--statistics", "keep"], "--mix: only with --statistics"),
+        (
+            ["--data", "flat", "--mix", "1,1", "--statistics", "keep"],
+            "--mix: only with --statistics auto, population or blend",
+        ),
         (["--data", "flat", "--mix", "1,1", "--samples", "2", "--seed", "3"], "--mix: one of 2"),
         (["--data", "gone"], "DATA gone: no such file or folder"),
     ],

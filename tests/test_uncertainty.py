@@ -117,8 +117,8 @@ def test_eval_shows_sets_and_an_estimate_beside_the_truth(files, cli, tmp_path):
     assert told["options"]["coverage"] == 0.8
     for name in ("report.md", "report.html"):
         page = (out / name).read_text()
-        assert "Sets of classes that should hold the right one" in page
-        assert "An estimate of top-1, no measurement" in page
+        assert "Sets of classes that should contain the right one" in page
+        assert "An estimate of top-1, not a measurement" in page
         assert "Too few" not in page
     few = cli("eval", files.net, *words[:-4], "--coverage", 0.999)
     assert "too few for that coverage, so sets have all classes" in " ".join(few.out.split())

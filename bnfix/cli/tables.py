@@ -206,7 +206,7 @@ def _tiles(report: Report) -> Table:
     ]
     first = report.tiles[0]
     size = "x".join(map(str, first.size))
-    caption = f"{first.n_examples} images whole and in tiles of {size}; difference: relative to the spread"
+    caption = f"{first.n_examples} images whole and in tiles of {size}; difference: in spreads"
     return _table(("pixels from a cut", "layers", "difference", "other class"), rows, caption)
 
 

@@ -113,9 +113,7 @@ class InputRecipe:
 class TaskRecipe:
     """The measure by which a model is judged."""
 
-    task: str = option(
-        "auto", f"Kind of outputs and targets: auto (inferred), {', '.join(TASKS)}."
-    )
+    task: str = option("auto", f"Kind of outputs and targets: auto (inferred), {', '.join(TASKS)}.")
     loss: str | None = option(
         None,
         "For regression: mse (the default), l1, huber. For any task: package.module:callable or "

@@ -1,6 +1,6 @@
-"""Names and numbers made fit for a page: escaping, rounding, templates.
+"""Names and numbers for a page: escaping, rounding, templates.
 
-Every text that a template prints passes through here, so that a name from a file cannot break out
+Every text that a template prints passes through this file. So a name from a file cannot break out
 of its place, in HTML or in Markdown.
 """
 
@@ -53,7 +53,7 @@ def _environment(html: bool) -> Environment:
 
 def clean(text: object, limit: int = 500) -> str:
     """Put a text of unknown origin on one line, without control characters."""
-    # Line breaks and tabs are a space each; spaces stay, since a path may hold two in a row.
+    # Line breaks and tabs become one space each; spaces stay, since a path can hold two in a row.
     line = re.sub(r"\s*[^\S ]\s*", " ", str(text)).strip()
     line = "".join(sign if sign.isprintable() else "?" for sign in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
@@ -75,7 +75,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def ends(d: Difference, points: bool) -> tuple[str, str, str]:
-    """Write a difference and its interval, with the digits it takes to keep the ends off 0."""
+    """Write a difference and its interval, with enough digits to keep the ends off 0."""
     if not math.isfinite(d.difference):
         return _NONE, _NONE, _NONE
     scale, digits = (100, 1) if points else (1, 3)
@@ -94,19 +94,19 @@ def difference(d: Difference, *, points: bool = False) -> str:
 
 
 def direction(d: Difference) -> str:
-    """Say which way a paired difference goes, if that is sure."""
+    """Say which way a paired difference goes, if it is significant."""
     low, high = d.interval
     return "is higher" if low > 0 else "is lower" if high < 0 else "does not differ measurably"
 
 
 def fields_of(record: Any, *left_out: str) -> dict[str, Any]:
-    """A record's fields by name, some left out."""
+    """A record's fields by name, without some of them."""
     names = (field.name for field in dataclasses.fields(record))
     return {name: getattr(record, name) for name in names if name not in left_out}
 
 
 def plain_json(value: Any) -> Any:
-    """Turn a value into what strict JSON can hold."""
+    """Turn a value into one that strict JSON can hold."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     # Nine digits identify a float32; more would differ between machines.
@@ -124,7 +124,7 @@ def plain_json(value: Any) -> Any:
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Name nested options by dotted names; those that were left open are left out."""
+    """Name nested options by dotted names, without unset ones."""
     for name, value in options.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""The pictures of a report, each with a caption that says how to read it."""
+"""The pictures of a report, each with a caption that explains it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Picture:
 def picture(
     key: str, title: str, caption: str, draw: Callable[[Any], None], height: float = 2.7
 ) -> Picture:
-    """Draw with Matplotlib's own defaults, whatever the user's settings are; height in inches."""
+    """Draw with Matplotlib's own defaults, not the user's settings; height in inches."""
     import matplotlib.style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -74,7 +74,7 @@ def picture(
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         draw(figure)
         text = io.StringIO()
-        # As savefig does it, which would draw all of it twice.
+        # Not by savefig, which would draw everything twice.
         canvas: Any = FigureCanvasSVG(figure)
         canvas.print_svg(text, metadata={"Date": None})
     return Picture(key, title, caption, _for_page(text.getvalue(), key, f"{title}. {caption}"))
@@ -125,13 +125,13 @@ def _clean_attributes(given: dict[str, str], tag: str, key: str) -> None:
 
 # --- pictures ---
 
-#: The darkest cell of a heat map: text must stay legible on it, in light and in dark.
+#: The darkest cell of a heat map: text must stay legible on it, in light and dark mode.
 SHADE = 0.45
 _MOST_CLASSES, _SHOWN_CLASSES = 40, 20
 
 
 def gate(decisions: Sequence[Decision]) -> Picture:
-    """Each candidate's paired difference of the loss with the interval that the gate demands."""
+    """Each candidate's paired difference in loss, with the interval that the gate demands."""
     loss, right = decisions[-1].measures
 
     def draw(figure: Any) -> None:
@@ -139,7 +139,7 @@ def gate(decisions: Sequence[Decision]) -> Picture:
         axis.axvline(0, color=INK, linewidth=1, linestyle="--")
         for row, d in enumerate(decisions):
             if d.nll_difference is None or d.nll_se is None:
-                continue  # one of the two cannot be evaluated
+                continue  # one of the two models cannot be evaluated
             color = LAST if d.admitted else MUTED
             ends = [d.nll_difference - d.z * d.nll_se, d.nll_difference + d.z * d.nll_se]
             axis.plot(ends, [row, row], color=color, linewidth=2)
@@ -152,8 +152,8 @@ def gate(decisions: Sequence[Decision]) -> Picture:
         "gate",
         "Candidates before the gate",
         f"Paired difference in {loss} on the select split, with the standard errors that the gate "
-        "demands. A candidate is admitted (filled) if its bar lies left of 0, clearly so "
-        f"where there are few images{f', and its {right} does not fall' if right else ''}.",
+        "demands. A candidate is admitted (filled) if its bar lies left of 0, by a clear margin "
+        f"on few images{f', and its {right} does not fall' if right else ''}.",
         draw,
         1.0 + 0.36 * len(decisions),
     )
@@ -181,7 +181,7 @@ def weights_over_depth(weights: Sequence[float | Sequence[float]]) -> Picture:
     return picture(
         "weights",
         "Example weight over depth",
-        f"Weight of the image's own statistics, layer by layer. Dots are the layer's median{bars}. "
+        f"Weight of the image's own statistics, per layer. Dots are the layer's median{bars}. "
         f"{int((high > 0).sum())} of {len(rows)} layers use the image; the largest weight is "
         f"{high.max():.3g}.",
         draw,
@@ -219,7 +219,7 @@ def drift(
     log_var_ratio: Sequence[float | None],
     residual: Sequence[float | None],
 ) -> Picture:
-    """How far each layer's statistics moved, and what a verifying pass still finds."""
+    """How far each layer's statistics moved, and the error that a verifying pass finds."""
     series = [
         ("mean shift", _finite(mean_shift), FIRST, "o", "Means are in standard deviations."),
         ("|log variance ratio|", _finite(log_var_ratio), LAST, "s",
@@ -251,7 +251,7 @@ def drift(
     return picture(
         "drift",
         "Population statistics: drift by layer",
-        "Stored statistics against those before, mean over a layer's channels. "
+        "New against old stored statistics, mean over a layer's channels. "
         + " ".join(column[-1] for column in columns)
         + f" The largest {label} is {values[worst]:.3g}, at layer {worst + 1}.",
         draw,
@@ -259,7 +259,7 @@ def drift(
 
 
 def training(runs: Sequence[Finetuning], loss: str) -> Picture:
-    """The loss on the validation split over the epochs of each run, the kept epoch circled."""
+    """The validation loss over the epochs of each run, with the kept epoch circled."""
     colors = [LAST, FIRST, LOSS, MUTED]
 
     def draw(figure: Any) -> None:
@@ -321,7 +321,7 @@ def reliability(models: Sequence[tuple[str, Metrics]]) -> Picture:
 
 
 def per_class(rows: Sequence[ClassRow], change_se: Array) -> Picture:
-    """Each class's top-1 in two models; only the largest changes where classes are many."""
+    """Each class's top-1 in two models; with many classes only the largest changes."""
     change = np.array([row.change for row in rows])
     order = np.arange(len(rows))
     if len(rows) > _MOST_CLASSES:
@@ -373,14 +373,14 @@ def speed(models: Sequence[tuple[str, float]]) -> Picture:
         "speed",
         "Speed",
         "Images per second through the model, without reading the data and without the first "
-        "batch, which warms up.",
+        "batch (warm-up).",
         draw,
         0.8 + 0.36 * len(models),
     )
 
 
 def corruptions(rows: Sequence[Shifted], score: str) -> Picture:
-    """The score under every corruption: of the first model, and the last's difference to it."""
+    """The first model's score under every corruption, and the last model's difference to it."""
     names = list(dict.fromkeys(row.model for row in rows))
     kinds = list(dict.fromkeys(row.kind for row in rows))
     severities = sorted({row.severity for row in rows})
@@ -446,14 +446,14 @@ def _depth(axis: Any, n: int) -> None:
 
 
 def _rows(axis: Any, labels: Sequence[str], limit: int) -> None:
-    """One label of unknown origin per row, the first row on top."""
+    """Label the rows with texts of unknown origin, the first row on top."""
     shown = [clean(label, limit) for label in labels]
     axis.set_yticks(range(len(labels)), shown, parse_math=False)
     axis.set_ylim(len(labels) - 0.5, -0.5)
 
 
 def _legend(figure: Any, lines: Any, labels: Sequence[str]) -> None:
-    # Texts are set afterwards, since Matplotlib hides a label that begins with `_`.
+    # Texts are set afterwards, because Matplotlib hides labels that begin with `_`.
     legend = figure.legend(
         list(lines), ["label"] * len(labels), loc="outside upper left", ncols=min(3, len(labels))
     )

@@ -1,4 +1,4 @@
-"""The parts of a report as records, and the sentences on what was done and left out."""
+"""The parts of a report as records, and the sentences on steps done and parts left out."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Evaluated:
     """A model and its metrics on the examples that all models of the report share."""
 
     name: str
-    file: str | None  # read from or written to
+    file: str | None  # its source or its output
     sha256: str | None
     metrics: Metrics
     n_live: int = 0  # layers with an example or batch weight above 0
     custom: tuple[Custom, ...] = ()
-    classified: bool = True  # False if outputs are no logits: then metrics only count examples
-    agreement: Metrics | None = None  # measured against a reference in place of labels
-    preprocessing: Preprocessing | None = None  # of `eval`, where files may differ in it
+    classified: bool = True  # False if outputs are not logits: metrics then only count examples
+    agreement: Metrics | None = None  # measured against a reference instead of labels
+    preprocessing: Preprocessing | None = None  # only for `eval`, where files can differ in it
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class DataUsed:
     skipped: tuple[str, ...] = ()  # some unreadable examples, in words
     n_skipped: int = 0
     corruption: str | None = None  # of every image, such as blur:2
-    n_groups: int | None = None  # of examples that depend on each other
-    noun: str = "images"  # examples, where they are none
+    n_groups: int | None = None  # groups of examples that depend on each other
+    noun: str = "images"  # "examples" for other data
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def statistics_of(model: nn.Module) -> dict[str, Any]:
 
 
 def drifts_between(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Mean shift and log variance ratio of every layer that both have.
+    """Mean shift and log variance ratio of every layer in both.
 
     Mean over channels of |mean' - mean| / sqrt(var' + eps), and |log((var' + eps) / (var + eps))|.
     """
@@ -137,20 +137,20 @@ def layer_rows(
 
 
 def n_live(model: nn.Module) -> int:
-    """How many layers look at their input: a weight above 0, or open gates."""
+    """The number of layers that use their input's moments: a weight above 0, or open gates."""
     return sum(layer.live for _, layer in generalized_norms(model))
 
 
 def describe_neighbours(model: nn.Module) -> list[str]:
-    """A sentence on a network whose outputs depend on the batch, if it is one."""
+    """A sentence for a network whose outputs depend on the batch; none for any other."""
     found = [x.batch_weight for _, x in generalized_norms(model) if x.batch_weight is not None]
     if not found:
         return []
     highest = max(float(weight.max()) for weight in found)
     layers = "1 norm layer" if len(found) == 1 else f"{len(found)} norm layers"
     return [
-        f"predictions depend on the other images in the batch: it has a weight of up to "
-        f"{highest:.3g} in the statistics of {layers}; eval --compare-batch-sizes shows how much."
+        f"predictions depend on the other images in the batch: the batch has a weight of up to "
+        f"{highest:.3g} in the statistics of {layers}; eval --compare-batch-sizes shows the effect."
     ]
 
 
@@ -165,7 +165,7 @@ class ClassRow:
 
     @property
     def change(self) -> float:
-        """Of the last model against the first; 0 where one has none."""
+        """The change from the first model to the last; 0 if one of them has no value."""
         first, last = self.top1[0], self.top1[-1]
         return 0.0 if first is None or last is None else last - first
 
@@ -195,7 +195,7 @@ def class_change_errors(models: Sequence[Evaluated], rows: Sequence[ClassRow]) -
     if ids is not None:
         inside = [np.flatnonzero(first.labels == row.index) for row in rows]
         return np.array([mean_and_se(d[i], numbered(ids[i], len(i)))[1] for i in inside])
-    # The variance of a difference of paired outcomes: only images that changed contribute.
+    # The variance of paired differences: only images whose outcome changed contribute.
     changed = np.bincount(first.labels, d != 0)[[row.index for row in rows]]
     n = np.array([row.n_examples for row in rows])
     change = np.array([row.change for row in rows])
@@ -220,7 +220,7 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
         for i, m in enumerate(models)
         if m.metrics.nll is not None
     )
-    # Without the position: models with equal numbers share a rank.
+    # The position is left out here: models with equal numbers share a rank.
     values = [key[:2] for key in keys]
     return [
         Rank(
@@ -239,7 +239,7 @@ def ranking(models: Sequence[Evaluated], paired: Sequence[Paired | None]) -> lis
 
 
 def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = ()) -> list[str]:
-    """The work that was done, one sentence each."""
+    """The steps done, one sentence each."""
     sentences = []
 
     def lost(result: Any) -> str:
@@ -250,7 +250,7 @@ def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = 
         found = [c.difference for c in swap.changes if c.difference is not None]
         exact = f"; no output changes by more than {max(found):.1g} of its range" if found else ""
         sentences.append(f"{count(len(swap.changes))} norm layers were swapped{exact}.")
-    # Refused statistics are reported too: they were measured, and are not in the file.
+    # Refused statistics are reported too: they were measured but are not in the file.
     for c in (trials.calibration, *trials.refused):
         if isinstance(c, Calibration):
             sentences.append(
@@ -293,7 +293,7 @@ def _spent(calibration: Calibration) -> str:
     if not cost.data + cost.forward + cost.statistics > 0:
         return ""
     whose = " of the first process's time" if effort.n_processes > 1 else ""
-    speed = "" if rate is None else f"; {rate:,.{0 if rate >= 100 else 2}f} images a second"
+    speed = "" if rate is None else f"; {rate:,.{0 if rate >= 100 else 2}f} images per second"
     return (
         f" Reading data took {cost.data:.2f} s{whose}, forward passes {cost.forward:.2f} s, "
         f"statistics {cost.statistics:.2f} s{speed}."
@@ -317,7 +317,7 @@ def left_out(
     for run in trials.finetunings:
         notes += _grouped("Statistics unchanged, frozen or excluded", run.frozen)
         if n := run.n_skipped_steps:
-            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped, not finite.")
+            notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped (not finite).")
     if data and (n := data.n_skipped):
         shown = f": {some(data.skipped, 20)}" if data.skipped else ""
         notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")

@@ -47,7 +47,7 @@ _AGREEMENT = {"top1": "agreement", "nll": "divergence"}
 
 
 def model_json(model: Evaluated) -> dict[str, Any]:
-    """The JSON of a model; ``custom`` only where there are metrics of the user's."""
+    """The JSON of a model; ``custom`` only if the user has own metrics."""
     m, agreement = model.metrics, agreement_json(model.agreement)
     columns = m.task.columns if isinstance(m.task, ByRows) else LABELS.columns
     named = {column.key: m.number(column.key) for column in columns}
@@ -90,7 +90,7 @@ def paired_json(name: str, against: str, paired: Paired | None) -> dict[str, Any
 
 
 def renamed(content: Any, task: ByRows) -> Any:
-    """JSON values under the names of a task: loss, and score where it has one."""
+    """JSON values under the names of a task: loss, and score if it has one."""
     if isinstance(content, list):
         return [renamed(item, task) for item in content]
     if not isinstance(content, dict):
@@ -100,7 +100,7 @@ def renamed(content: Any, task: ByRows) -> Any:
         name = key.replace("nll", "loss").replace("top1", "score")
         if key in none or ("top1" in key and not task.words.score):
             continue
-        # Names of the user's stay as they are.
+        # The user's own names stay unchanged.
         own = key in ("custom", "options")
         found[key if own else name] = value if own else renamed(value, task)
     return found
@@ -138,8 +138,8 @@ class Report(Findings):
             (
                 "In other orders (streams)",
                 "The same images in random order (iid), by class (sorted), half of every batch by "
-                "class and half random (mixed), and one by one (single). A model gives the same in "
-                "all of them unless its predictions depend on the other images in the batch",
+                "class and half random (mixed), and one by one (single). All orders give the same "
+                "numbers, unless a model's predictions depend on the other images in the batch",
                 ("Order", "Batch size"),
                 self.streams,
             ),
@@ -158,7 +158,7 @@ class Report(Findings):
         return ranking(self.models, self.paired) if self.command == "eval" else []
 
     def to_json(self) -> dict[str, Any]:
-        """Everything in plain containers; numbers that are not finite become ``None``."""
+        """The whole report in plain containers; numbers that are not finite become ``None``."""
         trials = self.trials
         content = {
             "bnfix": __version__,
@@ -223,7 +223,7 @@ class Report(Findings):
         return {"class": row.index, "name": row.name, **found}
 
     def _data_json(self, data: DataUsed) -> dict[str, Any]:
-        # The number of groups only where there are groups.
+        # The number of groups is present only if there are groups.
         return fields_of(data, "class_names", "noun", *(() if data.n_groups else ("n_groups",)))
 
     def _shifted_json(self, rows: Sequence[Shifted]) -> list[dict[str, Any]]:
@@ -244,8 +244,8 @@ class Report(Findings):
         return [{"model": model.name, **fields_of(row)} for model, row in pairs]
 
     def _tried_json(self, result: Any, *left_out: str) -> dict[str, Any] | None:
-        """A search or a run, and whether the output holds its result."""
-        # By identity: two runs of equal numbers are two runs, and only one is in the output.
+        """A search or a run, and whether its result is in the output."""
+        # By identity: of two runs with equal numbers only one is in the output.
         kept = not any(result is one for one in self.trials.refused)
         return result and {**fields_of(result, *left_out), "kept": kept}
 
@@ -276,7 +276,7 @@ class Report(Findings):
         drifts = [[getattr(layer, name) for layer in self.layers] for name in _DRIFTS]
         drifted = any(v and math.isfinite(v) for values in drifts for v in values)
         choice = self.trials.choice
-        # A weight at which the network overflows has no place on the curve.
+        # The curve leaves out weights at which the network overflows.
         points = [p for p in (choice.curve if choice else ()) if math.isfinite(p.nll)]
         runs = [run for run in self.trials.finetunings if len(run.curve) > 1]
         weights = [layer.example_weight for layer in self.layers]
@@ -300,7 +300,7 @@ class Report(Findings):
         return any(np.any(layer.example_weight) for layer in self.layers)
 
     def _batch_weights(self) -> str:
-        """How many layers weigh the batch, and by how much; empty for none."""
+        """The number of layers that weigh the batch, and the largest weight; empty for none."""
         highest = [b for row in self.layers if (b := float(np.max(row.batch_weight, initial=0)))]
         if not highest:
             return ""
@@ -346,7 +346,7 @@ class Report(Findings):
 
 
 def report_paths(out: Path) -> tuple[Path, ...]:
-    """The report's files beside an output: ``net.safetensors.report.json``, ``.md``, ``.html``."""
+    """The report's files next to an output: ``net.safetensors.report.json``, ``.md``, ``.html``."""
     return tuple(out.with_name(f"{out.name}.report.{kind}") for kind in ("json", "md", "html"))
 
 
@@ -362,7 +362,7 @@ def write_texts(paths: Iterable[Path], texts: Iterable[str]) -> None:
 
 
 def check_report_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
-    """Check before any work that a folder may get a report; the files it gets."""
+    """Check before any work that a folder can get a report; return the report's files."""
     paths = tuple(folder / f"report.{kind}" for kind in ("json", "md", "html"))
     check_free(*paths, force=force)
     if folder.exists() and not folder.is_dir():
@@ -377,7 +377,7 @@ TABLES = (".csv", ".parquet")
 
 
 def check_predictions(path: Path, *, force: bool) -> None:
-    """Refuse, before any work, a file that could not be written."""
+    """Refuse, before any work, a file that cannot be written."""
     if path.suffix.lower() not in TABLES:
         raise ConfigError(
             f"--predictions: {plain(path)}, expected a name ending in {' or '.join(TABLES)}.",
@@ -427,7 +427,7 @@ def write_predictions(path: Path, columns: dict[str, list[Any] | Array]) -> None
 
 
 def _utf8(text: object) -> str:
-    """A text without the half characters that a file name may hold."""
+    """A text without the half characters that a file name can contain."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 

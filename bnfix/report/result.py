@@ -44,13 +44,13 @@ from bnfix.report.report import Report, json_text, report_paths, write_texts
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """A finished command: the model, the report, and what the output's history will say.
+    """A finished command: the model, the report, and the entry for the output's history.
 
     Args:
-        model: in evaluation mode, on the device it ran on.
-        report: everything that was measured and done.
+        model: the model, in evaluation mode, on its device.
+        report: all measurements and steps.
         entry: this command's entry in the history.
-        preprocessing: stored in the output.
+        preprocessing: the preprocessing stored in the output.
     """
 
     model: nn.Module
@@ -68,11 +68,12 @@ class Result:
         )
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Write the checkpoint and its three reports beside it, or a hub folder with all of them.
+        """Write the checkpoint with its three reports, or a hub folder with all of them.
 
         Args:
-            path: ends in ``.safetensors``, and the reports' names start with it; or a folder, where
-                the model came from a hub folder; or, with ``like_input``, a name like the input's.
+            path: a name that ends in ``.safetensors``, with which the reports' names start; or a
+                folder, if the model came from a hub folder; or, with ``like_input``, a name with
+                the input's suffix.
             force: replace existing files, or a folder that bnfix wrote.
 
         Raises:
@@ -84,7 +85,7 @@ class Result:
         place = origin.place
         source = None if place is None else origin.folder or place.path
         form = check_outputs(path, source, recipe, force=force)
-        texts = self.report.texts()  # first: what cannot be reported is not written either
+        texts = self.report.texts()  # first: without a report nothing is written
         known: dict[str, Any] = {"entry": self.entry, "preprocessing": self.preprocessing}
         if place is not None and form == "folder":
             folder = folder_of(place.path.parent, self.preprocessing)
@@ -100,7 +101,7 @@ class Result:
         write_texts(report_paths(path), texts)
 
     def save_by_first(self, path: str | Path, *, force: bool = False) -> None:
-        """Write as `save` does, by the first of several processes."""
+        """Call `save` in the first of several processes."""
 
         def write() -> None:
             if distributed.here().is_first:
@@ -116,7 +117,7 @@ def check_outputs(
     *,
     force: bool,
 ) -> str:
-    """Check before any work that the output of an input and its reports may be written; its form.
+    """Check before any work that an output and its reports can be written; return its form.
 
     Returns:
         ``file``, ``folder`` or ``like input``.
@@ -137,7 +138,7 @@ def check_outputs(
 
 # --- the card of a hub folder ---
 
-#: The hub's names of tasks, by those of bnfix.
+#: The hub's names of bnfix's tasks.
 _PIPELINES: Final = {
     "classification": "image-classification",
     "multilabel": "image-classification",
@@ -155,7 +156,7 @@ _METRICS: Final = {
 def card_of(
     report: Report, model: nn.Module, folder: Folder, *, path: Path, command_line: str
 ) -> str:
-    """The text of a README.md: YAML front matter, which JSON values are, and Markdown."""
+    """The text of a README.md: YAML front matter (JSON values are valid YAML) and Markdown."""
     name = clean(path.name)
     measured = results_of(report.models[-1]) if report.models else []
     pipeline = _PIPELINES.get(report.task.name, "other")
@@ -187,7 +188,7 @@ def card_of(
 
 
 def results_of(model: Evaluated) -> list[dict[str, Any]]:
-    """A model's metrics with their intervals, as a model index lists them."""
+    """A model's metrics with their intervals, in the form of a model index."""
     m, names = model.metrics, _METRICS
     if isinstance(m.task, ByRows):
         words = m.task.words
@@ -206,11 +207,11 @@ def results_of(model: Evaluated) -> list[dict[str, Any]]:
 
 # --- exports ---
 
-#: The choices of `--to`, and the suffix of each file.
+#: The choices of `--to`, with the suffix of each file.
 SUFFIXES: Final = {
     "onnx": ".onnx", "pt2": ".pt2", "folded": ".safetensors", "plain": ".py", "onnx-int8": ".onnx",
 }  # fmt: skip
-#: End of the second file's name; chosen so that it replaces no checkpoint and no code of the user.
+#: End of the second file's name; it must not replace a checkpoint or code of the user.
 _COMPANIONS: Final = {"folded": "_loader.py", "plain": "_weights.safetensors"}
 _TITLES: Final = {
     "onnx": "The ONNX file",
@@ -226,20 +227,20 @@ class Verified:
     """The verification of an export."""
 
     agreement: Agreement
-    atol: float  # largest difference that was accepted, relative as in `Agreement`
+    atol: float  # largest accepted difference, relative as in `Agreement`
     inputs: str  # images or noise
     input_shape: tuple[int, ...]
-    other_shape: tuple[int, ...] | None = None  # checked too, where height and width are free
+    other_shape: tuple[int, ...] | None = None  # also checked if height and width are free
 
 
 @dataclass(frozen=True)
 class Int8:
-    """An ONNX file in 8 bits against itself in float."""
+    """An 8-bit ONNX file compared with its float version."""
 
-    n_calibrated: int  # images that the ranges of activations were measured on
-    top1_agreement: float | None  # on the test images; None where outputs are no classes
+    n_calibrated: int  # images on which the ranges of activations were measured
+    top1_agreement: float | None  # on the test images; None if outputs are not classes
     max_drop: float | None = None  # points of top-1
-    bound: float | None = None  # the largest fall that is not ruled out, as a fraction
+    bound: float | None = None  # the largest drop that is not ruled out, as a fraction
 
     def remarks(self) -> list[str]:
         """Facts for the report, one sentence each."""
@@ -248,7 +249,7 @@ class Int8:
         sentences = [f"Calibrated on {count(self.n_calibrated)} other images{top1}."]
         if self.bound is not None and self.max_drop is not None:
             sentences.append(
-                f"Within --max-drop {self.max_drop:g}: a fall of top-1 by {100 * self.bound:.2f} "
+                f"Within --max-drop {self.max_drop:g}: a top-1 drop of {100 * self.bound:.2f} "
                 "points or more is ruled out at 95%."
             )
         return sentences
@@ -261,19 +262,19 @@ class Export:
     to: str
     content: bytes
     companion: bytes | None  # the loader of folded weights, or the weights of a plain file
-    report: Report  # with models where the cost of zeroed weights was measured
+    report: Report  # has models if the cost of zeroed weights was measured
     verified: Verified
-    opset: int | None = None  # of ONNX
-    operators: Mapping[str, int] = field(default_factory=dict)  # of ONNX, how many of each kind
+    opset: int | None = None  # ONNX only
+    operators: Mapping[str, int] = field(default_factory=dict)  # ONNX only: number of each kind
     folding: Folding | None = None
     live: tuple[str, ...] = ()  # layers that weigh the example in this form
     zeroed: tuple[str, ...] = ()  # layers whose weights were set to 0 on request
-    cost: Agreement | None = None  # outputs with weights 0 against those before
+    cost: Agreement | None = None  # outputs with weights 0 against the outputs before
     int8: Int8 | None = None
 
     @staticmethod
     def files(to: str, path: Path) -> tuple[Path, ...]:
-        """The file asked for, and the one beside it where the form has two."""
+        """The requested file, and the second one if the form has two."""
         other = _COMPANIONS.get(to)
         return (path,) if other is None else (path, path.with_name(path.stem + other))
 
@@ -288,7 +289,7 @@ class Export:
             python, weights = files if self.to == "plain" else files[::-1]
             i = files.index(python)
             contents[i] = forms.named(contents[i], weights)
-        # The file asked for comes last: once it exists, the export is complete.
+        # The requested file comes last: once it exists, the export is complete.
         for place, content in zip(files[::-1], contents[::-1], strict=True):
             write_bytes(place, content)
         write_texts(report_paths(path), texts)
@@ -313,7 +314,7 @@ class Export:
         return json_text(self.to_json()), markdown, page
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of every report, and ``export``."""
+        """The keys of every report, plus ``export``."""
         folding, named = self.folding, ("to", "opset", "operators", "live", "zeroed")
         export = {
             **{name: getattr(self, name) for name in named},
@@ -331,7 +332,7 @@ class Export:
         return plain
 
     def sentence(self) -> str:
-        """The result in one sentence; of 8 bits that against float, with its remarks."""
+        """The result in one sentence; for 8 bits, the verdict against float with its remarks."""
         if self.int8 is not None:
             return f"The int8 ONNX file against float: {self.report.verdict_sentence()}"
         return self._agreement()
@@ -367,14 +368,14 @@ class Export:
             sentences.append(f"{len(self.live)} norm layers use the example: {some(self.live)}.")
         if self.zeroed and self.cost is not None:
             top1 = self.cost.top1_agreement
-            same = "" if top1 is None else f"; top-1 agrees with before on {percent(top1)}"
+            same = "" if top1 is None else f"; top-1 is the same as before on {percent(top1)}"
             sentences.append(
-                f"All weights and gates of {len(self.zeroed)} layers were set to 0, which changes "
+                f"All weights and gates of {len(self.zeroed)} layers were set to 0. This changes "
                 f"outputs by up to {self.cost.max_difference:.2g}{same}."
             )
             if self.report.models and self.int8 is None:
                 sentences.append(f"On labelled images: {self.report.verdict_sentence()}")
-        # Of 8 bits the table has the speed; these are of the file before.
+        # For 8 bits the table has the speed; these times belong to the float file.
         times = {} if self.int8 else verified.agreement.seconds
         for batch, (ours, theirs) in times.items():
             sentences.append(
@@ -383,7 +384,7 @@ class Export:
         return sentences
 
     def _fates(self) -> dict[str, str]:
-        """What happened to every norm layer, in words."""
+        """The fate of every norm layer, in words."""
         fates = dict.fromkeys((row.name for row in self.report.layers), "unchanged")
         fates |= {name: f"unchanged: {reason}" for name, reason in self._left().items()}
         fates |= dict.fromkeys(self.live, "live, in standard operators")
@@ -398,7 +399,7 @@ class Export:
 def check_exports(
     to: str, path: str | Path, *, force: bool, checkpoint: str | Path | None = None
 ) -> None:
-    """Check before any work that an export's files may be written.
+    """Check before any work that an export's files can be written.
 
     The checkpoint that is exported is never replaced, even with ``force``.
     """

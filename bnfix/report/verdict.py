@@ -1,4 +1,4 @@
-"""The verdict of a report in words: the headline, its evidence and its limits."""
+"""The verdict of a report as sentences: the headline, its evidence and its limits."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from bnfix.norm.swap import SwapPlan
 from bnfix.report.pages import clean, count, difference, direction, fields_of, number, percent
 from bnfix.report.records import DataUsed, Evaluated
 
-#: Commands whose first model is the same network before the work.
+#: Commands whose first model is the same network before the repair.
 _BEFORE = ("fix", "convert", "calibrate", "finetune", "demo", "export")
 _BADGES = {"better": "Better", "same": "Same", "worse": "Worse"}
-#: By a reference: the badge, and the words of the headline.
+#: With a reference: the badge, and the words of the headline.
 _CLOSENESS = {
     "better": ("Closer", "closer to the reference"),
     "same": ("As close", "no measurable difference in closeness to the reference"),
@@ -30,7 +30,7 @@ _CLOSENESS = {
 
 @dataclass(frozen=True)
 class Findings:
-    """The models and their comparison with the first, as a verdict in words."""
+    """The models and their comparison with the first, as a verdict in sentences."""
 
     command: str
     data: DataUsed | None
@@ -42,17 +42,17 @@ class Findings:
 
     @property
     def task(self) -> Task:
-        """What the models were judged by."""
+        """The task by which the models were judged."""
         return self.models[-1].metrics.task if self.models else LABELS
 
     @property
     def by_rows(self) -> ByRows | None:
-        """The task, if it is no classification."""
+        """The task, if it is not classification."""
         return self.task if isinstance(self.task, ByRows) else None
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The numbers of the models in tables."""
+        """The columns of the models' numbers in tables."""
         return LABELS.columns if self.by_rows is None else self.by_rows.columns
 
     @cached_property
@@ -86,7 +86,7 @@ class Findings:
 
     @property
     def agreement_verdict(self) -> str | None:
-        """The same by divergence from a reference and agreement with it; ``None`` without one."""
+        """The verdict by divergence from and agreement with a reference; ``None`` without one."""
         paired = self.agreed[-1] if self.agreed else None
         return None if paired is None else paired.verdict
 
@@ -112,12 +112,12 @@ class Findings:
         return None
 
     def _said(self, text: str) -> str:
-        """A sentence with the word that its intervals are by groups, where they are."""
+        """A sentence that says where its intervals are by groups."""
         by_groups = "95% interval by groups"
         return text if self.n_groups is None else text.replace("95% interval", by_groups)
 
     def headline(self) -> str:
-        """The first sentence, in small letters: words may come before it."""
+        """The first sentence, in lower case, because words can precede it."""
         return self._said(self._headline())
 
     def _headline(self) -> str:
@@ -169,14 +169,14 @@ class Findings:
         points: bool = False,
         unit: str = "",
     ) -> str:
-        """A sentence on one number of the last model and the first."""
+        """A sentence on one number of the last model and of the first."""
         last, first = (percent(value) if points else number(value) for value in (now, was))
         by = difference(change, points=points)
         way = direction(change)
         return f"{name} {way}: {last}{unit}, {first} {self._reference()} (difference {by})."
 
     def _same_class(self, images: str) -> str:
-        """How often the predictions are the reference's."""
+        """How often the predictions equal the reference's."""
         first, last = (self.models[k].agreement for k in (0, -1))
         paired = self.agreed[-1]
         if first is None or last is None or paired is None or last.top1 is None:
@@ -187,7 +187,7 @@ class Findings:
         return f"{now}, {self._from(first.top1, paired.top1, points=True)}"
 
     def _no_change(self) -> str:
-        """The beginning of a sentence where nothing is proven, and why; else empty."""
+        """The start of a sentence if nothing is proven, with the reason; else empty."""
         if self.verdict != "same":
             return ""
         rows = self.models[-1].metrics.examples
@@ -202,7 +202,7 @@ class Findings:
         return [Note(self._said(note), note.kind) for note in notes]
 
     def _of_labels(self) -> Iterator[str]:
-        """The numbers that the headline leaves out."""
+        """Sentences on the numbers that the headline leaves out."""
         paired, task = self._last_pair, self.by_rows
         if not self.models:
             return
@@ -225,7 +225,7 @@ class Findings:
                 yield self._changed("NLL", last.nll, first.nll, paired.nll)
 
     def _of_reference(self) -> Iterator[str]:
-        """The rest of the evidence by a reference, and the limit of what it says."""
+        """The other evidence from a reference, and its limit."""
         if not self.agreed or (paired := self.agreed[-1]) is None:
             return
         if self.verdict is not None:
@@ -237,8 +237,8 @@ class Findings:
             yield self._changed(name, now, was, paired.nll, unit=" nats")
         if self.verdict is None:
             yield (
-                "This is agreement with the reference network. How many answers are right is not "
-                "known without labels."
+                "This is agreement with the reference network. Without labels, the fraction of "
+                "right answers is unknown."
             )
 
     def _cautions(self) -> Iterator[str]:
@@ -272,12 +272,12 @@ class Findings:
         return "Measured" if measured else "Not proven"
 
     def _movement(self, moved: Moved) -> Note:
-        """How far the outputs moved, with a warning if that is far and nothing shows a gain."""
+        """How far the outputs moved, with a warning if that is far and no gain is measured."""
         n = count(moved.n)
         if moved.relative_rms == 0 and not moved.top1_changed:
             return Note(f"The outputs did not change on {n} {self.noun}.")
         text = (
-            "The outputs cannot be compared with those before (not finite, or of another shape)"
+            "The outputs cannot be compared with the outputs before (not finite, or another shape)"
             if moved.relative_rms is None
             else f"The outputs changed by {percent(moved.relative_rms)} (relative RMS)"
         )
@@ -296,11 +296,11 @@ class Findings:
         """Whether the verdict rests on NLL, not on top-1."""
         if (paired := self._last_pair) is None or paired.verdict == "same":
             return False
-        # The other measure may point elsewhere, so the headline names the one that is significant.
+        # The other measure can point elsewhere, so the headline names the significant one.
         return direction(paired.top1) != ("is higher" if paired.verdict == "better" else "is lower")
 
     def _reference(self) -> str:
-        """Words for the first model."""
+        """The words for the first model in a comparison."""
         if self.command in _BEFORE and len(self.models) == 2:
             return "before"
         if self.command == "average":
@@ -309,7 +309,7 @@ class Findings:
 
     @property
     def noun(self) -> str:
-        """Images, or else examples."""
+        """The word for the examples: images or examples."""
         return "images" if self.data is None else self.data.noun
 
     def _images(self) -> str:
@@ -322,18 +322,18 @@ class Findings:
         )
 
     def _own_metrics(self, images: str) -> str:
-        """The headline where the outputs are not logits of classes."""
+        """The headline for outputs that are not class logits."""
         first = {c.name: number(c.value) for c in self.models[0].custom} if self.models[1:] else {}
         values = []
         for c in self.models[-1].custom[:3]:
             before = f" ({first[c.name]} {self._reference()})" if c.name in first else ""
             values.append(f"{clean(c.name)} {number(c.value)}{before}")
         metrics = ", ".join(values) or "no metric was given"
-        return f"on {images}: {metrics}; the outputs are not the logits of classes."
+        return f"on {images}: {metrics}; the outputs are not class logits."
 
 
 def _describe_unlike(first: Evaluated, last: Evaluated) -> Iterator[str]:
-    """Name the settings in which the preprocessing of two models differs, and their options."""
+    """Name the settings in which the preprocessing of two models differs, and the options."""
     if first.preprocessing is None or last.preprocessing is None:
         return
     a, b = shown = [_inputs(model.preprocessing) for model in (first, last)]
@@ -342,11 +342,11 @@ def _describe_unlike(first: Evaluated, last: Evaluated) -> Iterator[str]:
         flags = ", ".join(f"--{key}" for key in unlike if key != "channels")
         same = f" State {flags} to give both the same." if flags else ""
         each = f"{clean(first.name)}: {values[0]}; {clean(last.name)}: {values[1]}"
-        yield f"The two were given different preprocessing ({each}), which may decide.{same}"
+        yield f"The two had different preprocessing ({each}), which can decide the result.{same}"
 
 
 def _inputs(preprocessing: Any) -> dict[str, str]:
-    """Preprocessing as text; a mean or deviation that all channels share is one number."""
+    """Preprocessing as text; a mean or deviation shared by all channels is one number."""
     texts = {}
     for name, value in fields_of(preprocessing).items():
         values = value if isinstance(value, tuple) else (value,)
