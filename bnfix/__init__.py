@@ -3,7 +3,7 @@
 `bnfix.settings` has the recipes that a `Plan` and several functions take.
 """
 
-import bnfix.core as _starting  # noqa: F401  # first, since it is about the imports below
+import bnfix.core as _starting  # noqa: F401  # first: it sets up the imports below
 from bnfix.checkpoints.load import load
 from bnfix.checkpoints.save import save
 from bnfix.core import __version__

@@ -1,7 +1,7 @@
-"""Choose how much an example counts in its own statistics, by held-out labels, without training.
+"""Choose how much each example counts in its own statistics, by held-out labels, without training.
 
 Three levels are tried: one weight for the model, one per layer, one per channel. A level is kept
-only if it beats the current model on batches that nothing was fitted on.
+only if it beats the current model on held-out batches.
 """
 
 import torch

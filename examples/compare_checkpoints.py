@@ -10,7 +10,7 @@ with tempfile.TemporaryDirectory() as folder:
     files = demo.write_files(Path(folder))
     source = settings.DataRecipe(mean=(0.3061,), std=(0.3760,))
 
-    # The second checkpoint: the first with new statistics, stated, so that no labels are used.
+    # The second checkpoint is the first with new statistics, stated outright: no labels are used.
     plan = bnfix.Plan(
         source=source,
         statistics=settings.StatisticsRecipe("population"),

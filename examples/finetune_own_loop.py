@@ -1,7 +1,7 @@
-"""Your own training loop, with the decay of gamma toward 1 and of beta toward 0.
+"""Your own training loop, with gamma decaying toward 1 and beta toward 0.
 
 torch's optimizers decay toward 0 only. `parameter_groups` keeps their decay off the norm layers,
-and `decay_norms_` takes the step that they cannot.
+and `decay_norms_` does it instead.
 """
 
 import torch
@@ -18,7 +18,7 @@ images, labels = (torch.from_numpy(array) for array in demo.digits("train"))
 images = (images.unsqueeze(1).float() / 255 - 0.3061) / 0.3760
 
 model = digits_net()
-bnfix.swap_norms_(model, ghost_size=16)  # trains by statistics of 16 examples at a time
+bnfix.swap_norms_(model, ghost_size=16)  # trains with statistics of 16 examples at a time
 groups = bnfix.parameter_groups(model, lr=0.003, weight_decay=0.01, norm_decay=NORM_DECAY)
 optimizer = torch.optim.AdamW(groups)
 

@@ -18,7 +18,7 @@ with tempfile.TemporaryDirectory() as folder:
         print(f"{'+' if tried.admitted else '-'} {tried.candidate}: {tried.reason}")
 
     out = Path(folder) / "fixed.safetensors"
-    result.save(out)  # and fixed.safetensors.report.json, .md and .html beside it
+    result.save(out)  # and fixed.safetensors.report.json, .md and .html next to it
     print(sorted(path.name for path in out.parent.glob("fixed*")))
     model = bnfix.load(out, model=digits_net())  # ready to use, in evaluation mode
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")

@@ -1,7 +1,7 @@
 """Swap the norm layers of your own model and measure new statistics, without labels.
 
 The network was trained on dark digits on white paper; here the scanner has faded. Its weights are
-as good as before, its population statistics are not.
+as good as before, but its population statistics are not.
 """
 
 import torch

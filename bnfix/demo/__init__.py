@@ -29,7 +29,7 @@ _CHECKPOINT = "digits_net.safetensors"
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """Where `write_files` has put the demonstration's inputs."""
+    """The paths of the demonstration's inputs, as `write_files` wrote them."""
 
     checkpoint: Path
     calibration: Path
@@ -47,15 +47,15 @@ def digits(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 @contextmanager
 def checkpoint_path() -> Iterator[Path]:
-    """Give the embedded checkpoint a path for as long as the context lasts."""
+    """The path of the embedded checkpoint, valid inside the context."""
     with as_file(_FOLDER.joinpath(_CHECKPOINT)) as path:
         yield path
 
 
 def write_files(folder: Path) -> DemoFiles:
-    """Write the demonstration's inputs into a folder, so that its commands can be repeated by hand.
+    """Write the demonstration's inputs into a folder, to repeat its commands by hand.
 
-    Files of the same names are replaced.
+    Files with the same names are replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = DemoFiles(

@@ -11,9 +11,9 @@ WIDTHS = (16, 32, 48)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with Batch Normalization, around which the input is added.
+    """Two 3x3 convolutions with Batch Normalization, and a shortcut around them.
 
-    Where the stride or the channels change, the shortcut is a 1x1 convolution of its own.
+    If the stride or the channels change, the shortcut is a 1x1 convolution.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:

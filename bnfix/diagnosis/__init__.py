@@ -1,1 +1,1 @@
-"""What is wrong with norm layers, and what a file says of its own history."""
+"""Faults of norm layers, and a file's record of its own history."""

@@ -1,7 +1,7 @@
-"""How weights were changed after training: what a file shows alone, and against its original.
+"""Changes of weights after training: traces in a file alone, and against its original.
 
-Pruning leaves zeros, clustering few distinct values, rounding values at equal distances. None of
-them moves the running statistics, which then belong to weights that the network no longer has.
+Pruning leaves zeros, clustering leaves few distinct values, rounding leaves equally spaced values.
+None of them moves the running statistics. Those then belong to weights that no longer exist.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ _FEWEST, _FEWEST_IN_CHANNEL = 64, 8
 #: More distinct values than these are not counted: no tool that clusters or rounds leaves as many.
 _MOST_DISTINCT: Final = 1000
 _FEW_DISTINCT: Final = 256
-#: Hardly a trained weight is exactly 0. Against the original, a smaller part is telling.
+#: Trained weights are hardly ever exactly 0. Against the original, a smaller part is a sign.
 _SPARSE, _SPARSER = 0.2, 0.01
 #: Rounding to 8 bits spans at most so many steps; values may be off by this part of one.
 _MOST_STEPS, _OFF_GRID = 255, 0.01
 _CHANNELS_TRIED: Final = 8
 #: A change by a smaller part of a weight's norm hardly moves the statistics after it.
 _SLIGHT: Final = 0.02
-#: Weights of two trainings have a cosine near 0, of one network and its descendant a higher one.
+#: Weights of two trainings have a cosine near 0; a network and its descendant have a higher one.
 _UNRELATED: Final = 0.2
-#: The part of a network's weights that has to show a pattern before it is reported.
+#: The part of a network's weights that must show a pattern before it is reported.
 _REPORTED: Final = 0.2
-#: Mean shift in deviations, or log ratio of variances; below it statistics were only stored again.
+#: Mean shift in deviations, or log ratio of variances; storing again causes smaller ones.
 _MOVED: Final = 1e-3
 _EPS: Final = 1e-5
 _TRACES: Final = {
     "pruned": "{} zeros",
     "clustered": "few distinct values or filters",
-    "rounded": "values at equal distances only",
+    "rounded": "equally spaced values only",
 }
 _WORDS: Final = {
     "pruned": "pruned",
@@ -59,14 +59,14 @@ class Traces:
     """The traces that pruning, clustering and rounding leave in one weight."""
 
     n_values: int
-    sparsity: float  # part of the values that is 0
+    sparsity: float  # part of the values that are 0
     n_distinct: int | None  # distinct values, None above 1,000
     kind: str  # rounded, clustered, pruned or nothing
 
 
 @dataclass(frozen=True)
 class WeightChange:
-    """The weight of a convolution or linear layer that is not the original's."""
+    """The weight of a convolution or linear layer that differs from the original's."""
 
     name: str
     is_convolution: bool
@@ -78,14 +78,14 @@ class WeightChange:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A state dict against the one that it was made from."""
+    """A state dict compared with the one that it was made from."""
 
     n_weights: int  # of convolutions and linear layers
     changed: tuple[WeightChange, ...]
     n_norms: int  # layers with running statistics
-    moved: tuple[str, ...]  # those whose statistics differ
-    stale: tuple[str, ...]  # those after a changed weight whose statistics do not
-    unmatched: tuple[str, ...]  # tensors that only one of both has, or in another shape
+    moved: tuple[str, ...]  # layers whose statistics differ
+    stale: tuple[str, ...]  # layers after a changed weight whose statistics do not differ
+    unmatched: tuple[str, ...]  # tensors in one file only, or with two shapes
 
     @property
     def sentence(self) -> str:
@@ -110,8 +110,8 @@ class Comparison:
             shown = some(self.stale)
             return f"{words}{self._statistics(self.stale)} do not ({shown}): these are stale"
         if self.moved:
-            return f"{words}{self._statistics(self.moved)} moved along"
-        return f"{words}no statistics differ, which so slight or so late a change leaves right"
+            return f"{words}{self._statistics(self.moved)} moved with them"
+        return f"{words}no statistics differ, and so slight or so late a change leaves them valid"
 
     def _statistics(self, norms: Sequence[str]) -> str:
         return f"the statistics of {len(norms)} of {self.n_norms} norm layers"
@@ -122,7 +122,7 @@ class Comparison:
 
 
 def diagnose_weights(tensors: Mapping[str, Tensor]) -> list[Finding]:
-    """Find pruning, clustering and rounding that a state dict betrays by itself."""
+    """Find traces of pruning, clustering and rounding in a state dict alone."""
     every = [_traces_of(weight) for weight in _weights_in(tensors).values()]
     found = []
     for kind, trace in _TRACES.items():
@@ -189,7 +189,7 @@ def _weights_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _change(name: str, new: Tensor, old: Tensor, *, tuned: bool) -> WeightChange:
-    """How one weight differs, and by what."""
+    """How much one weight differs, and the cause."""
     after, before = _traces_of(new), _traces_of(old)
     wide, wide_old = new.double().flatten(), old.double().flatten()
     halves = (old.to(kind).to(new.dtype) for kind in (torch.float16, torch.bfloat16))
@@ -220,11 +220,11 @@ def _traces_of(weight: Tensor) -> Traces:
     channels = [(row, _levels(row)) for row in rows[tried]]
 
     def shows(is_so: Callable[[Tensor, Any], bool]) -> bool:
-        # Rounding and clustering are done to a whole tensor, or to each channel by itself.
+        # Rounding and clustering act on a whole tensor, or on each channel separately.
         return is_so(*whole) or sum(is_so(*one) for one in channels) > len(channels) / 2
 
     sparsity = 1 - int(values.count_nonzero()) / len(values)
-    # A weight of nothing but zeros was made so.
+    # A weight with only zeros was created that way.
     kind = "pruned" if _SPARSE <= sparsity < 1 else ""
     if shows(_on_grid):
         kind = "rounded"
@@ -235,8 +235,8 @@ def _traces_of(weight: Tensor) -> Traces:
 
 
 def _levels(values: Tensor) -> Any:
-    """The distinct values from the least, in float64; ``None`` above 1,000 or if not finite."""
-    # A part of a large tensor shows this, without sorting all of it.
+    """The distinct values in rising order, in float64; ``None`` above 1,000 or if not finite."""
+    # A part of a large tensor is enough to see this, without sorting all of it.
     few = np.unique(values[: 4 * _MOST_DISTINCT].double().numpy())
     if len(few) > _MOST_DISTINCT:
         return None
@@ -245,11 +245,11 @@ def _levels(values: Tensor) -> Any:
 
 
 def _on_grid(values: Tensor, levels: Any) -> bool:
-    """Whether all values are a whole number of equal steps from the least one."""
+    """Whether all values are a whole number of equal steps above the smallest."""
     n = 0 if levels is None else len(levels)
     if not 2 <= n <= _MOST_STEPS + 1 or int(values.count_nonzero()) < _FEWEST_IN_CHANNEL:
         return False
-    # Few levels may lie on a fine grid by chance, so theirs has to be a coarse one.
+    # A few levels can lie on a fine grid by chance, so their grid must be coarse.
     most = _MOST_STEPS if n >= _FEWEST_IN_CHANNEL else 2 * n
     places = (levels - levels[0]) / (levels[-1] - levels[0])
     steps = places[:, None] * np.arange(n - 1, most + 1)  # (level, number of steps)
@@ -263,7 +263,7 @@ def _are_few(values: Tensor, levels: Any) -> bool:
 
 
 def _repeats_filters(rows: Tensor) -> bool:
-    """Whether a quarter of the filters that are not 0 have the values of another one."""
+    """Whether a quarter of the filters that are not 0 repeat another one."""
     found = [row.float().numpy().tobytes() for row in rows[rows.any(1)]]
     return len(found) >= _FEWEST_IN_CHANNEL and len(set(found)) <= 3 / 4 * len(found)
 
@@ -271,8 +271,8 @@ def _repeats_filters(rows: Tensor) -> bool:
 def _norms_after(
     changed: Sequence[WeightChange], norms: Sequence[str], files: Sequence[list[str]]
 ) -> set[str]:
-    """The norm layers that changed weights may reach."""
-    # PyTorch lists layers in the order of their making, which is nearly always that of the calls;
+    """The norm layers that changed weights can reach."""
+    # PyTorch lists layers in the order of their creation, nearly always the order of the calls;
     # .safetensors files list them by name.
     order = next((names for names in files if names != sorted(names)), None)
     if order is None:
@@ -287,7 +287,7 @@ def _has_moved(norm: str, tensors: Mapping[str, Tensor], original: Mapping[str, 
         (state[under(norm, "running_mean")].double(), state[under(norm, "running_var")].double())
         for state in (tensors, original)
     )
-    return not all(part <= _MOVED for part in drift(new, old, _EPS))  # NaN has moved too
+    return not all(part <= _MOVED for part in drift(new, old, _EPS))  # NaN counts as moved
 
 
 def _span(values: Sequence[float], form: str) -> str:

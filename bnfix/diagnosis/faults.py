@@ -1,4 +1,4 @@
-"""Faults of norm layers in a file's tensors, the advice against each, and commands to copy."""
+"""Faults of norm layers in a file's tensors, with advice and commands to copy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import Tensor
 from bnfix.core.errors import plain
 from bnfix.core.settings import DataRecipe, ModelRecipe, RunOptions
 
-# Advice ends with a command; CKPT, SPEC, DATA and OUT are filled in where they are known.
+# Advice ends with a command; CKPT, SPEC, DATA and OUT are filled in if they are known.
 RECALIBRATE = (
     "bnfix calibrate CKPT --model SPEC --data DATA --statistics population --example-weight keep "
     "-o OUT"
 )
 BLEND = (
-    "without labels the middle way (where weights were changed: --statistics population): bnfix "
+    "without labels, take the middle way (if weights were changed: --statistics population): bnfix "
     "calibrate CKPT --model SPEC --data DATA --statistics blend --example-weight keep -o OUT"
 )
 GATED = "let labelled data decide: bnfix calibrate CKPT --model SPEC --data DATA -o OUT"
@@ -46,7 +46,7 @@ _TRACK = (
     "bnfix.recalibrate_, bnfix.save"
 )
 
-#: Severity, advice and the faults that have them; with an error the outputs cannot be right.
+#: Severity, advice and the faults that have them; an error means that the outputs cannot be right.
 #: Every other fault is a warning with the advice to recalibrate.
 _GROUPS: Final = (
     ("error", RECALIBRATE, "not-finite negative-variance momentum-out-of-range output-not-finite"),
@@ -63,7 +63,7 @@ _GROUPS: Final = (
     ("note", f"nothing, if it is intended; {_INSPECT}", "shared"),
     ("note", f"to be sure: {_INSPECT}", "counted-again predicted-gap"),
     ("note", "bnfix eval CKPT --model SPEC --data DATA --precision bf16", "beyond-half"),
-    ("note", "for statistics of each call: give every call a layer of its own", "reused"),
+    ("note", "for separate statistics per call: give every call its own layer", "reused"),
     ("note", "left alone", "instance-norm"),
     ("note", _ALONE, "batch-weight"),
     ("note", _COMPARE, "pruned clustered rounded"),
@@ -77,7 +77,7 @@ _FAULTS: Final = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault of a layer, or of the model (``layer`` is empty), and the advice against it."""
+    """A fault of a layer, or of the model (``layer`` is empty), and the advice for it."""
 
     layer: str
     fault: str  # a short code, the same for the same fault everywhere
@@ -97,7 +97,7 @@ def finding(layer: str, fault: str, detail: str) -> Finding:
 
 
 def gated(found: Finding) -> Finding:
-    """Advise new statistics only where labelled data show that they are better."""
+    """Advise new statistics only if labelled data shows that they are better."""
     words, asked, _ = found.advice.partition(RECALIBRATE)
     # With an error the stored statistics are wrong for any weights, so nothing need be compared.
     if not asked or found.severity == "error":
@@ -106,8 +106,8 @@ def gated(found: Finding) -> Finding:
 
 
 def blended(found: Sequence[Finding]) -> list[Finding]:
-    """Advise what lies between stored and new statistics, where no labels tell which are better."""
-    # Layers with other faults hold nothing that is worth keeping a part of.
+    """Advise a blend of stored and new statistics, if no labels show which are better."""
+    # The statistics of layers with other faults are not worth keeping in part.
     faulty = {one.layer for one in found if one.severity != "note" and one.fault != "stale"} - {""}
     mixed = {("stale", RECALIBRATE), ("output-range", RECALIBRATE)}
     return [
@@ -118,7 +118,7 @@ def blended(found: Sequence[Finding]) -> list[Finding]:
     ]
 
 
-#: Advice holds at most one command, which runs from this word to its end.
+#: Advice holds at most one command, from this word to the end.
 _START: Final = "bnfix "
 #: Options that a command does not have.
 _LACKS: Final = {"finetune": {"--labels"}, "eval": {"--test"}}
@@ -126,7 +126,7 @@ _LACKS: Final = {"finetune": {"--labels"}, "eval": {"--test"}}
 
 @dataclass(frozen=True)
 class Call:
-    """The options of an inspection, with what is known of the model and the labels."""
+    """The options of an inspection, and whether a model and labels are known."""
 
     path: Path
     model: ModelRecipe
@@ -141,13 +141,15 @@ class Call:
     original: Path | None = None
 
     def fill(self, found: Finding) -> str:
-        """Put file, model, data and all options that were given into an advice's command."""
+        """Fill file, model, data and all given options into an advice's command."""
         words, _, rest = found.advice.partition(_START)
         given = rest.split()
         if "CKPT" not in given:
             return found.advice
         name, data = given[0], self.data
-        if name == "finetune" and not self.labelled:  # it needs other data than the inspection's
+        if (
+            name == "finetune" and not self.labelled
+        ):  # it needs data with labels, not the inspection's
             words, data = f"{words}with labelled data: ", None
         own = {word for word in given if word.startswith("--")} | _LACKS.get(name, set())
         flag = self.frozen.get(found.layer, "")
@@ -184,7 +186,7 @@ def _options(recipe: Any, without: Collection[str] = ()) -> list[str]:
         if value is True:
             words.append(flag)
         elif isinstance(value, tuple) and value and isinstance(value[0], str):
-            # The option is given once for each.
+            # The option is given once for each value.
             words += [word for item in value for word in (flag, item)]
         else:
             words += [flag, ",".join(map(str, value if isinstance(value, tuple) else (value,)))]
@@ -210,7 +212,7 @@ def _entry(found: Mapping[str, Any]) -> Entry:
     command = _quoted(found.get("command_line"))
     if command is not None:
         return Entry(command, (), _did(found))
-    # Files of earlier versions, and those written from Python, hold the options alone.
+    # Files of earlier versions, or written from Python, hold the options only.
     file = mapping(found.get("input")).get("file")
     lines = [f"{plain(found.get('command') or '?')} {plain(file or '')}".rstrip()]
     for name, values in mapping(found.get("options")).items():
@@ -228,7 +230,7 @@ def mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _quoted(typed: Any) -> str | None:
-    """A stored command, quoted again, so that a copy of it runs bnfix and nothing else."""
+    """A stored command, quoted again: a copy of it runs bnfix and nothing else."""
     try:
         words = shlex.split(typed) if isinstance(typed, str) else []
     except ValueError:
@@ -258,7 +260,7 @@ def _did(entry: Mapping[str, Any]) -> str:
 
 _MOMENTS = ("running_mean", "running_var")
 _TINY_VAR = 1e-5
-#: Below so many batches more than 1% of a new layer's statistics is left at momentum 0.1.
+#: Below this count, more than 1% of a new layer's statistics is left at momentum 0.1.
 _FEW_BATCHES = 44
 _LARGEST_HALF = 65504.0
 
@@ -275,7 +277,7 @@ class NormTensors:
     gamma_range: tuple[float, float] | None  # of |gamma|
     n_dead: int  # channels with a running variance below 1e-5
     example_weight: float | list[float]
-    grouped: bool = False  # channels share statistics, says the header
+    grouped: bool = False  # channels share statistics, by the header
     ours: bool = False  # the header names the layer
     batch_weight: float | list[float] = 0.0
     gated: bool = False
@@ -394,11 +396,11 @@ def _counter_faults(layer: NormTensors, is_new: bool, usual: int | None) -> Iter
                 "with momentum None the next training batch replaces them",
             )
     elif n < _FEW_BATCHES and not layer.ours:  # bnfix's own statistics are plain means
-        left = f"at torch's momentum of 0.1 a part of {0.9**n:.2g} of the statistics"
-        yield "few-batches", f"num_batches_tracked is {n}: {left} is still that of a new layer"
+        left = f"at torch's momentum of 0.1, a part of {0.9**n:.2g} of the statistics"
+        yield "few-batches", f"num_batches_tracked is {n}: {left} is still from the new layer"
     elif usual and n > usual and n % usual == 0:
         k, pool = n // usual, "and its statistics pool those calls"
-        calls = f"the model calls it {k} times a forward pass, {pool}"
+        calls = f"the model calls it {k} times per forward pass, {pool}"
         yield "counted-again", f"counted {k} times as many batches as most layers: {calls}"
     elif usual and n < usual / 2:
         why = "newer than the others, or frozen for a part of training"
@@ -442,7 +444,7 @@ def _broken_layers(tensors: Mapping[str, Tensor], known: set[str]) -> list[Findi
         shape = tuple(tensor.shape)
         other = tensors.get(under(name, _MOMENTS[1 - _MOMENTS.index(last)]))
         if other is None:
-            found.append(finding(name, "moment-missing", f"has a {last} and not the other moment"))
+            found.append(finding(name, "moment-missing", f"has a {last} but not the other moment"))
         elif last == _MOMENTS[1]:
             continue  # the pair is reported once, at its mean
         elif tensor.shape != other.shape:
@@ -456,7 +458,7 @@ def _broken_layers(tensors: Mapping[str, Tensor], known: set[str]) -> list[Findi
 
 
 def _is_real(tensor: Tensor) -> bool:
-    # A file may hold any type under any name; some have no arithmetic.
+    # A file can hold any type under any name; some types have no arithmetic.
     return tensor.is_floating_point() and tensor.dtype.itemsize in (1, 2, 4, 8)
 
 
@@ -468,7 +470,7 @@ def _count(tensor: Tensor | None) -> int | None:
 
 
 def _weight(found: Any) -> float | list[float]:
-    """The example weight in a header; NaN where it is no number from 0 to 1."""
+    """The example weight in a header; NaN if it is not a number from 0 to 1."""
     if isinstance(found, list) and found:
         return [w for w in map(_weight, found) if isinstance(w, float)]
     return float(found) if type(found) in (int, float) and 0 <= found <= 1 else math.nan

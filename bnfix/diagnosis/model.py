@@ -1,17 +1,17 @@
-"""Faults of norm layers as a model shows them: in its settings, in one call, and on data.
+"""Faults of norm layers in a model: in its settings, in one call, and on data.
 
-On data the stored statistics are compared with those that batches meet, under both feeds. In
+On data, the stored statistics are compared with each batch's statistics, under both feeds. In
 training a layer normalizes by a batch's mean and deviation, in inference by the stored ones:
 
     mean gap = mean_c |mean_stored - mean_b| / sd_b,  sd gap = mean_c |sd_stored / sd_b - 1|
 
 with sd = sqrt(var + eps). Source: Wang, Wu & Huang, "Understanding the failure of batch
-normalization for transformers in NLP", 2022. Differs: eps; batches count by their examples.
+normalization for transformers in NLP", 2022. Differs: eps; batches are weighted by their size.
 
-A gap has two parts: chance, which is larger in a smaller batch, and the shift of the stored
-statistics from those of all data, by `drift`. Where the layers before a layer use their stored
-statistics (the sequential feed), their shifts add to its own; where they use each batch's (the
-batch feed), they do not. Source: Huang et al., "Delving into the estimation shift of batch
+A gap has two parts: chance, which is larger in a smaller batch, and the shift between the stored
+statistics and those of all data, by `drift`. If the layers before a layer use stored statistics
+(the sequential feed), their shifts add to its own; if they use each batch's statistics (the batch
+feed), they do not. Source: Huang et al., "Delving into the estimation shift of batch
 normalization in a network", 2022.
 """
 
@@ -58,7 +58,7 @@ def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Findi
             site, stored.get(site.name), at_rest=site.is_put_to_rest(model)
         )
     ]
-    why = "its running statistics are means of each example's own, so no command changes them"
+    why = "its running statistics are means over each example's own, so no command changes them"
     instances = instance_norms(model).items()
     return found + [finding(name, "instance-norm", f"{kind}: {why}") for name, kind in instances]
 
@@ -69,14 +69,14 @@ def _setting_faults(
     if site.aliases:
         yield "shared", f"the same module as {some(site.aliases, 3)}: all use one set of statistics"
     if site.frozen:
-        why = "its numbers are constants, which no command changes without --unfreeze"
+        why = "its values are constants, and no command changes them without --unfreeze"
         yield "frozen-kind", f"{site.kind}: {why}"
     elif at_rest:
         yield "frozen", "the model's code froze it (evaluation mode, no gradients): left alone"
     if not site.has_statistics:
         yield (
             "no-statistics",
-            "keeps no running statistics: in evaluation, too, outputs depend on the batch",
+            "keeps no running statistics: even in evaluation, outputs depend on the batch",
         )
         return
     if not site.frozen:
@@ -114,7 +114,7 @@ def _eps_faults(module: nn.Module) -> Iterator[Fault]:
     if eps < _LEAST_HALF and least + eps < 1e-6:
         gain = math.inf if least + eps == 0 else (least + eps) ** -0.5
         times = f"a channel is multiplied by {gain:.3g}, in float16 by infinity"
-        yield "eps-tiny", f"eps {eps:g} beside a variance of {least:.2g}: {times}"
+        yield "eps-tiny", f"eps {eps:g} with a variance of {least:.2g}: {times}"
     n_small = int((wide < eps).sum())
     if n_small > wide.numel() / 2 and bool(wide.any()):
         small = f"{n_small} of {wide.numel()} channels have a variance below eps ({eps:g})"
@@ -122,7 +122,7 @@ def _eps_faults(module: nn.Module) -> Iterator[Fault]:
 
 
 def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
-    """List the layers that one forward pass calls again, not at all, or on single positions."""
+    """List the layers that one forward pass calls again, not at all, or on 1x1 maps."""
     sites = {site.name: site.module for site in find_norms(model)}
     ((calls, _),) = first_look("inspect", model, sites, [batch])
     found = []
@@ -133,25 +133,27 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
             found.append(finding(name, "unused", detail))
             continue
         if len(positions) > 1:
-            detail = f"is called {len(positions)} times a forward pass; its statistics pool them"
+            detail = (
+                f"is called {len(positions)} times per forward pass; its statistics pool the calls"
+            )
             found.append(finding(name, "reused", detail))
         if min(positions) == 1:
-            no = "cannot be trained on a batch of one, and example weights have no effect"
+            no = "it cannot be trained on a batch of one, and example weights have no effect"
             found.append(finding(name, "single-position", f"has 1x1 feature maps: {no}"))
     return found
 
 
 # --- the shifts of stored statistics ---
 
-#: Deviations below which a shift is hardly one, wherever it comes from.
+#: A shift of fewer deviations counts as none, from any source.
 _NONE = 0.01
 
 
 @dataclass(frozen=True)
 class Shift:
-    """A layer's stored statistics against those that it meets: means over the channels."""
+    """A layer's stored statistics against its inputs' statistics: means over the channels."""
 
-    mean_gap: float | None  # means over batches; None where a batch has one value a channel
+    mean_gap: float | None  # means over batches; None if a batch has one value per channel
     sd_gap: float | None
     mean_shift: float  # from all data, as in a calibration
     log_var_ratio: float
@@ -159,9 +161,9 @@ class Shift:
 
 @dataclass(frozen=True)
 class Shifts:
-    """Every layer's shift, by name, in the order of their calls."""
+    """Every layer's shift, by name, in the order of the calls."""
 
-    batch_size: int = 0  # the largest that was run
+    batch_size: int = 0  # of the largest batch
     #: All layers in inference; empty if an input was not finite.
     sequential: dict[str, Shift] = field(default_factory=dict)
     batch: dict[str, Shift] = field(default_factory=dict)  # each by its batch's statistics
@@ -179,7 +181,7 @@ class Shifts:
         own = sum(shift.mean_shift for _, _, shift in later) / len(later)
         worst, most, _ = max(rows, key=lambda row: row[1].mean_shift)
         went = "grows" if end.mean_shift > start.mean_shift else "falls"
-        # What remains where no layer before adds its own is the layer's own part.
+        # If no layer before adds a shift, a layer's own part remains.
         is_built = total > max(own, _NONE)
         built = f": {1 - own / total:.0%} of it comes from the layers before" if is_built else ""
         return (
@@ -191,7 +193,7 @@ class Shifts:
         )
 
     def to_json(self, name: str) -> dict[str, Any]:
-        """A layer's part; its numbers are None where it was not met."""
+        """A layer's part; its numbers are None if the layer received no input."""
         feeds = {"sequential": self.sequential.get(name), "batch": self.batch.get(name)}
         own, order = feeds["sequential"], list(self.sequential or self.batch)
         return {
@@ -203,7 +205,7 @@ class Shifts:
 
 
 def measure_shifts(model: nn.Module, batches: Iterable[Any]) -> Shifts:
-    """Measure the shifts by one pass for each feed, without labels; the model is only read."""
+    """Measure the shifts in one pass per feed, without labels; the model is only read."""
     size, sequential = _feed(model, batches, by_batch=False)
     return Shifts(size, sequential, _feed(model, batches, by_batch=True)[1])
 
@@ -213,7 +215,7 @@ def _feed(
 ) -> tuple[int, dict[str, Shift]]:
     try:
         met = met_in_a_pass(model, batches, _Gaps, by_batch=by_batch)
-    except NumericError:  # of an input that is not finite; the outputs are looked at elsewhere
+    except NumericError:  # an input was not finite; another check looks at the outputs
         return 0, {}
     return met.sums.most_examples, {name: met.shift(name) for name in met.sums.order()}
 
@@ -230,7 +232,7 @@ class _Gaps(Collector):
     def measure(
         self, site: NormSite, x: Tensor, valid: masks.Valid | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Measure a call, and add its gaps, which count as often as it has examples."""
+        """Measure a call, and add its gaps, weighted by its number of examples."""
         mean, var = super().measure(site, x, valid)
         if x.numel() > x.shape[1]:  # a single value has no deviation
             found = len(x) * gaps(self._stored[site.name], (mean, var), site.eps)
@@ -239,12 +241,12 @@ class _Gaps(Collector):
         return mean, var
 
     def lend(self, module: nn.Module, moments: tuple[Tensor, Tensor]) -> None:
-        """Let a layer normalize by these, unless its own are constants, in training too."""
+        """Let a layer normalize by these moments; a frozen layer keeps its own, as in training."""
         if not self.sites[id(module)].frozen:
             super().lend(module, moments)
 
     def shift(self, name: str) -> Shift:
-        """What was found at a layer."""
+        """The shift found at a layer."""
         mean_gap = sd_gap = None
         if n := self._n[name]:
             mean_gap, sd_gap = (self._gaps[name] / n).tolist()
@@ -252,18 +254,18 @@ class _Gaps(Collector):
         return Shift(mean_gap, sd_gap, mean_shift=mean_shift, log_var_ratio=log_var_ratio)
 
 
-#: Gaps of predicted means, in deviations: usual ones of a network, and of a single layer.
+#: Usual gaps of predicted means, in deviations: for a network, and for a single layer.
 _USUAL_GAP, _USUAL_LAYER = 0.15, 0.6
-#: Layers that a median needs.
+#: Fewest layers for a median.
 _FEWEST_LAYERS = 4
 
 
 def read_predictions(gaps: dict[str, float]) -> list[Finding]:
-    """The faults that predictions without an image show, of the network and of single layers."""
+    """Faults that predictions without an image show, for the network and for single layers."""
     if len(gaps) < _FEWEST_LAYERS:
         return []
     middle = median(gaps.values())
-    if not middle <= _USUAL_GAP:  # NaN is none
+    if not middle <= _USUAL_GAP:  # NaN is not usual either
         of = f"the median over {len(gaps)} layers"
         words = f"weights and stored statistics predict other means than the stored ones: {of} is"
         usual = "0.1 or less is usual, so the statistics may belong to other weights"
@@ -272,7 +274,7 @@ def read_predictions(gaps: dict[str, float]) -> list[Finding]:
         finding(
             name,
             "predicted-gap",
-            f"its means are {gap:.2g} deviations off those that the layers before predict: stale, "
+            f"its means are {gap:.2g} deviations off the prediction from the layers before: stale, "
             "or its inputs are far from normal",
         )
         for name, gap in gaps.items()
@@ -301,7 +303,7 @@ class Behaviour:
         return {name: (shift.mean_shift, shift.log_var_ratio) for name, shift in found.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All but the layers."""
+        """Everything except the layers."""
         shifts, own = self.shifts, {k: v for k, v in vars(self).items() if k != "shifts"}
         return {**own, "batch_size": shifts.batch_size, "reading": shifts.reading}
 
@@ -325,7 +327,7 @@ def examine_behaviour(model: nn.Module, batches: Iterable[Any]) -> tuple[Behavio
 
 @dataclass
 class _Pass:
-    """One pass over the data: its outputs, and which examples were classified correctly."""
+    """One pass over the data: its outputs, and the correctly classified examples."""
 
     n: int = 0
     low: float = math.inf
@@ -354,7 +356,7 @@ class _Pass:
 
     @property
     def right(self) -> Tensor | None:
-        """For each example whether it was classified correctly; ``None`` if not known of all."""
+        """Whether each example was classified correctly; ``None`` unless known for all."""
         return torch.cat(self.parts) if self.parts and sum(map(len, self.parts)) == self.n else None
 
     @property
@@ -363,7 +365,7 @@ class _Pass:
 
 
 def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
-    """One pass; in training only the norm layers are in training mode, and all is restored."""
+    """One pass; if `training`, only the norm layers are in training mode. All is restored."""
     found = _Pass()
     with guards.inference(model):
         for site in find_norms(model) if training else ():
@@ -372,7 +374,7 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
         for batch in batches:
             x = runtime.unpack(batch)[0]
             n = len(x) if isinstance(x, Tensor) else 1
-            # One example has no batch statistics on 1x1 feature maps; stock layers know no mask.
+            # One example has no batch statistics on 1x1 feature maps; stock layers ignore masks.
             if training and (n < 2 or masks.mask_in(batch)):
                 continue
             found.add(batch, n, runtime.run(model, batch, runtime.device_of(model)))
@@ -381,7 +383,7 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
 
 def _stale_layers(drifts: dict[str, tuple[float, float]]) -> Iterator[Finding]:
     for name, (shift, ratio) in drifts.items():
-        if not (shift <= _STALE_SHIFT and ratio <= _STALE_LOG_RATIO):  # NaN is stale too
+        if not (shift <= _STALE_SHIFT and ratio <= _STALE_LOG_RATIO):  # NaN counts as stale
             off = f"stored means are {shift:.2g} deviations off those of the data, variances by a"
             factor = math.exp(min(ratio, 700))  # exp overflows above 709
             yield finding(

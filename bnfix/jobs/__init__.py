@@ -1,1 +1,1 @@
-"""One file a command: opens the session, runs the steps, writes the report."""
+"""One file per command: it opens the session, runs the steps and writes the report."""

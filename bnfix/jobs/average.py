@@ -1,4 +1,4 @@
-"""The means of `average`: of all checkpoints, or of those that the gate keeps one by one."""
+"""`average`: the mean of all checkpoints, or of the ones that the gate admits one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEAN = "mean"
 
 
 def narrowed(plan: Plan, checkpoint: str | Path) -> tuple[Plan, str | Path, list[str]]:
-    """A plan and its first checkpoint with the best files alone, where so many are asked for."""
+    """Restrict a plan and its first checkpoint to the best files, if the plan asks for it."""
     recipe = plan.average
     if recipe is None or recipe.best is None:
         return plan, checkpoint, []
@@ -31,26 +31,26 @@ def narrowed(plan: Plan, checkpoint: str | Path) -> tuple[Plan, str | Path, list
 
 
 def check_unlabelled(recipe: AverageRecipe, data: str) -> list[str]:
-    """Refuse what labels alone can judge; notes on the rest."""
+    """Refuse a method that needs labels; return notes on any other."""
     if recipe.method == "greedy":
-        raise DataError(f"{data}: has no labels, and --method greedy needs them to judge by.")
+        raise DataError(f"{data}: has no labels, and --method greedy needs them.")
     if recipe.statistics != "auto":
         return []
     return [
-        "the statistics are population, since without labels nothing proves others better; "
-        "--statistics interpolated takes those between the checkpoints'."
+        "population statistics are used: without labels nothing shows that others are better. "
+        "--statistics interpolated uses statistics between the checkpoints'."
     ]
 
 
 def uniform(fits: Fits, _: State, *, recipe: AverageRecipe) -> Fitted:
-    """The mean of all checkpoints; the first one stays the original."""
+    """The mean of all checkpoints; the first one remains the original."""
     found = _open(fits, recipe)
     found.put_(found.which)
     return Fitted(f"mean of {len(found.which)} checkpoints")
 
 
 def interpolated(fits: Fits, now: State, *, gated: bool) -> Fitted:
-    """Statistics between those of the checkpoints in the mean, in place of the population's."""
+    """Interpolate the statistics of the averaged checkpoints, instead of measuring new ones."""
     found = fits.ingredients
     if found is None or len(found.which) < 2:
         return Fitted(None)
@@ -68,28 +68,28 @@ def interpolated(fits: Fits, now: State, *, gated: bool) -> Fitted:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Mean(State):
-    """A mean on its way, with the positions of its checkpoints."""
+    """A candidate mean, with the positions of its checkpoints."""
 
     metrics: Metrics  # on the select split
     which: tuple[int, ...]
 
     @property
     def loss(self) -> float:
-        """What checkpoints are ordered by; infinite where it cannot be measured."""
+        """The loss that orders checkpoints; infinite if it cannot be measured."""
         nll = self.metrics.nll
         return math.inf if nll is None or math.isnan(nll) else nll
 
 
 def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
-    """The mean of those checkpoints with which it is better, tried in the order of their loss.
+    """The mean of the checkpoints that improve it, tried in the order of their loss.
 
-    It begins with the best one as it is in its file; then that with new statistics. Each mean is
-    tried with every kind of statistics, since one may be right where the other is not. It has to
-    be better than the one kept so far, and than the best checkpoint: then neither loss nor top-1
-    can fall below that checkpoint's by many small steps.
+    It starts from the best checkpoint as stored, then tries that one with new statistics. Each mean
+    is tried with every kind of statistics, since one kind can fit where the other does not. It must
+    beat both the mean kept so far and the best checkpoint. Otherwise many small steps could add up
+    to a loss or a top-1 worse than that checkpoint's.
 
-    Source: Wortsman et al., "Model soups", 2022, recipe 1. Differs: not lower is not enough, it has
-    to be better by z standard errors.
+    Source: Wortsman et al., "Model soups", 2022, recipe 1. Differs: an equal score is not enough,
+    the mean must be better by z standard errors.
     """
     found, z, decisions = _open(fits, recipe), fits.plan.gate.z, list[Decision]()
 
@@ -106,7 +106,7 @@ def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
     kept = best
     for more in [(), *(other.which for other in others)]:
         which = (*kept.which, *more)
-        wanted = recipe.statistics if len(which) > 1 else "population"  # there is no between of one
+        wanted = recipe.statistics if len(which) > 1 else "population"  # one file has no pair
         for target in ("population", "interpolated") if wanted == "auto" else (wanted,):
             tried = _tried(fits, found, which, target, now)
             if tried and admitted(tried, kept) and (kept is best or admitted(tried, best)):
@@ -125,7 +125,7 @@ def _open(fits: Fits, recipe: AverageRecipe) -> Ingredients:
 
 
 def _alone(fits: Fits, found: Ingredients, i: int, now: State) -> _Mean:
-    """One checkpoint as it is in its file; its values are not kept."""
+    """One checkpoint as stored; its values are not kept."""
     name, metrics = f"{found.names[i]} alone", now.metrics if i == 0 else None
     if metrics is None:
         found.put_([i])
@@ -136,7 +136,7 @@ def _alone(fits: Fits, found: Ingredients, i: int, now: State) -> _Mean:
 def _tried(
     fits: Fits, found: Ingredients, which: Sequence[int], target: str, now: State
 ) -> _Mean | None:
-    """The mean of these with new statistics; none where its numbers are not finite, or missing."""
+    """A mean of checkpoints with new statistics; none if its numbers are not finite or missing."""
     members = some([found.names[i] for i in which])
     of = f"mean of {members}" if len(which) > 1 else members
     try:

@@ -1,4 +1,4 @@
-"""`eval`: checkpoints side by side on the same examples, which are read once."""
+"""`eval`: compare checkpoints on the same examples, which are read once."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ from bnfix.report.records import (
 )
 from bnfix.report.report import Report, check_predictions, table_of, write_predictions
 
-#: Images that batch invariance is looked for on.
+#: Images that batch invariance is checked on.
 N_COMPARED = 256
 #: Images that are cut into tiles.
 N_TILED = 16
 #: Images that a faster copy is checked on.
 N_CHECKED = 8
-#: Part of the labelled examples that may be measured ones, as a few copies are in many collections.
+#: Part of the labelled examples that can also be measured ones: many collections hold copies.
 _SHARED = 0.05
 _STATED = ("corrupt", "groups", "domain")
 _T = TypeVar("_T")
@@ -80,19 +80,19 @@ def evaluate_files(
 ) -> Report:
     """Measure checkpoints on the same examples, each paired against the first.
 
-    Checkpoints of one preprocessing go through the data together, so that every image is read and
+    Checkpoints with the same preprocessing share one pass over the data. Every image is read and
     decoded once.
 
     Args:
         checkpoints: one or more files.
         data: DATA.
-        model: spec that serves every checkpoint; by default what each carries.
+        model: spec for every checkpoint; by default the one that each file stores.
         source: labels and preprocessing.
         run: device and batch size.
-        also: what else is measured.
-        predictions: file for what each model says of each example, ``.csv`` or ``.parquet``.
-        force: replace that file if it is there.
-        seed: of the intervals, of noise, and of which images are compared in other batches.
+        also: further measurements.
+        predictions: file for each model's prediction per example, ``.csv`` or ``.parquet``.
+        force: replace that file if it exists.
+        seed: for the intervals, the noise, and the images compared in other batches.
         track: how progress is shown.
         command_line: as typed, for the report.
 
@@ -106,7 +106,7 @@ def evaluate_files(
     recipe = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     source, run, also = source or DataRecipe(), run or RunOptions(), also or EvaluationRecipe()
     require(bool(checkpoints), "eval: no checkpoint given.", "checkpoints")
-    words = "--corruptions: not together with --corrupt. Leave one of them out."
+    words = "--corruptions: cannot be combined with --corrupt. Leave one of them out."
     require(not also.corruptions or source.corrupt is None, words, "corruptions")
     streams = () if also.streams is None else robustness.streams_of(also.streams)
     functions = [import_metric(spec) for spec in also.metric]
@@ -119,7 +119,7 @@ def evaluate_files(
     for name, wanted in (("corruptions", also.corruptions), ("streams", streams)):
         words = f"--{name}: the examples have no labels. Give labels."
         require(not wanted or inputs.images.labelled, words, name)
-    words = "--streams: orders by class are of a classification. Leave it out."
+    words = "--streams: orders by class need classification. Leave it out."
     require(not streams or not isinstance(inputs.task, ByRows), words, "streams")
     words = f"--corruptions: {data} holds no images. Leave it out."
     require(not also.corruptions or inputs.preprocessing is not None, words, "corruptions")
@@ -167,7 +167,7 @@ def evaluate_files(
 def _report(
     arena: Arena, models: tuple[Evaluated, ...], notes: Sequence[str], corruption: str | None
 ) -> Report:
-    """The report on models that went through the same examples; layers are those of the last."""
+    """The report on models with the same examples; the layers are the last model's."""
     images = arena.entrants[-1].inputs.images
     history = [entry for one in arena.entrants for entry in one.loaded.origin.history]
     first, last = (arena.entrants[k].loaded.model for k in (0, -1))
@@ -199,7 +199,7 @@ def plan_evaluation(
     source: DataRecipe | None = None,
     run: RunOptions | None = None,
 ) -> dict[str, Any]:
-    """What `evaluate_files` would do, and what it would cost by a few batches of every model."""
+    """The plan of `evaluate_files`, with its cost estimated from a few batches per model."""
     for path in checkpoints:
         require_file(Path(path))
     source, run, also = source or DataRecipe(), run or RunOptions(), also or EvaluationRecipe()
@@ -230,13 +230,13 @@ def _write_predictions(path: Path, entrants: Sequence[Entrant], found: Sequence[
 
 @dataclass(frozen=True)
 class Entrant:
-    """A checkpoint, loaded, and the data as it sees them."""
+    """A loaded checkpoint, and the data as its model sees it."""
 
-    name: str  # short, and no other's
+    name: str  # short and unique
     path: str
     loaded: Loaded  # its model on the device
     inputs: Inputs  # with labels that fit its outputs
-    net: nn.Module  # goes through the data: the model, or a faster copy
+    net: nn.Module  # runs on the data: the model, or a faster copy
 
 
 def enter(
@@ -248,7 +248,7 @@ def enter(
     own_metrics: bool,
     notes: list[str],
 ) -> list[Entrant]:
-    """Load every checkpoint, and open the data once, as each needs them."""
+    """Load every checkpoint, and open the data once for each number of input channels."""
     entrants, opened = list[Entrant](), dict[int, Images]()
     for path, name in zip(checkpoints, _names(checkpoints), strict=True):
         loaded = load_one(path, dataclasses.replace(recipe, domain=None), run, exported=True)
@@ -261,7 +261,7 @@ def enter(
     first, *others = (one.inputs.task for one in entrants)
     for other in others:
         words = (
-            f"--task: {entrants[0].name} was judged by {first.name}, {first.words.loss}, another "
+            f"--task: {entrants[0].name} is judged by {first.name}, {first.words.loss}, another "
             f"file by {other.name}, {other.words.loss}. State one task for all."
         )
         require(other == first, words, "task")
@@ -271,9 +271,9 @@ def enter(
 def hasten(
     entrants: Sequence[Entrant], precision: str, seed: int, notes: list[str]
 ) -> list[Entrant]:
-    """Let copies of the models that evaluate faster go through the data."""
+    """Replace models by faster copies for the pass over the data, where possible."""
     found = list(entrants)
-    # Under autocast the operators for prepacked weights would go on in float32.
+    # Under autocast, the operators for prepacked weights would still run in float32.
     prepack = None if precision == "fp32" else False
     for k, one in enumerate(entrants):
         few = None if is_exported(one.path) else one.inputs.first_batch(seed)
@@ -283,7 +283,7 @@ def hasten(
         try:
             net, done = fused(one.loaded.model, few, prepack=prepack)
         except ModelError as error:
-            notes.append(f"{one.name}: evaluated as it is, for all --fast: {error}")
+            notes.append(f"{one.name}: evaluated without --fast: {error}")
         else:
             notes.append(f"{one.name}: {done.text}, on {len(few.index)} images.")
             found[k] = dataclasses.replace(one, net=net)
@@ -291,7 +291,7 @@ def hasten(
 
 
 class Arena:
-    """Where entrants meet the same examples; those of one preprocessing go through together."""
+    """Evaluates entrants on the same examples; one preprocessing means one shared pass."""
 
     def __init__(
         self, entrants: Sequence[Entrant], run: RunOptions, seed: int, track: Track
@@ -304,12 +304,12 @@ class Arena:
             self._groups.setdefault(alike, []).append(i)
         self._good = np.arange(len(entrants[0].inputs.images))
         self.passes: list[Tracked] = []
-        #: Batch sizes that had to be made smaller, one sentence each.
+        #: One sentence for each batch size that was reduced.
         self.notes: list[str] = []
         self._sizes = [self._fitting([entrants[i] for i in g]) for g in self._groups.values()]
 
     def _fitting(self, members: list[Entrant]) -> BatchSize:
-        """The batch size of a group's passes, as far as the memory allows."""
+        """The batch size of a group's passes, limited by memory."""
         run, first = self._run, members[0]
         size = evaluation_batch_size(run, first.loaded.model, first.inputs.size)
         what = "--batch-size" if len(self._groups) == 1 else f"{first.name}: --batch-size"
@@ -327,7 +327,7 @@ class Arena:
     def outputs(
         self, stage: str, corruption: Corruption | None = None, any_task: bool = False
     ) -> list[Outputs]:
-        """What every entrant gives for all examples."""
+        """Every entrant's outputs for all examples."""
 
         def run(members: list[Entrant], size: int) -> list[Outputs]:
             what = members[0].name if len(members) == 1 else f"{len(members)} models"
@@ -344,7 +344,7 @@ class Arena:
         if any(not np.array_equal(positions, seen[0]) for positions in seen):
             raise DataError(
                 f"{self.entrants[0].inputs.images.spec}: some images are unreadable for one model "
-                "and not for another. Remove them, or give all models one --resize and --crop."
+                "and not for another. Remove them, or give all models the same --resize and --crop."
             )
         if seen:
             self._good = np.sort(seen[0])
@@ -376,7 +376,7 @@ class Arena:
             yield from robustness.shifted(self._names, found, name, used[-1], seed=self._seed)
 
     def invariance(self) -> list[robustness.BatchInvariance]:
-        """Look at some examples in several batches."""
+        """Compare some examples across several batches."""
         index = np.random.default_rng(self._seed).permutation(self._good)[:N_COMPARED]
 
         def run(members: list[Entrant], size: int) -> list[robustness.BatchInvariance]:
@@ -391,7 +391,7 @@ class Arena:
         return self._by_group(run)
 
     def tiled(self, size: tuple[int, ...], corruption: Corruption | None) -> list[robustness.Tiled]:
-        """Compare tiles with whole images, of a few."""
+        """Compare tiles with whole images, on a few images."""
         index = np.random.default_rng(self._seed).permutation(self._good)[:N_TILED]
 
         def run(members: list[Entrant], n: int) -> list[list[robustness.Tiled]]:
@@ -403,9 +403,9 @@ class Arena:
         return [row for rows in self._by_group(run) for row in rows]
 
     def labelled(self, data: str | None, source: DataRecipe) -> list[Outputs]:
-        """What every entrant gives for other data, the labelled ones that an estimate starts from.
+        """Every entrant's outputs for the labelled data that an estimate starts from.
 
-        Nothing where there are none.
+        Empty if there is none.
         """
         if data is None:
             return []
@@ -421,13 +421,13 @@ class Arena:
             where = f"--estimate-from {data}"
             words = f"{where}: has no labels. Give labelled examples."
             require(inputs.images.labelled, words, "estimate_from")
-            words = f"{where}: {shared:,} of its examples are in --data, too. Give others."
+            words = f"{where}: {shared:,} of its examples are also in --data. Give others."
             require(shared <= _SHARED * len(known), words, "estimate_from")
             others.append(dataclasses.replace(one, inputs=inputs))
         return Arena(others, self._run, self._seed, self._track).outputs("estimating by")
 
     def _by_group(self, run: Callable[[list[Entrant], int], list[_T]]) -> list[_T]:
-        """What each entrant gets, in the order in which they were given."""
+        """Run once per group; the results are in the order of the entrants."""
         found: dict[int, _T] = {}
         for group, size in zip(self._groups.values(), self._sizes, strict=True):
             members = [self.entrants[i] for i in group]
@@ -448,7 +448,7 @@ class Arena:
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Short names, made unique by as much of the path as it takes."""
+    """Short names, made unique by folder and position where necessary."""
     names = [Path(path).name for path in paths]
     return [
         name if names.count(name) == 1 else f"{Path(path).parent.name}/{name} ({i + 1})"

@@ -42,13 +42,13 @@ from bnfix.report.report import Report
 from bnfix.report.result import Result
 from bnfix.weights.choose import weighable_layers
 
-#: What a network, or the user's call of it, is known to raise on an input of another shape.
+#: Errors that a network, or the user's call of it, raises on an input of another shape.
 CALL_ERRORS = (
     RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError, ModelError,
 )  # fmt: skip
-#: Tried in this order where the input's size is not known.
+#: Tried in this order if the input's size is not known.
 _USUAL_SIZES = (32, 28, 64, 16, 8, 96, 128, 224, 256, 299, 384, 512)
-#: Largest difference of the outputs, relative to the largest output, that counts as rounding.
+#: Largest output difference, relative to the largest output, that counts as rounding.
 _TOLERANCE, _HALF_TOLERANCE = 1e-4, 1e-2
 
 
@@ -68,19 +68,19 @@ def convert(
 ) -> Result:
     """Swap the norm layers of a checkpoint; outputs stay the same at example weight 0.
 
-    Above 0 they cannot; with data, scale and shift are then re-fitted to the original's outputs.
+    Above 0 they change; with data, scale and shift are then re-fitted to the original's outputs.
 
     Args:
         checkpoint: the file.
         model: spec of the model, if the file does not carry one.
         swap: kind, groups, layers.
-        input_shape: (C, H, W) for the check of the whole model; by default that which the
-            preprocessing leaves, else usual ones, the small first.
+        input_shape: (C, H, W) for the check of the whole model; by default the size that the
+            preprocessing gives, else common sizes, small ones first.
         run: the device.
         command_line: as typed, for the report.
         data: DATA to re-fit scale and shift on; labels are not used.
         source: preprocessing of the data.
-        seed: of the order in which examples are drawn.
+        seed: for the order in which examples are drawn.
         samples: examples to re-fit on.
         track: how progress is shown.
 
@@ -110,7 +110,7 @@ def convert(
     notes = [*loaded.checkpoint.notes, *notes]
     preprocessing, used, residuals = loaded.origin.preprocessing, None, None
     if resolve_preprocessing(loaded, DataRecipe())[0] != stated:
-        preprocessing = stated  # later commands go by it
+        preprocessing = stated  # later commands use it
     if original is not None and data is not None and n_live(loaded.model):
         inputs = open_inputs(loaded, data, unlabelled)
         index, batches = inputs.sample(samples or REFIT_SAMPLES, loaded.model, run, seed)
@@ -126,8 +126,8 @@ def convert(
         notes.append("--data was not used: at example weight 0 there is nothing to re-fit.")
     elif weighs:
         notes.append(
-            "scale and shift are the original's, re-fitted for moments pooled over the channel "
-            "groups only; give --data to re-fit them to the original's outputs."
+            "scale and shift are the original's, re-fitted only for moments pooled over channel "
+            "groups; give --data to re-fit them to the original's outputs."
         )
     recipes: dict[str, Any] = {"model": recipe, "swap": swap, "data": source}
     report = Report(
@@ -148,7 +148,7 @@ def convert(
 def _swapped(
     loaded: Loaded, planned: SwapPlan, swap: SwapRecipe, example: torch.Tensor | None, where: str
 ) -> tuple[SwapPlan, float | None, list[str]]:
-    """Swap, and compare the whole network's outputs; they may change at weights above 0 only."""
+    """Swap, and compare the whole network's outputs; they can change only at weights above 0."""
     before = None if example is None else outputs_of(loaded.model, example)
     was_live = n_live(loaded.model) > 0
     plan = swap_planned_(loaded.model, planned)
@@ -174,11 +174,11 @@ def _swapped(
 def _difference(
     loaded: Loaded, before: torch.Tensor, after: torch.Tensor, *, was_live: bool
 ) -> float:
-    """Largest difference of the outputs by the largest output, refused where it is no rounding."""
-    advice = "It may hold norm layers that are reached in ways that cannot be seen; use --skip."
+    """Largest output difference relative to the largest output, refused if above rounding."""
+    advice = "It may call norm layers in ways that bnfix cannot see; use --skip."
     if after.shape != before.shape:
-        raise ModelError(f"model: gives outputs of other shapes after the swap. {advice}")
-    # A network that is broken already gives NaN, and may give the same NaN.
+        raise ModelError(f"model: its outputs have other shapes after the swap. {advice}")
+    # A network that was already broken can give the same NaN again.
     same = (before == after) | (before.isnan() & after.isnan())
     gap = torch.where(same, 0.0, (after - before).abs()).max()
     difference = float(gap / before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1))
@@ -193,7 +193,7 @@ def _difference(
 
 
 def known_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ...] | None:
-    """Shape of one input, where the preprocessing leaves one size only."""
+    """Shape of one input, if the preprocessing gives a single size."""
     size = preprocessing.crop or preprocessing.resize
     if size is None or len(size) != 2:
         return None
@@ -203,7 +203,7 @@ def known_shape(model: nn.Module, preprocessing: Preprocessing) -> tuple[int, ..
 def example_input(
     model: nn.Module, shape: tuple[int, ...] | None, known: tuple[int, ...] | None = None
 ) -> torch.Tensor | None:
-    """Two seeded normal inputs that the model runs on, of the shape given, known, or small."""
+    """Two seeded normal inputs that the model runs on, in the given, the known or a small shape."""
     channels = input_channels(model) or 3
     small = [(channels, size, size) for size in _USUAL_SIZES]
     shapes = [shape] if shape is not None else [*([known] if known else []), *small]
@@ -213,7 +213,7 @@ def example_input(
         raise ModelError(f"model: cannot be run on an input of {shape} ({failures[0]}).")
     if found is None or tuple(found.shape[1:]) in (shape, known):
         return found
-    # Layers with a single position are judged by their own rules, so none is to be one by the size.
+    # Layers with a single position have their own rules, so a small input must not create any.
     n_single = len(_single_positions(model, found))
     while n_single and found.shape[-1] < 256:
         larger = _runs(model, (channels, *(2 * s for s in found.shape[2:])), failures)
@@ -224,7 +224,7 @@ def example_input(
 
 
 def _runs(model: nn.Module, shape: tuple[int, ...], failures: list[str]) -> torch.Tensor | None:
-    """Examples of a shape if the model runs on them, else why not."""
+    """Examples of a shape if the model runs on them; else a failure is noted."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     try:
@@ -243,7 +243,7 @@ def _single_positions(model: nn.Module, example: torch.Tensor) -> set[str]:
 
 
 def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    """All tensors of the output, flat, in float64; of a detector those of its backbone."""
+    """All tensors of the output, flat, in float64; for a detector, its backbone's."""
 
     def call() -> Any:
         if has_forward(model):
@@ -257,12 +257,12 @@ def outputs_of(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
 
 
 def batch_of(example: torch.Tensor) -> Batch:
-    """Inputs without labels, as batches of data are."""
+    """Inputs without labels, as a batch of data."""
     return Batch(example, None, np.arange(len(example)))
 
 
 def swap_(bench: Workbench, swap: SwapRecipe) -> None:
-    """Swap stock layers; those that a bnfix file has set already keep what is not asked for."""
+    """Swap stock layers; layers from a bnfix file keep all settings that are not asked for."""
     swapped = plan_swap(bench.model, swap)
     layers = dict(generalized_norms(bench.model))
     if layers and replace(swap, layers=(), skip=()) == SwapRecipe():

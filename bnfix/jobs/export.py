@@ -1,4 +1,4 @@
-"""`export`: a checkpoint as ONNX, `torch.export`, folded or plain weights, each verified."""
+"""`export`: write a checkpoint as ONNX, `torch.export`, folded or plain weights, and verify it."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ from bnfix.report.records import Evaluated, describe_neighbours, layer_rows, n_l
 from bnfix.report.report import Report
 from bnfix.report.result import SUFFIXES, Export, Verified
 
-#: Labelled examples that the cost of `--force-zero` is measured on, at most.
+#: Most labelled examples for measuring the cost of `--force-zero`.
 _COST_EXAMPLES: Final = 1000
 #: A difference below this, relative to the output, can be rounding.
 _ROUNDING: Final = 1e-3
-#: Numbers in all inputs together, at most.
+#: Most numbers in all inputs together.
 _MOST_VALUES: Final = 1 << 30
 
 
@@ -66,20 +66,20 @@ class ExportRecipe:
     samples: int = option(64, "Inputs to verify on, drawn in seeded random order.")
     atol: float = option(
         1e-4,
-        "Largest difference of an output that is accepted, relative to the output's largest value "
-        "where that is above 1.",
+        "Largest accepted difference of an output, relative to the output's largest value if that "
+        "is above 1.",
     )
     opset: int = option(
         forms.OPSETS[0], f"ONNX operator set, {forms.OPSETS[0]} to {forms.OPSETS[-1]}."
     )
     max_drop: float | None = option(
-        None, "With onnx-int8: write nothing unless top-1 is proven to fall by less, in points."
+        None, "With onnx-int8: write only if top-1 provably drops by less than this, in points."
     )
     force_zero: bool = option(False, "First set weights and gates to 0, and report the cost.")
     input_shape: tuple[int, ...] | None = option(
         None,
-        "Shape of one input; by default that of the data or the preprocessing, else height and "
-        "width are left free.",
+        "Shape of one input; by default from the data or the preprocessing, else with free height "
+        "and width.",
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class _Inputs:
     notes: list[str]
     data: Inputs | None = None  # none: noise
     index: np.ndarray | None = None  # of the images that `x` holds
-    #: Inputs of another height and width, where both are free, and the shape that is sure to run.
+    #: Inputs of another height and width, if both are free, and a shape that surely runs.
     other: Tensor | None = None
     usual: tuple[int, ...] = ()
 
@@ -124,9 +124,9 @@ class _Inputs:
                 raise
             shape = ",".join(map(str, self.usual))
             raise ModelError(
-                "export: the size of the network's input is not known, and it cannot have a free "
-                f"height and width ({_reason(error).rstrip('.')}). Give --input-shape C,H,W, for "
-                f"example {shape}, on which the network runs; or --data."
+                "export: the network's input size is not known, and its height and width cannot be "
+                f"free ({_reason(error).rstrip('.')}). Give --data, or --input-shape C,H,W: the "
+                f"network runs on {shape}, for example."
             ) from error
 
 
@@ -145,21 +145,21 @@ def export(
 ) -> Export:
     """Turn a checkpoint into a form that runs without bnfix, and verify it against the model.
 
-    ``onnx``: standard operators, free batch size. ``pt2``: `torch.export`, free batch size. In both
-    the layers of weight 0 are folded into the convolutions before them. ``folded``: a state dict
-    with all norms folded, and the file that loads it. ``plain``: one Python file with the layer and
-    a loader, and the stock state dict beside it. ``onnx-int8``: ``onnx`` quantized to 8 bits,
-    calibrated on one part of the data and judged on another. All of it happens on the CPU.
+    ``onnx``: standard operators, free batch size. ``pt2``: `torch.export`, free batch size. Both
+    fold layers with weight 0 into the preceding convolutions. ``folded``: a state dict with all
+    norms folded, and the file that loads it. ``plain``: one Python file with the layer and a
+    loader, plus the stock state dict. ``onnx-int8``: ``onnx`` quantized to 8 bits, calibrated on
+    one part of the data and judged on another. Everything runs on the CPU.
 
     Args:
         checkpoint: the file.
-        to: the form; ignored where a recipe is given.
+        to: the form; ignored if a recipe is given.
         model: spec; by default the one stored in the checkpoint.
-        data: DATA whose images are verified on; without it, seeded noise. ``onnx-int8`` needs it.
+        data: DATA to verify on; without it, seeded noise. ``onnx-int8`` needs it.
         recipe: all options of the form.
         source: labels and preprocessing.
         workers: processes that decode images.
-        seed: of the draw.
+        seed: for the draw of inputs.
         command_line: as typed, for the report.
         track: how progress is shown.
 
@@ -168,7 +168,7 @@ def export(
 
     Raises:
         ConfigError: if ``test`` is given and nothing is judged on it.
-        ModelError: if the model cannot be exported so, or the form differs by more than ``atol``.
+        ModelError: if the model has no such form, or the form differs by more than ``atol``.
     """
     recipe = recipe or ExportRecipe(to)
     is_int8, max_drop, bench = recipe.to == "onnx-int8", recipe.max_drop, None
@@ -178,7 +178,7 @@ def export(
         forms.require_onnx(f"--to {recipe.to}")
     for name, value in {"--test": source.test, "--max-drop": max_drop}.items():
         if value is not None and not is_int8:
-            raise ConfigError(f"{name}: acts only with --to onnx-int8. Leave it out.")
+            raise ConfigError(f"{name}: works only with --to onnx-int8. Leave it out.")
     wanted = model if isinstance(model, ModelRecipe) else ModelRecipe(model)
     loaded = load_one(checkpoint, wanted, RunOptions("cpu"))
     if not recipe.force_zero:
@@ -213,7 +213,7 @@ def plan_export(
         "n_live": 0 if recipe.force_zero else n_live(net),
         "data": None if data is None else {"spec": data, "n_examples": n_examples},
         "options": asdict(recipe),
-        # Twice the weights, for model and form; the time of tracing cannot be foreseen.
+        # Twice the weights, for model and form; the time for tracing cannot be predicted.
         **cost_json(None, net, 2),
     }
 
@@ -231,7 +231,7 @@ class _Job:
 
     @property
     def classes(self) -> bool:
-        """Whether an output (N, K) is of classes: not where the header has another task."""
+        """Whether outputs (N, K) are class scores: yes, unless the header names another task."""
         task = self.loaded.origin.task
         return task is None or task.task == "classification"
 
@@ -247,7 +247,7 @@ class _Job:
         except CALL_ERRORS as error:
             if inputs.other is None or inputs.data is None:
                 raise
-            # Of maps any size is wanted; the size of the images is enough.
+            # Map outputs should allow any size, but the images' own size is enough.
             size = "x".join(map(str, inputs.x.shape[2:]))
             inputs = replace(inputs, other=None)
             made, content, companion, found = self.form(inputs, names)
@@ -293,7 +293,7 @@ class _Job:
     ) -> tuple[forms.Making, bytes, bytes | None, Agreement]:
         """Make the form, and compare it with the model on all inputs."""
         recipe, net, free = self.recipe, self.loaded.model, inputs.other is not None
-        # The tracer takes equal sides for one; of images they may be.
+        # The tracer treats equal sides as one size, and images can have equal sides.
         example = inputs.x if inputs.other is None or inputs.data is None else inputs.other
         made = forms.Making(
             self.loaded, recipe.to, recipe.opset, example[:2], names=names, free_size=free
@@ -310,13 +310,13 @@ class _Job:
         return made, content, companion, found
 
     def elsewhere(self, x: Tensor, output: Any) -> Tensor | None:
-        """The images at a second size, where the form can have both and the outputs are maps."""
+        """The images at a second size, if the form can take both and the outputs are maps."""
         maps = [t.ndim == 4 and min(t.shape[2:]) > 1 for t in runtime.tensors_in(output)]
         image = x.ndim == 4 and x.is_floating_point()
         if self.recipe.to not in ("onnx", "pt2") or not image or not (maps and all(maps)):
             return None
         height, width = x.shape[2:]
-        # Multiples of the size, which the network may ask for; and sides that differ.
+        # Multiples of the size, in case the network needs them, with sides that differ.
         larger = (2 * height, width) if 2 * height != width else (3 * height, width)
         return functional.interpolate(x[:7], size=larger)
 
@@ -358,7 +358,7 @@ class _Job:
         )
 
     def noise(self) -> _Inputs:
-        """Seeded noise, of two sizes where the size is not known and the form could fix one."""
+        """Seeded noise, in two sizes if the size is unknown and the form could fix one."""
         recipe, model = self.recipe, self.loaded.model
         preprocessing, by_preprocessing = resolve_preprocessing(self.loaded, self.source)
         if recipe.input_shape is not None:
@@ -371,7 +371,7 @@ class _Job:
             )
         usual = tuple(probe.shape[1:])
         free = recipe.to in ("onnx", "pt2") and usual not in (recipe.input_shape, known)
-        # Sides that differ, of maps above 1: the tracer takes a 1 for a constant.
+        # Sides differ, and maps stay above 1: the tracer treats a 1 as a constant.
         scales = [(1, 2, 3), (1, 3, 4)] if free else [(1,) * len(usual)]
         shapes = [tuple(np.multiply(usual, scale).tolist()) for scale in scales]
         generator = torch.Generator().manual_seed(self.seed)
@@ -444,12 +444,12 @@ class _Job:
             enough = float(f"{1.1 * found.relative_difference:.1e}")
             so = "suspect the operations between the layers"
             if found.relative_difference < _ROUNDING:
-                so = f"it is rounding that adds up. Give --atol {enough:g} to accept it"
-            suspect = f"every layer agrees by itself, so {so}."
+                so = f"rounding errors add up. Give --atol {enough:g} to accept it"
+            suspect = f"every single layer agrees, so {so}."
         raise ModelError(
             f"--to {self.recipe.to}: output {found.worst_output!r} of example {i} ({name}) differs "
             f"by {found.max_difference:.2g}, more than --atol {atol:g} accepts "
-            f"({atol * max(1.0, found.largest_output):.2g}, as that output is up to "
+            f"({atol * max(1.0, found.largest_output):.2g}, since that output reaches "
             f"{found.largest_output:.3g}); {suspect} Nothing was written."
         )
 

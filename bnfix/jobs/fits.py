@@ -1,4 +1,4 @@
-"""What the steps of a command do to a network: each fits something on the session's fit split."""
+"""The work behind a command's steps: each fits something on the session's fit split."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from bnfix.weights.mixtures import choose_mixture_, learn_batch_weight_
 #: Name of the network before all steps.
 ORIGINAL = "as it was"
 BATCH = "batch weight"
-#: What `--batch-weight auto` tries, on so many examples at most.
+#: Weights that `--batch-weight auto` tries, and the most examples it tries them on.
 BATCH_WEIGHTS, BATCH_WEIGHT_EXAMPLES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8), 2000
 _Weights = Mapping[str, Any]
-#: Least batch of the stream sorted by class that a batch weight must bear.
+#: Smallest batch of the class-sorted stream that a batch weight must tolerate.
 FEWEST_SORTED = 8
 
 
 @dataclass(frozen=True)
 class State:
-    """A network at one time, and the results that it holds."""
+    """A network at one point, and the results that led to it."""
 
     name: str
     values: guards.Snapshot
@@ -57,9 +57,9 @@ class State:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A step's result: the network's new name, ``None`` where nothing was better than before.
+    """A step's result: the network's new name, or ``None`` if nothing was better than before.
 
-    A fit that judges its own candidates gives the decisions.
+    A fit that judges its own candidates also gives the decisions.
     """
 
     name: str | None
@@ -75,16 +75,16 @@ class Fits:
         self.seed, self.precision = self.plan.gate.seed, self.plan.run.precision
         self.passes: list[Tracked] = []
         self.ingredients: Ingredients | None = None  # of `average`
-        # Stated or not, this batch size is left unless it cannot fit.
+        # Stated or not, this batch size is kept unless it does not fit.
         self._statistics_size = BatchSize(
             self.plan.statistics.batch_size,
             "population statistics",
             bench.assumptions,
-            remark="; with the batch feed the statistics depend a little on this",
+            remark="; with the batch feed this changes the statistics slightly",
         )
-        self._theirs: dict[str, Outputs] = {}  # of the reference, by split
-        self.task: Task = bench.inputs.task  # what candidates are judged by
-        self.alone: tuple[str, float] | None = None  # a temperature that was admitted, by name
+        self._theirs: dict[str, Outputs] = {}  # the reference's, by split
+        self.task: Task = bench.inputs.task  # the task that judges candidates
+        self.alone: tuple[str, float] | None = None  # an admitted temperature, with its name
         #: The last population measured, and each layer's moments before and after it.
         self._population: tuple[Calibration, dict[str, Any]] | None = None
 
@@ -95,7 +95,7 @@ class Fits:
     def outputs(
         self, model: nn.Module, batches_of: Callable[[], Tracked], part: str = "fit"
     ) -> Outputs:
-        """Outputs of a model, or of its noisy copies, in batches that fit the memory."""
+        """Outputs of a model, or of its noisy copies, in batches that fit in memory."""
 
         def attempt(_: int) -> Outputs:
             batches = batches_of()
@@ -110,7 +110,7 @@ class Fits:
         return stacked(copies)
 
     def _measured(self, split: str, name: str, model: nn.Module) -> tuple[Metrics, Metrics | None]:
-        """Metrics of a model on select or test by the labels, and by the reference if it counts."""
+        """A model's metrics on select or test: by the labels, and by the reference if it counts."""
 
         def batches_of(name: str) -> Tracked:
             if split == "test":
@@ -131,12 +131,12 @@ class Fits:
         return measured(found, self.seed), measured(compared, self.seed)
 
     def on_select(self, name: str) -> Metrics:
-        """What the model as it is now is judged by, on the select split."""
+        """The metrics that judge the current model, on the select split."""
         by_labels, by_reference = self._measured("select", name, self.model)
         return by_reference or by_labels
 
     def on_test(self, name: str, model: nn.Module) -> Evaluated:
-        """A model on the test split: by the labels, and by the reference."""
+        """A model's test result: by the labels, and by the reference."""
         metrics, agreement = self._measured("test", name, model)
         return Evaluated(name, None, None, metrics, n_live=n_live(model), agreement=agreement)
 
@@ -163,7 +163,7 @@ class Fits:
         return Fitted(name, (calibration,))
 
     def mixed(self, now: State) -> Fitted:
-        """Mixtures of the statistics before and the population's, against the state of now."""
+        """Judge mixtures of old and population statistics against the current state."""
         if self._population is None or now.metrics is None:
             return Fitted(None)  # the population could not be measured
         calibration, pairs = self._population
@@ -194,7 +194,7 @@ class Fits:
         recipe, bench = self.plan.statistics, self.bench
         if target == "reference":
             originals = self._reference
-        # What a layer gets of a mixture depends on those before it.
+        # In a mixture, a layer's inputs depend on the layers before it.
         by_batch = originals is None and target != "blend" and not (recipe.robust or recipe.mix)
         order = np.random.default_rng(self.seed).permutation(bench.split.fit)
         state = self.plan.state if self.plan.command != "finetune" and target != "noise" else None
@@ -204,7 +204,7 @@ class Fits:
         if not all(map(len, parts)):
             raise DataError(
                 f"{bench.inputs.images.spec}: --mix: one of {len(parts)} sources has no image "
-                "among those for the statistics. Give it more, or more --samples."
+                "for the statistics. Give more images of it, or more --samples."
             )
         self._statistics_size.foresee(bench.footprint)
 
@@ -242,17 +242,17 @@ class Fits:
         return calibration
 
     def _to_learn(self, stage: str) -> tuple[Callable[[int], Tracked], Tracked]:
-        """Batches to learn weights on, in another order each pass, and batches to watch."""
+        """Batches to learn weights on, reordered in each pass, and batches for early stopping."""
         bench, (learn, monitor) = self.bench, self.bench.learn_and_monitor()
         if stage == BATCH:
-            # As images come: in the order of the files a batch could be of one class.
+            # In random order: in the order of the files, a batch could hold a single class.
             monitor = np.random.default_rng(self.seed).permutation(monitor)
         size = bench.training_batch_size(self.plan.weight.batch_size)
         fitting = bench.batches(learn, f"{stage}: fitting", size).shuffled(self.seed)
         return fitting, bench.batches(monitor, f"{stage}: watching")
 
     def weight(self, _: State, *, value: float, source: str = "example") -> Fitted:
-        """One stated weight of the example, or of the batch, on every layer that can have one."""
+        """Set one stated example or batch weight on every layer that can have one."""
         layers, excluded = self._weighable(beside_batch=True)
         wanted = dict.fromkeys(layers, value)
         if layers and source == "batch":
@@ -261,8 +261,8 @@ class Fits:
             set_example_weight_(self.model, wanted)
         if excluded and value:
             self.bench.assumptions.append(
-                f"{len(excluded)} layers keep their {source} weight: they have a single position a "
-                "map, or no statistics (--pointwise takes the first in)."
+                f"{len(excluded)} layers keep their {source} weight: they have 1x1 feature maps, "
+                "or no statistics (--pointwise includes the former)."
             )
         return Fitted(f"{source} weight {value:.3g}{self._by_medians * (source == 'batch')}")
 
@@ -275,14 +275,14 @@ class Fits:
         set_example_weight_(self.model, batch_weight=weights, batch_estimator=how)
 
     def chosen_batch_weight(self, now: State) -> Fitted:
-        """One batch weight, the best on fit, or less until a stream sorted by class bears it.
+        """Choose a batch weight: the best on fit, lowered until a class-sorted stream tolerates it.
 
-        Then one a channel, learned from there, where that is allowed, and judged in the same way.
+        If allowed, one weight per channel is then learned from there, and judged in the same way.
         """
         bench = self.bench
         if isinstance(bench.inputs.task, ByRows):
             bench.assumptions.append(
-                "--batch-weight auto was not tried: images sorted by class have to bear it, and "
+                "--batch-weight auto was not tried: it is judged on images sorted by class, and "
                 f"the task is {bench.inputs.task.name}."
             )
             return Fitted(None, decisions=())
@@ -322,27 +322,27 @@ class Fits:
     def _judged_batch_weight(
         self, candidate: tuple[str, _Weights], kept: tuple[str, _Weights], none: _Weights
     ) -> tuple[Decision, bool]:
-        """The gate's decision, and whether only images sorted by class spoke against it."""
+        """The gate's decision, and whether only images sorted by class refute the candidate."""
         old, new = (self._in_order("iid", weights) for _, weights in (kept, candidate))
         decision = judge(BATCH, (candidate[0], new), (kept[0], old), self.plan.gate.z)
         if not decision.admitted or self.plan.weight.assume_iid:
             return decision, False
-        # A batch of few classes has their statistics, and loses what tells them from others.
+        # A batch with few classes is normalized by them, and loses their difference from others.
         old, new = (self._in_order("sorted", weights) for weights in (none, candidate[1]))
         if compare(old, new, seed=self.seed).verdict != "worse":
             return decision, False
         reason = (
             f"images sorted by class would suffer: top-1 {old.top1:.1%} becomes {new.top1:.1%}, "
-            f"NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid takes it all the same)"
+            f"NLL {old.nll:.3f} becomes {new.nll:.3f} (--assume-iid accepts it)"
         )
         return replace(decision, admitted=False, reason=reason), True
 
     def _in_order(self, order: str, weights: _Weights) -> Metrics:
-        """Metrics on select in an order, with batch weights."""
+        """Metrics on select with batch weights, for one order of the images."""
         index, size = self.bench.split.select, self.bench.evaluation.size
         labels = np.asarray(self.bench.inputs.images.labels)[index]
         if order == "sorted":
-            # Few images of each class are at hand, and a long stream fills batches with one.
+            # Few images per class are available; in a long stream one class fills whole batches.
             size = min(size, max(FEWEST_SORTED, len(index) // len(np.unique(labels))))
         index = index[in_stream(order, labels, size, self.seed)]
         return self._with_batch_weight(weights, index, f"select, {order}", size)
@@ -363,9 +363,9 @@ class Fits:
         return weighable_layers(self.model, batches, pointwise=pointwise, beside_batch=beside_batch)
 
     def label_free(self, _: State, *, how: str, train_batch_size: int) -> Fitted:
-        """Example weights fitted to the network's own behaviour in training mode."""
+        """Fit example weights to the network's own behaviour in training mode."""
         order = np.random.default_rng(self.seed).permutation(self.bench.split.fit)
-        # Whole runs of B; not the batch size of evaluation, which must not change the result.
+        # Whole runs of B: the batch size of evaluation must not change the result.
         size = train_batch_size * -(-64 // train_batch_size)
         batches = self.bench.batches(order, f"example weight: {how}", size).whole()
         fit = fit_moments_ if how == "fit-moments" else fit_predictions_
@@ -376,7 +376,7 @@ class Fits:
         return Fitted(how)
 
     def chosen_weights(self, now: State) -> Fitted:
-        """Example weights chosen on the select split, level by level, against the state of now."""
+        """Choose example weights on the select split, level by level, against the current state."""
         bench = self.bench
         learn, monitor = self._to_learn("example weight")
         choice = choose_example_weight_(
@@ -398,7 +398,7 @@ class Fits:
     def tuned(
         self, _: State, *, recipe: FinetuneRecipe, gated: bool, distils: bool, alone: bool = False
     ) -> Fitted:
-        """Fine-tuning, best epoch kept; the select split judges it, or else its monitor has."""
+        """Fine-tune, keep the best epoch, and let the select split or else the monitor judge it."""
         state, calibrations = None if gated else self.plan.state, list[Calibration]()
         tuned = self._finetune(recipe, state, calibrations, distils=distils)
         # A resumed run has measured the statistics of the last epochs only.
@@ -412,7 +412,7 @@ class Fits:
         if not tuned.best_epoch:
             self.bench.assumptions.append(
                 "no epoch was better on the validation split than the start, so the network is "
-                "left as it was. Another --lr may help."
+                "unchanged. Another --lr may help."
             )
         return Fitted(f"{did} {tuned.trained}" if tuned.best_epoch else None, results, ())
 
@@ -431,10 +431,10 @@ class Fits:
         identity = ""
         if state is not None:
             of_data = bench.identity(learn, monitor, batch_size=size)
-            # The reference counts by its numbers, wherever its file is.
+            # The reference counts by its tensors, not by the path of its file.
             statistics = replace(self.plan.statistics, reference=None, reference_model=None)
             identity = f"{of_data} {statistics}"
-        # Candidates of `fix` are trained in fp32 where it evaluates in fp16.
+        # `fix` trains its candidates in fp32 when it evaluates in fp16.
         fp32 = self.precision == "fp16" and self.plan.command == "fix"
 
         def refresh(_: nn.Module) -> None:
@@ -457,7 +457,7 @@ class Fits:
         )
 
     def refitted(self, _: State) -> Fitted:
-        """Fit scale and shift of layers that now weigh the example to the original's outputs."""
+        """Fit scale and shift of layers with new example weights to the original's outputs."""
         bench = self.bench
         bench.assumptions += zero_pointwise_(self.model, self._weighable(beside_batch=True)[1])
         if bench.original is not None and n_live(self.model):

@@ -1,4 +1,4 @@
-"""What is done to the head of a classifier: a temperature, and the shift for a class prior."""
+"""Changes to a classifier's head: a temperature, and the shift for a class prior."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from bnfix.metrics.task import LABELS, Array, Labels
 from bnfix.training.parameters import find_head, move_logits_
 
 TEMPERATURE = "temperature"
-#: Of a file of shares.
+#: Size limit of a file of class shares.
 _MOST_BYTES = 10_000_000
 
 
 def named(temperature: float) -> str:
-    """The candidate in words."""
+    """The candidate's name."""
     return f"temperature {temperature:.3g}"
 
 
 def temperature(fits: Fits, now: State) -> Fitted:
-    """The head divided by a temperature, fitted on fit and judged on select.
+    """Divide the head by a temperature, fitted on fit and judged on select.
 
-    If it is admitted, every other model is judged at a temperature of its own, fitted on one half
-    of select and judged on the other, both ways: on what weights were learned from it would be too
-    low.
+    If it is admitted, every other model is judged at its own temperature, fitted on one half of
+    select and judged on the other, both ways. A temperature fitted on examples that weights were
+    learned from would be too low.
     """
     bench, problem = fits.bench, ""
     if now.metrics is None or fits.task != LABELS:
-        problem = f"it is for classification, and the task is {fits.task.name}."
+        problem = f"it needs classification, and the task is {fits.task.name}."
     elif now.metrics.temperature is None:
-        problem = f"{now.metrics.problem or 'the outputs are no logits'}."
+        problem = f"{now.metrics.problem or 'the outputs are not logits'}."
     else:
         before = guards.Snapshot(fits.model)
         try:
@@ -78,7 +78,7 @@ def cool_(bench: Workbench, temperature: float) -> None:
 def _move_(
     bench: Workbench, what: str, index: np.ndarray, scale: float, shift: Tensor | None = None
 ) -> None:
-    """Scale and shift the logits in the head, which some examples show."""
+    """Scale and shift the logits in the head, which a run on a few examples finds."""
     batches = bench.batches(index[:8], "a look at the head").whole()
     head = find_head(what, bench.model, batches)
     move_logits_(bench.model, head, next(iter(batches)), scale, shift)
@@ -88,11 +88,11 @@ def _move_(
 
 
 def open_prior(bench: Workbench) -> Prior | None:
-    """Read the shares of a plan's class prior, and try that the head takes their shift."""
+    """Read a plan's class prior, and check that the head can take its shift."""
     stated, task = bench.plan.gate.class_prior, bench.inputs.task
     if stated is None:
         return None
-    _require(task == LABELS, f"is for classification, the task is {task.name}. Leave it out.")
+    _require(task == LABELS, f"needs classification, the task is {task.name}. Leave it out.")
     batch = next(iter(bench.batches(bench.work[:1], "a look at the head").whole()))
     with guards.inference(bench.model):
         output = runtime.run(bench.model, batch, runtime.device_of(bench.model))
@@ -103,7 +103,7 @@ def open_prior(bench: Workbench) -> Prior | None:
     new, in_file = given["to"], f"given in {plain(stated)}"
     new_is = in_file
     if isinstance(new, str):
-        _require(not bench.labelled, "em takes data without labels. Give --labels none.")
+        _require(not bench.labelled, "em needs data without labels. Give --labels none.")
         new, new_is = None, "estimated by EM"
     old, old_is = (given["from"], in_file) if "from" in given else _counted(bench, n)
     shares = None if new is None else new / new.sum()
@@ -117,7 +117,7 @@ def open_prior(bench: Workbench) -> Prior | None:
 
 
 def with_prior(fits: Fits, prior: Prior, state: State) -> tuple[State, Prior]:
-    """A state whose logits allow for the prior, which is estimated where it has to be."""
+    """Shift a state's logits by the prior, which is estimated first if necessary."""
     bench = fits.bench
     state.values.restore_()
     if prior.new is None:
@@ -133,17 +133,17 @@ def with_prior(fits: Fits, prior: Prior, state: State) -> tuple[State, Prior]:
 
 
 def describe_prior(prior: Prior, *, judged: bool) -> str:
-    """The shares, from where, and who judged them."""
+    """Describe the shares, their sources, and what judged them."""
     new, most = prior.new, np.argsort(-np.abs(prior.shift), kind="stable")
     new = prior.old if new is None else new
     names, old = prior.names, prior.old
     shares = some([f"{plain(names[k])} from {old[k]:.3g} to {new[k]:.3g}" for k in most])
     text = f"class prior, old shares {prior.old_is}, new ones {prior.new_is}: class {shares}"
     if not prior.shift.any():
-        return f"{text}. They are the same, so the head was left as it is."
-    by = "the --test images have the new balance, and judged it."
+        return f"{text}. They are the same, so the head is unchanged."
+    by = "the --test images have the new balance and judged it."
     if not judged:
-        by = "not judged by these images, as no labelled --test has the new balance; it was stated."
+        by = "as stated, and not judged by these images: no labelled --test has the new balance."
     return f"{text}. log(new / old) was added to the head's bias: {by}"
 
 
@@ -158,7 +158,7 @@ def _shift_(bench: Workbench, prior: Prior) -> None:
 
 
 def _counted(bench: Workbench, n: int) -> tuple[Array, str]:
-    """The shares in the labels of the images that are not for the test; equal ones without."""
+    """Count the classes in the labels outside the test split; without labels, equal shares."""
     labels = bench.inputs.images.labels
     if labels is None:
         return np.ones(n), "assumed to be equal"
@@ -172,7 +172,7 @@ def _counted(bench: Workbench, n: int) -> tuple[Array, str]:
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Numbers of every class, of the new balance or of both; all problems of the file at once."""
+    """Read one number per class, for the new balance or both; report all problems at once."""
     where, known = f"--class-prior {plain(path)}", {"from", "to"}
     content = read_object(path, where, _MOST_BYTES)
     if not any(isinstance(content.get(part), dict | str) for part in known):
@@ -186,7 +186,7 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
             found[part], wrong = _numbers(value, names, positive=part == "from")
             problems += [f"{part}: {one}" for one in wrong]
         elif (part, value) != ("to", "em"):
-            problems.append(f"{part} is no object of class to number")
+            problems.append(f"{part} is not an object that maps classes to numbers")
     if problems:
         error = DataError(
             f"{where}: {some(problems)}. Give a number for each of "
@@ -201,18 +201,18 @@ def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
 def _numbers(
     given: dict[str, Any], names: Sequence[str], *, positive: bool
 ) -> tuple[Array, list[str]]:
-    """One number a class, and what is wrong with them."""
+    """One number per class, and the problems found."""
     once, places = Counter(names), {str(k): k for k in range(len(names))}
     places |= {name: k for k, name in enumerate(names) if once[name] == 1}
     found, problems = np.full(len(names), np.nan), list[str]()
     for name, value in given.items():
         k, shown = places.get(name), plain(name, 60)
-        # Comparisons bear NaN, and whole numbers of any length.
+        # Comparisons tolerate NaN, and integers of any length.
         ok = type(value) in (int, float) and 0 <= value < 1e15 and (value > 0 or not positive)
         if k is None:
-            problems.append(f"{shown!r} is no class")
+            problems.append(f"{shown!r} is not a class")
         elif not np.isnan(found[k]):
-            problems.append(f"{shown} is there by name and by index")
+            problems.append(f"{shown} is given by name and by index")
         else:
             found[k] = value if ok else 0.0
             least = "above 0" if positive else "of at least 0"

@@ -1,4 +1,4 @@
-"""What a network is run on: images, preprocessed, in batches; and a first look at them."""
+"""A network's inputs: preprocessed images in batches, and a first look at them."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from bnfix.report.records import DataUsed
 VALUES_A_BATCH = 1 << 22
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
-#: Images looked at, and how few say nothing.
+#: Images in the first look, and the fewest that allow a conclusion.
 N_EXAMPLES = 32
 _FEWEST = 8
-# Sound data has been seen to be up to 0.3 deviations and a factor of 2 in the variance away, other
-# preprocessing (no mean and deviation, pixels not divided by 255) a factor of 4 and far more.
+# Observed: sound data differs by up to 0.3 deviations and a factor of 2 in the variance; wrong
+# preprocessing (no mean and deviation, pixels not divided by 255) by a factor of 4 and far more.
 _MAX_SHIFT = 1.0
 _MAX_LOG_VAR = log(4.0)
 _MAX_SIZE = 1.5
-_DEAD = 1e-3  # of the median variance: such channels say nothing
+_DEAD = 1e-3  # of the median variance: such channels carry no signal
 #: Wraps the batches of a pass, to show its progress: stage, batches, their number.
 Track = Callable[[str, Iterable[Any], int], Iterable[Any]]
 
@@ -56,7 +56,7 @@ def silent(stage: str, batches: Iterable[Any], n: int) -> Iterable[Any]:
 
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """Batches whose every pass shows its progress; of several processes each has its share."""
+    """Batches that show the progress of every pass; each of several processes has its share."""
 
     batches: Batches
     stage: str
@@ -76,11 +76,11 @@ class Tracked:
         return self.batches.images.groups
 
     def starting_at(self, n: int) -> Tracked:
-        """The same without the first batches."""
+        """The same batches without the first n."""
         return replace(self, batches=self.batches.starting_at(n))
 
     def evened(self) -> Tracked:
-        """The same images without a far smaller last batch."""
+        """The same images, without a far smaller last batch."""
         return replace(self, batches=self.batches.evened())
 
     def whole(self) -> Tracked:
@@ -88,11 +88,11 @@ class Tracked:
         return replace(self, batches=self.batches.dealt(0, 1))
 
     def shuffled(self, seed: int, augment: str = "none") -> Callable[[int], Tracked]:
-        """Pass k has seed + k and own variants of the images; each rank has a part of all."""
+        """Pass k uses seed + k and its own variants of the images; each rank gets a part."""
         if augment != "none" and isinstance(self.batches.images, TensorItems):
             raise ConfigError(
                 f"--augment {augment}: {self.batches.images.spec} holds no images, and only images "
-                "can be varied.",
+                "can be augmented.",
                 name="augment",
             )
         place = distributed.here()
@@ -106,7 +106,7 @@ class Tracked:
 
 
 def describe_corruption(source: DataRecipe, too: str = "") -> list[str]:
-    """A note where images are corrupted."""
+    """A note if images are corrupted."""
     found = corruption_of(source.corrupt)
     if found is None:
         return []
@@ -115,7 +115,7 @@ def describe_corruption(source: DataRecipe, too: str = "") -> list[str]:
 
 
 def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:
-    """Bad images that passes have met, on any rank, each once, in words."""
+    """Describe the bad images of some passes on all ranks, each once."""
     found: dict[str, str] = {}
     for batches in (one.batches for one in passes):
         skipped = [s for share in distributed.gather(batches.skipped) for s in share]
@@ -133,7 +133,7 @@ def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:
 def data_used(
     images: Images, index: np.ndarray | None = None, passes: Iterable[Tracked] = (), **more: Any
 ) -> DataUsed:
-    """The report's record of the data, and of the bad images that passes over them have met."""
+    """The report's record of the data, and of the bad images that passes over it found."""
     skipped = describe_skipped(passes)
     known: dict[str, Any] = {"n_groups": len(images.group_names) or None, "noun": images.noun}
     known |= {"skipped": skipped, "n_skipped": len(skipped)}
@@ -142,19 +142,19 @@ def data_used(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A model's data, opened, and how its images become inputs."""
+    """A model's opened data, and how its images become inputs."""
 
     images: Images
-    preprocessing: Preprocessing | None  # none for inputs that are no images
+    preprocessing: Preprocessing | None  # none if the inputs are not images
     notes: list[str]
     source: DataRecipe
     size: int = 0  # numbers in one input
-    task: Task = LABELS  # what a model is judged by on these
+    task: Task = LABELS  # judges a model on these inputs
 
     def batches(
         self, index: np.ndarray, run: RunOptions, size: int, corruption: Corruption | None = None
     ) -> Batches:
-        """Batches of chosen images as the network gets them."""
+        """Batches of chosen images, as the network receives them."""
         return Batches(
             self.images,
             index,
@@ -168,17 +168,17 @@ class Inputs:
     def sample(
         self, n: int, model: nn.Module, run: RunOptions, seed: int
     ) -> tuple[np.ndarray, Batches]:
-        """So many images in seeded random order, corrupted where that is asked."""
+        """Up to n images in seeded random order, corrupted if that is asked."""
         index = np.random.default_rng(seed).permutation(len(self.images))[:n]
         size = evaluation_batch_size(run, model, self.size)
         return index, self.batches(index, run, size, corruption_of(self.source.corrupt, seed))
 
     def lenient(self, n: int) -> Inputs:
-        """The same, for a look at n images: all of them may be bad."""
+        """The same inputs, for a look at n images: all n can be bad."""
         return replace(self, source=replace(self.source, max_bad=float(n)))
 
     def first_batch(self, seed: int) -> Batch | None:
-        """A few images, drawn at random; none where none can be read."""
+        """A few images drawn at random; none if none can be read."""
         drawn = np.sort(np.random.default_rng(seed).permutation(len(self.images))[:N_EXAMPLES])
         few = self.lenient(len(drawn)).batches(drawn, RunOptions(workers=0), N_EXAMPLES)
         try:
@@ -195,7 +195,7 @@ def open_inputs(
     opened: dict[int, Images] | None = None,
     any_task: bool = False,
 ) -> Inputs:
-    """Open DATA as a model needs them; what is `opened`, by channels, is not opened twice."""
+    """Open DATA as a model needs it; images already `opened`, by channels, are reused."""
     opened = {} if opened is None else opened
     stated, notes = resolve_preprocessing(loaded, source)
     known = opened.get(stated.channels)
@@ -213,7 +213,7 @@ def open_inputs(
 
 
 def _stated_task(loaded: Loaded, source: DataRecipe) -> tuple[TaskRecipe, str]:
-    """The task as stated, or else as the file's header has it; and in words where it is from."""
+    """The task as stated, or else from the file's header; and its source in words."""
     own, stored = TaskRecipe(source.task, source.loss, source.ignore_index), loaded.origin.task
     if own != TaskRecipe() or stored is None:
         return own, "as stated" if own.task != "auto" or own.loss else "by outputs and targets"
@@ -229,15 +229,15 @@ def _stated_task(loaded: Loaded, source: DataRecipe) -> tuple[TaskRecipe, str]:
 def as_inputs(
     images: Images, stated: Preprocessing, notes: list[str], source: DataRecipe
 ) -> Inputs:
-    """Opened data with their preprocessing, or without it where they hold no images."""
+    """Opened data with its preprocessing, or without it if it holds no images."""
     if not isinstance(images, TensorItems):
         return Inputs(images, stated, notes, source)
-    notes = [f"{images.spec}: inputs are taken as they are, without any preprocessing."]
+    notes = [f"{images.spec}: inputs are used without any preprocessing."]
     return Inputs(images, None, notes, source)
 
 
 def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preprocessing, list[str]]:
-    """What inputs go through: options, over a preset, over what is stored, over a guess."""
+    """The preprocessing: options come before a preset, a stored one, a default and a guess."""
     notes: list[str] = []
     channels = input_channels(loaded.model)
     channels = channels if channels in (1, 3) else 3
@@ -255,7 +255,7 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
     else:
         of_3 = Preprocessing(mean=_IMAGENET_MEAN, std=_IMAGENET_STD)
         base = of_3 if channels == 3 else Preprocessing(channels=1)
-        less = ", less ImageNet's mean, by ImageNet's deviation" if channels == 3 else ""
+        less = ", minus ImageNet's mean, divided by ImageNet's deviation" if channels == 3 else ""
         if source.mean is None and source.std is None:
             notes.append(
                 f"preprocessing: pixels/255{less}, assumed since nothing was given (--mean, --std, "
@@ -267,7 +267,7 @@ def resolve_preprocessing(loaded: Loaded, source: DataRecipe) -> tuple[Preproces
         crop = source.crop
         given |= {"resize": source.resize, "crop": crop and (crop[0], crop[-1])}
     if source.bgr and not base.bgr:
-        # A mean and a deviation that were not given are those of the same colours.
+        # A mean and a deviation that were not given follow their colours.
         given = {"mean": base.mean[::-1], "std": base.std[::-1], **given, "bgr": True}
     if base.channels != channels:
         given.setdefault("mean", (sum(base.mean) / len(base.mean),))
@@ -289,13 +289,13 @@ def open_checked(
     """Open DATA (or `known`) with targets that fit the outputs; numbers in one input; the task."""
     images = open_stated(data, source, preprocessing.channels) if known is None else known
     max_bad = max_bad_of(len(images), source.max_bad)
-    # One good image is enough, and among so many there is one, or there are too many bad ones.
+    # One good image is enough: these hold one, or there are too many bad ones.
     few = np.arange(1 + int(min(max_bad, len(images) - 1)))
     batches = Batches(images, few, preprocessing, batch_size=1, workers=0, max_bad=max_bad)
     first = next(iter(batches))
     with guards.inference(model) as changed:
         output = runtime.run(model, first, runtime.device_of(model))
-    note = f"the forward pass changes {some(changed)} by itself; bnfix puts that back"
+    note = f"the forward pass itself changes {some(changed)}; bnfix restores the old values"
     if changed and note not in images.notes:
         images.notes.append(note)
     input_size = sum(tensor.numel() for tensor in runtime.tensors_in(first.x))
@@ -327,12 +327,12 @@ def open_checked(
 
 
 def _set_classes(images: Images, output: Any, y: Any, stated: str) -> None:
-    """Take targets for the labels of a classification, if they can be."""
+    """Use the targets as class labels, if that is possible."""
     if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or images.moves:
         found = [runtime.described(part) for part in (output, y)]
-        odd = "of no task that is plain. Give --task, or --loss FILE.py:callable"
+        odd = "of no known task. Give --task, or --loss FILE.py:callable"
         if stated != "auto":
-            odd = f"no {stated}'s, expected logits (N, K) and integer labels (N,). Change --task"
+            odd = f"not a {stated}'s, expected logits (N, K) and integer labels (N,). Change --task"
         where = f"{images.spec}: outputs {found[0]} and targets {found[1]} of one example"
         raise DataError(f"{where} are {odd}.")
     images.labels = images.targets.take(np.arange(len(images))).numpy()
@@ -340,7 +340,7 @@ def _set_classes(images: Images, output: Any, y: Any, stated: str) -> None:
 
 
 def open_stated(data: str | Sequence[str], source: DataRecipe, channels: int) -> Images:
-    """Open DATA as stated; options for images are refused where the data hold none."""
+    """Open DATA as stated; options for images are refused if the data holds none."""
     how: dict[str, Any] = {
         "class_map": None if source.class_map is None else Path(source.class_map),
         "labels": source.labels, "channels": channels, "groups": source.groups,
@@ -352,14 +352,14 @@ def open_stated(data: str | Sequence[str], source: DataRecipe, channels: int) ->
     given = [f"--{name}" for name in names if getattr(source, name) not in (None, False)]
     if given:
         raise ConfigError(
-            f"{images.spec}: holds no images, and its inputs go to the network as they are, so "
+            f"{images.spec}: holds no images, and its inputs reach the network unchanged, so "
             f"{', '.join(given)} cannot be applied. Leave them out, or give images of 8-bit pixels."
         )
     return images
 
 
 def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, list[str]]:
-    """Of several outputs the one whose shape fits labels and classes, stated from now on."""
+    """Take the one output whose shape fits labels and classes, and state it from now on."""
     found = runtime.outputs_by_name(output)
     if len(found) < 2 or images.labels is None or {"logits", "out"} & set(found):
         return output, []
@@ -369,8 +369,8 @@ def _chosen_output(model: nn.Module, output: Any, images: Images) -> tuple[Any, 
         return output, []
     runtime.set_output_(model, fitting[0])
     note = (
-        f"of {len(found)} outputs, {fitting[0]} is taken for the logits: it alone has {n_known} "
-        "columns, one a class (--output says otherwise)"
+        f"of {len(found)} outputs, {fitting[0]} is taken as the logits: only it has {n_known} "
+        "columns, one per class (--output overrides this)"
     )
     return found[fitting[0]], [note]
 
@@ -381,12 +381,12 @@ def evaluation_batch_size(run: RunOptions, model: nn.Module, input_size: int) ->
         return run.batch_size
     if runtime.device_of(model).type != "cpu":
         return 128
-    # Large batches fall out of the CPU's caches.
+    # Large batches do not fit into the CPU's caches.
     return min(128, max(8, VALUES_A_BATCH // input_size))
 
 
 def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> str | None:
-    """A sentence where the first images do not fit the running statistics of the first norm layer.
+    """A sentence if the first images do not fit the first norm layer's running statistics.
 
     Per channel: z = (batch_mean - mean) / sqrt(var + eps), r = (batch_var + eps) / (var + eps), all
     biased, over N, H and W, in float64. A mismatch is rms(z) > 1 or median(|log r|) > log 4.
@@ -420,20 +420,20 @@ def look_at_inputs(model: nn.Module, batch: Any, *, as_given: bool = False) -> s
     named = runtime.outputs_by_name(batch.x).items()
     values = [tensor.float() for name, tensor in named if name not in masks.MASK_KEYS]
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
-    words = ("examples", "", "inputs are not prepared as in the training") if as_given else (
+    words = ("examples", "", "inputs are not prepared as in training") if as_given else (
         "images", " after preprocessing",
-        "preprocessing is not the one of the training (--preset, or --mean, --std, --scale)",
+        "preprocessing differs from the training's (--preset, or --mean, --std, --scale)",
     )  # fmt: skip
     return (
         f"{runtime.n_examples_of(batch)} {words[0]}, {low:.3g} to {high:.3g}{words[1]}, do not "
-        f"look like what {site.name} has stored: means {shift:.2g} deviations away, deviations "
+        f"fit the statistics stored in {site.name}: means {shift:.2g} deviations away, deviations "
         f"{exp(log_var / 2):.2g} times as large. Either the {words[2]}, or the data or the stored "
         "statistics are of another kind."
     )
 
 
 def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> str | None:
-    """A sentence where the inputs are of another size than the published weights are for."""
+    """A sentence if the inputs differ in size from those of the published weights."""
     if expected is None or len(shape) < 4 or min(*shape[-2:], *expected) < 1:
         return None
     ratio = max(shape[-2] / expected[0], expected[0] / shape[-2])
@@ -441,12 +441,12 @@ def look_at_size(shape: tuple[int, ...], expected: tuple[int, int] | None) -> st
         return None
     return (
         f"inputs are {shape[-2]}x{shape[-1]}, the model's published weights are for "
-        f"{expected[0]}x{expected[1]} (--resize and --crop, or --preset, to change)."
+        f"{expected[0]}x{expected[1]} (change it with --resize and --crop, or --preset)."
     )
 
 
 def _distance(inputs: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[float, float]:
-    """Root mean square of z and median of log r over the channels that are alive."""
+    """Root mean square of z and median of log r over the channels with a signal."""
     values = inputs.double().cpu().transpose(0, 1).flatten(1)
     mean, var = mean.detach().double().cpu(), var.detach().double().cpu()
     alive = var > _DEAD * var.median()

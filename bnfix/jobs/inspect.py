@@ -36,9 +36,9 @@ from bnfix.models.build import from_file_allowed
 from bnfix.norm.sites import NormSite, find_norms, instance_norms
 from bnfix.recalibrate.reference import predicted_gaps
 
-#: Examples that are run by default.
+#: Examples to run by default.
 SAMPLES = 512
-#: Values beside the weights that a note shows; the JSON has all.
+#: Most values stored next to the weights that a note shows; the JSON has all.
 _SHOWN = 24
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 
@@ -49,11 +49,11 @@ class Inspection:
 
     checkpoint: Checkpoint
     layers: list[faults.NormTensors]
-    kinds: dict[str, str]  # class name of each layer, with a model
-    problems: list[str]  # reasons against a swap, with a model
+    kinds: dict[str, str]  # class name of each layer, if there is a model
+    problems: list[str]  # reasons against a swap, if there is a model
     findings: list[faults.Finding]  # errors first
-    behaviour: Behaviour | None  # with data
-    data: dict[str, Any] | None  # their spec, size and fingerprint
+    behaviour: Behaviour | None  # if there is data
+    data: dict[str, Any] | None  # its spec, size and fingerprint
     commands: list[faults.Entry]  # of the file's history
     notes: list[str]  # how the file was read, and what was assumed
     gaps: Mapping[str, float]  # of predicted means, by layer
@@ -109,12 +109,12 @@ def inspect_checkpoint(
     against: str | Path | None = None,
     track: Track = silent,
 ) -> Inspection:
-    """Find the faults that the file shows, the model's settings and one call, and data if given.
+    """Find faults in the file, in the model's settings, in one call, and on data if given.
 
     ``against`` is the checkpoint that this one was made from.
     """
     recipe, run, source = model or ModelRecipe(), run or RunOptions("cpu"), source or DataRecipe()
-    words = "--test: is compared with --data, which is missing. Give both."
+    words = "--test: it is compared with --data, which is missing. Give both."
     require(source.test is None or data is not None, words, "test")
     loaded = None if recipe.model is None and data is None else load_one(path, recipe, run)
     found = _read(path, recipe) if loaded is None else loaded.checkpoint
@@ -178,13 +178,13 @@ def _read(path: str | Path, recipe: ModelRecipe) -> Checkpoint:
 
 
 def _describe_beside(file: Checkpoint) -> list[str]:
-    """The values beside the weights, as a note."""
+    """A note on the values stored next to the weights."""
     values = [f"{name} = {value}" for name, value in file.beside.items()]
-    return [f"beside the weights: {some(values, _SHOWN)}"] if values else []
+    return [f"next to the weights: {some(values, _SHOWN)}"] if values else []
 
 
 def _neighbours(layers: Sequence[faults.NormTensors]) -> Iterator[faults.Finding]:
-    """A note on every layer that weighs the batch."""
+    """A note on every layer with a batch weight."""
     for layer in layers:
         highest = float(np.max(layer.batch_weight, initial=0))
         if highest > 0:
@@ -202,7 +202,7 @@ def _frozen(sites: Sequence[NormSite], loaded: Loaded) -> dict[str, str]:
 
 
 def _for_commands(recipe: ModelRecipe, stated: Mapping[str, Any]) -> ModelRecipe:
-    """The model's options in commands to copy, which run no code that only a file names."""
+    """The model's options for commands to copy; those run no code that only a file names."""
     spec = stated.get("spec")
     if recipe.model is not None or not isinstance(spec, str) or from_file_allowed(spec):
         return recipe
@@ -222,7 +222,7 @@ class _Seen:
 
     @property
     def fits(self) -> bool:
-        """Whether the stored statistics are right more often than those of each batch."""
+        """Whether the stored statistics are more accurate than those of each batch."""
         seen = self.behaviour
         broken = any(finding.fault == "output-not-finite" for finding in self.findings)
         if broken or seen is None or seen.top1 is None or seen.top1_training is None:

@@ -1,4 +1,4 @@
-"""A plan read back from a file's history, described, and its cost estimated."""
+"""Read a plan back from a file's history, describe a plan, and estimate its cost."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _Recipe = TypeVar("_Recipe")
 _BATCHES = 2
 _ENOUGH_SECONDS = 1.0
 _REPEATS = 3
-#: How far a run may be from its estimate.
+#: The range of a run's cost, relative to its estimate.
 _LOW, _HIGH = 0.6, 1.8
-#: States of the model that a run keeps to go back to.
+#: States of the model that a run keeps to restore.
 _STATES_KEPT = 4
 
 
-#: The options in a history, and the recipes of a plan that they are.
+#: The options in a history, and the recipes of a plan that they fill.
 _RECIPES = {
     "model": "model",
     "data": "source",
@@ -57,7 +57,7 @@ _RECIPES = {
 def options_of(
     bench: Workbench, averaged: Ingredients | None, prior: Prior | None
 ) -> dict[str, Any]:
-    """The recipes, as the history and the report hold them, and what else made the output."""
+    """The options for the history and the report: the recipes, and all else behind the output."""
     plan = bench.plan
     recipes = {name: getattr(plan, part) for name, part in _RECIPES.items()}
     options = {name: one and dataclasses.asdict(one) for name, one in recipes.items()}
@@ -83,8 +83,8 @@ def replayed_plan(
     entries = [e for e in (history if isinstance(history, list) else []) if isinstance(e, dict)]
     entries = [entry for entry in entries if entry.get("command") in ("fix", "calibrate")]
     if not entries:
-        lacks = "has no fix or calibrate in its history to replay. Give a file that bnfix has"
-        raise file_error(where, f"{lacks} written.")
+        lacks = "has no fix or calibrate in its history to replay. Give a file that was"
+        raise file_error(where, f"{lacks} written by bnfix.")
     try:
         found = entries[-1].get("options")
         return _replayed(found if isinstance(found, dict) else {}, run, command_line, test)
@@ -104,7 +104,7 @@ def _replayed(
         if name != "finetune" or options.get(name) is not None:
             recipes[part] = _recipe(type(getattr(usual, part)), options, name)
     model, statistics, source = (recipes[part] for part in ("model", "statistics", "source"))
-    # A model that the file names is built only where a file's word is enough for that.
+    # A model that only the file names is built only if that runs no code of its own.
     allowed = model.model is None or from_file_allowed(model.model)
     recipes["model"] = model if allowed else replace(model, model=None, arguments=())
     stated = statistics.reference_model
@@ -113,25 +113,25 @@ def _replayed(
     if test is not None:
         recipes["source"] = replace(source, test=test)
     for spec, what, else_ in (
-        (source.test if test is None else None, "test", "Name it by --test."),
+        (source.test if test is None else None, "test", "Name the data with --test."),
         (recipes["gate"].select, "select", "Give the options themselves, without --recipe."),
     ):
         if isinstance(spec, str) and is_callable(spec):
-            code = f"its {what} data are code, {plain(spec)}, which is not run because a file says"
-            raise ConfigError(f"{code} so. {else_}")
+            code = f"its {what} data are code, {plain(spec)}, and code that a file names is not"
+            raise ConfigError(f"{code} run. {else_}")
     run = replace(run, precision=options.get("precision", run.precision))
     return Plan(**recipes, command_line=command_line, run=run)
 
 
 def with_own_models(plan: Plan, typed: Plan) -> Plan:
-    """A replayed plan with the model and the reference that were typed beside it."""
+    """A replayed plan with the model and the reference from the command line."""
     given, statistics = typed.model, typed.statistics
     if statistics.reference is not None:
         own = {name: getattr(statistics, name) for name in ("reference", "reference_model")}
         plan = replace(plan, statistics=replace(plan.statistics, **own))
     asked = given
     if given.model is None:
-        # A model is called in one way: the stated one replaces that of the file.
+        # A model is called in one way: a stated one replaces the file's.
         called = given if given.forward or given.logits_output else plan.model
         asked = replace(plan.model, forward=called.forward, logits_output=called.logits_output)
     own = {"like_input": given.like_input, "domain": given.domain}
@@ -144,16 +144,16 @@ def _recipe(kind: type[_Recipe], options: Mapping[str, Any], name: str) -> _Reci
     values = options.get(name)
     hints = typing.get_type_hints(kind)
     if not isinstance(values, dict) or not set(values) <= set(hints):
-        raise ConfigError(f"{name}: not an object of the options that this version knows.")
+        raise ConfigError(f"{name}: is not an object with options that this version knows.")
     found = {key: _hashable(value) for key, value in values.items()}
     wrong = [key for key, value in found.items() if not _fits(value, hints[key])]
     if wrong:
-        raise ConfigError(f"{name}: {', '.join(wrong)}: of the wrong type.")
+        raise ConfigError(f"{name}: {', '.join(wrong)}: wrong type.")
     return kind(**found)
 
 
 def _hashable(value: Any) -> Any:
-    """Lists, which JSON has, as the tuples that recipes hold."""
+    """Turn JSON's lists into the tuples that recipes hold."""
     return tuple(_hashable(item) for item in value) if isinstance(value, list) else value
 
 
@@ -209,8 +209,8 @@ def describe(bench: Workbench, output: str | None) -> dict[str, Any]:
 def cost_json(
     seconds: float | None, model: nn.Module, passes: float, held: int = 0
 ) -> dict[str, Any]:
-    """What a plan would cost on this machine, as ``--plan --json`` gives it; held: more bytes."""
-    # Batches differ, and so does what else a machine does.
+    """A plan's cost on this machine, for ``--plan --json``; ``held`` adds bytes."""
+    # Batches differ, and so does the machine's other load.
     spread = None if seconds is None else [round(part * seconds, 3) for part in (_LOW, _HIGH)]
     peak = peak_memory(model)
     return {
@@ -234,7 +234,7 @@ def estimated(bench: Workbench, work: Sequence[Work]) -> dict[str, Any]:
     held: int = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     held *= _STATES_KEPT
     if runtime.device_of(model).type != "cuda":
-        # Images are kept as bytes, one a number of the input; Batches stops at 2 GiB.
+        # Images are kept as bytes, one per number of the input; Batches stops at 2 GiB.
         held += min(n_read * bench.inputs.size, 2 << 30)
     return cost_json(seconds / distributed.here().size, model, passes, held)
 
@@ -242,7 +242,7 @@ def estimated(bench: Workbench, work: Sequence[Work]) -> dict[str, Any]:
 def estimated_evaluation(
     models: Sequence[tuple[nn.Module, Batches]], n_examples: int, n_variants: int, precision: str
 ) -> dict[str, Any]:
-    """Time a few real batches of every model that is to be evaluated, and multiply."""
+    """Time a few real batches of every model to evaluate, and multiply."""
     passes, seconds = len(models) * n_variants, 0.0
     for number, (model, batches) in enumerate(models):
         try:
@@ -258,7 +258,7 @@ def estimated_evaluation(
 
 
 def peak_memory(model: nn.Module) -> int | None:
-    """Most memory so far: of the accelerator that a model is on, else of this process."""
+    """Peak memory so far, on the model's accelerator or else in this process."""
     device = runtime.device_of(model)
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -271,17 +271,17 @@ def peak_memory(model: nn.Module) -> int | None:
 
 
 def _read(batches: Iterable[Batch]) -> tuple[float, list[Batch]]:
-    """Batches, and seconds an example to read them."""
+    """Read batches; returns the seconds per example, and the batches."""
     started = time.perf_counter()
     found = list(batches)
     return (time.perf_counter() - started) / sum(len(batch.index) for batch in found), found
 
 
 def _timed(bench: Workbench, costs: set[str]) -> tuple[float, dict[str, float]]:
-    """Seconds an example: to read it, and for each kind of pass."""
+    """Seconds per example, for reading and for each kind of pass."""
     model, precision = bench.model, bench.plan.run.precision
     index = bench.split.fit if bench.split.fit.size else bench.split.test
-    # A bad image among these few is none of the plan's business.
+    # A bad image among these few must not stop the plan.
     own = replace(bench, inputs=bench.inputs.lenient(len(index)))
     few = index[: _BATCHES * bench.evaluation.size]
     reading, batches = _read(own.batches(few, "timing a few batches").whole())
@@ -316,7 +316,7 @@ def _forward(model: nn.Module, batches: Sequence[Batch], precision: str) -> floa
 
 
 def _backward(model: nn.Module, batch: Batch) -> float:
-    """Seconds of gradients of the norms' parameters, or of all where there are none."""
+    """Seconds for the gradients of the norms' parameters, or of all if there are none."""
     device = runtime.device_of(model)
     wanted: list[Tensor] = [
         p for site in find_norms(model) for p in site.module.parameters(recurse=False)
@@ -328,15 +328,15 @@ def _backward(model: nn.Module, batch: Batch) -> float:
             found = runtime.tensors_in(runtime.run(model, batch, device))
             loss = torch.stack([t.float().square().mean() for t in found]).sum()
             if not loss.requires_grad:
-                raise ModelError("model: its output has no gradient in its parameters.")
+                raise ModelError("model: its output has no gradient for its parameters.")
             loss.backward()  # type: ignore[no-untyped-call]
 
     return _median_seconds(step, device)
 
 
 def _median_seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Of three times, or fewer where each takes long."""
-    step()  # what is done once, such as choosing kernels, is no part of a pass
+    """The median of three timings, or of fewer if each takes long."""
+    step()  # one-time work, such as choosing kernels, is not part of a pass
     times: list[float] = []
     while not times or (len(times) < _REPEATS and sum(times) < _ENOUGH_SECONDS):
         started = time.perf_counter()

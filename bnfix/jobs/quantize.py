@@ -1,4 +1,4 @@
-"""`export --to onnx-int8`: an ONNX file in 8 bits, judged on images it was not calibrated on."""
+"""`export --to onnx-int8`: an 8-bit ONNX file, judged on images it was not calibrated on."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from bnfix.report.records import Evaluated
 from bnfix.report.report import Report
 from bnfix.report.result import Export, Int8
 
-#: Images that the ranges of activations are measured on, at most.
+#: Most images for measuring the ranges of activations.
 N_CALIBRATED: Final = 256
 _BATCH: Final = 16
 
 
 def refuse_live(net: nn.Module, to: str) -> None:
-    """Refuse layers that weigh examples in forms that have no place for them."""
+    """Refuse layers with weights or gates in forms that cannot hold them."""
     layers = {name: layer for name, layer in generalized_norms(net) if layer.live}
     if not layers or to not in ("folded", "onnx-int8"):
         return
@@ -45,7 +45,7 @@ def refuse_live(net: nn.Module, to: str) -> None:
     advice = "Use --to onnx, pt2 or plain, or --force-zero."
     if to == "onnx-int8":
         advice = (
-            "First make statistics that need no weights: bnfix calibrate CKPT --data DATA "
+            "First measure statistics that need no weights: bnfix calibrate CKPT --data DATA "
             "--statistics population --example-weight 0. Or give --force-zero."
         )
     raise ModelError(
@@ -63,10 +63,10 @@ def open_bench(
     max_drop: float | None,
     track: Track,
 ) -> Workbench:
-    """Cut the data as `fix` does: images of the fit split calibrate, those of test judge."""
+    """Split the data as `fix` does: the fit split calibrates, the test split judges."""
     if data is None:
         raise ConfigError(
-            "--to onnx-int8: no images to measure the ranges of activations on. Give --data.",
+            "--to onnx-int8: no images to measure activation ranges on. Give --data.",
             name="data",
         )
     plan, gate = replace(plan, run=RunOptions("cpu", workers=workers)), plan.gate
@@ -79,7 +79,7 @@ def open_bench(
 
 
 def quantize(made: Export, bench: Workbench, max_drop: float | None) -> Export:
-    """A verified ONNX file in 8 bits, compared with itself in float; refused if it is worse."""
+    """Quantize a verified ONNX file to 8 bits, compare it with float, refuse it if it is worse."""
     seed, images, test = bench.plan.gate.seed, bench.inputs.images, bench.split.test
     history = bench.loaded.origin.history
     index = np.random.default_rng(seed).permutation(bench.split.fit)[:N_CALIBRATED]
@@ -123,7 +123,7 @@ def quantize(made: Export, bench: Workbench, max_drop: float | None) -> Export:
 
 
 def _called_as(bench: Workbench, net: ExportedNet) -> ExportedNet:
-    """The network, called and read as the checkpoint's model is."""
+    """Call the network, and read its outputs, as for the checkpoint's model."""
     for name in (runtime.FORWARD, runtime.OUTPUT):
         if name in vars(bench.loaded.model):
             net.__dict__[name] = vars(bench.loaded.model)[name]
@@ -131,14 +131,14 @@ def _called_as(bench: Workbench, net: ExportedNet) -> ExportedNet:
 
 
 def _same(found: list[Outputs]) -> float | None:
-    """On how many examples both name the same class."""
+    """The share of examples for which both predict the same class."""
     if not all(one.classified for one in found):
         return None
     return float((found[0].outputs.argmax(1) == found[1].outputs.argmax(1)).mean())
 
 
 def _within(report: Report, most: float) -> float:
-    """The largest fall of top-1 that the test images do not rule out; refused from `most` on."""
+    """The largest drop of top-1 that the test images do not rule out; it must be below `most`."""
     (paired,), (first, last) = report.paired, report.models
     where = f"--max-drop {100 * most:g}"
     if paired is None or not np.isfinite(paired.top1.difference):
@@ -148,16 +148,16 @@ def _within(report: Report, most: float) -> float:
     n, groups = last.metrics.n_examples, None if rows is None else rows.groups
     if few := shortfall(n, groups):
         raise ModelError(f"{where}: {few} to prove anything. Give more test images.")
-    # Where none of n images is lost the interval is a point, yet that rules out 0 no more than 3/n.
+    # If none of n images is lost, the interval is a point, but a drop of 3/n is not ruled out.
     bound = max(-paired.top1.interval[0], 1.0 - math.exp(math.log(0.025) / n))
     if bound < most:
         return bound
     sure = paired.top1.interval[1] <= -most
     raise ModelError(
-        f"{where}: {percent(last.metrics.top1)} of {n} test images right in int8, "
-        f"{percent(first.metrics.top1)} in float; the difference is "
+        f"{where}: int8 classifies {percent(last.metrics.top1)} of {n} test images correctly, "
+        f"float {percent(first.metrics.top1)}; the difference is "
         f"{difference(paired.top1, points=True)}, so "
-        f"{'it is worse by more' if sure else f'a fall by {100 * bound:.1f} is not ruled out'}. "
+        f"{'it is worse by more' if sure else f'a drop of {100 * bound:.1f} is not ruled out'}. "
         f"Give {'a better checkpoint' if sure else 'more test images (--test)'}, or a larger "
         "--max-drop. Nothing was written."
     )

@@ -1,7 +1,7 @@
 """`fix`, `calibrate`, `finetune` and `average`: open a session, take its steps, test, report.
 
-No example is in two splits: what is fitted on *fit* is judged on *select*; the verdict comes from
-*test*.
+No example is in two splits: candidates are fitted on *fit* and judged on *select*; the verdict
+comes from *test*.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def fix(
 
     Candidates: new population statistics, alone and mixed with the old; brief fine-tuning of norms
     and head; example weights; both together. Each is fitted on the fit split and judged on the
-    select split, the cheaper at inference first, so that it wins ties; the verdict comes from the
-    test split. Where nothing is better the output is the input. With neither labels nor reference,
-    and nothing stated, stored and new statistics are mixed by a rule, unproven.
+    select split. Candidates that are cheaper at inference come first and win ties. The verdict
+    comes from the test split. If nothing is better, the output is the input. With neither labels
+    nor reference, and nothing stated, a rule mixes stored and new statistics, without proof.
 
     Args:
         checkpoint: the file.
@@ -116,9 +116,9 @@ def finetune(
 
     Args:
         checkpoint: the file.
-        data: labelled DATA; a fifth is kept for the test, unless the plan names a test.
+        data: labelled DATA; a fifth is held out for the test, unless the plan names a test.
         model: spec of the model, if the file does not carry one.
-        plan: all settings; its ``finetune``, of `bnfix.settings`, says what is trained.
+        plan: all settings; its ``finetune``, from `bnfix.settings`, selects the trained parts.
         track: how progress is shown.
 
     Returns:
@@ -131,7 +131,7 @@ def finetune(
 def execute(bench: Workbench) -> Result:
     """Take the steps of a session's plan, test the result, and report."""
     if (n := distributed.here().size) > 1:
-        bench.assumptions.append(f"{n} processes shared the work; the first one wrote.")
+        bench.assumptions.append(f"{n} processes shared the work; the first one wrote the output.")
     bench.assumptions += describe_noise(bench.plan.statistics, bench.plan.gate.seed)
     run = Run(bench)
     run.take_steps()
@@ -146,23 +146,23 @@ def execute(bench: Workbench) -> Result:
 
 
 class Run:
-    """The network of a session on its way through the steps; `kept` is its state so far."""
+    """A session's network on its way through the steps; `kept` is its state so far."""
 
     def __init__(self, bench: Workbench) -> None:
         self.bench, self.plan, self.model = bench, bench.plan, bench.model
         self.fits, self.steps = Fits(bench), resolve(bench.plan, bench)
         self.statistics_before = statistics_of(self.model)
-        # `stated` is what was asked for outright, and stays whatever it costs.
+        # `stated` holds the changes that the user asked for; they stay at any cost.
         self.original = self.kept = self.stated = State(ORIGINAL, guards.Snapshot(self.model))
         self.trained: tuple[Step, State] | None = None  # the kept state's training, and its start
-        self.prior = open_prior(bench)  # balance of the classes that the output is for
+        self.prior = open_prior(bench)  # class balance that the output is for
         self.unshifted: State | None = None  # the kept state before a prior that no test judges
-        self.cooled: str | None = None  # note of the output's temperature
+        self.cooled: str | None = None  # note on the output's temperature
         self.tried: list[Any] = []
         self.decisions: list[Decision] = []
 
     def take_steps(self) -> None:
-        """Fit, judge, keep or put back, step by step."""
+        """Step by step: fit, judge, then keep the result or restore the state before."""
         starts, track = {"input": self.kept, "base": self.kept}, self.bench.track
         for k, step in enumerate(self.steps, 1):
             self.bench.track = _numbered(track, f"{k}/{len(self.steps)} ")
@@ -193,11 +193,11 @@ class Run:
         self.bench.track = track
 
     def _train_again(self, step: Step, start: State) -> str:
-        """The training that won once more from its start, on the images that chose it, too."""
+        """Repeat the winning training from its start, with the images that chose it."""
         won = self.kept
         run = _last(won.results, Finetuning)
         if won.metrics is None or run is None or run.best_epoch + 1 < len(run.curve):
-            return f"{won.name} was best before its last epoch, so it stays."
+            return f"{won.name} was best before its last epoch, so it is kept."
         start.values.restore_()
         self.bench.again = True
         fitted = self._fitted(step)
@@ -206,16 +206,16 @@ class Run:
         losses = [m.nll for m in (self.fits.on_select(name), won.metrics) if m.nll is not None]
         if fitted.name is None or len(losses) < 2 or losses[0] >= losses[1]:
             won.values.restore_()
-            return f"{won.name} did not gain by more images, so it stays."
+            return f"{won.name} did not gain from more images, so it is kept."
         results = (*start.results, *fitted.results)
         self.kept = State(name, guards.Snapshot(self.model), results=results)
         return (
-            f"{won.name} was trained again on all {len(self.bench.work)} images, those that chose "
-            "it, too; its curve is measured on images that it learned from."
+            f"{won.name} was trained again on all {len(self.bench.work)} images, also on those "
+            "that chose it; its curve is measured on images that it learned from."
         )
 
     def _metrics_of_kept(self) -> Metrics:
-        """Metrics on select, measured once, while the model is in this state."""
+        """The kept state's metrics on select, measured once, while the model is in that state."""
         metrics = self.kept.metrics or self.fits.on_select(self.kept.name)
         self.kept = replace(self.kept, metrics=metrics)
         if self.kept.values is self.original.values:
@@ -235,12 +235,12 @@ class Run:
         return fitted
 
     def _judged(self, step: Step, fitted: Fitted) -> tuple[str | None, Metrics | None]:
-        """The network's new name, or none if it is to be put back; its metrics, if measured."""
+        """The network's new name, or none to restore the kept state; its metrics, if measured."""
         if fitted.decisions is not None or fitted.name is None or step.gate == "none":
             self.decisions += fitted.decisions or ()
             return fitted.name, None
         if not step.gate:
-            # What was stated adds to the name; a candidate has a name of its own.
+            # Stated changes add to the name; a candidate has its own name.
             first = self.kept.name == ORIGINAL
             return fitted.name if first else f"{self.kept.name}, {fitted.name}", None
         metrics, kept = self.fits.on_select(fitted.name), self._metrics_of_kept()
@@ -250,7 +250,7 @@ class Run:
         return fitted.name if decision.admitted else None, metrics
 
     def result(self) -> Result:
-        """Test the original and the output, never keep what is known to be worse, report."""
+        """Test the original and the output, drop an output known to be worse, and report."""
         bench = self.bench
         if is_gated(self.steps) and self.kept.name == ORIGINAL:
             bench.assumptions.append(
@@ -312,7 +312,7 @@ class Run:
         )
 
     def cool_(self) -> None:
-        """Give the head the temperature at which the output was judged."""
+        """Divide the head by the temperature at which the output was judged."""
         if self.fits.alone is None:
             return
         name, t = self.fits.alone
@@ -333,7 +333,7 @@ class Run:
         self.kept = replace(self.kept, name=name, values=guards.Snapshot(self.model))
 
     def set_prior_(self) -> None:
-        """Allow for the class prior, as stated; a labelled test of the new balance judges it."""
+        """Apply the class prior as stated; a labelled test with the new balance judges it."""
         bench = self.bench
         if self.prior is None:
             return
@@ -350,7 +350,7 @@ class Run:
         bench.assumptions.append(describe_prior(prior, judged=judged))
 
     def _tested(self) -> tuple[Evaluated, ...]:
-        """Original and output on the test split; an output that is worse there is put back."""
+        """Test the original and the output; an output that is worse there is dropped."""
         bench, checkpoint = self.bench, self.bench.loaded.checkpoint
         was = self._at(self.original, partial(self.fits.on_test, ORIGINAL))
         was = replace(was, file=str(checkpoint.path), sha256=checkpoint.sha256)
@@ -363,16 +363,16 @@ class Run:
                 return False
             return compare(before, after, seed=self.plan.gate.seed).verdict == "worse"
 
-        # Another kind of normalization was asked for, whatever it costs.
+        # The user asked for another kind of normalization, at any cost.
         may_go = bench.original is None and self.kept.values is not self.stated.values
         judged, rest = now, self.unshifted or self.kept
         if may_go and rest is not self.kept:
-            # On images of the old balance a prior makes all worse: the rest is judged without it.
+            # A prior makes images of the old balance worse, so the rest is judged without it.
             judged = self._at(rest, partial(self.fits.on_test, rest.name))
         if may_go and is_worse(judged):
             name = self.stated.name
             bench.assumptions.append(
-                f"{self.kept.name!r} turned out significantly worse on the test split, so the "
+                f"{self.kept.name!r} was significantly worse on the test split, so the "
                 f"output is {'the input' if name == ORIGINAL else repr(name)}."
             )
             if self.cooled in bench.assumptions:
@@ -385,13 +385,13 @@ class Run:
         return was, replace(now, name=f"output: {self.kept.name}", file=None, sha256=None)
 
     def _doubts(self, tested: Metrics) -> list[str]:
-        """Whether the test or the images worked on may have been seen before."""
+        """Notes on whether the test images, or the others, may have been seen before."""
         found, chosen = describe_unlisted(self.bench.loaded.origin.history), self.original.metrics
         own = isinstance(self.plan.gate.select, str) or self.plan.source.test is None
         return found if own or chosen is None else [*found, *describe_easier(chosen, tested)]
 
     def _at(self, state: State, work: Callable[[nn.Module], _T]) -> _T:
-        """Do something with the network in a state, such as before all; the model is put back."""
+        """Run work on the network in a given state, then restore the model."""
         now = guards.Snapshot(self.model)
         state.values.restore_()
         try:
@@ -401,7 +401,7 @@ class Run:
             now.restore_()
 
     def _movement(self) -> Moved:
-        """How far the outputs moved, on some of the images at hand."""
+        """How far the outputs moved, on some of the images."""
         bench = self.bench
         index = bench.everything[:MOST_IMAGES]
 
@@ -410,11 +410,11 @@ class Run:
             return bench.evaluation.run(lambda _: record(model, batches, self.fits.precision))
 
         found = moved(self._at(self.original, recorded), recorded(self.model))
-        # Outputs (N, K) may be anything.
+        # Outputs (N, K) are not always class scores.
         return replace(found, top1_changed=None) if isinstance(bench.inputs.task, ByRows) else found
 
     def _residuals(self) -> dict[str, tuple[float, float]]:
-        """Stored statistics against those of one more pass, where any were measured."""
+        """Compare the stored statistics with one more pass, if any were measured."""
         bench = self.bench
         if not bench.split.fit.size or _last(self.tried, Calibration) is None:
             return {}

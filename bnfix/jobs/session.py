@@ -1,4 +1,4 @@
-"""The settings of one command, and its checkpoint and data, opened."""
+"""The settings of one command, and its opened checkpoint and data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from bnfix.recalibrate.targets import MEASURED_SPREAD
 from bnfix.report.report import Report
 from bnfix.report.result import Result
 
-#: What `fix` tries where there are labels.
+#: The training that `fix` tries if there are labels.
 TRIED = settings.FinetuneRecipe(train="norms+head", example_weight="learn", refit=True)
 
 
@@ -61,20 +61,20 @@ class Plan:
     Args:
         command: ``fix``, ``calibrate``, ``finetune`` or ``average``; the function called sets it.
         command_line: as typed, for the history; empty for calls from Python.
-        model: `ModelRecipe`: how the model is built, and where in the file it lies.
+        model: `ModelRecipe`: how the model is built, and where the file holds it.
         source: `DataRecipe`: preprocessing, labels, and the data of the test split.
         swap: `SwapRecipe`: which layers are turned into which kind of normalization.
         statistics: `StatisticsRecipe`: whether and how running statistics are recalibrated.
         weight: `WeightRecipe`: how the example weight, from 0 to 1, is chosen.
         finetune: `FinetuneRecipe`: the training to try; ``None`` for none.
-        gate: `GateRecipe`: parts of the splits, seed, standard errors to win by.
+        gate: `GateRecipe`: parts of the splits, seed, standard errors that a winner needs.
         run: `RunOptions`: device, precision, batch size, workers.
         state: folder for the state of a long run, to resume it from.
         average: `AverageRecipe`: checkpoints to average the model with, before anything else.
 
     Raises:
         ConfigError: if the example weight needs ``train_batch_size``, and it is not given; or if
-            there is weight noise, or a domain with weights, where nothing takes it.
+            weight noise, or a domain with weights, does not fit the command.
     """
 
     command: str = "fix"
@@ -92,12 +92,12 @@ class Plan:
 
     @property
     def new_domain(self) -> str | None:
-        """The domain that the command makes statistics for."""
+        """The domain that the command measures statistics for."""
         return self.model.domain if self.command == "calibrate" else None
 
     @property
     def chooses_weights(self) -> bool:
-        """Whether example weights are tried; they judge themselves without noise, for no domain."""
+        """Whether example weights are tried: not with weight noise, and not for a domain."""
         barred = self.statistics.weight_noise or self.new_domain is not None
         return self.weight.example_weight == "auto" and not barred
 
@@ -110,7 +110,7 @@ class Plan:
         live = self.weight.is_stated or self.weight.batch_weight != "keep" or self.model.like_input
         live |= self.gate.temperature == "auto" or self.gate.class_prior is not None
         others = "--temperature, --class-prior, --like-input and example and batch weights"
-        words = f"--domain: a domain has statistics, and no weights. Leave out {others}."
+        words = f"--domain: a domain holds statistics and no weights. Leave out {others}."
         require(self.new_domain is None or not live, words, "domain")
         ok = self.command in ("fix", "calibrate") and self.weight.batch_weight != "auto"
         words = "--weight-noise: only fix and calibrate take it, without --batch-weight auto."
@@ -118,37 +118,37 @@ class Plan:
 
 
 _ACTING = (
-    "--reference CKPT (the undamaged network, by which candidates are judged), --statistics "
+    "--reference CKPT (the undamaged network, which judges candidates), --statistics "
     "population, --statistics train-batch --train-batch-size B, --example-weight match, "
     "fit-moments, fit-predictions or a number, --batch-weight N."
 )
 _KEPT = (
-    "without labels nothing can be proven, so `auto` keeps what is there. These act: --statistics "
+    "without labels nothing can be proven, so `auto` changes nothing. These act: --statistics "
     f"blend (recommended: between stored and measured; {MEASURED_SPREAD}), {_ACTING}"
 )
 _BLENDED = (
-    "without labels nothing can be proven. By default the statistics are mixed with those of the "
-    f"data (blend), which may be worse here: {MEASURED_SPREAD}. --statistics keep leaves them as "
-    f"they are. These act, too: {_ACTING}"
+    "without labels nothing can be proven. By default the stored statistics are mixed with the "
+    f"data's (blend), which can be worse here: {MEASURED_SPREAD}. --statistics keep leaves them "
+    f"unchanged. These also act: {_ACTING}"
 )
 
 
 def blends_by_default(plan: Plan) -> bool:
-    """Whether `fix` mixes statistics where nothing can be judged: unless anything was stated."""
+    """Whether `fix` mixes statistics if nothing can be judged: yes, unless anything was stated."""
     recipe = plan.statistics
     is_auto = recipe.statistics == "auto" and not (recipe.weight_noise or plan.weight.is_stated)
     return plan.command == "fix" and is_auto
 
 
 def describe_unjudged(plan: Plan) -> list[str]:
-    """What `auto` does where nothing can be judged, unless anything was stated; what acts."""
+    """A note on `auto` if nothing can be judged and nothing was stated, with options that act."""
     if plan.statistics.statistics != "auto" or plan.weight.is_stated:
         return []
     return [_BLENDED if blends_by_default(plan) else _KEPT]
 
 
 def without_live_layers(plan: Plan) -> Plan:
-    """A plan that tries no weights where the output has no place for them."""
+    """A plan that tries no weights if the output cannot hold them."""
     tune = plan.finetune
     if not plan.model.like_input:
         return plan
@@ -156,8 +156,8 @@ def without_live_layers(plan: Plan) -> Plan:
     stated = plan.weight.is_stated or plan.weight.batch_weight == "auto"
     require(
         not (stated or learns or plan.swap.to == "gated"),
-        "--like-input: a training checkpoint has no place for example and batch weights, and "
-        "gates. Leave --like-input or them out.",
+        "--like-input: a training checkpoint cannot hold example weights, batch weights or gates. "
+        "Leave out --like-input, or them.",
         "like_input",
     )
     weight = replace(plan.weight, example_weight="keep")
@@ -167,21 +167,21 @@ def without_live_layers(plan: Plan) -> Plan:
 
 @dataclass
 class Workbench:
-    """A plan's checkpoint and data, opened."""
+    """A plan's opened checkpoint and data."""
 
     plan: Plan
     loaded: Loaded  # its model on the device
     inputs: Inputs
-    test: Inputs  # of the test split: the same again, or ``--test``
+    test: Inputs  # of the test split: the same object, or ``--test``
     split: Split  # positions of fit and select in the data, of test in the test data
     assumptions: list[str]  # notes on everything assumed for the user
     track: Track
-    evaluation: BatchSize  # of passes without gradients; it shrinks where memory is short
-    footprint: Footprint | None = None  # what forward passes hold, where that is known
+    evaluation: BatchSize  # of passes without gradients; it shrinks if memory is short
+    footprint: Footprint | None = None  # the memory of forward passes, if known
     reference: Loaded | None = None  # the undamaged network, its model on the device
-    # Before layers were swapped that now weigh the example, and are still to be re-fitted to it.
+    # The model before a swap to layers that weigh the example and must be re-fitted to it.
     original: nn.Module | None = None
-    again: bool = False  # the training that won learns from all images to work with
+    again: bool = False  # the winning training now learns from all images of `work`
 
     @property
     def model(self) -> nn.Module:
@@ -190,12 +190,12 @@ class Workbench:
 
     @property
     def labelled(self) -> bool:
-        """Whether the data has labels that may be used."""
+        """Whether the data has usable labels."""
         return self.inputs.images.labelled
 
     @property
     def judged(self) -> bool:
-        """Whether candidates can be judged, by labels or by a reference in their place."""
+        """Whether candidates can be judged, by labels or by a reference."""
         return self.labelled or self.reference is not None
 
     @property
@@ -208,22 +208,22 @@ class Workbench:
 
     @property
     def work(self) -> np.ndarray:
-        """Positions of the images to fit and choose on; not of others that were given to choose."""
+        """Positions of the images to fit and choose on, without separate ones from ``--select``."""
         own = not isinstance(self.plan.gate.select, str)
         return np.sort(np.concatenate([self.split.fit, self.split.select[: None if own else 0]]))
 
     def fit_on_all_(self) -> None:
-        """Fit on what would choose and test, since nothing is judged; other data's test stays."""
+        """Fit on select and test images too, since nothing is judged; a separate test stays."""
         split, none = self.split, self.split.test[:0]
-        # Positions of the test are those of other data where `--test` names some.
+        # Test positions refer to other data if `--test` names some.
         own, test = (split.test, none) if self.plan.source.test is None else (none, split.test)
-        # So do images that were given to choose on.
+        # Images that were given to choose on are not fitted on.
         select = none if isinstance(self.plan.gate.select, str) else split.select
         fit = np.sort(np.concatenate([split.fit, select, own]))
         self.split = replace(split, fit=fit, select=none, test=test)
 
     def by_source(self, index: np.ndarray) -> list[np.ndarray]:
-        """Positions of each source's images, where `--mix` weighs them; else all of them."""
+        """Positions of each source's images if `--mix` weighs them; else all in one."""
         sources = self.inputs.images.sources
         if not self.plan.statistics.mix or sources is None:
             return [index]
@@ -236,7 +236,7 @@ class Workbench:
         size: int | None = None,
         inputs: Inputs | None = None,
     ) -> Tracked:
-        """Re-iterable batches of chosen images in this order, for a stage that progress names."""
+        """Re-iterable batches of chosen images in this order, for a stage that progress shows."""
         plan, place = self.plan, distributed.here()
         corruption = corruption_of(plan.source.corrupt, plan.gate.seed)
         size, inputs = size or self.evaluation.size, inputs or self.inputs
@@ -244,11 +244,11 @@ class Workbench:
         return Tracked(batches.dealt(place.rank, place.size), stage, self.track)
 
     def test_batches(self, stage: str) -> Tracked:
-        """Re-iterable batches of the test split, for a stage that progress names."""
+        """Re-iterable batches of the test split, for a stage that progress shows."""
         return self.batches(self.split.test, stage, inputs=self.test)
 
     def identity(self, *parts: np.ndarray, batch_size: int) -> str:
-        """Hash everything between the files and the network: the one identity of ``--state``."""
+        """Hash everything between the files and the network, as the identity of ``--state``."""
         digest, model = hashlib.sha256(), self.plan.model
         # The test split does not take part, nor does the number of bad images allowed.
         source, seed = replace(self.plan.source, test=None, max_bad=None), self.plan.gate.seed
@@ -259,7 +259,7 @@ class Workbench:
             name = (spec or "").rpartition(":")[0]
             code = Path(getattr(sys.modules.get(name), "__file__", None) or name)
             digest.update(code.read_bytes() if code.is_file() else b"")
-        # The order of the images counts too, since batches are made in it.
+        # The order of the images counts too, since it decides the batches.
         for i in np.concatenate(parts):
             images, y = self.inputs.images, self.inputs.images.labels
             label = images.target_digest(int(i)).hex() if y is None else int(y[i])
@@ -271,8 +271,8 @@ class Workbench:
         return stated or min(64, max(16, VALUES_A_BATCH // self.inputs.size))
 
     def learn_and_monitor(self) -> tuple[np.ndarray, np.ndarray]:
-        """Cut the fit split for early stopping: four fifths to learn on, one to watch."""
-        if self.again:  # none is left to watch: only a run gone wrong would show
+        """Split fit for early stopping: four fifths to learn on, one fifth to watch."""
+        if self.again:  # nothing is held out to watch: this only shows a failed run
             return self.work, self.split.select
         rng, groups = np.random.default_rng(self.plan.gate.seed), self.inputs.images.groups
         if groups is not None:
@@ -290,7 +290,7 @@ def open_workbench(
     fractions: tuple[float, float, float],
     track: Track = silent,
 ) -> Workbench:
-    """Open a plan's checkpoint and data, and cut the data into fit, select and test."""
+    """Open a plan's checkpoint and data, and split the data into fit, select and test."""
     source, run, seed = plan.source, plan.run, plan.gate.seed
     mix, n_sources = plan.statistics.mix, 1 if isinstance(data, str) else len(data)
     words = f"--mix: {len(mix)} numbers for {n_sources} --data. Give at least two --data, and one "
@@ -319,7 +319,7 @@ def open_workbench(
     groups, n = None if images.groups is None else images.groups[split.select], len(split.select)
     judged = plan.command != "export" and (images.labelled or reference is not None)
     if judged and n and (short := shortfall(n, groups)):
-        advice = "Give more data, or a larger --select with a --test of its own."
+        advice = "Give more data, or a larger --select with its own --test."
         notes.append(f"the select split has {short}, so nothing can be chosen. {advice}")
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
@@ -345,7 +345,7 @@ def open_workbench(
 def _cut_inputs(
     loaded: Loaded, data: str | Sequence[str], plan: Plan, fractions: tuple[float, float, float]
 ) -> tuple[Inputs, Split]:
-    """The data, and those to choose on where they are others, opened and cut."""
+    """Open and split the data, with any separate data to choose on."""
     chooser = plan.gate.select
     if isinstance(chooser, str):
         data = [*([data] if isinstance(data, str) else data), chooser]
@@ -365,7 +365,7 @@ def _cut_inputs(
 
 
 def _opened(checkpoint: str | Path, plan: Plan) -> tuple[Loaded, list[str]]:
-    """The checkpoint and notes on it; a domain that calibrate writes may be one it lacks."""
+    """The checkpoint and notes on it; it can lack the domain that calibrate writes."""
     name = plan.new_domain
     recipe = plan.model if name is None else replace(plan.model, domain=None)
     lenders = () if plan.average is None else plan.average.files
@@ -381,13 +381,13 @@ def _opened(checkpoint: str | Path, plan: Plan) -> tuple[Loaded, list[str]]:
 
 
 def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
-    """The network that a checkpoint was made from; one of other tensors is refused."""
+    """The network that a checkpoint was made from; refused if its tensors differ in shape."""
     path, spec = plan.statistics.reference, plan.statistics.reference_model
     if path is None:
         return None
     made = f"For --reference, give the network that {loaded.checkpoint.path.name} was made from."
     arguments = () if spec else tuple(loaded.origin.arguments.items())
-    # Where the tensors lie in the damaged file says nothing of this one.
+    # The place of the tensors in the damaged file says nothing about this file.
     own: Any = {"key": None, "prefix": None, "domain": None, "model": spec or loaded.origin.spec}
     recipe = replace(plan.model, arguments=arguments, **own)
     try:
@@ -403,7 +403,7 @@ def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
 
 
 def _first_look(loaded: Loaded, batch: Batch | None, *, as_given: bool) -> list[str]:
-    """What strikes the eye in a few images, before anything is done with them."""
+    """Notes on a few images that look odd, before any work."""
     if batch is None:
         return []
     spec = loaded.origin.spec
@@ -421,7 +421,7 @@ def load_one(
     lenders: Sequence[str] = (),
     exported: bool = False,
 ) -> Loaded:
-    """Load a checkpoint onto the device; or an exported network, where those are good."""
+    """Load a checkpoint, or an exported network if allowed, onto the device."""
     device = runtime.resolve_device(run.device)
     if exported and is_exported(checkpoint):
         loaded = load_exported(checkpoint, trust_code=recipe.trust_code)
@@ -432,7 +432,7 @@ def load_one(
     if recipe.logits_output is not None:
         runtime.set_output_(loaded.model, recipe.logits_output)
     if any(t.dtype in (torch.float16, torch.bfloat16) for t in loaded.model.state_dict().values()):
-        # Half-precision models are worked on in float32; saving gives each tensor its type back.
+        # Half-precision models run in float32; saving restores each tensor's type.
         loaded.model.float()
     loaded.model.to(device)
     return loaded
@@ -446,7 +446,7 @@ def finished(
     data: dict[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> Result:
-    """What a command returns; the entry in the output's history says the same as the report."""
+    """A command's result; the entry in the output's history matches the report."""
     report = replace(report, versions=versions())
     entry = history_entry(
         report.command,

@@ -1,8 +1,8 @@
-"""The steps of a command, resolved once from its plan: what is done, in order, and at what cost.
+"""The steps of a command, resolved once from its plan, with their order and their cost.
 
-No other file knows the order. Statistics are never left stale: weights trained in training mode are
-followed by new statistics; weights tuned with frozen statistics have those as part of the result.
-The cheaper candidate at inference comes first, so it wins ties.
+No other file knows the order. Statistics never stay stale: new statistics follow every training in
+training mode; after tuning with frozen statistics, those are part of the result. Candidates that
+are cheaper at inference come first and win ties.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.refit import REFIT_SAMPLES
 
 STATISTICS, WEIGHT, TUNING = "statistics", "example weight", "fine-tuning"
-#: The search of one global weight tries so many, each on a third of the examples.
+#: Weights that the search of one global weight tries, each on a third of the examples.
 _TRIED_WEIGHTS = 10
-#: Steps of a reference's candidate, at least.
+#: Fewest training steps of a candidate that learns from a reference.
 _LEAST_STEPS = 100
 #: Fits without labels: one pass in training mode, then some tried weights.
 _LABEL_FREE_PASSES = 12
@@ -47,19 +47,19 @@ class Work:
 
     stage: str  # in words
     examples: int  # in one pass
-    passes: float  # parts of a pass count as such
+    passes: float  # can be a fraction
     cost: str = "forward"  # as stored; `live`: with weighed examples; `training`: with gradients
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: a fit, and who judges it.
+    """One step: a fit, and its judge.
 
     ``gate`` is ``select`` (the select split), ``monitor`` (the fit's own early stopping), ``none``
-    for what is done by default where nothing can be judged, or empty for what was stated, which
-    stays whatever it costs. A step starts from the state ``kept`` so
-    far, from the ``base``, which is the one after the statistics, from the ``input``, or from a
-    state that an earlier step ``leaves`` under a name, kept or not.
+    (a default where nothing can be judged), or empty (stated by the user, so it stays at any cost).
+    A step starts from the state ``kept`` so far, from the ``base`` (the state after the
+    statistics), from the ``input``, or from a state that an earlier step ``leaves`` under a name,
+    kept or not.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Step:
 
 
 class _Resolver:
-    """The steps of a plan; without a session as if there were labels, and without costs."""
+    """The steps of a plan; without a session labels are assumed, and there are no costs."""
 
     def __init__(self, plan: Plan, bench: Workbench | None) -> None:
         self.plan, self.bench = plan, bench
@@ -84,13 +84,13 @@ class _Resolver:
         self.fit, self.select = sizes.get("fit", 0), sizes.get("select", 0)
         self.monitor = max(1, self.fit // 5) if self.fit else 0
         self.learn, self.layers = self.fit - self.monitor, max(1, len(sites))
-        # All batches walk together, or each layer takes a pass that is shorter than the next.
+        # All batches advance together, or each layer takes a pass, shorter than the next layer's.
         n_norms = sum(site.has_statistics and not site.frozen for site in sites)
-        # Passes of the sequential feed where memory is short.
+        # Passes of the sequential feed if memory is short.
         self.by_depth = 1.0 if bench is None else (n_norms + 3) / 2
 
     def steps(self) -> list[Step]:
-        """All of them, in order."""
+        """All steps, in order."""
         plan, labelled = self.plan, self.labelled
         if plan.command == "finetune":
             return self._alone()
@@ -110,24 +110,24 @@ class _Resolver:
             fit = partial(Fits.weight, value=float(batch), source="batch")
             steps.append(Step(f"batch weight {batch:.3g}", WEIGHT, fit, gate=""))
         if plan.gate.temperature == "auto" and labelled:
-            # Before all that is judged, which then has to win by more than a temperature does.
+            # It comes before all judged steps: those must then gain more than a temperature does.
             gated = (place for place, step in enumerate(steps) if step.gate == "select")
             place = next(gated, len(steps))
             cost = Work(TEMPERATURE, self.fit, 1), Work(f"select: {TEMPERATURE}", self.select, 1)
             steps.insert(place, Step("temperature of the logits", TEMPERATURE, temperature, cost))
-        # Without labels it takes a reference to learn from; weights act where labels show a gain.
+        # Without labels, training needs a reference; weights need labels that show a gain.
         steps += self._distilling() if self.judged else []
         steps += self._tuning() if labelled else []
-        # The last one, since it makes predictions depend on each other.
+        # It comes last, since it makes predictions depend on each other.
         return [*steps, self._batch_weight()] if labelled and batch == "auto" else steps
 
     def _mean(self, recipe: AverageRecipe) -> list[Step]:
-        """The mean of checkpoints, with the statistics of the population, or between them."""
+        """The mean of checkpoints, with population statistics or statistics between theirs."""
         n_files, kind, steps = len(recipe.files) + 1, recipe.statistics, list[Step]()
         new = self._measured("population", gate="")
         if recipe.method == "greedy":
             name = f"greedy mean of up to {n_files} checkpoints, each time with new statistics"
-            # Of k checkpoints, as of all, each runs once for statistics between them.
+            # For statistics between k checkpoints, each of them runs once.
             between = 0 if kind == "population" else n_files * (self.by_depth + n_files / 2)
             work = [replace(one, passes=n_files * one.passes + between) for one in new.work]
             work.append(Work("select: checkpoints and means", self.select, 3 * n_files - 2))
@@ -172,7 +172,7 @@ class _Resolver:
         return steps
 
     def _mixture(self) -> Step:
-        """Mixtures of the statistics before and the population's, as free at inference as both."""
+        """Mixtures of old and population statistics, which cost nothing at inference."""
         recipe = self.plan.weight
         by_layer, epochs = recipe.granularity != "global", min(1, recipe.epochs)
         work = [Work("mixture: one for all layers", self.learn, _TRIED_WEIGHTS / 3)]
@@ -186,14 +186,14 @@ class _Resolver:
     def _measured(
         self, target: str, *, gate: str = "select", example_weight: float | None = None
     ) -> Step:
-        """Statistics of the data of one kind."""
+        """One kind of statistics of the data."""
         recipe, plain, how = self.plan.statistics, 1, target
         feed, passes = recipe.feed, 1.0 if recipe.feed == "batch" else self.by_depth
         if target == "noise":
             plain, how = recipe.draws, f"population of {recipe.draws} copies with weight noise"
             passes *= plain
         if target in ("reference", "blend") or recipe.robust:
-            # One pass more goes through the reference, or looks for images of another kind.
+            # One more pass runs the reference, or looks for images of another kind.
             plain = 2 if target == "reference" or recipe.robust else 1
             feed, passes = "sequential", self.by_depth + plain - 1
         more = "" if passes == plain else f", or {passes:g} where memory is short"
@@ -212,20 +212,20 @@ class _Resolver:
         )
 
     def _distilling(self) -> list[Step]:
-        """Fine-tuning to a reference's predictions: of the input, and after matched statistics."""
+        """Fine-tuning to a reference's predictions: from the input, and after matched statistics."""
         plan = self.plan
         if plan.finetune is None or plan.statistics.reference is None:
             return []
         recipe = replace(plan.finetune, example_weight="keep")
-        # Predictions say more of an image than a label does, so that more passes can be taken.
+        # Predictions tell more about an image than a label, which allows more passes.
         epochs = math.ceil(_LEAST_STEPS / self._n_steps(recipe, 1))
         if recipe.steps is None:
             recipe = replace(recipe, epochs=max(recipe.epochs, epochs))
         of_images = self.bench is not None and self.bench.inputs.preprocessing is not None
         if of_images and recipe.augment == "none":
-            # The reference sees the same variant, so that no variation can make its answer wrong.
+            # The reference sees the same variant, and no variation can make its answer wrong.
             recipe = replace(recipe, augment="light")
-        # What was stated for statistics or weights is part of whatever follows.
+        # Stated statistics or weights are part of every later step.
         is_stated = plan.statistics.statistics != "auto" or plan.weight.is_stated
         starts = ["base"] if is_stated else ["input", "reference"]
         return [self._tuned(recipe, distils=True, start=start) for start in starts]
@@ -233,7 +233,7 @@ class _Resolver:
     def _tuning(self) -> list[Step]:
         """Fine-tuning alone, example weights alone, both together."""
         recipe, steps = self.plan.finetune, list[Step]()
-        # Trained statistics belong to the weights trained with them; frozen ones to all.
+        # Trained statistics belong to the weights trained with them; frozen ones fit all.
         frozen = recipe is None or recipe.statistics == "frozen"
         start = "base" if frozen else "kept"
         if recipe is not None:
@@ -325,7 +325,7 @@ class _Resolver:
 
 
 def resolve(plan: Plan, bench: Workbench | None = None) -> list[Step]:
-    """The steps of a plan; without a session as if there were labels, and without costs."""
+    """The steps of a plan; without a session labels are assumed, and there are no costs."""
     return _Resolver(plan, bench).steps()
 
 
@@ -335,7 +335,7 @@ def is_gated(steps: list[Step]) -> bool:
 
 
 def work_of(plan: Plan, bench: Workbench) -> list[Work]:
-    """All passes of a command where every candidate is tried."""
+    """All passes of a command, if every candidate is tried."""
     steps, n_test = resolve(plan, bench), len(bench.split.test)
     work = [work for step in steps for work in step.work]
     n_networks = 1 if bench.reference is None else 2
@@ -354,7 +354,7 @@ def work_of(plan: Plan, bench: Workbench) -> list[Work]:
 
 
 def fractions(plan: Plan) -> tuple[float, float, float]:
-    """Fit, select and test parts of the data."""
+    """The parts of the data for fit, select and test."""
     given, gate = plan.source.test is not None, plan.gate
     if plan.command == "finetune":
         return (1.0, 0.0, 0.0) if given else (0.8, 0.0, 0.2)
@@ -374,10 +374,10 @@ def fractions(plan: Plan) -> tuple[float, float, float]:
 def open_plan(
     plan: Plan, checkpoint: str | Path, data: str | Sequence[str], model: str | None, track: Track
 ) -> Workbench:
-    """Open the checkpoint and the data of a plan, cut the data, swap the norm layers."""
+    """Open the checkpoint and the data of a plan, split the data, swap the norm layers."""
     if model is not None:
         plan = replace(plan, model=replace(plan.model, model=model))
-    # One of them is as a text; and messages name them all.
+    # A single one is passed as text; messages name them all.
     data = data[0] if not isinstance(data, str) and len(data) == 1 else data
     plan, checkpoint, chosen = narrowed(without_live_layers(plan), checkpoint)
     bench = open_workbench(checkpoint, data, plan, fractions(plan), track)
@@ -402,11 +402,13 @@ def open_plan(
         notes += describe_unjudged(plan)
         bench.fit_on_all_()
     if plan.weight.batch_weight == "auto" and not bench.labelled:
-        notes.append("--batch-weight auto did nothing: it takes labels. --batch-weight N acts.")
+        notes.append("--batch-weight auto did nothing: it needs labels. --batch-weight N acts.")
     if plan.gate.temperature == "auto" and not bench.labelled:
-        notes.append("--temperature auto did nothing: it takes labels.")
+        notes.append("--temperature auto did nothing: it needs labels.")
     if bench.reference is not None and plan.command == "finetune" and bench.labelled:
-        notes.append("the labels were learned, not the reference (--labels none to learn from it).")
+        notes.append(
+            "the network learned from the labels, not the reference (--labels none changes that)."
+        )
     if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:
         notes.append("--label-smoothing had no effect: there are no labels to smooth.")
     if tune and tune.norm_decay_target == "none" and any(tune.norm_decays.values()):
@@ -414,7 +416,7 @@ def open_plan(
     if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
         notes.append(
             "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
-            "normalized by batches; --statistics train does that."
+            "normalized by batches; with --statistics train it is."
         )
     swap_(bench, plan.swap)
     return bench

@@ -1,11 +1,11 @@
 """Statistics that nothing judges: predicted without an example, or pooled from clients.
 
-`calibrate --data none` sets what changed weights and the original's statistics predict. `pool`
-joins the statistics of clients who share no images: each measures, in one pass, the count, mean
-and variance of what every norm layer meets. By the law of total variance the pool equals one pass
-over the batches of all. Under the batch feed a batch is normalized by itself, whoever has it; under
-the sequential feed by stored statistics: then the pool is exact for one more layer with each round
-that starts from the last one's output.
+`calibrate --data none` predicts statistics from the changed weights and the original's statistics.
+`pool` joins the statistics of clients who share no images. Each client measures, in one pass, the
+count, mean and variance of every norm layer's input. By the law of total variance, the pool equals
+one pass over all clients' batches. Under the batch feed, every client normalizes a batch by its own
+statistics. Under the sequential feed it uses stored ones: each round that starts from the last
+round's output then makes the pool exact for one more layer.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from bnfix.report.records import drifts_between, layer_rows, statistics_of
 from bnfix.report.report import Report
 from bnfix.report.result import Result
 
-#: More values a channel than any client has; float64 counts them exactly.
+#: More values per channel than any client has; float64 counts them exactly.
 _MOST_VALUES = 2**53
 _UNPROVEN = "Nothing proves that the output is better: compare it with the input on"
 
 
 def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
-    """Set the statistics that weights and the original's statistics predict; nothing is judged.
+    """Predict statistics from the weights and the original's statistics; nothing is judged.
 
     Raises:
         ConfigError: if no reference is given.
-        ModelError: if one of both networks has no graph.
+        ModelError: if either network cannot be traced.
     """
-    words = f"--data none: {plan.command} needs examples; only calibrate takes none. Give data."
+    words = f"--data none: {plan.command} needs examples; only calibrate works without. Give data."
     require(plan.command == "calibrate", words, "data")
     stated = stated_flags(plan, replace(plan.statistics, reference=None, reference_model=None))
     words = f"--data none: without examples {some(stated)} cannot act. Leave it out, or give data."
@@ -79,7 +79,7 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
         f"no example was used: the means of {len(reached)} layers were moved, and their variances "
         "lowered, as the weights predict from the original's statistics. "
         f"{_UNPROVEN} images (bnfix eval).",
-        *_describe_left(loaded, reached, "out of reach of the prediction"),
+        *_describe_left(loaded, reached, "not reached by the prediction"),
     ]
     if before is not None and example is not None:
         moved = outputs_of(loaded.model, example) - before
@@ -91,7 +91,7 @@ def calibrate_without_data(checkpoint: str | Path, plan: Plan) -> Result:
 
 
 def stated_flags(plan: Plan, statistics: StatisticsRecipe) -> list[str]:
-    """Options that are not as by default, of those that say how statistics or weights are found."""
+    """The options for statistics and weights that are not at their defaults."""
     usual = Plan()
     statistics = replace(statistics, batch_size=usual.statistics.batch_size)
     pairs: list[tuple[Any, Any]] = [
@@ -110,7 +110,7 @@ def stated_flags(plan: Plan, statistics: StatisticsRecipe) -> list[str]:
 
 def _describe_left(loaded: Loaded, done: Collection[str], why: str) -> list[str]:
     left = [site.name for site in find_norms(loaded.model) if site.name not in done]
-    return [f"{some(left)}: {why}, left as they were."] if left else []
+    return [f"{some(left)}: {why}, left unchanged."] if left else []
 
 
 def _unjudged(
@@ -122,7 +122,7 @@ def _unjudged(
     results: dict[str, Any],
     drifts: Mapping[str, tuple[float, float]] | None = None,
 ) -> Result:
-    """The model and what was done."""
+    """The model, and a report on the work."""
     report = Report(
         command=plan.command,
         data=None,
@@ -142,7 +142,7 @@ def _unjudged(
 def measure_moments(
     model: nn.Module, batches: Iterable[Any], feed: str = "batch"
 ) -> dict[str, Moments]:
-    """Count, mean and biased variance ``(C,)``, float64, of what every layer meets in one pass."""
+    """Count, mean and biased variance ``(C,)``, float64, of every layer's input in one pass."""
     by_batch = feed == "batch"
     met = met_in_a_pass(model, batches, Collector, by_batch=by_batch, is_strict=by_batch)
     found, sites = met.sums.measured, sites_with_statistics(model)
@@ -157,7 +157,7 @@ def pooled(parts: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
 
 @torch.no_grad()
 def set_moments_(model: nn.Module, found: Mapping[str, Moments]) -> None:
-    """Make moments the statistics of their layers."""
+    """Set moments as the statistics of their layers."""
     for site in sites_with_statistics(model):
         if site.name in found:
             site.set_moments_(found[site.name].mean, found[site.name].var, 1)
@@ -172,7 +172,7 @@ def save_moments(
     force: bool,
     track: Track,
 ) -> dict[str, Any]:
-    """Measure what every norm layer meets on a client's images, and write it to a file, if any."""
+    """Measure every norm layer's input on a client's images; write moments to a path, if any."""
     plan = replace(plan, source=replace(plan.source, labels="none"))
     if stated := stated_flags(plan, replace(plan.statistics, feed="batch")):
         raise ConfigError(
@@ -206,7 +206,7 @@ def pool_files(
     run: RunOptions = RunOptions(),
     command_line: str = "",
 ) -> Result:
-    """Give the one checkpoint among the files the pooled statistics of the others."""
+    """Set the files' pooled moments in the one checkpoint among them."""
     only = "--like-input: pool writes a .safetensors file. Leave it out."
     require(not model.like_input, only, "like_input")
     given = [(path, *_opened(path)) for path in files]
@@ -224,9 +224,9 @@ def pool_files(
     for path, header, tensors in moments:
         own, found = _checked(header, tensors, loaded.model, identity)
         digest = sha256_of(path)
-        own += ["is here twice"] * (digest in sums)
+        own += ["is given twice"] * (digest in sums)
         alike = header["moments"] == first["moments"]
-        own += ["has another feed or preprocessing than the first"] * (not alike)
+        own += ["differs from the first in feed or preprocessing"] * (not alike)
         problems += [f"{plain(path)}: {problem}" for problem in own]
         parts.append(found)
         sums.add(digest)
@@ -251,7 +251,7 @@ def pool_files(
 
 
 def _opened(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
-    """The header and the tensors of a file of moments; no header of any other file."""
+    """The header and the tensors of a moments file; no header for any other file."""
     if path.suffix != ".safetensors" or path.is_dir():
         return None, {}
     tensors, text, _ = read_file(path)
@@ -262,7 +262,7 @@ def _opened(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
 def _checked(
     header: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, identity: str
 ) -> tuple[list[str], dict[str, Moments]]:
-    """What is wrong with a file of moments, and those of its layers that are right."""
+    """The problems of a moments file, and the moments of its sound layers."""
     of, problems, found = header["moments"], list[str](), dict[str, Moments]()
     if not isinstance(of, dict) or of.get("feed") not in ("batch", "sequential"):
         return ["its header is damaged"], {}
@@ -277,5 +277,5 @@ def _checked(
         if ok and bool((t[0] >= 1).all() and (t[0] <= _MOST_VALUES).all() and (t[2] >= 0).all()):
             found[name] = Moments(*t)
         else:
-            problems.append(f"{name}: no counts from 1, finite means and variances from 0 ({n})")
+            problems.append(f"{name}: expected {n} counts from 1, finite means, variances from 0")
     return problems, found

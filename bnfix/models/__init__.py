@@ -1,1 +1,1 @@
-"""A model from a spec, and the preprocessing of published ones."""
+"""Models from specs, and the preprocessing of published models."""

@@ -1,7 +1,7 @@
-"""A model from a spec.
+"""Build a model from a spec.
 
-The number of classes is read off the checkpoint: the model is built twice without memory, with two
-numbers of classes, and the shapes that move with that number are solved for the file's.
+The number of classes comes from the checkpoint. The model is built twice without memory, with two
+numbers of classes; the shapes that change with that number are solved for the file's number.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from bnfix.core.guards import exchange_
 from bnfix.models.published import build_pretrained, import_library, tv_models
 from bnfix.norm.sites import remember_frozen_
 
-#: The attribute of a model without convolutions that says how many channels its input has.
+#: The attribute that holds the number of input channels of a model without convolutions.
 CHANNELS: Final = "_bnfix_channels"
 #: Names that builders give to the number of classes.
 CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
 #: Two numbers of classes to probe with: small, and unlike the usual counts.
 _PROBES: Final = (11, 13)
-#: Arguments of torchvision's and timm's builders that fetch or read weights, or speak of it.
+#: Arguments of torchvision's and timm's builders that fetch or read weights, or concern that.
 _WEIGHT_ARGUMENTS: Final = frozenset(
     "weights weights_backbone pretrained pretrained_backbone pretrained_cfg pretrained_cfg_overlay "
     "checkpoint_path cache_dir progress".split()
 )
-#: Parts that a torchvision model has or has not: the argument, and how the part's tensors begin.
+#: Optional parts of torchvision models: the argument, and the prefix of the part's tensors.
 _AUXILIARY: Final = {
     "googlenet": ("aux_logits", "aux"),
     "inception": ("aux_logits", "AuxLogits."),
@@ -60,7 +60,7 @@ _FORMS: Final = (
 _DETECTORS: Final = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
 
 
-#: The parameters of a callable that does not say its own.
+#: The parameters of a callable without a signature.
 _ANY: Final = inspect.signature(lambda **_: None).parameters
 
 
@@ -80,7 +80,7 @@ class _Builder:
     def parameters(self) -> Mapping[str, inspect.Parameter]:
         try:
             return inspect.signature(self.call).parameters
-        except (TypeError, ValueError):  # written in C, or hides it
+        except (TypeError, ValueError):  # written in C, or hides its signature
             return _ANY
 
     @property
@@ -103,14 +103,14 @@ def build_model(
 def builder_arguments(
     spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """All arguments that `build_model` would call the builder with."""
+    """All arguments that `build_model` passes to the builder."""
     return _resolved(spec, arguments, tensors)[1]
 
 
 def build_skeleton(
     spec: str, arguments: Mapping[str, Any] | None, tensors: Mapping[str, torch.Tensor]
 ) -> nn.Module | None:
-    """Build a model without memory for its tensors, to be filled with a checkpoint's own."""
+    """Build a model without memory for its tensors, to fill with a checkpoint's tensors."""
     builder, given = _resolved(spec, arguments, tensors)
     found = _with_state(builder, given, "meta")
     if found is None:
@@ -118,7 +118,7 @@ def build_skeleton(
     model, state = found
     known = {id(tensor) for tensor in state.values()}
     if len(known) < len(state):
-        return None  # tensors under two names would no longer be one
+        return None  # a tensor under two names would become two tensors
     # Tensors outside the state dict would stay empty: buffers that are not saved, plain fields.
     for module in nn.Module.modules(model):
         own = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
@@ -142,12 +142,12 @@ def _resolved(
 
 
 def from_file_allowed(spec: str) -> bool:
-    """Whether a spec may be built because a file names it: only the two libraries' code runs."""
+    """Whether a spec that a file names may be built: only the two libraries' code runs."""
     return re.fullmatch(r"(torchvision|timm):[A-Za-z0-9_.\-]+", spec) is not None
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """The channels of a model's input: as it states them, or by its first convolution."""
+    """The channels of a model's input: as stated, or by its first convolution."""
     if (stated := vars(model).get(CHANNELS)) is not None:
         return int(stated)
     # By the class: some networks have an attribute that shadows `modules`.
@@ -185,8 +185,8 @@ def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Siz
     return found and {n: t.shape for n, t in found[1].items() if isinstance(t, torch.Tensor)}
 
 
-# A model and its state dict; None if it does not build there: torch raises NotImplementedError
-# where code asks tensors without memory for their values.
+# A model and its state dict; None if it does not build there. torch raises NotImplementedError
+# if code reads the values of tensors without memory.
 def _with_state(
     builder: _Builder, arguments: dict[str, Any], device: str
 ) -> tuple[nn.Module, dict[str, Any]] | None:
@@ -220,7 +220,7 @@ def _with_classes(
     return arguments
 
 
-# Every number of classes that some tensor's size means, given the sizes at two probes.
+# Every number of classes that a tensor's size implies, given the sizes at two probes.
 def _solve(
     first: dict[str, torch.Size],
     second: dict[str, torch.Size],
@@ -244,7 +244,7 @@ def _check_size(
 ) -> None:
     found = _with_state(builder, arguments, "meta")
     if found is None:
-        return  # the user's own code, which needs memory, or it fails later
+        return  # the user's own code needs memory, or fails later
     _, state = found
     size = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor) and t.is_meta)
     held = sum(tensor.numel() for tensor in tensors.values())
@@ -259,7 +259,7 @@ def _check_size(
         )
 
 
-# All that is unknown or missing; the number of classes may be readable off a checkpoint.
+# Everything unknown or missing; a checkpoint can supply the number of classes.
 def _check_arguments(builder: _Builder, given: dict[str, Any], *, readable: bool) -> None:
     kinds = {name: parameter.kind for name, parameter in builder.parameters.items()}
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -289,7 +289,7 @@ def _resolve(
         if forbidden:
             raise model_error(
                 spec,
-                f"argument {some(forbidden)} is not taken, weights come from the checkpoint. "
+                f"argument {some(forbidden)} is not accepted, weights come from the checkpoint. "
                 "Leave it out.",
             )
         return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
@@ -334,7 +334,7 @@ def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | Non
         fixed["weights_backbone"] = None
     stem = name.removeprefix("quantized_")
     if stem.startswith(("googlenet", "inception")):
-        fixed["init_weights"] = False  # else it warns, and takes a minute
+        fixed["init_weights"] = False  # otherwise it warns, and takes a minute
     argument, start = next((a for key, a in _AUXILIARY.items() if stem.startswith(key)), (None, ""))
     if argument and tensors is not None:
         fixed[argument] = any(key.startswith(start) for key in tensors)
@@ -345,8 +345,8 @@ def _torchvision(spec: str, name: str, tensors: Mapping[str, torch.Tensor] | Non
 
 
 def _freeze_as_stored_(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a detector constant Batch Norms where its file has no counters, as theirs have none."""
-    # The builder does so only if it fetches weights, which is never asked of it here.
+    """Give a detector frozen Batch Norms if its file has no batch counters; those have none."""
+    # The builder does so only if it fetches weights, and here it never does.
     norms = {n: m for n, m in model.named_modules() if type(m) is nn.BatchNorm2d}
     stored = [name for name in norms if f"{name}.running_var" in tensors]
     if not stored or any(f"{name}.num_batches_tracked" in tensors for name in stored):
@@ -371,7 +371,7 @@ def _timm(spec: str, name: str) -> _Builder:
 def seeded() -> Iterator[None]:
     """Run a block with torch's generator at seed 0, and put its state back."""
     with torch.random.fork_rng(devices=[]):
-        # Only this generator: torch.manual_seed would touch those of other devices, too.
+        # Only this generator: torch.manual_seed would also touch other devices' generators.
         torch.default_generator.manual_seed(0)
         yield
 
@@ -379,7 +379,7 @@ def seeded() -> Iterator[None]:
 @contextmanager
 def importable(folder: str | None) -> Iterator[None]:
     """Let a block import from a folder first."""
-    # First, as `python -m` and `python file.py` have it; the code may import on when it is called.
+    # First, as with `python -m` and `python file.py`; the code can import more when it is called.
     if folder is None:
         yield
         return
@@ -395,7 +395,7 @@ def importable(folder: str | None) -> Iterator[None]:
 def _import_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise model_error(spec, "no such file. Give the path to a Python file.")
-    # By content: the same file gives the same classes, a changed one does not meet the old ones.
+    # By content: the same file gives the same classes, and a changed file gives new ones.
     try:
         source = path.read_bytes()
     except OSError as error:
@@ -408,9 +408,9 @@ def _import_file(spec: str, path: Path) -> ModuleType:
     if described is None or described.loader is None:
         raise model_error(spec, "is not a Python file. Give a name ending in .py.")
     module = importlib.util.module_from_spec(described)
-    sys.modules[name] = module  # before it runs, as its classes may be pickled while it does
+    sys.modules[name] = module  # before it runs, since it can pickle its classes while it runs
     try:
-        # Not by the loader: its bytecode may be that of a version of the same second and size.
+        # Not by the loader: its bytecode can be from a version of the same second and size.
         exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException as error:
         del sys.modules[name]
@@ -435,7 +435,7 @@ def _import_module(spec: str, name: str) -> ModuleType:
 
 
 def import_callable(spec: str) -> tuple[Callable[..., Any], str]:
-    """Import the callable that the user names, running the user's code; and its folder."""
+    """Import the callable that the user names, running the user's code; also its folder."""
     where, _, attribute = spec.rpartition(":")
     is_file = where.endswith(".py") or "/" in where
     folder = str(Path(where).resolve().parent if is_file else Path.cwd())

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from bnfix.core.errors import ModelError, model_errors, root_line
 from bnfix.core.torch_private import ConvBase
 
-#: Errors that a stranger's forward is known to raise on symbols.
+#: Errors that a third-party forward raises on symbols.
 _TRACE_ERRORS = (
     RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NameError,
     ArithmeticError,
@@ -30,7 +30,7 @@ def graph_of(
 ) -> fx.Graph:
     """Trace a model for all inputs at once; norm layers and torch's own layers stay calls.
 
-    Where that fails and there is an example, branches go as they go for it.
+    If that fails and there is an example, branches follow the example.
     """
     graph = graph_or_reason(model, norms)
     if isinstance(graph, str) and example is not None:
@@ -44,16 +44,16 @@ def graph_of(
 def export_program(
     model: nn.Module, example: Tensor, *, free_size: bool = False
 ) -> torch.export.ExportedProgram:
-    """Export with a free batch size, and if asked a free height and width, from at least 2 inputs.
+    """Export with a free batch size, and a free height and width if asked, from at least 2 inputs.
 
-    A single input would not do: torch.export takes a size of 1 for a constant.
+    A single input is not enough: torch.export treats a size of 1 as a constant.
     """
     free = {0: torch.export.Dim("batch", min=1, max=2**20)}
     if free_size:
         free |= dict.fromkeys(range(2, example.ndim), torch.export.Dim.DYNAMIC)
     size = " and a free height and width" if free_size else ""
     problem = f"cannot be traced by torch.export with a free batch size{size}"
-    advice = "Its forward must not branch on values, nor fix the number of examples."
+    advice = "Its forward must not branch on values or fix the number of examples."
     shapes: Any = (free,)
     with model_errors("model", problem, advice), quiet(), torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
@@ -93,7 +93,7 @@ def graph_or_reason(model: nn.Module, norms: Sequence[nn.Module]) -> fx.Graph | 
 
 
 class _Tracer(fx.Tracer):
-    """Norms and torch's own layers are leaves; coarse: any module without a norm is one too."""
+    """Norms and torch's own layers are leaves; if coarse, so is any module without a norm."""
 
     def __init__(self, model: nn.Module, norms: Sequence[nn.Module], coarse: bool) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Followed(_Tracer):
-    """Values of an example go along, and decide where the model branches."""
+    """Computes an example's values during the trace; they decide where the model branches."""
 
     def __init__(self, model: nn.Module, norms: Sequence[nn.Module], example: Tensor) -> None:
         super().__init__(model, norms, coarse=False)
@@ -140,7 +140,7 @@ class _Followed(_Tracer):
         return proxy
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Which way the model goes."""
+        """The branch that the model takes."""
         return bool(obj.node.meta["value"])
 
 

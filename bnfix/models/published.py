@@ -1,7 +1,7 @@
 """Published networks: their libraries, their preprocessing, and folders that transformers saved.
 
-Nothing is fetched or trusted. Of a folder, only ``config.json`` names the model, out of the classes
-that transformers itself has; code beside it is never run.
+Nothing is fetched or trusted. In a folder, only ``config.json`` names the model, from the classes of
+transformers itself; code in the folder is never run.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def tv_models() -> Any:
 
 
 def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, str] | None:
-    """The preprocessing of a published model's authors, and whose; nothing is downloaded."""
+    """A published model's preprocessing by its authors, and their name for it; no download."""
     kind, _, name = spec.partition(":")
     if kind == "transformers":
         own = folder_preprocessing(spec, name)
         return None if own is None else (own, f"preprocessing of {spec}")
     if kind != "torchvision" or name not in tv_models().list_models():
         return None
-    # A file's own weights are known by its digest; else the first ImageNet weights are taken.
+    # A digest identifies the file's own weights; else the first ImageNet weights count.
     published = filter(None, [published_weights(spec, sha256)])
     for weights in (*published, *tv_models().get_model_weights(name)):
         found = _of_transforms(weights)
@@ -62,7 +62,7 @@ def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, s
 
 
 def published_weights(spec: str, sha256: str) -> Any | None:
-    """The published weights that a file is, by its digest, whose digits torchvision's URL has."""
+    """The published weights in a file, found by digits of its digest in torchvision's URL."""
     kind, _, name = spec.partition(":")
     if kind != "torchvision" or not sha256 or name not in tv_models().list_models():
         return None
@@ -74,8 +74,8 @@ def published_weights(spec: str, sha256: str) -> Any | None:
 
 
 def published_arguments(spec: str, sha256: str) -> dict[str, Any] | None:
-    """Arguments that belong to a model's published weights; None where none would need any."""
-    # The authors of these two normalized otherwise: their builder has a switch, the file has none.
+    """Arguments that go with a model's published weights; None if no weights of it need any."""
+    # These two models were normalized differently: the builder has a switch, the file does not.
     if spec not in ("torchvision:googlenet", "torchvision:inception_v3"):
         return None
     return {} if published_weights(spec, sha256) is None else {"transform_input": True}
@@ -165,16 +165,16 @@ def _interpolation(name: str) -> str:
 
 _CALLABLE: Final = "give a callable that builds it: --model path/to/file.py:callable."
 _CONFIG, _PREPROCESSOR = "config.json", "preprocessor_config.json"
-#: A longer description is none.
+#: A longer file is not a model's description.
 _TEXT_LIMIT: Final = 8 * 2**20
-#: How timm's names begin where they stand for files to fetch or read.
+#: Prefixes of timm's names for files to fetch or read.
 _ELSEWHERE: Final = ("hf-hub:", "hf_hub:", "local-dir:", "http:", "https:")
-#: Pillow's numbers of its filters.
+#: Pillow's filters, by their numbers.
 _FILTERS: Final = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Module:
-    """Build the model of a folder's configuration, its entries overridden, with fresh weights."""
+    """Build the model of a folder's configuration, with overridden entries and fresh weights."""
     config = _read(spec, Path(folder) / _CONFIG)
     _refuse_code(spec, config)
     transformers = import_library("transformers", spec)
@@ -195,7 +195,7 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         raise model_error(spec, f"its {_CONFIG} names no model_type.")
     found = _class_of(spec, transformers, config.get("architectures"))
     wanted = "image classifier" if found is None else found.__name__
-    problem = f"no {wanted} of transformers comes out of its {_CONFIG}"
+    problem = f"transformers builds no {wanted} from its {_CONFIG}"
     advice = "Check the folder and --model-arg."
     with model_errors(spec, problem, advice), warnings.catch_warnings(action="ignore"):
         described = type(transformers.AutoConfig.for_model(kind)).from_dict(config)
@@ -206,7 +206,7 @@ def build_pretrained(spec: str, folder: str, arguments: dict[str, Any]) -> nn.Mo
         elif isinstance(described, found.config_class):
             model = found(described)
         else:
-            raise TypeError(f"it does not take the configuration of {kind}")
+            raise TypeError(f"it does not accept the configuration of {kind}")
     if not isinstance(model, nn.Module):
         raise model_error(spec, "transformers built no torch.nn.Module.")
     return model
@@ -217,8 +217,8 @@ def _refuse_code(spec: str, config: dict[str, Any]) -> None:
     if foreign:
         raise model_error(
             spec,
-            f"its {_CONFIG} asks for code of its own ({foreign[0]}), which is not run. "
-            f"Where you trust it, {_CALLABLE}",
+            f"its {_CONFIG} asks for its own code ({foreign[0]}), which is not run. "
+            f"If you trust it, {_CALLABLE}",
         )
 
 
@@ -242,9 +242,9 @@ def described_in(folder: Path) -> tuple[str, dict[str, Any], Preprocessing | Non
 def _as_timm_reads(
     spec: str, config: dict[str, Any]
 ) -> tuple[dict[str, Any], Preprocessing | None]:
-    """The builder's arguments and the preprocessing in a configuration of timm's."""
+    """The builder's arguments and the preprocessing in a timm configuration."""
     timm = import_library("timm", spec)
-    # Older ones have no inner part.
+    # Older configurations have no inner part.
     inner, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
     wrong = (AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
     problem, advice = f"its {_CONFIG} cannot be used", "Give --model, or correct it."
@@ -260,7 +260,7 @@ def _as_timm_reads(
 
 
 def folder_labels(folder: Path) -> tuple[str, ...]:
-    """The names of the outputs that a folder's configuration states; empty where it states none."""
+    """The names of the outputs in a folder's configuration; empty if it states none."""
     config = _read(str(folder), folder / _CONFIG)
     inner = config.get("pretrained_cfg", config)
     stated = config.get("id2label") or config.get("label_names")
@@ -274,7 +274,7 @@ def folder_labels(folder: Path) -> tuple[str, ...]:
 
 
 def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
-    """The class of transformers itself that a configuration states, if it states one."""
+    """The class of transformers itself that a configuration names, if any."""
     if not stated:
         return None
     name = stated[0] if isinstance(stated, list) else stated
@@ -289,17 +289,17 @@ def _class_of(spec: str, transformers: Any, stated: Any) -> Any:
 
 
 def _without_fetching(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that fetches no weights, which the checkpoint would replace at once."""
+    """A configuration that fetches no weights: the checkpoint would replace them at once."""
     off = {name: False for name in ("use_pretrained_backbone", "pretrained") if config.get(name)}
     return {n: _without_fetching(v) if isinstance(v, dict) else v for n, v in config.items()} | off
 
 
 def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors under a model's own names, as transformers loads them; else none."""
+    """A checkpoint's tensors under a model's own names, as transformers loads them; empty if they do not fit."""
     kind: Any = type(model)
     transformers = import_library("transformers", kind.__name__)
     config: Any = copy.deepcopy(model.config)
-    # Or it would be the type of what is loaded.
+    # Otherwise it would be the type of the loaded tensors.
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", None)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -319,14 +319,14 @@ def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, 
         return {}
     state = {n: t for n, t in loaded.state_dict().items() if n not in found["missing_keys"]}
     types = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    # from_pretrained gives all tensors the model's type; the file's is kept where it has only one.
+    # from_pretrained gives all tensors the model's type; a file's single type is kept.
     kept = types.pop() if len(types) == 1 else None
     return {n: t.to(kept) if kept and t.is_floating_point() else t for n, t in state.items()}
 
 
 def names_in_file(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """The file's name of each tensor that `renamed` renames; none where it changes their values."""
-    # Every tensor holds its own number, so that it is known again.
+    """The file's name of each tensor that `renamed` renames; empty if it changes their values."""
+    # Every tensor holds its own number, which identifies it afterwards.
     marked = {n: torch.full(t.shape, float(k)) for k, (n, t) in enumerate(tensors.items())}
     found, names = renamed(model, marked), list(tensors)
     if any(t.numel() == 0 or bool((t != t.flatten()[0]).any()) for t in found.values()):
@@ -359,7 +359,7 @@ def _read(spec: str, path: Path) -> dict[str, Any]:
             spec, f"{plain(path)} cannot be read as JSON ({plain(error)})."
         ) from error
     if not isinstance(found, dict):
-        raise model_error(spec, f"{plain(path)} is no JSON object.")
+        raise model_error(spec, f"{plain(path)} is not a JSON object.")
     return found
 
 
@@ -369,7 +369,7 @@ def _preprocessing(found: dict[str, Any]) -> Preprocessing:
         resize = _size(found["size"])
         part = found.get("crop_pct")
         if part is not None and len(resize) == 1 and resize[0] < 384:
-            # ConvNeXt and its like: the size is that of the crop, the resize is larger by this.
+            # ConvNeXt and similar: the size is the crop's, and the resize is larger by this factor.
             crop, resize = (resize[0], resize[0]), (int(resize[0] / float(part)),)
     if found.get("do_center_crop") and found.get("crop_size") is not None:
         size = _size(found["crop_size"])
