@@ -259,7 +259,7 @@ def test_a_table_is_worked_on_from_the_command_line(table, cli, tmp_path) -> Non
         words = ["--model", spec, "--data", data, "--labels", "none", "--statistics", "population"]
         done = cli("calibrate", tmp_path / "net.pth", *words, "-o", out)
         assert done.code == 0, done.err
-        assert "inputs are taken as they are, without any preprocessing" in done.err
+        assert "inputs are used without any preprocessing" in done.err
         assert "pixels" not in done.err
         tensors = load_file(out)
         torch.testing.assert_close(tensors["1.running_mean"], hidden.mean(0))
@@ -283,7 +283,7 @@ def test_a_table_is_converted_and_exported(table, cli, tmp_path) -> None:
     assert "on examples of the data of 2x4 the largest output difference is 0" in done.err
     done = cli("export", tmp_path / "net.pth", *words, "--to", "plain", "-o", tmp_path / "net.py")
     assert done.code == 0, done.err
-    assert "inputs are taken as they are" in done.err
+    assert "inputs are used without any preprocessing" in done.err
     assert "ImageNet" not in done.err
     words += ["--mean", "0.5", "--to", "plain", "-o", tmp_path / "x.py"]
     assert "so --mean cannot be applied" in cli("export", tmp_path / "net.pth", *words).message
@@ -353,7 +353,7 @@ def test_a_callable_that_a_file_names_is_not_imported(
     ):
         replayed_plan(out, run=RunOptions("cpu"))
     refused = cli("fix", files.net, "--data", files.data, "--recipe", out, "-o", tmp_path / "new")
-    assert "Name it by --test" in refused.message
+    assert "Name the data with --test" in refused.message
     assert not (tmp_path / "ran").exists()
     plan = replayed_plan(out, run=RunOptions("cpu"), test=str(files.test))
     assert plan.source.test == str(files.test)

@@ -572,7 +572,7 @@ def test_a_model_that_gets_no_faster_copy_is_evaluated_as_it_is(files, tmp_path)
         model=f"{source}:build",
         also=EvaluationRecipe(fast=True),
     )
-    assert any("as it is, for all --fast: fused network: its outputs differ" in n
+    assert any("evaluated without --fast: fused network: its outputs differ" in n
                for n in report.assumptions)  # fmt: skip
     assert report.models[0].metrics.n_examples == 40
 
@@ -602,7 +602,7 @@ def test_of_several_outputs_the_one_with_a_column_a_class_is_taken_and_said(cli,
     found = cli("eval", tmp_path / "two.pth", *words)
     assert found.code == 0, found.message
     assert found.json["models"][0]["nll"] == pytest.approx(plain["models"][0]["nll"], rel=1e-6)
-    assert "1 is taken for the logits: it alone has 3 columns" in str(found.json["assumptions"])
+    assert "1 is taken as the logits: only it has 3 columns" in str(found.json["assumptions"])
     refused = cli("eval", tmp_path / "two.pth", *words, "--output", "2")
     assert refused.code == 1
     assert "--output 2: the model has no such output" in refused.err

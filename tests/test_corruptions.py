@@ -296,7 +296,7 @@ def test_corruptions_need_labels_and_stand_alone(cli, files):
     words = [*files.common, "--corruptions"]
     assert "have no labels" in cli("eval", files.net, "--data", files.flat, *words).message
     said = cli("eval", files.net, "--data", files.test, *words, "--corrupt", "blur:1").message
-    assert "not together with --corrupt" in said
+    assert "cannot be combined with --corrupt" in said
     said = cli("eval", files.net, "--data", files.test, *files.common, "--corrupt", "fog:1").message
     assert "'fog:1' is not known" in said
     plan = cli("eval", files.net, "--data", files.test, *words, "--plan", "--json").json

@@ -118,7 +118,7 @@ def test_statistics_that_did_not_follow_are_stale(original):
 def test_statistics_that_moved_along_are_not(original):
     found = compare_weights(moved(on_weights(original, pruned)), original)
     assert (len(found.moved), found.stale) == (19, ())
-    assert "the statistics of 19 of 19 norm layers moved along" in found.sentence
+    assert "the statistics of 19 of 19 norm layers moved with them" in found.sentence
     assert [one.severity for one in found.findings()] == ["note"]
 
 
@@ -152,7 +152,7 @@ def test_in_files_sorted_by_name_convolutions_come_before_norms_and_linear_layer
 def test_a_change_too_slight_for_the_statistics_leaves_them_right(original):
     found = compare_weights(on_weights(original, lambda w: w.half().float()), original)
     assert found.stale == ()
-    assert found.sentence.endswith("so slight or so late a change leaves right")
+    assert found.sentence.endswith("so slight or so late a change leaves them valid")
 
 
 def test_a_network_that_was_trained_on_changes_everywhere(original):

@@ -162,8 +162,8 @@ def test_all_problems_of_a_header_at_once_and_float64_is_taken(files, several, t
     [
         (("calibrate", "--domain", "a b"), 2, "--domain: 'a b'"),
         (("calibrate", "--domain", "auto"), 2, "--domain: 'auto'"),
-        (("calibrate", "--domain", "x", "--example-weight", 0.1), 2, "statistics, and no weights"),
-        (("calibrate", "--domain", "x", "--batch-weight", "auto"), 2, "statistics, and no weights"),
+        (("calibrate", "--domain", "x", "--example-weight", 0.1), 2, "statistics and no weights"),
+        (("calibrate", "--domain", "x", "--batch-weight", "auto"), 2, "statistics and no weights"),
         (("fix", "--domain", "dusk"), 1, "no domain 'dusk', expected one of: fog, night"),
     ],
 )

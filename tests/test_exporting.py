@@ -355,7 +355,7 @@ def test_a_difference_ends_with_the_worst_output_and_the_suspect_layer(folder, t
     with pytest.raises(
         ModelError,
         match=rf"^--to {to}: output 'output' of example \d+ \(noise\) differs by [\d.e-]+, more "
-        r"than --atol 0.0001 accepts \(0.0001, as that output is up to 0\.\d+\); "
+        r"than --atol 0.0001 accepts \(0.0001, since that output reaches 0\.\d+\); "
         r"suspect layer: middle \(Liar\), the first whose output differs",
     ):
         export(
@@ -375,7 +375,9 @@ def scaler(folder: Path) -> Path:
 
 
 def test_a_difference_between_layers_is_not_called_rounding(folder):
-    with pytest.raises(ModelError, match=r"agrees by itself, so suspect the operations between"):
+    with pytest.raises(
+        ModelError, match=r"every single layer agrees, so suspect the operations between"
+    ):
         export(
             folder / "live.safetensors",
             model=spec(folder, "late"),
@@ -396,8 +398,8 @@ def test_a_difference_is_judged_by_the_size_of_its_output(folder, scaler):
     strict = dataclasses.replace(recipe, atol=1e-9)
     with pytest.raises(
         ModelError,
-        match=r"more than --atol 1e-09 accepts \(.*, as that output is up to .*\); every layer "
-        r"agrees by itself, so it is rounding that adds up\. Give --atol [\d.e-]+ to accept it\.",
+        match=r"more than --atol 1e-09 accepts \(.*, since that output reaches .*\); every "
+        r"single layer agrees, so rounding errors add up\. Give --atol [\d.e-]+ to accept it\.",
     ):
         export(scaler, model=spec(folder, "upscaler"), recipe=strict)
 
@@ -414,7 +416,8 @@ def test_an_unknown_height_and_width_are_left_free(folder, scaler, to):
 @pytest.mark.parametrize("to", ["onnx", "pt2"])
 def test_a_network_of_one_unknown_size_needs_an_input_shape(folder, to):
     with pytest.raises(
-        ModelError, match=r"size of the network's input is not known.*for example 3,28,28, on which"
+        ModelError,
+        match=r"network's input size is not known.*the network runs on 3,28,28, for example",
     ):
         export(
             folder / "live.safetensors",

@@ -38,7 +38,7 @@ def test_only_what_cannot_fit_is_reported(net: nn.Module) -> None:
     for other in (x / 4, 255 * x, x + 5):
         found = look_at_inputs(net, batch_of(other))
         assert found is not None
-        assert "do not look like what 1 has stored" in found
+        assert "do not fit the statistics stored in 1:" in found
         assert "--preset" in found
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert not net.training
@@ -85,10 +85,12 @@ def assumptions(checkpoint: object, model: str, data: object, **source: object) 
 
 def test_it_is_among_the_assumptions(files: Files) -> None:
     right = {"mean": (0.5,), "std": (0.25,)}
-    assert "do not look like" not in assumptions(files.net, files.spec, files.data, **right)
+    assert "do not fit the statistics" not in assumptions(
+        files.net, files.spec, files.data, **right
+    )
     wrong = {"mean": (0.0,), "std": (1.0,), "scale": 1.0}
     assert "conv" not in (found := assumptions(files.net, files.spec, files.data, **wrong))
-    assert "do not look like what bn1 has stored" in found
+    assert "do not fit the statistics stored in bn1:" in found
 
 
 @needs_data

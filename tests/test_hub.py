@@ -260,7 +260,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("name", "entries", "match"),
     [
-        ("resnet", {"auto_map": {"AutoModel": "evil.Net"}}, r"asks for code of its own \(auto_map"),
+        ("resnet", {"auto_map": {"AutoModel": "evil.Net"}}, r"asks for its own code \(auto_map"),
         ("resnet", {"model_type": None}, "names no model: expected model_type"),
         ("resnet", {"architectures": ["Evil"]}, "which transformers .* does not have"),
         ("test_resnet", {"architecture": "hf-hub:a/b"}, "timm has no model of that name"),
@@ -268,7 +268,7 @@ class Evil:
         (
             "test_resnet",
             {"model_args": {"checkpoint_path": "/etc/passwd"}},
-            "is not taken, weights",
+            "is not accepted, weights",
         ),
         ("test_resnet", {"model_args": 3}, r"its config\.json cannot be used"),
         ("test_resnet", {"pretrained_cfg": {"input_size": 3}}, r"its config\.json cannot be used"),
@@ -328,7 +328,7 @@ def test_a_folder_is_written_whole_and_replaces_only_its_like(cli, folder, tmp_p
     assert "does not exist" in refused(cli, source, tmp_path / "no" / "out")
     assert "ends in .safetensors" in refused(cli, source, tmp_path / "out.pth")
     code = copied(folder, tmp_path / "code", auto_map={"AutoModel": "theirs.Net"})
-    assert "asks for code of its own" in refused(cli, code, tmp_path / "new")
+    assert "asks for its own code" in refused(cli, code, tmp_path / "new")
     # A file is no hub folder, so its output is a file.
     assert "ends in .safetensors" in refused(cli, source / weights, tmp_path / "new")
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -128,7 +128,7 @@ def test_hyper_parameters_are_shown(cli, files, tmp_path):
     assert found["plain"] == {}
     torch.save(contents(files)["torchvision"], tmp_path / "net.ckpt")
     shown = cli("inspect", tmp_path / "net.ckpt")
-    assert "beside the weights: epoch = 3" in shown.out
+    assert "next to the weights: epoch = 3" in shown.out
     assert "args.lr = 0.25" in shown.out
     assert cli("inspect", tmp_path / "net.ckpt", "--json").json["beside"]["args.lr"] == 0.25
 

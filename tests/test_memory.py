@@ -307,7 +307,7 @@ def test_a_calibration_gives_way_and_names_it(cli, files, tight, tmp_path):
     told = [note for note in found["assumptions"] if "did not fit the memory" in note]
     assert told == [
         "population statistics: batches of 32 instead of 128, since 64 at once did not fit the "
-        "memory; with the batch feed the statistics depend a little on this.",
+        "memory; with the batch feed this changes the statistics slightly.",
         "--batch-size: batches of 32 instead of 128, since 64 at once did not fit the memory.",
     ]
     assert not [note for note in wide["assumptions"] if "did not fit" in note]

@@ -96,26 +96,32 @@ def changed(clients, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t, h: t["bn1"][2].mul_(-1), "bn1: no counts from 1"),
-        (lambda t, h: t["bn1"].mul_(np.nan), "bn1: no counts from 1"),
-        (lambda t, h: t.update(bn1=t["bn1"][:, :3].clone()), "bn1: no counts from 1"),
-        (lambda t, h: t.update(bn1=t["bn1"][:2].clone()), "bn1: no counts from 1"),
-        (lambda t, h: t.update(bn1=t["bn1"].float()), "bn1: no counts from 1"),
-        (lambda t, h: t["bn1"][0].mul_(0), "bn1: no counts from 1"),
-        (lambda t, h: t["bn1"][0].mul_(1e300), "bn1: no counts from 1"),
+        (lambda t, h: t["bn1"][2].mul_(-1), "bn1: expected 16 counts from 1"),
+        (lambda t, h: t["bn1"].mul_(np.nan), "bn1: expected 16 counts from 1"),
+        (lambda t, h: t.update(bn1=t["bn1"][:, :3].clone()), "bn1: expected 16 counts from 1"),
+        (lambda t, h: t.update(bn1=t["bn1"][:2].clone()), "bn1: expected 16 counts from 1"),
+        (lambda t, h: t.update(bn1=t["bn1"].float()), "bn1: expected 16 counts from 1"),
+        (lambda t, h: t["bn1"][0].mul_(0), "bn1: expected 16 counts from 1"),
+        (lambda t, h: t["bn1"][0].mul_(1e300), "bn1: expected 16 counts from 1"),
         (lambda t, h: t.update(bn7=t["bn1"] + 0), "bn7: no such layer in the checkpoint"),
         (lambda t, h: (t.clear(), t.update(x=torch.zeros(1))), "no such layer"),
         (lambda t, h: h["moments"].update(model="0" * 64), "other weights or statistics"),
-        (lambda t, h: h["moments"].update(feed="sequential"), "another feed or preprocessing"),
-        (lambda t, h: h["moments"].update(preprocessing=None), "another feed or preprocessing"),
+        (
+            lambda t, h: h["moments"].update(feed="sequential"),
+            "differs from the first in feed or preprocessing",
+        ),
+        (
+            lambda t, h: h["moments"].update(preprocessing=None),
+            "differs from the first in feed or preprocessing",
+        ),
         (lambda t, h: h["moments"].update(feed="x"), "its header is damaged"),
         (lambda t, h: h.update(moments=3), "its header is damaged"),
-        (lambda t, h: None, "is here twice"),
+        (lambda t, h: None, "is given twice"),
     ],
 )
 def test_moments_that_do_not_fit_are_refused(files, cli, clients, tmp_path, change, message):
     bad, out = changed(clients, tmp_path, change), tmp_path / "out.safetensors"
-    same = bad if message == "is here twice" else clients / "two.safetensors"
+    same = bad if message == "is given twice" else clients / "two.safetensors"
     done = cli("pool", same, bad, files.stale, "--model", files.spec, "-o", out)
     assert done.code == 1
     assert message in done.message

@@ -210,7 +210,7 @@ def test_calibrate_without_data(pair, cli, tmp_path):
     assert done.code == 0, done.err
     assert "no example was used" in done.err
     assert "Nothing proves that the output is better" in done.err
-    assert "1: out of reach of the prediction" in done.err
+    assert "1: not reached by the prediction" in done.err
     match_predicted_(damaged, net)
     loaded = bnfix.load(out, copy.deepcopy(net))
     assert torch.equal(loaded[4].running_mean, damaged[4].running_mean)
@@ -331,7 +331,7 @@ def test_other_commands_need_examples(pair, cli, tmp_path, command):
     out = tmp_path / "o.safetensors"
     words = [tmp_path / "rounded.pth", "--data", "none", "--model", pair[0], "-o", out]
     message = cli(command, *words, "--reference", tmp_path / "original.pth").message
-    assert f"--data none: {command} needs examples; only calibrate takes none" in message
+    assert f"--data none: {command} needs examples; only calibrate works without" in message
 
 
 def test_a_plan_without_data_writes_nothing(pair, cli, tmp_path):

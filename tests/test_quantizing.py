@@ -130,7 +130,7 @@ def test_a_drop_that_is_not_ruled_out_writes_nothing(files: Files, cli, tmp_path
                "--data", files.data, "--test", files.test, "--samples", "4")  # fmt: skip
     words = cli(*command, "--max-drop", "5").message
     assert "--max-drop 5: " in words
-    assert "of 120 test images right in int8" in words
+    assert "of 120 test images correctly, float " in words
     x, y = inputs_of(np.load(files.test)["images"]), np.load(files.test)["labels"]
     with torch.no_grad():
         right = float((model(x).argmax(1).numpy() == y).mean())
@@ -150,13 +150,13 @@ def test_a_drop_that_is_not_ruled_out_writes_nothing(files: Files, cli, tmp_path
 def test_impossible_requests_are_one_line(files: Files, cli, tmp_path):
     out = tmp_path / "no.onnx"
     command = ("export", files.net, *files.common, "--to", "onnx-int8", "-o", out)
-    assert "--to onnx-int8: no images to measure the ranges" in cli(*command).message
+    assert "--to onnx-int8: no images to measure activation ranges" in cli(*command).message
     data = ("--data", files.data)
     unlabelled = cli(*command, *data, "--labels", "none", "--max-drop", "1").message
     assert "--max-drop: the test images have no labels" in unlabelled
     other = ("export", files.net, *files.common, "--to", "onnx", "-o", out)
     for more in (("--max-drop", "1"), ("--test", files.test)):
-        words = f"{more[0]}: acts only with --to onnx-int8"
+        words = f"{more[0]}: works only with --to onnx-int8"
         assert words in cli(*other, *more).message
     with pytest.raises(ConfigError, match=r"--max-drop: 0, expected above 0, at most 100"):
         ExportRecipe("onnx-int8", max_drop=0)
@@ -164,7 +164,7 @@ def test_impossible_requests_are_one_line(files: Files, cli, tmp_path):
     bnfix.swap_norms_(model, example_weight=0.5)
     live = tmp_path / "live.safetensors"
     bnfix.save(model, live, preprocessing=Preprocessing(mean=(0.5,), std=(0.25,)))
-    words = r"2 layers weigh the example .*bn1, bn2\. First make .* bnfix calibrate CKPT"
+    words = r"2 layers weigh the example .*bn1, bn2\. First measure .* bnfix calibrate CKPT"
     with pytest.raises(ModelError, match=words):
         made(files, live)
     assert not out.exists()

@@ -221,7 +221,9 @@ def test_example_weights_are_learned_along_the_way(run, files, pruned):
 
 def test_labels_are_learned_where_there_are_some_and_a_note_says_so(run, pruned):
     report, _ = run("finetune", pruned, "--epochs", "1")
-    assert any("the labels were learned" in note for note in report["assumptions"])
+    assert any(
+        "fine-tuning used the labels, not the reference" in note for note in report["assumptions"]
+    )
     assert report["models"][-1]["agreement"] is not None
 
 

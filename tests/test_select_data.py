@@ -223,7 +223,7 @@ def test_other_data_of_the_same_kind_gives_no_warning_and_easier_ones_do(files, 
 def test_inspect_compares_with_data_only(files, cli):
     done = cli("inspect", files.net, "--test", files.test)
     assert done.code == 2
-    assert "--test: is compared with --data, which is missing" in " ".join(done.err.split())
+    assert "--test: it is compared with --data, which is missing" in " ".join(done.err.split())
 
 
 @needs_data

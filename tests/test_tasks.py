@@ -618,7 +618,7 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(cli, folder, tmp_path):
     for name, masks, said in (
         ("size", y[:, :5], "masks: 5x5, expected 6x5 as the inputs or 6x5 as the outputs"),
         ("classes", masked, "masks: item 5 has class 7, expected 0 to 2, as the model has 3"),
-        ("float", y + 0.5, "of no task that is plain. Give --task"),
+        ("float", y + 0.5, "of no known task. Give --task"),
     ):
         np.savez(tmp_path / f"{name}.npz", inputs=x.numpy(), targets=masks.numpy())
         words = words_of(folder, "segmentation", tmp_path / f"{name}.npz")

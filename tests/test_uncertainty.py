@@ -148,7 +148,7 @@ def test_without_the_options_the_report_has_no_such_key(files, cli):
         (["--coverage", 1], "--coverage: 1.0, expected above 0 and below 1."),
         (["--coverage", 0.9, "--labels", "none"], "--coverage: the examples have no labels."),
         (["--estimate-from", "FLAT"], "has no labels. Give labelled examples."),
-        (["--estimate-from", "TEST"], "120 of its examples are in --data, too. Give others."),
+        (["--estimate-from", "TEST"], "120 of its examples are also in --data. Give others."),
     ],
 )
 def test_what_cannot_be_measured_is_refused(files, cli, words, said):

@@ -1,7 +1,7 @@
 """Changes of weights after training: traces in a file alone, and against its original.
 
 Pruning leaves zeros, clustering leaves few distinct values, rounding leaves equally spaced values.
-None of them moves the running statistics. Those then belong to weights that no longer exist.
+None of them moves the running statistics. They then belong to weights that no longer exist.
 """
 
 from __future__ import annotations

@@ -147,9 +147,7 @@ class Call:
         if "CKPT" not in given:
             return found.advice
         name, data = given[0], self.data
-        if (
-            name == "finetune" and not self.labelled
-        ):  # it needs data with labels, not the inspection's
+        if name == "finetune" and not self.labelled:  # it needs other data, with labels
             words, data = f"{words}with labelled data: ", None
         own = {word for word in given if word.startswith("--")} | _LACKS.get(name, set())
         flag = self.frozen.get(found.layer, "")

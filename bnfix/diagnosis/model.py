@@ -133,9 +133,7 @@ def examine_call(model: nn.Module, batch: Any) -> list[Finding]:
             found.append(finding(name, "unused", detail))
             continue
         if len(positions) > 1:
-            detail = (
-                f"is called {len(positions)} times per forward pass; its statistics pool the calls"
-            )
+            detail = f"is called {len(positions)} times per pass; its statistics pool the calls"
             found.append(finding(name, "reused", detail))
         if min(positions) == 1:
             no = "it cannot be trained on a batch of one, and example weights have no effect"

@@ -212,7 +212,7 @@ class _Resolver:
         )
 
     def _distilling(self) -> list[Step]:
-        """Fine-tuning to a reference's predictions: from the input, and after matched statistics."""
+        """Fine-tuning to a reference's predictions: from the input, or after matched statistics."""
         plan = self.plan
         if plan.finetune is None or plan.statistics.reference is None:
             return []
@@ -406,9 +406,7 @@ def open_plan(
     if plan.gate.temperature == "auto" and not bench.labelled:
         notes.append("--temperature auto did nothing: it needs labels.")
     if bench.reference is not None and plan.command == "finetune" and bench.labelled:
-        notes.append(
-            "the network learned from the labels, not the reference (--labels none changes that)."
-        )
+        notes.append("fine-tuning used the labels, not the reference (--labels none changes that).")
     if bench.reference is not None and not bench.labelled and tune and tune.label_smoothing:
         notes.append("--label-smoothing had no effect: there are no labels to smooth.")
     if tune and tune.norm_decay_target == "none" and any(tune.norm_decays.values()):

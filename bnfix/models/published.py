@@ -1,7 +1,7 @@
 """Published networks: their libraries, their preprocessing, and folders that transformers saved.
 
-Nothing is fetched or trusted. In a folder, only ``config.json`` names the model, from the classes of
-transformers itself; code in the folder is never run.
+Nothing is fetched or trusted. In a folder, only ``config.json`` names the model, and only from
+the classes of transformers itself; code in the folder is never run.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def _without_fetching(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def renamed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors under a model's own names, as transformers loads them; empty if they do not fit."""
+    """A checkpoint's tensors under a model's own names, as transformers loads them; else empty."""
     kind: Any = type(model)
     transformers = import_library("transformers", kind.__name__)
     config: Any = copy.deepcopy(model.config)
