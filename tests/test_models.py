@@ -361,10 +361,10 @@ def test_an_interrupt_in_the_users_code_stays_one(tmp_path):
         ("{nets}:any_options", {"colour": 1}, "unexpected keyword argument 'colour'"),
         ("{nets}:Net", {"width": "wide"}, "building the model failed .TypeError"),
         ("torchvision:resnet18", {"colour": 1}, "unexpected keyword argument 'colour'"),
-        ("torchvision:resnet18", {"weights": "DEFAULT"}, "argument weights is not taken"),
+        ("torchvision:resnet18", {"weights": "DEFAULT"}, "argument weights is not accepted"),
         ("torchvision:fcn_resnet50", {"weights_backbone": "DEFAULT"}, "weights_backbone is not"),
-        ("timm:resnet18", {"checkpoint_path": "x.pth"}, "argument checkpoint_path is not taken"),
-        ("timm:resnet18", {"pretrained": True}, "argument pretrained is not taken"),
+        ("timm:resnet18", {"checkpoint_path": "x.pth"}, "argument checkpoint_path is not accepted"),
+        ("timm:resnet18", {"pretrained": True}, "argument pretrained is not accepted"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(nets, spec, arguments, match):

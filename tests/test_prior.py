@@ -213,7 +213,7 @@ def test_the_plan_names_it(files, cli, tmp_path):
         ('{"0": NaN, "1": -1, "2": Infinity}', "to: 0: nan.*to: 1: -1.*to: 2: inf"),
         ({"0": True, "1": "x", "2": 1}, "to: 0: True.*to: 1: x"),
         ({"0": True, "1": 1, "2": None}, "to: 0: True.*to: 2: None"),
-        ({"0": 1, "cat": 1}, "to: 'cat' is no class, to: no number for the classes 1, 2"),
+        ({"0": 1, "cat": 1}, "to: 'cat' is not a class, to: no number for the classes 1, 2"),
         ({"0": 0, "1": 0, "2": 0}, "all numbers are 0"),
         ({"0": 1, "1": 10**400, "2": 1}, "to: 1: 1000"),
         (

@@ -130,11 +130,11 @@ def test_a_drop_that_is_not_ruled_out_writes_nothing(files: Files, cli, tmp_path
                "--data", files.data, "--test", files.test, "--samples", "4")  # fmt: skip
     words = cli(*command, "--max-drop", "5").message
     assert "--max-drop 5: " in words
-    assert "of 120 test images correctly, float " in words
+    assert "of 120 test images correctly, " in words
     x, y = inputs_of(np.load(files.test)["images"]), np.load(files.test)["labels"]
     with torch.no_grad():
         right = float((model(x).argmax(1).numpy() == y).mean())
-    assert f"{100 * right:.1f}% in float" in words
+    assert f"float {100 * right:.1f}%; the difference" in words
     assert words.endswith(
         "so it is worse by more. Give a better checkpoint, or a larger --max-drop. Nothing was "
         "written."
