@@ -1,4 +1,4 @@
-"""Writes docs/commands/: one page a command, from the code of the command line itself.
+"""Writes docs/commands/: one page per command, from the code of the command line.
 
 python docs/generate.py            # after a change of options or help texts
 """
@@ -27,7 +27,7 @@ def pages() -> dict[str, str]:
 def contents(commands: dict[str, Any]) -> str:
     lines = ["# The commands", ""]
     lines += ["Written by `python docs/generate.py` from the program itself.", ""]
-    lines += ["| command | what |", "|---|---|"]
+    lines += ["| command | purpose |", "|---|---|"]
     for name, command in commands.items():
         first = sentences(command.help)[0]
         lines.append(f"| [`bnfix {name}`]({name}.md) | {first} |")
@@ -46,7 +46,7 @@ def page(name: str, command: Any) -> str:
         if option.param_type_name == "option":
             panels.setdefault(option.rich_help_panel or GENERAL, []).append(option)
     for panel, options in panels.items():
-        lines += [f"## {panel}", "", "| option | default | what |", "|---|---|---|"]
+        lines += [f"## {panel}", "", "| option | default | meaning |", "|---|---|---|"]
         lines += [row(option) for option in options]
         lines.append("")
     return "\n".join(lines)

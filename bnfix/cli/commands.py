@@ -60,9 +60,7 @@ from bnfix.report.result import Export, check_exports, check_outputs
 _CHECKED_SHAPE = "Input shape of the final check (default: from preprocessing, else common sizes)."
 _REFIT_ON = f"Examples to re-fit on, in seeded random order (default {REFIT_SAMPLES})."
 _FORM = {DATA: "samples", OUT: "atol opset max_drop force_zero", MODEL: "input_shape"}
-_AGAINST = (
-    "The original of CKPT: shows which weights differ, and whether the statistics were updated."
-)
+_AGAINST = "The original of CKPT: shows which weights differ, and if statistics were updated."
 _LOOK_DATA = (
     "Examples for comparing stored statistics, both modes and the outputs; labels are optional."
 )

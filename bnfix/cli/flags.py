@@ -95,7 +95,7 @@ def _words(error: typer.TyperException) -> str:
 
 
 MODEL, DATA, RUN = "Model and file", "Data and preprocessing", "How to run"
-NORM, TRAIN, ALSO, OUT = "Normalization", "Training", "What else is measured", "Output"
+NORM, TRAIN, ALSO, OUT = "Normalization", "Training", "Further measurements", "Output"
 TO_TRAIN = ("none", *TRAINED)
 
 _FLAGS = {

@@ -138,7 +138,7 @@ class TaskRecipe:
 class DataRecipe(InputRecipe, TaskRecipe):
     """The examples, and how they become inputs."""
 
-    test: str | None = option(None, "Examples for the claim, used for nothing else.")
+    test: str | None = option(None, "Examples for the verdict, used for nothing else.")
     class_map: str | None = option(None, "JSON file: folder name to class index.")
     labels: str = option("auto", "auto, or none if labels are missing or must not be used.")
     groups: str | None = option(

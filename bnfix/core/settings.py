@@ -146,13 +146,10 @@ class StatisticsRecipe(NoiseRecipe):
         None, "Checkpoint of the undamaged network that this one was made from."
     )
     reference_model: str | None = option(None, "Its model spec (default: the checkpoint's).")
-    train_batch_size: int | None = option(
-        None, "Batch size per device in the network's original training."
-    )
+    train_batch_size: int | None = option(None, "Original training batch size per device.")
     feed: str = option(
         "batch",
-        "How the layers before a measured layer normalize: batch (by the batch; one pass) or "
-        "sequential (by their new statistics; exact).",
+        "Normalization of the layers below: batch (one pass) or sequential (exact, by depth).",
     )
     samples: int | str | None = option(
         None,
@@ -232,9 +229,7 @@ class WeightRecipe:
     start: float = option(0.05, "Smallest weight from which learning starts.")
     batch_weight: str | float = option("keep", "auto, keep, or the weight of the batch, 0 to 1.")
     batch_estimator: str | None = option(None, _ESTIMATOR)
-    assume_iid: bool = option(
-        False, "With --batch-weight auto: accept harm to images sorted by class."
-    )
+    assume_iid: bool = option(False, "Let --batch-weight auto harm images sorted by class.")
 
     def __post_init__(self) -> None:
         a = self.example_weight
@@ -264,9 +259,8 @@ class GateRecipe:
     fit: float = option(0.6, "Fraction of the data for fitting.")
     select: float | str = option(
         0.2,
-        "Fraction of the data for choosing, in addition to 0.6 for fitting; more if it has fewer "
-        "than 20 examples. Or separate DATA to choose on, such as images that the network was not "
-        "trained on.",
+        "Fraction of the data to choose on, next to 0.6 to fit on; more if below 20 examples. Or "
+        "separate DATA to choose on, such as images that the network was not trained on.",
     )
     seed: int = option(0, "Seed of the split and of every random choice.")
     temperature: str = option(
