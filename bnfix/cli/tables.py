@@ -89,7 +89,7 @@ def _decisions(report: Report) -> Table:
         rows.append((d.candidate, number(d.nll), number(d.incumbent_nll), *scores, admitted))
     headings = ("candidate", loss, "was", *((right, "was") if right else ()), "admitted")
     n = report.decisions[0].n_examples
-    return _table(headings, rows, f"judged on {n:,} held-out {report.noun}; the report says why")
+    return _table(headings, rows, f"judged on {n:,} held-out {report.noun}; the report gives reasons")
 
 
 def _models(report: Report) -> Table:
@@ -135,7 +135,7 @@ def _ranks(report: Report) -> Table:
         score = (f"{100 * row.top1:.1f}%", points) if scores else ()
         rows.append((f"{row.rank}. {row.name}", f"{row.nll:.3f}", nll, *score))
     order = f"{words.loss_heading}, then {scores[0]}" if scores else words.loss_heading
-    caption = f"by {order}; differences to {shown_text(report.models[0].name)}"
+    caption = f"by {order}; differences from {shown_text(report.models[0].name)}"
     return _table(("rank, model", words.loss_heading, "difference (95%)", *scores), rows, caption)
 
 
