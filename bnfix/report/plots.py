@@ -182,7 +182,7 @@ def weights_over_depth(weights: Sequence[float | Sequence[float]]) -> Picture:
         "weights",
         "Example weight over depth",
         f"Weight of the image's own statistics, per layer. Dots are the layer's median{bars}. "
-        f"{int((high > 0).sum())} of {len(rows)} layers use the image; the largest weight is "
+        f"{int((high > 0).sum())} of {len(rows)} layers have a weight above 0; the largest is "
         f"{high.max():.3g}.",
         draw,
     )

@@ -218,7 +218,7 @@ _TITLES: Final = {
     "pt2": "The torch.export file",
     "folded": "The folded model",
     "plain": "The plain file",
-    "onnx-int8": "Before quantization the ONNX file",
+    "onnx-int8": "Before quantization, the ONNX file",
 }
 
 
@@ -365,7 +365,7 @@ class Export:
             )
             sentences += [f"Not folded: {name}: {why}." for name, why in list(others.items())[:8]]
         elif self.live:
-            sentences.append(f"{len(self.live)} norm layers use the example: {some(self.live)}.")
+            sentences.append(f"{len(self.live)} norm layers are live: {some(self.live)}.")
         if self.zeroed and self.cost is not None:
             top1 = self.cost.top1_agreement
             same = "" if top1 is None else f"; top-1 is the same as before on {percent(top1)}"
