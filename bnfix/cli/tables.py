@@ -89,7 +89,7 @@ def _decisions(report: Report) -> Table:
         rows.append((d.candidate, number(d.nll), number(d.incumbent_nll), *scores, admitted))
     headings = ("candidate", loss, "was", *((right, "was") if right else ()), "admitted")
     n = report.decisions[0].n_examples
-    return _table(headings, rows, f"judged on {n:,} held-out {report.noun}; the report gives reasons")
+    return _table(headings, rows, f"judged on {n:,} held-out {report.noun}; the report says why")
 
 
 def _models(report: Report) -> Table:
