@@ -171,7 +171,7 @@ def test_an_architecture_goes_through(spec, side, arguments, tmp_path):
 def test_an_architecture_without_batch_norm_is_refused(spec, side, arguments, tmp_path):
     torch.save(build_model(spec, arguments).state_dict(), tmp_path / "net.pth")
     recipe = ModelRecipe(spec, tuple(arguments.items()))
-    with pytest.raises(NormError, match="no Batch Norm layer in it, so there is nothing to swap"):
+    with pytest.raises(NormError, match="it has no Batch Norm layer; there is nothing to swap"):
         convert(tmp_path / "net.pth", model=recipe, input_shape=(3, side, side))
 
 

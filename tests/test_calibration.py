@@ -1052,7 +1052,7 @@ def test_a_layer_with_channels_elsewhere_is_refused_by_name():
     x = torch.randn(2, 6, 6, 4, dtype=torch.float64)
     before = state_of(net)
     with pytest.raises(
-        NormError, match=r"0: tests\.test_calibration\..*Last has a forward of its own"
+        NormError, match=r"0: tests\.test_calibration\..*Last has its own forward"
     ):
         recalibrate_(net, [x])
     assert_as_it_was(net, before)

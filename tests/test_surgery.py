@@ -199,10 +199,10 @@ def test_all_problems_are_told_at_once_and_nothing_is_changed():
         "odd: 48 channels do not divide into 32 groups; use a divisor of 48, for example "
         "--channel-groups 16",
         "own: tests.test_surgery.Own is not a layer that bnfix knows",
-        "lazy: LazyBatchNorm2d has no size yet; run the model once before",
+        "lazy: LazyBatchNorm2d has no size yet; run the model once first",
         "bare: without scale and shift it cannot keep its outputs",
         "drifting: keeps no running statistics, so groups or ghost batches would change",
-        "patched: its forward was replaced on the object itself",
+        "patched: its forward is overridden on the instance",
     ):
         assert part in message
     assert "good" not in message.replace("there are: good", "")
@@ -219,7 +219,7 @@ def identity_of_lazy(model):
 @pytest.mark.parametrize(
     ("make", "options", "found"),
     [
-        (lambda: nn.Sequential(nn.ReLU()), {}, "model: no Batch Norm layer in it"),
+        (lambda: nn.Sequential(nn.ReLU()), {}, "model: it has no Batch Norm layer"),
         (lambda: nn.BatchNorm2d(4), {}, "the model is itself a norm layer"),
         (lambda: nn.Sequential(Own(4)), {}, r"^norm layers: 0: tests\.test_surgery\.Own is not"),
         (lambda: nn.Sequential(Normalizer()), {}, "Normalizer is not a layer that bnfix knows"),

@@ -1,25 +1,25 @@
-"""Fast evaluation of the example-aware layer, each way with the plain form as fallback and oracle.
+"""Fast kernels for the example-aware layer; each falls back to, and is checked by, the plain form.
 
-A stock layer makes one read and one write; the example's moments need one extra read and no more.
-Per example and channel, p and v the population's moments, m and s the example's, a its weight:
+A stock layer makes one read and one write; the example's moments need exactly one extra read.
+Per example and channel, with population moments p and v, example moments m and s, and weight a:
 
     mu  = p + a (m - p)
     var = (1-a) v + a (s + (1-a) (m - p)^2)
     y   = gamma (x - mu) / sqrt(var + eps) + beta
 
-Three ways beside the plain form:
+Three kernels, in addition to the plain form:
 
-    CPU, eager     s from the sum of squares, then one pass. Squares lose digits where m is far from
-                   0 beside the mixture's spread: channels that do go by the plain form.
-    compiled       E[x-p] and E[(x-p)^2] in one reading: s + (m-p)^2 = q, and q - a (m-p)^2 cannot
-                   cancel unless a is near 1, where the plain form is taken. No graph breaks.
-    CUDA, eager    the compiled form by Inductor, unless it fails or differs at its first use.
+    CPU, eager     s from the sum of squares, then one pass. Squares lose digits where |m| is large
+                   relative to the mixture's spread; such channels take the plain form.
+    compiled       E[x-p] and E[(x-p)^2] in one read: q = s + (m-p)^2. q - a (m-p)^2 cannot cancel
+                   unless a is near 1, where the plain form is used. No graph breaks.
+    CUDA, eager    the compiled form through Inductor, unless its first use fails or differs.
 
-With gradients, contiguous inputs on a CPU go by `moments`, others by the plain form. An epilogue
-(`Finish`) is done in place while the output is still in the cache.
+With gradients, contiguous CPU inputs use the autograd nodes of `moments`; others use the plain
+form. An epilogue (`Finish`) runs in place while the output is still in the cache.
 
-A weight b of the batch adds a third part. The law of total variance can be applied in any order, so
-the batch's moments, made from its examples', are mixed into the population's with b / (1-a) first.
+A batch weight b adds a third part. The law of total variance holds in any order, so the batch's
+moments, pooled from its examples, are first mixed into the population's with weight b / (1-a).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from bnfix.norm.moments import over_channel_groups
 
 _log = logging.getLogger("bnfix")
 
-#: Above this weight the compiled form could lose more than a digit, and centres by the example.
+#: Above this weight the compiled form could lose more than a digit, so the plain form is used.
 SHIFTABLE = 0.9
-#: Channels are done over where a m^2 is beyond `moments.LOST` times what is divided by, with at
-#: least this a: rounding of the output itself, m / sqrt(var), grows whatever a is.
+#: Channels are recomputed where a m^2 exceeds `moments.LOST` times the divisor. This is the least a
+#: in that test, because the rounding error of the output, m / sqrt(var), grows at any a.
 _LEAST = 1 / 16
-#: Values that are read twice in one go, so that the second reading finds them in the last cache.
+#: Values per slab: small enough that the second read still finds them in the last-level cache.
 _SLAB = 1 << 21
 
 
@@ -63,7 +63,7 @@ _MODULES: dict[type[nn.Module], Activation] = {
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """How an activation is done in place."""
+    """The in-place function of an activation module, if it has one."""
     if type(module) is nn.LeakyReLU:
         slope = module.negative_slope
         return functools.partial(F.leaky_relu, negative_slope=slope, inplace=True)
@@ -71,13 +71,13 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 
 class Finish(NamedTuple):
-    """The layer's epilogue: a residual of the output's shape is added, then it is activated."""
+    """The layer's epilogue: add a residual of the output's shape, then apply an activation."""
 
     residual: Tensor | None = None
     activation: Activation | None = None
 
     def apply(self, output: Tensor) -> Tensor:
-        """Do it, in place; a named method: torch 2.8 does not compile calls of a record."""
+        """Run it in place; not `__call__`, because torch 2.8 does not compile calls of a tuple."""
         if self.residual is not None:
             output += self.residual
         if self.activation is not None:
@@ -85,14 +85,14 @@ class Finish(NamedTuple):
         return output
 
     def of(self, part: slice) -> Finish:
-        """The same for some examples."""
+        """The epilogue for a slice of the examples."""
         return self if self.residual is None else self._replace(residual=self.residual[part])
 
 
 NOTHING = Finish()
 
 
-# --- the mixture of the moments: by parts, in few operations, and for compilers ---
+# --- the mixture of the moments: step by step, in few operations, and for compilers ---
 
 
 def _mixed_with_room(
@@ -102,7 +102,7 @@ def _mixed_with_room(
     a: Tensor | float,
     measured: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `mixed_moments`, with eps in the variance; and by how much a channel keeps its digits."""
+    """`mixed_moments` with eps in the variance, and the margin before a channel loses digits."""
     single = terms.channel_groups == mean.shape[1]
     if isinstance(a, Tensor) or not single or terms.mean is None or terms.var is None:
         mu, mixed = mixed_moments(mean, var, terms, a)
@@ -110,7 +110,7 @@ def _mixed_with_room(
         weight = terms.weight() if measured is None else measured
         least = weight.clamp_min(_LEAST) if isinstance(weight, Tensor) else max(weight, _LEAST)
         return mu, mixed, torch.sub(mixed, mean * mean * (least / moments.LOST))
-    # The usual case in few operations: for small layers each costs as much as the arithmetic.
+    # The usual case in few operations: in small layers, each call costs as much as its arithmetic.
     distance = mean - terms.mean
     rest = (terms.var * (1 - a)).add_(terms.eps)
     mixed = torch.addcmul(rest, distance, distance, value=a * (1 - a)).add_(var, alpha=a)
@@ -120,7 +120,7 @@ def _mixed_with_room(
 
 
 def _batch_with_room(mean: Tensor, var: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_mixed_with_room`; moments ``(1, C)`` where no example weighs more than the others."""
+    """`_mixed_with_room` with a batch weight; moments are ``(1, C)`` if all examples share them."""
     a, b, n = terms.example_weight, terms.batch_weight, len(mean)
     mean, var = over_channel_groups(mean, var, terms.channel_groups)
     if terms.median:
@@ -131,7 +131,7 @@ def _batch_with_room(mean: Tensor, var: Tensor, terms: Terms) -> tuple[Tensor, T
         spread = torch.addcmul(var, gap, gap).sum(0).mul_(1 / n)
     if b is None or a.ndim or b.ndim or terms.mean is None or terms.var is None:
         return _mixed_with_room(mean, var, terms.beside(centre, spread), a, terms.weight())
-    # As there, the usual case in few operations.
+    # The usual case in few operations, for the same reason as above.
     own, weight = a.item(), terms.weight().item()
     share = min(1.0, b.item() / max(1 - own, 1e-6))
     gap = centre - terms.mean
@@ -146,10 +146,10 @@ def _batch_with_room(mean: Tensor, var: Tensor, terms: Terms) -> tuple[Tensor, T
 
 
 def _shifted(input: Tensor, terms: Terms) -> Tensor:
-    """By moments about the population's mean, which one reading gives; for compilers to fuse."""
+    """Evaluate by moments about the population's mean: one read, in a form that compilers fuse."""
     wide = wide_type(input.dtype)
     terms = terms.cast(wide)
-    if terms.mean is None or terms.var is None:  # narrows the type; `_fits_shift` has seen to it
+    if terms.mean is None or terms.var is None:  # only for the type: `_fits_shift` excludes it
         return plain(input, terms)
     axes = tuple(range(2, input.dim()))
     shape = (-1, *(1 for _ in axes))
@@ -178,16 +178,16 @@ def _shifted(input: Tensor, terms: Terms) -> Tensor:
     return (centred * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
 
-# --- the ways, and which of them holds ---
+# --- the kernels, and the choice between them ---
 
 
 def evaluate(
     input: Tensor, terms: Terms, finish: Finish = NOTHING, *, overwrite: bool = False
 ) -> Tensor:
-    """`plain`, then ``finish``, to rounding, by the fastest way that holds for this input.
+    """`plain`, then ``finish``, up to rounding, by the fastest kernel that is valid for this input.
 
-    An epilogue, and ``overwrite`` (the output takes the input's memory, which nobody else reads),
-    are for callers that ask for no gradients.
+    An epilogue and ``overwrite`` (write the output into the input's memory, which nobody else
+    reads) are only for callers without gradients.
     """
     if terms.batch_weight is not None and input.shape[0] == 1:
         terms = terms.alone()
@@ -212,7 +212,7 @@ def _fits_shift(input: Tensor, terms: Terms) -> bool:
 
 
 def has_rows(input: Tensor) -> bool:
-    """Whether an input can be taken by its rows, gradients and all."""
+    """Whether an input can use the row kernels, including their gradients."""
     if torch.compiler.is_compiling() or not _is_ordinary(input):
         return False
     if input.device.type != "cpu" or not input.is_contiguous():
@@ -221,7 +221,7 @@ def has_rows(input: Tensor) -> bool:
 
 
 def _is_ordinary(input: Tensor) -> bool:
-    """Whether eager kernels may take it: positions, real numbers behind it, nothing transformed."""
+    """Whether eager kernels can take it: more than one position, plain tensors, no transforms."""
     if input.device.type not in ("cpu", "cuda") or input.dim() < 3:
         return False
     if type(input) not in (Tensor, nn.Parameter) or is_transformed():
@@ -236,7 +236,7 @@ def _wants_gradients(input: Tensor, terms: Terms) -> bool:
 
 
 def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
-    """By rows, where they are in memory as such and lose no digits; otherwise by the plain form."""
+    """Use the row kernels if the input is contiguous and keeps its digits; else the plain form."""
     if not has_rows(input):
         return plain(input, terms)
     wide = terms.cast(input.dtype)
@@ -248,7 +248,7 @@ def _with_gradients(input: Tensor, terms: Terms) -> Tensor:
 
 
 def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
-    """By the kernel that Inductor writes for the compiled form, where that has proved right."""
+    """Use Inductor's kernel for the compiled form if its check passed; else the plain form."""
     residual = finish.residual
     if residual is not None and not _alike(residual, input):
         return finish.apply(_on_cuda(input, terms, NOTHING))
@@ -256,7 +256,7 @@ def _on_cuda(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
         return Finish(None, finish.activation).apply(_on_cuda(input, terms, Finish(residual)))
     if not _fits_shift(input, terms):
         return finish.apply(plain(input, terms))
-    # All that the compiled form depends on, but for sizes.
+    # Everything that the compiled form depends on, except sizes.
     right = _proved(
         (input.device, input.dtype),
         by_rows=input.is_contiguous(),
@@ -280,7 +280,7 @@ def _finished(input: Tensor, terms: Terms, finish: Finish) -> Tensor:
 
 @functools.cache
 def _compiler() -> Callable[[Tensor, Terms, Finish], Tensor]:
-    # Sizes stay open: a network has layers of dozens of sizes, and each would be compiled.
+    # Dynamic shapes: a network's layers have dozens of sizes, and each would compile separately.
     return torch.compile(_finished, dynamic=True)
 
 
@@ -295,9 +295,9 @@ def _proved(
     has_residual: bool,
     activation: Activation | None,
 ) -> bool:
-    """Whether such a call compiles and agrees with the plain form; a device may do some only."""
+    """Whether such a call compiles and agrees with the plain form; not every device does both."""
     device, dtype = where
-    # Sizes that differ and tensors that share nothing: the compiler takes likeness for a rule.
+    # All sizes differ and no tensors share memory: the compiler would specialize on either.
     shape = (2, 3, *range(4, dims + 2))
     x = torch.linspace(1, 3, math.prod(shape), device=device).view(shape).to(dtype)
     x = x if by_rows else x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -312,7 +312,7 @@ def _proved(
         torch.testing.assert_close(made, expected, rtol=0, atol=1e-4 if x.itemsize > 2 else 0.1)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - of compilers, drivers and their processes, all
+    except Exception as error:  # noqa: BLE001 - compilers, drivers, their processes raise anything
         text = str(error).strip().partition("\n")[0]
         _log.warning("The compiled layer is not used on %s (%s): %s", device, dtype, text)
         return False
@@ -320,7 +320,7 @@ def _proved(
 
 
 def _in_slabs(input: Tensor, output: Tensor, terms: Terms, finish: Finish, by_rows: bool) -> Tensor:
-    """By so many examples at once that the second reading finds them in the cache."""
+    """Evaluate slab by slab, each small enough to stay in the cache until its second read."""
     wide = terms.cast(wide_type(input.dtype))
     step = max(1, _SLAB * len(input) // input.numel())
     if step >= len(input) and wide.batch_weight is None:
@@ -344,7 +344,7 @@ def _in_batch(
     *,
     by_rows: bool,
 ) -> Tensor:
-    """As by slabs, but all moments come first, since the batch's are made from its examples'."""
+    """Evaluate slab by slab after measuring all of them: the batch's moments need every example."""
     measure = moments.row_moments if by_rows else moments.column_moments
     wide = terms.example_weight.dtype
     found = [measure(_flat(input[part], by_rows).to(wide)) for part in parts]
@@ -373,13 +373,13 @@ def _flat(input: Tensor, by_rows: bool) -> Tensor:
 
 def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
     weight = terms.example_weight
-    a = weight if weight.ndim else weight.item()  # arithmetic with a number is the cheaper
+    a = weight if weight.ndim else weight.item()  # arithmetic with a number is cheaper
     values, into = _flat(input, by_rows).to(weight.dtype), _flat(output, by_rows)
     mean, var = (moments.row_moments if by_rows else moments.column_moments)(values)
     mu, var, room = _mixed_with_room(mean, var, terms, a)
-    # NaN anywhere makes the least NaN, and that is not above 0.
+    # A NaN anywhere makes the minimum NaN, and NaN > 0 is false.
     lost = None if room.min().item() > 0 else ~(room > 0).all(0)
-    # Before the output is written, which may be where the input is.
+    # Computed before the output is written, because the two may share memory.
     redone = None if lost is None else _redone(input, lost, terms)
     scale = moments.scale_rows if by_rows else moments.scale_columns
     scale(values, mu, var, terms.gamma, terms.beta, into)
@@ -388,7 +388,7 @@ def _slab(input: Tensor, output: Tensor, terms: Terms, by_rows: bool) -> None:
 
 
 def _redone(input: Tensor, lost: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
-    """The channels that lost digits, with all of their groups, and the plain form of them."""
+    """The channels of groups that lost digits, and their outputs by the plain form."""
     groups = lost.view(terms.channel_groups, -1)
     index = groups.any(1, keepdim=True).expand_as(groups).reshape(-1).nonzero().view(-1)
     if len(index) == len(lost):

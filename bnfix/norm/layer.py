@@ -1,8 +1,8 @@
 """`GeneralizedBatchNorm`: one layer for Batch, Ghost, Group, Batch/Group and example-aware Norm.
 
 Training: examples are split, in order, into ceil(N / ghost_size) runs whose sizes differ by at most
-one; each (run, channel group) is normalized by its own biased moments. The running moments follow
-the whole batch per channel exactly as torch's layer updates them.
+one. Each (run, channel group) is normalized by its own biased moments. The running moments follow
+the whole batch, per channel, exactly as in torch's layer.
 
 Evaluation, per example i and channel group, a = example_weight:
 
@@ -10,15 +10,15 @@ Evaluation, per example i and channel group, a = example_weight:
     var = (1-a) var_p  + a var_i + a (1-a) (mean_i - mean_p)^2
     y   = gamma (x - mu) / sqrt(var + eps) + beta
 
-With b = batch_weight the batch's moments are the third part of the mixture, of weights 1-a-b, b, a:
+With b = batch_weight the batch's moments are a third part; the weights are 1-a-b, b and a:
 
     mu  = (1-a-b) mean_p + b mean_b + a mean_i
     var = (1-a-b) (var_p + (mean_p - mu)^2) + b (var_b + (mean_b - mu)^2)
           + a (var_i + (mean_i - mu)^2)
 
 Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization", ICLR
-2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and mixing
-is done on central moments.
+2020. Differs: the running update is torch's (Bessel's factor, within-batch variances), and the
+mixture is of central moments.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from bnfix.norm.moments import (
 class GeneralizedBatchNorm(BatchNormBase):
     """Batch Normalization with channel groups, ghost batches and an example weight.
 
-    With the defaults it equals torch's BatchNorm bit for bit, in training and in evaluation, and
-    it has the same parameters and buffers, plus the buffer ``example_weight``. A state dict without
-    that buffer loads strictly and leaves it as it is.
+    With the default settings it equals torch's BatchNorm bit for bit in training and evaluation. It
+    has the same parameters and buffers, plus the buffer ``example_weight``. A state dict without
+    that buffer loads with ``strict=True`` and leaves the weight unchanged.
 
     Args:
         num_features: channels C of the input ``(N, C)`` or ``(N, C, *spatial)``.
@@ -59,21 +59,21 @@ class GeneralizedBatchNorm(BatchNormBase):
         momentum: weight of the batch in the running moments; ``None`` averages all batches.
         affine: learn scale (gamma, ``weight``) and shift (beta, ``bias``).
         track_running_stats: keep population moments; without them evaluation uses the batch's own.
-        channel_groups: number G of channel groups that share moments; default one channel each.
-        ghost_size: examples a ghost batch in training; default the whole batch.
-        example_weight: weight a of the example in its own statistics at evaluation, a number or
-            one a channel, 0 to 1.
-        batch_weight: weight b of the batch at evaluation, a number or one a channel, a + b at most
-            1; an example's output then depends on those beside it. A batch of one is the example.
-        batch_estimator: how the batch's moments are made from its examples': ``mean``, the batch's
-            own, or ``median``, which bears that fewer than half of the examples are garbage.
-        device: where parameters and buffers lie.
-        dtype: their type.
+        channel_groups: number G of channel groups that share moments; default one per channel.
+        ghost_size: examples per ghost batch in training; default the whole batch.
+        example_weight: weight a of the example in its own statistics at evaluation: one number or
+            one per channel, from 0 to 1.
+        batch_weight: weight b of the batch at evaluation: one number or one per channel, a + b at
+            most 1. Outputs then depend on the batch. A batch of one counts as the example itself.
+        batch_estimator: how the examples' moments are pooled into the batch's: ``mean`` (exact), or
+            ``median``, which tolerates garbage in fewer than half of the examples.
+        device: device of the parameters and buffers.
+        dtype: data type of the parameters and running statistics.
 
     Raises:
         ConfigError: if a size or weight is out of range.
-        NormError: if the groups do not divide the channels, or a weight between 0 and 1 is asked
-            for without running statistics to mix with.
+        NormError: if the groups do not divide the channels, or if a weight between 0 and 1 has no
+            running statistics to mix with.
         NumericError: if, in training, a ghost batch holds a single value per channel group.
 
     Example:
@@ -86,11 +86,11 @@ class GeneralizedBatchNorm(BatchNormBase):
     ghost_size: int | None
     example_weight: Tensor
     frozen: bool = False
-    exclusive: bool = False  # in training the others of its ghost batch normalize an example
-    batch_weight: Tensor | None  # None is 0: then a state dict has no such entry
-    gates: nn.Parameter | None  # (3, C), see `bnfix.norm.mixture`; None for none
-    weighs: bool = False  # some channel's weight of the example or the batch is above 0
-    uses_batch: bool = False  # some batch weight is: an output depends on the examples beside it
+    exclusive: bool = False  # in training, normalize an example by the others of its ghost batch
+    batch_weight: Tensor | None  # None means 0, and the state dict then has no such entry
+    gates: nn.Parameter | None  # (3, C), see `bnfix.norm.mixture`; None without gates
+    weighs: bool = False  # some channel has an example or batch weight above 0
+    uses_batch: bool = False  # some batch weight is above 0: outputs depend on the whole batch
     _shiftable: bool = False
     _median: bool = False
 
@@ -120,7 +120,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         ghost_size: int | None,
         device: torch.device | str | None = None,
     ) -> None:
-        """Check and set the two sizes, with weights of 0; surgery makes a stock layer this one."""
+        """Check and set the two sizes, with weights of 0; also called to convert a stock layer."""
         groups = self.num_features if channel_groups is None else channel_groups
         if groups < 1 or self.num_features % groups:
             raise NormError(
@@ -144,7 +144,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         batch: Weight | None = None,
         estimator: str | None = None,
     ) -> None:
-        """Check and store what is given, and refresh the plain flags that forward branches on."""
+        """Check and store the given settings; refresh the flags that ``forward`` branches on."""
         like = self.example_weight
         a, b = (
             None if w is None else torch.as_tensor(w, dtype=torch.float32, device=like.device)
@@ -173,12 +173,12 @@ class GeneralizedBatchNorm(BatchNormBase):
 
     @property
     def live(self) -> bool:
-        """Whether evaluation looks at its input: a weight above 0, or an open gate."""
+        """Whether evaluation depends on the input's moments: a weight above 0, or an open gate."""
         return self.weighs or are_open(self)
 
     @property
     def batch_estimator(self) -> str:
-        """How the batch's moments are made from its examples'."""
+        """How the examples' moments are pooled into the batch's."""
         return "median" if self._median else "mean"
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -186,12 +186,12 @@ class GeneralizedBatchNorm(BatchNormBase):
             raise ValueError(f"expected 2D or higher input (got {input.dim()}D input)")
 
     def train(self, mode: bool = True) -> GeneralizedBatchNorm:
-        """Set training mode; a layer that was frozen stays in evaluation."""
+        """Set training mode; a frozen layer stays in evaluation mode."""
         super().train(mode and not self.frozen)
         return self
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``(N, C)`` or ``(N, C, *spatial)``; shape, dtype and memory format stay."""
+        """Normalize ``(N, C)`` or ``(N, C, *spatial)``; keeps shape, dtype and memory format."""
         self._check_input_dim(input)
         if input.numel() == 0:
             return super().forward(input)
@@ -238,7 +238,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         )
 
     def _by_runs(self, input: Tensor) -> Tensor:
-        """Normalize each (ghost batch, channel group) by itself; update the running moments."""
+        """Normalize each (ghost batch, channel group) separately; update the running moments."""
         one_type = all(t is None or t.dtype == input.dtype for t in (self.weight, self.bias))
         if one_type and kernels.has_rows(input):
             n_runs, n_values = self._runs_of(input)
@@ -253,7 +253,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         return normalized(self, input, None, by_batch=True)
 
     def _runs_of(self, input: Tensor, valid: Tensor | None = None) -> tuple[int, int]:
-        """How many ghost batches an input has, which must be large enough, and values a channel."""
+        """The numbers of ghost batches and of values per channel; refuse too small a batch."""
         n = input.shape[0]
         n_values = input.numel() // input.shape[1]
         n_runs = 1 if self.ghost_size is None else -(-n // self.ghost_size)
@@ -263,7 +263,7 @@ class GeneralizedBatchNorm(BatchNormBase):
                 found = "exclusive statistics" if self.exclusive else f"{least} valid positions"
                 raise NumericError(
                     "expected more than 1 valid value per ghost batch and channel group when "
-                    f"training with a mask, and no exclusive statistics; got {found}, input size "
+                    f"training with a mask, without exclusive statistics; got {found}, input size "
                     f"{tuple(input.shape)} with ghost_size {self.ghost_size}"
                 )
             return n_runs, int(valid.sum())
@@ -283,7 +283,7 @@ class GeneralizedBatchNorm(BatchNormBase):
     def _update_running(
         self, mean: Tensor, var: Tensor, n_values: int, share: Tensor | None = None
     ) -> None:
-        """Move the running moments toward the whole batch's, as torch's layer does."""
+        """Move the running moments toward the whole batch's, exactly as torch's layer does."""
         if not (self.training and self.track_running_stats):
             return
         running_mean, running_var = self.running_mean, self.running_var
@@ -303,7 +303,7 @@ class GeneralizedBatchNorm(BatchNormBase):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
     ) -> None:
-        """Take a stock layer's state as it is; weights that it lacks stay what they were."""
+        """Accept a stock layer's state; weights that it lacks keep their values."""
         own = {name: getattr(self, name) for name in ("example_weight", "batch_weight", "gates")}
         given = {name: state_dict.get(prefix + name) for name in own}
         found = {name: w if isinstance(w, Tensor) else None for name, w in given.items()}
@@ -311,16 +311,16 @@ class GeneralizedBatchNorm(BatchNormBase):
         if found["gates"] is not None and self.gates is None:
             self.gates = own["gates"] = closed(self)
         rest[-1].extend(f"{prefix}{error}" for error in errors)
-        state_dict = dict(state_dict)  # the caller's stays as it was
+        state_dict = dict(state_dict)  # the caller's dict must not change
         for name, weight in found.items():
             mine = own[name]
             if errors or given[name] is None:
-                # What is there loads into itself.
+                # The present value loads into itself, so strict loading misses no key.
                 state_dict.pop(prefix + name, None)
                 if mine is not None:
                     state_dict[prefix + name] = mine
             elif name == "gates" or weight is None:
-                continue  # torch checks the shape of a parameter
+                continue  # torch itself checks the shape of a parameter
             elif mine is None or mine.shape != weight.shape:
                 setattr(self, name, self.example_weight.new_empty(weight.shape))
         if self.frozen:
@@ -331,7 +331,7 @@ class GeneralizedBatchNorm(BatchNormBase):
         self._refresh_flags()
 
     def extra_repr(self) -> str:
-        """List torch's own settings, then those that differ from the stock layer's."""
+        """List torch's settings, then the settings that differ from a stock layer's."""
         parts = [cast(str, super().extra_repr())]  # type: ignore[no-untyped-call]
         if self.channel_groups != self.num_features:
             parts.append(f"channel_groups={self.channel_groups}")
@@ -355,7 +355,7 @@ class GeneralizedBatchNorm(BatchNormBase):
 class GeneralizedBatchNormAct(GeneralizedBatchNorm):
     """The layer followed by the drop and activation modules of timm's BatchNormAct2d.
 
-    Made by surgery only; the two modules keep their names, so the state dict keeps its keys.
+    Only `swap_norms_` makes it; the modules keep their names, so the state dict keeps its keys.
     """
 
     drop: nn.Module
@@ -368,32 +368,32 @@ class GeneralizedBatchNormAct(GeneralizedBatchNorm):
 
 
 def require_eager(model: nn.Module) -> None:
-    """Refuse TorchScript: its layers are compiled, and cannot be seen or changed."""
+    """Refuse TorchScript, whose compiled layers can be neither inspected nor changed."""
     if isinstance(model, torch.jit.ScriptModule):
         raise NormError(
-            f"model: a {type(model).__name__}, which is TorchScript, whose layers cannot be "
-            "changed. Give the nn.Module that it was made from."
+            f"model: a {type(model).__name__}, which is TorchScript; its layers cannot be changed. "
+            "Give the original nn.Module."
         )
 
 
 def generalized_norms(model: nn.Module) -> Iterator[tuple[str, GeneralizedBatchNorm]]:
-    """Every GeneralizedBatchNorm of a model under its first dotted name, in order."""
+    """Every GeneralizedBatchNorm of a model with its first dotted name, in module order."""
     for name, module in model.named_modules():
         if isinstance(module, GeneralizedBatchNorm):
             yield name, module
 
 
 def require_generalized(model: nn.Module) -> dict[str, GeneralizedBatchNorm]:
-    """The generalized layers of a model, of which there must be some."""
+    """The generalized layers of a model; refuse a model without any."""
     require_eager(model)
     layers = dict(generalized_norms(model))
     if not layers:
         scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
         raise NormError(
-            f"{scripted[0]}: is TorchScript, whose layers cannot be changed. Give the nn.Module "
-            "that it was made from."
+            f"{scripted[0]}: is TorchScript; its layers cannot be changed. Give the original "
+            "nn.Module."
             if scripted
-            else "model: no GeneralizedBatchNorm in it. Call swap_norms_(model) first."
+            else "model: it has no GeneralizedBatchNorm. Call swap_norms_(model) first."
         )
     return layers
 
@@ -405,24 +405,24 @@ def set_example_weight_(
     batch_weight: Weight | Mapping[str, Weight] | None = None,
     batch_estimator: str | None = None,
 ) -> None:
-    """Set the weights of a layer, or of all generalized layers of a model.
+    """Set the example weight and the batch weight of one layer or of a whole model.
 
-    The two weights of a channel are parts of one mixture, whose sum is checked after both are set.
+    Both weights of a channel belong to one mixture, so their sum is checked after both are set.
 
     Args:
-        model: a ``GeneralizedBatchNorm``, or a model that holds some.
-        weight: one number in [0, 1], one a channel, or a mapping from dotted layer name to either;
-            layers that a mapping does not name stay as they are, and all do without it.
-        batch_weight: the same for the weight of the batch; 0 makes outputs independent of it.
-        batch_estimator: ``mean`` or ``median``, for every layer; by default as it is.
+        model: a ``GeneralizedBatchNorm``, or a model that contains some.
+        weight: the example weight: one number in [0, 1], one per channel, or a mapping from dotted
+            layer names to either; layers that it does not name, or all if ``None``, are unchanged.
+        batch_weight: the batch weight, in the same forms; at 0 outputs do not depend on the batch.
+        batch_estimator: ``mean`` or ``median``, for every layer; ``None`` keeps the present one.
 
     Raises:
-        NormError: if there is no such layer, or one lacks running statistics to mix with.
-        ConfigError: if a weight is out of range or misshapen, or both together are above 1.
+        NormError: if there is no such layer, or if a layer has no running statistics to mix with.
+        ConfigError: if a weight is out of range or has a wrong shape, or if the sum exceeds 1.
 
     Changes:
         The buffers ``example_weight`` and ``batch_weight`` of the layers, and the flags that
-        forward branches on.
+        ``forward`` branches on.
     """
     layers = require_generalized(model)
     given = [

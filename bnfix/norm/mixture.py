@@ -1,18 +1,18 @@
 """The layer's formulas in their plain form: the mixture of moments, with masks and gates.
 
-On padded batches moments are over valid positions, and all positions are normalized by them.
+On padded batches the moments cover valid positions only, and normalize all positions.
 
 Gates of Representative Batch Norm: an example's own mean centres it and scales its output. For
-example i, per channel, with m_i the mean of x over its positions and (c, s, b) the channel's gates,
-mean and var the moments of x', of the batch in training and as stored in evaluation:
+example i and each channel, m_i is the mean of x over positions and (c, s, b) are the channel's
+gates; mean and var are the moments of x', the batch's in training and the stored in evaluation:
 
     x' = x + c m_i
     z  = (x' - mean) / sqrt(var + eps)
     y  = gamma g_i z + beta,  g_i = sigmoid(s t_i + b) / sigmoid(b),  t_i the mean of z
 
 Source: Gao et al., "Representative batch normalization with feature calibration", CVPR 2021.
-Differs: their gamma times sigmoid(b) is gamma here. So c = s = 0 changes nothing at any b, and the
-decay of gamma means the same with gates and without.
+Differs: gamma here is their gamma times sigmoid(b). So c = s = 0 changes nothing at any b, and
+weight decay of gamma means the same with and without gates.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Weight = float | Sequence[float] | Tensor
 
 
 class Terms(NamedTuple):
-    """The tensors and settings that the layer mixes the example's moments with, and applies."""
+    """The layer's evaluation inputs: population moments, weights, scale, shift and settings."""
 
-    mean: Tensor | None  # the population's, (C,), pooled over channel groups; None with none kept
+    mean: Tensor | None  # population mean (C,), pooled over channel groups; None if not tracked
     var: Tensor | None  # biased
     example_weight: Tensor  # a, () or (C,)
     gamma: Tensor | None
@@ -54,7 +54,7 @@ class Terms(NamedTuple):
     median: bool = False  # the batch's moments are medians over its examples
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Its tensors; by a method: torch 2.8 compiles neither slices nor properties of records."""
+        """Its tensors; a method, as torch 2.8 compiles neither slices nor properties of tuples."""
         return self.mean, self.var, self.example_weight, self.gamma, self.beta, self.batch_weight
 
     def cast(self, dtype: torch.dtype) -> Terms:
@@ -64,24 +64,24 @@ class Terms(NamedTuple):
         return self._with([None if t is None else t.to(dtype) for t in self.tensors()])
 
     def channels(self, index: Tensor, of: int) -> Terms:
-        """Select channels, whole groups of them."""
+        """Select channels, in whole groups."""
         kept = self._with([t if t is None or t.ndim == 0 else t[index] for t in self.tensors()])
         return kept._replace(channel_groups=self.channel_groups * len(index) // of)
 
     def weight(self) -> Tensor:
-        """How much of the moments is measured: the example's and the batch's weight."""
+        """The total weight of measured moments: the example's plus the batch's."""
         a, b = self.example_weight, self.batch_weight
         return a if b is None else a + b
 
     def alone(self) -> Terms:
-        """The same for a single example, which is its batch."""
+        """The terms for a batch of one, where the example is the batch."""
         return self._with([self.mean, self.var, self.weight(), self.gamma, self.beta, None])
 
     def beside(self, mean: Tensor, var: Tensor) -> Terms:
-        """Mix the batch into the population, by the batch's moments ``(C,)``."""
+        """Mix the batch's moments ``(C,)`` into the population's."""
         if self.batch_weight is None or self.mean is None or self.var is None:
             return self
-        # The least divisor lets the weight be 0 where the example's is 1.
+        # Clamped for an example weight of 1, where the batch weight is 0: then 0 / 1e-6 = 0.
         share = (self.batch_weight / (1 - self.example_weight).clamp_min(1e-6)).clamp_max(1.0)
         gap = mean - self.mean
         mixed = torch.lerp(self.mean, mean, share)  # exact at both ends
@@ -90,7 +90,7 @@ class Terms(NamedTuple):
 
     def _with(self, tensors: list[Any]) -> Terms:
         mean, var, weight, gamma, beta, batch = tensors
-        # Not by _replace, which torch 2.8 does not compile.
+        # Not _replace, because torch 2.8 does not compile it.
         return Terms(
             mean=mean,
             var=var,
@@ -106,7 +106,7 @@ class Terms(NamedTuple):
 
 
 def values_of(input: Tensor) -> Tensor:
-    """An input as ``(N, C, L)`` for its statistics, halves as float32."""
+    """An input as ``(N, C, L)`` for its statistics; half precision becomes float32."""
     values = input.unsqueeze(-1) if input.dim() == 2 else input.flatten(2)
     return values.to(wide_type(input.dtype))
 
@@ -137,7 +137,7 @@ def affine(
 def mixed_moments(
     mean: Tensor, var: Tensor, terms: Terms, a: Tensor | float, count: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Moments to normalize by ``(N, C)``, from those of the examples, which count by ``count``."""
+    """Moments ``(N, C)`` to normalize by; in the batch, examples are weighted by ``count``."""
     mean, var = over_channel_groups(mean, var, terms.channel_groups)
     if terms.batch_weight is not None:
         share = None if count is None else shares(count).to(mean.dtype)
@@ -151,7 +151,7 @@ def mixed_moments(
 
 
 def plain(input: Tensor, terms: Terms) -> Tensor:
-    """Evaluate by the formula, centring each (example, channel) by its own mean."""
+    """Evaluate the formula directly, centring each (example, channel) by its own mean."""
     values = values_of(input)
     mean, var, centred = example_moments(values)
     cast = terms.cast(values.dtype)
@@ -161,9 +161,9 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
 
 
 def normalized(layer: Any, input: Tensor, valid: Tensor | None, *, by_batch: bool) -> Tensor:
-    """Normalize as a layer does, by its ghost batches or its mixture, with its gates and a mask.
+    """Normalize by a layer's ghost batches or its mixture, with its gates and a mask.
 
-    ``valid`` ``(N, L)``: which positions are.
+    ``valid`` ``(N, L)`` marks the valid positions.
     """
     values, count, own = values_of(input), None, layer.gates
     if valid is None:
@@ -189,7 +189,7 @@ def normalized(layer: Any, input: Tensor, valid: Tensor | None, *, by_batch: boo
     gamma = layer.weight
     if own is not None:
         z = (mean - mu) * torch.rsqrt(var + layer.eps)
-        # Of the logarithms, since sigmoid(b) may be 0 to rounding.
+        # The quotient is formed from logarithms, because sigmoid(b) can round to 0.
         gate = (F.softplus(-bias) - F.softplus(-(scaling * z + bias))).exp()
         gamma = gate if gamma is None else gate * gamma
     output = affine(around, mean - mu, var, gamma, layer.bias, layer.eps)
@@ -197,14 +197,14 @@ def normalized(layer: Any, input: Tensor, valid: Tensor | None, *, by_batch: boo
 
 
 def weight_errors(layer: Any, weight: Tensor | None, batch: Tensor | None) -> list[BnfixError]:
-    """All that speaks against a layer's new weights, of which None stays as it is."""
+    """All problems of a layer's new weights; None keeps the present weight."""
     given = {"example_weight": weight, "batch_weight": batch}
     found = [_error(layer, name, w) for name, w in given.items() if w is not None]
     errors = [error for error in found if error is not None]
     a, b = (getattr(layer, name) if w is None else w for name, w in given.items())
     if errors or b is None or a.device.type == "meta" or b.device.type == "meta":
         return errors
-    # Two weights, each rounded, may add up to a little more than 1.
+    # Two rounded weights can add up to slightly more than 1.
     room = 2 * max(torch.finfo(w.dtype).eps for w in (a, b))
     if bool((a + b.to(a.device) > 1 + room).any()):
         words = "more than 1 together with example_weight. Give weights whose sum is at most 1"
@@ -213,16 +213,16 @@ def weight_errors(layer: Any, weight: Tensor | None, batch: Tensor | None) -> li
 
 
 def _error(layer: Any, name: str, value: Tensor) -> BnfixError | None:
-    """What speaks against one weight by itself."""
+    """The problem of a single weight, if any."""
     n = layer.num_features
     if value.shape not in ((), (n,)):
-        words = f"expected one number or {n} (one a channel)."
+        words = f"expected one number or {n} (one per channel)."
         return ConfigError(f"{name}: shape {tuple(value.shape)}, {words}", name=name)
     if value.device.type == "meta":
         return None
     if not bool(((value >= 0) & (value <= 1)).all()):
         return ConfigError(f"{name}: a value outside 0 to 1. Give weights from 0 to 1.", name=name)
-    # The example's moments alone need no others; the batch's are used without a weight.
+    # With example weight 1 the example's moments need no others; a batch weight always does.
     alone = value == (0 if name == "batch_weight" else value.flatten()[0].round())
     if layer.running_mean is not None or bool(alone.all()):
         return None
@@ -242,7 +242,7 @@ def closed(layer: Any, bias: float = 1.0) -> nn.Parameter:
 
 
 def set_gates_(layer: Any, rows: Sequence[Sequence[float]]) -> None:
-    """Give a layer that has gates other ones."""
+    """Set the values of a layer's gates."""
     given = torch.tensor(rows)
     if given.shape != layer.gates.shape or not bool(given.isfinite().all()):
         raise NormError(
@@ -254,13 +254,13 @@ def set_gates_(layer: Any, rows: Sequence[Sequence[float]]) -> None:
 
 
 def are_open(layer: Any) -> bool:
-    """Whether a layer has gates that look at the example."""
+    """Whether a layer's gates depend on the example."""
     own = layer.gates
     return own is not None and own.device.type != "meta" and bool((own[:2] != 0).any())
 
 
 def centred(layer: Any, mean: Tensor) -> Tensor:
-    """Means ``(N, C)`` of the examples as a layer's statistics meet them."""
+    """The examples' means ``(N, C)`` after a layer's gates have centred them."""
     own = getattr(layer, "gates", None)
     return mean if own is None else mean + own[0].detach().to(mean) * mean
 
@@ -269,7 +269,7 @@ def centred(layer: Any, mean: Tensor) -> Tensor:
 def trainable_weights(
     layers: Mapping[str, Any], granularity: str, start: float, of: str = "example"
 ) -> Iterator[dict[str, Tensor]]:
-    """Let a weight of some layers take gradients, by default the example's; all is put back."""
+    """Let a weight of some layers take gradients, by default the example's; restore it at exit."""
     source = f"{of}_weight"
     before = [(layer, layer._buffers[source]) for layer in layers.values()]
     leaves: dict[str, Tensor] = {}
@@ -279,7 +279,7 @@ def trainable_weights(
             value = weight.expand(layer.num_features) if granularity == "channel" else weight.mean()
             layer._buffers[source] = leaves[name] = value.clamp_min(start).requires_grad_()
             layer.weighs, layer.uses_batch = True, layer.batch_weight is not None
-            layer._shiftable = False  # a leaf may come near 1
+            layer._shiftable = False  # training can move the weight close to 1
         yield leaves
     finally:
         for layer, own in before:

@@ -1,25 +1,25 @@
-"""Moments: their mixture, the algebra of every statistic in bnfix; and fast ways to form them.
+"""Moments: the rule that mixes them, used for every statistic in bnfix, and fast kernels for them.
 
-A part k has moments (mean_k, var_k), `var` biased (divided by n). Parts with weights w_k >= 0,
+Part k has moments (mean_k, var_k); `var` is biased (divided by n). Parts with weights w_k >= 0,
 sum w_k = 1, mix by the law of total variance:
 
     mean = sum_k w_k mean_k
     var  = sum_k w_k var_k + sum_k w_k (mean_k - mean)^2
 
-This form never goes negative and never subtracts two large numbers. The raw form E[x^2] - E[x]^2
-does: in float32 at mean 3000 and variance 1 it gives 0.0 where 1.04 is right. Fast paths (rows,
-columns, accumulators) use it only with a check of the digits left, and fall back to this form.
+This form is never negative and never subtracts two large numbers. The raw form E[x^2] - E[x]^2
+does: in float32 at mean 3000 and variance 1 it gives 0.0, where 1.04 is correct. Fast paths (rows,
+columns, accumulators) use it only with a check of the remaining digits, and fall back to this form.
 
-Rows are the (example, channel) pairs of a contiguous input, by operations that are fast on the CPU.
-For scaling, each row is taken for a channel of one example, which is what stock evaluation scales.
-With gradients, g those of the output y, each of the two is one node of autograd, and both keep the
-input, as the stock layer does:
+Rows are the (example, channel) pairs of a contiguous input; the operations on them are fast on the
+CPU. Scaling treats every row as a channel of one example, so torch's evaluation kernel can do it.
+With gradients, moments and scaling are one autograd node each. Both save the input, as the stock
+layer does. With g the gradient of the output y:
 
     mean, var:  dx = (g_mean + 2 g_var (x - mean)) / L
     y = gamma (x - mu) r + beta, r = 1 / sqrt(var):  with G = sum g and H = r sum g (x - mu)
                 dx = gamma r g,  dmu = -gamma r G,  dvar = -gamma r^2 H / 2,  dgamma = H,  dbeta = G
 
-Columns: the same, without gradients, of an input with channels last.
+Columns: the same operations for channels-last inputs, without gradients.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-#: Squared means beyond this many times what is divided by lose about 4 bits of moments.
+#: Where mean^2 exceeds this multiple of the divisor, moments lose about 4 bits.
 LOST = 16.0
-#: Values whose squares torch may add in one running float32 sum; a large map would lose digits.
+#: Most squares that torch can add in one running float32 sum; a large map would lose digits.
 _RUN = 1 << 14
-#: Values of an example from which one call an example beats sums over the whole batch.
+#: Values per example above which one call per example is faster than sums over the whole batch.
 _LARGE_EXAMPLE = 1 << 17
-#: Positions of a column whose sum torch forms in one running float32.
+#: Most positions of a column that torch can add in one running float32 sum.
 _COLUMN_RUN = 1 << 11
-#: Channels up to which positions are folded into them.
+#: Positions are folded into the channels up to this number of channels.
 _WIDE = 1 << 10
 
 
 def mix(
     mean: Tensor, var: Tensor, weight: Tensor | None = None, dim: int | tuple[int, ...] = 0
 ) -> tuple[Tensor, Tensor]:
-    """Mix the moments of parts that lie along ``dim`` into the moments of the whole.
+    """Mix the moments of the parts along ``dim`` into the moments of the whole.
 
-    ``mean = sum w_k mean_k``, ``var = sum w_k (var_k + (mean_k - mean)^2)``. The mean is summed as
-    differences from the first part, so parts far from 0 and close to each other lose nothing.
+    ``mean = sum w_k mean_k``, ``var = sum w_k (var_k + (mean_k - mean)^2)``. The sum is of
+    differences from the first part. Parts far from 0 but close together thus lose no digits.
 
     Example:
         >>> m, v = mix(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))
@@ -60,7 +60,7 @@ def mix(
         (1.0, 2.0)
 
     Source:
-        The law of total variance; in pairs it is Chan, Golub, LeVeque (1979).
+        The law of total variance; for two parts it is Chan, Golub, LeVeque (1979).
     """
     dims = (dim,) if isinstance(dim, int) else dim
     first = mean
@@ -80,29 +80,29 @@ def mix(
 
 
 def median_mix(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments of examples taken together, of which fewer than half may be garbage.
+    """Pooled moments of examples ``(N, C)``; fewer than half of the examples may be garbage.
 
-    ``mean = median mean_i``, ``var = median var_i + (1.4826 median |mean_i - mean|)^2``: the two
-    parts of the law of total variance over examples ``(N, C)``, each by a median; NaN counts as
-    large. 1.4826 makes the spread of normal means their deviation.
+    ``mean = median mean_i``, ``var = median var_i + (1.4826 median |mean_i - mean|)^2``: medians
+    replace both parts of the law of total variance. NaN counts as large. With the factor 1.4826
+    the median distance of normal means estimates their standard deviation.
 
     Source:
-        Differs from MedBN (Park et al., CVPR 2024), which takes the median of all values and their
-        mean square about it: a single wild example makes that variance as large as it likes.
+        Differs from MedBN (Park et al., CVPR 2024), which uses the median of all values and the
+        mean square about it: a single wild example can make that variance arbitrarily large.
     """
     centre = _median(mean)
     return centre, _median(var) + (1.4826 * _median((mean - centre).abs())).square()
 
 
 def median_mix_of_few(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """`median_mix` on the CPU, without gradients: numpy is many times faster at short rows."""
+    """`median_mix` on the CPU, without gradients: numpy is many times faster for short rows."""
     n, channels = mean.shape
-    if n < 3:  # their mean, and one distance from it
+    if n < 3:  # a median of two is their mean, and both are equally far from it
         middle = mean.mean(0)
         distance = mean[0] - middle
         return middle, torch.addcmul(var.mean(0), distance, distance, value=1.4826**2)
     low, high = (n - 1) // 2, n // 2
-    with np.errstate(all="ignore"):  # as torch says nothing of what is not finite
+    with np.errstate(all="ignore"):  # torch does not warn of non-finite values either
         rows = np.sort(np.concatenate((mean.numpy(), var.numpy()), 1).T.copy(), axis=1)
         centre = (rows[:, low] + rows[:, high]) / 2
         away = np.sort(np.abs(rows[:channels] - centre[:channels, None]), axis=1)
@@ -112,13 +112,13 @@ def median_mix_of_few(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _median(values: Tensor) -> Tensor:
-    """Along the first axis; of an even number the mean of the middle two, unlike torch's."""
+    """The median along the first axis; unlike torch's, it averages the middle two values."""
     ordered, n = values.sort(0).values, values.shape[0]
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
 
 
 def gaps(stored: tuple[Tensor, Tensor], met: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """Mean gap and sd gap of stored moments ``(C,)`` from those that a batch has, ``(2,)``.
+    """Mean gap and sd gap ``(2,)`` between stored moments ``(C,)`` and a batch's moments.
 
     ``mean_c |mean_stored - mean_b| / sd_b`` and ``mean_c |sd_stored / sd_b - 1|``, where
     ``sd = sqrt(var + eps)``.
@@ -130,15 +130,15 @@ def gaps(stored: tuple[Tensor, Tensor], met: tuple[Tensor, Tensor], eps: float) 
 
 
 def others(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each example ``(..., N, C)`` the moments of the N - 1 others, for exclusive statistics.
+    """For each example ``(..., N, C)``, the moments of the N - 1 others: exclusive statistics.
 
-    With d_i = mean_i less the mean of all: ``mean_-i = mean - d_i / (N-1)`` and ``var_-i =
-    (sum_j (var_j + d_j^2) - var_i - d_i^2) / (N-1) - (d_i / (N-1))^2``, whose gradient in the
-    values of example i is 0.
+    With d_i = mean_i minus the mean of all: ``mean_-i = mean - d_i / (N-1)`` and ``var_-i =
+    (sum_j (var_j + d_j^2) - var_i - d_i^2) / (N-1) - (d_i / (N-1))^2``. Their gradient with
+    respect to the values of example i is 0.
 
     Source:
-        Kosson et al., "Ghost noise for regularizing deep neural networks", AAAI 2024. Differs: on
-        central moments.
+        Kosson et al., "Ghost noise for regularizing deep neural networks", AAAI 2024. Differs: it
+        uses central moments.
     """
     n = mean.shape[-2]
     centre = mean.mean(-2, keepdim=True)
@@ -150,28 +150,28 @@ def others(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def example_moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of every (example, channel), and the values centred by them."""
+    """Mean and variance of every (example, channel), and the values minus that mean."""
     mean = values.mean(-1)
     centred = values - mean.unsqueeze(-1)
     return mean, (centred * centred).mean(-1), centred
 
 
 def masked_moments(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance ``(N, C)`` of ``(N, C, L)`` where ``(N, L)`` is true; counts ``(N,)``.
+    """Mean and variance ``(N, C)`` of ``(N, C, L)`` where ``(N, L)`` is true, and counts ``(N,)``.
 
     ``mean_i = sum_t v_it x_it / L_i``, ``var_i = sum_t v_it (x_it - mean_i)^2 / L_i``,
-    ``L_i = sum_t v_it``. Padding may hold anything, NaN too, and gets no gradient.
+    ``L_i = sum_t v_it``. Padding can hold anything, including NaN, and gets no gradient.
     """
     where, count = valid.unsqueeze(1), valid.sum(-1)
     size = count.to(values.dtype).unsqueeze(-1)
     mean = torch.where(where, values, 0).sum(-1) / size
-    # Chosen before it is squared: the gradient of NaN squared is NaN, even times 0.
+    # Masked before the square: the gradient of NaN squared is NaN, even multiplied by 0.
     centred = torch.where(where, values - mean.unsqueeze(-1), 0)
     return mean, centred.square().sum(-1) / size, count
 
 
 def shares(count: Tensor) -> Tensor:
-    """Weights ``(N, 1)`` of parts by their counts ``(N,)``, float64."""
+    """Weights ``(N, 1)`` of parts in proportion to their counts ``(N,)``, in float64."""
     weight = count.double().unsqueeze(-1)
     return weight / weight.sum()
 
@@ -185,15 +185,15 @@ def over_runs(
     exclusive: bool = False,
     count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mix ``(N, C)`` within runs of examples and channel groups, for every example.
+    """Mix moments ``(N, C)`` within runs of examples and channel groups, for every example.
 
-    Each counts by its ``count``, if given; with ``exclusive`` an example gets those of the others.
+    ``count`` weights the examples. With ``exclusive`` an example gets the moments of the others.
     """
     n, channels = mean.shape
     base, longer = divmod(n, n_runs)
     middle = longer * (base + 1)
     parts = []
-    # Lengths of runs differ by at most 1, the longer ones first: each kind is one tensor.
+    # Run lengths differ by at most 1 and longer runs come first: one tensor per length.
     for part, length in ((slice(middle), base + 1), (slice(middle, n), base)):
         if len(mean[part]):
             shape, share = (-1, length, channels), None
@@ -210,7 +210,7 @@ def over_runs(
 
 
 def over_channel_groups(mean: Tensor, var: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mix moments ``(..., C)`` within each channel group; every channel gets its group's."""
+    """Mix moments ``(..., C)`` within each channel group and repeat them over its channels."""
     size = mean.shape[-1] // groups
     if size == 1:
         return mean, var
@@ -224,7 +224,7 @@ class Moments:
     """Count, mean and biased variance of some values, per channel.
 
     Args:
-        count: number of values behind each mean, a scalar or shaped like ``mean``.
+        count: number of values in each mean, a scalar or shaped like ``mean``.
         mean: any shape.
         var: biased, shaped like ``mean``.
     """
@@ -235,16 +235,16 @@ class Moments:
 
 
 def pool(parts: Sequence[Moments]) -> Moments:
-    """Pool parts by their counts, in float64: batches, calls or ranks into a population.
+    """Pool parts (batches, calls or ranks) in proportion to their counts, in float64.
 
     Source:
-        Chan, Golub, LeVeque (1979), for any number of parts at once.
+        Chan, Golub, LeVeque (1979), extended to any number of parts.
     """
     count = torch.stack([part.count.double() for part in parts])
     mean = torch.stack([part.mean.double() for part in parts])
     var = torch.stack([part.var.double() for part in parts])
     aligned = count.reshape(count.shape + (1,) * (mean.ndim - count.ndim))
-    # An empty part's moments may be anything, NaN too, and must not spread through 0 * NaN.
+    # An empty part's moments can be NaN, and must not spread through 0 * NaN.
     mean, var = torch.where(aligned > 0, mean, 0.0), torch.where(aligned > 0, var, 0.0)
     total = count.sum(0)
     weight = aligned / aligned.sum(0).clamp_min(1.0)
@@ -270,7 +270,7 @@ def mean_squares(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
-    """Whether moments from sums of squares are good enough."""
+    """Whether moments from sums of squares keep enough digits."""
     mean, var = mean.detach(), var.detach()
     return bool((mean.square() <= LOST * var).all())
 
@@ -278,7 +278,7 @@ def keep_their_digits(mean: Tensor, var: Tensor) -> bool:
 def scale_rows(
     values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, into: Tensor
 ) -> None:
-    """Scale and shift rows, without gradients, into another tensor; ``mu`` of each, or of all."""
+    """Scale and shift rows into a tensor, without gradients; ``mu`` is ``(N, C)`` or ``(1, C)``."""
     n, channels = mu.shape
     one = (1, n * channels, -1) if n > 1 else values.shape
     terms = (_each(gamma, n), _each(beta, n), mu.view(-1), var.view(-1), False, 0.0, 0.0)
@@ -295,12 +295,12 @@ def column_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     if positions * channels < _LARGE_EXAMPLE:
         mean = values.mean(1)
         return mean, (values * values).mean(1).addcmul_(mean, mean, value=-1)
-    # A running float32 sum would lose about sqrt(positions) roundings of its own size, so some
-    # positions are taken as channels of their own, and the rest goes by runs.
+    # A running float32 sum would lose about sqrt(positions) roundings of its own size. So some
+    # positions count as channels, and the rest is summed in runs.
     folds = math.gcd(positions, 1 << (max(1, _WIDE // channels).bit_length() - 1))
     folded = values.view(n, positions // folds, folds * channels)
     at, by = values.new_zeros(folds * channels), values.new_ones(folds * channels)
-    # Stock evaluation's backward sums g and g (x - at) / by in one reading, and g may be x.
+    # The backward of torch's evaluation sums g and g (x - at) / by in one read; here g is x.
     sums = [
         torch.ops.aten.native_batch_norm_backward(
             run, run, None, at, by, None, None, False, 0.0, [False, True, True]
@@ -346,7 +346,7 @@ def differentiable_scale(
 
 
 def _each(term: Tensor | None, n: int) -> Tensor | None:
-    """A number a row."""
+    """A per-channel term ``(C,)`` as one number per row."""
     return None if term is None else term.expand(n, -1).reshape(-1)
 
 
@@ -363,7 +363,7 @@ class _Moments(Function):
         values = input.flatten(2)
         slope = g_var * (2 / values.shape[-1])
         offset = g_mean / values.shape[-1]
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled():  # for a second derivative
             centred = values - mean.unsqueeze(-1)
             again: Tensor = slope.unsqueeze(-1) * centred + offset.unsqueeze(-1)
             return again.view(input.shape)
@@ -389,7 +389,7 @@ class _Scaled(Function):
         values, given = input.flatten(2), gradient.contiguous().flatten(2)
         root = torch.rsqrt(var)
         slope = root if gamma is None else gamma * root
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled():  # for a second derivative
             total = given.sum(-1)
             product = (given * (values - mu.unsqueeze(-1))).sum(-1) * root
             dx: Tensor | None = (given * slope.unsqueeze(-1)).view(input.shape)
@@ -404,7 +404,7 @@ class _Scaled(Function):
 def _reduced(
     given: Tensor, values: Tensor, mu: Tensor, var: Tensor, gamma: Tensor | None, wanted: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradient of the input, H and G: what stock evaluation's backward gives for rows."""
+    """The gradient of the input, H and G, by the backward of torch's evaluation on rows."""
     n, channels, _ = values.shape
     one = (1, n * channels, -1)
     dx, product, total = torch.ops.aten.native_batch_norm_backward(

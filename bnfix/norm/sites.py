@@ -1,4 +1,4 @@
-"""Where a model has normalization layers, of what kind, and what speaks against a swap."""
+"""Find a model's normalization layers, their kinds, and the reasons against swapping them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, requ
 from bnfix.norm.moments import over_channel_groups
 
 _STOCK = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-#: On layers that the code that built the model has frozen; its modes are lost in loading.
+#: Marks layers that the model's own code froze; loading loses the modes that show it.
 _AT_REST = "_bnfix_frozen"
 _OURS = (GeneralizedBatchNorm, GeneralizedBatchNormAct)
-#: Those that normalize what they are given.
+#: The forwards that are known to normalize exactly their input.
 _FORWARDS = tuple(kind.forward for kind in (BatchNormBase, nn.SyncBatchNorm, *_OURS))
-_SCRIPTED = "is TorchScript, which cannot be seen into or changed; leave it with --skip"
+_SCRIPTED = "is TorchScript, which can be neither inspected nor changed; leave it with --skip"
 _QAT = ("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat")
 _OBSERVERS = ("FakeQuantizeBase", "ObserverBase")
-#: timm's layers are known by where they come from, so that timm need not be installed.
+#: timm's layers are recognized by class and module names, so timm need not be installed.
 _TIMM_ACT = ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 
 
@@ -39,7 +39,7 @@ class NormSite:
     module: nn.Module
     kind: str  # class name
     problem: str  # why it cannot be swapped; "" if it can
-    unmeasured: str = ""  # why its inputs do not tell its statistics; "" if they do
+    unmeasured: str = ""  # why its statistics cannot be measured from its inputs; "" if they can
 
     @property
     def frozen(self) -> bool:
@@ -47,7 +47,7 @@ class NormSite:
         return "Frozen" in self.kind or bool(getattr(self.module, "frozen", False))
 
     def is_put_to_rest(self, model: nn.Module) -> bool:
-        """Whether the user froze it: evaluation mode and no gradients, in a model that trains."""
+        """Whether the user froze it: in evaluation mode, without gradients, in a training model."""
         own = list(self.module.parameters(recurse=False))
         at_rest = own and not any(p.requires_grad for p in own) and not self.module.training
         return (model.training and bool(at_rest)) or _AT_REST in vars(self.module)
@@ -59,35 +59,35 @@ class NormSite:
 
     @property
     def is_measurable(self) -> bool:
-        """Whether its inputs tell its statistics, as far as is known."""
-        # Another class that holds running_mean and running_var may mean something else by them.
+        """Whether its statistics can be measured from its inputs, as far as is known."""
+        # In another class, running_mean and running_var may have a different meaning.
         known = not self.problem or isinstance(self.module, BatchNormBase)
         return known and not self.unmeasured
 
     @property
     def eps(self) -> float:
-        """What the layer adds to the variance."""
+        """The constant that the layer adds to the variance."""
         return float(getattr(self.module, "eps", 1e-5))
 
     @property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """The moments that the layer holds, as it uses them, in float64."""
+        """The running statistics as the layer applies them, in float64."""
         buffers: Any = self.module._buffers
         return self.over_groups(buffers["running_mean"].double(), buffers["running_var"].double())
 
     def over_groups(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool moments over the layer's channel groups, and repeat them over their channels."""
+        """Pool moments over the layer's channel groups, repeated over each group's channels."""
         if isinstance(self.module, GeneralizedBatchNorm):
             return over_channel_groups(mean, var, self.module.channel_groups)
         return mean, var
 
     def as_stored(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments as the layer's buffers hold them."""
+        """Moments in the type and on the device of the layer's buffers."""
         own: Any = self.module._buffers["running_mean"]
         return mean.to(own), var.to(own)
 
     def set_moments_(self, mean: Tensor, var: Tensor, n_batches: int) -> None:
-        """Write its running statistics; a counter of batches that is 0 gets their number."""
+        """Write its running statistics; set its batch counter to ``n_batches`` if that is 0."""
         buffers: Any = self.module._buffers
         buffers["running_mean"].copy_(mean)
         buffers["running_var"].copy_(var)
@@ -97,22 +97,25 @@ class NormSite:
 
 
 def find_norms(model: nn.Module) -> list[NormSite]:
-    """Every normalization layer with population moments, known or not, in order.
+    """Find every Batch Norm layer of a model, and every layer that holds its running statistics.
 
-    Torch's Batch Norms, SyncBatchNorm, torchvision's FrozenBatchNorm2d, timm's BatchNormAct2d, and
-    anything else that derives from Batch Norm or holds ``running_mean`` and ``running_var``.
-    Instance Norm is not among them.
+    These are torch's Batch Norms, SyncBatchNorm, torchvision's FrozenBatchNorm2d, timm's
+    BatchNormAct2d, and any other module that derives from Batch Norm or has the buffers
+    ``running_mean`` and ``running_var``. Instance Norm is not included.
 
     Args:
         model: any module.
 
     Returns:
-        One site a module, whatever number of names it has.
+        One site per module, in module order, with all of the module's names.
+
+    Raises:
+        NormError: if the model is TorchScript.
     """
     require_eager(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # Not module._buffers: a scripted module has none that can be iterated over.
+        # Not module._buffers: a scripted module's cannot be iterated over.
         buffers = {key for key, _ in module.named_buffers(recurse=False)}
         holds_moments = {"running_mean", "running_var"} <= buffers
         holds_moments = holds_moments and not isinstance(module, InstanceNormBase)
@@ -137,19 +140,19 @@ def _gates_of(module: nn.Module) -> str:
 
 
 def _quantizing(model: nn.Module) -> str:
-    """Why no norm layer of a network with observers of quantization may be touched."""
+    """Why a network with quantization observers must not be changed; "" without observers."""
     for name, module in model.named_modules():
         for base in type(module).__mro__:
             where = base.__module__
             observes = base.__name__ in _OBSERVERS and "quantization" in where
             if observes or where.startswith(_QAT):
                 kind = type(module).__name__
-                return f"{name} ({kind}) prepares for quantization; first repair, then prepare"
+                return f"{name} ({kind}) prepares for quantization; repair first, then prepare"
     return ""
 
 
 def instance_norms(model: nn.Module) -> dict[str, str]:
-    """Class names, by layer, of Instance Norms with running statistics."""
+    """Class names of Instance Norms with running statistics, by layer name."""
     return {
         name: type(module).__name__
         for name, module in model.named_modules()
@@ -158,7 +161,7 @@ def instance_norms(model: nn.Module) -> dict[str, str]:
 
 
 def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool:
-    """Whether a site is wanted by ``--layers`` and not excluded by ``--skip``."""
+    """Whether ``--layers`` includes a site and ``--skip`` does not exclude it."""
     names = (site.name, *site.aliases)
     wanted, unwanted = (
         any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
@@ -168,7 +171,7 @@ def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool
 
 
 def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
-    """Complaints about patterns that match no norm layer: most likely they are misspelled."""
+    """Errors for patterns that match no norm layer and are probably misspelled."""
     names = [name for site in sites for name in (site.name, *site.aliases)]
     known = some(names) or "none"
     return [
@@ -184,8 +187,8 @@ def _near(pattern: str, names: Sequence[str]) -> str:
 
 
 def is_frozen_kind(module: nn.Module) -> bool:
-    """Whether a module is torchvision's Batch Norm of constants."""
-    # Importing torchvision takes seconds; where nobody has, nobody has made such a layer.
+    """Whether a module is torchvision's FrozenBatchNorm2d."""
+    # Importing torchvision takes seconds; if nobody imported it, no such layer can exist.
     found = sys.modules.get("torchvision.ops.misc")
     return found is not None and type(module) is found.FrozenBatchNorm2d
 
@@ -203,20 +206,20 @@ def _problem(module: nn.Module, *, is_root: bool) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return _SCRIPTED
     if isinstance(module, LazyNormBase):
-        return f"{kind.__name__} has no size yet; run the model once before"
+        return f"{kind.__name__} has no size yet; run the model once first"
     known = kind in (*_STOCK, *_OURS, nn.SyncBatchNorm)
     if not (known or is_frozen_kind(module) or is_timm_act(module)):
         return (
-            f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and it may do "
+            f"{kind.__module__}.{kind.__qualname__} is not a layer that bnfix knows, and may do "
             "more than normalize; leave it with --skip"
         )
     if "forward" in vars(module):
-        return "its forward was replaced on the object itself; undo that, or leave it with --skip"
+        return "its forward is overridden on the instance; undo that, or leave it with --skip"
     return ""
 
 
 def remember_frozen_(model: nn.Module) -> None:
-    """Mark the layers that are frozen by their modes, before the model's modes change."""
+    """Mark the layers that their modes show to be frozen, before the modes change."""
     for site in find_norms(model):
         if site.is_put_to_rest(model):
             site.module.__dict__[_AT_REST] = True
@@ -231,15 +234,15 @@ def _unmeasured(module: nn.Module) -> str:
     if kind.forward in _FORWARDS and "forward" not in vars(module):
         return ""
     return (
-        f"{kind.__module__}.{kind.__qualname__} has a forward of its own, which may normalize "
-        "other values than it is given (masked, or with other axes); leave it with --skip"
+        f"{kind.__module__}.{kind.__qualname__} has its own forward; it may not normalize exactly "
+        "its input (but masked values, or other axes); leave it with --skip"
     )
 
 
 def unmeasurable(
     sites: Sequence[NormSite], layers: Sequence[str], skip: Sequence[str]
 ) -> list[str]:
-    """Problems of the sites whose statistics are wanted and would be measured wrongly."""
+    """Problems of the selected sites whose statistics would be measured wrongly."""
     return [
         f"{site.name}: {site.unmeasured}"
         for site in sites
@@ -251,7 +254,7 @@ def unmeasurable(
 def sites_with_statistics(
     model: nn.Module, layers: Sequence[str] = (), skip: Sequence[str] = ()
 ) -> Iterator[NormSite]:
-    """The sites whose running statistics may be recalibrated."""
+    """The sites whose running statistics can be recalibrated."""
     for site in find_norms(model):
         wanted = not site.frozen and selected(site, layers, skip)
         if site.has_statistics and site.is_measurable and wanted:

@@ -36,7 +36,7 @@ from bnfix.norm.sites import (
 
 @dataclass(frozen=True)
 class Change:
-    """What a swap does, or did, to one layer."""
+    """The change of one layer, planned or done."""
 
     name: str
     kind: str  # class name before
@@ -46,16 +46,16 @@ class Change:
     example_weight: float | None  # None keeps the weight of a generalized layer
     batch_weight: float | None = 0.0  # the same
     batch_estimator: str | None = None  # the same
-    gated: bool = False  # it gets gates, or keeps those that it has
-    # Largest |output after - output before| in evaluation on normal inputs of the layer's own
-    # moments, in float64 from the tensors as stored, relative to the largest output where that is
-    # above 1; None until done, where a live layer means another output, or not measurable.
+    gated: bool = False  # it gets gates, or keeps the gates it has
+    # Largest |output after - output before| in evaluation, on normal inputs with the layer's own
+    # moments, in float64 from the stored tensors, relative to the largest output if that is above
+    # 1. None until done, for live layers (whose output differs by design), and if not measurable.
     difference: float | None = None
 
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """All that a swap would do, and all that speaks against it: with a problem it is refused."""
+    """The planned changes of a swap, and the problems; a plan with a problem is refused."""
 
     changes: tuple[Change, ...]
     problems: tuple[str, ...]
@@ -64,7 +64,7 @@ class SwapPlan:
 
 
 def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
-    """Plan the swap of every norm layer; no effect on the model."""
+    """Plan the swap of every norm layer; the model is unchanged."""
     recipe = recipe or SwapRecipe()
     sites = find_norms(model)
     changes: list[Change] = []
@@ -88,17 +88,17 @@ def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
         )
     if frozen := [site.name for site in planned if site.frozen]:
         notes.append(
-            f"{some(frozen)}: FrozenBatchNorm2d, whose numbers are constants and stay as they "
-            "are. --unfreeze turns it into BatchNorm2d of the same numbers"
+            f"{some(frozen)}: FrozenBatchNorm2d; its constants are kept. --unfreeze turns it into "
+            "a BatchNorm2d with the same values"
         )
     others = instance_norms(model)
     if not sites:
         has = f" ({some([f'{n}: {kind}' for n, kind in others.items()])})" if others else ""
-        problems.append(f"model: no Batch Norm layer in it{has}, so there is nothing to swap")
+        problems.append(f"model: it has no Batch Norm layer{has}; there is nothing to swap")
     elif others:
         skipped.append(
-            f"{some(list(others))}: left alone, since Instance Norm's running statistics are means "
-            "of the examples' own"
+            f"{some(list(others))}: left alone, because Instance Norm's running statistics are "
+            "averages of per-example statistics"
         )
     return SwapPlan(tuple(changes), tuple(problems), tuple(skipped), tuple(notes))
 
@@ -117,22 +117,22 @@ def swap_norms_(
 ) -> SwapPlan:
     """Turn every Batch Norm into a `GeneralizedBatchNorm` with the same weights and outputs.
 
-    With example weight 0 evaluation gives the same outputs at any grouping: where channels share
-    moments, scale and shift are re-fitted (the pooled moments are constants, so they can absorb
-    the change exactly), and each layer is compared before anything is replaced. Parameters are the
-    very same objects, except that re-fitted ones are new: build optimizers afterwards.
+    With example weight 0, evaluation gives the same outputs at any grouping. Where channels share
+    moments, scale and shift are refitted; the pooled moments are constants, so scale and shift
+    absorb the change exactly. Each layer is compared before anything is replaced. Parameters stay
+    the same objects, except refitted ones, which are new: build optimizers afterwards.
 
     Args:
-        model: any module; layers that are generalized already get the new settings.
+        model: any module; layers that are already generalized get the new settings.
         to: kind of normalization, a key of ``bnfix.core.options.KINDS``.
-        example_weight: overrides the kind's, 0 to 1.
-        batch_weight: weight of the batch in the statistics, 0 by default; with it an example's
-            output depends on those beside it.
-        batch_estimator: ``mean`` or ``median``, how the batch's moments are made.
-        ghost_size: overrides the kind's, in examples.
-        channel_groups: overrides the kind's, a count of groups.
-        layers: only names that match one of these globs.
-        skip: not names that match one of these globs.
+        example_weight: weight of the example, 0 to 1; overrides the kind's.
+        batch_weight: weight of the batch, 0 to 1, 0 by default; above 0, an example's output
+            depends on the other examples of its batch.
+        batch_estimator: ``mean`` or ``median``: how examples' moments are pooled into the batch's.
+        ghost_size: examples per ghost batch in training; overrides the kind's.
+        channel_groups: number of channel groups that share moments; overrides the kind's.
+        layers: only layers with a name that matches one of these globs; all if empty.
+        skip: leave alone layers with a name that matches one of these globs.
 
     Returns:
         The plan with the measured difference of every layer.
@@ -141,8 +141,8 @@ def swap_norms_(
         NormError: with all problems at once; the model is then untouched.
 
     Changes:
-        The norm layers of ``model``: the very objects become the new class, so that whatever holds
-        one follows, in the module tree or not; hooks, fields and parameters are kept.
+        The norm layers of ``model``. Each object changes its class in place, so every reference to
+        it stays valid, inside the module tree or not. It keeps its hooks, fields and parameters.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -163,10 +163,10 @@ def swap_norms_(
 
 
 def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
-    """Do what a plan says, in place; see `swap_norms_`."""
+    """Carry out a plan in place; see `swap_norms_`."""
     sites = {site.name: site.module for site in find_norms(model)}
     problems = list(plan.problems) + [
-        f"{change.name}: no norm layer of this model; plan for this very model"
+        f"{change.name}: not a norm layer of this model; make the plan for this model"
         for change in plan.changes
         if change.name not in sites
     ]
@@ -189,14 +189,14 @@ def swap_planned_(model: nn.Module, plan: SwapPlan) -> SwapPlan:
 
 
 def unfreeze_(model: nn.Module) -> list[nn.Module]:
-    """Turn Batch Norms of constants into trainable ones of the same numbers."""
+    """Turn FrozenBatchNorm layers into trainable Batch Norms with the same values."""
     unfrozen = [
         site.module
         for site in find_norms(model)
         if site.frozen and not site.problem and not isinstance(site.module, BatchNormBase)
     ]
     for module in unfrozen:
-        # timm need not be installed: its class lies beside that of the layer at hand.
+        # No import of timm, which may not be installed: the layer's module has the class too.
         kind: Any = nn.BatchNorm2d
         if is_timm_act(module):
             kind = sys.modules[type(module).__module__].BatchNormAct2d
@@ -220,7 +220,7 @@ def _refuse(problems: Sequence[str], shown: int = 8) -> None:
 
 
 def _too_different(layer: GeneralizedBatchNorm, difference: float) -> str:
-    """Why a layer may not take the place of one with other outputs; "" if it may."""
+    """Why a layer with different outputs must not replace the old one; "" if it can."""
     is_half = layer.weight is not None and layer.weight.dtype.itemsize < 4
     if difference <= (1e-2 if is_half else 1e-4):
         return ""
@@ -228,7 +228,7 @@ def _too_different(layer: GeneralizedBatchNorm, difference: float) -> str:
     if not all(bool(m.isfinite().all()) for m in moments if m is not None):
         why = "not all of its statistics are finite; recalibrate before channels share them"
     else:
-        why = "its moments differ too much for its type; convert in float32, use more groups"
+        why = "its moments differ too much for its type; convert in float32 or use more groups"
     return f"its outputs would change by {difference:.2g}: {why}, or leave it with --skip"
 
 
@@ -238,7 +238,7 @@ def _n_channels(module: nn.Module) -> int:
 
 
 def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
-    """The change of one layer, and all that speaks against it."""
+    """The planned change of one layer, and all problems with it."""
     channels = _n_channels(site.module)
     kind_groups, kind_ghost, kind_weight = KINDS[recipe.to]
     groups = recipe.channel_groups
@@ -257,7 +257,7 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
         (not keeps and 0 < weight < 1, f"{none} to mix the example's with"),
         (
             not keeps and weight == 0 and (ghost is not None or divided),
-            f"{none}, so groups or ghost batches would change its outputs in evaluation too",
+            f"{none}, so groups or ghost batches would also change its outputs in evaluation",
         ),
         (gated and site.frozen, "is frozen (--unfreeze), so it cannot have gates"),
         (gated and not (keeps or site.frozen), f"{none}, so it cannot have gates"),
@@ -284,21 +284,21 @@ def _plan_site(site: NormSite, recipe: SwapRecipe) -> tuple[Change, list[str]]:
 
 
 def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
-    """A generalized layer with every field, hook and tensor of the old one."""
+    """A generalized layer with all fields, hooks and tensors of the old layer."""
     activated = is_timm_act(old) or isinstance(old, GeneralizedBatchNormAct)
     kind = GeneralizedBatchNormAct if activated else GeneralizedBatchNorm
     layer = kind.__new__(kind)
-    # Hook dictionaries are shared on purpose: handles that the user holds keep working.
+    # Hook dictionaries are shared on purpose: the user's hook handles keep working.
     layer.__dict__.update(old.__dict__)
     for table in ("_parameters", "_buffers", "_modules"):
         layer.__dict__[table] = dict(old.__dict__[table])
-    # A compiled call would go on calling the old layer.
+    # A compiled call would still call the old layer.
     layer.__dict__.pop("_compiled_call_impl", None)
     for name in ("example_weight", "batch_weight"):
         layer._buffers.pop(name, None)
     layer.__dict__["_non_persistent_buffers_set"] = set(old._non_persistent_buffers_set)
     if activated:
-        # SyncBatchNormAct may lack either, and then does without it.
+        # SyncBatchNormAct can lack either module, and then skips it.
         for name in ("drop", "act"):
             layer._modules.setdefault(name, nn.Identity())
     if not isinstance(old, BatchNormBase):
@@ -321,7 +321,7 @@ def _build(old: nn.Module, change: Change) -> GeneralizedBatchNorm:
 
 
 def _complete_frozen(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
-    """Add the fields that FrozenBatchNorm2d does without; scale and shift stay buffers."""
+    """Add the fields that FrozenBatchNorm2d lacks; scale and shift remain buffers."""
     layer.num_features = _n_channels(old)
     layer.affine, layer.track_running_stats, layer.momentum = True, True, 0.0
     layer._buffers.setdefault("num_batches_tracked", None)
@@ -363,7 +363,7 @@ def _refit(layer: GeneralizedBatchNorm, old: nn.Module) -> None:
 
 @torch.no_grad()
 def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
-    """Largest relative difference in evaluation on normal inputs of the layer's own moments."""
+    """Largest relative difference in evaluation on normal inputs with the layer's own moments."""
     mean, var = getattr(old, "running_mean", None), getattr(old, "running_var", None)
     if mean is None or var is None or mean.device.type == "meta":
         return None
@@ -373,8 +373,8 @@ def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
     noise = torch.randn((4, new.num_features, *spatial), generator=generator).to(mean.device)
     x = mean.double().view(view) + var.double().clamp_min(0).sqrt().view(view) * noise
     before, after = _evaluated(old, x), _evaluated(new, x)
-    # A layer whose statistics are not finite gives NaN, and may give the same NaN: it can still be
-    # swapped, and then be recalibrated.
+    # A layer with non-finite statistics outputs NaN before and after. That counts as equal: it can
+    # be swapped, and then recalibrated.
     same = (before == after) | (before.isnan() & after.isnan())
     gap = torch.where(same, 0.0, (after - before).abs())
     scale = before.abs().nan_to_num(0.0, posinf=0.0).max().clamp_min(1.0)
@@ -382,20 +382,20 @@ def _difference(old: nn.Module, new: GeneralizedBatchNorm) -> float | None:
 
 
 def _evaluated(module: nn.Module, x: Tensor) -> Tensor:
-    """A layer's output in evaluation, in float64 from its tensors as they are stored."""
+    """A layer's output in evaluation, in float64 from its stored tensors."""
     with tensors_kept(module) as tables:
         for part in module.modules():
             part.training = False
         for table in tables:
             own = {k: t for k, t in table.items() if t is not None and t.is_floating_point()}
             table.update({k: t.double() for k, t in own.items()})
-        # The class's method, not a call: the user's hooks are no part of this.
+        # The class's method, not a call: the user's hooks must not run.
         output: Tensor = type(module).forward(module, x)
     return output
 
 
 def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
-    """Keep weight 0 where maps have a single position: the formula there is another function."""
+    """Set weight 0 on layers with 1x1 feature maps: there the formula is a different function."""
     layers = dict(generalized_norms(model))
     live = [
         name for name in excluded if layers[name].weighs and layers[name].running_mean is not None
@@ -404,4 +404,4 @@ def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
         return []
     none = dict.fromkeys(live, 0.0)
     set_example_weight_(model, none, batch_weight=none)
-    return [f"{len(live)} layers have a single position a map and keep example weight 0."]
+    return [f"{len(live)} layers have 1x1 feature maps and keep example weight 0."]
