@@ -209,7 +209,10 @@ def test_the_command_mixes_as_python_does(files, cli, tmp_path, prior, robust):
     found = done.json
     assert found["calibration"]["target"] == "robust " * robust + "blend"
     assert found["calibration"]["feed"] == "sequential"
-    assert any("mixed with the stored ones; the new" in line for line in found["assumptions"])
+    assert any(
+        "mixed with the stored statistics; the weight of the new" in line
+        for line in found["assumptions"]
+    )
     images = open_images(str(files.flat))
     x = torch.stack([torch.from_numpy(np.asarray(images.read(i))) for i in range(len(images))])
     x = (x.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25
@@ -248,12 +251,12 @@ def test_a_prior_that_says_nothing_is_refused(files, cli, tmp_path, words, messa
     [
         ({"target": "population", "prior": 3}, "only target blend"),
         ({"target": "train-batch", "train_batch_size": 2, "new_weight": 0.5}, "only target blend"),
-        ({"prior": "auto", "new_weight": 0.5}, "both say how much"),
+        ({"prior": "auto", "new_weight": 0.5}, "both set the same weight"),
         ({"prior": -1}, "prior: -1"),
         ({"prior": "most"}, "prior: most"),
         ({"prior": math.nan}, "prior: nan"),
         ({"new_weight": 1.5}, "new_weight: 1.5"),
-        ({"robust": True, "feed": "batch"}, "by the sequential feed"),
+        ({"robust": True, "feed": "batch"}, "with the sequential feed"),
         ({"robust": True, "target": "train-batch", "train_batch_size": 4}, "only for targets"),
         ({"target": "half"}, "expected population, train-batch, reference or blend"),
     ],

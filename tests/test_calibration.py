@@ -344,7 +344,7 @@ def test_moments_beyond_their_type_are_refused():
     net = nn.Sequential(nn.BatchNorm2d(3)).half()
     x = images(4).half() * 1000
     before = state_of(net)
-    with pytest.raises(NumericError, match=r"^0: its moments are beyond float16\. Recalibrate in"):
+    with pytest.raises(NumericError, match=r"^0: its moments do not fit float16\. Recalibrate in"):
         recalibrate_(net, [x])
     assert_as_it_was(net, before)
 
@@ -567,7 +567,7 @@ def test_layers_that_are_passed_over_are_listed(feed, swapped):
         changed = name.split(".")[0] in ("bn", "last") and name.endswith(("mean", "var", "tracked"))
         assert torch.equal(value, before[name]) != changed, name
     assert describe_missing(done) == [
-        "unused: never reached by the data; their statistics are as they were.",
+        "unused: never reached by the data; their statistics are unchanged.",
         "frozen, plain, stranger: frozen, excluded, without statistics or not known; left alone.",
     ]
     assert set(residuals(net, [images(4)])) == {"bn", "frozen", "last"}
@@ -612,7 +612,7 @@ def test_calls_of_one_layer_are_pooled_and_listed():
     assert done.exceptions.called_again == ("first.bn",)
     assert [(r.name, r.n_calls, r.n_values) for r in done.layers] == [("first.bn", 2, 2 * 7 * 36)]
     assert describe_missing(done) == [
-        "first.bn: called more than once a forward pass; their calls are pooled."
+        "first.bn: called more than once per forward pass; their calls are pooled."
     ]
 
 
@@ -844,7 +844,7 @@ def test_auto_stops_where_every_layer_is_known_well_enough(feed):
     assert done.trust.slowest in ("bn1", "bn2")
     assert describe_missing(done)[0] == (
         f"population statistics: {done.n_examples} examples were enough; the last layer to be "
-        f"known well was {done.trust.slowest}."
+        f"precise enough was {done.trust.slowest}."
     )
     same = some_net(nets.plain)
     recalibrate_(same, list(x[: done.n_examples].split(20)), feed=feed)
@@ -859,7 +859,7 @@ def test_auto_with_too_few_examples_says_so():
     done = recalibrate_(net, [images(9)], samples="auto", tolerance=1e-3)
     assert (done.n_examples, done.trust.is_enough) == (9, False)
     assert done.trust.slowest
-    assert "9 examples are all there are, and not enough" in describe_missing(done)[0]
+    assert "9 examples are all there are, which is not enough" in describe_missing(done)[0]
 
 
 def test_dead_channels_are_known_at_once():
@@ -1051,9 +1051,7 @@ def test_a_layer_with_channels_elsewhere_is_refused_by_name():
     net = nn.Sequential(Last(4)).double()
     x = torch.randn(2, 6, 6, 4, dtype=torch.float64)
     before = state_of(net)
-    with pytest.raises(
-        NormError, match=r"0: tests\.test_calibration\..*Last has its own forward"
-    ):
+    with pytest.raises(NormError, match=r"0: tests\.test_calibration\..*Last has its own forward"):
         recalibrate_(net, [x])
     assert_as_it_was(net, before)
 
@@ -1193,7 +1191,7 @@ def test_what_a_network_keeps_on_itself_is_not_another_batchs(make, sizes, way):
     assert done.how == "passes"
     assert done.trust.disturbed == (way == "walk")
     assert (
-        any("keeps activations" in note for note in describe_missing(done)) == done.trust.disturbed
+        any("stores activations" in note for note in describe_missing(done)) == done.trust.disturbed
     )
     if not isinstance(net, CarriesOver):
         assert max(max(pair) for pair in residuals(net, batches).values()) < 1e-9
@@ -1292,7 +1290,9 @@ class Pooled(nn.Module):
 def test_one_value_a_channel_is_refused_under_the_batch_feed():
     net = some_net(Pooled)
     batches, before = split(images(9), (4, 4, 1)), state_of(net)
-    with pytest.raises(NormError, match=r"^bn2: gets one value a channel in batch 2 .*sequential"):
+    with pytest.raises(
+        NormError, match=r"^bn2: gets one value per channel in batch 2 .*sequential"
+    ):
         recalibrate_(net, batches)
     assert_as_it_was(net, before)
     recalibrate_(net, batches, feed="sequential")
@@ -1301,7 +1301,7 @@ def test_one_value_a_channel_is_refused_under_the_batch_feed():
 
 def test_batches_of_one_example_are_refused_under_the_batch_feed():
     ones = split(images(6), (1,) * 6)
-    with pytest.raises(DataError, match=r"6, and each holds one example, .* \(--feed sequential\)"):
+    with pytest.raises(DataError, match=r"6, each with one example\. .* \(--feed sequential\)"):
         recalibrate_(some_net(nets.plain), ones)
     net = some_net(nets.plain)
     recalibrate_(net, ones, feed="sequential")
@@ -1374,5 +1374,7 @@ def test_a_model_for_inference_is_not_frozen():
 
 def test_nothing_but_frozen_layers_is_refused():
     net = frozen(some_net(nets.plain).train(), ["bn1", "bn2"])
-    with pytest.raises(NormError, match=r"no norm layer .* \(bn1, bn2: frozen; --include-frozen"):
+    with pytest.raises(
+        NormError, match=r"no norm layer .* \(bn1, bn2: frozen; include them by --include-frozen"
+    ):
         recalibrate_(net, [images(8)])

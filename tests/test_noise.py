@@ -196,7 +196,7 @@ def test_candidates_are_judged_on_copies_that_nothing_was_measured_on(files, cli
     found = done.json
     (note,) = [line for line in found["assumptions"] if line.startswith("weight noise 0.1")]
     assert "3 copies (seeds from 4); select" in note
-    assert "others (from 1004 and 2004)" in note
+    assert "other copies (seeds from 1004 and 2004)" in note
     names = [decision["candidate"] for decision in found["decisions"]]
     assert [name.partition("(")[2] for name in names] == [
         "population)", "population, mean of 3 copies with weight noise 0.1)",

@@ -187,7 +187,7 @@ def test_what_cannot_be_fitted_is_refused_and_changes_nothing():
         refit_(model, original, [images(8), bad])
     with pytest.raises(DataError, match="no examples"):
         refit_(model, original, [])
-    with pytest.raises(NormError, match="bn7 is a converted layer of both nets"):
+    with pytest.raises(NormError, match="bn7 is a converted layer of both networks"):
         refit_(model, original, [images(4)], layers=["bn7"])
     with pytest.raises(NormError, match="no layer weighs the example"):
         refit_(swapped(original), original, [images(4)])
@@ -197,7 +197,9 @@ def test_what_cannot_be_fitted_is_refused_and_changes_nothing():
     def other_size(net, x):
         return net(x[..., ::2] if net is model else x)
 
-    with pytest.raises(DataError, match="bn1: the two nets call it 1 and 1 times, or on other"):
+    with pytest.raises(
+        DataError, match="bn1: the two networks call it 1 and 1 times, or on different"
+    ):
         refit_(model, original, [images(4)], forward=other_size)
     calls = iter(range(100))
 
@@ -320,7 +322,7 @@ def test_a_fit_that_takes_the_net_as_a_whole_further_away_is_dropped():
     assert not found.kept
     assert found.distance[1] > found.distance[0] > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert "so they are as they were" in found.describe()
+    assert "so the re-fit was undone" in found.describe()
 
 
 def test_a_fit_that_brings_the_net_nearer_is_kept_and_says_by_how_much():

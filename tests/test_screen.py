@@ -72,7 +72,7 @@ def test_images_of_one_kind_are_all_kept(n, make, memory_bytes):
     recalibrate_(other, drawn(n).split(6), feed="sequential", memory_bytes=memory_bytes)
     assert done.trust.n_left_out == 0
     assert equal(one, other)
-    assert any(f"0 examples of {n} left out" in line for line in describe_missing(done))
+    assert any(f"0 of {n} examples left out" in line for line in describe_missing(done))
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -154,7 +154,7 @@ def test_other_batches_in_a_later_pass_are_refused(longer):
 
     net = some()
     before = copy.deepcopy(net)
-    with pytest.raises(DataError, match="is another than in the first pass"):
+    with pytest.raises(DataError, match="differs from the first pass"):
         recalibrate_(net, Another(), robust=True)
     assert equal(net, before)
 

@@ -164,11 +164,11 @@ def test_an_interrupted_run_goes_on_and_other_weights_do_not(tmp_path):
 @pytest.mark.parametrize(
     ("batches", "options", "error", "found"),
     [
-        ([[A], [B]], {"mix": (1,)}, ConfigError, "1 weights, expected a list of as many"),
+        ([[A], [B]], {"mix": (1,)}, ConfigError, "1 weights, expected a list of equally many"),
         ([[A], [B], [A]], {"mix": (1, 1)}, ConfigError, "at least 2; found 3"),
         ([[A]], {"mix": (1,)}, ConfigError, "at least 2"),
         (iter([[A], [B]]), {"mix": (1, 1)}, ConfigError, "found list_iterator"),
-        ([[A], iter([B])], {"mix": (1, 1)}, ConfigError, "a stream is read once"),
+        ([[A], iter([B])], {"mix": (1, 1)}, ConfigError, "a stream is read only once"),
         ([[A], [B]], {"mix": (1, 0)}, ConfigError, "expected numbers above 0"),
         ([[A], [B]], {"mix": (1, float("nan"))}, ConfigError, "expected numbers above 0"),
         ([[A], [B]], {"mix": (1, 1), "robust": True}, ConfigError, "robust"),

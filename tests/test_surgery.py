@@ -322,7 +322,7 @@ def test_a_plan_of_another_model_is_refused():
     plan = plan_swap(nets.residual())
     net = nets.plain()
     before = identity_of(net)
-    with pytest.raises(NormError, match=r"layer1\.bn1: no norm layer of this model"):
+    with pytest.raises(NormError, match=r"layer1\.bn1: not a norm layer of this model"):
         swap_planned_(net, plan)
     assert_untouched(net, before)
 

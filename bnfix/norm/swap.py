@@ -118,9 +118,9 @@ def swap_norms_(
     """Turn every Batch Norm into a `GeneralizedBatchNorm` with the same weights and outputs.
 
     With example weight 0, evaluation gives the same outputs at any grouping. Where channels share
-    moments, scale and shift are refitted; the pooled moments are constants, so scale and shift
+    moments, scale and shift are re-fitted; the pooled moments are constants, so scale and shift
     absorb the change exactly. Each layer is compared before anything is replaced. Parameters stay
-    the same objects, except refitted ones, which are new: build optimizers afterwards.
+    the same objects, except re-fitted ones, which are new: build optimizers afterwards.
 
     Args:
         model: any module; layers that are already generalized get the new settings.

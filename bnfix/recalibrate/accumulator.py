@@ -1,4 +1,4 @@
-"""Moments of layers' inputs, streamed: of all values, and of the examples for the errors."""
+"""Streamed moments of layer inputs: over all values, and over examples for standard errors."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from bnfix.core.errors import DataError
 from bnfix.core.options import require
 from bnfix.norm.moments import LOST, Moments, column_moments, mean_squares, mix, pool, shares
 
-#: Numbers, examples times channels, that wait to be added to a layer's sums in one go.
+#: Numbers (examples times channels) that are buffered before they are added to a layer's sums.
 _WAITING = 1 << 18
-#: Numbers that are centred at once on the CPU, so that they stay in its caches.
+#: Numbers that are centred at once on the CPU, few enough to stay in its caches.
 _CHUNK = 1 << 19
 
 
 class Accumulator:
-    """Streams the moments of one layer's inputs, pooled, and of its examples, for the errors."""
+    """Streams one layer's pooled input moments, and its per-example moments for standard errors."""
 
     def __init__(self, shift: Tensor) -> None:
-        # Per-example means are taken from the first batch's, so that none of them is large.
+        # Per-example means are taken relative to the first batch's mean, so none of them is large.
         self._shift = shift
         none, rows = shift.new_zeros(()), shift.new_zeros(3, shift.numel())
         self._values = Moments(none, torch.zeros_like(shift), torch.zeros_like(shift))
         self._examples = Moments(none, rows, rows)
         self._waiting: list[tuple[Tensor, ...]] = []
         self._positions = self._n_waiting = 0
-        #: Of padded batches the number of examples, which weigh by their valid positions.
+        #: With padded batches: the number of examples. Each is weighted by its valid positions.
         self._n_masked: int | None = None
 
     def add(self, mean: Tensor, var: Tensor, positions: int, count: Tensor | None = None) -> None:
-        """Add one call's per-example moments ``(N, C)``, float64, each of so many positions.
+        """Add one call's per-example moments ``(N, C)``, float64, each over ``positions`` values.
 
-        ``count`` ``(N,)``: how many of them are valid, where a batch is padded.
+        ``count`` ``(N,)``: the number of valid positions, if the batch is padded.
         """
         if (count is None) != (self._n_masked is None):
             if self._n_waiting or float(self._values.count):
                 raise _mixed_up()
             self._n_masked = 0
         if count is not None:
-            positions = 0  # examples of all lengths may wait together
-        # Many small sums cost more than one large one, so examples wait for each other.
+            positions = 0  # examples of all lengths share one buffer
+        # Many small sums cost more than one large sum, so examples are buffered.
         if positions != self._positions or self._n_waiting * mean.shape[1] >= _WAITING:
             self._flush()
         self._positions = positions
@@ -63,19 +63,19 @@ class Accumulator:
         n_values, share, square = n * self._positions, None, None
         for count in counts:
             self._n_masked = (self._n_masked or 0) + len(count)
-            # The error of a mean of means that weigh w is made of their squares by w^2.
+            # The error of a mean of means with weights w sums their squares times w^2.
             n_values, n = count.double().sum(), count.double().square().sum()
             share, square = shares(count), shares(count.double().square()).unsqueeze(-1)
         self._values = pool([self._values, Moments(n_values, *mix(mean, var, share))])
         d = mean - self._shift
         r = var + d.square()
-        # Variances of d, r and d + r give their covariance, by the one mixing rule.
+        # The variances of d, r and d + r give the covariance, so one mixing rule is enough.
         rows = torch.stack((d, r, d + r), 1)
         none = torch.zeros_like(rows)
         self._examples = pool([self._examples, Moments(n, *mix(rows, none, square))])
 
     def merged(self, others: Sequence[Accumulator]) -> Accumulator:
-        """These sums and those of others together, as if one had seen all."""
+        """Merge these sums with others, as if one accumulator had seen everything."""
         whole = Accumulator(self._shift)
         everyone = [self, *others]
         for accumulator in everyone:
@@ -90,7 +90,7 @@ class Accumulator:
         return whole
 
     def _examples_from(self, shift: Tensor) -> Moments:
-        """The moments of the examples as if their means had been taken from another shift."""
+        """The examples' moments as if their means had been taken relative to another shift."""
         # With d' = d - s: r' = var_i + d'^2 = r - 2 s d + s^2.
         s = shift - self._shift
         mean_d, mean_r, _ = self._examples.mean
@@ -107,7 +107,7 @@ class Accumulator:
         )
 
     def state(self, *, summed: bool = False) -> dict[str, Any]:
-        """All that the sums hold."""
+        """The complete content of the sums."""
         if summed:
             self._flush()
         sums = [self._shift]
@@ -122,7 +122,7 @@ class Accumulator:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any], device: torch.device) -> Accumulator:
-        """Sums that go on from a state."""
+        """Sums that continue from a saved state."""
         shift, *rest = (tensor.to(device) for tensor in state["sums"])
         self = cls(shift)
         self._values, self._examples = Moments(*rest[:3]), Moments(*rest[3:])
@@ -134,18 +134,18 @@ class Accumulator:
 
     @property
     def values(self) -> Moments:
-        """Of all values of a channel together."""
+        """Moments over all values of a channel."""
         self._flush()
         return self._values
 
     @property
     def n_examples(self) -> int:
-        """Examples, each counted once a call."""
+        """The number of examples, each counted once per call."""
         self._flush()
         return int(self._examples.count) if self._n_masked is None else self._n_masked
 
     def statistics(self, train_batch_size: int | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``(C,)``; less Vm/B, Vm the variance of the examples' means, for B."""
+        """Mean and variance ``(C,)``; with B, less Vm/B, Vm the variance of per-example means."""
         mean, var = self.values.mean, self.values.var
         if train_batch_size is None:
             return mean, var
@@ -153,9 +153,9 @@ class Accumulator:
         return mean, (var - of_means / train_batch_size).clamp_min(0)
 
     def _spread(self) -> tuple[Tensor, Tensor]:
-        """Of padded examples: ``mean_i (w_i (m_i - m))^2``, w the valid positions by their mean.
+        """For padded examples, ``mean_i (w_i (m_i - m))^2``, w = valid positions / their mean.
 
-        The same of ``q_i = var_i + (m_i - m)^2`` about its mean, the variance.
+        The same for ``q_i = var_i + (m_i - m)^2`` about its mean, which is the variance.
         """
         m = self._values.mean - self._shift
         (mean_d, mean_r, _), (var_d, var_r, var_sum) = self._examples.mean, self._examples.var
@@ -170,7 +170,7 @@ class Accumulator:
     def errors(self, about: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Standard errors of mean and variance ``(C,)``: sd(mean_i)/sqrt(n), sd(q_i)/sqrt(n).
 
-        The variance is that about the mean, or about the point given.
+        The variance is taken about the mean, or about ``about`` if given.
         """
         m = (self.values.mean if about is None else about) - self._shift
         var_d, var_r, var_sum = self._examples.var
@@ -189,22 +189,22 @@ class Accumulator:
 
 def _mixed_up() -> DataError:
     return DataError(
-        "batches: some have a mask or lengths and some have none, expected one kind. Give all of "
-        "them lengths; that of an example without padding is the length of the last axis."
+        "batches: some have a mask or lengths and some have none, expected one kind. Give lengths "
+        "in every batch; an example without padding has the length of the last axis."
     )
 
 
 class Sources:
-    """The batches of several sources in turn, and which source the k-th batch of a pass is of.
+    """The batches of several sources in turn, and the source of the k-th batch of a pass.
 
-    Sources s with moments (mean_s, var_s), pooled over their own examples, and weights w_s, their
-    sum 1, mix by the law of total variance:
+    Sources s have moments (mean_s, var_s), pooled over their own examples, and weights w_s that sum
+    to 1. They mix by the law of total variance:
 
         mean = sum_s w_s mean_s,  var = sum_s w_s (var_s + (mean_s - mean)^2)
 
-    So each of the n_s examples of s weighs w_s / n_s, however many there are. No batch holds
-    examples of two sources; at each layer all of them are measured in the same pass, and mixed
-    before those above it are normalized (sequential feed).
+    So each of the n_s examples of s weighs w_s / n_s, whatever n_s is. No batch mixes sources. At
+    each layer all sources are measured in the same pass, and mixed before the layers above it are
+    normalized (sequential feed).
     """
 
     def __init__(self, batches: Any, weights: Sequence[float]) -> None:
@@ -212,14 +212,14 @@ class Sources:
         found = len(parts) or type(batches).__name__
         require(
             len(parts) == len(weights) >= 2,
-            f"mix: {len(weights)} weights, expected a list of as many sources of batches, at least "
-            f"2; found {found}.",
+            f"mix: {len(weights)} weights, expected a list of equally many sources of batches, at "
+            f"least 2; found {found}.",
             "mix",
         )
         right = all(0 < w < 1e6 for w in weights)
         require(right, f"mix: {list(weights)}, expected numbers above 0.", "mix")
         once = any(isinstance(part, Iterator) for part in parts)
-        require(not once, "mix: a stream is read once. Give lists or loaders.", "mix")
+        require(not once, "mix: a stream is read only once. Give lists or loaders.", "mix")
         self._parts = parts
         self.weights = tuple(w / sum(weights) for w in weights)
         self.of: list[int] = []
@@ -229,7 +229,7 @@ class Sources:
 
     def __iter__(self) -> Iterator[Any]:
         self.of = []
-        # In turn, so that the first batches are of all sources.
+        # Taken in turn, so the first batches cover all sources.
         left = dict(enumerate(iter(runtime.pass_of(part, 0)) for part in self._parts))
         while left:
             for source, batches in list(left.items()):
@@ -243,28 +243,28 @@ class Sources:
 
 
 class Mixed(Accumulator):
-    """Sums of one layer's inputs for each source apart, and their mixture by the weights."""
+    """Separate sums of one layer's inputs for each source, and their weighted mixture."""
 
     def __init__(self, parts: Iterable[Accumulator], weights: Sequence[float]) -> None:
         self.parts, self._weights = list(parts), weights
 
     def merged(self, others: Sequence[Accumulator]) -> Accumulator:
-        """These sums and those of others together, source by source."""
+        """Merge these sums with others, source by source."""
         rows = zip(self.parts, *(other.parts for other in others), strict=True)  # type: ignore[attr-defined]
         return Mixed([first.merged(rest) for first, *rest in rows], self._weights)
 
     def state(self, *, summed: bool = False) -> dict[str, Any]:
-        """All that the sums hold."""
+        """The complete content of the sums."""
         return {"parts": [part.state(summed=summed) for part in self.parts]}
 
     @property
     def n_examples(self) -> int:
-        """Examples of all sources, each counted once a call."""
+        """The number of examples of all sources, each counted once per call."""
         return sum(part.n_examples for part in self.parts)
 
     @property
     def values(self) -> Moments:
-        """All values of a channel, those of a source by its weight."""
+        """Moments over all values of a channel, each source with its weight."""
         found = [part.values for part in self.parts]
         mean, var = torch.stack([m.mean for m in found]), torch.stack([m.var for m in found])
         mixed = mix(mean, var, mean.new_tensor(self._weights).unsqueeze(-1))
@@ -275,14 +275,14 @@ class Mixed(Accumulator):
         empty = [s for s, part in enumerate(self.parts, 1) if not part.n_examples]
         if empty:
             raise DataError(
-                f"mix: source {empty[0]} of {len(self.parts)} gives no examples. Give it some, or "
-                "leave it and its weight out."
+                f"mix: source {empty[0]} of {len(self.parts)} gives no examples. Add examples, or "
+                "remove it and its weight."
             )
         whole = self.values
         return whole.mean, whole.var
 
     def errors(self, about: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Standard errors of mean and variance ``(C,)``: those of the sources, by their weights."""
+        """Standard errors of mean and variance ``(C,)``: the sources' errors, by weight."""
         about = self.values.mean if about is None else about
         found = [part.errors(about) for part in self.parts]
         weights = found[0][0].new_tensor(self._weights).unsqueeze(-1)
@@ -292,7 +292,7 @@ class Mixed(Accumulator):
 
 
 class Sums:
-    """The sums of all layers, and how often and in which order batches have called them."""
+    """The sums of all layers, and how often and in which order the batches called them."""
 
     def __init__(
         self,
@@ -302,8 +302,8 @@ class Sums:
     ) -> None:
         self._devices, self._sources, self._screen = devices, sources, screen
         self.measured: dict[str, Accumulator] = {}
-        self.n_calls: dict[str, int] = {}  # by one batch, at most
-        #: Layers from the first call to the last of one that is called again.
+        self.n_calls: dict[str, int] = {}  # most calls by one batch
+        #: Layers between the first and the last call of a layer that is called again.
         self.looped: set[str] = set()
         self.most_examples = 0
         self._before: dict[str, set[str]] = {}
@@ -312,7 +312,7 @@ class Sums:
     def add(
         self, name: str, index: int, moments: tuple[Tensor, Tensor, Tensor | None], positions: int
     ) -> None:
-        """Add a call's means, variances and counts of valid positions, of examples that count."""
+        """Add a call's means, variances and valid-position counts, for examples that count."""
         if self._screen is not None:
             moments = self._screen.rows(name, index, moments)
         mean, var, count = moments
@@ -322,23 +322,23 @@ class Sums:
             sums.add(mean, var, positions, count)
 
     def begun(self, shift: Tensor) -> Accumulator:
-        """A layer's sums, by its first mean."""
+        """New sums for a layer, shifted by its first mean."""
         if self._sources is None:
             return Accumulator(shift)
         weights = self._sources.weights
         return Mixed([Accumulator(shift) for _ in weights], weights)
 
     def of_state(self, name: str, state: Mapping[str, Any]) -> Accumulator:
-        """A layer's sums that go on from a state."""
+        """A layer's sums, continued from a saved state."""
         parts = [Accumulator.of_state(p, self._devices[name]) for p in state.get("parts", [state])]
         return parts[0] if self._sources is None else Mixed(parts, self._sources.weights)
 
     def new_batch(self) -> None:
-        """Calls from now on belong to another batch."""
+        """Start a new batch: calls from now on belong to it."""
         self._calls.clear()
 
     def count(self, name: str) -> None:
-        """Note a call of a layer, and which one came before it."""
+        """Record a call of a layer, and the layer called before it."""
         if not self._calls[name]:
             last = [key for key, n in self._calls.items() if n][-1:]
             self._before.setdefault(name, set()).update(last)
@@ -349,18 +349,18 @@ class Sums:
         self.n_calls[name] = max(self.n_calls.get(name, 0), self._calls[name])
 
     def order(self) -> list[str]:
-        """The layers measured, each after all that came before it in any batch."""
+        """The measured layers, each after all layers that came before it in any batch."""
         try:
             return list(TopologicalSorter(self._before).static_order())
         except CycleError:
             return list(self.measured)
 
     def is_first(self, name: str) -> bool:
-        """Whether no other layer measured ever came before this one."""
+        """Whether no other measured layer ever came before this one."""
         return not self._before[name]
 
     def state(self, *, summed: bool = False) -> dict[str, Any]:
-        """What was measured, to be sent to other ranks or written."""
+        """The measured sums, in a form to send to other ranks or write to disk."""
         return {
             "measured": {name: found.state(summed=summed) for name, found in self.measured.items()},
             "n_calls": dict(self.n_calls),
@@ -370,7 +370,7 @@ class Sums:
         }
 
     def set_states_(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Replace what was measured by what others have, taken together."""
+        """Replace these sums by the merged sums of several states."""
         parts: dict[str, list[Accumulator]] = {}
         self.n_calls, self._before = {}, {}
         for state in states:
@@ -382,14 +382,14 @@ class Sums:
                 self._before.setdefault(name, set()).update(names)
             for name, sums in state["measured"].items():
                 parts.setdefault(name, []).append(self.of_state(name, sums))
-        # One part stays as it is, with what still waits: so a run goes on bit for bit.
+        # A single part keeps its buffer, so a resumed run continues bit for bit.
         self.measured = {
             name: first if not rest else first.merged(rest)
             for name, (first, *rest) in parts.items()
         }
 
     def everyones(self) -> dict[str, Accumulator]:
-        """What all ranks together have measured so far; a collective call."""
+        """The sums of all ranks together so far; a collective call."""
         if not distributed.here().shared:
             return self.measured
         together = Sums(self._devices, self._sources)
@@ -399,9 +399,9 @@ class Sums:
 
 @torch.no_grad()
 def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance ``(N, C)``, float64, of ``(N, C, L)``, right to about 1e-5."""
-    # On the CPU dense layouts go by means of squares, the reductions that torch is fast at there,
-    # up to a mean of four deviations; all else by `_refined`.
+    """Mean and biased variance ``(N, C)``, float64, of ``(N, C, L)``, accurate to about 1e-5."""
+    # On the CPU, dense layouts use means of squares, for which torch has fast reductions, up to a
+    # mean of four deviations; everything else uses `_refined`.
     values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
     if values.device.type != "cpu":
         return _refined(values)
@@ -413,7 +413,7 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     else:
         return _refined(values)
     square = mean.square()
-    # NaN is not at most anything, so what is not finite is done over too, and stays what it is.
+    # Comparisons with NaN are false, so non-finite channels are recomputed too, with equal results.
     lost = ~(square <= var * LOST)
     n_lost = int(lost.sum())
     if n_lost > lost.numel() // 2:
@@ -424,12 +424,12 @@ def precise_moments(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refined(values: Tensor) -> tuple[Tensor, Tensor]:
-    """By deviations from the mean, which is refined by the mean of what it leaves."""
-    # At mean/std = 1e4 in float32 it so keeps about seven digits of the deviation, not three.
+    """Moments from deviations; the mean of the deviations refines the first, rough mean."""
+    # At mean/std = 1e4 in float32 this keeps about seven digits of the deviation instead of three.
     n, channels, positions = values.shape
     pieces = [values]
     if values.device.type == "cpu":
-        # What does not fit the caches, and new memory for it, would cost more than the arithmetic.
+        # Cache misses and new memory would cost more than the arithmetic.
         pieces = list(torch.split(values, max(1, _CHUNK // max(1, channels * positions))))
     memory = torch.empty_like(pieces[0])
     rough, left, squares = values.new_empty(3, n, channels)

@@ -1,6 +1,6 @@
-"""Hooks that measure what norm layers meet, and hand them the moments to normalize by.
+"""Forward hooks that measure each norm layer's input and override its statistics during a pass.
 
-Where a layer's output comes back to its input, those moments are a fixed point, found by passes.
+If a layer's output feeds back into its input, its moments are a fixed point, found by iteration.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from bnfix.recalibrate.accumulator import Accumulator, Sources, Sums, precise_mo
 _T = TypeVar("_T")
 _Moments = dict[str, tuple[Tensor, Tensor]]
 
-#: Passes at most, and one more for each layer of the loop.
+#: Most passes, plus one for each layer of the loop.
 _ROUNDS = 40
-#: Change of the moments, in units of sqrt(var + eps) and relative, below which they have settled;
-#: in mixed steps, which end among the rounding errors of float32.
+#: Moments have settled when their change (means by sqrt(var + eps), variances relative) is below
+#: this. Mixed steps have a larger bound, because they end at float32's rounding errors.
 _SETTLED, _SETTLED_MIXED = 1e-7, 1e-6
-#: A round that leaves more than this part of the change is no progress.
+#: A round that leaves more than this fraction of the change counts as no progress.
 _PROGRESS = 0.5
-#: Rounds that a mixed step is made of; the least part of the change that it takes.
+#: Rounds that a mixed step combines; the smallest fraction of the change that it applies.
 _MEMORY, _LEAST_PART = 8, 1 / 32
-#: Most that a mixed step changes the logarithm of a variance.
+#: Largest change of a log variance in one mixed step.
 _MOST_LOG = 2.0
 
-#: Numbers that may wait, by device, to be looked at for what is not finite: a look makes the host
-#: wait for the device, which on a CPU costs nothing.
+#: Numbers that can be pending, by device, before a check that they are finite: the check makes the
+#: host wait for the device, which costs nothing on a CPU.
 UNCHECKED = {"cpu": 0, "cuda": 1 << 22}
-#: Batches, from the first, whose moments a walk keeps, to compare them with those batches alone.
+#: Number of first batches whose moments a walk keeps, to compare them with separate runs.
 TRACED = 2
-#: Examples after which a source without a length may be one without an end.
+#: Examples after which a source without a length is taken to be endless.
 MOST_UNCOUNTED = 100_000
 
 
 @dataclass
 class Cost:
-    """Seconds of one process, summed over passes; what is left to the whole is none of these.
+    """Wall-clock seconds of one process per phase, summed over passes; other work is not included.
 
-    By the host's clock, without waiting for the device: CUDA's time is counted where the host waits
-    for it, mostly under ``forward``.
+    There is no CUDA synchronization: GPU time is counted where the host waits for it, mostly under
+    ``forward``.
     """
 
     data: float = 0.0  # waiting for batches: reading, decoding, scaling
-    forward: float = 0.0  # the network, its layers' normalizing included
-    statistics: float = 0.0  # measuring what the norm layers meet, and adding it up
+    forward: float = 0.0  # the network, including its norm layers
+    statistics: float = 0.0  # measuring and summing the norm layers' inputs
 
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
-        """Count what is done inside as one part, less the statistics measured meanwhile."""
+        """Count the time spent inside as one phase, less the statistics measured meanwhile."""
         started, before = time.perf_counter(), self.statistics
         try:
             yield
@@ -70,7 +70,7 @@ class Cost:
             setattr(self, part, getattr(self, part) + seconds)
 
     def reading(self, batches: Iterable[_T]) -> Iterator[_T]:
-        """Go through batches, and count the time that each is waited for."""
+        """Iterate over batches, and count the time spent waiting for each."""
         end: Any = object()
         with self.of("data"):
             iterator = iter(batches)
@@ -80,25 +80,25 @@ class Cost:
             if batch is end:
                 return
             yield batch
-            del batch  # not held while the next one is read
+            del batch  # free it before the next one is read
 
 
 class Target:
-    """Which moments a layer gets by what it meets: those of all values, or of training batches."""
+    """The rule that turns measured inputs into a layer's moments: population or train-batch."""
 
-    screen: Any = None  # `Screen` of examples, of which not all count
+    screen: Any = None  # a `Screen` that leaves some examples out
 
     def __init__(self, batch_size: int | None = None, sources: Sources | None = None) -> None:
-        self.batch_size = batch_size  # of training; None for all values
-        self.sources = sources  # of examples that are weighed apart
+        self.batch_size = batch_size  # training batch size; None for the population
+        self.sources = sources  # sources of examples with a weight each
         self.name = "population" if batch_size is None else f"train-batch {batch_size}"
-        #: Channels, by layer, that a rule does not fit, so that they get other moments.
+        #: Number of channels, by layer, that the rule does not fit and that get other moments.
         self.unmatched: dict[str, int] = {}
-        #: Of a mixture, by layer: the weight of what was measured, a mean over the channels.
+        #: For a mixture, by layer: the weight of the measured moments, averaged over channels.
         self.weights: dict[str, float] = {}
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
-        """Measure what the rule needs beside the model, by passes; return how many it took."""
+        """Measure everything else that the rule needs, and return the number of passes."""
         return 0.0
 
     def moments(self, site: NormSite, sums: Accumulator) -> tuple[Tensor, Tensor]:
@@ -108,24 +108,24 @@ class Target:
 
 @dataclass(frozen=True)
 class Source:
-    """The model and the batches that passes run over, and what the passes leave behind."""
+    """The model and the batches of the passes, and the records that passes leave behind."""
 
     model: nn.Module
     batches: runtime.Batches
     forward: runtime.Forward | None = None
-    samples: int | None = None  # of this rank
+    samples: int | None = None  # on this rank
     target: Target = field(default_factory=Target)
     cost: Cost = field(default_factory=Cost)
-    #: Buffers and attributes that forward passes changed by themselves.
+    #: Buffers and attributes that the forward passes themselves changed.
     changed: dict[str, None] = field(default_factory=dict)
 
 
 class StopHereError(BaseException):
-    """Ends a shortened forward pass at the layer measured; no `except Exception` may catch it."""
+    """Ends a shortened forward pass at the measured layer; `except Exception` must not catch it."""
 
 
 class Collector:
-    """Hooks on the sites: measure inputs; decide what each layer normalizes by."""
+    """Hooks on the sites that measure inputs and choose the moments each layer normalizes by."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Collector:
         self.sums = Sums(devices, source.target.sources, source.target.screen)
         self.by_batch = by_batch
         self.use: dict[str, tuple[Tensor, Tensor]] = {}
-        #: Layers to measure, all by default, and whether a pass ends at the first of them.
+        #: Layers to measure, by default all, and whether a pass ends at the first of them.
         self.wanted: frozenset[str] | None = None
         self.stops = False
         #: Moments of the first batches, call by call.
@@ -150,21 +150,21 @@ class Collector:
         self._cost, self._is_strict = source.cost, is_strict
         self._batch_index = 0
         self._own: dict[int, tuple[Any, Any]] = {}
-        #: Calls to be looked at later: a look makes the host wait for the device.
+        #: Calls not yet checked for finite values: a check makes the host wait for the device.
         self._unchecked: list[tuple[int, str, Tensor, Tensor, Tensor]] = []
         self._n_unchecked = 0
-        #: The first layer, and batch, to get one value a channel.
+        #: The first layer and batch with a single value per channel.
         self._single: tuple[str, int] | None = None
 
     @contextmanager
     def attached(
         self, model: nn.Module, before: Callable[..., None] | None = None
     ) -> Iterator[list[str]]:
-        """Put hooks on the sites, in evaluation; what forward has changed is listed at the end."""
+        """Put hooks on the sites, in evaluation; the list names the state that forward changed."""
         with (
             guards.inference(model) as changed,
             guards.hooks() as handles,
-            # Hooks that raise and swap buffers are nothing to compile; the model may be compiled.
+            # The model may be compiled, but hooks that raise and swap buffers cannot be.
             eager(),
         ):
             for module in [site.module for site in self.sites.values()]:
@@ -174,7 +174,7 @@ class Collector:
             yield changed
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Measure a layer's input and hand it the moments to use; a forward pre-hook."""
+        """Measure a layer's input and lend the layer the moments to use; a forward pre-hook."""
         site = self.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
         use = self.use.get(site.name)
@@ -188,19 +188,19 @@ class Collector:
             self.lend(module, use)
 
     def lend(self, module: nn.Module, moments: tuple[Tensor, Tensor]) -> None:
-        """Let a layer normalize by these moments until its forward pass is over."""
+        """Let a layer normalize by these moments until its forward pass ends."""
         buffers = module._buffers
         self._own[id(module)] = buffers["running_mean"], buffers["running_var"]
         buffers["running_mean"], buffers["running_var"] = moments
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Give a layer its own buffers back; a forward hook."""
+        """Restore a layer's own buffers; a forward hook."""
         own = self._own.pop(id(module), None)
         if own is not None:
             module._buffers["running_mean"], module._buffers["running_var"] = own
 
     def new_batch(self, index: int) -> None:
-        """Calls from now on belong to this batch."""
+        """Start this batch: calls from now on belong to it."""
         self._batch_index = index
         self.sums.new_batch()
 
@@ -214,7 +214,7 @@ class Collector:
         own = site.module._buffers["running_mean"]
         if own is None or own.shape != values.shape[1:2]:
             raise NormError(
-                f"{site.name}: its input has shape {tuple(x.shape)}, but it keeps statistics of "
+                f"{site.name}: its input has shape {tuple(x.shape)}, but its statistics have "
                 f"shape {None if own is None else tuple(own.shape)}. Leave it with skip.",
                 name=site.name,
             )
@@ -225,7 +225,7 @@ class Collector:
         else:
             mean, var, count = masked_moments(values.double(), valid.fitted(x, site.name))
             n_values = int(count.sum())
-        # Pooled example by example: the spread of a group's means is not the mean of the spreads.
+        # Pooled per example: the spread of a group's means is not the mean of their spreads.
         mean, var = site.over_groups(centred(site.module, mean), var)
         mixed = mix(mean, var, None if count is None else shares(count), dim=0)
         sums.most_examples = max(sums.most_examples, len(values))
@@ -241,25 +241,25 @@ class Collector:
         if self._is_strict and self._single is not None and len(sums.measured) > 1:
             name, index = self._single
             raise NormError(
-                f"{name}: gets one value a channel in batch {_of_all(index)} (counted from 0), "
-                "which under the batch feed is normalized to 0. Give larger batches, also at the "
-                "end, or the sequential feed (--feed sequential).",
+                f"{name}: gets one value per channel in batch {_of_all(index)} (counted from 0); "
+                "the batch feed normalizes it to 0. Give larger batches, including the last one, "
+                "or the sequential feed (--feed sequential).",
                 name=name,
             )
         return mixed
 
     def check_finite(self, at_most: int = 0) -> None:
-        """Raise if an input was not finite; numbers that wait for it may be left for later."""
+        """Raise if an input was not finite; up to ``at_most`` numbers can stay unchecked."""
         if self._n_unchecked <= at_most:
             return
         calls, self._unchecked, self._n_unchecked = self._unchecked, [], 0
-        # What is not finite in any example is not finite in the mixture either.
+        # A non-finite value in any example makes the mixture non-finite.
         if bool(torch.cat([mixed for *_, mixed in calls]).isfinite().all()):
             return
         index, name, mean, var, _ = next(c for c in calls if not bool(c[-1].isfinite().all()))
         bad = ~(mean + var).isfinite().all(1)
         raise NumericError(
-            f"{name}: its input, or the square of it, is not finite in batch {_of_all(index)}, "
+            f"{name}: its input, or its input squared, is not finite in batch {_of_all(index)}, "
             f"example {int(bad.int().argmax())} (both counted from 0). Leave that example out, or "
             "use fp32.",
             name=name,
@@ -267,15 +267,15 @@ class Collector:
 
 
 def up_to(batches: Iterable[Any], samples: int | None, most: int | None = None) -> Iterator[Any]:
-    """Batches until this number of examples is reached; more than ``most`` are refused."""
+    """Batches until ``samples`` examples are reached; more than ``most`` are refused."""
     n_examples = 0
     if samples is not None and samples <= 0:
         return
     for batch in batches:
         if most is not None and n_examples >= most:
             raise DataError(
-                f"batches: {n_examples:,} examples from a source without a length, and no end. "
-                "Give samples=, the number of examples to use; if it has an end, any larger number."
+                f"batches: {n_examples:,} examples from a source without a length, and no end yet. "
+                "Give samples=, the number of examples to use; if it does end, any larger number."
             )
         yield batch
         n_examples += runtime.n_examples_of(batch)
@@ -284,37 +284,37 @@ def up_to(batches: Iterable[Any], samples: int | None, most: int | None = None) 
 
 
 def _of_all(index: int) -> int:
-    """The place of a batch among those of all ranks, dealt one by one."""
+    """The index of a batch among all ranks' batches, which are dealt one by one."""
     place = distributed.here()
     return index * place.size + place.rank
 
 
 class Seen(NamedTuple):
-    """What a pass has seen."""
+    """The examples and batches of a pass."""
 
     n_examples: int
     n_batches: int
-    n_own: int  # examples of this rank
+    n_own: int  # examples on this rank
 
 
 @dataclass
 class Found:
-    """What a feed has measured, and what it took."""
+    """A feed's measurements and their cost."""
 
-    collector: Collector  # that has measured, by the last passes or the walk
-    calls: Mapping[str, int]  # of each layer by a batch, at most
+    collector: Collector  # with the measurements of the last passes or the walk
+    calls: Mapping[str, int]  # most calls of each layer by one batch
     seen: Seen
     passes: float
     how: str = "passes"
     disturbed: bool = False
-    error: float = 0.0  # how far the moments are from those that a pass with them meets
-    #: Moments of layers that did not settle: those that came nearest.
+    error: float = 0.0  # distance of the moments from the moments that a pass with them measures
+    #: For layers that did not settle: the moments that came closest.
     nearest: _Moments = field(default_factory=dict)
 
 
 @dataclass
 class _Round:
-    """Moments used, those met with them, and how far apart they are."""
+    """The moments used in a pass, the moments measured in it, and their distance."""
 
     error: float
     used: _Moments
@@ -326,11 +326,11 @@ class _Round:
 def settle(
     found: Found, names: Sequence[str], measure: Callable[[Sequence[str]], _Moments]
 ) -> None:
-    """Repeat passes until the moments that layers use are those that they meet.
+    """Repeat passes until layers measure the same moments that they use.
 
-    Plain rounds while they come nearer, then Anderson's: the step is taken from the combination of
-    earlier rounds that leaves the least change. What is kept is the best round, the first of which
-    uses the moments of the batch feed.
+    Rounds are plain while they get closer, then Anderson's: the step starts from the combination
+    of earlier rounds with the smallest change. The best round is kept; the first round uses the
+    moments of the batch feed.
 
     Source: Anderson, "Iterative Procedures for Nonlinear Integral Equations", 1965.
     """
@@ -359,7 +359,7 @@ def settle(
         try:
             now = one_round()
         except NumericError:
-            now = replace(last, error=math.inf, n_settled=0)  # a step into what overflows
+            now = replace(last, error=math.inf, n_settled=0)  # the step overflowed
         if now.error < best.error:
             best = now
         history = [*history, now][-_MEMORY:]
@@ -368,7 +368,7 @@ def settle(
             continue
         enough = _SETTLED_MIXED
         if now.error > 2 * best.error:
-            # Back to the best, and on from there by a smaller part of the way.
+            # Return to the best round, and continue from it with a smaller step.
             now, history, part = best, [best], max(part / 2, _LEAST_PART)
         elif now is best:
             part = min(1.0, 1.5 * part)
@@ -380,7 +380,7 @@ def settle(
 
 
 class _Space:
-    """Moments as one vector: means in units of a scale, logarithms of variances with eps."""
+    """Moments as one vector: means divided by a scale, and logarithms of var + eps."""
 
     def __init__(self, sites: Sequence[NormSite], use: _Moments) -> None:
         self._sites, self._sizes = sites, [use[site.name][1].numel() for site in sites]
@@ -392,7 +392,7 @@ class _Space:
         return torch.cat([moments[site.name][kind].double().cpu() for site in self._sites])
 
     def mixed(self, history: Sequence[_Round], part: float) -> _Moments:
-        """The combination of rounds with the least change, and a part of that change."""
+        """The combination of rounds with the smallest change, plus a part of that change."""
         xs, gs = (
             torch.stack([self._vector(moments) for moments in rows])
             for rows in zip(*((r.used, r.met) for r in history), strict=True)
@@ -408,7 +408,7 @@ class _Space:
         return torch.cat((mean / self._scale, (var.clamp_min(0) + self._eps).log()))
 
     def _moments(self, point: Tensor, before: Tensor, part: float) -> _Moments:
-        """The moments of a vector; variances change by a bounded factor."""
+        """A vector back as moments; variances change by a bounded factor."""
         most, old = _MOST_LOG * part, before.chunk(2)[1]
         mean, log = point.chunk(2)
         var = ((old + (log - old).clamp(-most, most)).exp() - self._eps).clamp_min(0)
@@ -419,7 +419,7 @@ class _Space:
 def drift(
     old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], eps: float
 ) -> tuple[float, float]:
-    """How far old moments are from new, as plain means over the channels."""
+    """Mean shift and log variance ratio of old and new moments, averaged over channels."""
     old_mean, old_var = (moment.double() for moment in old)
     mean, var = new
     shift = ((mean - old_mean).abs() / (var + eps).sqrt()).mean()

@@ -1,9 +1,9 @@
-"""Batches that walk through a model together and wait for each other at each norm layer.
+"""The walk: all batches pass through a model together and wait for each other at each norm layer.
 
-One forward pass gives every layer the statistics of the whole set, met as inference will meet them:
-when the last batch has come to a layer, its statistics are known, and all go on. Each batch has a
-thread of its own, but only one runs at a time, and always in the same order; threads serve as
-coroutines that can stop in the middle of any model's forward pass.
+One forward pass gives every layer the statistics of the whole set, on the inputs it will see in
+inference: when the last batch reaches a layer, its statistics are known, and all batches go on.
+Each batch has its own thread, but only one thread runs at a time, always in the same order. The
+threads serve as coroutines that can pause in the middle of any model's forward pass.
 """
 
 from __future__ import annotations
@@ -31,48 +31,49 @@ from bnfix.recalibrate.collector import (
     up_to,
 )
 
-#: What a network raises on an activation of another shape than it expects.
+#: Errors that a network raises for an activation with an unexpected shape.
 _OF_SHAPE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError)
-#: Batches that may walk together; each has a thread.
+#: Most batches that walk together; each has a thread.
 _MOST_BATCHES = 256
 
 
 def default_memory(device: torch.device) -> int:
-    """Bytes of activations that may be held: a quarter of the memory that is free."""
+    """Most bytes of activations to hold: a quarter of the free memory."""
     free = free_memory(device)
     return 1 << 30 if free is None else free // 4
 
 
 class Walk:
-    """One walk of all batches of a source; its collector holds what was measured afterwards."""
+    """One walk of all batches of a source; afterwards its collector holds the measurements."""
 
     def __init__(self, source: Source, collector: Collector, memory_bytes: int | None) -> None:
         self._source, self._collector = source, collector
         self._device = runtime.device_of(source.model)
-        # Activations that may be held, by what the first batch holds.
+        # Limit of activation bytes; the total is estimated from the first batch's.
         self._limit = default_memory(self._device) if memory_bytes is None else memory_bytes
         self._walkers: list[_Walker] = []
         self._running: _Walker | None = None
         self._back = threading.Semaphore(0)
         self._ending = self._impossible = False
-        self.disturbed = False  # a batch failed while it ran among others
-        self.first: list[Any] = []  # the first batches, as they came
+        self.disturbed = False  # a batch failed while it ran together with others
+        self.first: list[Any] = []  # the first batches, before forward can change them
         self.n_examples = self.n_batches = self.n_steps = 0
 
     def go(self) -> bool:
-        """Walk the batches; whether all got to the end.
+        """Walk the batches; return whether all reached the end.
 
-        They do not where their activations do not fit, where they meet layers in different orders,
-        or where a layer's output comes back to its input. Then the collector is of no use.
+        The walk fails if the activations do not fit into memory, if batches reach layers in
+        different orders, or if a layer's output feeds back into its input. Discard the collector
+        then.
         """
         if self._limit <= 0 or has_modes():
             return False
         source = self._source
         enter = _thread_state(self._device)
-        # Buffers that are lent when the walk is given up come back with all other state.
+        # If the walk is given up, lent buffers are restored with all other state.
         with (
             self._collector.attached(source.model, self._before) as changed,
-            # Threads are made as they are needed: no walker ends before all have begun.
+            # The pool starts threads on demand, and no walker ends before all have begun.
             ThreadPoolExecutor(_MOST_BATCHES) as pool,
         ):
             try:
@@ -90,7 +91,7 @@ class Walk:
         batches = source.cost.reading(runtime.pass_of(source.batches, 0))
         for index, batch in enumerate(up_to(batches, source.samples)):
             if index < TRACED:
-                # Forward may write to its input.
+                # Forward can write to its input.
                 copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, batch)
                 self.first.append(copied)
             walker = _Walker(index, batch)
@@ -107,7 +108,7 @@ class Walk:
             self.n_examples, self.n_batches = self.n_examples + n, self.n_batches + (n > 0)
 
     def _step_by_step(self) -> None:
-        """Make the layer final at which all wait, on every rank, and bring all to their next."""
+        """Finalize the layer where all batches wait, on every rank, and run to the next layer."""
         collector, sums = self._collector, self._collector.sums
         while True:
             found = distributed.together(self._look)
@@ -126,13 +127,13 @@ class Walk:
         n_examples = distributed.gather((self.n_examples, self.n_batches))
         self.n_examples, self.n_batches = map(sum, zip(*n_examples, strict=True))
         if distributed.here().shared and not self._impossible:
-            # All have the same sums already; what is still to be agreed on is order and calls.
+            # All ranks already have the same sums; only order and calls must still be merged.
             measured = sums.measured
             sums.set_states_(distributed.gather({**sums.state(), "measured": {}}))
             sums.measured = measured
 
     def _look(self) -> tuple[str | None, Any, bool]:
-        """The layer at which this rank's batches wait, what they measured, whether it fails."""
+        """The layer at which this rank's batches wait, its sums, and whether the walk fails."""
         collector = self._collector
         if self._impossible:
             return None, None, True
@@ -145,7 +146,7 @@ class Walk:
         return name, collector.sums.measured[name].state(summed=True) if shared else None, False
 
     def _everyones(self, name: str, sums: Sequence[Any]) -> Accumulator:
-        """What all ranks have measured at a layer."""
+        """All ranks' sums at a layer."""
         whole = self._collector.sums
         first, *rest = (whole.of_state(name, part) for part in sums if part is not None)
         return first.merged(rest)
@@ -157,14 +158,14 @@ class Walk:
                 return
 
     def _fits(self, more: int = 0) -> bool:
-        """Whether the activations of all batches so far would, by what the first one holds."""
+        """Whether all batches' activations would fit, estimated from the first batch's."""
         if not self._walkers:
             return True
         first, sizes = self._walkers[0], more + sum(walker.size for walker in self._walkers)
         return first.live.bytes * (sizes / max(1, first.size)) <= self._limit
 
     def _resume(self, walker: _Walker) -> None:
-        """Let one batch run until it waits again, or ends."""
+        """Let one batch run until it waits again or ends."""
         self._collector.new_batch(walker.index)
         self._running, walker.at = walker, None
         with self._source.cost.of("forward"):
@@ -172,13 +173,13 @@ class Walk:
             self._back.acquire()
         self._running = None
         if walker.at is not None:
-            # Here, not in the batch's thread: the many small sums want threads that are awake.
+            # Not in the batch's thread: many small sums need torch's worker threads awake.
             with self._source.cost.of("statistics"):
                 self._collector.measure(walker.at, walker.x, walker.valid)
             walker.x = None
         if walker.is_over:
             error = walker.done.exception()
-            # By itself it may run; if not, the passes that follow raise the error again.
+            # Alone the batch can succeed; if it does not, the later passes raise the error again.
             cause = error.__cause__ if isinstance(error, ModelError) else None
             if isinstance(cause, _OF_SHAPE) and len(self._walkers) > 1:
                 self.disturbed = self._impossible = True
@@ -188,14 +189,14 @@ class Walk:
             self._impossible = True
 
     def _end(self) -> None:
-        """End all threads, one after the other, the one that may still be running first."""
+        """End all threads one by one, first the thread that may still be running."""
         self._ending = True
         for walker in sorted(self._walkers, key=lambda walker: walker is not self._running):
             walker.go.release()
             wait([walker.done])
 
     def _walk(self, walker: _Walker, enter: _State) -> None:
-        """Run a batch, in its thread."""
+        """Run a batch in its thread."""
         walker.go.acquire()
         try:
             if not self._ending:
@@ -209,7 +210,7 @@ class Walk:
             self._back.release()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Wait to be measured, and for the others; lend the layer its final moments; a pre-hook."""
+        """Wait until every batch is measured, then lend the layer its final moments; a pre-hook."""
         collector, walker = self._collector, self._running
         site = collector.sites[id(module)]
         x = args[0] if args else next(iter(kwargs.values()))
@@ -230,7 +231,7 @@ class Walk:
 
 
 class _Walker:
-    """A batch on its way, and the layer at which it waits."""
+    """A batch and the layer at which it waits."""
 
     def __init__(self, index: int, batch: Any) -> None:
         self.index, self.batch = index, batch
@@ -239,7 +240,7 @@ class _Walker:
         self.size = sum(tensor.numel() for tensor in tensors) or 1
         self.at: Any = None
         self.x: Any = None
-        self.valid: masks.Valid | None = None  # known to the batch's own thread
+        self.valid: masks.Valid | None = None  # read in the batch's own thread
         self.is_over = False
         self.go = threading.Semaphore(0)
         self.done: Future[None]
@@ -250,7 +251,7 @@ _State = Callable[[], AbstractContextManager[None]]
 
 
 def _thread_state(device: torch.device) -> _State:
-    """What torch keeps for each thread, to be entered in another one."""
+    """Torch's per-thread state, to be entered in another thread."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     cached, inference = torch.is_autocast_cache_enabled(), torch.is_inference_mode_enabled()

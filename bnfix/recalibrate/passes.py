@@ -1,4 +1,4 @@
-"""Passes that measure statistics, kept for a run after a crash, and the two feeds made of them."""
+"""Passes that measure statistics, their saved state after a crash, and the two feeds."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from bnfix.recalibrate.collector import (
 )
 from bnfix.recalibrate.lockstep import Walk, default_memory
 
-#: Difference of a batch's moments, in units of sqrt(var + eps) and relative, that is rounding.
+#: Differences of a batch's moments up to this size are rounding; units as in `_is_rounding`.
 _ROUNDING = 1e-4
-#: Seconds to the first writing; then twice as many to each next one, up to the most.
+#: Seconds before the first write; the wait then doubles after each write, up to the maximum.
 _SOON, _MOST = 1.0, 30.0
-#: `samples="auto"`: examples between two looks at the errors, as a part of those seen.
+#: `samples="auto"`: examples between two checks of the errors, as a fraction of those seen.
 _LOOK_AGAIN = 0.1
 
 _Kind = TypeVar("_Kind", bound=Collector)
 
 
 class Kept:
-    """The passes of one calibration, and the sums of the one under way, for a run after a crash.
+    """The finished passes of a calibration and the sums of the current pass, kept for a restart.
 
-    Passes come in the same order in every run, so that their number tells them apart.
+    Passes come in the same order in every run, so their number identifies them.
     """
 
     def __init__(self, folder: str | Path, identity: str) -> None:
@@ -58,7 +58,7 @@ class Kept:
         self._partial: Mapping[str, Any] | None = None
         self._pass = -1
         self._written = time.monotonic()
-        self.n_resumed = 0  # examples of this rank that were not run again
+        self.n_resumed = 0  # examples on this rank that were not run again
         found = self._folder.read()
         if found is not None:
             try:
@@ -67,7 +67,7 @@ class Kept:
                 raise self._folder.damaged(error) from error
 
     def finished(self, sums: Sums) -> Seen | None:
-        """Begin a pass; where any rank has finished it before, take over its result."""
+        """Begin a pass; if any rank has already finished it, take over its result."""
         self._pass += 1
         mine = self._finished[self._pass] if self._pass < len(self._finished) else None
         known = next((found for found in distributed.gather(mine) if found is not None), None)
@@ -79,7 +79,7 @@ class Kept:
         return Seen(*(int(known[name]) for name in Seen._fields))
 
     def resume_(self, sums: Sums) -> tuple[int, int, int]:
-        """What the pass just begun has come to before: examples, batches, batches to leave out."""
+        """Resume the current pass: its examples and batches so far, and the batches to skip."""
         partial, self._partial = self._partial, None
         if partial is None or partial.get("pass") != self._pass:
             return 0, 0, 0
@@ -87,7 +87,7 @@ class Kept:
         return int(partial["n_examples"]), int(partial["n_batches"]), int(partial["n_gone"])
 
     def after_batch(self, sums: Sums, n_examples: int, n_batches: int, n_gone: int) -> None:
-        """Write, if the last time was long ago."""
+        """Write the state if the last write was long enough ago."""
         if time.monotonic() - self._written < self._wait:
             return
         self._wait = min(_MOST, 2 * self._wait)
@@ -97,7 +97,7 @@ class Kept:
         })  # fmt: skip
 
     def finish(self, sums: Sums, seen: Seen) -> None:
-        """Write what a whole pass has measured."""
+        """Write the measurements of a finished pass."""
         self._finished.append({**seen._asdict(), "collector": sums.state()})
         self._write(None)
 
@@ -119,12 +119,12 @@ def one_pass(
     keeper: Kept | None = None,
     enough: Callable[[int], bool] | None = None,
 ) -> Seen:
-    """Run the batches until they end, or are enough.
+    """Run the batches until they end or are enough.
 
-    Of several processes each runs its own batches; all end with what all have measured.
+    Each process runs its own batches; at the end all processes have the merged sums.
     """
     sums, place = collector.sums, distributed.here()
-    # What earlier passes have measured is everyone's already.
+    # Measurements of earlier passes are already merged.
     earlier, sums.measured = sums.measured, {}
     seen = None if keeper is None else keeper.finished(sums)
     if seen is None:
@@ -152,7 +152,7 @@ def _own_part(
     rest = source.cost.reading(after(batches, n_gone))
     rest = up_to(rest, left, None if counted else MOST_UNCOUNTED)
     looks = enough is not None and place.shared
-    # What is kept or decided by must be finite.
+    # Sums that are saved or that decide when to stop must be finite.
     at_once = enough is not None or keeper is not None
 
     def measure(batch: Any, index: int) -> int:
@@ -187,7 +187,7 @@ def _own_part(
 
 
 def after(batches: Iterable[Any], n: int) -> Iterable[Any]:
-    """Batches without the first ones, which are not read where that can be helped."""
+    """Batches without the first ``n``, which are not read if the source can start later."""
     if not n:
         return batches
     if hasattr(batches, "starting_at"):
@@ -197,7 +197,7 @@ def after(batches: Iterable[Any], n: int) -> Iterable[Any]:
 
 
 def has_length(batches: Any) -> bool:
-    """Whether the number of batches is known, so that they have an end."""
+    """Whether the number of batches is known and therefore finite."""
     try:
         len(batches)
     except (TypeError, NotImplementedError):
@@ -206,15 +206,15 @@ def has_length(batches: Any) -> bool:
 
 
 class Enough:
-    """Whether every layer's errors are small enough; looked at now and then."""
+    """A periodic check whether every layer's errors are small enough."""
 
     def __init__(self, tolerance: float) -> None:
-        # The largest `layer_error` of a layer that is known well enough.
+        # The largest `layer_error` that is small enough.
         self._tolerance, self._next_look = tolerance, 2
         self.slowest, self.is_enough = "", False
 
     def __call__(self, collector: Collector, n_examples: int) -> bool:
-        """Look, unless the last look was not long ago; remember the layer that is furthest off."""
+        """Check, unless the last check was recent; remember the layer with the largest error."""
         if n_examples < self._next_look:
             return False
         self._next_look = math.ceil(n_examples * (1 + _LOOK_AGAIN))
@@ -230,7 +230,7 @@ class Enough:
 
 
 def layer_error(accumulator: Accumulator, eps: float) -> float:
-    """The larger of the errors of mean and variance, root mean square over the channels."""
+    """The larger of the two errors, of mean and variance, each as RMS over the channels."""
     mean_se, var_se = accumulator.errors()
     spread = accumulator.values.var + eps
     squares = torch.stack((mean_se.square() / spread, (var_se / spread).square()))
@@ -245,7 +245,7 @@ def collect(
     memory_bytes: int | None,
     keeper: Kept | None,
 ) -> Found:
-    """Measure every layer's input by the feed asked for, in the cheapest way that is exact."""
+    """Measure every layer's input under a feed, by the cheapest exact method."""
     if feed == "sequential" and isinstance(source.batches, Iterator):
         source = replace(source, batches=_kept(source.batches, source.samples))
     screen = source.target.screen
@@ -258,7 +258,7 @@ def collect(
         return Found(scout, scout.sums.n_calls, seen, passes=1.0)
     scouted = None if auto is None else _scout(source, scout, auto, keeper)
     if scouted is not None:
-        # Each rank ends where the errors of all were small enough.
+        # Each rank stops where the errors of all ranks together were small enough.
         source = replace(source, samples=scouted.n_own)
     before = source.target.measure_(source, partial(one_pass, keeper=keeper))
     before += screen is not None
@@ -274,7 +274,7 @@ def collect(
     else:
         disturbed = any(distributed.gather(walk.disturbed))
     seen = scouted or _scout(source, scout, None, keeper)
-    # A walk given up has run as much of the network as the layers that it came to.
+    # A walk that was given up counts as the fraction of layers that it reached.
     passes = 1.0 + before + walk.n_steps / len(scout.sums.measured)
     collector = Collector(sites, source)
     found = Found(collector, scout.sums.n_calls, seen, passes, disturbed=disturbed)
@@ -289,14 +289,14 @@ def _refuse_single_examples(source: Source, scout: Collector, seen: Seen) -> Non
     is_right = source.target.batch_size == 1 or len(scout.sums.measured) == 1
     if most == 1 < seen.n_batches and not is_right:
         raise DataError(
-            f"batches: {seen.n_batches}, and each holds one example, which under the batch feed is "
-            "normalized by itself at every layer, as it never is in inference. Give larger "
-            "batches (--batch-size), or the sequential feed (--feed sequential)."
+            f"batches: {seen.n_batches}, each with one example. The batch feed would normalize "
+            "it by its own statistics at every layer, unlike inference. Give larger batches "
+            "(--batch-size), or the sequential feed (--feed sequential)."
         )
 
 
 def _kept(batches: Iterator[Any], samples: int | None) -> list[Any]:
-    """A stream in memory, since it is read more than once."""
+    """A stream held in memory, because it is read more than once."""
     room = 2 * default_memory(torch.device("cpu"))
     kept: list[Any] = []
     n_bytes = 0
@@ -305,15 +305,15 @@ def _kept(batches: Iterator[Any], samples: int | None) -> list[Any]:
         n_bytes += sum(t.numel() * t.itemsize for t in runtime.tensors_in(batch))
         if n_bytes > room > 0:
             raise DataError(
-                f"batches: a stream of more than {n_bytes >> 20} MiB, and feed sequential needs it "
-                "again. Give a list or a loader, or samples=, the number of examples to use."
+                f"batches: a stream of more than {n_bytes >> 20} MiB, which the sequential feed "
+                "reads again. Give a list or a loader, or samples=, the number of examples to use."
             )
     return kept
 
 
 def _as_alone(source: Source, first: list[Any], walking: Collector) -> bool:
-    """Whether the first batches meet in a plain pass, by themselves, the moments of the walk."""
-    # A network that keeps activations on itself gets another batch's when batches walk together.
+    """Whether the first batches give the same moments in a plain pass as in the walk."""
+    # A network that stores activations on itself reads another batch's during a walk.
     source = replace(source, batches=first, samples=None, target=Target())
     alone = Collector(list(walking.sites.values()), source)
     alone.use = walking.use
@@ -338,7 +338,7 @@ def _is_rounding(a: Sequence[Tensor], b: Sequence[Tensor], eps: float) -> bool:
 
 
 def _left(source: Source, collector: Collector) -> float:
-    """How far one more pass is from the moments found, at the layer where it is furthest."""
+    """The largest distance, over layers, between the moments found and one more pass's moments."""
     sites = collector.by_name
     last = Collector(list(sites.values()), source)
     last.use = collector.use
@@ -365,9 +365,9 @@ def _check_reached(collector: Collector, seen: Seen) -> None:
 
 
 def _sequential(source: Source, scout: Collector, found: Found, keeper: Kept | None) -> None:
-    """Layer after layer in call order, each measured while all before it are final."""
+    """Measure layer after layer in call order, with all earlier layers already final."""
     order, target, collector = scout.sums.order(), source.target, found.collector
-    # Where a layer that is not final yet must be passed, the batch feed's moments are the nearest.
+    # Layers that are not final yet use the batch feed's moments, the closest available.
     collector.use = use = {
         name: site.as_stored(*target.moments(site, scout.sums.measured[name]))
         for name, site in scout.by_name.items()
@@ -384,7 +384,7 @@ def _sequential(source: Source, scout: Collector, found: Found, keeper: Kept | N
         if missing:
             raise DataError(
                 f"{some(missing)}: a further pass over the batches did not reach it. Give a list "
-                "or a loader, which can be read again.",
+                "or a loader, so the batches can be read again.",
                 name=missing[0],
             )
         return {name: target.moments(collector.by_name[name], measured[name]) for name in names}
@@ -412,8 +412,8 @@ def met_in_a_pass(
     forward: runtime.Forward | None = None,
     **how: Any,
 ) -> _Kind:
-    """Measure in one pass what all layers meet, in inference or by each batch's statistics."""
-    # Frozen layers too: whether their constants fit the data is worth knowing.
+    """Measure all layers' inputs in one pass, in inference or with each batch's statistics."""
+    # Frozen layers are included, to show whether their constants fit the data.
     sites = [site for site in find_norms(model) if site.has_statistics and site.is_measurable]
     sources = batches if isinstance(batches, Sources) else None
     source = Source(model, batches, forward, target=Target(sources=sources))
@@ -424,7 +424,7 @@ def met_in_a_pass(
 
 
 def stored_drift(met: Collector, name: str) -> tuple[float, float]:
-    """How far a layer's stored moments are from those measured; see `drift`."""
+    """The distance of a layer's stored moments from the measured moments; see `drift`."""
     site = met.by_name[name]
     fresh = met.sums.measured[name].statistics(None)
     return drift(site.moments, fresh, site.eps)
@@ -437,17 +437,17 @@ def residuals(
     forward: runtime.Forward | None = None,
     mix: Sequence[float] = (),
 ) -> dict[str, tuple[float, float]]:
-    """Compare stored statistics with those that one inference pass over the data meets.
+    """Compare stored statistics with the statistics measured in one inference pass over the data.
 
     Args:
-        model: as it will be used; only read.
+        model: the model as it will be used; it is only read.
         batches: any iterable of batches.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        mix: weights of several sources, with a list of them as ``batches``.
+        forward: called as ``forward(model, batch)``, for batches in an unusual form.
+        mix: weights of several sources; ``batches`` is then a list of the sources.
 
     Returns:
-        For each layer reached: mean over channels of |log((var_stored + eps)/(var_fresh + eps))|,
-        and of |mean_stored - mean_fresh| / sqrt(var_fresh + eps).
+        For each layer reached, two means over its channels: of |log((var_stored + eps) /
+        (var_fresh + eps))|, and of |mean_stored - mean_fresh| / sqrt(var_fresh + eps).
 
     Raises:
         DataError: if there are no examples.

@@ -1,8 +1,8 @@
 """`recalibrate_`: population statistics for fixed weights.
 
-One mechanism serves all feeds: before a norm layer runs, a hook measures its input, example by
-example, and hands the layer the moments to normalize by for this call; the layer itself stays in
-evaluation. The model's own buffers are not touched until the end, when all are written at once.
+All feeds use one mechanism. Before a norm layer runs, a hook measures its input, example by
+example, and lends the layer the moments to normalize by in this call. The layer itself stays in
+evaluation mode. The model's own buffers are all written at once, at the very end.
 """
 
 from __future__ import annotations
@@ -26,78 +26,78 @@ from bnfix.recalibrate.passes import Enough, Kept, collect
 from bnfix.recalibrate.reference import Originals
 from bnfix.recalibrate.targets import Wanted
 
-#: Residual that is worth a word.
+#: Residual above which the report mentions it.
 _SMALL = 1e-3
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What was measured at one layer. Channel means are plain means over the channels."""
+    """The measurements at one layer. Channel means are plain means over the channels."""
 
     name: str
     kind: str
     channels: int
-    n_values: int  # a channel
-    n_calls: int  # in a forward pass, the most there were
+    n_values: int  # per channel
+    n_calls: int  # most calls in one forward pass
     mean_shift: float  # mean over channels of |new mean - old mean| / sqrt(new var + eps)
     log_var_ratio: float  # mean over channels of |log((new var + eps) / (old var + eps))|
-    #: Largest standard error of a mean, by sqrt(var + eps); infinite from one example.
+    #: Largest standard error of a mean, divided by sqrt(var + eps); infinite for one example.
     mean_se: float
-    var_se: float  # largest of a variance, divided by var + eps
-    #: Channels not matched to the reference in both moments: dead there or here only, or far apart.
+    var_se: float  # largest standard error of a variance, divided by var + eps
+    #: Channels not matched to the reference in both moments: dead in only one network, or far off.
     n_unmatched: int = 0
-    #: Of a mixture: the weight of the measured statistics, a mean over the channels.
+    #: For a mixture: the weight of the measured statistics, averaged over the channels.
     new_weight: float | None = None
 
 
 @dataclass(frozen=True)
 class Exceptions:
-    """Layers that were not measured, or more than once a pass, by name."""
+    """Names of layers that were not measured, or were measured more than once per pass."""
 
     called_again: tuple[str, ...] = ()  # their calls are pooled
-    never_reached: tuple[str, ...] = ()  # their statistics are as they were
-    #: Frozen, excluded, without statistics, or with something of that name but no Batch Norm.
+    never_reached: tuple[str, ...] = ()  # their statistics are unchanged
+    #: Frozen, excluded, without statistics, or not a Batch Norm in spite of its buffers' names.
     left_alone: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()  # those left alone since the user froze them by their modes
+    frozen: tuple[str, ...] = ()  # left alone because the user froze them by their modes
 
 
 @dataclass(frozen=True)
 class Trust:
-    """How far the statistics can be relied on."""
+    """The reliability of the statistics."""
 
-    slowest: str = ""  # with samples="auto", the layer whose error was last to be small enough
-    is_enough: bool = True  # whether it became so before the data ended
-    #: In a walk the first batches met other moments than by themselves, since the network keeps
-    #: something on itself while it runs; so batches ran one after the other.
+    slowest: str = ""  # with samples="auto", the last layer whose error became small enough
+    is_enough: bool = True  # whether all errors became small enough before the data ended
+    #: In a walk the first batches gave other moments than alone, because the network stores
+    #: something on itself while it runs. The batches therefore ran one after the other.
     disturbed: bool = False
-    #: How far the statistics are from those that a pass with them meets, where they did not settle
-    #: or where ``disturbed``.
+    #: Distance of the statistics from the moments that a pass with them measures, if they did not
+    #: settle or if ``disturbed``.
     residual: float = 0.0
-    changed_by_forward: tuple[str, ...] = ()  # buffers and attributes; put back
-    n_left_out: int | None = None  # robust: examples of another kind
+    changed_by_forward: tuple[str, ...] = ()  # buffers and attributes; all were restored
+    n_left_out: int | None = None  # with robust: examples of the other kind
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What it took."""
+    """The cost of a calibration."""
 
     seconds: float = 0.0
     cost: Cost = field(default_factory=Cost)  # of this process
     n_processes: int = 1
-    n_resumed: int = 0  # examples whose moments an earlier run had measured and kept
-    #: Examples times passes by the seconds, all processes together; None after an earlier run.
+    n_resumed: int = 0  # examples whose moments were taken over from an earlier run
+    #: Examples times passes per second, over all processes; None if an earlier run was resumed.
     examples_per_second: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """What `recalibrate_` did."""
+    """The record of a `recalibrate_` call."""
 
     target: str  # (robust) population, train-batch B, reference, interpolated or blend
     feed: str
     n_examples: int
     n_batches: int
-    passes: float  # full forward passes; a shortened one counts as its part of the layers
+    passes: float  # full forward passes; a shortened pass counts as its fraction of the layers
     how: str  # walk: all batches together in one pass; passes: one after the other
     layers: tuple[LayerStatistics, ...]  # in order of first call
     exceptions: Exceptions = field(default_factory=Exceptions)
@@ -113,7 +113,7 @@ class Calibration:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """All but the layers, on one level."""
+        """All fields except the layers, on one level."""
         values = asdict(self)
         del values["layers"]
         for part in ("exceptions", "trust", "effort"):
@@ -144,86 +144,89 @@ def recalibrate_(
     state: str | Path | None = None,
     identity: str = "",
 ) -> Calibration:
-    """Set the population moments of every norm layer to those of the data, weights fixed.
+    """Set every norm layer's running statistics to the statistics of the data; weights are fixed.
 
-    ``mean`` and ``var`` (biased) of all values a channel, pooled over examples in float64 by the
-    law of total variance, so that neither the batch size nor an uneven last batch matters to a
-    layer. Everything but the norm layers runs as in inference (no dropout); frozen layers are left
-    alone; calls of a layer that is used more than once are pooled.
+    They are ``mean`` and biased ``var`` over all values of a channel, pooled over examples in
+    float64 by the law of total variance. Neither the batch size nor an uneven last batch matters
+    to a layer's own statistics. All other layers run as in inference (no dropout). Frozen layers
+    are left alone. If a layer is called more than once, its calls are pooled.
 
     Args:
-        model: stock or generalized norm layers, on the device to run on.
-        batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``; with ``feed="sequential"`` it is
-            read more than once. Dicts with ``mask`` ``(N, positions)``, true where valid, or
-            ``lengths`` ``(N,)`` of the last axis: only valid positions count.
-        target: ``population``, the total variance; ``train-batch``, what a training batch saw on
-            average: var - Vm / B, Vm the variance over examples of the per-example mean; or
-            ``reference``, those that give each layer's output the moments that the original's has
-            on the same examples (`bnfix.recalibrate.reference`), which may be few, and others than
-            those of training; ``interpolated``, the same with the mean of several networks' means
-            and deviations; or ``blend``, between those stored and the population's, by the law of
-            total variance (`bnfix.recalibrate.targets`). Standard errors are those of population
-            moments.
-        train_batch_size: B of ``train-batch``.
-        reference: the original, with the same norm layers; only read. Costs one pass more. Of
-            ``interpolated`` the networks that the model is the mean of, each with its weight.
-        prior: of ``blend``: how many examples the stored statistics count for, N, so that new ones
-            of n examples weigh n / (n + N); 0 for ``population``; ``auto``, the default: by how far
-            each layer has drifted.
-        new_weight: of ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
-        robust: of ``population`` and ``blend``: only of the kind that most examples are of, 16 or
-            more. One pass more of the same batches, that keeps two numbers a channel and example.
-        mix: of ``population`` and ``blend``, with a list of several sources as ``batches``: the
-            weight of each in the statistics, whatever its number of examples, by the law of total
-            variance (`bnfix.recalibrate.accumulator.Sources`). By the sequential feed, unless
-            stated otherwise; under the batch feed layers above see each source normalized by
-            itself.
-        feed: what the layers above a layer see. ``batch``, the default: its output normalized by
-            the batch's own moments, one pass. ``sequential``, the only one with a reference: its
-            output in inference with its new moments, layer after layer, exact whatever the batches
-            (if every pass gives the same examples). One pass, in which all batches wait for each
-            other at each layer, if what they hold fits the memory, and the first two by themselves
-            meet the same moments. Otherwise, or where batches meet layers in different orders or a
-            layer more than once: one pass, and one (shortening) pass for each layer but the first.
-            A layer called more than once is measured until it settles, or gets the moments that
-            came nearest.
-        samples: stop after the batch with which this number of examples is reached; needed where
-            more than 100,000 examples come without a length; ``auto``: with which every layer's
-            errors are small enough, by a pass of the batch feed; not for a stream.
-        tolerance: what is small enough for ``auto``: root mean square over a layer's channels of
-            the standard errors of mean (by sqrt(var + eps)) or variance (by var + eps).
-        memory_bytes: most that the walking batches may hold; a quarter of the free memory by
-            default; 0 for passes.
-        forward: called as ``forward(model, batch)`` for unusual batches or padded inputs.
-        precision: of the forward passes, ``fp32``, ``bf16`` or ``fp16`` (autocast). What layers
-            meet is measured in float32 and summed in float64, but is itself rounded: with bf16 by 8
-            bits, once a convolution.
-        layers: only names that match one of these globs.
-        skip: not names that match one of these globs.
-        include_frozen: also layers that are frozen by their modes: in evaluation mode and without
-            gradients in scale and shift, while the model as a whole is in training mode.
-        state: folder for what passes have measured so far, one file a rank. A run that finds its
-            state there goes on from it, to the same numbers; a walk, one pass, starts over.
-        identity: what else tells this run from others, such as a fingerprint of the data.
+        model: a model with stock or generalized norm layers, on the device to run on.
+        batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``, or of dicts with a ``mask``
+            ``(N, positions)``, true where valid, or ``lengths`` ``(N,)`` along the last axis: only
+            valid positions count. ``feed="sequential"`` reads the batches more than once.
+        target: the statistics to set.
+            ``population``: mean and total variance of the data.
+            ``train-batch``: the average statistics of a training batch of B examples,
+            var - Vm / B, with Vm the variance over examples of the per-example mean.
+            ``reference``: each layer's output gets the moments that the original's has on the same
+            examples; they can be few, and need not be training data (see
+            `bnfix.recalibrate.reference`). ``interpolated``: the same, with the weighted mean of
+            several networks' means and standard deviations.
+            ``blend``: a mixture of the stored and the population statistics, by the law of total
+            variance (see `bnfix.recalibrate.targets`).
+            Standard errors are always those of the population moments.
+        train_batch_size: B of ``train-batch``, in examples.
+        reference: the original, with the same norm layers; it is only read. It costs one extra
+            pass. For ``interpolated``: a mapping from the networks averaged to their weights.
+        prior: for ``blend``: N, the number of examples that the stored statistics count for; new
+            statistics of n examples weigh n / (n + N), and 0 equals ``population``. The default,
+            ``auto``, weights each layer by its drift.
+        new_weight: for ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
+        robust: for ``population`` and ``blend``: use only examples of the majority kind; needs at
+            least 16 examples. It costs an extra pass over the same batches, and memory for two
+            numbers per channel and example.
+        mix: for ``population`` and ``blend``, with a list of several sources as ``batches``: the
+            weight of each source in the statistics, whatever its number of examples, by the law of
+            total variance (see `bnfix.recalibrate.accumulator.Sources`). The default feed is then
+            ``sequential``; under ``batch``, later layers see each source normalized by itself.
+        feed: the input of the layers above a layer. ``batch``, the default: its output normalized
+            by the batch's own moments, in one pass. ``sequential``, required with a reference: its
+            output in inference with its new moments, layer after layer; exact for any batches, if
+            every pass gives the same examples. It takes one pass, in which all batches wait for
+            each other at each layer, if their activations fit into memory and the first two
+            batches give the same moments alone. Otherwise, and if batches reach layers in different
+            orders or a layer more than once, it takes one pass and one shortened pass per layer
+            after the first. A layer called more than once is measured until its moments settle; if
+            they do not settle, it gets the closest moments found.
+        samples: stop after the batch that reaches this number of examples; required if more than
+            100,000 examples come from a source without a length. ``auto``: stop when every layer's
+            standard errors are small enough in a batch-feed pass; not for a stream.
+        tolerance: the error that is small enough for ``auto``: the RMS over a layer's channels of
+            the standard errors, of means by sqrt(var + eps) and of variances by var + eps.
+        memory_bytes: most bytes of activations that the waiting batches can hold; by default a
+            quarter of the free memory; 0 forces separate passes.
+        forward: called as ``forward(model, batch)``, for unusual batches or padded inputs.
+        precision: of the forward passes: ``fp32``, ``bf16`` or ``fp16`` (autocast). Layer inputs
+            are measured in float32 and summed in float64, but are themselves rounded: with bf16 to
+            8 bits, once per convolution.
+        layers: only layers with a name that matches one of these globs; all if empty.
+        skip: leave alone layers with a name that matches one of these globs.
+        include_frozen: also recalibrate layers that are frozen by their modes: in evaluation mode
+            and without gradients in scale and shift, while the whole model is in training mode.
+        state: folder for the passes' measurements so far, one file per rank. A later run continues
+            from its own state to the same numbers; a walk, being one pass, starts over.
+        identity: anything else that distinguishes this run, such as a fingerprint of the data.
 
     Returns:
-        What was measured and what was left alone.
+        The record of the measurements, and of the layers left alone.
 
     Raises:
-        ConfigError: if an option is unknown, out of range or missing, or the original has other
+        ConfigError: if an option is unknown, out of range or missing, or if the original has other
             norm layers.
-        NormError: if a pattern matches nothing, there is no layer to recalibrate, the data reach
-            none, or under ``batch`` a layer gets a single value a channel.
-        DataError: if a mask does not fit or leaves nothing of an example, or some batches have
-            none; if there are no examples, or none in a later pass; if batches without a length do
-            not end; if under ``batch`` every one of several batches holds a single example.
+        NormError: if a pattern matches nothing, if there is no layer to recalibrate, if the data
+            reach no layer, or if under ``batch`` a layer gets a single value per channel.
+        DataError: if a mask does not fit or leaves an example without positions, or if only some
+            batches have one; if there are no examples, or none in a later pass; if batches without
+            a length do not end; if under ``batch`` each of several batches holds one example.
         NumericError: if a layer's input is not finite, or its moments do not fit its type.
 
     Changes:
-        ``running_mean``, ``running_var``, and ``num_batches_tracked`` where it is 0; all at the
-        very end, so that an exception leaves the model bit for bit as it was.
+        ``running_mean``, ``running_var``, and ``num_batches_tracked`` if it is 0. All are written
+        at the very end, so an exception leaves the model bit for bit unchanged.
     Restores:
-        Modes, hooks, random state, and what forward changes by itself.
+        Modes, hooks, random state, and all state that forward changes.
 
     Example:
         >>> import torch
@@ -232,7 +235,7 @@ def recalibrate_(
         4
 
     Source: Wu & Johnson, "Rethinking Batch in BatchNorm", 2021, section 3. Differs: the variance
-    between batches counts, uneven batches are weighed, accumulation is in float64.
+    between batches counts, uneven batches are weighted by size, and sums are in float64.
     """
     by_batch = target in ("population", "train-batch") and not robust and not mix
     feed = feed or ("batch" if by_batch else "sequential")
@@ -290,7 +293,7 @@ def recalibrate_(
             cost=source.cost,
             n_processes=distributed.here().size,
             n_resumed=n_resumed,
-            # An earlier run's time is not known.
+            # The time of the earlier run is unknown.
             examples_per_second=None if n_resumed else n * found.passes / max(seconds, 1e-9),
         ),
     )
@@ -299,7 +302,7 @@ def recalibrate_(
 def _sites(
     model: nn.Module, layers: Sequence[str], skip: Sequence[str], include_frozen: bool
 ) -> tuple[list[NormSite], tuple[str, ...]]:
-    """The layers to recalibrate, and those left alone since the user froze them."""
+    """The layers to recalibrate, and the layers left alone because the user froze them."""
     every = find_norms(model)
     problems = unmatched(every, (*layers, *skip)) + unmeasurable(every, layers, skip)
     if problems:
@@ -309,15 +312,15 @@ def _sites(
     sites = [site for site in sites if site.name not in at_rest]
     if not sites:
         frozen = [site.name for site in every if site.frozen]
-        why = f" ({some(frozen)}: frozen; --unfreeze makes BatchNorm2d of them)" if frozen else ""
+        why = f" ({some(frozen)}: frozen; --unfreeze turns them into BatchNorm2d)" if frozen else ""
         if at_rest:
-            why = f" ({some(at_rest)}: frozen; --include-frozen, include_frozen= takes them in)"
+            why = f" ({some(at_rest)}: frozen; include them by --include-frozen, include_frozen=)"
         raise NormError(f"model: no norm layer with statistics to recalibrate{why}.")
     return sites, at_rest
 
 
 def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
-    """Write all layers' new moments, after checking that all fit; their records."""
+    """Check that all layers' new moments fit their types, write them, and return the records."""
     sites, measured = found.collector.by_name, found.collector.sums.measured
     with source.cost.of("statistics"):
         new = {
@@ -328,7 +331,7 @@ def _written(source: Source, found: Found) -> tuple[LayerStatistics, ...]:
     for name, (mean, var) in stored.items():
         if not bool((mean + var).isfinite().all()):
             raise NumericError(
-                f"{name}: its moments are beyond {str(mean.dtype).removeprefix('torch.')}. "
+                f"{name}: its moments do not fit {str(mean.dtype).removeprefix('torch.')}. "
                 "Recalibrate in float32.",
                 name=name,
             )
@@ -346,7 +349,7 @@ def _check_samples(samples: int | str | None, tolerance: float, batches: runtime
     require(some_number, f"samples: {samples}, expected at least 1, or auto.", "samples")
     require(tolerance > 0, f"tolerance: {tolerance}, expected above 0.", "tolerance")
     ends = samples != "auto" or not isinstance(batches, Iterator)
-    stream = "samples auto: the batches are a stream, which may have no end. Give a number."
+    stream = "samples auto: the batches are a stream, which may be endless. Give a number."
     require(ends, stream, "samples")
 
 
@@ -376,40 +379,40 @@ def _record(
 
 
 def describe_missing(calibration: Calibration) -> list[str]:
-    """Sentences for the report on layers that were passed over."""
+    """Sentences for the report on left-out layers and on the statistics' reliability."""
     trust, layers = calibration.trust, calibration.exceptions
     unmatched = [layer for layer in calibration.layers if layer.n_unmatched]
     weights = [layer.new_weight for layer in calibration.layers if layer.new_weight is not None]
-    enough = "were enough" if trust.is_enough else "are all there are, and not enough"
+    enough = "were enough" if trust.is_enough else "are all there are, which is not enough"
     sentences = (
         (
             calibration.effort.n_resumed,
             f"{calibration.effort.n_resumed} examples were not run again; an interrupted run had "
-            "kept what they measured.",
+            "saved their measurements.",
         ),
         (
             weights,
-            "mixed with the stored ones; the new ones weigh "
-            f"{min(weights, default=0):.2g} to {max(weights, default=0):.2g} by layer.",
+            "mixed with the stored statistics; the weight of the new ones, by layer, is "
+            f"{min(weights, default=0):.2g} to {max(weights, default=0):.2g}.",
         ),
         (
             trust.n_left_out is not None,
-            f"{trust.n_left_out} examples of {calibration.n_examples} left out, of another kind.",
+            f"{trust.n_left_out} of {calibration.n_examples} examples left out, as another kind.",
         ),
         (
             trust.slowest,
-            f"{calibration.n_examples} examples {enough}; the last layer to be known well was "
+            f"{calibration.n_examples} examples {enough}; the last layer to be precise enough was "
             f"{trust.slowest}.",
         ),
         (
             trust.disturbed,
-            "the network keeps activations or counts on itself while it runs, or is random, so the "
-            "batches ran one after the other, not together.",
+            "the network stores activations or counts while it runs, or is random. Its batches "
+            "therefore ran one after the other, not together.",
         ),
         (
             trust.residual > _SMALL,
-            f"they did not settle; a pass with them meets others, by {trust.residual:.2g} of a "
-            "deviation at the worst layer.",
+            "they did not settle; one more pass would change them by "
+            f"{trust.residual:.2g} standard deviations at the worst layer.",
         ),
         (
             unmatched,
@@ -423,10 +426,10 @@ def describe_missing(calibration: Calibration) -> list[str]:
         (
             layers.frozen,
             "frozen (evaluation mode, no gradients); left alone. --include-frozen "
-            "(from Python include_frozen=True) takes them in",
+            "(in Python include_frozen=True) includes them",
         ),
-        (layers.called_again, "called more than once a forward pass; their calls are pooled"),
-        (layers.never_reached, "never reached by the data; their statistics are as they were"),
+        (layers.called_again, "called more than once per forward pass; their calls are pooled"),
+        (layers.never_reached, "never reached by the data; their statistics are unchanged"),
         (others, "frozen, excluded, without statistics or not known; left alone"),
     )
     found = [f"population statistics: {sentence}" for applies, sentence in sentences if applies]

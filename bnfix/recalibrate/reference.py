@@ -1,42 +1,43 @@
-"""Statistics matched to the network that a damaged one came from.
+"""Statistics of a damaged network, matched to the original network that it came from.
 
-On the same images a layer meets moments mu_M, v_M in the model and mu_O, v_O in the original. With
+On the same images a layer's inputs have moments mu_M, v_M in the model and mu_O, v_O in the
+original, whose layer stores mean_O, var_O. With
 
     r    = v_M / v_O
     var  = (var_O + eps_O) r - eps_M
     mean = mu_M - sqrt((var + eps_M) / (var_O + eps_O)) (mu_O - mean_O)
 
-its normalized output has the moments that the original's has, for which mean_O, var_O are stored.
-So the original's statistics stay the anchor: that the images are few, or others than those of
-training, moves mu_M with mu_O and v_M with v_O, and cancels (a control variate).
+the model's normalized output has the same moments as the original's. So the original's statistics
+stay the anchor. Images that are few, or not from the training set, move mu_M with mu_O and v_M with
+v_O, and the error cancels (a control variate).
 
-A mean of several networks has all of them for originals. With their weights w_k, of sum 1, its
+For a mean of several networks, all of them are originals. With weights w_k that sum to 1, the
 normalized output gets the mean and the standard deviation
 
     m = sum_k w_k (mu_k - mean_k) / sqrt(var_k + eps_k)
     s = sum_k w_k sqrt(v_k / (var_k + eps_k))
 
-which for one original are those above.
+For one original, this is the rule above.
 
 Source: Jordan et al., "REPAIR", 2023, corrects merged networks by the same two moments. Deviations
-are matched, not regressed: a slope cov / v_M shrinks every layer by the correlation lost.
+are matched, not regressed: a slope cov / v_M shrinks every layer by the lost correlation.
 
-Without an example the moments of both are predicted, layer by layer, from statistics and weights.
-A norm layer's output has by its stored statistics the mean beta and the variance
-gamma^2 var / (var + eps), taken for normal. Activations keep the moments of a normal variable, by
-quadrature; sums add means and variances; a convolution or linear layer gives
+Without examples, both networks' moments are predicted, layer by layer, from statistics and weights.
+By its stored statistics, a norm layer's output has mean beta and variance gamma^2 var / (var +
+eps), and is assumed normal. Activations take the moments of a normal variable, by quadrature; sums
+add means and variances; a convolution or linear layer gives
 
     mean = sum_j W_j E[x_j] + b        var ~ sum_j (sum_k W_jk^2 + (sum_k W_jk)^2) Var[x_j]
 
-with k the positions of a kernel. The mean is exact but for the border; the variance leaves out what
-inputs have in common, so only ratios of two such variances of one layer mean something.
+with k the positions of a kernel. The mean is exact except at the border. The variance ignores the
+correlation of inputs, so only the ratio of two such variances of one layer is meaningful.
 
-For weights W' made from W without changing scales and shifts, with stored (mean, var) of W:
+For weights W' made from W with the same scales and shifts, and stored (mean, var) of W:
 
     mean' = mean + predicted' - predicted        var' + eps = (var + eps) min(1, ratio)
 
-Rounding moves means; what it adds to a variance, noise, is not predicted well, and ratios above 1
-were worse than none. Pruning takes variance away.
+Rounding moves means. The noise that it adds to a variance is not predicted well, and ratios above 1
+did worse than no correction. Pruning removes variance.
 
 Source: Nagel et al., "Data-free quantization through weight equalization and bias correction", ICCV
 2019, for the means. Labatie et al., "Proxy-normalizing activations", NeurIPS 2021, for activations.
@@ -63,15 +64,15 @@ from bnfix.recalibrate.collector import Collector, Source, Target
 #: The network to match, or several with their weights.
 Originals = nn.Module | Mapping[nn.Module, float]
 
-#: v_M / v_O beyond which the two networks' channels have little in common: 100 deviations to 1.
+#: Range of v_M / v_O, outside which two channels have little in common: deviations of 100 to 1.
 _LEAST, _MOST = 1e-4, 1e4
-#: A channel is dead if its variance is at most this part of eps, or of its squared mean.
+#: A channel is dead if its variance is at most this fraction of eps, or of its squared mean.
 _DEAD_BY_EPS, _DEAD_BY_MEAN = 1e-6, 1e-10
 
 
 @dataclass
 class _Original:
-    """A network to match, and what its layers have met."""
+    """A network to match, and the measured inputs of its layers."""
 
     network: nn.Module
     weight: float
@@ -80,7 +81,7 @@ class _Original:
 
 
 class Reference(Target):
-    """The rule of a network that is healthy, or of several with a weight each; only read."""
+    """The rule that matches a healthy network, or several weighted ones; they are only read."""
 
     def __init__(self, originals: Originals, model: nn.Module, sites: Sequence[NormSite]) -> None:
         super().__init__()
@@ -98,9 +99,9 @@ class Reference(Target):
         ]
 
     def measure_(self, source: Source, run: Callable[[Source, Collector], Any]) -> float:
-        """Run the batches through each original, once, as in inference."""
+        """Run the batches through each original once, as in inference."""
         for one in self._originals:
-            # What its forward changes is put back, and no word to the model's owner.
+            # State that its forward changes is restored, and not reported for the model.
             theirs = replace(source, model=one.network, changed={}, target=Target())
             collector = Collector(list(one.sites.values()), theirs)
             run(theirs, collector)
@@ -110,8 +111,8 @@ class Reference(Target):
     def moments(self, site: NormSite, sums: Accumulator) -> tuple[Tensor, Tensor]:
         """Mean and variance ``(C,)``, float64, that give the layer's output the original's moments.
 
-        Where the model's channel is dead, or var would be below 0, only the mean is matched. Where
-        only the original's is, or r is out of range, the population moments are all there is.
+        If the model's channel is dead, or var would be below 0, only the mean is matched. If only
+        the original's channel is dead, or r is out of range, the result is the population moments.
         """
         mean_m, var_m = super().moments(site, sums)
         if not all(site.name in one.measured for one in self._originals):
@@ -126,18 +127,18 @@ class Reference(Target):
         var = var.clamp_min(0)
         scale = ((var + eps_m) / spread).sqrt()
         mean = mean_m - scale * (mean_o - stored_mean)
-        # NaN, of two variances that are 0, is not in the range either.
+        # NaN, from two variances of 0, counts as out of range too.
         foreign = ~dead_m & (dead_o | ~((ratio >= _LEAST) & (ratio <= _MOST)))
-        # Dead in both, a channel has the original's moments: a constant.
+        # A channel dead in both networks is a constant, and already has the original's moments.
         self.unmatched[site.name] = int((dead_m & ~dead_o | negative | foreign).sum())
         return torch.where(foreign, mean_m, mean), torch.where(foreign, var_m, var)
 
     def _as_one(self, site: NormSite, like: Tensor) -> tuple[Tensor, ...]:
-        """Moments met, stored mean, and stored var + eps, of one original that stands for all."""
+        """Measured moments, stored mean and stored var + eps of one original equivalent to all."""
         found: Any = 0.0
         for one in self._originals:
             theirs = one.sites[site.name]
-            # Their layer's channel groups may be finer than this one's.
+            # The original's channel groups can be finer than the model's.
             mean, var, stored_mean, stored_var = (
                 moment.to(like)
                 for pair in (one.measured[site.name].statistics(None), theirs.moments)
@@ -162,7 +163,7 @@ def _dead(mean: Tensor, var: Tensor, eps: float) -> Tensor:
 def _counterparts(
     original: nn.Module, model: nn.Module, sites: Sequence[NormSite]
 ) -> dict[str, NormSite]:
-    """The original's layer for each of the model's; all that does not agree is refused at once."""
+    """The original's layer for each of the model's; all disagreements are refused at once."""
     theirs = {site.name: site for site in find_norms(original)}
     names = [site.name for site in find_norms(model)]
     problems = [f"{name}: not in the original" for name in names if name not in theirs]
@@ -179,8 +180,8 @@ def _counterparts(
             problems.append(f"{site.name}: {channels} channels, {found} in the original")
     if problems:
         raise ConfigError(
-            f"reference: not a network that this one can come from. {'; '.join(problems)}. Give "
-            "the original, of the same norm layers.",
+            f"reference: this model cannot come from that network. {'; '.join(problems)}. Give "
+            "the original, with the same norm layers.",
             name="reference",
         )
     return {site.name: theirs[site.name] for site in sites}
@@ -196,21 +197,21 @@ _FUNCTIONS: dict[Any, Callable[[Tensor], Tensor]] = {
     F.relu6: F.relu6, F.silu: F.silu, F.gelu: F.gelu, F.hardswish: F.hardswish, F.mish: F.mish,
 }  # fmt: skip
 _SAME = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AdaptiveAvgPool2d, nn.AvgPool2d)
-#: Points of the quadrature, in deviations.
+#: Points of the quadrature, in standard deviations.
 _POINTS = torch.linspace(-8, 8, 1601, dtype=torch.float64)
 
 
 class Predicted(NamedTuple):
-    """Moments ``(C,)`` of one value a channel, float64."""
+    """Moments ``(C,)``, float64, of a channel's values."""
 
     mean: Tensor
     var: Tensor
 
 
 def predicted_moments(model: nn.Module, example: Tensor | None = None) -> dict[str, Predicted]:
-    """What each norm layer is predicted to meet, by name; layers out of reach are left out.
+    """The predicted input moments of each norm layer, by name; unpredictable layers are left out.
 
-    Branches that depend on the input go as they go for the ``example``.
+    Branches that depend on the input are taken as for the ``example``.
 
     Raises:
         ModelError: if the model has no graph.
@@ -222,7 +223,7 @@ def predicted_moments(model: nn.Module, example: Tensor | None = None) -> dict[s
         for node in graph_of(model, list(sites), example).nodes:
             given = [known[n] for n in node.all_input_nodes]
             module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-            # Of gated layers the statistics are of what the gates make of the input.
+            # A gated layer's statistics describe the input after its gates, not the input itself.
             if module in sites and given[0] is not None and getattr(module, "gates", None) is None:
                 found[sites[module].name] = given[0]
             known[node] = _after(node, module, sites.get(module) if module else None, given)
@@ -232,8 +233,8 @@ def predicted_moments(model: nn.Module, example: Tensor | None = None) -> dict[s
 def predicted_gaps(model: nn.Module) -> dict[str, float]:
     """Mean over channels of |predicted mean - stored mean| / sd, by layer; empty without a graph.
 
-    0.1 or less is usual for most layers of a trained network; statistics of other weights, or of
-    none, show larger ones.
+    Most layers of a trained network have 0.1 or less. Statistics that belong to other weights, or
+    to none, give larger gaps.
     """
     try:
         predicted = predicted_moments(model)
@@ -253,10 +254,10 @@ def predicted_gaps(model: nn.Module) -> dict[str, float]:
 def match_predicted_(
     model: nn.Module, original: nn.Module, example: Tensor | None = None
 ) -> list[str]:
-    """Set the statistics by the formula above, but of frozen layers; the names of those reached.
+    """Set the statistics of all but frozen layers by the formula above; return the layers' names.
 
-    The original has other weights, right statistics and the same norm layers; the ``example`` is an
-    input for both, if they branch. Raises a ModelError if one of both has no graph.
+    The original has other weights, right statistics and the same norm layers. The ``example`` is an
+    input for both, if they branch. Raises a ModelError if either network has no graph.
     """
     own, theirs = predicted_moments(model, example), predicted_moments(original, example)
     stored = {site.name: site for site in find_norms(original)}
@@ -267,7 +268,7 @@ def match_predicted_(
             continue
         module: Any = site.module
         if getattr(module, "channel_groups", len(own[name].mean)) != len(own[name].mean):
-            continue  # groups of channels share their moments
+            continue  # channel groups share their moments
         mean, var = stored[name].moments
         shift = own[name].mean - theirs[name].mean
         ratio = (own[name].var / theirs[name].var.clamp_min(1e-30)).clamp(0.01, 1)
@@ -281,7 +282,7 @@ def match_predicted_(
 def _after(
     node: fx.Node, module: nn.Module | None, site: NormSite | None, given: list[Predicted | None]
 ) -> Predicted | None:
-    """The moments after a node, if those before it are enough to tell."""
+    """The moments after a node, if the moments before it determine them."""
     if site is not None and site.has_statistics:
         return _of_norm(site)
     every = [one for one in given if one is not None]
@@ -291,7 +292,7 @@ def _after(
     if node.target in _ADDS and len(every) == 2:
         return Predicted(*(a + b for a, b in zip(*every, strict=True)))
     if node.target is operator.getitem or isinstance(module, _SAME):
-        return first  # a part of the positions
+        return first  # a subset of the positions has the same moments
     if node.target is F.pad and len(node.args) > 1 and isinstance(node.args[1], tuple):
         widths: Any = node.args[1][4:6]
         return Predicted(*(F.pad(t, widths) for t in first)) if len(widths) == 2 else first
@@ -307,7 +308,7 @@ def _of_norm(site: NormSite) -> Predicted:
     gamma = torch.ones_like(var) if layer.weight is None else layer.weight.double()
     beta = torch.zeros_like(var) if layer.bias is None else layer.bias.double()
     out = Predicted(beta, gamma.square() * var / (var + site.eps))
-    act = getattr(layer, "act", None)  # of timm's layers
+    act = getattr(layer, "act", None)  # timm's layers have one
     if act is None or isinstance(act, nn.Identity):
         return out
     return _of_activation(act, out) if isinstance(act, _POINTWISE) else out

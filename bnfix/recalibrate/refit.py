@@ -1,13 +1,14 @@
-"""`refit_`: scale and shift of layers that changed what they normalize by, fitted to the original.
+"""`refit_`: fit scale and shift of layers with a new normalization to the original's outputs.
 
-A layer that weighs the example's own statistics (Group Norm most of all) takes out of every
-example what Batch Norm leaves in, so that the original's scale and shift no longer fit. Per channel
+A layer that weighs the example's own statistics (most of all Group Norm) removes information from
+every example that Batch Norm keeps, so the original's scale and shift no longer fit. Per channel,
 the best affine map from the new normalized values z to the original's outputs y has a closed form:
 
     gamma = cov(z, y) / var(z)        beta = mean(y) - gamma mean(z)
 
-and what is left is var(y) - cov(z, y)^2 / var(z). The sums are moments of z, y and z + y, streamed
-in float64 and pooled by the law of total variance; cov = (var(z + y) - var(z) - var(y)) / 2.
+The residual variance is var(y) - cov(z, y)^2 / var(z). The sums are moments of z, y and z + y,
+streamed in float64 and pooled by the law of total variance; cov = (var(z + y) - var(z) - var(y))
+/ 2.
 """
 
 from __future__ import annotations
@@ -31,34 +32,34 @@ from bnfix.norm.moments import Moments, pool
 from bnfix.norm.sites import find_norms
 from bnfix.recalibrate.collector import StopHereError, up_to
 
-#: Examples that are plenty for two numbers a channel; more cost a pass a layer each.
+#: Enough examples for two numbers per channel; every layer needs a pass over all of them.
 REFIT_SAMPLES = 256
 
-#: var(z) at or below this holds nothing to fit a scale to: normalized values have a variance of 1.
+#: Normalized values have variance 1; with var(z) at or below this there is no scale to fit.
 _CONSTANT = 1e-9
 
 
 @dataclass(frozen=True)
 class RefittedLayer:
-    """How close one layer came to the original's outputs."""
+    """The fit of one layer to the original's outputs."""
 
     name: str
-    n_values: int  # a channel
-    residual: float  # squared difference left, by the variance: 1 is no better than a constant
+    n_values: int  # per channel
+    residual: float  # mean squared difference / variance; 1 is no better than a constant
 
 
 @dataclass(frozen=True)
 class Refitting:
-    """Each layer's fit, in the order of their calls, and the whole net's."""
+    """The fits of all layers, in call order, and of the whole network."""
 
     layers: tuple[RefittedLayer, ...]
     n_examples: int
-    not_fitted: tuple[str, ...]  # without scale and shift, or that the data never came to
-    distance: tuple[float, float]  # of the net's outputs, before and after; see `_Fit.distance`
-    kept: bool  # not where the fit brought the outputs no nearer
+    not_fitted: tuple[str, ...]  # without scale and shift, or never reached by the data
+    distance: tuple[float, float]  # of the network's outputs, before and after; `_Fit.distance`
+    kept: bool  # false if the fit moved the outputs further away
 
     def describe(self) -> str:
-        """Say it in one sentence."""
+        """The result in words, for the report."""
         before, after = self.distance
         done = (
             f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
@@ -66,15 +67,15 @@ class Refitting:
         )
         if not self.kept:
             return (
-                f"{done}, which took the whole net's outputs further away from the original's "
-                f"(distance {before:.3g}, then {after:.3g}); so they are as they were."
+                f"{done}. The network's outputs moved further away from the original's (distance "
+                f"{before:.3g}, then {after:.3g}), so the re-fit was undone."
             )
         worst = max(self.layers, key=lambda layer: layer.residual)
         mean = sum(layer.residual for layer in self.layers) / len(self.layers)
         left = f"; not fitted: {some(self.not_fitted)}" if self.not_fitted else ""
         return (
-            f"{done}; of their variance {mean:.1%} is left on average, {worst.residual:.1%} at "
-            f"most ({worst.name}){left}. The distance of the whole net's outputs from the "
+            f"{done}; {mean:.1%} of their variance is unexplained on average, {worst.residual:.1%} "
+            f"at most ({worst.name}){left}. The distance of the network's outputs from the "
             f"original's went from {before:.3g} to {after:.3g}."
         )
 
@@ -88,12 +89,12 @@ def refit_(
     samples: int | None = None,
     forward: runtime.Forward | None = None,
 ) -> Refitting:
-    """Fit scale and shift of converted layers to what the original net gives at the same layers.
+    """Fit scale and shift of converted layers to the original network's outputs at those layers.
 
-    Layer by layer in the order of their calls, each with all before it already re-fitted and in
-    place, by least squares per channel, without labels: one pass a layer through both nets, up to
-    that layer. A layer that is called more than once is fitted to all its calls together, where
-    the later ones are measured with its old scale and shift. After an exception all is as before.
+    The fit is by least squares per channel, without labels, layer by layer in call order, with all
+    earlier layers already re-fitted. Each layer takes one pass through both networks, up to that
+    layer. A layer that is called more than once is fitted to all its calls together; its later
+    calls are measured with its old scale and shift. An exception leaves the model unchanged.
     """
     found = dict(generalized_norms(model))
     wanted = [n for n, layer in found.items() if layer.live] if layers is None else list(layers)
@@ -102,7 +103,7 @@ def refit_(
     if lacking or not wanted:
         raise NormError(
             f"re-fitting: {some(lacking) or 'no layer weighs the example, so none'} is a converted "
-            "layer of both nets. Give the model from before the conversion, or name layers.",
+            "layer of both networks. Give the model from before the conversion, or name layers.",
             name=lacking[0] if lacking else None,
         )
     batches = list(batches) if isinstance(batches, Iterator) else batches
@@ -115,7 +116,7 @@ def refit_(
             joint = fit.moments(batches, name, found[name], before[name], n_calls)
             records.append(_set_best(name, found[name], joint))
         last = fit.distance(batches)
-    # Each layer is nearest to its original by itself; the net as a whole need not be.
+    # Each layer alone is as close as possible to its original; the whole network need not be.
     kept = not last > first
     if not kept:
         snapshot.restore_()
@@ -131,7 +132,7 @@ def refit_(
 
 @dataclass
 class _Fit:
-    """Passes over the data that measure both nets."""
+    """Passes over the data that measure both networks."""
 
     model: nn.Module
     original: nn.Module
@@ -145,7 +146,7 @@ class _Fit:
     def distance(self, batches: Iterable[Any]) -> float:
         """Mean KL(original || converted) of the predictions, nats; infinite if not finite.
 
-        For outputs that are no logits: the squared difference by the original's variance.
+        For outputs other than logits: the squared difference divided by the original's variance.
         """
         total, n = 0.0, 0
         for batch in up_to(batches, self.samples):
@@ -167,7 +168,7 @@ class _Fit:
     def order(
         self, batches: Iterable[Any], layers: dict[str, GeneralizedBatchNorm]
     ) -> Counter[str]:
-        """The layers in the order of their first calls, and their calls a forward pass."""
+        """The layers in the order of their first calls, with their calls per forward pass."""
         calls: Counter[str] = Counter()
         names = {layer: name for name, layer in layers.items()}
         batch = next(iter(batches), None)
@@ -184,7 +185,7 @@ class _Fit:
     def moments(
         self, batches: Iterable[Any], name: str, layer: nn.Module, own: nn.Module, n_calls: int
     ) -> Moments:
-        """Moments of z, y and z + y, three rows, over all examples."""
+        """Moments of z, y and z + y, as three rows, over all examples."""
         parts: list[Moments] = []
         self.n_examples = 0
         for index, batch in enumerate(up_to(batches, self.samples)):
@@ -192,8 +193,8 @@ class _Fit:
             met_own = self._inputs(self.original, own, batch, n_calls)
             if [x.shape for x, _ in met] != [x.shape for x, _ in met_own]:
                 raise DataError(
-                    f"{name}: the two nets call it {len(met)} and {len(met_own)} times, or on "
-                    "other shapes. Give the model that this one was converted from."
+                    f"{name}: the two networks call it {len(met)} and {len(met_own)} times, or on "
+                    "different shapes. Give the model that this one was converted from."
                 )
             for (x, valid), (x_own, _) in zip(met, met_own, strict=True):
                 with masks.mask_used(valid):
@@ -208,7 +209,7 @@ class _Fit:
             self.n_examples += len(met[0][0]) if met else 0
         if not parts:
             raise DataError(
-                f"re-fitting: a pass over the batches never came to {name}. Give batches that can "
+                f"re-fitting: a pass over the batches never reached {name}. Give batches that can "
                 "be read more than once."
             )
         return pool(parts)
@@ -216,13 +217,13 @@ class _Fit:
     def _inputs(
         self, model: nn.Module, layer: nn.Module, batch: Any, n_calls: int
     ) -> list[tuple[Tensor, masks.Valid | None]]:
-        """The inputs of a layer, and their mask, in one forward pass, which ends there."""
+        """A layer's inputs and their masks in one forward pass, which ends at its last call."""
         met: list[tuple[Tensor, masks.Valid | None]] = []
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             last = len(met) + 1 == n_calls
-            # Later layers may work in place.
+            # Later layers can overwrite it in place.
             met.append((x if last else x.clone(), masks.current_mask()))
             if last:
                 raise StopHereError
@@ -236,7 +237,7 @@ class _Fit:
 
 
 def _logits(output: Any) -> Tensor | None:
-    """The logits of an output, or else its first tensor, if it has one row an example."""
+    """The logits of an output, or else its first tensor, if it has one row per example."""
     found = next(iter(runtime.tensors_in(getattr(output, "logits", output))), None)
     if found is None or found.ndim < 2 or not found.is_floating_point():
         return None
@@ -245,7 +246,7 @@ def _logits(output: Any) -> Tensor | None:
 
 @torch.no_grad()
 def _output(module: Any, x: Tensor, *, affine: bool = True) -> Tensor:
-    """A layer's output in evaluation, before any activation; `affine`: with scale and shift."""
+    """A layer's output in evaluation, before any activation; ``affine`` applies scale and shift."""
     if not isinstance(module, GeneralizedBatchNorm):
         mean, var = module.running_mean, module.running_var
         return F.batch_norm(x, mean, var, module.weight, module.bias, mean is None, 0, module.eps)
@@ -253,7 +254,7 @@ def _output(module: Any, x: Tensor, *, affine: bool = True) -> Tensor:
         module.training = False
         for table in tables if not affine else ():
             table.update(dict.fromkeys({"weight", "bias"} & table.keys()))
-        # Not the layer itself: it may go on to activate.
+        # Not the layer's own forward, which may include an activation.
         return GeneralizedBatchNorm.forward(module, x)
 
 

@@ -1,31 +1,31 @@
-"""The statistics that are asked for: which target, its rule, and which examples count.
+"""The requested statistics: their target, its rule, and the examples that count.
 
-A blend of those stored, o, and those measured, m, is by the law of total variance with a weight w
-of the new:
+A blend mixes stored moments o and measured moments m by the law of total variance, with weight w
+for the measured ones:
 
     mean = (1 - w) mean_o + w mean_m
     var  = (1 - w) var_o + w var_m + w (1 - w) (mean_m - mean_o)^2
 
-w is a number, or n / (n + N): the stored statistics count as N examples beside the n measured, or
-is found layer by layer from the drift itself:
+w is a number, or n / (n + N), where the stored statistics count as N examples and n were measured,
+or it follows from each layer's drift:
 
     D = mean over channels of (mean_m - mean_o)^2 / var_o + log(var_m / var_o)^2 / 2
     S = the same of the standard errors; E = max(0, D - S)
     w = min(1, 1/2 + 1/L) E / (E + 4 S + 0.02), L the number of layers
 
-Half of the way is enough in a deep network: what a layer leaves, those above it meet in their turn,
-under the sequential feed; the noise of few examples they do not undo. The layer stays static, and
-folds. Source: Schneider et al., "Improving robustness against common corruptions by covariate shift
+In a deep network, half of the drift is enough. Under the sequential feed, later layers measure and
+correct the remaining drift, but not the noise of few examples. The layer stays static and foldable.
+Source: Schneider et al., "Improving robustness against common corruptions by covariate shift
 adaptation", 2020, has n / (n + N), and mixes the variances without the term of the means.
 
-Analogue or worn hardware holds each weight with an error. In copy k every convolution and linear
-layer has W_k = W + r s N(0, 1), s the standard deviation of all of W; norms and biases stay.
-Each copy meets its own moments (mu_k, v_k), below layers that have the same errors, and
+Analogue or worn hardware stores each weight with an error. In copy k, every convolution and linear
+layer has W_k = W + r s N(0, 1), s the standard deviation of all of W; norms and biases are exact.
+Copy k measures its own moments (mu_k, v_k), behind layers with the same errors, and
 
     mean = E_k mu_k,  var = E_k v_k
 
 are right on average. Source: Tsai et al., "Robust Processing-In-Memory Neural Networks via
-Noise-Aware Normalization", 2020, has the idea; no code of theirs was found.
+Noise-Aware Normalization", 2020, for the idea; we found no published code.
 """
 
 from __future__ import annotations
@@ -57,30 +57,30 @@ _Moments = tuple[Tensor, Tensor]
 _Done = TypeVar("_Done")
 _Rows = tuple[Tensor, Tensor, Tensor | None]
 
-#: Drift of layers of healthy networks on images of their own kind, chance taken off.
+#: Drift of a healthy network's layers on its own kind of images, without chance.
 _USUAL = 0.02
-#: How often chance counts: errors of all layers add up, as drift that is left does not.
+#: Multiplier of chance: the errors of all layers add up, while remaining drift does not.
 _OFTEN = 4
 
-#: What the weights by drift have done where it was measured; docs/LOG.md has the table.
+#: The measured effect of weights by drift; docs/LOG.md has the table.
 MEASURED_SPREAD = (
     "in 86 trials (docs/LOG.md: 34 pairs of a network and a shift, 16 to 500 images, top-1 of 200 "
     "to 3,000 others) 11.2 points above the stored ones on average, and 4.5 below at the worst"
 )
 
-#: Principal components, and examples that each of them takes at least.
+#: Most principal components, and the least number of examples for each.
 _COMPONENTS, _EXAMPLES_EACH = 4, 16
-#: The distance of two kinds, and what few examples n add to it, by 1/n.
+#: Distance that separates two kinds; n examples add the second number / n to it.
 _APART, _CHANCE = 4.0, 50.0
-#: A part of all that may be the larger half; rounds of a mixture.
+#: Smallest fraction that can be the larger half; most rounds of a mixture fit.
 _HALF, _ROUNDS = 0.495, 100
-#: Difference of two passes' means of an example, by the root of its mean square, that is rounding.
+#: Difference of an example's mean in two passes, relative to its RMS, that counts as rounding.
 _ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """A target, and the options that are its own."""
+    """A target and its options."""
 
     target: str
     train_batch_size: int | None = None
@@ -91,7 +91,7 @@ class Wanted:
     mix: tuple[float, ...] = ()
 
     def check(self, feed: str) -> None:
-        """Refuse what is unknown, missing, out of range or another target's."""
+        """Refuse options that are unknown, missing, out of range or for another target."""
         target, b, prior, weight = self.target, self.train_batch_size, self.prior, self.new_weight
         takes = {"reference": nn.Module, "interpolated": Mapping}.get(target)
         measured, by_batch = target in ("population", "blend"), feed == "batch"
@@ -106,20 +106,20 @@ class Wanted:
         require(sized, "target train-batch: give train_batch_size, at least 1.", "train_batch_size")
         require(
             isinstance(self.reference, takes or type(None)),
-            "target reference: give the original as reference=; interpolated: the networks, each "
-            "with its weight, as reference={network: weight}; no other target takes one.",
+            "target reference: give the original as reference=; interpolated: the networks with "
+            "their weights, as reference={network: weight}; no other target takes one.",
             "reference",
         )
         require(
             takes is None or not by_batch,
-            f"target {target}: needs the sequential feed. Under the batch feed a layer sees what "
-            "batches normalized by themselves, which the original's stored statistics never gave.",
+            f"target {target}: needs the sequential feed. The batch feed normalizes each batch by "
+            "its own statistics, which the original's stored statistics do not describe.",
             "feed",
         )
         require(
             not self.robust or (measured and not by_batch),
-            "robust: only for targets population and blend, by the sequential feed. Under the "
-            "batch feed garbage normalizes its whole batch.",
+            "robust: only for targets population and blend, with the sequential feed. Under the "
+            "batch feed, garbage affects its whole batch.",
             "robust",
         )
         mixes = not self.mix or (measured and not self.robust)
@@ -128,14 +128,14 @@ class Wanted:
         alone = target == "blend" or (prior is None and weight is None)
         require(alone, "prior, new_weight: only target blend takes them.", "prior")
         one = prior is None or weight is None
-        require(one, "prior, new_weight: both say how much. Give one.", "prior")
+        require(one, "prior, new_weight: both set the same weight. Give one.", "prior")
         counted = prior in (None, "auto") or (not isinstance(prior, str) and 0 <= prior < 1e15)
-        require(counted, f"prior: {prior}, expected auto or a number from 0.", "prior")
+        require(counted, f"prior: {prior}, expected auto or a number, at least 0.", "prior")
         part = weight is None or 0 <= weight <= 1
         require(part, f"new_weight: {weight}, expected 0 to 1.", "new_weight")
 
     def rule(self, model: nn.Module, sites: Sequence[NormSite], sources: Sources | None) -> Target:
-        """The rule of these statistics for a model."""
+        """The rule that computes these statistics for a model."""
         if self.reference is not None:
             return Reference(self.reference, model, sites)
         screen = Screen() if self.robust else None
@@ -148,7 +148,7 @@ class Wanted:
         return rule
 
     def to_json(self) -> dict[str, Any]:
-        """What tells runs of different targets apart."""
+        """The options that identify a run."""
         own: dict[str, Any] = (
             {} if self.target != "blend" else {"prior": self.prior, "weight": self.new_weight}
         )
@@ -161,7 +161,7 @@ class Wanted:
 
 
 class Blend(Target):
-    """Moments stored and measured, mixed with a weight that may differ by layer."""
+    """Stored and measured moments, mixed with a weight that can differ by layer."""
 
     def __init__(
         self, sites: Sequence[NormSite], prior: float | str | None, weight: float | None
@@ -169,18 +169,18 @@ class Blend(Target):
         super().__init__()
         self.name = "blend"
         self._prior, self._weight = prior, weight
-        # Taken now: while batches run, layers hold what they are lent.
+        # Read now, because layers hold lent moments while batches run.
         self._stored = {site.name: site.moments for site in sites}
 
     def moments(self, site: NormSite, sums: Accumulator) -> _Moments:
-        """Mean and variance ``(C,)``, float64, between the stored ones and the population's."""
+        """Mean and variance ``(C,)``, float64, between the stored and the population's moments."""
         old, new = self._stored[site.name], super().moments(site, sums)
         old = old[0].to(new[0]), old[1].to(new[1])
         weight = self.weights[site.name] = self._weight_of(site, old, sums)
         return between(old, new, weight)
 
     def _weight_of(self, site: NormSite, old: _Moments, sums: Accumulator) -> float:
-        """The weight of what was measured at a layer."""
+        """The weight of a layer's measured moments."""
         if self._weight is not None:
             return self._weight
         if self._prior is not None and not isinstance(self._prior, str):
@@ -192,16 +192,17 @@ class Blend(Target):
 
 
 def between(old: _Moments, new: _Moments, weight: float) -> _Moments:
-    """The mixture of two pairs of moments; at weight 0 and 1 one of them, bit for bit."""
-    # Unlike a sum of two products, lerp gives its ends exactly.
+    """The mixture of two pairs of moments; at weights 0 and 1 exactly one of them."""
+    # Unlike a sum of two products, lerp is exact at both ends.
     mean, var = (torch.lerp(o, n, weight) for o, n in zip(old, new, strict=True))
     return mean, var + weight * (1 - weight) * (new[0] - old[0]).square()
 
 
 def drift_of(site: NormSite, old: _Moments, sums: Accumulator) -> tuple[float, float]:
-    """How far a layer's moments are from the stored ones, and how far chance brings them.
+    """The drift of a layer's moments from the stored ones, and the drift expected by chance.
 
-    Means over channels of d^2 / var_o + log(var_m / var_o)^2 / 2, d of the means, eps in variances.
+    Means over channels of d^2 / var_o + log(var_m / var_o)^2 / 2, with d = mean_m - mean_o and eps
+    in the variances.
     """
     eps = site.eps
     mean, var = sums.statistics(None)
@@ -213,7 +214,7 @@ def drift_of(site: NormSite, old: _Moments, sums: Accumulator) -> tuple[float, f
 
 
 def take_domain_(loaded: Loaded, name: str | None, batches: Iterable[Any]) -> list[str]:
-    """Let a model have a domain's statistics, or those nearest to what batches give, if any."""
+    """Set a model's statistics to a named domain's or, by ``auto``, to the closest ones."""
     if name is None or not loaded.domains:
         return [] if name is None else ["has no domains; its own statistics were used"]
     if name != "auto":
@@ -228,16 +229,16 @@ def take_domain_(loaded: Loaded, name: str | None, batches: Iterable[Any]) -> li
     nearest = min(far, key=lambda one: far[one])
     set_statistics_(loaded.model, sets[nearest])
     listed = ", ".join(f"{one} {distance:.3g}" for one, distance in far.items())
-    return [f"statistics: {nearest}, nearest by what {layer} meets (distances: {listed})"]
+    return [f"statistics: {nearest}, closest to the inputs of {layer} (distances: {listed})"]
 
 
 @contextmanager
 def noisy_weights(model: nn.Module, size: float, seed: int) -> Iterator[None]:
-    """Noise of this part of each weight's deviation; all is put back bit for bit on leaving."""
+    """Add noise of ``size`` times each weight's deviation; restore the weights exactly at exit."""
     if not size:
         yield
         return
-    # On the CPU whatever the device, so that a seed means one copy.
+    # Always drawn on the CPU, so that a seed gives the same copy on every device.
     before, generator = guards.Snapshot(model), torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
@@ -250,20 +251,20 @@ def noisy_weights(model: nn.Module, size: float, seed: int) -> Iterator[None]:
 
 
 def _weights(model: nn.Module) -> list[Tensor]:
-    """The weights of convolutions and linear layers, shared ones once."""
+    """The weights of convolutions and linear layers; shared weights once."""
     layers = (m for m in model.modules() if isinstance(m, ConvBase | nn.Linear))
     found = {id(w): w for m in layers if isinstance(w := m.weight, nn.Parameter)}
     if not found:
-        raise ModelError("model: no convolution or linear layer, so no weight to put noise on.")
+        raise ModelError("model: no convolution or linear layer, so no weight to add noise to.")
     return list(found.values())
 
 
 def average_over_noise_(
     model: nn.Module, measure: Callable[[], _Done], size: float, seeds: Sequence[int]
 ) -> _Done:
-    """Set the statistics to the mean of those that `measure` gives the copies of these seeds.
+    """Set the statistics to their mean over noisy copies, one per seed, each set by ``measure``.
 
-    An exception leaves the model bit for bit as it was.
+    An exception leaves the model bit for bit unchanged.
     """
     found, new = list[Any](), dict[str, _Moments]()
     sites = {site.name: site for site in find_norms(model)}
@@ -273,7 +274,7 @@ def average_over_noise_(
             for name in (layer.name for layer in found[-1].layers):
                 own = sites[name].moments
                 mean, var = new.get(name, own)
-                # Unlike a sum, lerp gives equal ones to the last bit.
+                # Unlike a sum, lerp keeps the mean of equal values exact to the last bit.
                 new[name] = torch.lerp(mean, own[0], 1 / k), torch.lerp(var, own[1], 1 / k)
     for name, (mean, var) in new.items():
         sites[name].set_moments_(mean, var, found[-1].n_batches)
@@ -286,33 +287,33 @@ def average_over_noise_(
 
 
 def describe_noise(recipe: NoiseRecipe, seed: int) -> list[str]:
-    """On which copies was measured, and on which was judged."""
+    """The copies used to measure the statistics, and the copies used to judge them."""
     if not recipe.weight_noise:
         return []
     fit, select, test = (recipe.copies(part, seed) for part in ("fit", "select", "test"))
     return [
         f"weight noise {recipe.weight_noise:g} of each weight's deviation: statistics under noise "
-        f"are of {recipe.draws} copies (seeds from {fit[0]}); select and test are measured on "
-        f"others (from {select[0]} and {test[0]}), so each example is a group of {recipe.draws}."
+        f"come from {recipe.draws} copies (seeds from {fit[0]}); select and test use other copies "
+        f"(seeds from {select[0]} and {test[0]}), so each example is a group of {recipe.draws}."
     ]
 
 
 class Screen:
-    """Lets through examples of the kind that most are of; see docs/mathematics.md.
+    """Keeps only examples of the majority kind; see docs/mathematics.md.
 
-    Source: mixtures by expectation and maximization (Dempster et al., 1977). Medians a channel stay
-    at the edge of what is clean, if all garbage lies on one side.
+    Source: mixtures by expectation and maximization (Dempster et al., 1977). Per-channel medians
+    would end at the edge of the clean examples if all garbage lies on one side.
     """
 
     def __init__(self) -> None:
-        #: Examples' means and variances, by layer and batch; in the end of the layer that meets
-        #: the same in every pass.
+        #: Examples' means and variances, by layer and batch; after `find_` only for the layer with
+        #: the same inputs in every pass.
         self._met: dict[str, dict[int, Tensor]] = {}
         self._keep: dict[int, Tensor] = {}
         self.n_left_out: int | None = None
 
     def find_(self, source: Source, sites: Sequence[NormSite]) -> None:
-        """Run the batches once, and decide which of their examples count."""
+        """Run the batches once and decide which of their examples count."""
         census = Collector(sites, source)
         one_pass(source, census)
         found: dict[str, dict[int, Tensor]] = {name: {} for name in census.sums.order()}
@@ -325,8 +326,8 @@ class Screen:
         n = sum(sizes.values())
         if n < _EXAMPLES_EACH:
             raise DataError(
-                f"robust: {n} examples, expected at least {_EXAMPLES_EACH}, of which most must be "
-                "of one kind. Give more of them, or leave robust (--robust) out."
+                f"robust: {n} examples, expected at least {_EXAMPLES_EACH}, most of them of one "
+                "kind. Give more examples, or leave robust (--robust) out."
             )
         blocks = [
             _features(torch.cat([part[batch] for batch in sizes]), census.by_name[name])
@@ -340,7 +341,7 @@ class Screen:
         self._met = {first: found[first]} if once else {}
 
     def rows(self, name: str, index: int, moments: _Rows) -> _Rows:
-        """Those of a call's means ``(N, C)``, variances and counts that are of examples kept."""
+        """A call's means ``(N, C)``, variances and counts, for the kept examples only."""
         batch = index * distributed.here().size + distributed.here().rank
         mean, var, count = moments
         if self.n_left_out is None:
@@ -349,12 +350,12 @@ class Screen:
         keep = self._keep.get(batch)
         if keep is None or (name in self._met and not _same(mean, self._met[name][batch])):
             raise DataError(
-                f"robust: batch {batch} (counted from 0) is another than in the first pass. Give "
-                "the same batches in every pass, not shuffled, without random changes."
+                f"robust: batch {batch} (counted from 0) differs from the first pass. Give the "
+                "same batches in every pass, without shuffling or random augmentation."
             )
         if len(keep) != len(mean):
-            found = f"{name}: gets {len(mean)} rows for {len(keep)} examples, and robust cannot say"
-            raise NormError(f"{found} whose they are. Leave it with skip (--skip).", name=name)
+            found = f"{name}: gets {len(mean)} rows for {len(keep)} examples; robust cannot tell"
+            raise NormError(f"{found} which are whose. Leave it with skip (--skip).", name=name)
         keep = keep.to(mean.device)
         return mean[keep], var[keep], None if count is None else count[keep]
 
@@ -366,17 +367,17 @@ def _same(mean: Tensor, met: Tensor) -> bool:
 
 
 def _features(rows: Tensor, site: NormSite) -> Tensor:
-    """Means and variances ``(N, 2, C)`` in units of the stored ones, a layer as one."""
+    """Means and variances ``(N, 2, C)`` as features in stored units; each layer counts as one."""
     (mean, var), eps = rows.double().unbind(1), site.eps
     old_mean, old_var = (moment.to(mean) for moment in site.moments)
     spread = old_var.clamp_min(0) + eps
-    # Nothing wild outweighs the rest.
+    # asinh, so that wild values do not outweigh the rest.
     shift, ratio = ((mean - old_mean) / spread.sqrt()).asinh(), ((var + eps) / spread).log().asinh()
     return torch.cat((shift, ratio / 2**0.5), 1).div(mean.shape[1] ** 0.5)
 
 
 def _larger_kind(features: Tensor, last: Tensor) -> Tensor:
-    """Which examples ``(N,)`` are of the kind that most are of; of halves the less drifted one."""
+    """A mask ``(N,)`` of the majority kind; of two halves, the one that drifted less."""
     keep = torch.ones(len(features), dtype=torch.bool)
     while True:
         inside = keep.nonzero().squeeze(1)
@@ -389,7 +390,7 @@ def _larger_kind(features: Tensor, last: Tensor) -> Tensor:
 
 
 def _split(features: Tensor) -> Tensor:
-    """The examples of one of two parts that lie far apart; all, if there are none."""
+    """A mask of one of two parts that lie far apart; all examples, if no split is clear."""
     n, k = len(features), min(3 * _COMPONENTS, *features.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -398,7 +399,7 @@ def _split(features: Tensor) -> Tensor:
     count, found = torch.arange(1, n), []
     for column in points.unbind(1):
         ordered = column.sort().values
-        # The least squares within, since the mean is 0.
+        # The split with the least squares within its parts, since the mean is 0.
         middle = (ordered.cumsum(0)[:-1].square() / (count * count.flip(0))).argmax()
         found.append(_two_kinds(points, column <= ordered[middle]))
     apart, part = max(found, key=lambda pair: pair[0])
@@ -406,7 +407,7 @@ def _split(features: Tensor) -> Tensor:
 
 
 def _two_kinds(points: Tensor, part: Tensor) -> tuple[float, Tensor]:
-    """A mixture of two normal densities, from a split: how far apart, and who is of the first."""
+    """A mixture of two normals, from a split: its distance, and a mask of the first part."""
     n, q = points.shape
     # Keeps covariances positive.
     ridge = torch.eye(q).to(points) * (1e-3 * points.var(0).mean() + 1e-12)
@@ -429,7 +430,7 @@ def _two_kinds(points: Tensor, part: Tensor) -> tuple[float, Tensor]:
 
 
 def _apart(ours: Tensor, others: Tensor, ridge: Tensor) -> float:
-    """Bhattacharyya's distance of two parts, as normal densities; 0 if one is too small for it."""
+    """Bhattacharyya's distance of two parts as normal densities; 0 if a part is too small."""
     if min(len(ours), len(others)) <= len(ridge) + 1:
         return 0.0
     one, other = (side.mT.cov().reshape(ridge.shape) + ridge for side in (ours, others))
