@@ -223,7 +223,7 @@ def test_with_forward_outputs_need_not_be_logits(cli, files, own, tmp_path):
     assert "Your own metrics" in page
     assert ">pixels<" in page
     said = cli("eval", files.net, *words, "--predictions", tmp_path / "p.csv").message
-    assert "the outputs are no logits of classes" in said
+    assert "the outputs are not class logits" in said
     assert not (tmp_path / "p.csv").exists()
 
 

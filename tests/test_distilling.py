@@ -190,7 +190,7 @@ def test_a_reference_that_does_not_fit_is_refused():
     with pytest.raises(ModelError, match="reference: it has 4 classes and the model 5"):
         evaluate(Column(5), [x], reference=Column(0, 4))
     x[31, 2] = torch.nan
-    with pytest.raises(ModelError, match=r"reference: its logits of example 31 .* not finite"):
+    with pytest.raises(ModelError, match=r"reference: its logits for example 31 .* not finite"):
         evaluate(Column(5), [x], reference=Column(0))
     found, theirs = (Outputs(np.ones((4, 3)), None, 1.0, np.arange(i, i + 4)) for i in (0, 1))
     with pytest.raises(DataError, match="reference: it was run on other examples"):

@@ -451,8 +451,8 @@ def test_copies_of_examples_prove_no_more_than_the_examples():
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        (np.full(14, 20), "14 groups cannot judge, it takes 15"),
-        (np.r_[500, np.full(40, 2)], "1 groups cannot judge, it takes 15"),
+        (np.full(14, 20), "14 groups are too few to judge, it takes 15"),
+        (np.r_[500, np.full(40, 2)], "1 groups are too few to judge, it takes 15"),
         (np.full(15, 20), ""),
     ],
 )
@@ -479,7 +479,7 @@ def test_losses_count_where_enough_groups_differ():
 def test_other_groups_are_not_compared():
     losses = np.full(40, 0.5)
     one, other = metrics_of(losses, np.arange(40) // 2), metrics_of(losses, np.arange(40) // 4)
-    with pytest.raises(DataError, match="not measured in the same groups"):
+    with pytest.raises(DataError, match="not measured with the same groups"):
         compare(one, other)
     with pytest.raises(DataError, match=r"groups: shape \(39,\) for 40 examples"):
         metrics_of(losses, np.arange(39))

@@ -20,7 +20,7 @@ from bnfix.metrics.compare import describe_easier
 from tests.conftest import images_of, inputs_of
 from tests.real import DATA, needs_data
 
-WARNED = "Work images that the network was trained on look like that"
+WARNED = "This is typical of work images that the network was trained on"
 
 
 def written(path, images, labels):

@@ -97,7 +97,7 @@ def test_an_example_without_a_valid_pixel_is_left_out():
     assert found.n_examples == 5
     assert found.loss == alone.loss
     assert found.values == alone.values
-    with pytest.raises(DataError, match="no example has a target that counts"):
+    with pytest.raises(DataError, match="no example has a valid target"):
         measured(z[2:3], y[2:3], TaskRecipe("segmentation", ignore_index=9))
 
 
@@ -230,7 +230,7 @@ def test_a_task_is_read_off_where_it_is_plain(z, y, task):
             (4, 3, 6, 5),
             (4, (4, 6, 5)),
             "segmentation",
-            "class 3, expected 0 to 2, as the model has 3 outputs",
+            "class 3, expected 0 to 2, because the model has 3 outputs",
         ),
         ((4, 3, 6, 5), (3, (4, 6)), "segmentation", "int64 4x6 for outputs float32 4x3x6x5"),
         ((4, 3), (3, (4,)), "multilabel", "int64 4 for outputs float32 4x3"),
@@ -347,7 +347,7 @@ def test_without_a_score_the_loss_alone_decides():
     assert (decision.top1, decision.top1_difference) == (None, None)
     assert not judge("statistics", ("new", was), ("old", now)).admitted
     few = [errors(n=19, size=size) for size in (1.0, 0.1)]
-    assert "19 examples cannot judge" in judge("s", ("a", few[1]), ("b", few[0])).reason
+    assert "19 examples are too few to judge" in judge("s", ("a", few[1]), ("b", few[0])).reason
 
 
 def test_a_lower_loss_with_fewer_right_pixels_is_not_admitted():
@@ -422,7 +422,7 @@ def test_example_weights_are_chosen_by_any_loss():
     rng = torch.Generator().manual_seed(3)
     scales = torch.exp(0.8 * torch.randn(240, 1, 1, 1, generator=rng))
     choice = bnfix.choose_example_weight_(net, batched(x * scales, y, 20))
-    assert choice.decisions[0].words.loss == "cross-entropy a pixel"
+    assert choice.decisions[0].words.loss == "cross-entropy per pixel"
     assert choice.decisions[0].nll == pytest.approx(choice.decisions[0].nll)
     assert len(choice.curve) > 4
 
@@ -617,7 +617,7 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(cli, folder, tmp_path):
     masked[5, 0, 0] = 7
     for name, masks, said in (
         ("size", y[:, :5], "masks: 5x5, expected 6x5 as the inputs or 6x5 as the outputs"),
-        ("classes", masked, "masks: item 5 has class 7, expected 0 to 2, as the model has 3"),
+        ("classes", masked, "masks: item 5 has class 7, expected 0 to 2, because the model has 3"),
         ("float", y + 0.5, "of no known task. Give --task"),
     ):
         np.savez(tmp_path / f"{name}.npz", inputs=x.numpy(), targets=masks.numpy())

@@ -1,4 +1,4 @@
-"""Measured beside a task's metrics: the user's own, sets of classes, estimates without labels."""
+"""Metrics besides the task's: the user's own, prediction sets, estimates without labels."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from bnfix.metrics.metrics import (
 )
 from bnfix.metrics.task import Array, as_array, import_function
 
-#: Each resample calls the user's code once more.
+#: Number of bootstrap samples; each calls the user's code once more.
 N_CUSTOM = 200
-#: Each resample copies the outputs; larger ones than this have no interval.
+#: Outputs above this size get no interval, because each bootstrap sample copies them.
 MOST_BYTES = 2 << 30
 
 #: Called with outputs ``(N, ...)`` float32 and labels ``(N, ...)``, both numpy arrays.
@@ -38,21 +38,21 @@ MetricFunction = Callable[[Array, Array | None], Any]
 
 @dataclass(frozen=True)
 class Custom:
-    """One number of the user's, for one model, with 95% bootstrap intervals.
+    """One of the user's metrics for one model, with 95% bootstrap intervals.
 
-    There is no interval where a resample has no value, or the outputs are too large to be copied.
+    There is no interval if a bootstrap sample has no value, or if the outputs are too large.
     """
 
-    name: str  # of the callable; with a dot and the key where it returns several
+    name: str  # the callable's name; plus a dot and the key if it returns several numbers
     value: float
     interval: Interval | None = None
-    difference: float | None = None  # of this model less the first; None for the first
-    difference_interval: Interval | None = None  # from the same resamples of both
+    difference: float | None = None  # this model less the first; None for the first
+    difference_interval: Interval | None = None  # from the same bootstrap samples of both models
     resampled: tuple[float, ...] = field(default=(), repr=False)
 
 
 def import_metric(spec: str) -> tuple[str, MetricFunction]:
-    """Import a metric that the user names; this runs the user's code."""
+    """Import the user's metric; this runs the user's code."""
     return import_function(spec, "--metric", "(outputs, labels)")
 
 
@@ -64,7 +64,7 @@ def custom_metrics(
     for one in found:
         rows = [row for name, f in functions for row in _of_model(name, f, one, seed)]
         if twice := [name for name, n in Counter(row.name for row in rows).items() if n > 1]:
-            raise _error(f": two metrics of the name {plain(twice[0])}. Rename one.")
+            raise _error(f": two metrics named {plain(twice[0])}. Rename one.")
         first = {row.name: row for row in every[0]} if every else {}
         every.append(tuple(_against(first.get(row.name), row, one.groups) for row in rows))
     return every
@@ -78,7 +78,7 @@ def _of_model(name: str, function: MetricFunction, found: Outputs, seed: int) ->
         try:
             again = _called(name, function, x[rows], None if y is None else y[rows])
         except ConfigError:
-            # A resample may lack a class or be constant, and so be without a value.
+            # A bootstrap sample can lack a class or be constant, and then has no value.
             again = {}
         drawn.append([again.get(key, math.nan) for key in values])
     for k, (key, value) in enumerate(values.items()):
@@ -90,7 +90,7 @@ def _of_model(name: str, function: MetricFunction, found: Outputs, seed: int) ->
 
 
 def _called(name: str, function: MetricFunction, x: Array, y: Array | None) -> dict[str, float]:
-    """The numbers that a callable gives, by name."""
+    """The numbers that a callable returns, by name."""
     try:
         result = function(x, y)
     except Exception as error:
@@ -122,28 +122,28 @@ def _against(first: Custom | None, last: Custom, groups: Array | None) -> Custom
     return replace(last, difference=difference, difference_interval=interval)
 
 
-# --- how sure a classifier may be ---
+# --- prediction sets and estimated accuracy ---
 
-#: Of the estimate's interval.
+#: Confidence level of the estimate's interval.
 ESTIMATE_LEVEL = 0.9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Accuracy on examples without labels, estimated by labelled examples of another kind."""
+    """Accuracy on unlabelled examples, estimated from labelled examples of another kind."""
 
     top1: float
-    interval: Interval  # 90%, of the sampling of both kinds of examples alone
-    threshold: float  # of the negative entropy of a prediction
+    interval: Interval  # 90%; covers only the sampling of both kinds of examples
+    threshold: float  # on the negative entropy of a prediction
     labelled_top1: float
     n_labelled: int
     n_examples: int
-    truth: float | None = None  # where there are labels after all
+    truth: float | None = None  # the true accuracy, if labels exist after all
 
 
 @dataclass(frozen=True)
 class Uncertain:
-    """What is known of a model beside its metrics."""
+    """A model's prediction sets and estimated accuracy."""
 
     sets: Sets | None = None
     estimate: Estimate | None = None
@@ -151,36 +151,36 @@ class Uncertain:
 
 @dataclass(frozen=True)
 class Sets:
-    """Sets of classes that hold the right one: threshold from one half, the rest from the other."""
+    """Prediction sets of classes: the threshold from one half, all other numbers from the other."""
 
     wanted: float
-    probability: float  # of the least class that a set has; 0: sets have all classes
+    probability: float  # least probability of a class in a set; 0 if sets contain all classes
     n_threshold: int
     n_examples: int
-    coverage: float  # part of the examples whose set has their label
+    coverage: float  # fraction of the examples whose set contains the label
     interval: Interval  # 95%, Clopper and Pearson's
     size: float  # mean number of classes in a set
-    empty: float  # part of the sets that are empty
+    empty: float  # fraction of empty sets
 
 
 def conformal_sets(logits: Array, labels: Array, wanted: float, seed: int) -> Sets:
-    """Split conformal prediction with the score 1 - p of the label (LAC, Sadinle et al., 2019).
+    """Split conformal prediction with score 1 - p of the label (LAC, Sadinle et al., 2019).
 
-    Of n scores on a seeded half the threshold is the ceil((n + 1) wanted)-th smallest; a set has
-    all classes of no larger score. Of examples drawn alike, a set holds the label with a
-    probability of at least ``wanted``.
+    The threshold is the ceil((n + 1) wanted)-th smallest of n scores on a seeded half; a set has
+    all classes with no larger score. For exchangeable examples, a set contains the label with
+    probability at least ``wanted``.
     """
     if len(logits) < 2:
         raise DataError(f"--coverage: {len(logits)} example, expected at least 2.")
     order = np.random.default_rng(seed).permutation(len(logits))
     first, second = np.split(order, [len(order) // 2])
-    # By the logarithm, which orders alike and is precise where p is near 0.
+    # Scores are -log p: the same order, and precise where p is near 0.
     scores = losses_of(logits[first], labels[first])
     place = math.ceil((len(first) + 1) * wanted)
     limit = math.inf if place > len(first) else float(np.sort(scores)[place - 1])
     held, size = np.empty(len(second), bool), np.empty(len(second), int)
     for part in chunks(logits[second]):
-        # A threshold is one of the scores themselves: equal ones are in, also after rounding.
+        # The threshold is itself a score, so equal scores must be inside, in spite of rounding.
         inside = -log_softmax(logits[second[part]]) <= limit * (1 + 1e-12)
         size[part] = inside.sum(1)
         held[part] = np.take_along_axis(inside, labels[second[part], None], 1)[:, 0]
@@ -197,7 +197,7 @@ def conformal_sets(logits: Array, labels: Array, wanted: float, seed: int) -> Se
 
 
 def exact_interval(k: int, n: int, level: float = 0.95) -> Interval:
-    """Clopper and Pearson's interval of a fraction of which k of n were seen."""
+    """Clopper and Pearson's interval for a fraction, from k successes in n trials."""
     from scipy.special import betaincinv
 
     tail = (1 - level) / 2
@@ -210,14 +210,14 @@ def estimate_accuracy(
 ) -> Estimate:
     """Average thresholded confidence (Garg et al., 2022) by negative entropy, sum of p log p.
 
-    p is at the temperature of the labelled examples. The threshold leaves as many of them below it
-    as the model gets wrong; the estimate is the part of the new examples that reach it. It assumes
-    that surer means right as often on both kinds; the interval, from resamples of both, knows
-    nothing of that.
+    p is at the temperature fitted on the labelled examples. As many of these lie below the
+    threshold as the model gets wrong; the estimate is the fraction of new examples that reach it.
+    It assumes that confidence means the same on both kinds of examples; the interval, a bootstrap
+    over both, does not cover errors of this assumption.
     """
     z, y = labelled
     b = inverse_temperature(z, y)
-    # In order, since then a threshold and a part are found by counting.
+    # Sorted, so that thresholds and fractions are found by counting.
     order = np.argsort(old := _sureness(z, b), kind="stable")
     old, wrong, new = old[order], (z.argmax(1) != y)[order], np.sort(_sureness(logits, b))
     rng = np.random.default_rng(seed)
@@ -256,43 +256,43 @@ def _sureness(logits: Array, b: float) -> Array:
 
 # --- the balance of the classes ---
 
-#: A class of a smaller share counts as this one, so that its logit stays finite.
+#: Smallest share of a class; smaller shares are raised to it, so that logits stay finite.
 LEAST_SHARE = 1e-6
 _TOLERANCE, _MOST_STEPS = 1e-8, 2000
 
 
 @dataclass(frozen=True, eq=False)
 class Prior:
-    """Shares of the classes: those that a network learned, and those that it will meet."""
+    """Class shares: the shares that a network learned, and the shares in use."""
 
     old: Array  # (K,), above 0
-    new: Array | None  # (K,); none: still to be estimated
+    new: Array | None  # (K,); None while not yet estimated
     names: tuple[str, ...]
-    old_is: str  # where it is from, in words
+    old_is: str  # where the shares come from, in words
     new_is: str
 
     @property
     def shift(self) -> Array:
-        """What is added to the logits, log(new / old); only while new is not known, a mere ramp."""
+        """The shift of the logits, log(new / old); a placeholder ramp until ``new`` is known."""
         if self.new is None:
             return np.linspace(-1.0, 1.0, len(self.old))
         return np.asarray(np.log(np.maximum(self.new, LEAST_SHARE) / self.old))
 
     def has_new(self, labels: Array) -> bool:
-        """Whether labels have the new balance rather than the old, by their likelihood ratio."""
+        """Whether labels fit the new shares better than the old, by their likelihood ratio."""
         return float(self.shift[labels].sum()) > 0
 
     def to_json(self) -> dict[str, list[float]]:
-        """The shares."""
+        """The shares, in a form for JSON."""
         new = {} if self.new is None else {"to": self.new.tolist()}
         return {"from": self.old.tolist(), **new}
 
 
 def estimate_shares(logits: Array, old: Array) -> Array:
-    """The classes' shares among examples without labels, of which a network says p(k | x).
+    """The class shares among unlabelled examples, from a network's predictions p(k | x).
 
-    EM from old on (Saerens, Latinne and Decaestecker, 2002): new_k becomes the mean over examples
-    of p_k new_k / old_k, divided by its sum over the classes. The likelihood is concave in new.
+    EM, starting from old (Saerens, Latinne and Decaestecker, 2002): new_k becomes the mean over
+    examples of p_k new_k / old_k, divided by its sum over classes. The likelihood is concave.
     """
     p = np.empty(logits.shape)
     for part in chunks(logits):
@@ -309,7 +309,7 @@ def estimate_shares(logits: Array, old: Array) -> Array:
 def uncertain(
     found: Sequence[Outputs], labelled: Sequence[Outputs], also: EvaluationRecipe, seed: int
 ) -> tuple[Uncertain, ...]:
-    """Sets of classes and estimated accuracy of every model, where they are asked for."""
+    """The prediction sets and the estimated accuracy of every model, as requested."""
     if also.coverage is not None:
         check_logits("--coverage", found, needs_labels=True)
     if labelled:
@@ -332,9 +332,9 @@ def check_logits(
     """Refuse outputs that an option cannot use."""
     name = option[2:].replace("-", "_")
     for one in outputs:
-        words = f"{option}: the outputs are no logits of classes. Leave it out."
+        words = f"{option}: the outputs are not class logits. Leave it out."
         require(one.classified, words, name)
-        words = f"{option}: its interval counts examples one by one. Leave --groups out."
+        words = f"{option}: its interval counts single examples. Leave --groups out."
         require(groups or one.groups is None, words, name)
         words = f"{option}: the examples have no labels. Give labels."
         require(not needs_labels or one.labels is not None, words, name)

@@ -23,21 +23,21 @@ from bnfix.metrics.metrics import (
 )
 from bnfix.metrics.task import LABELS, Array, Reference, Words
 
-#: Mean differences of the loss up to this (nats) are rounding of float32, and nobody's gain.
+#: Mean loss differences up to this (nats) are float32 rounding, not a gain.
 ROUNDING = 1e-6
 _MeanAndSe = tuple[float, float]
-#: Standard errors by which the loss and the score are better on examples that look trained on, and
-#: the largest part of the other loss.
+#: Examples look trained on if loss and score are better by these standard errors, and the loss is
+#: at most this fraction of the other.
 _EASIER, _MOST_OF_LOSS = (3.0, 1.0), 0.8
 
 
 @dataclass(frozen=True, repr=False)
 class Difference:
-    """A paired difference, mean of after less before, with a 95% bootstrap interval."""
+    """A paired difference, the mean of after less before, with a 95% bootstrap interval."""
 
     difference: float
     interval: Interval
-    p: float  # two-sided; McNemar's exact test for right or not, `gain_t` in groups and for losses
+    p: float  # two-sided: McNemar's exact test for right or wrong, `gain_t` for losses and groups
 
     def __repr__(self) -> str:
         low, high = self.interval
@@ -51,22 +51,22 @@ _NONE = Difference(math.nan, (math.nan, math.nan), math.nan)
 class Paired:
     """Two models on the same examples: better, worse or the same."""
 
-    # Better: NLL or top-1 significantly better and neither significantly worse; worse: either
-    # significantly worse. Significant: the interval leaves out 0 (and rounding), and p < 0.05;
-    # either alone is too bold on few examples. As there are two chances to be better, it takes
-    # p < 0.025 where only one is (Hochberg). On fewer than 20 examples it is the same, and losses
-    # count where 20 of them differ. Of other tasks than classification `nll` and `top1` are the
-    # loss and the score; without a score the loss decides alone, at p < 0.05.
+    # Better: NLL or top-1 is significantly better and neither is significantly worse. Worse: either
+    # is significantly worse. Significant: the interval excludes 0 (and rounding), and p < 0.05;
+    # either alone is too lenient on few examples. With two chances to be better, p < 0.025 is
+    # required if only one is (Hochberg). With fewer than 20 examples the verdict is the same;
+    # losses count if at least 20 of them differ. For tasks other than classification, `nll` and
+    # `top1` are the loss and the score; without a score the loss alone decides, at p < 0.05.
     top1: Difference = _NONE
     nll: Difference = _NONE
     nll_temperature_scaled: Difference = _NONE
     verdict: str
-    temperature_only: bool = False  # better, but nothing of it is left after temperature scaling
-    #: Of the task's metrics by name; they have intervals, and no p, since they decide nothing.
+    temperature_only: bool = False  # better, but the gain vanishes after temperature scaling
+    #: The task's metrics by name; they have intervals but no p, because they decide nothing.
     metrics: dict[str, Difference] = field(default_factory=dict)
 
     def change(self, key: str) -> Difference | None:
-        """The difference of a number by the key of its column; ``None`` where there is none."""
+        """The difference of a number by the key of its column; ``None`` if there is none."""
         return self.metrics.get(key, getattr(self, key, None))
 
     def __repr__(self) -> str:
@@ -75,16 +75,16 @@ class Paired:
 
 
 def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
-    """Compare two models on the same examples, pairwise.
+    """Compare two models by paired differences on the same examples.
 
     Args:
-        before: what is compared against.
-        after: what is judged.
-        seed: of the bootstrap.
+        before: metrics of the model to compare against.
+        after: metrics of the model to judge.
+        seed: seed of the bootstrap.
 
     Returns:
-        Differences (after less before) with 95% intervals and the verdict. A model that cannot be
-        evaluated is worse than one that can; the differences are then NaN.
+        The differences (after less before) with 95% intervals, and the verdict. A model that cannot
+        be evaluated is worse than one that can; the differences are then NaN.
 
     Raises:
         DataError: if the examples differ or have no labels.
@@ -124,29 +124,29 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
 def _metric_difference(
     name: str, before: Metrics, after: Metrics, groups: Array | None
 ) -> Difference:
-    """The difference of a metric, from the same resamples of both."""
+    """The difference of a metric, from the same bootstrap samples of both models."""
     change = after.values[name] - before.values[name]
     drawn = after.resampled[name] - before.resampled[name]
     return Difference(change, middle(drawn, change, groups), math.nan)
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
-    """The examples of two metrics, checked to be the same ones."""
+    """The examples of two metrics, after a check that they are the same."""
     if before.examples is None or after.examples is None:
-        raise DataError("comparison: the examples have no labels, so nothing can be compared.")
+        raise DataError("comparison: the examples have no labels to compare by. Give labels.")
     if before.examples.words != after.examples.words:
         words = {"classification": "labels", "reference": "a reference"}
         old, new = (words.get(m.task.name, f"the {m.task.words.loss}") for m in (before, after))
-        raise DataError(f"comparison: one was judged by {old}, the other by {new}.")
+        raise DataError(f"comparison: one model was judged by {old}, the other by {new}.")
     if not np.array_equal(before.examples.labels, after.examples.labels):
-        raise DataError("comparison: the two were not measured on the same examples.")
+        raise DataError("comparison: the two models were not measured on the same examples.")
     if not np.array_equal(before.examples.groups, after.examples.groups):  # type: ignore[arg-type]
-        raise DataError("comparison: the two were not measured in the same groups of examples.")
+        raise DataError("comparison: the two models were not measured with the same groups.")
     return before.examples, after.examples
 
 
 def _sign(difference: Difference) -> int:
-    """1 or -1 where the difference is significantly above or below 0, else 0."""
+    """1 or -1 if the difference is significantly above or below 0, else 0."""
     low, high = difference.interval
     if difference.p >= 1 - LEVEL:
         return 0
@@ -154,7 +154,7 @@ def _sign(difference: Difference) -> int:
 
 
 def _score_p(difference: Array, groups: Array | None) -> float:
-    """Of right or not by McNemar's test, of a fraction or in groups as of a loss."""
+    """The p of a score: McNemar's test for right or wrong, `gain_t` for fractions and groups."""
     if groups is not None or not np.isin(difference, (-1, 0, 1)).all():
         return _paired_p(-difference, 0.0, groups)
     from scipy.special import bdtr
@@ -164,14 +164,14 @@ def _score_p(difference: Array, groups: Array | None) -> float:
 
 
 def gain_t(difference: Array, blind: float, groups: Array | None = None) -> float:
-    """Student's t, of n degrees of freedom for n differences, that losses are lower; 0 if not.
+    """Student's t, with n degrees of freedom for n differences, that losses are lower; 0 if not.
 
-    In groups, each of them counts as one difference.
+    With groups, each group counts as one difference.
     """
-    # Rare losses may outweigh many small gains without being in the sample. So one more example is
-    # counted, that loses as much as the worst one, or as `blind`, which is expected of one whose
-    # label is any class alike; and skewness is corrected where that lowers t (Hall, 1992, On the
-    # removal of skewness by transformation). benchmarks/false_verdicts.py shows what it takes.
+    # Rare losses can outweigh many small gains and be missing from the sample. So one more example
+    # is counted: its difference is the worst one, or `blind`, the expected difference with a random
+    # label. Skewness is corrected if that lowers t (Hall, 1992, On the removal of skewness by
+    # transformation). benchmarks/false_verdicts.py shows the effect.
     single = units(difference, groups)
     values = np.append(single, max(float(single.max()), blind, 0.0))
     n, mean = len(values), float(values.mean())
@@ -190,15 +190,15 @@ def _paired_p(difference: Array, blind: float, groups: Array | None) -> float:
 
 
 def _tail(freedom: float, t: float) -> float:
-    """The upper tail of Student's t; of the normal at infinite degrees of freedom."""
-    from scipy.special import stdtr  # as scipy.stats computes it; seconds to import, both
+    """The upper tail of Student's t; of the normal, at infinite degrees of freedom."""
+    from scipy.special import stdtr  # imported late, because scipy takes seconds to import
 
     return float(stdtr(freedom, -t))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A candidate and the incumbent on the select split; `None` if it cannot be evaluated."""
+    """A candidate and the incumbent on the select split; ``None`` where one was not evaluable."""
 
     n_examples: int
     nll: float | None
@@ -213,20 +213,20 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision(Evidence):
-    """May the candidate replace the incumbent, and why."""
+    """Whether the candidate replaces the incumbent, and why."""
 
     stage: str  # statistics, example weight or fine-tuning
     candidate: str
     incumbent: str
-    z: float  # standard errors demanded
+    z: float  # required number of standard errors
     admitted: bool
     reason: str
-    by_reference: bool = False  # then divergence and agreement are under the names nll and top1
-    words: Words = LABELS.words  # of the task
+    by_reference: bool = False  # nll and top1 are then divergence and agreement
+    words: Words = LABELS.words  # the task's
 
     @property
     def measures(self) -> tuple[str, str]:
-        """Headings of the loss and of the score judged by, which is empty without one."""
+        """Headings of the loss and of the score; the score's is empty if there is none."""
         return self.words.loss_heading, self.words.score_heading
 
 
@@ -239,11 +239,11 @@ def judge(
     """Judge a candidate against the incumbent, on the same examples of the select split.
 
     It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
-    difference (and by more than rounding), and its score (top-1, if it has one) is not lower by
-    more than ``z`` of its own. On few examples more is demanded than ``z``: `gain_t` must be as
-    improbable by Student's t as ``z`` is by the normal distribution. Ties go to the incumbent, and
-    so do fewer than 20 examples. What cannot be evaluated (`Metrics.problem`) loses to all that
-    can.
+    difference (and by more than rounding), and its score (top-1, if any) is not lower by more than
+    ``z`` of the score's standard errors. On few examples ``z`` is not enough: `gain_t` must be as
+    improbable by Student's t as ``z`` is by the normal distribution. The incumbent wins ties, and
+    wins with fewer than 20 examples. A model that cannot be evaluated (`Metrics.problem`) loses to
+    one that can.
     """
     if not z >= 0:
         raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")
@@ -284,15 +284,15 @@ def judge(
 def _admitted(
     old: PerExample, new: PerExample, loss: _MeanAndSe, score: Any, *, z: float
 ) -> tuple[bool, str]:
-    """Whether mean differences with these standard errors are enough, and why."""
+    """Whether mean differences with these standard errors suffice, and why."""
     (difference, se), of_loss, words, groups = loss, new.words.loss, new.words, new.groups
     n, what = n_counted(len(new.losses), groups), "examples" if groups is None else "groups"
     if new.shortfall:
-        return False, f"{n} {what} cannot judge, it takes {least(groups)}"
+        return False, f"{n} {what} are too few to judge, it takes {least(groups)}"
     if not (difference < -z * se and difference < -ROUNDING):
         return False, f"its {of_loss} is not lower by more than {z:g} standard errors"
     t = gain_t(new.losses - old.losses, new.blind_loss - old.blind_loss, groups)
-    # z = 0 demands no proof, only a lower mean.
+    # z = 0 requires no proof, only a lower mean.
     if z and not _tail(n, t) < _tail(math.inf, z):
         unproven = f"but {n} {what} with such differences do not prove it"
         return False, f"its {of_loss} is lower, {unproven}"
@@ -304,7 +304,7 @@ def _admitted(
 
 
 def describe_easier(work: Metrics, test: Metrics) -> list[str]:
-    """A sentence where work examples are so much easier that they look like trained-on ones."""
+    """A sentence if work examples are so much easier that they look like training examples."""
     one, other = work.examples, test.examples
     if one is None or other is None or one.words != other.words:
         return []
@@ -321,17 +321,17 @@ def describe_easier(work: Metrics, test: Metrics) -> list[str]:
     if a > _MOST_OF_LOSS * b:
         return []
     words = one.words
-    found = f"{words.loss} is {a:.3g} on images of the work data, {b:.3g} on the test's"
+    found = f"{words.loss} is {a:.3g} on images of the work data, {b:.3g} on the test data"
     found += "".join(f", {words.score} {-a:.3g} and {-b:.3g}" for a, b in score)
     return [
-        f"{found}. Work images that the network was trained on look like that; new ones gain "
-        "less than they do, and the best candidate for them may be another. Choose on images that "
-        "it has never seen: --select DATA."
+        f"{found}. This is typical of work images that the network was trained on. New images gain "
+        "less, and another candidate may be best for them. Choose on images that the network has "
+        "never seen: --select DATA."
     ]
 
 
 def mean_and_se(difference: Array, groups: Array | None) -> _MeanAndSe:
-    """The mean, and its standard error, by groups where there are any."""
+    """The mean and its standard error, by groups if there are any."""
     single = units(difference, groups)
     n = len(single)
     se = float(single.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0

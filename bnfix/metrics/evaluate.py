@@ -1,4 +1,4 @@
-"""One pass over the data to the outputs of one model or several, and those to metrics."""
+"""Run one or several models over the data in one pass, and turn their outputs into metrics."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ from bnfix.metrics.tasks import Own, judged_by, resolve_task
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Outputs:
-    """What is kept of one model's outputs for all examples, one row an example."""
+    """The stored outputs of one model, one row per example."""
 
-    outputs: Array  # (N, K) logits, float32, or (N, ...) for metrics of the user's; else (N, 0)
-    labels: Array | None  # or what else the task gives as targets
+    outputs: Array  # (N, K) logits, float32, or (N, ...) for the user's metrics; else (N, 0)
+    labels: Array | None  # or the task's other targets
     images_per_second: float  # through the model, without loading
-    positions: Array | None = None  # of the examples in their data, where the batches say them
+    positions: Array | None = None  # the examples' positions in the data, if batches give them
     task: Task = LABELS
-    examples: PerExample | None = None  # of a task that keeps no outputs, where there are targets
-    left_out: int = 0  # examples that have nothing to be judged by
-    groups: Array | None = None  # of the examples, numbered from 0
-    at_fault: Array | None = None  # places of examples whose loss of the user's alone is not finite
+    examples: PerExample | None = None  # for a task that keeps no outputs, if there are targets
+    left_out: int = 0  # examples without any valid target
+    groups: Array | None = None  # the examples' groups, numbered from 0
+    at_fault: Array | None = None  # positions where only the user's loss is not finite
 
     def refuse_own_loss(self) -> None:
-        """Raise if the user's loss of the network as it was is not finite by itself."""
+        """Raise if the user's loss of the input network is not finite although its outputs are."""
         if self.at_fault is not None and len(self.at_fault):
             raise ConfigError(
                 f"--loss {plain(str(getattr(self.task, 'loss', '')))}: not finite for example "
@@ -71,7 +71,7 @@ class Outputs:
 
     @property
     def classified(self) -> bool:
-        """Whether these are logits, with classes for labels if there are any."""
+        """Whether these are logits, and any labels are classes."""
         if isinstance(self.task, ByRows) or self.outputs.ndim != 2 or not self.outputs.size:
             return False
         y = self.labels
@@ -87,14 +87,14 @@ class Score:
 
     n_examples: int
     nll: float  # the mean loss
-    top1: float  # the mean score; NaN for a task without one
+    top1: float  # the mean score; NaN for a task without a score
     losses: Array = field(compare=False, repr=False)
     task: Task = field(default=LABELS, compare=False, repr=False)
     groups: Array | None = field(default=None, compare=False, repr=False)
 
     @property
     def counted(self) -> Array:
-        """One loss for each example, or for each group."""
+        """One loss per example, or per group."""
         return units(self.losses, self.groups)
 
 
@@ -109,31 +109,31 @@ def evaluate(
     groups: Any = None,
     seed: int = 0,
 ) -> Metrics:
-    """Measure a model in evaluation mode, by targets or by another network's predictions.
+    """Measure a model in evaluation mode, against targets or another network's predictions.
 
     Args:
-        model: on the device to run on; modes are left as found.
-        batches: any iterable of ``(x, y)``; without labels only logits and speed are had.
+        model: the model, on the device to run on; its modes are restored.
+        batches: any iterable of ``(x, y)``; without labels the result has only logits and speed.
         task: ``classification``, ``segmentation``, ``multilabel``, ``regression``, or ``auto``, the
-            one that fits the first batch; a `bnfix.settings.TaskRecipe`; or a function of outputs
-            and targets that gives one loss an example, a tensor ``(N,)``.
-        reference: the network O whose predictions are the targets in place of labels, which are
-            then not read. ``nll`` is the mean of KL(p_O || p) = sum_k p_O (log p_O - log p),
-            0 for equal logits, and ``top1`` the fraction with the same largest logit.
-        forward: called as ``forward(model, batch)`` and returns logits, for unusual batches.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        groups: ``(N,)``, one number or word an example, equal for those that depend on each other,
-            such as frames of one video. Intervals and comparisons then count groups.
-        seed: of the bootstrap and of the halves for the temperature.
+            task that fits the first batch; a `bnfix.settings.TaskRecipe`; or a function of outputs
+            and targets that returns one loss per example, a tensor ``(N,)``.
+        reference: a network O whose predictions replace the labels, which are then not read.
+            ``nll`` is the mean of KL(p_O || p) = sum_k p_O (log p_O - log p) in nats, 0 for equal
+            logits; ``top1`` is the fraction of examples with the same largest logit.
+        forward: called as ``forward(model, batch)``, returns logits; for unusual batches.
+        precision: precision of the forward passes: ``fp32``, ``bf16`` or ``fp16``.
+        groups: ``(N,)``, one number or word per example, equal for examples that depend on each
+            other, such as frames of one video. Intervals and comparisons then count groups.
+        seed: seed of the bootstrap, and of the halves on which the temperature is fitted.
 
     Returns:
         The metrics with 95% intervals.
 
     Raises:
-        ConfigError: if a loss of the user's fails, or gives anything but one number an example.
-        DataError: if there are no examples, or targets do not fit.
-        ModelError: if the output is no logits, or not always for the same number of classes, which
-            must be the reference's too.
+        ConfigError: if the user's loss fails, or does not return one number per example.
+        DataError: if there are no examples, or if targets do not fit.
+        ModelError: if the outputs are not logits, or if the number of classes changes or differs
+            from the reference's.
         NumericError: if an output or a loss is not finite.
     """
     wanted = judged_by(task) if reference is None else Reference(reference, forward)
@@ -155,9 +155,9 @@ def _measure(found: Outputs, seed: int) -> Metrics:
 
 
 def tempered(found: Metrics, temperature: float | None = None) -> Metrics:
-    """What a classifier is judged by at a temperature: its loss and losses are those there.
+    """A classifier's metrics with its loss and losses at a temperature.
 
-    By default at its own: fitted on the half of the examples that each is not in.
+    The default is its own temperature, fitted for each example on the half without that example.
     """
     t, z, examples = temperature or found.temperature, found.logits, found.examples
     if t is None or examples is None or examples.scaled_losses is None:
@@ -176,7 +176,7 @@ def _unmeasured(found: Outputs, problem: str = "") -> Metrics:
 
 
 def measured(found: Outputs, seed: int) -> Metrics:
-    """Metrics of the task, or why there are none; of other outputs only their number."""
+    """The task's metrics, or the reason why there are none; for other outputs only their number."""
     by_rows = isinstance(found.task, ByRows)
     if not (found.classified or by_rows):
         return _unmeasured(found)
@@ -187,7 +187,7 @@ def measured(found: Outputs, seed: int) -> Metrics:
 
 
 def stacked(copies: Sequence[Outputs]) -> Outputs:
-    """Outputs of several copies of a network on the same examples, each example one group."""
+    """Joined outputs of several copies of a network on the same examples; one group per example."""
     first = copies[0]
     if len(copies) == 1:
         return first
@@ -206,16 +206,16 @@ def stacked(copies: Sequence[Outputs]) -> Outputs:
 
 
 def describe_left_out(found: Iterable[Outputs]) -> list[str]:
-    """A sentence where examples have nothing to be judged by."""
+    """A sentence if examples had no valid target."""
     return [f"{n} examples without a valid position were left out." for n in
             {one.left_out for one in found} if n]  # fmt: skip
 
 
 def against(found: Outputs, reference: Outputs, task: Reference) -> Outputs:
-    """The same outputs, with those of the task's network on the same examples as their targets."""
+    """The same outputs, with the reference network's outputs as targets."""
     ours, theirs = found.positions, reference.positions
     if ours is not None and theirs is not None and not np.array_equal(ours, theirs):
-        raise DataError("reference: it was run on other examples. Run it on the same ones.")
+        raise DataError("reference: it was run on other examples. Run it on the same examples.")
     return replace(found, labels=reference.outputs, task=task)
 
 
@@ -227,7 +227,7 @@ def score(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> Score:
-    """Measure loss and score only, without the cost of intervals."""
+    """Measure only loss and score, without the cost of intervals."""
     (found,) = collect([model], batches, task, forward=forward, precision=precision)
     logits, targets, task = found.outputs, found.labels, found.task
     scores: Array | None
@@ -258,8 +258,8 @@ def collect(
 ) -> list[Outputs]:
     """Run several models over the same batches, which are read once.
 
-    Without a task, it is read off the first batch. With ``any_task`` outputs are kept of any form.
-    Batches may have ``groups``, by the examples' positions.
+    Without a task, the first batch decides it. With ``any_task``, outputs of any form are kept.
+    ``batches.groups``, if present, holds groups by the examples' positions.
     """
     groups = getattr(batches, "groups", None) if groups is None else groups
     gathered = [_Gathered(model, task, any_task) for model in models]
@@ -271,7 +271,7 @@ def collect(
             for batch in batches:
                 for one in gathered:
                     one.take(batch, forward, precision)
-        # A task that is given is known to all ranks, and may hold what cannot be sent.
+        # All ranks know a given task, and it can contain objects that cannot be sent.
         return [(one.rows, one.rate, one.task if task is None else None) for one in gathered]
 
     shares = distributed.together(own_share)
@@ -280,14 +280,14 @@ def collect(
     return [_put_together(parts, task, groups) for parts in zip(*shares, strict=True)]
 
 
-#: What is kept of one batch: outputs; labels, or what a task says of each example; positions.
+#: One batch's outputs, its labels or the task's numbers per example, and positions.
 _Row = dict[str, Array]
-#: Of one model on one rank: rows, examples a second, and the task if it was read off them.
+#: One model on one rank: rows, examples per second, and the task if the batches decided it.
 _Share = tuple[list[_Row], float, Task | None]
 
 
 class _Gathered:
-    """One model's outputs, batch by batch, and the time they took."""
+    """One model's outputs, batch by batch, and their time."""
 
     def __init__(self, model: nn.Module, task: Task | None, any_task: bool) -> None:
         self.model, self.task, self.any_task = model, task, any_task
@@ -297,12 +297,12 @@ class _Gathered:
 
     @property
     def rate(self) -> float:
-        """Examples a second."""
+        """Examples per second."""
         return self._n_timed / max(self._seconds, 1e-9)
 
     def take(self, batch: Any, forward: runtime.Forward | None, precision: str) -> None:
         if len(self.rows) == 1:
-            self._n_timed, self._seconds = 0, 0.0  # the first batch also warms up
+            self._n_timed, self._seconds = 0, 0.0  # leave out the first batch, which also warms up
         model = caller(self.model, forward)
         started = time.perf_counter()
         with runtime.autocast(self.device, precision):
@@ -331,14 +331,14 @@ class _Gathered:
             targets = raw_labels(batch)
         if targets is not None and kept:
             row["labels"] = as_array(targets)
-        index = getattr(batch, "index", None)  # of plain tuples a method
+        index = getattr(batch, "index", None)  # on a plain tuple this is a method
         self.rows.append(row | ({"index": index} if isinstance(index, np.ndarray) else {}))
 
     def _check_shape(self, new: tuple[int, ...]) -> None:
         old = self.rows[0]["outputs"].shape[1:]
         if new != old:
             logits = len(new) == len(old) == 1
-            what = f"{new[0]} logits" if logits else f"outputs of shape {new} an example"
+            what = f"{new[0]} logits" if logits else f"outputs of shape {new} per example"
             one = "number of classes" if logits else "shape"
             raise ModelError(
                 f"evaluation: {what} in batch {len(self.rows)}, but {old[0] if logits else old} "
@@ -346,23 +346,23 @@ class _Gathered:
             )
 
 
-#: Numbers of outputs that are judged at a time, in float64.
+#: Output numbers that are judged at a time, in float64.
 _AT_ONCE = 2**22
 
 
 @torch.no_grad()
 def _judged(task: ByRows, outputs: Any, targets: Any) -> dict[str, Array]:
-    """What a task says of each example of a batch."""
-    if isinstance(task, Own):  # which may look at a batch as a whole
+    """The task's numbers for each example of a batch."""
+    if isinstance(task, Own):  # the user's function can depend on the whole batch
         losses, found = task.losses(outputs, targets), runtime.tensors_in(outputs)
-        # Where outputs are larger, a square may overflow, and the function is not to blame.
+        # Squares of larger outputs can overflow; then the function is not to blame.
         usual = all(bool((t.abs() < 1e15).all()) for t in found if t.is_floating_point())
         at_fault = usual & ~losses.isfinite()
         return {"losses": losses.double().cpu().numpy(), "at_fault": at_fault.cpu().numpy()}
     parts: list[dict[str, Array]] = []
     size = max(1, _AT_ONCE * len(outputs) // max(1, outputs.numel()))
     for z, y in zip(outputs.split(size), targets.split(size), strict=True):
-        # Losses in float64 as all are; what is right is read off the outputs as they are.
+        # Losses are in float64 like all others; facts come from the outputs without conversion.
         said = {"losses": task.losses(z.double(), y), **task.facts(z, y)}
         parts.append({k: v.double().cpu().numpy() for k, v in said.items()})
         parts[-1]["sums"] = np.array([zlib.crc32(t.cpu().numpy().tobytes()) for t in y], np.int64)
@@ -370,14 +370,14 @@ def _judged(task: ByRows, outputs: Any, targets: Any) -> dict[str, Array]:
 
 
 def _put_together(parts: Sequence[_Share], task: Task | None, groups: Any) -> Outputs:
-    """One model's rows of all ranks, in the order in which batches were dealt."""
+    """One model's rows of all ranks, in the order in which the batches were dealt."""
     rows = distributed.interleaved([rows for rows, *_ in parts])
     task = task or next(found for *_, found in parts if found is not None)
     known = sum(not {"labels", "losses"}.isdisjoint(row) for row in rows)
     if 0 < known < len(rows):
         raise DataError(
             f"labels: {len(rows) - known} of {len(rows)} batches have none. Give labels "
-            "in all batches, or in none."
+            "in all batches or in none."
         )
     names = set.intersection(*map(set, rows))
     found = {name: np.concatenate([row[name] for row in rows]) for name in names}
@@ -385,10 +385,10 @@ def _put_together(parts: Sequence[_Share], task: Task | None, groups: Any) -> Ou
         found["groups"] = np.asarray(groups)
         if "index" in found:
             found["groups"] = found["groups"][found["index"]]
-        numbered(found["groups"], len(found["outputs"]))  # refuses another number of them
+        numbered(found["groups"], len(found["outputs"]))  # refuses a wrong number of groups
     counted = found.pop("counted", np.ones(len(found["outputs"]))) > 0
     if not counted.any():
-        raise DataError("evaluation: no example has a target that counts. Check --ignore-index.")
+        raise DataError("evaluation: no example has a valid target. Check --ignore-index.")
     found = {name: values[counted] for name, values in found.items()}
     ids = numbered(found.get("groups"), len(found["outputs"]))
     examples = None
@@ -416,9 +416,9 @@ def first_look(
     forward: runtime.Forward | None = None,
     of_output: Callable[[Any], Any] | None = None,
 ) -> list[tuple[list[tuple[str, int]], Any]]:
-    """Run one batch on every rank: names and positions a map of the modules called, in order.
+    """Run one batch on every rank; list the called modules and their positions per feature map.
 
-    ``of_output`` says something small about the output, for all ranks to know.
+    ``of_output`` extracts something small from the output, which all ranks receive.
     """
 
     def look() -> tuple[list[tuple[str, int]], Any] | None:
@@ -435,7 +435,7 @@ def first_look(
             return calls, None if of_output is None else of_output(output)
         return None
 
-    # A rank may have no batch.
+    # A rank can have no batch.
     found = [seen for seen in distributed.together(look) if seen is not None]
     if not found:
         raise DataError(f"{what}: no examples. Give at least one batch.")

@@ -1,4 +1,4 @@
-"""Logits and labels to `Metrics`: fractions right, losses, confidence, bootstrap intervals."""
+"""`Metrics` from logits and labels: accuracy, losses, confidence and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from bnfix.metrics.task import LABELS, Array, ByRows, Labels, Reference, Task, W
 Interval = tuple[float, float]
 N_RESAMPLES = 1000
 LEVEL = 0.95
-_CHUNK = 2**20  # counts or logits worked on at a time: in float64, 50,000 x 1,000 take 400 MB
+_CHUNK = 2**20  # counts or logits per chunk: in float64, 50,000 x 1,000 would take 400 MB
 
 
-# --- groups of examples that depend on each other: all below counts groups, if there are any ---
+# --- groups of dependent examples: with groups, everything below counts groups ---
 
-#: Fewer examples than this, or of losses fewer that differ, prove nothing.
+#: Fewer examples, or fewer differing losses, prove nothing.
 LEAST_EXAMPLES = 20
-#: The same of groups (benchmarks/false_verdicts.py): sums over groups are less skewed.
+#: The same for groups (benchmarks/false_verdicts.py): sums over groups are less skewed.
 LEAST_GROUPS = 15
 
 
 def numbered(groups: Any, n: int) -> Array | None:
-    """Groups as numbers from 0; ``None`` where each of the n examples has its own."""
+    """Groups as numbers from 0; ``None`` if each of the n examples has its own group."""
     if groups is None:
         return None
     given = np.asarray(groups)
@@ -39,10 +39,10 @@ def numbered(groups: Any, n: int) -> Array | None:
 
 
 def units(values: Array, groups: Array | None) -> Array:
-    """One number a group, whose mean and standard error are those of the mean over examples.
+    """One number per group, with the mean and the standard error of the mean over examples.
 
-    For G groups of n examples in all and their mean m: m + (G / n) sum over the group of (v - m).
-    The standard error is the cluster-robust one with the factor G / (G - 1) (CR1; Cameron and
+    For G groups, n examples in all and their mean m, it is m + (G / n) sum of (v - m) over the
+    group. The standard error is cluster-robust with the factor G / (G - 1) (CR1; Cameron and
     Miller, 2015, A practitioner's guide to cluster-robust inference).
     """
     if groups is None:
@@ -52,9 +52,9 @@ def units(values: Array, groups: Array | None) -> Array:
 
 
 def n_counted(n: int, groups: Array | None) -> int:
-    """How many independent units n examples count as; of groups as many as would be equally large.
+    """The number of independent units; with groups, the equivalent number of equally large ones.
 
-    n^2 / (sum over groups of their squared sizes): one that is far larger counts for few.
+    n^2 / (sum of squared group sizes): one dominant group makes the number small.
     """
     if groups is None:
         return n
@@ -62,23 +62,23 @@ def n_counted(n: int, groups: Array | None) -> int:
 
 
 def least(groups: Array | None) -> int:
-    """How many units it takes to prove anything."""
+    """The least number of units that can prove anything."""
     return LEAST_EXAMPLES if groups is None else LEAST_GROUPS
 
 
 def shortfall(n: int, groups: Array | None) -> str:
-    """Too few units to prove anything, in words; empty where there are enough."""
+    """In words, that there are too few units to prove anything; empty if there are enough."""
     found, what = n_counted(n, groups), "examples" if groups is None else "groups"
     return "" if found >= least(groups) else f"{found} {what} where it takes {least(groups)}"
 
 
 def n_marked(marked: Array, groups: Array | None) -> int:
-    """How many units have an example that is marked."""
+    """The number of units with a marked example."""
     return int(marked.sum()) if groups is None else len(np.unique(groups[marked]))
 
 
 def resample(rng: np.random.Generator, n: int, groups: Array | None, k: int = 1) -> Array:
-    """How often each of n examples is in k bootstrap samples, of whole groups, ``(k, n)``."""
+    """How often each of n examples occurs in k bootstrap samples of whole groups, ``(k, n)``."""
     m = n if groups is None else int(groups.max()) + 1
     drawn = rng.integers(0, m, (k, m)) + m * np.arange(k)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=k * m).reshape(k, m)
@@ -86,8 +86,8 @@ def resample(rng: np.random.Generator, n: int, groups: Array | None, k: int = 1)
 
 
 def widened(tail: float, n: int | None) -> float:
-    """The tail to leave out of a bootstrap of n groups, in place of the one of many."""
-    # Percentiles of few are too close together, by sqrt((n - 1) / n) and by the normal in place of
+    """The tail probability for a bootstrap of n groups, corrected for their small number."""
+    # Percentiles of few units are too narrow, by sqrt((n - 1) / n) and by the normal instead of
     # Student's t (Hesterberg, 2015, What teachers should know about the bootstrap).
     if n is None:
         return tail
@@ -97,7 +97,7 @@ def widened(tail: float, n: int | None) -> float:
 
 
 def resamples(n: int, seed: int, groups: Array | None = None) -> Iterator[Array]:
-    """How often each of n examples is in each bootstrap sample, ``(S, n)`` at a time."""
+    """How often each of n examples occurs in each bootstrap sample, in parts ``(S, n)``."""
     rng = np.random.default_rng(seed)
     size = min(100, max(1, 5 * _CHUNK // n))
     for start in range(0, N_RESAMPLES, size):
@@ -105,15 +105,15 @@ def resamples(n: int, seed: int, groups: Array | None = None) -> Iterator[Array]
 
 
 def resampled_means(values: Array, seed: int, groups: Array | None = None) -> Array:
-    """Means over bootstrap samples of the rows, or of whole groups of them."""
+    """Means over bootstrap samples of rows, or of whole groups of rows."""
     every = resamples(len(values), seed, groups)
     return np.concatenate([counts @ values / counts.sum(1, keepdims=True) for counts in every])
 
 
 def middle(resampled: Array, point: float, groups: Array | None = None) -> Interval:
-    """The middle 95%; always with the estimate in it, which rounding could leave out.
+    """The middle 95%, extended if necessary to contain the estimate, which rounding can exclude.
 
-    Resamples without a value (NaN) do not count. Of one group there is none.
+    Bootstrap samples without a value (NaN) do not count. A single group has no interval.
     """
     n = None if groups is None else n_counted(len(groups), groups)
     if np.isnan(resampled).all() or n == 1:
@@ -124,7 +124,7 @@ def middle(resampled: Array, point: float, groups: Array | None = None) -> Inter
 
 
 def chunks(logits: Array) -> Iterator[slice]:
-    """Rows to work on at a time."""
+    """Slices of rows to work on at a time."""
     size = max(1, _CHUNK // logits.shape[1])
     return (slice(start, start + size) for start in range(0, len(logits), size))
 
@@ -139,7 +139,7 @@ def log_softmax(logits: Array, inverse_temperature: float = 1.0) -> Array:
 def losses_of(
     logits: Array, targets: Array, task: Task = LABELS, inverse_temperature: float = 1.0
 ) -> Array:
-    """The task's loss of each example, nats, in float64."""
+    """The task's loss of each example, in nats and float64."""
     losses = np.empty(len(logits))
     for part in chunks(logits):
         z = torch.from_numpy(logits[part].astype(np.float64) * inverse_temperature)
@@ -148,9 +148,9 @@ def losses_of(
 
 
 def expected(values: Array, targets: Array) -> Array:
-    """Mean of values ``(N, K)`` over the classes as each target weighs them.
+    """Mean of values ``(N, K)`` over classes, weighted by each target.
 
-    A label has all the weight; a reference's logits weigh by their softmax.
+    A label has all the weight; a reference's logits give their softmax as weights.
     """
     if targets.ndim == 1:
         return np.take_along_axis(values, targets[:, None], 1)[:, 0]
@@ -158,7 +158,7 @@ def expected(values: Array, targets: Array) -> Array:
 
 
 def scaled_losses(logits: Array, targets: Array, task: Task, seed: int) -> tuple[Array, float]:
-    """Loss of each example under the temperature fitted on the half that it is not in."""
+    """Each example's loss at the temperature fitted on the other half, and the mean temperature."""
     half = np.zeros(len(targets), dtype=bool)
     half[np.random.default_rng(seed).permutation(len(targets))[: len(targets) // 2]] = True
     losses = np.empty(len(targets))
@@ -170,9 +170,9 @@ def scaled_losses(logits: Array, targets: Array, task: Task, seed: int) -> tuple
 
 
 def inverse_temperature(logits: Array, targets: Array) -> float:
-    """The b > 0 with the least loss of b * logits, convex in b, by guarded Newton steps."""
-    # One more example than there are is spread over all labels (Platt's idea): without it the best
-    # b of a half without a mistake is infinite, and a mistake in the other half costs as much.
+    """The b > 0 that minimizes the loss of b * logits, convex in b, by guarded Newton steps."""
+    # One extra example is spread over all labels (Platt's idea). Without it the best b of a half
+    # without mistakes is infinite, and so is the loss of a mistake in the other half.
     n = len(targets)
     target = scale = 0.0
     for part in chunks(logits):
@@ -217,52 +217,52 @@ N_BINS = 15
 
 @dataclass(frozen=True)
 class Bin:
-    """The examples of confidence (low, high] in the reliability diagram."""
+    """The examples with confidence in (low, high] in the reliability diagram."""
 
     low: float
     high: float
     n_examples: int
-    confidence: float  # mean; 0 without examples, as the accuracy is
+    confidence: float  # mean; 0 without examples, like the accuracy
     accuracy: float
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class PerExample:
-    """Labels, losses and scores of each example, as paired comparisons need them."""
+    """Labels, losses and scores of each example, for paired comparisons."""
 
-    labels: Array  # (N,) int64; of a task that keeps no targets a checksum of each
+    labels: Array  # (N,) int64; a checksum of each target, if the task keeps no targets
     losses: Array
-    #: At the temperature fitted on the half that the example is not in; `None` without logits.
+    #: At the temperature fitted on the half without the example; `None` without logits.
     scaled_losses: Array | None = None
-    scores: Array | None = None  # from 0 to 1, such as right or not; `None` if only the loss says
-    blind_loss: float = 0.0  # mean, if each target were drawn with its classes permuted; or 0
-    words: Words = LABELS.words  # of the task
-    rows: Array | None = None  # (N, R), what the task's metrics are made of
-    groups: Array | None = None  # (N,) from 0, where examples depend on each other
+    scores: Array | None = None  # 0 to 1, such as right or wrong; `None` if there is only a loss
+    blind_loss: float = 0.0  # mean loss if each target's classes were permuted at random; or 0
+    words: Words = LABELS.words  # the task's
+    rows: Array | None = None  # (N, R), the terms of the task's metrics
+    groups: Array | None = None  # (N,) from 0, if examples depend on each other
 
     @property
     def columns(self) -> dict[str, Array]:
-        """What is known of each example, by the keys that `Metrics` has for the means."""
+        """The numbers of each example, by the keys that `Metrics` has for their means."""
         scaled = {"nll_temperature_scaled": self.scaled_losses}
         every = {"top1": self.scores, "nll": self.losses, **scaled}
         return {key: values for key, values in every.items() if values is not None}
 
     @property
     def n_groups(self) -> int | None:
-        """How many groups there are, if any are given."""
+        """The number of groups, if there are any."""
         return None if self.groups is None else int(self.groups.max()) + 1
 
     @property
     def shortfall(self) -> str:
-        """How many examples or groups too few there are to prove anything; empty if enough."""
+        """In words, that there are too few units to prove anything; empty if there are enough."""
         return shortfall(len(self.losses), self.groups)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Scores:
-    """The numbers of labelled examples, described at `Metrics`; without labels all are `None`."""
+    """The numbers from labelled examples, described at `Metrics`; all ``None`` without labels."""
 
-    # By the names that classification has for them; `loss` and `score` are those of any task.
+    # The names are classification's; for other tasks `nll` is the loss and `top1` the score.
 
     top1: float | None = None
     top5: float | None = None
@@ -276,33 +276,34 @@ class Scores:
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class Metrics(Scores):
-    """What a model achieves on some examples. Fractions are fractions.
+    """The metrics of a model on some examples. Fractions are from 0 to 1.
 
     Args:
-        n_examples: examples seen.
-        top1: fraction right; ``None``, as all below, where there are no labels. Of another task
-            its mean score (of a segmentation the mean fraction of right pixels), if it has one.
-        top5: fraction with the label among the five largest logits; of equal logits the first
-            count as larger, as in ``top1``.
-        nll: mean negative log-likelihood, nats; of another task its mean loss.
-        nll_temperature_scaled: the same after one temperature, fitted on one seeded half of the
-            examples and applied to the other, both ways. The fit counts one more example than there
-            are, spread over all labels, so that a half without a mistake has a temperature too.
-        temperature: geometric mean of the two.
+        n_examples: number of examples.
+        top1: fraction of right predictions; for another task its mean score, if it has one (for
+            segmentation, the mean fraction of right pixels). Without labels, this and all
+            numbers below are ``None``.
+        top5: fraction with the label among the five largest logits; of equal logits, the first
+            counts as larger, as in ``top1``.
+        nll: mean negative log-likelihood, nats; for another task its mean loss.
+        nll_temperature_scaled: ``nll`` after temperature scaling, with the temperature fitted on
+            one seeded half of the examples and applied to the other, both ways. The fit counts one
+            extra example, spread over all labels, so a half without mistakes has a temperature.
+        temperature: geometric mean of the two temperatures.
         brier: mean over examples of the squared distance from the one-hot label.
         ece: expected calibration error, 15 equal-width right-closed bins, confidence 1 in the last.
-        interval: 95% bootstrap interval of each but the temperature; that of ``ece`` is shifted by
-            the bias of the bootstrap (absolute gaps grow by resampling).
-        images_per_second: through the model, without loading; the first of several batches is left
-            out.
+        interval: 95% bootstrap intervals of all these except the temperature; the interval of
+            ``ece`` is shifted by the bootstrap's bias (resampling increases absolute gaps).
+        images_per_second: through the model, without loading; with several batches, the first is
+            left out.
         reliability: the 15 bins.
-        logits: ``(N, K)`` float32, of a classification.
-        examples: losses and scores one by one.
-        task: what the model is judged by: ``bnfix.evaluate`` says which tasks there are.
-        values: metrics of the task by name, such as ``miou``; a classification has those above.
-        resampled: the same in each bootstrap sample.
-        by_class: of each class its ``top1`` or IoU, and its examples or positions in the targets.
-        problem: why the model cannot be evaluated, and all above is ``None``; empty where it can.
+        logits: ``(N, K)`` float32, for classification.
+        examples: losses and scores of each example.
+        task: the task that the model is judged by; ``bnfix.evaluate`` lists the tasks.
+        values: other metrics of the task by name, such as ``miou``; empty for classification.
+        resampled: ``values`` in each bootstrap sample.
+        by_class: for each class, its ``top1`` or IoU, and its number of examples or positions.
+        problem: why the model cannot be evaluated, so that its numbers are ``None``; else empty.
     """
 
     n_examples: int
@@ -322,12 +323,12 @@ class Metrics(Scores):
         return self.nll
 
     def number(self, key: str) -> float | None:
-        """A number by the key of its column; ``None`` where there is none."""
+        """A number by the key of its column; ``None`` if there is none."""
         return self.values.get(key, getattr(self, key, None))
 
     @property
     def results(self) -> dict[str, float | None]:
-        """The numbers to remember of it."""
+        """The main numbers, to be recorded."""
         if isinstance(self.task, ByRows):
             return {"loss": self.nll, **self.values}
         return {"top1": self.top1, "nll": self.nll}
@@ -349,7 +350,7 @@ def measure(
     seed: int = 0,
     groups: Array | None = None,
 ) -> Metrics:
-    """Metrics of given logits against labels ``(N,)``, or logits ``(N, K)`` of a reference."""
+    """Metrics of logits against labels ``(N,)``, or against a reference's logits ``(N, K)``."""
     if logits.ndim != 2 or not logits.size:
         raise DataError(
             f"logits: shape {logits.shape}, expected (examples, classes), both above 0."
@@ -385,7 +386,7 @@ def measure(
 def _means(
     columns: dict[str, Array], others: Array, seed: int, groups: Array | None
 ) -> tuple[dict[str, Any], dict[str, Interval], Array]:
-    """Means of columns by name, their intervals, and the same resamples of other columns."""
+    """Means of columns by name, their intervals, and other columns in the same resamples."""
     table = np.column_stack([*columns.values(), others]).astype(np.float64)
     means = dict(zip(columns, table.mean(0).tolist(), strict=False))
     drawn = resampled_means(table, seed, groups)
@@ -396,7 +397,7 @@ def _means(
 def measure_rows(
     examples: PerExample, task: ByRows, *, images_per_second: float = 0.0, seed: int = 0
 ) -> Metrics:
-    """Metrics of a task from the losses, scores and rows of its examples."""
+    """A task's metrics from the losses, scores and rows of its examples."""
     finite = np.isfinite(examples.losses)
     if not finite.all():
         raise NumericError(
@@ -429,12 +430,12 @@ def refuse_not_finite(logits: Array) -> None:
 
 
 def _per_example(logits: Array, targets: Array, labels: Array) -> tuple[Array, ...]:
-    """Rank of the label from 0, loss if blind, Brier, confidence, each ``(N,)``."""
+    """Rank of the label from 0, blind loss, Brier score and confidence, each ``(N,)``."""
     n = len(labels)
     rank, (blind, brier, confidence) = np.empty(n, int), np.empty((3, n))
     for part in chunks(logits):
         own = np.take_along_axis(logits[part], labels[part, None], 1)
-        # A tie is won by the smaller index, as argmax has it: equal logits must not all be right.
+        # The smaller index wins a tie, as in argmax: equal logits must not all count as right.
         earlier = np.arange(logits.shape[1]) < labels[part, None]
         rank[part] = ((logits[part] > own) | ((logits[part] == own) & earlier)).sum(1)
         log_p = log_softmax(logits[part])
@@ -446,7 +447,7 @@ def _per_example(logits: Array, targets: Array, labels: Array) -> tuple[Array, .
             np.put_along_axis(p, labels[part, None], -np.expm1(at_label), 1)
         else:
             log_t = log_softmax(targets[part])
-            # Any permutation of the target's classes has its entropy.
+            # Every permutation of the target's classes has the same entropy.
             blind[part] += expected(log_t, targets[part])
             p -= np.exp(log_t)
         brier[part] = (p**2).sum(1)
@@ -454,7 +455,7 @@ def _per_example(logits: Array, targets: Array, labels: Array) -> tuple[Array, .
 
 
 def _reliability(confidence: Array, right: Array) -> tuple[tuple[Bin, ...], Array]:
-    """The bins, and ``(N, bins)`` signed gaps whose column means' absolute values sum to ECE."""
+    """The bins, and signed gaps ``(N, bins)``; the ECE sums the absolute values of their means."""
     edges = np.linspace(0, 1, N_BINS + 1)
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, N_BINS - 1)
     gaps = np.zeros((len(right), N_BINS))

@@ -1,4 +1,4 @@
-"""How far outputs move: by a change of the network, on corrupted images, in batches, in tiles."""
+"""How far outputs move: after a change, on corrupted images, in other batches, in tiles."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from bnfix.metrics.evaluate import Outputs, collect, measured
 from bnfix.metrics.metrics import Interval
 from bnfix.norm.layer import generalized_norms, set_example_weight_
 
-#: Outputs are compared on so many images at most, and on fewer where they are large.
+#: Most images to compare outputs on; large outputs are compared on fewer.
 MOST_IMAGES = 256
 _MOST_BYTES = 64 << 20
-#: From here on a change is called large.
+#: Above these values a change is called large.
 _LARGE_RMS, _LARGE_TOP1 = 0.5, 0.2
 
 
 @dataclass(frozen=True)
 class Moved:
-    """How far the outputs of `n` images moved."""
+    """How far the outputs for ``n`` images moved."""
 
-    # Root mean square of the change over that of the outputs before; None if not finite.
+    # RMS of the change divided by the RMS of the outputs before; None if not finite.
     relative_rms: float | None
     top1_changed: float | None  # fraction of images; None without classes
     n: int
 
     @property
     def is_large(self) -> bool:
-        """Whether a user should look twice."""
+        """Whether the change is large enough for a warning."""
         return (self.relative_rms or 0.0) > _LARGE_RMS or (self.top1_changed or 0.0) > _LARGE_TOP1
 
 
 def all_outputs(model: nn.Module, call: Callable[[], Any]) -> tuple[list[Tensor], Any]:
-    """All tensors of the output, of a detector those of its backbone, and the output itself."""
+    """All tensors of the output, or for a detector of its backbone's output; and the output."""
     features: list[Any] = []
     backbone = getattr(model, "backbone", None)
     with guards.seeded(0), guards.inference(model), guards.hooks() as handles:
         if isinstance(backbone, nn.Module):
             handles.append(backbone.register_forward_hook(lambda *call: features.append(call[-1])))
         output = call()
-    # Which boxes a detector keeps, and in which order, can turn on a rounding.
+    # Rounding can decide which boxes a detector keeps, and in which order.
     of = features if features and _is_detections(output) else output
     return runtime.tensors_in(of), output
 
@@ -62,7 +62,7 @@ def _is_detections(output: Any) -> bool:
 
 @dataclass
 class Recorded:
-    """Outputs on some images, kept to be compared with others on the same ones."""
+    """Outputs on some images, kept for comparison with other outputs on the same images."""
 
     tensors: list[Tensor]
     classes: list[Tensor]
@@ -70,7 +70,7 @@ class Recorded:
 
 
 def record(model: nn.Module, batches: Iterable[Any], precision: str) -> Recorded:
-    """Run a model on as many of the batches as outputs are kept of."""
+    """Run a model on the batches and keep its outputs, up to a limit of memory."""
     found, n_bytes = Recorded([], [], 0), 0
     for batch in batches:
         with runtime.autocast(runtime.device_of(model), precision):
@@ -108,20 +108,20 @@ def moved(before: Recorded, after: Recorded) -> Moved:
     return Moved(rms, top1, min(before.n, after.n))
 
 
-#: Differences of logits up to this part of their largest size are rounding, by precision.
+#: Logit differences up to this fraction of the largest logit are rounding, by precision.
 TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """One model on images of one corruption, or in one order; numbers as in `Metrics`.
+    """One model on images with one corruption, or in one order; numbers as in `Metrics`.
 
-    They are ``None`` where the model is not evaluable.
+    The numbers are ``None`` if the model cannot be evaluated.
     """
 
     model: str
-    kind: str  # of the corruption, or the name of the order
-    severity: int  # 1, 2 or 3; of an order the batch size
+    kind: str  # kind of the corruption, or name of the order
+    severity: int  # 1, 2 or 3; for an order, the batch size
     n_examples: int
     top1: float | None
     nll: float | None
@@ -133,7 +133,7 @@ class Shifted:
 def shifted(
     names: Sequence[str], found: Sequence[Outputs], kind: str, severity: int, *, seed: int = 0
 ) -> list[Shifted]:
-    """Judge several models by their logits for the same images, corrupted or in another order."""
+    """Judge several models by their outputs for the same corrupted or reordered images."""
     every = [measured(one, seed) for one in found]
     shown = ("top1", "nll", "nll_temperature_scaled")
     rows: list[Shifted] = []
@@ -147,31 +147,31 @@ def shifted(
     return rows
 
 
-#: Orders in which images may come.
+#: Orders in which images can arrive.
 STREAMS = ("iid", "sorted", "mixed", "single")
 
 
 def streams_of(text: str) -> tuple[str, ...]:
-    """The orders in a list of their names."""
+    """The orders in a comma-separated list."""
     names = tuple(text.split(","))
     for name in names:
         one_of(name, STREAMS, "--streams")
         once = f"--streams: {name} is given {names.count(name)} times, expected once."
-        require(names.count(name) == 1, f"{once} Leave the others out.", "streams")
+        require(names.count(name) == 1, f"{once} Leave out the repetitions.", "streams")
     return names
 
 
 def in_stream(name: str, labels: np.ndarray, batch_size: int, seed: int) -> np.ndarray:
     """Positions of all examples in the order of a stream.
 
-    ``iid`` and ``single`` are in seeded random order, ``sorted`` by class; in ``mixed`` half of
-    every batch goes on in that order, and the other half is random.
+    ``iid`` and ``single`` are in seeded random order, ``sorted`` is sorted by class. In ``mixed``,
+    half of every batch continues the sorted order, and the other half is random.
     """
     drawn = np.random.default_rng(seed).permutation(len(labels))
     by_class = drawn[np.argsort(labels[drawn], kind="stable")]
     if name != "mixed":
         return by_class if name == "sorted" else drawn
-    # Every other example of the run by class is left for the random half.
+    # Every second example of the sorted order goes to the random half.
     run, others = by_class[::2], np.random.default_rng(seed).permutation(by_class[1::2])
     half = max(1, batch_size // 2)
     parts = [
@@ -182,22 +182,22 @@ def in_stream(name: str, labels: np.ndarray, batch_size: int, seed: int) -> np.n
 
 @dataclass(frozen=True)
 class Company:
-    """Logits of examples beside some examples, against the same beside others."""
+    """Logits of examples in one kind of batch, against their logits in another kind."""
 
-    largest_difference: float  # of any logit
+    largest_difference: float  # over all logits
     top1_agreement: float  # fraction of the examples
 
 
 @dataclass(frozen=True)
 class BatchInvariance:
-    """Whether an example's logits depend on which examples are computed beside it."""
+    """Whether an example's logits depend on the other examples of its batch."""
 
     model: str
     n_examples: int
     batch_size: int
-    alone: Company  # each example alone, against in its batch
-    permuted: Company  # in a batch of other examples, against in its batch
-    largest_logit: float  # absolute value, to compare the differences with
+    alone: Company  # each example alone, against its batch
+    permuted: Company  # in a batch with other examples, against its batch
+    largest_logit: float  # absolute value, the scale of the differences
     invariant: bool  # both differences are rounding
 
 
@@ -226,7 +226,7 @@ def batch_invariance(
         if not len(a) == len(b) == len(c) == len(index):
             raise DataError(
                 f"--compare-batch-sizes: {len(a)}, {len(b)} and {len(c)} outputs for {len(index)} "
-                "examples. Expected one row an example in every batch."
+                "examples. Expected one row per example in every batch."
             )
         by_itself, permuted = _company(a, b), _company(a, c[back])
         largest = float(a.abs().max())
@@ -250,34 +250,34 @@ def _company(a: torch.Tensor, b: torch.Tensor) -> Company:
     return Company(float((a - b).abs().max()), float(same))
 
 
-# --- tiles of an image, against the whole ---
+# --- tiles of an image, against the whole image ---
 
-#: Ends of the bands, as parts of a tile's shorter side.
+#: Ends of the bands, as fractions of a tile's shorter side.
 _ENDS = (1 / 16, 1 / 8, 1 / 4)
 
 
 @dataclass(frozen=True)
 class Band:
-    """Positions of so many pixels, [low, high), from the nearest cut between two tiles."""
+    """Positions that are [low, high) pixels from the nearest cut between two tiles."""
 
     low: float
     high: float
     n: int
-    difference: float  # mean of |tile - whole| by the channel's standard deviation
-    changed: float  # fraction whose largest channel is another; of one channel, another sign
+    difference: float  # mean of |tile - whole| / the channel's standard deviation
+    changed: float  # fraction with another largest channel; for one channel, another sign
 
     @property
     def words(self) -> str:
-        """Where it lies."""
+        """Its distances, in words."""
         return f"{self.low:g} {'or more' if math.isinf(self.high) else f'to {self.high:g}'}"
 
 
 @dataclass(frozen=True)
 class Tiled:
-    """Outputs for tiles of one model, against those for the whole images."""
+    """One model's outputs for tiles, against its outputs for whole images."""
 
     model: str
-    layers: str  # stored: with weights of 0; live: with the example weights of the model
+    layers: str  # stored: with weights of 0; live: with the model's example weights
     size: tuple[int, int]
     n_examples: int
     bands: tuple[Band, ...]
@@ -286,7 +286,7 @@ class Tiled:
 def tiled(
     name: str, model: nn.Module, batches: Iterable[Any], size: tuple[int, int], precision: str
 ) -> list[Tiled]:
-    """Compare with stored statistics alone, and as the model is if some layers are live."""
+    """Compare with stored statistics alone and, if some layers are live, with their weights."""
     live = {
         layer: 0.0
         for layer, norm in generalized_norms(model)
@@ -339,7 +339,7 @@ def _bands(
 
 
 def _maps(model: nn.Module, batch: Any, precision: str) -> tuple[Tensor, int]:
-    """Outputs ``(N, K, h, w)`` in float64, and the pixels between two positions."""
+    """Outputs ``(N, K, h, w)`` in float64, and the stride in pixels between two positions."""
     device = runtime.device_of(model)
     with runtime.autocast(device, precision):
         output = runtime.output_of(runtime.run(model, batch, device)).double().cpu()
@@ -348,7 +348,7 @@ def _maps(model: nn.Module, batch: Any, precision: str) -> tuple[Tensor, int]:
     if not stride or (maps[2] * stride, maps[3] * stride) != image[2:]:
         raise _error(
             f"outputs {maps} for inputs {image}, expected maps (N, K, h, w) for images "
-            "(N, C, H, W), of their size or one that divides it. Leave it out."
+            "(N, C, H, W), of the same size or of a size that divides it. Leave --tiles out."
         )
     return output, stride
 
@@ -356,7 +356,7 @@ def _maps(model: nn.Module, batch: Any, precision: str) -> tuple[Tensor, int]:
 def _by_tiles(
     model: nn.Module, batch: Any, stride: int, size: tuple[int, int], precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Outputs for all whole tiles, put together, and the pixels to the nearest cut ``(h, w)``."""
+    """Joined outputs for all complete tiles, and the pixels to the nearest cut ``(h, w)``."""
     image = tuple(batch.x.shape[2:])
     fits = size[0] <= image[0] and size[1] <= image[1] and size != image
     if not fits or any(length % stride for length in size):
@@ -371,8 +371,8 @@ def _by_tiles(
         found = [_maps(model, batch._replace(x=tile, y=None), precision) for tile in tiles]
         if (other := found[0][1]) != stride:
             raise _error(
-                f"a tile has an output every {other} pixels, a whole image every {stride}. Give "
-                "another size."
+                f"a tile has an output every {other} pixels, a whole image every {stride} pixels. "
+                "Give another size."
             )
         return torch.cat([maps for maps, _ in found], 3)
 
@@ -380,7 +380,7 @@ def _by_tiles(
     part = torch.cat([row(batch.x[:, :, start : start + size[0]]) for start in starts], 2)
 
     def to_cut(n: int, length: int, whole: int) -> Tensor:
-        # The image's own border is no cut.
+        # The image's own border is not a cut.
         cuts = torch.tensor([*range(length, whole, length), math.inf])
         return ((torch.arange(n)[:, None] + 0.5) * stride - cuts).abs().amin(1)
 

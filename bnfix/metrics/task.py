@@ -1,4 +1,4 @@
-"""The task: what each example of a batch should give, and what an output loses by it."""
+"""The task: each example's target, and the loss of an output against it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 class Words(NamedTuple):
-    """How a task's loss and score are called: in a sentence, as a heading, and the loss's unit."""
+    """The names of a task's loss and score, in sentences and as headings, and the loss's unit."""
 
     loss: str
     score: str  # empty without a score, as is its heading
@@ -32,24 +32,24 @@ class Words(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A number of a model in tables: the name that `Metrics` has for it, and its heading."""
+    """A number of a model in tables: its name in `Metrics`, and its heading."""
 
     key: str
     heading: str
     fraction: bool = False
-    tested: bool = False  # the verdict's p is of such numbers
+    tested: bool = False  # the verdict has a p for this number
 
 
 class ByRows(ABC):
-    """A task whose metrics come from a few numbers an example, so that no outputs are kept."""
+    """A task whose metrics come from a few numbers per example, so outputs are not kept."""
 
-    #: As ``--task`` has it.
+    #: Its name for ``--task``.
     name: ClassVar[str]
-    #: As ``--loss`` has it, where it can be chosen.
+    #: Its name for ``--loss``, if the loss can be chosen.
     loss: str | None = None
     #: Headings of the metrics, by name, the most important first.
     headings: ClassVar[Mapping[str, str]] = {}
-    #: Headings of the numbers by class and of what is counted, where there are any.
+    #: Headings of the numbers by class and of their counts, if there are any.
     of_class: ClassVar[tuple[str, str]] = "", ""
 
     @property
@@ -69,29 +69,29 @@ class ByRows(ABC):
         )
 
     def output(self, output: Any) -> Any:
-        """The one tensor of a model's output, float32."""
+        """The only tensor of a model's output, in float32."""
         return runtime.output_of(output).float()
 
     @abstractmethod
     def targets(self, batch: Any, outputs: Any, model: nn.Module | None) -> Any:
-        """One row for each of the outputs' rows, checked; ``None`` if the batch has none.
+        """One checked target per row of the outputs; ``None`` if the batch has no targets.
 
-        ``model`` is what takes the batch as it is, which tells labels from further inputs.
+        ``model``, if it takes the batch's parts directly, tells labels from further inputs.
         """
 
     @abstractmethod
     def losses(self, outputs: Any, targets: Any) -> Tensor:
-        """The loss of each example, ``(N,)``, with its graph, as precise as the outputs."""
+        """The loss of each example ``(N,)``, with its autograd graph, in the outputs' precision."""
 
     def facts(self, outputs: Any, targets: Any) -> dict[str, Tensor]:
-        """What a task says of each example beside its loss, as far as it knows.
+        """The task's other numbers for each example, as far as it has them.
 
-        ``scores``: how right it is, ``(N,)`` from 0 to 1; ``rows``: what metrics need, ``(N, R)``;
-        ``blind``: its expected loss if any target were alike, ``(N,)``; ``counted``: whether it has
-        anything to be judged by, ``(N,)``.
+        ``scores``: its score ``(N,)`` from 0 to 1; ``rows``: the terms of the metrics ``(N, R)``;
+        ``blind``: its expected loss for a random target ``(N,)``; ``counted``: whether it has a
+        valid target ``(N,)``.
         """
-        # `gain_t` counts one `blind` example. An unbounded target has no such loss, and a dense one
-        # is an average already: there the worst difference seen is counted alone.
+        # `gain_t` counts one `blind` example. Unbounded targets have no such loss, and dense
+        # targets are already averages: for them only the worst difference seen is counted.
         return {}
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
@@ -99,16 +99,16 @@ class ByRows(ABC):
         return {}
 
     def by_class(self, rows: Array) -> Array:
-        """A number of each class, NaN without one, and its positions in the targets: ``(K, 2)``."""
+        """Each class's number, NaN if it has none, and its positions in the targets: ``(K, 2)``."""
         return np.empty((0, 2))
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The right classes, in the batches: the loss is cross-entropy."""
+    """Class labels in the batches; the loss is cross-entropy."""
 
     smoothing: float = 0.0
-    #: Models are judged at the temperature that each has on these examples.
+    #: Judge each model at the temperature fitted for it on these examples.
     tempered: bool = False
     name: ClassVar[str] = "classification"
     words: ClassVar[Words] = Words("loss", "top-1", "NLL", "top-1", unit=" nats")
@@ -145,9 +145,9 @@ LABELS = Labels()
 
 @dataclass(frozen=True)
 class Reference:
-    """The predictions of another network: the loss is the divergence KL(p_O || p) from them."""
+    """Another network's predictions as targets; the loss is the divergence KL(p_O || p)."""
 
-    model: nn.Module  # O, which is run in evaluation and left as found
+    model: nn.Module  # O; it runs in evaluation mode and stays unchanged
     forward: runtime.Forward | None = None
     name: ClassVar[str] = "reference"
     words: ClassVar[Words] = Words(
@@ -160,7 +160,7 @@ class Reference:
         return runtime.logits_of(output)
 
     def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor:
-        """O's logits ``(N, K)``, float32, which are log-probabilities but for a constant a row."""
+        """O's logits ``(N, K)``, float32: log-probabilities except for a constant per row."""
         with guards.inference(self.model):
             output = runtime.run(self.model, batch, runtime.device_of(self.model), self.forward)
         found = runtime.logits_of(output).float()
@@ -168,18 +168,18 @@ class Reference:
         return found
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Sum over k of p_O (log p_O - log p): exactly 0 where the logits are equal."""
+        """Sum over k of p_O (log p_O - log p): exactly 0 if the logits are equal."""
         log_p = targets.to(outputs.dtype).log_softmax(1)
         return (log_p.exp() * (log_p - outputs.log_softmax(1))).sum(1)
 
     def checked(self, targets: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """O's logits, and its predictions."""
+        """O's logits and predicted classes."""
         self._check_shape(targets.shape, shape)
         finite = np.isfinite(targets).all(1)
         if not finite.all():
             raise ModelError(
-                f"reference: its logits of example {int(finite.argmin())} (from 0) are not finite. "
-                "Give a network that works."
+                f"reference: its logits for example {int(finite.argmin())} (from 0) are not "
+                "finite. Give a network that works."
             )
         return targets, targets.argmax(1)
 
@@ -191,18 +191,18 @@ class Reference:
             )
         if theirs != own:
             raise DataError(
-                f"reference: {theirs[0]} examples, the model has {own[0]}. Give the same ones."
+                f"reference: {theirs[0]} examples, the model has {own[0]}. Give the same examples."
             )
 
 
-#: What a model is judged by. The first two keep all logits, since their metrics need them.
+#: The tasks. The first two keep all logits, because their metrics need them.
 Task = Labels | Reference | ByRows
-#: What functions take for a task: its name, a recipe, a loss, or the task.
+#: Forms in which functions accept a task: its name, a recipe, a loss function, or the task.
 Judged = str | TaskRecipe | Callable[[Any, Any], Any] | Task
 
 
 def learned(task: Task, smoothing: float) -> Task:
-    """A task as it is learned: with label smoothing, where its targets are classes."""
+    """The task for training: with label smoothing, if its targets are classes."""
     if not smoothing or isinstance(task, Reference):
         return task
     if not hasattr(task, "smoothing"):
@@ -221,7 +221,7 @@ def mean_loss(
     what: str,
     precision: str = "fp32",
 ) -> Tensor:
-    """The mean loss of a batch, with its graph; ``what`` is to learn from it."""
+    """A batch's mean loss with its autograd graph; ``what`` names the caller in messages."""
     device = runtime.device_of(model)
     with runtime.autocast(device, precision):
         output = runtime.run(model, batch, device, forward)
@@ -237,7 +237,7 @@ def mean_loss(
 
 
 def import_function(spec: str, option: str, takes: str) -> tuple[str, Callable[..., Any]]:
-    """Import a function that an option names, and its name; this runs the user's code."""
+    """Import a function that an option names; return its name and the function."""
     where, _, name = spec.rpartition(":")
     problem = "expected package.module:callable or path/to/file.py:callable."
     if where and name:
@@ -252,33 +252,33 @@ def import_function(spec: str, option: str, takes: str) -> tuple[str, Callable[.
 
 
 def caller(model: nn.Module, forward: runtime.Forward | None) -> nn.Module | None:
-    """The model, if it is called with the parts of a batch and not by a function of the user's."""
+    """The model if it is called with the parts of a batch; ``None`` with a user's forward."""
     return None if forward or runtime.has_forward(model) else model
 
 
 def labels_of(
     batch: Any, n_examples: int, n_classes: int, *, model: nn.Module | None = None
 ) -> Array | None:
-    """Labels of a batch as int64, checked against logits `(N, K)`; `model` as for `unpack`."""
+    """A batch's labels as int64, checked against logits ``(N, K)``; ``model`` as for `unpack`."""
     labels = raw_labels(batch, model)
     return None if labels is None else checked_labels(labels, n_examples, n_classes)
 
 
 def raw_labels(batch: Any, model: nn.Module | None = None) -> Any:
-    """Labels of a batch as they are in it, of any task."""
+    """A batch's unconverted labels, for any task."""
     if isinstance(batch, Mapping):
-        batch = {"x": None, **batch}  # inputs may have any names where forward= is given
+        batch = {"x": None, **batch}  # with forward=, inputs can have any names
     return runtime.unpack(batch, model)[1]
 
 
 def name_in(batch: Any, row: int) -> str:
-    """An example of a batch in messages: its name in the data, or its row where there is none."""
+    """The name of a batch's example for messages: its name in the data, or else its row."""
     name: Any = getattr(batch, "name", None)
     return name(int(batch.index[row])) if callable(name) else f"example {row} (from 0) of a batch"
 
 
 def as_array(labels: Any) -> Array:
-    """Labels of any kind, a tensor of a device among them, as they are."""
+    """Labels of any kind, including tensors on a device, as an unconverted array."""
     return np.asarray(labels.detach().cpu() if isinstance(labels, Tensor) else labels)
 
 
@@ -287,17 +287,17 @@ def checked_labels(labels: Any, n: int, k: int) -> Array:
     try:
         array = as_array(labels)
     except (TypeError, ValueError) as error:
-        raise DataError(f"labels: {error}. Give one integer an example.") from error
+        raise DataError(f"labels: {error}. Give one integer per example.") from error
     if k == 2 and array.shape in ((n,), (n, 1)) and np.isin(array, (0, 1)).all():
-        array = array.reshape(n).astype(np.int64)  # as binary cross-entropy takes them
+        array = array.reshape(n).astype(np.int64)  # the form of binary cross-entropy
     if array.dtype.kind not in "iub" or array.shape != (n,):
         raise DataError(
             f"labels: {array.dtype} of shape {array.shape} for {n} examples, expected one integer "
-            "an example. Give forward= and integer labels for unusual batches."
+            "per example. Give forward= and integer labels for unusual batches."
         )
     if n and not 0 <= array.min() <= array.max() < k:
         raise DataError(
-            f"labels: from {array.min()} to {array.max()}, expected 0 to {k - 1}, as the model has "
-            f"{k} outputs. Check the class map."
+            f"labels: from {array.min()} to {array.max()}, expected 0 to {k - 1}, because the "
+            f"model has {k} outputs. Check the class map."
         )
     return array.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Tasks beside classification, each judged by rows of a few numbers an example."""
+"""Tasks besides classification; each is judged by a row of a few numbers per example."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _LOSSES: dict[str, tuple[str, Callable[..., Tensor]]] = {
 
 @dataclass(frozen=True)
 class Segmentation(ByRows):
-    """A class at every position: logits ``(N, K, *space)``, targets ``(N, *space)`` integers.
+    """A class at every position: logits ``(N, K, *space)``, integer targets ``(N, *space)``.
 
-    Loss: cross-entropy, mean over the positions whose target is not ``ignore_index``. Outputs of
-    another size than the targets are resized to it first, (bi)linearly, corners not aligned.
+    Loss: cross-entropy, mean over the positions whose target is not ``ignore_index``. Outputs are
+    first resized to the targets' size if it differs, (bi)linearly, without aligned corners.
     """
 
     ignore_index: int = 255
@@ -51,7 +51,7 @@ class Segmentation(ByRows):
     headings: ClassVar[dict[str, str]] = {"miou": "mIoU", "pixel_accuracy": "Pixel accuracy"}
     of_class: ClassVar[tuple[str, str]] = "IoU", "Pixels"
     words: ClassVar[Words] = Words(
-        "cross-entropy a pixel", "fraction of right pixels", "loss", "right pixels", unit=" nats"
+        "cross-entropy per pixel", "fraction of right pixels", "loss", "right pixels", unit=" nats"
     )
 
     def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
@@ -72,15 +72,15 @@ class Segmentation(ByRows):
             if size not in known:
                 raise DataError(
                     f"masks: {size}, expected {known[0]} as the inputs or {known[1]} as the "
-                    "outputs. Give masks of the size of their inputs."
+                    "outputs. Give masks with the size of their inputs."
                 )
         found, k = found.long(), outputs.shape[1]
         odd = (found != self.ignore_index) & ((found < 0) | (found >= k))
         if bool(odd.any()):
             where, value = name_in(batch, int(odd.nonzero()[0, 0])), int(found[odd][0])
             raise DataError(
-                f"masks: {where} has class {value}, expected 0 to {k - 1}, as the model has {k} "
-                f"outputs, or {self.ignore_index}, which is ignored. Check the masks, or "
+                f"masks: {where} has class {value}, expected 0 to {k - 1}, because the model has "
+                f"{k} outputs, or {self.ignore_index}, which is ignored. Check the masks, or "
                 "--ignore-index."
             )
         return found
@@ -93,7 +93,7 @@ class Segmentation(ByRows):
         return resized
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean over valid positions of -log softmax(z)_y; 0 where there is none."""
+        """Mean over valid positions of -log softmax(z)_y; 0 if there is none."""
         each = F.cross_entropy(
             self._resized(outputs, targets), targets,
             ignore_index=self.ignore_index, reduction="none", label_smoothing=self.smoothing,
@@ -103,17 +103,17 @@ class Segmentation(ByRows):
         return mean
 
     def resizing(self, outputs: Tensor, targets: Tensor) -> str:
-        """Words for how outputs are resized; empty if they are not."""
+        """How outputs are resized, in words; empty if they are not."""
         own, wanted = ("x".join(map(str, size)) for size in (outputs.shape[2:], targets.shape[1:]))
         how = f"outputs of {own} are resized ({_RESIZE[targets.ndim - 1]}) to the masks' {wanted}"
         return "" if own == wanted else how
 
     def facts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Of valid positions the fraction right; of each class how many are right, its, guessed."""
+        """The fraction of right positions; each class's right, true and predicted positions."""
         n, k = outputs.shape[:2]
         guess, target = self._resized(outputs, targets).argmax(1).flatten(1), targets.flatten(1)
         valid = target != self.ignore_index
-        # Each example has places of its own for the classes, so all are counted at once.
+        # Each example has its own class indices, so one call counts all examples.
         first = k * torch.arange(n, device=target.device)[:, None]
         right, wanted, guessed = (
             torch.bincount((first + classes)[held], minlength=n * k).view(n, k)
@@ -131,7 +131,7 @@ class Segmentation(ByRows):
         }
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
-        """Mean IoU over the classes that are in targets or predictions, and right positions."""
+        """Mean IoU over classes in targets or predictions, and the fraction of right positions."""
         sums = weights @ rows
         right, wanted, _ = np.split(sums, 3, axis=1)
         iou = self._iou(sums)
@@ -147,7 +147,7 @@ class Segmentation(ByRows):
     def _iou(self, sums: Array) -> Array:
         right, wanted, guessed = np.split(sums, 3, axis=1)
         iou = np.asarray(_ratio(right, wanted + guessed - right))
-        # A class that is ignored has no target: to predict it is wrong, but it has no IoU.
+        # The ignored class has no target: predicting it is wrong, but it has no IoU.
         if 0 <= self.ignore_index < iou.shape[1]:
             iou[:, self.ignore_index] = np.nan
         return iou
@@ -155,14 +155,14 @@ class Segmentation(ByRows):
 
 @dataclass(frozen=True)
 class Multilabel(ByRows):
-    """Labels that are there or not: logits and targets ``(N, K)``, targets 0 or 1."""
+    """Labels that are present or absent: logits and targets ``(N, K)``, targets 0 or 1."""
 
     name: ClassVar[str] = "multilabel"
     headings: ClassVar[dict[str, str]] = {
         "map": "mAP", "f1_micro": "F1 micro", "f1_macro": "F1 macro",
     }  # fmt: skip
     words: ClassVar[Words] = Words(
-        "binary cross-entropy a label", "fraction of right labels", "loss", "right labels",
+        "binary cross-entropy per label", "fraction of right labels", "loss", "right labels",
         unit=" nats",
     )  # fmt: skip
 
@@ -173,7 +173,7 @@ class Multilabel(ByRows):
             where, value = name_in(batch, int(odd.nonzero()[0, 0])), float(found[odd][0])
             raise DataError(
                 f"targets: {where} has {value:g} among its labels, values other than 0 and 1, "
-                "expected 0 or 1 a label. Check the data, or --task."
+                "expected 0 or 1 per label. Check the data, or --task."
             )
         return found
 
@@ -184,7 +184,7 @@ class Multilabel(ByRows):
         return each.flatten(1).mean(1)
 
     def facts(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The fraction of labels right, at logit 0; logits and targets; a label's mean loss."""
+        """The fraction of right labels at logit 0; logits and targets; the blind loss."""
         z = outputs.double()
         return {
             "scores": ((outputs > 0) == (targets > 0)).flatten(1).double().mean(1),
@@ -193,7 +193,7 @@ class Multilabel(ByRows):
         }
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
-        """Mean average precision over labels that are there at all, and F1 at logit 0."""
+        """Mean average precision over labels that occur at all, and F1 at logit 0."""
         z, y = np.split(rows, 2, axis=1)
         right, wanted, guessed = (weights @ part for part in ((z > 0) * y, y, 1.0 * (z > 0)))
         f1 = np.nan_to_num(_ratio(2 * right, wanted + guessed))
@@ -206,7 +206,7 @@ class Multilabel(ByRows):
 
 @dataclass(frozen=True)
 class Regression(ByRows):
-    """Numbers: targets of the output's shape."""
+    """Numbers: targets in the output's shape."""
 
     loss: str = "mse"
     name: ClassVar[str] = "regression"
@@ -216,7 +216,7 @@ class Regression(ByRows):
 
     @property
     def words(self) -> Words:
-        """The loss by its name; there is no score."""
+        """The loss's name; there is no score."""
         return Words(_LOSSES[self.loss][0], "", f"loss ({self.loss})", "")
 
     def targets(self, batch: Any, outputs: Tensor, model: nn.Module | None) -> Tensor | None:
@@ -225,7 +225,7 @@ class Regression(ByRows):
         if found is not None and not bool(found.isfinite().all()):
             bad = int(_columns(found).isfinite().flatten(1).all(1).int().argmin())
             raise DataError(
-                f"targets: those of {name_in(batch, bad)} are not finite. Leave such examples out."
+                f"targets: not finite for {name_in(batch, bad)}. Leave such examples out."
             )
         return found
 
@@ -242,11 +242,11 @@ class Regression(ByRows):
         return {"rows": torch.stack([part.sum(2) for part in parts], 1).flatten(1)}
 
     def metrics(self, rows: Array, weights: Array) -> dict[str, Array]:
-        """MAE and RMSE over all numbers; R2 and Pearson's r of each of K numbers, their mean."""
+        """MAE and RMSE over all numbers; R2 and Pearson's r for each of K numbers, averaged."""
         sums = (weights @ rows).reshape(len(weights), 8, -1)
         n, absolute, squares, t, tt, o, oo, ot = sums.transpose(1, 0, 2)
         var_t, var_o, both = tt - t**2 / n, oo - o**2 / n, ot - o * t / n
-        # Sums of squares cancel: what is left of a constant is rounding.
+        # Sums of squares cancel: the variance left of a constant is rounding.
         var_t, var_o = (np.where(v > 1e-12 * s, v, 0) for v, s in ((var_t, tt), (var_o, oo)))
         return {
             "mae": _ratio(absolute.sum(1), n.sum(1)),
@@ -258,7 +258,7 @@ class Regression(ByRows):
 
 @dataclass(frozen=True)
 class Own(ByRows):
-    """A loss of the user's own: any outputs and targets, one number an example."""
+    """The user's own loss: any outputs and targets, one number per example."""
 
     function: Callable[[Any, Any], Any]
     loss: str
@@ -272,15 +272,15 @@ class Own(ByRows):
         return Words(called, "", called, "")
 
     def output(self, output: Any) -> Any:
-        """The output as it is, floating-point tensors as float32."""
+        """The whole output, with floating-point tensors in float32."""
         return tree_map(lambda t: t.float() if _is_float(t) else t, output)
 
     def targets(self, batch: Any, outputs: Any, model: nn.Module | None) -> Any:
-        """Targets as they are; arrays and numbers as tensors."""
+        """The targets, with arrays and numbers as tensors."""
         return tree_map(_as_tensor, raw_labels(batch, model))
 
     def losses(self, outputs: Any, targets: Any) -> Tensor:
-        """Of the user's function."""
+        """The losses that the user's function returns, checked."""
         where = f"--loss {plain(self.loss)}"
         of_outputs: Any = (*runtime.tensors_in(outputs), ())[0]
         n = len(targets if isinstance(targets, Tensor | list) else of_outputs)
@@ -297,7 +297,7 @@ class Own(ByRows):
             shape = tuple(getattr(found, "shape", ()))
             odd = (
                 f"{type(found).__name__} of shape {shape}, expected a tensor of shape ({n},), one "
-                "loss an example. Take means over all other dimensions only."
+                "loss per example. Take means only over all other dimensions."
             )
         elif not found.requires_grad and any(t.requires_grad for t in runtime.tensors_in(outputs)):
             odd = "losses without a gradient in the outputs. Leave out detach, no_grad and numpy."
@@ -307,7 +307,7 @@ class Own(ByRows):
 
 
 def resolve_task(recipe: TaskRecipe, output: Any, targets: Any) -> Task:
-    """The task that is stated, or else the one that an output and targets plainly are of."""
+    """The stated task, or else the task that an output and its targets clearly belong to."""
     if recipe.loss is not None and recipe.loss not in _LOSSES:
         _, function = import_function(recipe.loss, "--loss", "(outputs, targets)")
         return Own(function, recipe.loss)
@@ -322,7 +322,7 @@ def resolve_task(recipe: TaskRecipe, output: Any, targets: Any) -> Task:
 
 
 def judged_by(task: Judged) -> Task | None:
-    """A task as functions take it; ``None`` if it is to be read off the first batch."""
+    """The task from any form that functions accept; ``None`` if the first batch decides it."""
     if isinstance(task, Task):
         return task
     if callable(task):
@@ -332,7 +332,7 @@ def judged_by(task: Judged) -> Task | None:
 
 
 def read_off(output: Any, targets: Any) -> str:
-    """The task's name, by shapes and types; classification where nothing else fits plainly."""
+    """The task's name, by shapes and types; classification unless another task clearly fits."""
     try:
         found, z = _tensor(targets), runtime.output_of(output)
     except (DataError, ModelError):
@@ -345,7 +345,7 @@ def read_off(output: Any, targets: Any) -> str:
     binary = bool(((found == 0) | (found == 1)).all())
     if flat and found.shape == z.shape and binary:
         return "multilabel"
-    # One logit an example is a classifier's, whose labels are often floats.
+    # One logit per example is a binary classifier, whose labels are often floats.
     single = binary and z[:1].numel() == 1
     return TASKS[0] if whole or single or not _same_numbers(found, z) else "regression"
 
@@ -355,7 +355,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _as_tensor(leaf: Any) -> Any:
-    """Numbers of any kind as a tensor; anything else as it is."""
+    """Numbers of any kind as a tensor; anything else unchanged."""
     if isinstance(leaf, Tensor | str | None):
         return leaf
     array = np.asarray(leaf)
@@ -369,11 +369,11 @@ def _tensor(raw: Any) -> Tensor | None:
     try:
         return torch.as_tensor(as_array(raw))
     except (TypeError, ValueError) as error:
-        raise DataError(f"targets: {one_line(error)}. Give one tensor a batch.") from error
+        raise DataError(f"targets: {one_line(error)}. Give one tensor per batch.") from error
 
 
 def _same_numbers(found: Tensor, outputs: Tensor) -> bool:
-    """Whether there is a target for each number of the outputs; (N,) and (N, 1) are alike."""
+    """Whether there is one target per output number; ``(N,)`` and ``(N, 1)`` are equivalent."""
     alike = found.shape[1:] in ((), (1,)) and outputs.shape[1:] in ((), (1,))
     return len(found) == len(outputs) and (alike or found.shape == outputs.shape)
 
@@ -392,20 +392,20 @@ def _fitting(batch: Any, outputs: Tensor, model: nn.Module | None, task: str) ->
 
 
 def _columns(values: Tensor) -> Tensor:
-    """``(N, K, positions)`` of ``(N, K, *space)`` or ``(N,)``."""
+    """``(N, K, *space)`` or ``(N,)`` as ``(N, K, positions)``."""
     return (values[:, None] if values.ndim == 1 else values)[..., None].flatten(2)
 
 
 def _ratio(above: Array, below: Array) -> Array:
-    """A ratio, NaN where there is nothing below."""
+    """A ratio, NaN where the denominator is 0."""
     none = np.full(np.shape(above), np.nan)
     return np.asarray(np.divide(above, below, out=none, where=np.asarray(below) > 0))
 
 
 def _average_precision(z: Array, y: Array, weights: Array) -> Array:
-    """Area under precision over recall in steps, equal logits at once; ``(S,)``."""
+    """Area under the stepwise precision-recall curve, equal logits taken together; ``(S,)``."""
     order = np.argsort(-z, kind="stable")
-    # A threshold takes in all of equal logits: its precision is the one at their end.
+    # A threshold includes all equal logits, so its precision is the precision at their end.
     last = np.searchsorted(-z[order], -z[order], side="right") - 1
     own = weights[:, order]
     hits = own * y[order]
