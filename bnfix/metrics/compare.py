@@ -241,9 +241,8 @@ def judge(
     It is admitted if its mean loss is lower by more than ``z`` standard errors of the paired
     difference (and by more than rounding), and its score (top-1, if any) is not lower by more than
     ``z`` of the score's standard errors. On few examples ``z`` is not enough: `gain_t` must be as
-    improbable by Student's t as ``z`` is by the normal distribution. The incumbent wins ties, and
-    wins with fewer than 20 examples. A model that cannot be evaluated (`Metrics.problem`) loses to
-    one that can.
+    improbable by Student's t as ``z`` is by the normal distribution. The incumbent wins ties and
+    below 20 examples. A model that cannot be evaluated (`Metrics.problem`) loses to one that can.
     """
     if not z >= 0:
         raise ConfigError(f"z: {z}, expected at least 0 standard errors.", name="z")

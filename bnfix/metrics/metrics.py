@@ -280,9 +280,8 @@ class Metrics(Scores):
 
     Args:
         n_examples: number of examples.
-        top1: fraction of right predictions; for another task its mean score, if it has one (for
-            segmentation, the mean fraction of right pixels). Without labels, this and all
-            numbers below are ``None``.
+        top1: fraction of right predictions; for another task its mean score, if any (segmentation:
+            fraction of right pixels). This and all numbers below are ``None`` without labels.
         top5: fraction with the label among the five largest logits; of equal logits, the first
             counts as larger, as in ``top1``.
         nll: mean negative log-likelihood, nats; for another task its mean loss.

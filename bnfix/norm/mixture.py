@@ -161,10 +161,7 @@ def plain(input: Tensor, terms: Terms) -> Tensor:
 
 
 def normalized(layer: Any, input: Tensor, valid: Tensor | None, *, by_batch: bool) -> Tensor:
-    """Normalize by a layer's ghost batches or its mixture, with its gates and a mask.
-
-    ``valid`` ``(N, L)`` marks the valid positions.
-    """
+    """Normalize by a layer's ghost batches or mixture, with its gates and a mask ``(N, L)``."""
     values, count, own = values_of(input), None, layer.gates
     if valid is None:
         mean, var, around = example_moments(values)

@@ -62,9 +62,8 @@ class Walk:
     def go(self) -> bool:
         """Walk the batches; return whether all reached the end.
 
-        The walk fails if the activations do not fit into memory, if batches reach layers in
-        different orders, or if a layer's output feeds back into its input. Discard the collector
-        then.
+        It fails if the activations do not fit into memory, if batches reach layers in different
+        orders, or if a layer's output feeds back into its input. Discard the collector then.
         """
         if self._limit <= 0 or has_modes():
             return False

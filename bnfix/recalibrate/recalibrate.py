@@ -156,8 +156,7 @@ def recalibrate_(
         batches: any iterable of ``(x, y)``, ``(x,)`` or ``x``, or of dicts with a ``mask``
             ``(N, positions)``, true where valid, or ``lengths`` ``(N,)`` along the last axis: only
             valid positions count. ``feed="sequential"`` reads the batches more than once.
-        target: the statistics to set.
-            ``population``: mean and total variance of the data.
+        target: the statistics to set. ``population``: mean and total variance of the data.
             ``train-batch``: the average statistics of a training batch of B examples,
             var - Vm / B, with Vm the variance over examples of the per-example mean.
             ``reference``: each layer's output gets the moments that the original's has on the same
@@ -165,8 +164,7 @@ def recalibrate_(
             `bnfix.recalibrate.reference`). ``interpolated``: the same, with the weighted mean of
             several networks' means and standard deviations.
             ``blend``: a mixture of the stored and the population statistics, by the law of total
-            variance (see `bnfix.recalibrate.targets`).
-            Standard errors are always those of the population moments.
+            variance (see `bnfix.recalibrate.targets`). Standard errors are always the population's.
         train_batch_size: B of ``train-batch``, in examples.
         reference: the original, with the same norm layers; it is only read. It costs one extra
             pass. For ``interpolated``: a mapping from the networks averaged to their weights.
@@ -174,9 +172,8 @@ def recalibrate_(
             statistics of n examples weigh n / (n + N), and 0 equals ``population``. The default,
             ``auto``, weights each layer by its drift.
         new_weight: for ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
-        robust: for ``population`` and ``blend``: use only examples of the majority kind; needs at
-            least 16 examples. It costs an extra pass over the same batches, and memory for two
-            numbers per channel and example.
+        robust: for ``population`` and ``blend``: use only the examples of the majority kind, out of
+            16 or more. It costs an extra pass, and keeps two numbers per channel and example.
         mix: for ``population`` and ``blend``, with a list of several sources as ``batches``: the
             weight of each source in the statistics, whatever its number of examples, by the law of
             total variance (see `bnfix.recalibrate.accumulator.Sources`). The default feed is then

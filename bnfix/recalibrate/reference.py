@@ -1,15 +1,14 @@
 """Statistics of a damaged network, matched to the original network that it came from.
 
-On the same images a layer's inputs have moments mu_M, v_M in the model and mu_O, v_O in the
-original, whose layer stores mean_O, var_O. With
+On the same images a layer's inputs have moments mu_M, v_M (model) and mu_O, v_O (original). With
 
     r    = v_M / v_O
     var  = (var_O + eps_O) r - eps_M
     mean = mu_M - sqrt((var + eps_M) / (var_O + eps_O)) (mu_O - mean_O)
 
-the model's normalized output has the same moments as the original's. So the original's statistics
-stay the anchor. Images that are few, or not from the training set, move mu_M with mu_O and v_M with
-v_O, and the error cancels (a control variate).
+and the original's stored mean_O, var_O, both normalized outputs have the same moments. So the
+original's statistics stay the anchor. Images that are few, or not from the training set, move mu_M
+with mu_O and v_M with v_O, and the error cancels (a control variate).
 
 For a mean of several networks, all of them are originals. With weights w_k that sum to 1, the
 normalized output gets the mean and the standard deviation

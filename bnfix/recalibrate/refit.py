@@ -6,9 +6,8 @@ the best affine map from the new normalized values z to the original's outputs y
 
     gamma = cov(z, y) / var(z)        beta = mean(y) - gamma mean(z)
 
-The residual variance is var(y) - cov(z, y)^2 / var(z). The sums are moments of z, y and z + y,
-streamed in float64 and pooled by the law of total variance; cov = (var(z + y) - var(z) - var(y))
-/ 2.
+The residual variance is var(y) - cov(z, y)^2 / var(z). The sums are moments of z, y and z + y in
+float64, pooled by the law of total variance; cov = (var(z + y) - var(z) - var(y)) / 2.
 """
 
 from __future__ import annotations

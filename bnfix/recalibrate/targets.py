@@ -201,8 +201,7 @@ def between(old: _Moments, new: _Moments, weight: float) -> _Moments:
 def drift_of(site: NormSite, old: _Moments, sums: Accumulator) -> tuple[float, float]:
     """The drift of a layer's moments from the stored ones, and the drift expected by chance.
 
-    Means over channels of d^2 / var_o + log(var_m / var_o)^2 / 2, with d = mean_m - mean_o and eps
-    in the variances.
+    Means over channels of (mean_m - mean_o)^2 / var_o + log(var_m / var_o)^2 / 2; var includes eps.
     """
     eps = site.eps
     mean, var = sums.statistics(None)
