@@ -250,7 +250,7 @@ def _lower(model):
 
 
 def test_sharpness_needs_norms_to_train():
-    with pytest.raises(ConfigError, match="--sharpness: --train head trains no gamma and beta"):
+    with pytest.raises(ConfigError, match="--sharpness: --train head trains no gamma or beta"):
         sharp_step(0.1, train="head")
 
 

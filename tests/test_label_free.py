@@ -218,9 +218,9 @@ def test_what_cannot_be_fitted_is_refused(way):
     layers = layers_of(net, x)
     with pytest.raises(ConfigError, match="--train-batch-size: 1, expected at least 2"):
         way(net, [x], 1, layers)
-    with pytest.raises(DataError, match="too few examples for batches of 17"):
+    with pytest.raises(DataError, match="too few examples to fit and to check with batches of 17"):
         way(net, [x], 17, layers)
-    with pytest.raises(NormError, match="no layer that could weigh"):
+    with pytest.raises(NormError, match="no layer that can weigh"):
         way(net, [x], 2, {})
     assert not any(layer.live for layer in layers.values())
 

@@ -421,7 +421,7 @@ def test_stock_layers_do_not_train_on_padding():
 def test_weights_without_labels_are_not_fitted_to_padding():
     net = built(Masking)
     bnfix.swap_norms_(net)
-    with pytest.raises(DataError, match="expected unpadded ones"):
+    with pytest.raises(DataError, match="expected unpadded batches"):
         fit_moments_(net, batches_of(), 2, dict(generalized_norms(net)))
 
 

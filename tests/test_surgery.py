@@ -201,7 +201,7 @@ def test_all_problems_are_told_at_once_and_nothing_is_changed():
         "own: tests.test_surgery.Own is not a layer that bnfix knows",
         "lazy: LazyBatchNorm2d has no size yet; run the model once first",
         "bare: without scale and shift it cannot keep its outputs",
-        "drifting: keeps no running statistics, so groups or ghost batches would change",
+        "drifting: keeps no running statistics, so groups or ghost batches would also change",
         "patched: its forward is overridden on the instance",
     ):
         assert part in message

@@ -1,1 +1,1 @@
-"""Outputs to metrics, intervals, paired differences, and the gate that decides by them."""
+"""From outputs to metrics, intervals and paired differences; the gate that decides by them."""

@@ -1,1 +1,1 @@
-"""The layer, where models have it, and how it gets there."""
+"""The example-aware norm layer, the search for norm layers in models, and their swap."""

@@ -1,1 +1,1 @@
-"""Population statistics, measured."""
+"""Measurement of population statistics, with fixed weights."""

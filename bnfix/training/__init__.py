@@ -1,1 +1,1 @@
-"""Brief fine-tuning."""
+"""Short fine-tuning runs."""

@@ -1,4 +1,4 @@
-"""`finetune_`: a short training run of norms, head or all, best epoch kept."""
+"""`finetune_`: a short training run of norms, head or all parameters; the best epoch is kept."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ from bnfix.training.loop import Added, Run, Setting, followed, n_steps_of, train
 from bnfix.training.parameters import find_head, parameter_groups
 from bnfix.weights.choose import weighable_layers
 
-_START = 0.05  # least example weight to learn from, as in `WeightRecipe.start`
+_START = 0.05  # smallest example weight to start learning from, as in `WeightRecipe.start`
 
 
 @dataclass(frozen=True)
 class TrainingPoint:
-    """The state at the end of an epoch; epoch 0 is before any step."""
+    """The losses at the end of an epoch; epoch 0 is before any step."""
 
     epoch: int
     step: int
-    loss: float | None  # mean of training; None at epoch 0, or where no step was taken
-    nll: float  # on the monitor batches, in evaluation; with a reference the divergence from it
-    top1: float  # with a reference the agreement with it
+    loss: float | None  # mean training loss; None at epoch 0, or if no step was taken
+    nll: float  # on the monitor batches, in evaluation; with a reference, the divergence from it
+    top1: float  # with a reference, the agreement with it
 
 
 @dataclass(frozen=True)
 class Finetuning:
-    """What `finetune_` did."""
+    """The record of a `finetune_` call."""
 
     trained: str
-    n_parameters: int  # numbers that were free, example weights included
+    n_parameters: int  # trained numbers, including example weights
     curve: tuple[TrainingPoint, ...]
-    best_epoch: int  # that was kept; 0 means the model is as it was
+    best_epoch: int  # the epoch that was kept; 0 means that the model is unchanged
     n_steps: int
-    #: Not finite, or, with batch statistics, a single example.
+    #: Steps that were not finite or, with batch statistics, had a single example.
     n_skipped_steps: int
     seconds: float
-    #: Buffers and attributes that training changed, but for norm layers and torch's own modules.
+    #: Buffers and attributes that training changed, except in norm layers and torch's own modules.
     changed_by_forward: tuple[str, ...] = ()
-    #: Layers that the user froze, whose statistics were left alone by training with batch ones.
+    #: Layers that the user froze, whose statistics were not trained.
     frozen: tuple[str, ...] = ()
 
 
@@ -86,57 +86,58 @@ def finetune_(
 ) -> Finetuning:
     """Train a part of the model for a few epochs; keep the epoch with the least monitor loss.
 
-    The loss is the task's, for labels cross-entropy, or, with a reference O and without labels, the
-    mean divergence from O's predictions, KL(p_O || p) = sum_k p_O,k (log p_O,k - log p_k).
+    The loss is the task's: for class labels, cross-entropy. With a reference O there are no labels;
+    the loss is the mean divergence KL(p_O || p) = sum_k p_O,k (log p_O,k - log p_k), in nats.
 
-    With ``statistics="frozen"`` the norm layers stay in evaluation, and their statistics and
-    example weights are part of what is tuned. With ``"train"`` they normalize by batch (or ghost)
-    statistics; the running moments follow as in any training, and should be recalibrated after.
+    With ``statistics="frozen"`` the norm layers stay in evaluation mode, with their running
+    statistics and example weights in effect. With ``"train"`` they normalize by batch (or ghost)
+    statistics, and running statistics follow as in any training: recalibrate afterwards.
 
     Args:
-        model: on the device to run on. What is trained is trained whatever its ``requires_grad``.
-        batches: labelled ``(x, y)``, or a callable that gives those of the k-th epoch.
-        epochs: overrides the recipe's epochs and steps.
+        model: the model, on the device to run on. The selected parameters are trained regardless
+            of their ``requires_grad``.
+        batches: labelled ``(x, y)``, or a callable that returns the batches of the k-th epoch.
+        epochs: number of epochs; overrides the recipe's epochs and steps.
         monitor: labelled batches that decide which epoch is kept; by default every fifth of
             ``batches``, which are then read into a list.
-        task: what is learned and the epochs are judged by, as in `evaluate`.
-        reference: the network O to learn from in place of labels, which are then not read. It is
-            run in evaluation, on its own device, and left as found.
-        recipe: what is trained and how; label smoothing is for labels only.
-        weighable: layers whose example weight is learned with ``example_weight="learn"``, by name;
-            by default all generalized layers with running statistics that are not frozen and have
-            more than one position a map.
-        forward: called as ``forward(model, batch)`` for unusual batches.
-        seed: of dropout and other torch randomness, that of the batches included.
+        task: the task to learn and to judge epochs by, as in `evaluate`.
+        reference: a network O to learn from instead of labels, which are then not read. It runs in
+            evaluation mode on its own device, and stays unchanged.
+        recipe: what to train and how; label smoothing applies to labels only.
+        weighable: for ``example_weight="learn"``: the layers whose weight is learned, by name. The
+            default is every generalized layer with running statistics that is not frozen and whose
+            feature maps have more than one position.
+        forward: called as ``forward(model, batch)``, for batches in an unusual form.
+        seed: seed of all torch randomness, such as dropout and the batches' own.
         after_epoch: called with the model before each evaluation, for example to recalibrate.
         state: folder for the state of the run, written after every epoch and on an interrupt. A
-            run that finds its state there goes on from it, to the same numbers, bit for bit on a
-            CPU with as many threads.
-        identity: what else tells this run from others, such as a fingerprint of the data; model,
-            recipe and seed always do.
-        precision: of the forward and backward passes, ``fp32`` or ``bf16`` (autocast); evaluation
-            is in fp32.
-        include_frozen: also train the statistics of layers that are frozen by their modes (as
-            `recalibrate_` has it); ``statistics="train"`` leaves them alone otherwise.
+            later run continues from its own state to the same numbers: bit for bit on a CPU, with
+            the same number of threads.
+        identity: anything else that distinguishes this run, such as a fingerprint of the data;
+            model, recipe and seed always count.
+        precision: precision of the forward and backward passes, ``fp32`` or ``bf16`` (autocast);
+            evaluation is in fp32.
+        include_frozen: with ``statistics="train"``, also train the statistics of layers that are
+            frozen by their modes (see `recalibrate_`); by default they are left alone.
 
     Returns:
-        The curve and what was kept.
+        The curve of losses and the epoch that was kept.
 
     Raises:
-        ConfigError: if weights are to be learned while statistics are trained, the precision is
-            fp16, in which gradients underflow, or the reference would be trained too.
-        NormError: if there is no layer to learn weights of, or to set the ghost size of.
-        ModelError: if there is nothing to train, or the reference has other classes.
-        NumericError: if the loss stays not finite; the model is then as it was.
+        ConfigError: if weights are learned while statistics are trained, if the precision is fp16
+            (gradients underflow), or if the reference shares trained parameters.
+        NormError: if there is no layer whose weights can be learned or whose ghost size can be set.
+        ModelError: if there is nothing to train, or if the reference has other classes.
+        NumericError: if the loss is not finite in too many steps; the model is then unchanged.
         DataError: if there are no labelled batches.
         CheckpointError: if the folder holds the state of another run, or cannot be written to.
 
     Changes:
-        The trained parameters; with ``"train"`` also running moments; with ``"learn"`` also
-        example weights. With 0 epochs, if no epoch is better, or after an exception: nothing.
+        The trained parameters; with ``"train"`` also running statistics; with ``"learn"`` also
+        example weights. With 0 epochs, without a better epoch, or after an exception: nothing.
     Restores:
-        Modes, ``requires_grad``, gradients, ghost sizes, momenta, random state; after every epoch
-        what forward changes by itself, other than in norm layers and torch's own modules.
+        Modes, ``requires_grad``, gradients, ghost sizes, momenta and random state; after every
+        epoch also all state that forward changes outside norm layers and torch's own modules.
     """
     recipe = recipe or FinetuneRecipe()
     recipe = recipe if epochs is None else replace(recipe, epochs=epochs, steps=None)
@@ -152,12 +153,12 @@ def finetune_(
         groups, layers = _groups(how, monitor), _learned(how, weighable, monitor)
         n_steps = n_steps_of(recipe, batches)
         settings = {"recipe": recipe.stated(), "seed": seed, "n_steps": n_steps, "of": identity}
-        # Only what is unusual, so that states of earlier versions are still known.
+        # Only unusual settings, so that the states of earlier versions remain valid.
         settings |= {"precision": precision} if precision != "fp32" else {}
         settings |= {"include_frozen": True} if include_frozen else {}
         settings |= {"reference": identity_of(reference, {})} if reference is not None else {}
         folder = None if state is None else StateFolder(state, identity_of(model, settings))
-        # The first rank's file holds for all: what is trained is the same on every rank.
+        # The first rank's file serves all ranks, because they train the same parameters.
         reads = folder is not None and distributed.here().is_first
         found = distributed.together(lambda: folder.read() if folder and reads else None)[0]
         course = _Course(how, judged, monitor, folder)
@@ -197,22 +198,22 @@ def finetune_(
 
 
 def _check(recipe: FinetuneRecipe, precision: str) -> None:
-    only = "--example-weight learn: weights act in evaluation only, so they cannot be learned with"
+    only = "--example-weight learn: weights act only in evaluation, so they cannot be learned with"
     ok = recipe.example_weight != "learn" or recipe.statistics != "train"
     require(ok, f"{only} --statistics train. Use --statistics frozen.", "example_weight")
-    message = "--precision fp16: gradients underflow in it. Use bf16, or fp32."
+    message = "--precision fp16: gradients underflow. Use bf16 or fp32."
     require(precision != "fp16", message, "precision")
 
 
 def _refuse_trained(reference: nn.Module | None, trained: Iterable[Tensor]) -> None:
     own = {id(parameter) for parameter in trained}
     shared = reference is not None and any(id(p) in own for p in reference.parameters())
-    message = "reference: it shares parameters with what is trained. Give a copy of its own."
+    message = "reference: it shares parameters with the trained model. Give a separate copy."
     require(not shared, message, "reference")
 
 
 class _Course:
-    """The epochs so far, the best of them, and their state in a folder, if there is one."""
+    """The epochs so far, the best of them, and their saved state, if there is a folder."""
 
     def __init__(
         self,
@@ -230,7 +231,7 @@ class _Course:
         self._best_values: dict[str, Any] | None = None
 
     def task(self) -> Task:
-        """What epochs are judged by; if it was to be read off, a resumed run does that here."""
+        """The task that judges epochs; a resumed run infers an ``auto`` task here."""
         if self._judged is None:
             self._judged = self._evaluate().task
         return self._judged
@@ -242,7 +243,7 @@ class _Course:
         batches: runtime.Batches,
         after_epoch: Callable[[nn.Module], None] | None,
     ) -> None:
-        """Train from the start, or from a state found, to the end; leave the best epoch's model."""
+        """Train to the end, from the start or a saved state; leave the model of the best epoch."""
         if found is not None:
             self._resume_(run, found)
         with self._saved_on_interrupt(run) as check:
@@ -278,7 +279,7 @@ class _Course:
                 self._best_values = values_of(self._model)
 
     def _save(self, run: Run, random: Any = None) -> None:
-        """Write the state, if there is a folder for it."""
+        """Write the state if there is a folder for it."""
         if self._folder is not None and distributed.here().is_first:
             self._folder.write({
                 "model": values_of(self._model),
@@ -305,7 +306,7 @@ class _Course:
 
     @contextmanager
     def _saved_on_interrupt(self, run: Run) -> Iterator[Callable[[], None] | None]:
-        """Write the state when a pass over the batches is interrupted, but not within a step."""
+        """Write the state if a pass over the batches is interrupted between steps."""
         if self._folder is None:
             yield None
             return
@@ -317,15 +318,15 @@ class _Course:
                     raise
                 self._save(run, run.epoch["random"])
                 raise KeyboardInterrupt(
-                    f"interrupted; {self._folder.path} holds the state: the same command goes on "
-                    "from it."
+                    f"interrupted; {self._folder.path} holds the state. Run the same command again "
+                    "to continue."
                 ) from interrupt
 
 
 def _learned(
     how: Setting, weighable: dict[str, GeneralizedBatchNorm] | None, monitor: Iterable[Any]
 ) -> dict[str, GeneralizedBatchNorm]:
-    """The layers whose weights are learned; a batch is run to see which can be."""
+    """The layers whose weights are learned; one batch is run to find them."""
     if how.recipe.example_weight != "learn":
         return {}
     if weighable is not None:
@@ -335,13 +336,13 @@ def _learned(
     if not layers:
         raise NormError(
             "--example-weight learn: no GeneralizedBatchNorm with statistics and more than one "
-            "position a map. Call swap_norms_(model) first, or use --example-weight keep."
+            "position per map. Call swap_norms_(model) first, or use --example-weight keep."
         )
     return layers
 
 
 def _groups(how: Setting, batches: Iterable[Any]) -> list[dict[str, Any]]:
-    """Parameter groups; a batch is run to see which layer is the head, where that matters."""
+    """Parameter groups; if the head is trained, one batch is run to find it."""
     model, recipe, head = how.model, how.recipe, None
     if "head" in recipe.train:
         head = find_head("fine-tuning", model, batches, how.forward)

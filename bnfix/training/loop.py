@@ -1,4 +1,4 @@
-"""The steps of fine-tuning: rates, gathered gradients, averages, and what a recipe adds to them."""
+"""The steps of fine-tuning: rates, accumulated gradients, averages, and a recipe's ingredients."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _MOST_BAD_STEPS = 10
 
 
 class Added:
-    """The hooks of a recipe's ingredients on a network's norm layers, and their part of the loss.
+    """A recipe's ingredients: hooks on the network's norm layers, and terms of the loss.
 
     ``ghost_noise`` N: each example i of a layer with frozen moments (mu, sd) is normalized as if
-    these were a ghost batch's, whose mean and deviation vary by chance:
+    they came from a ghost batch, whose mean and deviation vary by chance:
 
         z = (x - mu - sd d) / (sd s),  d ~ N(0, 1/N),  s^2 ~ chi^2(N-1) / (N-1)
 
-    per example and channel, without a gradient of its own. Source: Kosson et al., "Ghost noise for
+    per example and channel; the noise has no gradient. Source: Kosson et al., "Ghost noise for
     regularizing deep neural networks", AAAI 2024.
 
-    ``consistency`` (l_mean, l_sd): the loss grows by l_mean times the mean gap plus l_sd times the
-    sd gap (`gaps`), summed over layers. The gradient goes through the batch's moments. Source:
-    Wang, Wu & Huang, "Understanding the failure of batch normalization for transformers in NLP",
-    2022. Differs: deviations, not variances, relative to the batch's, as `inspect` shows them.
+    ``consistency`` (l_mean, l_sd): adds l_mean times the mean gap plus l_sd times the sd gap
+    (`gaps`), summed over layers, to the loss. The gradient goes through the batch's moments.
+    Source: Wang, Wu & Huang, "Understanding the failure of batch normalization for transformers in
+    NLP", 2022. Differs: deviations, not variances, relative to the batch's, as in `inspect`.
     """
 
     def __init__(self, model: nn.Module, recipe: FinetuneRecipe) -> None:
@@ -50,7 +50,7 @@ class Added:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """The layers with hooks, for a while; they act in training only."""
+        """Put the hooks on the layers for a while; they act only in training."""
         recipe = self._recipe
         steps: list[Callable[[Any, Tensor], Tensor]] = []
         steps += [self._consistent] if recipe.consistency else []
@@ -58,8 +58,8 @@ class Added:
         layers = [s.module for s in find_norms(self._model) if s.has_statistics and not s.frozen]
         if steps and any(getattr(layer, "gates", None) is not None for layer in layers):
             raise NormError(
-                "--ghost-noise, --consistency: the statistics of layers with gates are not of "
-                "their inputs, so neither acts on them. Leave both out."
+                "--ghost-noise, --consistency: neither works on layers with gates, whose "
+                "statistics do not describe their inputs. Leave both out."
             )
 
         def before(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -73,7 +73,7 @@ class Added:
             yield
 
     def penalty(self) -> Tensor | None:
-        """What the batch just run adds to the loss."""
+        """The loss terms of the batch just run."""
         terms, self._terms = self._terms, []
         return torch.stack(terms).sum() if terms else None
 
@@ -107,9 +107,9 @@ class Added:
 
 @contextmanager
 def _uphill(parameters: Sequence[Tensor], length: float) -> Iterator[bool]:
-    """Parameters moved by e = length g / |g| for a while, g their gradients together.
+    """Move the parameters by length g / |g| for a while, with g their joint gradient.
 
-    It gives False, and moves nothing, where there is no such direction. Source: Mueller et al.,
+    If there is no such direction, it yields False and moves nothing. Source: Mueller et al.,
     "Normalization layers are all that sharpness-aware minimization needs", NeurIPS 2023.
     """
     moved = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -126,7 +126,7 @@ def _uphill(parameters: Sequence[Tensor], length: float) -> Iterator[bool]:
 
 @contextmanager
 def _values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put the values of tensors back on leaving."""
+    """Restore the values of tensors at exit."""
     kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
@@ -138,7 +138,7 @@ def _values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
-    """The recipe's ghosts and momentum for gathered batches, where statistics are trained."""
+    """Set the recipe's ghost batches and momentum for a while, if statistics are trained."""
     trains = recipe.statistics == "train"
     sites = [site for site in find_norms(model) if trains and not site.frozen]
     stock = [site.name for site in sites if not isinstance(site.module, GeneralizedBatchNorm)]
@@ -156,7 +156,7 @@ def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
             settings = own.copy()
             momentum: Any = getattr(layer, "momentum", None)
             if recipe.accumulate > 1 and momentum is not None:
-                # K batches move the running moments as far as one does otherwise.
+                # K accumulated batches move the running moments as far as one batch would.
                 settings["momentum"] = 1 - (1 - momentum) ** (1 / recipe.accumulate)
             for name, value in settings.items():
                 before.append((layer, name, getattr(layer, name)))
@@ -169,25 +169,25 @@ def training_norms(model: nn.Module, recipe: FinetuneRecipe) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Setting:
-    """The network to train, and how."""
+    """The network to train, and the settings."""
 
     model: nn.Module
     recipe: FinetuneRecipe
-    task: Task  # to learn
+    task: Task  # the task to learn
     forward: runtime.Forward | None
-    precision: str  # of forward and backward passes; parameters and their steps are in float32
+    precision: str  # of forward and backward passes; parameters and updates are in float32
     include_frozen: bool
     added: Added
 
     def loss(self, batch: Any) -> Tensor:
-        """The mean loss of a batch and what ingredients add to it, with its graph."""
+        """A batch's mean loss plus the ingredients' terms, with the autograd graph."""
         loss = mean_loss(
             self.task, self.model, batch, self.forward, what="fine-tuning", precision=self.precision
         )
         if not loss.requires_grad:
             raise ModelError(
-                f"--train {self.recipe.train}: the model's output has no gradient in what is "
-                "trained. Look for no_grad or detach in the model, or use --train all."
+                f"--train {self.recipe.train}: the model's output has no gradient for the trained "
+                "parameters. Look for no_grad or detach in the model, or use --train all."
             )
         penalty = self.added.penalty()
         return loss if penalty is None else loss + penalty
@@ -195,7 +195,7 @@ class Setting:
 
 @dataclass
 class Counts:
-    """Steps so far."""
+    """The numbers of steps so far."""
 
     step: int = 0
     taken: int = 0
@@ -210,12 +210,12 @@ class Run:
         self, how: Setting, n_steps: int, groups: list[dict[str, Any]], leaves: Iterable[Tensor]
     ) -> None:
         self.how, self.n_steps, self.count, self.busy = how, n_steps, Counts(), False
-        #: The epoch under way: batches seen, losses, random states.
+        #: The current epoch: batches seen, losses, random states.
         self.epoch: dict[str, Any] | None = None
         recipe, sites = how.recipe, find_norms(how.model)
         trains = recipe.statistics == "train"
         respects = trains and not how.include_frozen
-        #: Layers that the user froze by their modes, which are seen before training changes them.
+        #: Layers that the user froze by their modes; determined before training changes the modes.
         self.frozen = [s.name for s in sites if respects and s.is_put_to_rest(how.model)]
         moving = [s.module for s in sites if trains and not s.frozen and s.name not in self.frozen]
         self._still = [s.module for s in sites if s.module not in moving]
@@ -231,14 +231,14 @@ class Run:
         ]  # fmt: skip
         self._decays = decays_of(how.model, decaying, recipe)
         self._norms = [p for g in groups if g.get("name") == "norms" for p in g["params"]]
-        found = f"--sharpness: --train {recipe.train} trains no gamma and beta."
+        found = f"--sharpness: --train {recipe.train} trains no gamma or beta."
         ok = bool(self._norms) or not recipe.sharpness
         require(ok, f"{found} Use --train norms or leave it out.", "sharpness")
         self._peaks = [group["lr"] for group in groups]
         sgd = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
         kind: Any = sgd if recipe.optimizer == "sgd" else torch.optim.AdamW
         self.optimizer: torch.optim.Optimizer = kind(groups, lr=recipe.peak_lr)
-        #: Running moments, and copies of the last that came from finite values.
+        #: Running moments, and copies of the last ones that came from finite values.
         self._moments = [(b, b.clone()) for m in moving for b in m.buffers(recurse=False)]
         averages = recipe.ema is not None
         self._average = [p.detach().clone() for p in self.parameters if averages]
@@ -246,7 +246,7 @@ class Run:
     def one_epoch(
         self, batches: Callable[[], Iterable[Any]], after_step: Callable[[], None] | None = None
     ) -> float | None:
-        """Train until batches or steps end; the mean loss, ``None`` if no step was taken."""
+        """Train until batches or steps end; return the mean loss, ``None`` without any step."""
         self.how.model.train()
         for module in self._still:
             module.training = False
@@ -254,7 +254,7 @@ class Run:
             saved.copy_(buffer)
         here, iterator = self._begin(batches)
         while self.count.step < self.n_steps:
-            if after_step is not None:  # between steps all that counts is consistent
+            if after_step is not None:  # between steps, the state is consistent
                 here["random"] = random_state()
                 after_step()
             gathered = list(islice(iterator, self.how.recipe.accumulate))
@@ -275,13 +275,13 @@ class Run:
         if not here["n_batches"]:
             raise DataError(
                 "fine-tuning: a pass over the batches gave none. Give batches that can be read "
-                "again, or a callable that gives those of the k-th epoch."
+                "again, or a callable that returns the batches of the k-th epoch."
             )
         losses = here["losses"]
         return sum(losses) / len(losses) if losses else None
 
     def _share_moments(self) -> None:
-        """Running moments of several ranks become their mean: each has followed its own batches."""
+        """Replace all ranks' running moments, which followed different batches, by their mean."""
         size = distributed.here().size
         if size == 1:
             return
@@ -294,12 +294,12 @@ class Run:
             saved.copy_(buffer)
 
     def _begin(self, batches: Callable[[], Iterable[Any]]) -> tuple[dict[str, Any], Iterator[Any]]:
-        """The epoch's record and its batches, without those that it has used already."""
+        """The epoch's record and its remaining batches."""
         if self.epoch is None:
             start = random_state()
             self.epoch = {"n_batches": 0, "losses": [], "start": start, "random": start}
             return self.epoch, iter(batches())
-        # The order may be drawn when the iterator is made: it has to meet the same random state.
+        # Creating the iterator can draw the order, so it needs the same random state.
         set_random_state_(self.epoch["start"])
         iterator = iter(batches())
         for _ in islice(iterator, self.epoch["n_batches"]):
@@ -308,7 +308,7 @@ class Run:
         return self.epoch, iterator
 
     def _rate(self) -> float:
-        """Linear warm-up, then cosine to 0; a factor of the peak rate."""
+        """The factor of the peak rate: linear warm-up, then cosine to 0."""
         warmup = round(self.how.recipe.warmup * self.n_steps)
         if self.count.step < warmup:
             return (self.count.step + 1) / (warmup + 1)
@@ -316,7 +316,7 @@ class Run:
         return 0.5 * (1 + math.cos(math.pi * done))
 
     def _usable(self, gathered: list[Any]) -> list[Any]:
-        """Without batches of one example where statistics are trained: those have no statistics."""
+        """The batches, without single examples if statistics are trained: they have no variance."""
         if self.how.recipe.statistics == "frozen":
             return gathered
         usable = [batch for batch in gathered if runtime.n_examples_of(batch) != 1]
@@ -324,19 +324,19 @@ class Run:
         return usable
 
     def _one_step(self, gathered: list[Any]) -> float | None:
-        """One step; its loss, or ``None`` if it was left out."""
+        """Take one step; return its loss, or ``None`` if it was skipped."""
         if not any(distributed.gather(len(gathered))):
             return None
         self.optimizer.zero_grad()
         value = self._gradients(gathered)
         if self.how.recipe.sharpness:
             self._sharpen(gathered)
-        # Clipping to infinity changes nothing, and gives the norm.
+        # Clipping to infinity changes nothing, but returns the norm.
         limit = math.inf if self.how.recipe.clip is None else self.how.recipe.clip
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         finite = math.isfinite(value) and math.isfinite(norm)
         for buffer, saved in self._moments:
-            # The forward pass has moved the running moments already, by values that may be NaN.
+            # The forward pass has already moved the running moments, perhaps by NaN values.
             saved.copy_(buffer) if finite else buffer.copy_(saved)
         if not finite:
             self._leave_out()
@@ -352,7 +352,7 @@ class Run:
         return value
 
     def _gradients(self, gathered: list[Any]) -> float:
-        """Gradients of the mean loss over these batches' examples, of all ranks; that loss."""
+        """Compute gradients of the mean loss over all ranks' examples; return that loss."""
         counts = [runtime.n_examples_of(batch) for batch in gathered]
         if distributed.here().shared:
             return distributed.backward_(
@@ -364,13 +364,13 @@ class Run:
         for batch, count in zip(gathered, counts, strict=True):
             part = count / max(1, sum(counts))
             loss = self.how.loss(batch)
-            # A factor of 1 would still round: a single batch is left as it is.
+            # No factor for a single batch: even a factor of 1 would round.
             (loss if len(gathered) == 1 else loss * part).backward()  # type: ignore[no-untyped-call]
             value += float(loss.detach()) * part
         return value
 
     def _sharpen(self, gathered: list[Any]) -> None:
-        """Replace the gradients by those uphill; running moments follow the first pass only."""
+        """Replace the gradients by the uphill ones; only the first pass moves running moments."""
         with (
             _values_kept(buffer for buffer, _ in self._moments),
             _uphill(self._norms, self.how.recipe.sharpness) as moved,
@@ -394,12 +394,12 @@ class Run:
         if self.count.bad_in_a_row >= _MOST_BAD_STEPS:
             raise NumericError(
                 f"fine-tuning: loss or gradient was not finite in {_MOST_BAD_STEPS} steps in a "
-                "row. Lower --lr, or look at the data."
+                "row. Lower --lr, or check the data."
             )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged parameters in the model for a while, where the recipe averages."""
+        """Put the averaged parameters into the model for a while, if the recipe averages."""
         if not self._average:
             yield
             return
@@ -410,7 +410,7 @@ class Run:
             yield
 
     def state(self) -> dict[str, Any]:
-        """All that the coming steps depend on but the model and the random state."""
+        """The state of the coming steps, except the model and the random state."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "average": list(self._average),
@@ -419,7 +419,7 @@ class Run:
         }
 
     def set_state_(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state` was taken."""
+        """Continue from a saved state."""
         self.optimizer.load_state_dict(state["optimizer"])
         for mean, value in zip(self._average, state["average"], strict=True):
             mean.copy_(value)
@@ -428,7 +428,7 @@ class Run:
 
 
 def followed(model: nn.Module) -> list[nn.Module]:
-    """Modules whose own state may change in training: norms, and torch's own."""
+    """Modules whose own state can change in training: norm layers, and torch's own modules."""
     norms = {id(site.module) for site in find_norms(model)}
     return [
         module for module in model.modules()
@@ -437,7 +437,7 @@ def followed(model: nn.Module) -> list[nn.Module]:
 
 
 def n_steps_of(recipe: FinetuneRecipe, batches: runtime.Batches) -> int:
-    """The steps of a run; batches without a length are counted by a pass over them."""
+    """The number of steps of a run; batches without a length are counted in a pass."""
     if recipe.steps is not None:
         return recipe.steps
     first: Any = runtime.pass_of(batches, 0)

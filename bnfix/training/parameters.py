@@ -1,4 +1,4 @@
-"""What is trained: groups of parameters, the head, and the decay of each norm layer by its role."""
+"""Trained parameters: their groups, the head, and each norm layer's decay by its role."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from bnfix.metrics.evaluate import first_look
 from bnfix.models.graph import graph_of
 from bnfix.norm.sites import find_norms
 
-#: What can be the head of a network with an output at every position.
+#: Layers that can be the head of a network with an output at every position.
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-#: How far logits may be from what the moved head should give, by the largest of them.
+#: Largest error of logits after the head was changed, relative to the largest logit.
 _ROUNDING = 1e-4
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -40,25 +40,25 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Sort the parameters to train into groups for any torch optimizer.
 
-    Gamma and beta of the norm layers are the group named ``norms``, with ``weight_decay`` 0: torch
-    decays toward 0 only, so theirs is a step of its own, `decay_norms_`, for which the group
-    carries ``norm_decay``. The group named ``others`` is the rest. Frozen norm layers are in none,
-    tied parameters are in one once, and a group without parameters is left out.
+    The group ``norms`` holds gamma and beta of the norm layers, with ``weight_decay`` 0. Torch can
+    only decay toward 0, so their decay is a separate step, `decay_norms_`; the group carries its
+    ``norm_decay``. The group ``others`` holds all other parameters. No group contains frozen norm
+    layers, tied parameters occur once, and an empty group is left out.
 
     Args:
-        model: any module; ``requires_grad`` is neither looked at nor set.
+        model: any module; ``requires_grad`` is neither read nor set.
         lr: learning rate of both groups.
-        weight_decay: of the others.
-        norm_decay: noted in the norms' group, as ``norm_decay``; no optimizer acts on it.
-        train: ``norms``, ``head``, ``norms+head``, ``last-norm+head`` (of the norm layers only the
-            last one defined) or ``all``.
-        head: what ``head`` means; by default the last linear layer or 1x1 convolution defined.
+        weight_decay: weight decay of ``others``.
+        norm_decay: decay to record in ``norms`` as ``norm_decay``; optimizers ignore it.
+        train: ``norms``, ``head``, ``norms+head``, ``last-norm+head`` (only the last norm layer
+            defined, and the head) or ``all``.
+        head: the head; by default the last linear layer or 1x1 convolution defined.
 
     Returns:
-        One or two groups, the norms first.
+        One or two groups, ``norms`` first.
 
     Raises:
-        ConfigError: if ``train`` is not known.
+        ConfigError: if ``train`` is unknown.
         ModelError: if there is nothing to train, or no head.
 
     Example:
@@ -98,29 +98,30 @@ def decay_norms_(
     norm_decay: float,
     target: str = "identity",
 ) -> None:
-    """Decay gamma and beta of the norm layers by one decoupled step; call it after the optimizer's.
+    """Decay gamma and beta of norm layers by one decoupled step; call it after the optimizer step.
 
     gamma <- t + (gamma - t)(1 - rate w), t = 1 for ``identity`` and 0 for ``zero``, w the decay;
-    beta <- beta (1 - rate w), as centring and scaling gates.
+    beta <- beta (1 - rate w), and so for centring and scaling gates.
     Over steps s: gamma_T - t = (gamma_0 - t) prod_s (1 - rate_s w).
 
     Args:
-        model: its norm layers but the frozen ones; or an iterable of just the layers to decay.
+        model: a model, whose norm layers decay except frozen ones; or an iterable of the layers.
         rate: the learning rate of the step.
-        norm_decay: w.
+        norm_decay: the decay w.
         target: ``identity``, ``zero``, or ``none``, which changes nothing.
 
     Raises:
-        ConfigError: if the target is not known, or the step would go beyond it.
+        ConfigError: if the target is unknown, or if the step would overshoot it.
 
     Changes:
-        ``weight`` and ``bias`` of the layers, and the first two rows of ``gates``; tied ones once.
+        ``weight`` and ``bias`` of the layers, and the first two rows of ``gates``; tied
+        parameters once.
 
     Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization",
     ICLR 2020, section 3.4. Differs: decoupled from the gradient, as in AdamW.
     """
     one_of(target, ("none", "zero", "identity"), "--norm-decay-target")
-    beyond = f"--norm-decay: {norm_decay:g} at a rate of {rate:g} leads beyond its target."
+    beyond = f"--norm-decay: {norm_decay:g} at a rate of {rate:g} overshoots its target."
     ok = 0 <= rate * norm_decay <= 1
     require(ok, f"{beyond} Expected a product from 0 to 1.", "norm_decay")
     if target == "none" or rate * norm_decay == 0:
@@ -152,7 +153,7 @@ def head_of(
     *,
     dense: bool = False,
 ) -> nn.Module:
-    """Find the last linear layer, or convolution (1x1, unless dense), with so many outputs."""
+    """Find the last linear layer or convolution (1x1, unless dense) with ``n_classes`` outputs."""
     for module in reversed(modules):
         pointwise = isinstance(module, nn.Conv2d) and set(module.kernel_size) == {1}
         n_outputs = None
@@ -174,18 +175,18 @@ def find_head(
     batches: Iterable[Any],
     forward: runtime.Forward | None = None,
 ) -> nn.Module:
-    """Run a batch to see which layer is the head; ``what`` is what that is for."""
+    """Run one batch to find the head; ``what`` names the purpose in messages."""
     modules = {
         name: module for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, *CONVOLUTIONS))
     }  # fmt: skip
-    # The first rank that has a batch says which layer all of them use.
+    # The first rank with a batch decides for all ranks.
     (calls, (n_outputs, dense)), *_ = first_look(what, model, modules, batches, forward, _form)
     return head_of([modules[name] for name, _ in calls], n_outputs, what, dense=dense)
 
 
 def _form(output: Any) -> tuple[int | None, bool]:
-    """How many outputs there are a position, if that is plain, and whether there are positions."""
+    """The number of outputs per position, if it is clear, and whether there are positions."""
     for read in (runtime.output_of, runtime.logits_of):
         with suppress(ModelError):
             found = read(output)
@@ -197,17 +198,17 @@ def _form(output: Any) -> tuple[int | None, bool]:
 def move_logits_(
     model: nn.Module, head: Any, batch: Any, scale: float, shift: Tensor | None = None
 ) -> None:
-    """Make the logits z into scale z + shift by the head's weights and bias, or change nothing.
+    """Turn the logits z into scale z + shift by the head's weights and bias, or change nothing.
 
-    With weights W and bias b the head gets scale W and scale b + shift; that the logits follow is
-    checked on the batch.
+    With weights W and bias b the head gets scale W and scale b + shift. The new logits are checked
+    on the batch.
 
     Raises:
-        ModelError: if there is no bias to shift, or the logits do not follow, because something
-            that does not keep scale or shift comes after the head, or its weights serve elsewhere.
+        ModelError: if there is no bias to shift, or if the logits do not follow: a later operation
+            loses scale or shift, or the head's weights are also used elsewhere.
     """
     if shift is not None and head.bias is None:
-        raise ModelError("the head has no bias that could hold the shift.")
+        raise ModelError("the head has no bias for the shift.")
     before, wanted = guards.Snapshot(head), scale * _logits(model, batch)
     if shift is not None:
         wanted += shift.to(wanted)
@@ -220,8 +221,8 @@ def move_logits_(
     if not error <= _ROUNDING * wanted.abs().max():
         before.restore_()
         raise ModelError(
-            "the logits do not follow their last layer: something comes after it, or its weights "
-            "are used elsewhere too."
+            "the logits do not follow their last layer: another operation comes after it, or its "
+            "weights are also used elsewhere."
         )
 
 
@@ -230,17 +231,17 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
         return runtime.logits_of(runtime.run(model, batch, runtime.device_of(model))).double()
 
 
-# --- roles of norm layers in residual branches, found from the graph ---
+# --- roles of norm layers in residual branches, found in the graph ---
 
 
 def decays_of(
     model: nn.Module, layers: Sequence[nn.Module], recipe: FinetuneRecipe
 ) -> list[tuple[float, list[nn.Module]]]:
-    """The decay of each role and its layers."""
+    """The decay of each role, and its layers."""
     decays = recipe.norm_decays
     if decays.keys() <= {"other"}:
         return [(decays.get("other", 0.0), list(layers))]
-    # Layers of a role without a decay of its own are others.
+    # Layers whose role has no decay of its own count as others.
     found = {m: role for m, role in norm_roles(model).items() if role in decays}
     return [
         (decay, [m for m in layers if found.get(m, "other") == role])
@@ -251,10 +252,10 @@ def decays_of(
 def norm_roles(model: nn.Module) -> dict[nn.Module, str]:
     """Each norm layer that is the ``last`` of a residual branch, its ``shortcut`` or the ``stem``.
 
-    A residual branch ends in an addition. The side with fewer convolutions and linear layers since
-    the two parted is the shortcut, which has one at most. On each side the layer meant is the one
-    whose output is added, seen through modules with one input, and through the product with a gate.
-    A stem has no norm layer before it.
+    A residual branch ends in an addition. The shortcut is the side with fewer convolutions and
+    linear layers since the split, at most one. On each side the role belongs to the norm layer
+    whose output is added, directly or through modules with one input and products with a gate. A
+    stem has no norm layer before it.
     """
     norms = {site.module for site in find_norms(model)}
     try:
@@ -273,7 +274,7 @@ class _Roles:
             n: model.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"
         }
         self._norms = norms
-        #: All nodes that a node depends on, itself included.
+        #: All nodes that a node depends on, including itself.
         self._before: dict[fx.Node, set[fx.Node]] = {}
         for node in graph.nodes:
             given = [self._before[n] for n in node.all_input_nodes]
@@ -288,7 +289,7 @@ class _Roles:
                 self.found.setdefault(module, "stem")
 
     def _name(self, *sides: fx.Node) -> None:
-        """Give the two sides of an addition their roles."""
+        """Assign roles to the two sides of an addition."""
         first, second = sides
         counts = [
             sum(
@@ -298,16 +299,16 @@ class _Roles:
             for side, other in ((first, second), (second, first))
         ]
         if min(counts) > 1 or counts[0] == counts[1]:
-            return  # two branches, none of which is a shortcut
+            return  # two branches without a shortcut
         for side, count in zip(sides, counts, strict=True):
             layer = self._last_norm(side)
             if layer is not None:
                 self.found.setdefault(layer, "shortcut" if count == min(counts) else "last")
 
     def _last_norm(self, node: fx.Node) -> nn.Module | None:
-        """The norm layer whose output alone a node has, if there is one."""
+        """The norm layer whose output alone reaches a node, if there is one."""
         if len(node.users) > 1:
-            return None  # an identity shortcut from where the branch begins
+            return None  # an identity shortcut from the start of the branch
         while (module := self._module.get(node)) not in self._norms:
             given = node.all_input_nodes
             if node.target in _PRODUCTS and len(given) == 2:

@@ -1,1 +1,1 @@
-"""The example weight, chosen with labels or without."""
+"""The choice of example weights, with labels or without."""

@@ -1,8 +1,8 @@
-"""`choose_example_weight_`: candidates in rising freedom, each before the gate.
+"""`choose_example_weight_`: candidates with increasing freedom, each judged by the gate.
 
-keep; one weight for the model by bracketed search; one a layer; one a channel, by gradient. Every
-level starts from the last that was admitted, is fitted on the fit batches (a part of them decides
-when to stop), and takes over only if the gate admits it on the select batches.
+The levels are: keep; one weight for the model, by bracketed search; one per layer and one per
+channel, by gradient. Each level starts from the last admitted one and is fitted on the fit batches
+(a part of them decides when to stop). It takes over only if the gate admits it on the select split.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from bnfix.norm.layer import (
 )
 from bnfix.norm.mixture import trainable_weights
 
-#: Batches that a fit of few numbers uses at least.
+#: Least number of batches for a fit of a few numbers.
 _LEAST_BATCHES = 8
 
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The loss at one weight for the model, on the fit examples."""
+    """The loss with one weight for the whole model, on the fit examples."""
 
     example_weight: float
     nll: float
@@ -49,53 +49,53 @@ class CurvePoint:
 
 @dataclass
 class WeightSearch:
-    """Finds weights of some layers on labelled examples, and counts what that costs."""
+    """Finds weights of some layers on labelled examples, and counts the cost."""
 
-    #: The gate's name for these weights, and for its candidates in rising freedom.
+    #: The gate's name for these weights, and for the candidates in order of freedom.
     stage: ClassVar[str] = "example weight"
     names: ClassVar[Mapping[str, str]] = {
         "global": "one example weight",
         "layer": "example weight per layer",
         "channel": "example weight per channel",
     }
-    #: Tried first, beside 0.
+    #: The weights tried first, in addition to 0.
     coarse: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.1, 0.3)
 
     model: nn.Module
-    layers: dict[str, Any]  # generalized; a mixture's may be any Batch Norm
+    layers: dict[str, Any]  # generalized layers; for mixtures, any Batch Norm
     monitor: Iterable[Any]
     learn: runtime.Batches
     forward: runtime.Forward | None
     precision: str  # of evaluation; learning is in fp32
     task: Task = LABELS
-    n_batches: int = 0  # of a pass, as are the examples
+    n_batches: int = 0  # per pass, like the next two
     n_examples: int = 0
     n_watched: int = 0
-    n_run: int = 0  # examples so far; with gradients three times
+    n_run: int = 0  # examples run so far; an example with gradients counts three times
     seconds_an_example: float = 0.0
 
     @property
     def modules(self) -> nn.ModuleList:
-        """The layers as one module, to go back to as it is."""
+        """The layers as one module, for snapshots."""
         return nn.ModuleList(self.layers.values())
 
     def set_(self, weights: Mapping[str, Any]) -> None:
-        """Set the weight of some layers, a number or one a channel."""
+        """Set the weights of some layers, one number or one per channel."""
         set_example_weight_(self.model, weights)
 
     def leaves(self, granularity: str, start: float) -> AbstractContextManager[dict[str, Tensor]]:
-        """Let the weights take gradients; all is put back on leaving."""
+        """Let the weights take gradients; restore everything at exit."""
         return trainable_weights(self.layers, granularity, start)
 
     def one_weight(self) -> tuple[CurvePoint, ...]:
-        """One weight for all layers by bracketed search; leaves the best one set."""
+        """Find one weight for all layers by bracketed search; leave the best one set."""
         points: dict[float, CurvePoint] = {}
         self._count()
 
         def loss(a: float) -> float:
             if a not in points:
                 self.set_(dict.fromkeys(self.layers, a))
-                # One number needs few examples: a part of the batches is as good, and cheaper.
+                # A single number needs few examples: a part of the batches is cheaper.
                 found = self._score(itertools.islice(runtime.pass_of(self.learn, 0), self._part(3)))
                 points[a] = CurvePoint(a, found.nll, found.top1)
             return points[a].nll
@@ -111,11 +111,11 @@ class WeightSearch:
         return tuple(points[a] for a in sorted(points))
 
     def thin(self, part: float, squares: dict[str, Tensor]) -> None:
-        """Set layers back to 0 that hardly matter: a layer with weight 0 costs nothing."""
-        # In the order of their Wald statistics, sum over channels of a^2 E[(dL/da)^2], as many as
-        # together, with a standard error, give up less than `part` of the gain on the monitor
-        # examples. (Channels cannot be told apart so: nearly every single one is insignificant,
-        # and all of them together are the gain.)
+        """Reset layers that hardly matter to 0: a layer with weight 0 costs nothing."""
+        # Layers are reset in the order of their Wald statistics, sum over channels of
+        # a^2 E[(dL/da)^2], as long as they lose, including one standard error, less than `part` of
+        # the gain on the monitor examples. (This does not work for channels: nearly every one alone
+        # is insignificant, but together they are the gain.)
         weights = {name: layer.example_weight for name, layer in self.layers.items()}
         live = {name: weight for name, weight in weights.items() if bool((weight > 0).any())}
         wald = {n: float((w.square() * squares.get(n, 0.0)).sum()) for n, w in live.items()}
@@ -130,8 +130,8 @@ class WeightSearch:
 
         def lost(n: int) -> float:
             difference = without(n) - full
-            # That it seems to have helped is chance; a loss that hides in the noise is not ruled
-            # out, and the less so the fewer the examples.
+            # An apparent gain is chance. A loss hidden in the noise cannot be excluded, least of
+            # all with few examples.
             error = float(difference.std() / np.sqrt(len(difference)))
             return max(float(difference.mean()), 0.0) + error
 
@@ -139,19 +139,19 @@ class WeightSearch:
             return
         full = without(0)
         limit = part * max(float((without(len(order)) - full).mean()), 0.0)
-        low, high = 0, len(order)  # low layers are known to be dispensable, high are not
+        low, high = 0, len(order)  # `low` layers are known to be dispensable, `high` are not
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if lost(middle) <= limit else (low, middle)
         set_without(low)
 
     def learned(self, granularity: str, recipe: WeightRecipe) -> dict[str, Tensor]:
-        """Weights per layer or channel by projected Adam; leaves the best epoch's set."""
+        """Learn weights per layer or channel by projected Adam; leave the best epoch's set."""
         best_loss, best, squares = np.inf, dict[str, Tensor](), dict[str, Tensor]()
         if not self.n_batches:
             self._count()
         part, epochs = self.n_batches, recipe.epochs
-        if granularity == "layer":  # one number a layer needs fewer examples than one a channel
+        if granularity == "layer":  # one number per layer needs fewer examples
             part, epochs = self._part(2), min(1, epochs)
         trainable = self.leaves(granularity, recipe.start)
         with (
@@ -181,7 +181,7 @@ class WeightSearch:
         return squares
 
     def _part(self, n: int) -> int:
-        """Batches in an n-th of a pass, but not too few of them."""
+        """The number of batches in an n-th of a pass, but not too few."""
         return max(1, self.n_batches // n, min(self.n_batches, _LEAST_BATCHES))
 
     def _loss(self, batch: Any) -> Tensor:
@@ -202,10 +202,10 @@ class WeightSearch:
         return found
 
     def _count(self) -> None:
-        """Batches and examples of a pass."""
+        """Count the batches and examples of a pass."""
         sizes = [runtime.n_examples_of(batch) for batch in runtime.pass_of(self.learn, 0)]
         watched = sum(runtime.n_examples_of(batch) for batch in self.monitor)
-        # Ranks go through their batches side by side.
+        # All ranks run their batches in parallel.
         counts = distributed.gather((len(sizes), sum(sizes), watched))
         self.n_batches = max(n for n, *_ in counts)
         self.n_examples = sum(n for _, n, _ in counts)
@@ -213,8 +213,8 @@ class WeightSearch:
 
 
 def best_root(loss: Callable[[float], float], losses: Mapping[float, float], n_steps: int) -> float:
-    """The root of the best weight, by steps between the neighbours of the best root so far."""
-    # Over the root of the weight the curve is flatter, and the resolution near 0 finer.
+    """The square root of the best weight, searched between the neighbours of the best so far."""
+    # As a function of the root, the curve is flatter and the resolution near 0 is finer.
     best = min(losses, key=lambda root: losses[root])
     low = max((root for root in losses if root < best), default=0.0)
     high = min((root for root in losses if root > best), default=1.0)
@@ -237,7 +237,7 @@ def descent(
     lr: float,
     n_steps: int,
 ) -> Iterator[tuple[dict[str, Tensor], Callable[[], None]]]:
-    """Weights as leaves, in evaluation, and a step of Adam on them, projected to [0, 1]."""
+    """The weights as leaves, in evaluation mode, and an Adam step on them, projected to [0, 1]."""
     with (
         guards.modes_kept(model),
         guards.state_kept(model, but=list(layers.values())),
@@ -261,19 +261,19 @@ def descent(
 
 @dataclass(frozen=True, repr=False)
 class WeightChoice:
-    """The candidates, the one that won, and by how much."""
+    """The candidates, the winner, and the resulting weights."""
 
-    decisions: tuple[Decision, ...]  # one a level tried
+    decisions: tuple[Decision, ...]  # one per level tried
     chosen: str  # the level that won: keep, global, layer or channel
     curve: tuple[CurvePoint, ...]  # the search over one weight for the model, by weight
-    weights: dict[str, float | list[float]]  # of every layer afterwards, a number or one a channel
-    excluded: tuple[str, ...]  # layers that keep theirs: a single position a map, or no statistics
+    weights: dict[str, float | list[float]]  # every layer's afterwards, one number or per channel
+    excluded: tuple[str, ...]  # layers that keep their weight: 1x1 feature maps or no statistics
     n_live: int  # layers with a weight above 0
-    #: In evaluation passes over all examples given: those learned from, those that say when to
-    #: stop, and the gate's. One with gradients counts as 3.
+    #: The cost, in evaluation passes over all given examples: those to learn from, those to stop
+    #: by, and the gate's. A pass with gradients counts as 3.
     passes: float
     seconds: float
-    #: The same time in passes as long as they took here with weight 0; None if nothing was tried.
+    #: The time, in evaluation passes at weight 0 on this machine; None if nothing was tried.
     clock_passes: float | None = None
 
     def __repr__(self) -> str:
@@ -300,23 +300,23 @@ def choose_example_weight_(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> WeightChoice:
-    """Choose how much the example counts in its own statistics, or leave it as it is.
+    """Choose the weight of the example in its own statistics, or keep the present weights.
 
     Args:
-        model: with generalized layers, on the device to run on.
-        batches: labelled ``(x, y)`` to fit on, or a callable that gives those of the k-th pass.
+        model: a model with generalized layers, on the device to run on.
+        batches: labelled ``(x, y)`` to fit on, or a callable that returns the k-th pass's batches.
         select: labelled batches for the gate; by default every fourth of ``batches``.
-        monitor: labelled batches that say when to stop; by default every fifth of the rest.
-        task: what the weights are judged by, as in `evaluate`.
-        reference: a network whose predictions stand in for labels, as in `evaluate`.
-        recipe: granularity, rates, whether layers with one position take part.
-        z: standard errors that the gate demands.
+        monitor: labelled batches that decide when to stop; by default every fifth of the rest.
+        task: the task that the weights are judged by, as in `evaluate`.
+        reference: a network whose predictions replace the labels, as in `evaluate`.
+        recipe: granularity, learning rate, and whether layers with 1x1 feature maps take part.
+        z: number of standard errors that the gate requires.
         incumbent: name and select metrics of the current model, if known.
-        forward: called as ``forward(model, batch)`` for unusual batches.
+        forward: called as ``forward(model, batch)``, for batches in an unusual form.
         precision: ``fp32``, ``bf16`` or ``fp16`` for evaluation; learning is in fp32.
 
     Returns:
-        The decisions with all numbers, and the weights now set.
+        The decisions with all their numbers, and the weights that are now set.
 
     Raises:
         NormError: if the model has no generalized layer.
@@ -325,7 +325,7 @@ def choose_example_weight_(
     Changes:
         ``example_weight`` of the layers, if a candidate won; nothing after an exception.
     Restores:
-        Modes, ``requires_grad``, gradients, random state, and what forward changes by itself.
+        Modes, ``requires_grad``, gradients, random state, and all state that forward changes.
     """
     recipe = recipe or WeightRecipe()
     started = time.perf_counter()
@@ -370,7 +370,7 @@ def choose_example_weight_(
 
 
 class Levels:
-    """Candidates in rising freedom: each starts from the last that was admitted."""
+    """Candidates with increasing freedom; each starts from the last admitted one."""
 
     def __init__(
         self,
@@ -394,7 +394,7 @@ class Levels:
         return judge(self._search.stage, named, incumbent, self._z), found
 
     def try_(self, level: str) -> None:
-        """Fit a level, and keep it if the gate admits it."""
+        """Fit a level and keep it if the gate admits it."""
         if level == "global":
             self.curve = self._search.one_weight()
         else:
@@ -410,15 +410,15 @@ class Levels:
             self.put_back_()
 
     def put_back_(self) -> None:
-        """Go back to the level admitted last."""
+        """Restore the last admitted level."""
         self._admitted.restore_()
 
     def thin_later(self) -> None:
-        """Thin the layers' weights, if that was left for a finer level that was not admitted."""
+        """Thin the per-layer weights if this was left to a finer level that was not admitted."""
         if self.chosen != "layer" or self._recipe.granularity == "layer":
             return
         self._search.thin(self._recipe.thin, self._squares["layer"])
-        # Against what the layers' weights were admitted against, of which thinning gives up a part.
+        # Judged against the same incumbent as before thinning, which loses some of the gain.
         decision, _ = self._judge("layer", self._below)
         if decision.admitted:
             self.decisions["layer"] = decision
@@ -439,13 +439,13 @@ def weighable_layers(
     pointwise: bool = False,
     beside_batch: bool = False,
 ) -> tuple[dict[str, GeneralizedBatchNorm], list[str]]:
-    """The layers whose example weight may be chosen, seen on one batch, and names of the others.
+    """The layers whose example weight can be chosen, found on one batch; names of the others.
 
-    Those with a batch weight, which leaves less room for it, are among them where that is asked.
+    ``beside_batch`` includes layers with a batch weight, which limits the example's.
     """
     # With a single position the example's variance is 0 and the formula turns into a squashing
-    # non-linearity, |x_hat| <= sqrt((1-a)/a); such layers take part only with `pointwise`. A layer
-    # that is called more than once counts by its smallest map, one that is not reached never.
+    # nonlinearity, |x_hat| <= sqrt((1-a)/a). Such layers take part only with `pointwise`. For a
+    # layer called more than once, its smallest feature map counts; unreached layers are excluded.
     everything = dict(generalized_norms(model))
     fewest: dict[str, int] = {}
     for calls, _ in first_look("example weight", model, everything, batches, forward):
@@ -464,15 +464,14 @@ def weighable_layers(
 def _divide(
     batches: runtime.Batches, select: Iterable[Any] | None, monitor: Iterable[Any] | None
 ) -> tuple[runtime.Batches, Iterable[Any], Iterable[Any]]:
-    """Batches to learn from, to stop by, and for the gate; each can be read repeatedly."""
+    """The batches to learn from, to stop by, and for the gate; all can be read repeatedly."""
     if select is None or monitor is None:
         batches = list(runtime.pass_of(batches, 0))
         least = 1 + (select is None) + (monitor is None)
         if len(batches) < least:
             raise DataError(
-                f"batches: {len(batches)}, expected at least {least} so that some can be held out "
-                "for the gate and to stop by. Give smaller batches, or give the held-out ones "
-                "yourself."
+                f"batches: {len(batches)}, expected at least {least}: some are held out for the "
+                "gate and for early stopping. Give smaller batches, or the held-out ones yourself."
             )
     batches, select = runtime.hold_out(batches, select, every=4)
     learn, monitor = runtime.hold_out(batches, monitor, every=5)

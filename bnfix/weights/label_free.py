@@ -1,20 +1,20 @@
-"""Example weights without labels: fitted to what the network met and said while it was trained.
+"""Example weights without labels: fitted to the network's training statistics or predictions.
 
-In training an example was normalized together with B - 1 others drawn at random; inference is to
-stand in for that, with the population and the example itself. Two fits of how much the example
-should count, both made by letting the layers normalize random batches of B as in training:
+In training, an example was normalized together with B - 1 random others. Inference should imitate
+that, with only the population and the example itself. Two fits of the example's weight, both of
+which let the layers normalize random batches of B as in training:
 
-``fit_moments_``: per layer, by least squares: the moments of a batch, from those of the population
-and of one of its examples. With s = var_p + eps, over all examples i, their batches b and channels,
+``fit_moments_``: per layer, by least squares, the moments of a batch from the moments of the
+population and of one example. With s = var_p + eps, over examples i, their batches b and channels,
 
     J(a) = mean[(mean_b - mean(a))^2 / s + (var_b - var(a))^2 / (2 s^2)],
 
-``mean(a)`` and ``var(a)`` being the layer's own mixture; the weights of the two terms are those of
+``mean(a)`` and ``var(a)`` are the layer's own mixture; the two terms have the same weights as in
 the divergence between normal distributions. J is a quartic in a, so its minimum is found exactly.
 
-``fit_predictions_``: by the divergence KL(p || q(a)) of predictions in inference, q, from the mean
-prediction in training mode, p, over several random batches: one weight for the model, then one a
-layer, kept only where it does better on examples that it was not fitted on.
+``fit_predictions_``: by the divergence KL(p || q(a)) of the inference predictions q from p, the
+mean prediction in training mode over several random batches. It fits one weight for the model, then
+one per layer, and keeps a fit only if it is better on held-out examples.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from bnfix.norm.mixture import centred, trainable_weights
 from bnfix.norm.moments import example_moments, mix, over_channel_groups
 from bnfix.weights.choose import best_root, descent
 
-#: Examples that the fits look at, at most: one or two numbers a layer need no more.
+#: Most examples for a fit: one or two numbers per layer need no more.
 MOST_EXAMPLES = 1024
-#: Random batches that an example's prediction in training mode is the mean over.
+#: Number of random batches over which an example's training-mode prediction is averaged.
 N_DRAWS = 8
 _LR, _START, _EPOCHS = 0.02, 0.05, 3
 
@@ -53,18 +53,18 @@ _Pairs = list[tuple[Any, Tensor]]
 
 @dataclass(frozen=True)
 class LabelFree:
-    """A fit without labels; the weights are set."""
+    """The record of a fit without labels, whose weights are set."""
 
     how: str  # fit-moments or fit-predictions
     train_batch_size: int
     n_examples: int
     weights: dict[str, float]  # by layer
-    #: KL from the mean training-mode prediction, nats, on held-out examples: with weight 0, and
-    #: with the weights found; None for fit-moments.
+    #: KL from the mean training-mode prediction, in nats, on held-out examples: with weight 0, and
+    #: with the fitted weights; None for fit-moments.
     divergence: tuple[float, float] | None = None
 
     def describe(self) -> str:
-        """The fit in a sentence."""
+        """The fit in one sentence."""
         values = sorted(self.weights.values())
         text = (
             f"{self.how}: example weights from {self.n_examples} examples in random batches of "
@@ -73,8 +73,8 @@ class LabelFree:
         if self.divergence is None:
             return f"{text}."
         return (
-            f"{text}; divergence from predictions in training mode {self.divergence[0]:.3g} with "
-            f"weight 0, {self.divergence[1]:.3g} with these."
+            f"{text}; divergence from training-mode predictions {self.divergence[0]:.3g} with "
+            f"weight 0, {self.divergence[1]:.3g} with these weights."
         )
 
 
@@ -87,7 +87,7 @@ def fit_moments_(
     granularity: str = "channel",
     seed: int = 0,
 ) -> LabelFree:
-    """Set each layer's example weight to what best predicts the moments of training batches."""
+    """Set each layer's example weight to the value that best predicts training batches' moments."""
     _check(train_batch_size, layers)
     polynomials = {name: np.zeros(5) for name in layers}
     n_examples = 0
@@ -127,7 +127,7 @@ def fit_predictions_(
     granularity: str = "channel",
     seed: int = 0,
 ) -> LabelFree:
-    """Set example weights so that inference says what training mode said on average."""
+    """Fit example weights so that inference predicts the average prediction in training mode."""
     _check(train_batch_size, layers)
     pairs = _targets(model, batches, train_batch_size, seed)
     n_examples = sum(len(target) for _, target in pairs)
@@ -170,31 +170,31 @@ def fit_predictions_(
 def _check(train_batch_size: int, layers: Mapping[str, GeneralizedBatchNorm]) -> None:
     if train_batch_size < 2:
         raise ConfigError(
-            f"--train-batch-size: {train_batch_size}, expected at least 2 to fit example weights "
-            "by. In batches of 1 an example was normalized by itself: give --example-weight 1.",
+            f"--train-batch-size: {train_batch_size}, expected at least 2 to fit example weights. "
+            "Batches of 1 normalize an example by its own statistics: give --example-weight 1.",
             name="train_batch_size",
         )
     if not layers:
-        raise NormError("example weight: the model has no layer that could weigh the example.")
+        raise NormError("example weight: the model has no layer that can weigh the example.")
 
 
 def _require_some(n_examples: int, train_batch_size: int) -> None:
     if n_examples == 0:
         raise DataError(
-            f"example weight: too few examples for batches of {train_batch_size} to fit to and to "
-            "check by. Give more data, or a larger --batch-size."
+            f"example weight: too few examples to fit and to check with batches of "
+            f"{train_batch_size}. Give more data, or a larger --batch-size."
         )
 
 
 @contextmanager
 def _as_in_training(model: nn.Module, size: int) -> Iterator[None]:
-    """Norm layers normalize runs of ``size`` examples by themselves; all else runs as inference."""
+    """Let norm layers normalize runs of ``size`` examples; all other layers run as in inference."""
     layers = [layer for _, layer in generalized_norms(model) if not layer.frozen]
     before = [(layer.ghost_size, layer.track_running_stats) for layer in layers]
     with guards.inference(model):
         try:
             for layer in layers:
-                # Without tracking the running moments are neither used nor changed.
+                # Without tracking, the running moments are neither used nor changed.
                 layer.training, layer.ghost_size, layer.track_running_stats = True, size, False
             yield
         finally:
@@ -208,7 +208,7 @@ def _whole(batches: Iterable[Any], size: int) -> Iterator[Any]:
     for batch in batches:
         if masks.mask_in(batch):
             raise DataError(
-                "example weight: the batches have a mask or lengths, expected unpadded ones to "
+                "example weight: the batches have a mask or lengths, expected unpadded batches to "
                 "fit without labels. Use --example-weight auto, match or a number."
             )
         x = runtime.unpack(batch)[0]
@@ -223,12 +223,12 @@ def _whole(batches: Iterable[Any], size: int) -> Iterator[Any]:
 def _quartic(
     mean: Tensor, var: Tensor, base: tuple[Tensor, Tensor], eps: float, size: int
 ) -> np.ndarray:
-    """Coefficients of J(a), summed over examples, from a^0; moments ``(N, C)`` in runs of size."""
+    """Coefficients of J(a) from a^0, summed over examples; moments ``(N, C)`` in runs."""
     n, channels = mean.shape
     runs = (n // size, size, channels)
     batch_mean, batch_var = mix(mean.view(runs), var.view(runs), dim=1)
     scale = base[1] + eps
-    # By the population: d of the example's mean, e of its batch's, v and w of the variances.
+    # Relative to the population: d, e of the example's and batch's means, v, w of the variances.
     d = ((mean - base[0]) / scale.sqrt()).double()
     v = ((var - base[1]) / scale).double()
     e = ((batch_mean - base[0]) / scale.sqrt()).double().repeat_interleave(size, 0)
@@ -242,12 +242,12 @@ def _quartic(
         -q * dd,
         dd.square() / 2,
     )
-    # A mean over channels, so that wide layers count no more than narrow ones in a common weight.
+    # A mean over channels, so that wide and narrow layers count equally in a common weight.
     return np.array([float(term.mean(1).sum()) for term in terms])
 
 
 def _least(coefficients: np.ndarray) -> float:
-    """Where in [0, 1] a polynomial, from its constant, is least."""
+    """The minimizer in [0, 1] of a polynomial, given by its coefficients from the constant."""
     polynomial = np.polynomial.Polynomial(coefficients)
     roots = np.asarray(polynomial.deriv().roots(), dtype=np.complex128)
     inside = [float(r.real) for r in roots if abs(r.imag) < 1e-9 and 0 < r.real < 1]
@@ -255,7 +255,7 @@ def _least(coefficients: np.ndarray) -> float:
 
 
 def _targets(model: nn.Module, batches: Iterable[Any], size: int, seed: int) -> _Pairs:
-    """Inputs, and their mean softmax over random batches as in training."""
+    """Inputs, and their mean softmax over random training-mode batches."""
     rng = torch.Generator().manual_seed(seed)
     device = runtime.device_of(model)
     pairs: _Pairs = []
@@ -271,7 +271,7 @@ def _targets(model: nn.Module, batches: Iterable[Any], size: int, seed: int) -> 
 
 
 def _divergence(model: nn.Module, x: Any, target: Tensor) -> Tensor:
-    """KL of the model's predictions from the target, ``(N,)``."""
+    """KL divergence ``(N,)`` of the model's predictions from the target."""
     output = runtime.logits_of(runtime.run(model, (x,), runtime.device_of(model)))
     return F.kl_div(output.log_softmax(1), target.to(output.dtype), reduction="none").sum(1)
 
@@ -279,7 +279,7 @@ def _divergence(model: nn.Module, x: Any, target: Tensor) -> Tensor:
 def _descent(
     model: nn.Module, layers: Mapping[str, GeneralizedBatchNorm], pairs: _Pairs
 ) -> list[dict[str, Tensor]]:
-    """One weight a layer by projected Adam; gives the weights after every epoch."""
+    """Learn one weight per layer by projected Adam; return the weights after every epoch."""
     ends: list[dict[str, Tensor]] = []
     n_steps = _EPOCHS * len(pairs)
     trainable = trainable_weights(layers, "layer", _START)

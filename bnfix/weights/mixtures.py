@@ -1,18 +1,18 @@
-"""`choose_mixture_`: statistics between two pairs, by labelled examples, each before the gate.
+"""`choose_mixture_`: mixtures of old and new statistics, by labelled examples and the gate.
 
-Old and new statistics are mixed as `bnfix.recalibrate.targets` does, with a weight w of the new:
+Old and new statistics are mixed as in `bnfix.recalibrate.targets`, with weight w for the new:
 
     mean = (1 - w) mean_o + w mean_n
     var  = (1 - w) var_o + w var_n + w (1 - w) (mean_n - mean_o)^2
 
-First one w for the model, by the bracketed search of example weights; from there one a layer, by
-gradient. The layers stay static, so that a mixture costs nothing at inference.
+The first candidate is one w for the model, by the bracketed search of example weights; the next is
+one per layer, by gradient. The layers stay static, so a mixture costs nothing at inference.
 
-`learn_batch_weight_`: weights of the batch beside stored statistics, one a channel, by gradient,
+`learn_batch_weight_`: batch weights in addition to stored statistics, one per channel, by gradient,
 on batches in random order. Source: the second phase of TTN (Lim et al., "TTN: A Domain-Shift Aware
-Batch Normalization in Test-Time Adaptation", ICLR 2023). Differs: the labelled images are of the
-domain at hand, the start is one weight for all channels, and no penalty holds the weights to it;
-a gate judges them, in random order and sorted by class.
+Batch Normalization in Test-Time Adaptation", ICLR 2023). Differs: the labelled images come from the
+target domain, the start is one weight for all channels, and no penalty ties the weights to it; a
+gate judges them, in random order and sorted by class.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ from bnfix.weights.choose import Levels, WeightSearch
 
 _Moments = tuple[Tensor, Tensor]
 
-#: A rate at which few steps can go from one end to the other.
+#: A learning rate at which a few steps can move a weight from 0 to 1.
 _RATE = 0.1
 
 
 @dataclass(frozen=True)
 class MixtureChoice:
-    """The candidates, the one that won, and the weights of the new statistics."""
+    """The candidates, the winner, and the weights of the new statistics."""
 
-    decisions: tuple[Decision, ...]  # one a level tried
+    decisions: tuple[Decision, ...]  # one per level tried
     chosen: str  # keep, global or layer
-    weights: dict[str, float]  # by layer, of the level that won; none with keep
-    notes: tuple[str, ...]  # the same in words, and why a finer level was given up
+    weights: dict[str, float]  # the winner's, by layer; empty with keep
+    notes: tuple[str, ...]  # the result in words, and why a finer level was given up
 
 
 @dataclass
 class MixtureSearch(WeightSearch):
-    """Finds the weights of new statistics; between passes layers hold the mixture."""
+    """Finds the weights of new statistics; between passes, layers hold the mixture."""
 
     stage: ClassVar[str] = "statistics"
     names: ClassVar[Mapping[str, str]] = {
@@ -67,7 +67,7 @@ class MixtureSearch(WeightSearch):
     }
     coarse: ClassVar[tuple[float, ...]] = (0.1, 0.3, 0.6, 1.0)
 
-    #: Mean and variance ``(C,)``, float64, of each layer: the old ones and the new.
+    #: Each layer's old and new mean and variance ``(C,)``, float64.
     pairs: Mapping[str, tuple[_Moments, _Moments]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class MixtureSearch(WeightSearch):
 
     @contextmanager
     def leaves(self, granularity: str, start: float) -> Iterator[dict[str, Tensor]]:
-        """Let the weights, one a layer, take gradients; all is put back on leaving."""
+        """Let the weights, one per layer, take gradients; restore everything at exit."""
         leaves: dict[str, Tensor] = {}
         # Compiled code would not see the hooks.
         with guards.tensors_kept(self.modules), guards.hooks() as handles, eager():
@@ -105,14 +105,14 @@ def _lend(
     layer: Any,
     _: object,
 ) -> None:
-    """Let a layer normalize by the mixture, with its graph; a forward pre-hook."""
+    """Let a layer normalize by the mixture, with its autograd graph; a forward pre-hook."""
     buffers = layer._buffers
     mean, var = (moment.to(buffers["running_mean"]) for moment in between(*pair, leaf))
     if getattr(layer, "live", False):
         buffers.update(zip(_KEYS, (mean, var), strict=True))
         return
-    # torch's kernel gives statistics no gradient. So it goes by scale and shift, which with the
-    # mixture's own moments m, s as constants give the same function, and keep their values:
+    # torch's kernel has no gradient for statistics, so it goes through scale and shift. With the
+    # mixture's moments m, s as constants, this is the same function with the same values:
     # y = gamma s/sd (x - m)/s + beta + gamma (m - mean)/sd.
     buffers.update(zip(_KEYS, (mean.detach(), var.detach()), strict=True))
     if isinstance(layer, GeneralizedBatchNorm):
@@ -139,12 +139,12 @@ def choose_mixture_(
     forward: runtime.Forward | None = None,
     precision: str = "fp32",
 ) -> MixtureChoice:
-    """Choose how much of new statistics a model gets beside its old ones, by labelled batches.
+    """Choose the weight of new statistics against a model's old ones, by labelled batches.
 
     ``pairs`` holds old and new moments by layer, each mean and biased variance ``(C,)``, float64. A
-    layer where one of them is not finite keeps what it holds. The finest granularity ``channel`` is
-    as ``layer`` here. ``incumbent`` is what a mixture must beat; its task is that of the choice.
-    Running means and variances change only if a candidate won.
+    layer with a non-finite moment keeps its statistics. Granularity ``channel`` means ``layer``
+    here. A mixture must beat the ``incumbent``, whose task also judges the choice. Running means
+    and variances change only if a candidate wins.
     """
     recipe = recipe or WeightRecipe()
     task = incumbent[1].task
@@ -175,7 +175,7 @@ def choose_mixture_(
             try:
                 levels.try_(level)
             except (ModelError, RuntimeError) as error:
-                # One weight needs no gradients, which some models and memories do not have.
+                # One weight needs no gradients; some models or memory sizes do not allow them.
                 if level == "global":
                     raise
                 levels.put_back_()
@@ -196,18 +196,18 @@ def choose_mixture_(
 
 @dataclass
 class BatchWeightSearch(WeightSearch):
-    """Finds weights of the batch, by the gradients that example weights are found by."""
+    """Finds batch weights by gradient, as for example weights."""
 
     stage: ClassVar[str] = "batch weight"
 
     def set_(self, weights: Mapping[str, Any]) -> None:
-        """Set the weights, as far as the example's leave room."""
+        """Set the weights, limited so that the sum with the example's is at most 1."""
         room = {name: 1 - self.layers[name].example_weight for name in weights}
         fitting = {name: weight.minimum(room[name]) for name, weight in weights.items()}
         set_example_weight_(self.model, batch_weight=fitting)
 
     def leaves(self, granularity: str, start: float) -> AbstractContextManager[dict[str, Tensor]]:
-        """Let the weights take gradients; all is put back on leaving."""
+        """Let the weights take gradients; restore everything at exit."""
         return trainable_weights(self.layers, granularity, start, "batch")
 
 
@@ -220,7 +220,7 @@ def learn_batch_weight_(
     recipe: WeightRecipe,
     precision: str = "fp32",
 ) -> dict[str, Tensor]:
-    """Set one weight of the batch a channel, from those that are set; return them, ``(C,)``."""
+    """Learn one batch weight per channel, starting from the present ones; return them ``(C,)``."""
     search = BatchWeightSearch(
         model=model,
         layers=dict(layers),
