@@ -1,1 +1,1 @@
-"""From outputs to metrics, intervals and paired differences; the gate that decides by them."""
+"""Outputs turned into metrics, intervals and paired differences; the gate judges by them."""

@@ -67,7 +67,7 @@ def least(groups: Array | None) -> int:
 
 
 def shortfall(n: int, groups: Array | None) -> str:
-    """In words, that there are too few units to prove anything; empty if there are enough."""
+    """The shortfall of units for any proof, in words; empty if there are enough."""
     found, what = n_counted(n, groups), "examples" if groups is None else "groups"
     return "" if found >= least(groups) else f"{found} {what} where it takes {least(groups)}"
 
@@ -254,7 +254,7 @@ class PerExample:
 
     @property
     def shortfall(self) -> str:
-        """In words, that there are too few units to prove anything; empty if there are enough."""
+        """The shortfall of units for any proof, in words; empty if there are enough."""
         return shortfall(len(self.losses), self.groups)
 
 

@@ -219,7 +219,7 @@ def _error(layer: Any, name: str, value: Tensor) -> BnfixError | None:
         return None
     if not bool(((value >= 0) & (value <= 1)).all()):
         return ConfigError(f"{name}: a value outside 0 to 1. Give weights from 0 to 1.", name=name)
-    # With example weight 1 the example's moments need no others; a batch weight always does.
+    # Without running statistics, weight 1 uses the example's moments, and weight 0 the batch's.
     alone = value == (0 if name == "batch_weight" else value.flatten()[0].round())
     if layer.running_mean is not None or bool(alone.all()):
         return None

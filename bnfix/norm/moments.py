@@ -52,7 +52,7 @@ def mix(
     """Mix the moments of the parts along ``dim`` into the moments of the whole.
 
     ``mean = sum w_k mean_k``, ``var = sum w_k (var_k + (mean_k - mean)^2)``. The sum is of
-    differences from the first part. Parts far from 0 but close together thus lose no digits.
+    differences from the first part. Parts far from 0 but close together therefore lose no digits.
 
     Example:
         >>> m, v = mix(torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]))

@@ -202,9 +202,9 @@ class Sources:
 
         mean = sum_s w_s mean_s,  var = sum_s w_s (var_s + (mean_s - mean)^2)
 
-    So each of the n_s examples of s weighs w_s / n_s, whatever n_s is. No batch mixes sources. At
-    each layer all sources are measured in the same pass, and mixed before the layers above it are
-    normalized (sequential feed).
+    So each of the n_s examples of s weighs w_s / n_s, however many there are. No batch mixes
+    sources. At each layer all sources are measured in the same pass, and mixed before the layers
+    above it are normalized (sequential feed).
     """
 
     def __init__(self, batches: Any, weights: Sequence[float]) -> None:

@@ -167,26 +167,27 @@ def recalibrate_(
             variance (see `bnfix.recalibrate.targets`). Standard errors are always the population's.
         train_batch_size: B of ``train-batch``, in examples.
         reference: the original, with the same norm layers; it is only read. It costs one extra
-            pass. For ``interpolated``: a mapping from the networks averaged to their weights.
+            pass. For ``interpolated``: a mapping from each averaged network to its weight.
         prior: for ``blend``: N, the number of examples that the stored statistics count for; new
-            statistics of n examples weigh n / (n + N), and 0 equals ``population``. The default,
-            ``auto``, weights each layer by its drift.
+            statistics of n examples weigh n / (n + N), and 0 equals ``population``. The default
+            ``auto`` derives each layer's weight from its drift.
         new_weight: for ``blend``, instead of a prior: the weight of the new statistics, 0 to 1.
         robust: for ``population`` and ``blend``: use only the examples of the majority kind, out of
             16 or more. It costs an extra pass, and keeps two numbers per channel and example.
         mix: for ``population`` and ``blend``, with a list of several sources as ``batches``: the
-            weight of each source in the statistics, whatever its number of examples, by the law of
-            total variance (see `bnfix.recalibrate.accumulator.Sources`). The default feed is then
-            ``sequential``; under ``batch``, later layers see each source normalized by itself.
-        feed: the input of the layers above a layer. ``batch``, the default: its output normalized
-            by the batch's own moments, in one pass. ``sequential``, required with a reference: its
-            output in inference with its new moments, layer after layer; exact for any batches, if
-            every pass gives the same examples. It takes one pass, in which all batches wait for
-            each other at each layer, if their activations fit into memory and the first two
-            batches give the same moments alone. Otherwise, and if batches reach layers in different
-            orders or a layer more than once, it takes one pass and one shortened pass per layer
-            after the first. A layer called more than once is measured until its moments settle; if
-            they do not settle, it gets the closest moments found.
+            weight of each source in the statistics, independent of its number of examples, by the
+            law of total variance (see `bnfix.recalibrate.accumulator.Sources`). With ``batch``,
+            later layers see each source normalized separately.
+        feed: the input of the layers above a layer. ``batch``: its output normalized by the batch's
+            own moments, in one pass; the default for ``population`` and ``train-batch`` without
+            ``robust`` and ``mix``. ``sequential``, the default otherwise and required with a
+            reference: its output in inference with its new moments, layer after layer; exact for
+            any batches, if every pass gives the same examples. It takes one pass, in which all
+            batches wait for each other at each layer, if their activations fit into memory and the
+            first two batches give the same moments alone. Otherwise, and if batches reach layers in
+            different orders or a layer more than once, it takes one pass and one shortened pass per
+            layer after the first. A layer called more than once is measured until its moments
+            settle, or else gets the closest moments found.
         samples: stop after the batch that reaches this number of examples; required if more than
             100,000 examples come from a source without a length. ``auto``: stop when every layer's
             standard errors are small enough in a batch-feed pass; not for a stream.

@@ -94,8 +94,7 @@ def finetune_(
     statistics, and running statistics follow as in any training: recalibrate afterwards.
 
     Args:
-        model: the model, on the device to run on. The selected parameters are trained regardless
-            of their ``requires_grad``.
+        model: on the device to run on; its ``requires_grad`` flags do not limit the training.
         batches: labelled ``(x, y)``, or a callable that returns the batches of the k-th epoch.
         epochs: number of epochs; overrides the recipe's epochs and steps.
         monitor: labelled batches that decide which epoch is kept; by default every fifth of

@@ -114,8 +114,7 @@ def decay_norms_(
         ConfigError: if the target is unknown, or if the step would overshoot it.
 
     Changes:
-        ``weight`` and ``bias`` of the layers, and the first two rows of ``gates``; tied
-        parameters once.
+        ``weight`` and ``bias`` of the layers, first two rows of ``gates``; tied parameters once.
 
     Source: Summers & Dinneen, "Four Things Everyone Should Know to Improve Batch Normalization",
     ICLR 2020, section 3.4. Differs: decoupled from the gradient, as in AdamW.
