@@ -178,7 +178,7 @@ def test_a_metric_that_fails_or_returns_something_else_is_a_stated_error(own, na
 
 def test_two_of_one_name_are_refused(own):
     twice = [import_metric(f"{own}:wrong")] * 2
-    with pytest.raises(ConfigError, match="two metrics of the name wrong"):
+    with pytest.raises(ConfigError, match="two metrics named wrong"):
         custom_metrics(twice, [outputs_of()])
 
 

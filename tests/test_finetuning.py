@@ -519,7 +519,7 @@ def test_decay_norms_leaves_alone_what_is_not_its_business():
         (0.1, 0.1, "one", r"--norm-decay-target: 'one' is not known"),
         (2.0, 1.0, "zero", r"--norm-decay: 1 at a rate of 2 overshoots"),
         (-0.1, 1.0, "zero", r"--norm-decay: 1 at a rate of -0.1 overshoots"),
-        (math.nan, 1.0, "zero", r"--norm-decay: 1 at a rate of nan leads beyond"),
+        (math.nan, 1.0, "zero", r"--norm-decay: 1 at a rate of nan overshoots"),
     ],
 )
 def test_decay_norms_refuses(rate, decay, target, message):

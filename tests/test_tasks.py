@@ -248,7 +248,7 @@ def test_targets_that_do_not_fit_are_refused(z, y, task, words):
 def test_targets_that_are_no_numbers_are_refused():
     t = torch.ones(6, 2)
     t[4, 1] = math.nan
-    with pytest.raises(DataError, match=r"example 4 .* not finite"):
+    with pytest.raises(DataError, match=r"targets: not finite for example 4"):
         measured(torch.zeros(6, 2), t, "regression", size=6)
     t[4, 1] = 0.5
     with pytest.raises(
