@@ -179,9 +179,9 @@ def test_a_module_of_the_current_folder(
         ("not_a_target", r"item 0: its target is a tensor of torch.complex64, expected floating"),
         ("not_a_number", r"item 1: its target\[0, 1\] is nan, expected finite numbers"),
         ("unlabelled", r"item 1: its target is a NoneType, expected floating-point"),
-        ("words", "item 0 is a str, expected floating-point or whole numbers .*recalibrate_"),
+        ("words", "item 0 is a str, expected floating-point numbers or integers .*recalibrate_"),
         ("complexes", "item 0 is a tensor of torch.complex64, expected floating-point"),
-        ("mixed", r"item 0 is an image, item 1 is no image"),
+        ("mixed", r"item 0 is an image, item 1 is not an image"),
         ("broken", r"its code failed at item 1 \(RuntimeError: no more, at .*mine.py:57\)"),
         ("number", "gave a int, expected an iterable"),
         ("absent", "there is no absent in it"),
@@ -314,7 +314,7 @@ def test_options_for_images_are_refused_where_there_are_none(
         ({"inputs": np.array(["a", "b"])}, r"inputs are <U1 \(2,\), expected numbers of shape"),
         ({"inputs": np.zeros((0, 3))}, r"inputs are float64 \(0, 3\), expected numbers"),
         ({"inputs": np.zeros((3, 2)), "labels": np.zeros(3)}, "labels are float64"),
-        ({"x": np.zeros((3, 2))}, "expected one named images, or inputs for what is no image"),
+        ({"x": np.zeros((3, 2))}, "expected one named images, or inputs for other data"),
     ],
 )
 def test_archives_of_inputs_that_cannot_be_used(tmp_path, arrays, said) -> None:

@@ -111,7 +111,7 @@ def test_a_model_gets_the_mask_if_its_signature_takes_it():
             assert torch.equal(runtime.run(net, batch, CPU), X)
             assert net.seen == list(extra)
             assert torch.equal(runtime.run(nn.Identity(), batch, CPU), X)
-    with pytest.raises(DataError, match="the model takes no other, which the batch holds"):
+    with pytest.raises(DataError, match="it holds other, which the model does not take"):
         runtime.run(net, {"x": X, "other": X, "lengths": lengths}, CPU)
 
 

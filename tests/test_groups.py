@@ -160,17 +160,17 @@ def test_groups_from_names_columns_arrays_and_files(tmp_path):
     for spec in ("clip", f"{data}#clip"):
         of_array = open_images(data, groups=spec)
         assert of_array.groups.tolist() == [0, 1, 0]
-        assert not [note for note in of_array.notes if "passed over" in note]
+        assert not [note for note in of_array.notes if "skipped" in note]
         assert "two splits" not in describe_groups(of_array, splits=False)[0]
         assert "two splits" in describe_groups(of_array)[0]
-    assert "arrays passed over: clip" in open_images(data).notes
+    assert "arrays skipped: clip" in open_images(data).notes
 
 
 def test_a_group_for_each_example_is_no_group(tmp_path):
     folder = files_in(tmp_path, ["a.png", "b.png", "c.png"])
     images = open_images(str(folder), groups="^.")
     assert images.groups is None
-    assert any("every example has a group of its own" in note for note in images.notes)
+    assert any("every example is in a separate group" in note for note in images.notes)
 
 
 @pytest.mark.parametrize(
@@ -178,13 +178,13 @@ def test_a_group_for_each_example_is_no_group(tmp_path):
     [
         (
             "^x",
-            r"taken as a regular expression; 2 of 4 file names do not match \(y_1.png, z_1.png\)",
+            r"used as a regular expression; 2 of 4 file names do not match \(y_1.png, z_1.png\)",
         ),
         ("_", "all 4 examples are in the group '_', expected at least 2"),
-        ("(", "no column, file or regular expression"),
+        ("(", "not a column, a file or a regular expression"),
         ("short.npy", "3 groups for the 4 examples of .*, expected one for each"),
-        ("square.npy", r"int64 \(2, 2\), expected one whole number or word"),
-        ("real.npy", r"float64 \(4,\), expected one whole number or word"),
+        ("square.npy", r"int64 \(2, 2\), expected one integer or word"),
+        ("real.npy", r"float64 \(4,\), expected one integer or word"),
         ("objects.npy", "cannot be read"),
         ("none.npz", "none.npz cannot be read .*expected one named groups"),
         ("text.npz", "cannot be read"),
@@ -218,7 +218,7 @@ def test_an_unknown_column_or_array_is_refused(tmp_path):
         ConfigError, match=r"arrays images, expected one named patient\). Name another"
     ):
         open_images(str(tmp_path / "d.npz"), groups="patient")
-    with pytest.raises(ConfigError, match="have no file names that an expression could match"):
+    with pytest.raises(ConfigError, match="have no file names for an expression to match"):
         open_images(str(tmp_path / "d.npz"), groups="^(a)")
 
 
@@ -343,7 +343,7 @@ def test_groups_of_test_data_come_from_their_own_array(files: Files, cli, tmp_pa
         out,
     )
     refused = cli(*common, "--groups", tmp_path / "g.npy")
-    assert "has no groups for the examples of --test" in refused.message
+    assert "no groups for the examples of --test" in refused.message
     done = cli(*common, "--groups", tmp_path / "g.npz", "--json")
     notes = done.json["assumptions"]
     assert any("120 examples in 15 groups of 8 to 8" in note for note in notes)

@@ -388,7 +388,7 @@ def test_fine_tuning_and_choosing_see_the_mask():
         ({"lengths": torch.tensor([3.0, 1, 2])}, "lengths: torch.float32"),
         ({"mask": torch.ones(3, 5)}, r"mask: .*float32.*expected a bool tensor"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "expected a bool tensor"),
-        ({"mask": torch.ones(3, 5, 5, dtype=torch.bool)}, r"bn1: its maps are of shape \(5,\)"),
+        ({"mask": torch.ones(3, 5, 5, dtype=torch.bool)}, r"bn1: its maps have shape \(5,\)"),
         ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"bn1: .*the mask is for 2 examples"),
         ({"mask": torch.ones(3, 3, dtype=torch.bool)}, r"mask: \(3, 3\) for inputs \(3, 4, 5\)"),
         ({"mask": torch.ones(3, 6, dtype=torch.bool)}, r"mask: \(3, 6\) for inputs \(3, 4, 5\)"),
@@ -414,7 +414,7 @@ def test_batches_with_and_without_a_mask_do_not_mix():
 def test_stock_layers_do_not_train_on_padding():
     batches = batches_of()
     recipe = bnfix.settings.FinetuneRecipe(train="norms", statistics="train", epochs=1)
-    with pytest.raises(NormError, match="bn1, bn2: stock layers take padding for values"):
+    with pytest.raises(NormError, match="bn1, bn2: stock layers include padding in their moments"):
         bnfix.finetune_(built(Masking), batches, monitor=batches, recipe=recipe)
 
 
@@ -456,6 +456,6 @@ def test_compiled_and_exported_layers_keep_the_plain_form():
             with pytest.raises(Exception, match=r"masks\.current_mask"):
                 whole(x)
             for call in (fast, lambda x: torch.export.export(net, (x,), strict=False)):
-                with pytest.raises(NormError, match="takes all positions for valid"):
+                with pytest.raises(NormError, match="uses all positions, padding included"):
                     call(x)
         torch.testing.assert_close(whole(x), plain)

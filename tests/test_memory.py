@@ -172,7 +172,7 @@ def test_a_size_is_halved_until_half_of_the_memory_holds_it(size, free, expected
     assert len(notes) == (expected != size)
     if notes:
         assert notes[0].startswith(f"--batch-size: batches of {expected} instead of {size}, since")
-        assert notes[0].endswith("GiB that are free.")
+        assert notes[0].endswith("GiB of free memory.")
 
 
 def test_a_stated_size_is_left_and_so_is_one_of_which_nothing_is_known():
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_halved_until_it_does():
     # One sentence, whatever the way to it.
     assert len(notes) == 1
     assert notes[0] == (
-        "evaluation: batches of 4 instead of 32, since 8 at once did not fit the memory."
+        "evaluation: batches of 4 instead of 32, since 8 at once did not fit in memory."
     )
     # What is known is not tried again.
     size.run(lambda n: net(torch.zeros(n, 3, 2, 2)))
@@ -304,15 +304,15 @@ def test_a_calibration_gives_way_and_names_it(cli, files, tight, tmp_path):
     found = calibrated(cli, files, tight(40), tmp_path / "tight.safetensors")
     assert wide["calibration"]["n_batches"] == 2
     assert found["calibration"]["n_batches"] == 6  # of 32
-    told = [note for note in found["assumptions"] if "did not fit the memory" in note]
+    told = [note for note in found["assumptions"] if "did not fit in memory" in note]
     assert told == [
-        "population statistics: batches of 32 instead of 128, since 64 at once did not fit the "
+        "population statistics: batches of 32 instead of 128, since 64 at once did not fit in "
         "memory; with the batch feed this changes the statistics slightly.",
-        "--batch-size: batches of 32 instead of 128, since 64 at once did not fit the memory.",
+        "--batch-size: batches of 32 instead of 128, since 64 at once did not fit in memory.",
     ]
     assert not [note for note in wide["assumptions"] if "did not fit" in note]
     assert found["models"][1]["nll"] == pytest.approx(wide["models"][1]["nll"], rel=0.05)
-    assert "did not fit the memory" in (tmp_path / "tight.safetensors.report.md").read_text()
+    assert "did not fit in memory" in (tmp_path / "tight.safetensors.report.md").read_text()
 
 
 def test_a_stated_batch_size_of_evaluation_is_left_and_fails_in_one_line(
@@ -335,8 +335,8 @@ def test_an_evaluation_gives_way_to_the_same_numbers(cli, files, tight, tmp_path
     wide, narrow = found
     assert narrow["models"][0]["top1"] == wide["models"][0]["top1"]
     assert narrow["models"][0]["nll"] == pytest.approx(wide["models"][0]["nll"], rel=1e-5)
-    told = [note for note in narrow["assumptions"] if "did not fit the memory" in note]
+    told = [note for note in narrow["assumptions"] if "did not fit in memory" in note]
     assert told == [
-        "--batch-size: batches of 32 instead of 128, since 64 at once did not fit the memory."
+        "--batch-size: batches of 32 instead of 128, since 64 at once did not fit in memory."
     ]
     assert not [note for note in wide["assumptions"] if "did not fit" in note]

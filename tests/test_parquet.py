@@ -90,7 +90,7 @@ def test_a_hub_folder_and_its_splits(tmp_path: Path) -> None:
         open_images(f"{root}#test")
     (root / "other").mkdir()
     parquet.write_table(table(3), root / "other" / "train-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"train in several folders \(data, other\), so several"):
+    with pytest.raises(DataError, match=r"train in several folders \(data, other\), expected one"):
         open_images(f"{root}#train")
 
 
@@ -118,7 +118,7 @@ def test_splits_of_an_image_folder(tmp_path: Path) -> None:
                 layouts.write(tmp_path / split / name / f"{k}.jpg", layouts.jpeg(pixels))
     assert len(open_images(f"{tmp_path}#train")) == 4
     assert open_images(f"{tmp_path}#test").class_names == ("a", "b")
-    with pytest.raises(DataError, match=r"looked for a folder val or parquet files of that split"):
+    with pytest.raises(DataError, match=r"no split val in .*, expected a folder of that name or p"):
         open_images(f"{tmp_path}#val")
 
 
@@ -142,7 +142,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path) -> None:
     empty = arrow.array([{"bytes": None, "path": "/etc/passwd"}] * 24, table().schema.field(0).type)
     cases = {
         "no image column among id": arrow.table({"id": [1, 2]}),
-        "there are no rows": table().slice(0, 0),
+        r"no images: .*a\.parquet has no rows": table().slice(0, 0),
         r"1 of 24 images have no label \(a\.parquet\[3\]\)": table().set_column(
             1, "label", arrow.array([None if k == 3 else 0 for k in range(24)], arrow.int64())
         ),

@@ -209,7 +209,7 @@ def test_the_plan_names_it(files, cli, tmp_path):
         ("{", "cannot be read as JSON"),
         ("[1, 1, 1]", "expected a JSON object"),
         ("{}", "expected a JSON object"),
-        ('{"0": 1, "0": 2, "1": 1, "2": 1}', "names listed twice: 0"),
+        ('{"0": 1, "0": 2, "1": 1, "2": 1}', "duplicate names: 0"),
         ('{"0": NaN, "1": -1, "2": Infinity}', "to: 0: nan.*to: 1: -1.*to: 2: inf"),
         ({"0": True, "1": "x", "2": 1}, "to: 0: True.*to: 1: x"),
         ({"0": True, "1": 1, "2": None}, "to: 0: True.*to: 2: None"),

@@ -146,7 +146,7 @@ def test_logits_are_found(output):
     [
         (torch.zeros(2, 3, 4, 4), r"is Tensor of shape \(2, 3, 4, 4\), expected logits"),
         (torch.zeros(()), r"is Tensor of shape \(\), expected"),
-        ((LOGITS, OTHER), r"several outputs .*0 \(2, 5\), 1 \(2, 7\)\. Name one by --output"),
+        ((LOGITS, OTHER), r"several of its outputs .*0 \(2, 5\), 1 \(2, 7\)\. Name one with --out"),
         ("text", "is str, expected logits"),
         ((), "is tuple, expected logits"),
         ({"loss": torch.zeros(())}, "is Tensor of shape .*, expected logits"),
@@ -264,7 +264,7 @@ def test_all_inputs_before_the_labels_are_passed():
         runtime.run(net, (x, more, more), CPU)
     with pytest.raises(ModelError, match="cannot be run on an input of"):
         runtime.run(net, (x, more, more, y), CPU)
-    with pytest.raises(DataError, match=r"takes no pixel_mask, which the batch holds. Give --forw"):
+    with pytest.raises(DataError, match=r"it holds pixel_mask, which the model does not take. Giv"):
         runtime.run(net, {"a": x, "pixel_mask": more, "labels": y}, CPU)
 
 

@@ -120,7 +120,7 @@ def test_inputs_of_other_tasks_have_no_select_data(files, tmp_path, cli):
     done = cli("fix", files.net, "--model", files.spec, "--data", tmp_path / "x.npz", "--select",
                tmp_path / "x.npz", "-o", tmp_path / "out.safetensors")  # fmt: skip
     assert done.code == 1
-    assert "only where they are images with classes" in " ".join(done.err.split())
+    assert "cannot be combined, expected images with classes" in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize("select", ["0", "0.5", "nan", "-1"])

@@ -299,7 +299,7 @@ def test_classes_are_numbered_together(two):
     with pytest.raises(DataError, match="named or numbered in different ways"):
         open_several([str(folder / "a.npz"), str(folder / "b")])
     np.savez(folder / "x.npz", inputs=np.zeros((4, 3), np.float32))
-    with pytest.raises(DataError, match="images with classes, or without labels"):
+    with pytest.raises(DataError, match="images with classes or without labels"):
         open_several([str(folder / "a.npz"), str(folder / "x.npz")])
 
 

@@ -164,7 +164,9 @@ def test_names_that_do_not_pair(tmp_path) -> None:
     root = folder(tmp_path, 8)
     for k in range(7):
         (root / "masks" / f"{k}.png").rename(root / "masks" / f"{k}_mask.png")
-    said = r"7 images have no mask of their name \(0.png, 1.png, .* and 2 more\); 7 masks have no i"
+    said = (
+        r"7 images have no mask with their name \(0.png, 1.png, .* and 2 more\); 7 masks have no i"
+    )
     with pytest.raises(DataError, match=rf"{said}mage \(0_mask.*Give masks/NAME\.png"):
         open_images(str(root))
     # Without labels masks are not looked at.
@@ -184,7 +186,7 @@ def test_a_mask_too_many_is_said_and_a_split_is_named(tmp_path) -> None:
     root = folder(tmp_path / "val")
     Image.new("L", (3, 3)).save(root / "masks" / "more.png")
     images = open_images(f"{tmp_path}#val")
-    assert images.notes == ["1 masks without an image passed over: more.png"]
+    assert images.notes == ["1 masks without an image skipped: more.png"]
     with pytest.raises(DataError, match=r"its folders hold images/ and masks/\. Give one.*/val"):
         open_images(str(tmp_path))
 
@@ -193,7 +195,7 @@ def test_masks_that_lose_their_classes_are_refused(tmp_path) -> None:
     root = folder(tmp_path, 2)
     (root / "masks" / "1.png").unlink()
     Image.new("L", (5, 6)).save(root / "masks" / "1.jpg")
-    with pytest.raises(DataError, match=r"1 masks are no PNG, .* keep class indices \(1\.jpg\)"):
+    with pytest.raises(DataError, match=r"1 masks are not PNG, .* keep class indices \(1\.jpg\)"):
         open_images(str(root))
     (root / "masks" / "1.jpg").rename(root / "masks" / "1.png")  # a JPEG by another name
     batches = Batches(open_images(str(root)), np.arange(2), RAW, batch_size=2, workers=0)
@@ -207,7 +209,7 @@ def test_masks_that_lose_their_classes_are_refused(tmp_path) -> None:
     ):
         only(open_images(str(root)))
     Image.new("L", (5, 6)).save(root / "images" / "1.bmp")
-    with pytest.raises(DataError, match=r"1 names are given to several files \(1\)"):
+    with pytest.raises(DataError, match=r"1 names belong to several files \(1\)"):
         open_images(str(root))
 
 
@@ -319,7 +321,7 @@ def test_arrays_of_any_shape_and_type(tmp_path_factory, suffix, shape, rest, kin
     images = open_images(save(path, {"inputs": x, "targets": y, "more": y}))
     assert images.labelled
     assert images.labels is None
-    assert "arrays passed over: more" in images.notes[0]
+    assert "arrays skipped: more" in images.notes[0]
     batch = only(images, None)
     assert batch.x.dtype == (torch.float32 if x.dtype.kind == "f" else torch.int64)
     assert batch.y.dtype == (torch.float32 if y.dtype.kind == "f" else torch.int64)
@@ -354,7 +356,7 @@ def test_images_in_an_archive_move_with_masks_of_their_size(tmp_path) -> None:
         assert torch.equal(batch.x[:, 2].long(), batch.y)
         assert batch.y.tolist() == masks[:, 1:5, 2:7].tolist()
     depth = save(tmp_path / "b.npz", {"images": pixels, "targets": masks / 2})
-    said = r"targets of shape \(6, 9\) an example are no masks .* --crop would not move them"
+    said = r"targets of shape \(6, 9\) per example, expected masks .* --crop would not move other"
     with pytest.raises(ConfigError, match=said):
         only(open_images(depth), Preprocessing(crop=(4, 5)))
     assert only(open_images(depth)).y.dtype == torch.float32
@@ -428,7 +430,7 @@ def test_tensors_of_torch_only(tmp_path) -> None:
     batch = only(images, None)
     assert torch.equal(batch.x, x.float())
     assert torch.equal(batch.y, x.float())
-    assert images.notes == ["arrays passed over: about"]
+    assert images.notes == ["arrays skipped: about"]
 
 
 def test_statistics_of_a_file_of_tensors_and_of_masked_images(tmp_path, cli) -> None:
@@ -543,7 +545,7 @@ def test_masks_of_a_callable_move_and_other_targets_may_not(code) -> None:
         images = open_images(f"{code}:{name}")
         assert len(only(images).y) == 3
         with pytest.raises(
-            ConfigError, match=rf"targets {found} an example are no masks .* --crop"
+            ConfigError, match=rf"targets {found} per example, expected masks .* --crop"
         ):
             only(images, Preprocessing(crop=(3, 4)))
 
@@ -577,7 +579,7 @@ def test_boxes_move_with_their_images(tmp_path, capsys) -> None:
     assert capsys.readouterr().out == ""
     assert (images.kind, images.labels, images.labelled) == ("coco", None, True)
     assert images.notes == [
-        "1 boxes without an area left out", "labels of boxes are COCO's category ids"
+        "1 boxes without area left out", "box labels are COCO's category ids"
     ]  # fmt: skip
     p = Preprocessing(resize=(40, 40), crop=(40, 30), scale=1.0)
     batch = only(images, p)
@@ -601,14 +603,14 @@ MARK = {"id": 1, "image_id": 7, "category_id": 1}
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"images": [ONE | {"file_name": "../x.png"}]}, "1 leading out"),
+        ({"images": [ONE | {"file_name": "../x.png"}]}, "1 outside the folder"),
         ({"images": [ONE]}, "1 missing .*, in "),
-        ({"images": [{"id": 1}]}, "no annotations of instances .KeyError"),
-        ({"images": [ONE | {"id": 2**70}]}, "no annotations of instances .OverflowError"),
+        ({"images": [{"id": 1}]}, "not instance annotations .KeyError"),
+        ({"images": [ONE | {"id": 2**70}]}, "not instance annotations .OverflowError"),
         ({"images": []}, "no images"),
         ({"annotations": [MARK | {"bbox": [0, 0, 1e999, 1]}]},
-         "no annotations of instances .a box or category of image 7 is no"),
-        ({"annotations": [MARK | {"bbox": 4}]}, "no annotations of instances .TypeError"),
+         "not instance annotations .a box or category of image 7 is not"),
+        ({"annotations": [MARK | {"bbox": 4}]}, "not instance annotations .TypeError"),
     ],
 )  # fmt: skip
 def test_annotations_that_cannot_be_used(tmp_path, changes, said) -> None:
@@ -620,7 +622,9 @@ def test_annotations_that_cannot_be_used(tmp_path, changes, said) -> None:
 def test_images_that_the_boxes_were_not_drawn_on(tmp_path) -> None:
     pytest.importorskip("pycocotools")
     Image.new("RGB", (39, 20)).save(coco(tmp_path) / "images" / "0.png")
-    with pytest.raises(DataError, match=r"0\.png: is \(20, 39\), the annotations say \(20, 40\)"):
+    with pytest.raises(
+        DataError, match=r"0\.png: is \(20, 39\), the annotations expect \(20, 40\)"
+    ):
         only(open_images(f"coco:{tmp_path}"), Preprocessing(resize=(8, 8)))
 
 

@@ -1,10 +1,10 @@
-"""The ground that every room is built on, and what is settled before torch is imported.
+"""The base layer of the package, and the process setup that comes before torch is imported.
 
-Only the command line settles anything; a program that imports bnfix is left alone.
+Only the command line changes the process. A program that imports bnfix is left alone.
 
-An interrupt is one line, as at any other time: importing torch takes seconds, before a line of the
-command line has run. And threads that wait for each other spin for microseconds, not milliseconds:
-long spinning beside other programs took 40 times the time, none at all a quarter more when alone.
+The import of torch takes seconds. An interrupt during it prints one line, as it does later.
+Waiting threads spin for microseconds, not milliseconds: next to other programs, long spinning took
+40 times the time; alone, no spinning at all took a quarter more.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from types import TracebackType
 #: The version, in one place.
 __version__ = "0.1.0"
 
-#: Turns of a waiting thread before it sleeps, some microseconds, in the OpenMP that torch brings
-#: along on Linux; others know the policy only.
+#: Spins of a waiting thread before it sleeps: a few microseconds. Read by the OpenMP that torch
+#: ships on Linux; other OpenMP libraries read only the policy.
 _SPINS = "2000"
 
 
 def begin() -> None:
-    """State an interrupt in one line and end with 130; let waiting threads soon sleep.
+    """Report an interrupt in one line, exit with 130, and let waiting threads sleep early.
 
-    Only where the process was started as ``bnfix`` or ``python -m bnfix``.
+    It acts only in a process started as ``bnfix`` or ``python -m bnfix``.
     """
     words = sys.orig_argv
     as_module = ("-m", "bnfix") in itertools.pairwise(words)
@@ -39,7 +39,7 @@ def begin() -> None:
 
     def end(*_: object) -> None:
         os.write(2, b"bnfix: interrupted.\n")
-        # Python would end itself by the signal, which some callers take for a crash.
+        # Python would kill itself with the signal, and some callers take that for a crash.
         os._exit(130)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -51,13 +51,13 @@ def begin() -> None:
         end()
 
     sys.excepthook = hook
-    # An import that is interrupted can turn the interrupt into an error of its own.
+    # An interrupted import can turn the interrupt into an error of its own.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)
 
 
 def imports_done() -> None:
-    """Let an interrupt be Python's own again, once all imports are done."""
+    """Give interrupts back to Python once all imports are done."""
     if getattr(signal.getsignal(signal.SIGINT), "__module__", "") == __name__:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

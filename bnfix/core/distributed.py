@@ -1,9 +1,9 @@
-"""Several processes that work as one: the only door to torch.distributed.
+"""Several processes that work as one: the only module that uses torch.distributed.
 
-Everything else is written for one process. What a function measures on its own batches it gathers
-from all ranks here, in the order of the ranks, so that every rank goes on with the same numbers and
-comes to the same decisions. Nothing is gathered before `joined` is entered: a program that uses
-torch.distributed for itself, and calls bnfix on one rank, is left alone.
+All other code is written for one process. A function measures its own batches, then gathers the
+results of all ranks here, in rank order. Every rank continues with the same numbers and makes the
+same decisions. Nothing is gathered before `joined` is entered: a program that uses
+torch.distributed for its own purposes, and calls bnfix on one rank, is left alone.
 """
 
 from __future__ import annotations
@@ -25,44 +25,44 @@ from bnfix.core.torch_private import default_store
 
 T = TypeVar("T")
 
-#: Ranks wait for each other at most this long; one that died is noticed at once.
+#: Ranks wait for each other at most this long; a dead rank is noticed at once.
 _PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those that work together."""
+    """The rank of this process, and the number of processes that work together."""
 
     rank: int = 0
     size: int = 1
-    on_machine: int = 0  # its rank among those of its machine
-    per_machine: int = 1  # how many share this machine and its memory
+    on_machine: int = 0  # rank within the machine
+    per_machine: int = 1  # processes that share this machine and its memory
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks to the terminal."""
+        """Whether this process writes files and prints to the terminal."""
         return self.rank == 0
 
     @property
     def shared(self) -> bool:
-        """Whether there are others."""
+        """Whether there are other processes."""
         return self.size > 1
 
 
 _ALONE = Place()
 _here = _ALONE
-#: Where the processes of this launch meet, and how often they have; it outlives each group.
+#: The store that this launch shares (it outlives each process group), and the joins so far.
 _store: Any = None
 _n_joined = 0
 
 
 def here() -> Place:
-    """This process among those that work together."""
+    """The place of this process among the processes that work together."""
     return _here
 
 
 def launched() -> Place:
-    """This process as the launcher (torchrun) describes it, before it has joined the others."""
+    """The place that the launcher (torchrun) gives this process, before it joins the others."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     try:
         place = Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
@@ -76,16 +76,16 @@ def launched() -> Place:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its launch that speaks to the terminal."""
+    """Whether this process is the one in its launch that prints to the terminal."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joined() -> Iterator[Place]:
-    """Work together with the other processes of this launch; alone where there are none.
+    """Work together with the other processes of this launch, or alone if there are none.
 
-    Inside, `recalibrate_`, `evaluate`, `choose_example_weight_` and `finetune_` take the batches of
-    all ranks together: each rank gives its own, and all get the same answer.
+    Inside, `recalibrate_`, `evaluate`, `choose_example_weight_` and `finetune_` use the batches of
+    all ranks: each rank gives its own batches, and all ranks get the same result.
     """
     global _here, _n_joined, _store
     place = launched()
@@ -102,8 +102,8 @@ def joined() -> Iterator[Place]:
                 found = dist.rendezvous("env://", timeout=_PATIENCE)  # type: ignore[attr-defined]
                 _store = next(iter(found))[0]
                 _store.set_timeout(_PATIENCE)
-            # A group made a second time would meet what the first has left under the same keys.
-            # And gloo prints, where a result as JSON may be on standard output.
+            # Under the same keys, a second group would find values that the first left behind.
+            # And gloo prints to standard output, where a command may write its JSON result.
             with guards.stdout_to_stderr():
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -121,7 +121,7 @@ def joined() -> Iterator[Place]:
     _here = place
     try:
         yield place
-        # Only now: others may wait for one that has failed, and would never be left.
+        # Only on success: other ranks may still wait for a failed one, so this call would hang.
         if owns:
             dist.destroy_process_group()
     finally:
@@ -129,7 +129,7 @@ def joined() -> Iterator[Place]:
 
 
 def gather(value: T) -> list[T]:
-    """One value of each rank, on all of them."""
+    """The values of all ranks, on every rank."""
     if not _here.shared:
         return [value]
     found: list[Any] = [None] * _here.size
@@ -138,7 +138,7 @@ def gather(value: T) -> list[T]:
 
 
 def together(work: Callable[[], T]) -> list[T]:
-    """Do something on every rank; an error of one is an error of all."""
+    """Call a function on every rank; an error on one rank is raised on all."""
     if not _here.shared:
         return [work()]
     error: BnfixError | None = None
@@ -155,7 +155,7 @@ def together(work: Callable[[], T]) -> list[T]:
 
 
 def in_step(batches: Iterable[T]) -> Iterator[T | None]:
-    """This rank's batches; it ends, on all ranks at once, when every rank's have ended."""
+    """This rank's batches, then ``None`` until every rank has run out of batches."""
     if not _here.shared:
         yield from batches
         return
@@ -183,7 +183,7 @@ def sum_(tensors: Sequence[Tensor]) -> None:
 def backward_(
     losses: Sequence[Callable[[], Tensor]], counts: Sequence[int], tensors: Iterable[Tensor]
 ) -> float:
-    """Set ``grad`` of the tensors to that of the mean loss over the examples of all ranks."""
+    """Set ``grad`` to the gradient of the mean loss over the examples of all ranks."""
     wanted = list(tensors)
     for tensor in wanted:
         tensor.grad = None
@@ -211,13 +211,13 @@ def backward_(
 
 
 def interleaved(parts: Sequence[Sequence[T]]) -> list[T]:
-    """Put together again, in order, a sequence that was dealt one by one."""
+    """Rebuild a sequence whose items were dealt to the parts one by one."""
     longest = max(map(len, parts), default=0)
     return [part[k] for k in range(longest) for part in parts if k < len(part)]
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first to end with an error, so that it should say so."""
+    """Whether this process is the first to fail, and so the one that reports the error."""
     if not _here.shared:
         return True
     try:

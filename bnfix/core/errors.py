@@ -1,6 +1,6 @@
-"""Every error that bnfix states on purpose, all of them a `BnfixError`.
+"""The errors that bnfix raises on purpose; each is a `BnfixError`.
 
-A message reads: where: what was found, what was expected. What to do.
+A message has the form: where: what was found, what was expected. What to do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-#: Where code lies that is not the user's: this package, the standard library, what is installed.
+#: Folders of code that is not the user's: this package, the standard library, installed packages.
 _NOT_OWN = (
     str(Path(__file__).parent),
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
@@ -20,12 +20,12 @@ _NOT_OWN = (
 
 
 class BnfixError(Exception):
-    """The root of the tree: catch this to catch all that bnfix states.
+    """The base class: catch it to catch every error that bnfix raises on purpose.
 
     Args:
         message: where, what was found, what was expected, what to do.
-        name: the layer, tensor or option concerned, where there is one.
-        path: the file concerned, where there is one.
+        name: the layer, tensor or option concerned, if there is one.
+        path: the file concerned, if there is one.
     """
 
     #: The page of docs/ that explains errors of this kind, or "": the help of the command.
@@ -42,7 +42,7 @@ class BnfixError(Exception):
 class ConfigError(BnfixError, ValueError):
     """An option or argument is unknown, out of range, or contradicts another.
 
-    It has the words that the option takes under `choices`, where there are only a few.
+    If the option takes only a few words, `choices` holds them.
     """
 
     page = ""
@@ -50,7 +50,7 @@ class ConfigError(BnfixError, ValueError):
 
 
 class CheckpointError(BnfixError):
-    """A checkpoint cannot be read safely, does not fit its model, or may not be written."""
+    """A checkpoint cannot be read safely, does not fit its model, or must not be written."""
 
     page = "models"
 
@@ -62,19 +62,19 @@ class ModelError(BnfixError):
 
 
 class NormError(BnfixError):
-    """A normalization layer cannot be swapped or given the settings asked for."""
+    """A normalization layer cannot be swapped, or cannot take the requested settings."""
 
     page = "models"
 
 
 class DataError(BnfixError):
-    """Data cannot be opened, has labels that do not fit, or too few usable examples."""
+    """Data cannot be opened, has labels that do not fit, or has too few usable examples."""
 
     page = "data"
 
 
 class NumericError(BnfixError):
-    """A computation met a value that is not finite, or too little data to be defined."""
+    """A computation received a value that is not finite, or too little data to be defined."""
 
 
 class ProcessError(BnfixError):
@@ -84,7 +84,7 @@ class ProcessError(BnfixError):
 
 
 class Note(str):
-    """A sentence for the user with a kind, for code that treats some kinds in their own way."""
+    """A sentence for the user, with a kind for code that treats some kinds specially."""
 
     kind: str
 
@@ -102,8 +102,8 @@ def some(names: Sequence[str], limit: int = 5) -> str:
 
 
 def plain(text: object, limit: int = 200) -> str:
-    """A text of unknown origin on one line, cut (unless it is a path), without control signs."""
-    reason = text.strerror if isinstance(text, OSError) else None  # without the path, again
+    """A text of unknown origin as one printable line, cut unless it is a path."""
+    reason = text.strerror if isinstance(text, OSError) else None  # str() would repeat the path
     line = " ".join(str(reason or text).split())
     line = "".join(sign if sign.isprintable() else "?" for sign in line)
     return line if isinstance(text, Path) or len(line) <= limit else line[: limit - 3] + "..."
@@ -115,14 +115,14 @@ def file_error(path: str | Path, text: str) -> CheckpointError:
 
 
 def output_error(path: str | Path, text: str) -> CheckpointError:
-    """A `file_error` of a file to write, which the page on outputs explains."""
+    """A `file_error` about an output file; it points to the page on outputs."""
     error = file_error(path, text)
     error.page = "output"
     return error
 
 
 def name_error(path: str | Path, text: str) -> ConfigError:
-    """A `ConfigError` of a name that no file of the kind to write has."""
+    """A `ConfigError` about an output file name that does not fit the kind of file."""
     error = ConfigError(f"{plain(Path(path))}: {text}", path=path)
     error.page = "output"
     return error
@@ -135,10 +135,10 @@ def file_errors(
     advice: str = "",
     kinds: tuple[type[Exception], ...] = (OSError, ValueError),
 ) -> Iterator[None]:
-    """Turn the errors of other code in a block into one that says what is wrong with a file."""
+    """Turn errors of other code in a block into one that says what is wrong with a file."""
     try:
         yield
-    except CheckpointError:  # which says it already
+    except CheckpointError:  # it names the file already
         raise
     except kinds as error:
         reason = plain(error) or type(error).__name__
@@ -154,7 +154,7 @@ def model_error(spec: str, text: str) -> ModelError:
 def model_errors(
     spec: str, problem: str, advice: str = "", kinds: tuple[type[Exception], ...] = (Exception,)
 ) -> Iterator[None]:
-    """Turn the errors of other code in a block into one that says what failed with a model."""
+    """Turn errors of other code in a block into one that says what failed with a model."""
     try:
         yield
     except kinds as error:
@@ -162,13 +162,13 @@ def model_errors(
 
 
 def did_you_mean(word: str, names: Sequence[str], limit: int = 1) -> str:
-    """The end of a message about an unknown name: the names like it, or nothing."""
+    """The end of a message about an unknown name: similar names, or nothing."""
     close = get_close_matches(word, names, limit)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def one_line(error: BaseException) -> str:
-    """Somebody else's error: type, text (cut to 300 characters), and the user's own file:line."""
+    """An error of other code: its type, its text (at most 300 characters), the user's file:line."""
     text = plain(str(error), 300)
     words = f"{type(error).__name__}: {text}" if text else type(error).__name__
     place = _own_line(error)
@@ -176,16 +176,16 @@ def one_line(error: BaseException) -> str:
 
 
 def root_line(error: BaseException) -> str:
-    """The innermost reason of a library's error, on one line."""
+    """The root cause of a library's error, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error).rstrip(".")
 
 
 def _own_line(error: BaseException) -> str | None:
-    """The innermost line that is the user's, for example `nets/forward.py:12`."""
+    """The innermost line of the user's code, for example `nets/forward.py:12`."""
     if isinstance(error, SyntaxError) and error.filename:
-        return None  # its text says the file and the line
+        return None  # its text names the file and the line
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         path = Path(frame.f_code.co_filename)
         if path.suffix == ".py" and not any(path.is_relative_to(root) for root in _NOT_OWN):

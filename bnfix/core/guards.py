@@ -1,4 +1,4 @@
-"""Context managers that leave a model, and the world, as they found it."""
+"""Context managers that restore a model and the global state of the process."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-#: Items of a longer list or dict are not looked into.
+#: The items of a longer list or dict are not searched.
 _MOST_ITEMS = 1000
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Put every module's training flag back on leaving, each as it was."""
+    """Restore every module's training flag on exit."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
         for module, training in modes:
-            # Not module.train(): that recurses, and modules differ in what they do there.
+            # Not module.train(): it recurses, and some modules override it.
             module.training = training
 
 
 @contextmanager
 def tensors_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
-    """All tables of parameters and buffers; these and the modes are put back on leaving."""
+    """Give all tables of parameters and buffers; restore them and the modes on exit."""
     kept = _tables(model)
     try:
         with modes_kept(model):
@@ -46,14 +46,14 @@ def tensors_kept(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
 
 def _tables(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Every table of parameters and buffers, each with a copy."""
+    """Every table of parameters and buffers, with a copy of each."""
     tables: list[Any] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
     return [(table, dict(table)) for table in tables]
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[list[str]]:
-    """Evaluation without gradients; modes, state and random states are put back after."""
+    """Evaluation without gradients; modes, state and random states are restored on exit."""
     with modes_kept(model), random_kept(model), state_kept(model) as changed, torch.no_grad():
         model.eval()
         yield changed
@@ -61,7 +61,7 @@ def inference(model: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def random_kept(model: nn.Module) -> Iterator[None]:
-    """Put the random states of Python, numpy and torch (and its devices) back on leaving."""
+    """Restore the random states of Python, numpy and torch (and its devices) on exit."""
     with _random_states({p.device.index for p in model.parameters() if p.is_cuda}):
         yield
 
@@ -79,9 +79,9 @@ def _random_states(devices: Iterable[int]) -> Iterator[None]:
 
 @contextmanager
 def state_kept(model: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[list[str]]:
-    """Put buffers and plain attributes back on leaving, also inside lists and dicts of a module."""
+    """Restore buffers and plain attributes on exit, also inside lists and dicts of a module."""
     left_out = {id(module) for module in but}
-    # What shares memory with a parameter, or with what may change, goes with it.
+    # A buffer that shares memory with a parameter, or with an excepted buffer, is left alone.
     tensors = [*model.parameters(), *(b for module in but for b in module.buffers(recurse=False))]
     shared = {_storage(tensor) for tensor in tensors}
     found = [(n, m) for n, m in model.named_modules() if id(m) not in left_out]
@@ -96,13 +96,13 @@ def state_kept(model: nn.Module, but: Iterable[nn.Module] = ()) -> Iterator[list
 
 @contextmanager
 def only_these_require_grad(model: nn.Module, wanted: list[Tensor]) -> Iterator[None]:
-    """Gradients for some tensors only; all gradients and ``requires_grad`` are put back after."""
+    """Gradients for some tensors only; all ``grad`` and ``requires_grad`` are restored on exit."""
     tensors = list({id(t): t for t in (*model.parameters(), *wanted)}.values())
     before = [(t, t.requires_grad, t.grad) for t in tensors]
     try:
         for t in tensors:
             t.requires_grad_(False)
-            # Left in place it would be added to in place.
+            # Otherwise backward would add to the caller's gradient in place.
             t.grad = None
         for tensor in wanted:
             tensor.requires_grad_(True)
@@ -114,8 +114,8 @@ def only_these_require_grad(model: nn.Module, wanted: list[Tensor]) -> Iterator[
 
 
 def exchange_(module: nn.Module, other: nn.Module) -> None:
-    """Let two module objects trade class and contents, so that every holder of one follows."""
-    # Some networks also hold layers in plain lists, where putting a new object in the tree misses.
+    """Swap class and contents of two module objects, so every reference sees the change."""
+    # Some networks also hold layers in plain lists; a new object in the tree would miss those.
     pair = (type(other), other.__dict__), (type(module), module.__dict__)
     for one, (kind, fields) in zip((module, other), pair, strict=True):
         object.__setattr__(one, "__class__", kind)
@@ -124,7 +124,7 @@ def exchange_(module: nn.Module, other: nn.Module) -> None:
 
 @contextmanager
 def hooks() -> Iterator[list[RemovableHandle]]:
-    """A list of hook handles, all removed on leaving."""
+    """A list for hook handles; all hooks are removed on exit."""
     handles: list[RemovableHandle] = []
     try:
         yield handles
@@ -135,9 +135,9 @@ def hooks() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seeded torch randomness inside, all random states from before outside, on CPU and CUDA."""
+    """Seed torch on CPU and CUDA inside; restore all random states on exit."""
     with _random_states(range(torch.cuda.device_count())):
-        # Where there is no other device, torch.manual_seed would keep a stack trace for each kind.
+        # Without an accelerator, torch.manual_seed would keep a stack trace per kind of device.
         all_of_them = torch.accelerator.is_available()
         (torch if all_of_them else torch.default_generator).manual_seed(seed)
         yield
@@ -145,10 +145,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """Send standard output to standard error, also what compiled code or a child process prints."""
+    """Send standard output to standard error, also from compiled code and child processes."""
     sys.stdout.flush()
     kept: int | None = None
-    # In memory, where a test or another program reads them, they are no files.
+    # A test or another program may replace the streams by objects that have no file descriptor.
     with suppress(OSError, ValueError):
         own, error = sys.stdout.fileno(), sys.stderr.fileno()
         kept = os.dup(own)
@@ -164,7 +164,7 @@ def stdout_to_stderr() -> Iterator[None]:
 
 
 class Snapshot:
-    """A copy of a model's parameters (tied ones once), buffers and plain settings to go back to."""
+    """A restorable copy of a model's parameters (tied ones once), buffers and plain settings."""
 
     def __init__(self, model: nn.Module) -> None:
         self._tables = _tables(model)
@@ -174,7 +174,7 @@ class Snapshot:
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Put all but modes back: values into the very tensors, and those into their places."""
+        """Restore all except modes: the values of each tensor, then the tensors in their tables."""
         for tensor, value in self._values:
             tensor.copy_(value)
         for table, own in self._tables:
@@ -185,7 +185,7 @@ class Snapshot:
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[Snapshot]:
-    """Take a snapshot, and go back to it if what is done inside fails."""
+    """Take a snapshot, and restore it if the block fails."""
     before = Snapshot(model)
     try:
         yield before
@@ -194,7 +194,7 @@ def undone_on_error(model: nn.Module) -> Iterator[Snapshot]:
         raise
 
 
-#: Fields that belong to the machinery of torch, the mode and the kind of hooks among them.
+#: The fields of torch's own machinery, including the training flag and the hooks.
 _TORCH_FIELDS = frozenset(vars(nn.Module()))
 
 
@@ -214,15 +214,15 @@ class _State:
         self._structure = _structure(module)
         self._values = _attributes(module)
         self._held: dict[str, dict[int, tuple[Any, Any]]] = {}
-        # A scripted module's table of buffers cannot be copied, and makes other objects each time.
+        # A scripted module's buffer table cannot be copied, and gives new objects at each access.
         for key, value in (*module.named_buffers(recurse=False), *self._values.items()):
             _hold(value, self._held.setdefault(key, {}), shared)
 
     @torch.no_grad()
     def restore_(self) -> list[str]:
-        """Put back what has changed; its names."""
+        """Restore changed buffers and attributes; return their names."""
         module = self._module
-        # A module that built itself in its first forward pass stays built.
+        # A module that builds its parameters in the first forward pass keeps them.
         if _structure(module) != self._structure:
             return []
         now, before = _attributes(module), self._values
@@ -247,14 +247,14 @@ def _structure(module: nn.Module) -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Entries of the table of buffers, and plain attributes."""
+    """The buffers and the plain attributes of a module."""
     found = dict(module._buffers) if isinstance(module._buffers, dict) else {}
-    # torch's own wrappers, such as FSDP, build on themselves what must last.
+    # torch's own wrappers, such as FSDP, set attributes that must last.
     own = {} if type(module).__module__.startswith("torch.") else vars(module)
     return found | {
         key: value
         for key, value in own.items()
-        # A flag that hooks are installed goes with the hooks, which stay (transformers has one).
+        # A flag for installed hooks stays, because the hooks stay (transformers has one).
         if key not in _TORCH_FIELDS and not (isinstance(value, bool) and "hook" in key)
     }
 
@@ -280,7 +280,7 @@ def _hold(value: Any, held: dict[int, tuple[Any, Any]], shared: set[int]) -> Non
 
 
 def _put_back(value: Any, old: Any) -> bool:
-    """Give a tensor or a container its content back; whether it had another."""
+    """Restore the content of a tensor or a container; return whether it had changed."""
     if isinstance(value, Tensor):
         if value.shape == old.shape and value.dtype == old.dtype:
             if torch.equal(value, old) or bool(((value == old) | (old != old)).all()):

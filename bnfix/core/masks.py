@@ -1,8 +1,8 @@
-"""The mask of a pass: which positions of a padded batch are valid, for every norm layer.
+"""The mask of a batch: the valid positions of a padded batch, for every norm layer.
 
-A layer with maps of another length T' gets it reduced: its position t covers the input's from
-floor(t T / T') to ceil((t+1) T / T') - 1, and is valid if any of them is. Of an example of length L
-that makes ceil(L T' / T) valid positions.
+For a layer with maps of another length T', the mask is resized: position t covers the input
+positions floor(t T / T') to ceil((t+1) T / T') - 1, and is valid if any of them is valid. An
+example of length L then has ceil(L T' / T) valid positions.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ from torch.nn import functional as F
 
 from bnfix.core.errors import DataError, NormError
 
-#: The keys of a batch that hold its mask, or its lengths.
+#: The keys under which a batch holds its mask or its lengths.
 MASK_KEYS = ("mask", "lengths")
 _POOLS: tuple[Any, ...] = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 
 _set: ContextVar[Valid | None] = ContextVar("bnfix_valid_positions", default=None)
 _lock, _n_set = threading.Lock(), 0
-#: Whether any thread has a mask: a plain flag, so that compilers can rely on it.
+#: Whether any thread has a mask: a plain flag, because a compiler can guard on it.
 mask_is_set = False
 
 
 class Valid:
-    """The valid positions of a batch: ``(N, *positions)``, or ``(N, T)`` of the last axis only."""
+    """The valid positions of a batch: ``(N, *positions)``, or ``(N, T)`` for the last axis only."""
 
     def __init__(self, mask: Tensor, *, of_last: bool = False) -> None:
         empty = ~mask.flatten(1).any(1)
         if bool(empty.any()):
             raise DataError(
                 f"mask: example {int(empty.int().argmax())} (from 0) has no valid position, "
-                "expected one at least. Leave that example out."
+                "expected at least one. Leave that example out."
             )
         self.mask, self._of_last = mask, of_last
         self._fitted: dict[tuple[int, ...], Tensor] = {}
 
     def fitted(self, input: Tensor, name: str = "norm layer") -> Tensor:
-        """The mask ``(N, L)`` of a layer's input ``(N, C, *spatial)`` of L positions."""
+        """The mask ``(N, L)`` for a layer's input ``(N, C, *spatial)`` with L positions."""
         shape = tuple(input.shape[2:])
         if len(input) != len(self.mask):
             rows = len(input), prod(shape)
-            if prod(rows) == int(self.mask.sum()):  # packed: only what is valid
+            if prod(rows) == int(self.mask.sum()):  # packed: only valid positions
                 return torch.ones(rows, dtype=torch.bool, device=input.device)
             raise DataError(
-                f"{name}: its input is of shape {tuple(input.shape)}, but the mask is for "
-                f"{len(self.mask)} examples, expected as many. Leave that layer out (--skip), or "
-                "give batches without a mask."
+                f"{name}: its input has shape {tuple(input.shape)}, but the mask is for "
+                f"{len(self.mask)} examples, expected the same number. Leave that layer out "
+                "(--skip), or give batches without a mask."
             )
         if shape not in self._fitted:
             self._fitted[shape] = self._fit(shape, name).to(input.device)
@@ -65,23 +65,23 @@ class Valid:
 
     def _fit(self, shape: tuple[int, ...], name: str) -> Tensor:
         mask, n = self.mask, len(self.mask)
-        if prod(shape) == 1:  # pooled over all positions, of which some are valid
+        if prod(shape) == 1:  # pooled over all positions, at least one of them valid
             return mask.new_ones(n, 1)
         own = shape[-1:] if self._of_last else shape
         if len(own) != mask.ndim - 1 or len(own) > len(_POOLS):
             raise DataError(
-                f"{name}: its maps are of shape {shape}, but the mask has {mask.ndim - 1} axes of "
-                "positions, expected as many. Give a mask of the input's axes, or lengths of the "
-                "last one."
+                f"{name}: its maps have shape {shape}, but the mask has {mask.ndim - 1} axes of "
+                "positions, expected the same number. Give a mask with the input's axes, or "
+                "lengths for the last axis."
             )
         if mask.shape[1:] != own:
             mask = _POOLS[len(own) - 1](mask[:, None].float(), own)[:, 0] > 0
         return mask.view(n, *(1 for _ in shape[len(own) :]), *own).expand(n, *shape).flatten(1)
 
     def refuse_misfit(self, beside: Iterable[Tensor]) -> None:
-        """Raise if neither a tensor beside the mask nor a layer's map is of its size."""
+        """Raise if the mask has the size of no other tensor in the batch and of no layer's map."""
         size, shapes = tuple(self.mask.shape[1:]), [tuple(t.shape) for t in beside if t.ndim > 1]
-        # Any mask fits one position. Positions of inputs may come before channels.
+        # Any mask fits a map of one position. An input's positions can come before its channels.
         maps = [shape for shape in self._fitted if prod(shape) > 1]
         parts = (s[k : k + len(size)] for s in shapes for k in range(1, len(s)))
         if maps and shapes and size not in (*maps, *parts):
@@ -97,23 +97,23 @@ def valid_positions(
     lengths: Tensor | Sequence[int] | None = None,
     total: int | None = None,
 ) -> AbstractContextManager[None]:
-    """Let norm layers take moments over valid positions only, inside and in this thread.
+    """Compute moments in norm layers over valid positions only, in this thread.
 
-    For padded batches: with an example weight, and in training, `GeneralizedBatchNorm` leaves
-    padding out of its moments; it still normalizes all positions. `recalibrate_`, `evaluate` and
-    the others do this by themselves for batches that are dicts with ``mask`` or ``lengths``.
+    Use it for padded batches. `GeneralizedBatchNorm` then leaves padding out of its moments, with
+    an example weight and in training; it still normalizes all positions. `recalibrate_`, `evaluate`
+    and the others already do this for batches that are dicts with ``mask`` or ``lengths``.
 
     Args:
-        mask: ``(N, *positions)``, true where the input is valid. Layers with maps of other sizes
-            take a position for valid if any input position that it covers is.
-        lengths: instead of a mask: ``(N,)``, how many positions of the last axis are valid.
+        mask: ``(N, *positions)``, true where the input is valid. In layers with maps of another
+            size, a position is valid if any input position that it covers is valid.
+        lengths: instead of a mask: ``(N,)``, the number of valid positions on the last axis.
         total: with lengths: the length T that examples are padded to.
 
     Returns:
         A context manager.
 
     Raises:
-        DataError: if an example has no valid position, or a length is above ``total``.
+        DataError: if an example has no valid position, or a length exceeds ``total``.
 
     Example:
         >>> from bnfix import GeneralizedBatchNorm
@@ -127,7 +127,7 @@ def valid_positions(
 
 @contextmanager
 def mask_used(valid: Valid | None, beside: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Let norm layers look at these positions, or at all; check them by what else is in a batch."""
+    """Let norm layers use these positions, or all; then check them against the batch's tensors."""
     global _n_set, mask_is_set
     token = _set.set(valid)
     with _lock:
@@ -143,41 +143,41 @@ def mask_used(valid: Valid | None, beside: Sequence[Tensor] = ()) -> Iterator[No
 
 
 def valid_of(mask: Any, lengths: Any, total: int | None) -> Valid:
-    """A mask or lengths, checked."""
+    """The valid positions from a mask or from lengths, after checks."""
     if mask is not None:
         kind = (getattr(mask, "dtype", type(mask)), *getattr(mask, "shape", ()))
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim < 2:
             raise DataError(
                 f"mask: {kind}, expected a bool tensor (N, positions), true where valid. Convert "
-                "it by .bool(), or rename it if it means something else."
+                "it with .bool(), or rename it if it means something else."
             )
         return Valid(mask)
     n_valid = torch.as_tensor(lengths)
     if total is None or n_valid.ndim != 1 or n_valid.dtype not in (torch.int64, torch.int32):
         raise DataError(
-            f"lengths: {n_valid.dtype} {tuple(n_valid.shape)} of inputs of length {total}, "
-            "expected whole numbers (N,) and inputs with a last axis. Give one length an example."
+            f"lengths: {n_valid.dtype} {tuple(n_valid.shape)} for inputs of length {total}, "
+            "expected integers (N,) and inputs with a last axis. Give one length per example."
         )
     low, high = (int(n_valid.min()), int(n_valid.max())) if len(n_valid) else (0, 0)
     if low < 0 or high > total:
         raise DataError(
-            f"lengths: from {low} to {high}, expected at most {total}, the length of the input's "
+            f"lengths: from {low} to {high}, expected 0 to {total}, the length of the input's "
             "last axis. Give a mask (N, positions) if another axis is padded."
         )
     return Valid(torch.arange(total, device=n_valid.device) < n_valid[:, None], of_last=True)
 
 
 def current_mask() -> Valid | None:
-    """The valid positions of the batch that runs; compiled and exported layers know none."""
+    """The valid positions of the current batch; compiled and exported layers refuse a mask."""
     if torch.compiler.is_compiling():
         _refuse_compiled()
     return _set.get()
 
 
 def _refuse_compiled() -> NoReturn:
-    # A function of its own: torch 2.8 cannot compile a `raise` of this class beside a condition.
+    # A separate function: torch 2.8 cannot compile a `raise` of this class next to a condition.
     raise NormError(
-        "mask: a compiled or exported network takes all positions for valid. Run the model "
+        "mask: a compiled or exported network uses all positions, padding included. Run the model "
         "uncompiled on batches with a mask, or leave the mask out."
     )
 
@@ -186,7 +186,7 @@ def mask_in(batch: Any) -> dict[str, Any]:
     """The mask or lengths that a batch, or the dict of its inputs, carries."""
     first = batch[0] if isinstance(batch, list | tuple) and batch else None
     if isinstance(batch, list) and batch and isinstance(batch[-1], Mapping):
-        first = None  # one dict an example, which only the user's function knows
+        first = None  # one dict per example: only the user's function can read it
     for part in (batch, first):
         fields = part if isinstance(part, Mapping) else {}
         if found := {key: fields[key] for key in MASK_KEYS if fields.get(key) is not None}:

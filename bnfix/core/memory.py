@@ -1,6 +1,6 @@
-"""Whether a batch fits the memory: measured on one example, and halved until it does.
+"""Memory: the batch size that fits (estimated from one or two examples, then halved).
 
-And whether freed memory is kept for what comes next.
+It also keeps freed memory for later use.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _T = TypeVar("_T")
 _GIB = 1 << 30
 #: From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-#: Of the free memory that a batch may be estimated to hold. What operations use inside themselves
-#: is not in the estimate; processes were seen to grow by 1.0 to 1.6 times as much.
+#: The share of free memory that a batch may use by the estimate. Temporary memory inside
+#: operations is not in the estimate; measured processes grew by 1.0 to 1.6 times the estimate.
 _PART = 0.5
-#: Limit, use and details of a container's memory, and what in it is files that can be dropped.
+#: Files with a container's memory limit, use and details, and the entry for droppable file cache.
 _CONTAINERS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     (
@@ -40,19 +40,19 @@ _CONTAINERS = (
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a forward pass holds at its peak besides the weights, and bytes that are free."""
+    """Peak bytes of a forward pass without the weights, and free bytes."""
 
-    fixed: int  # whatever the batch
-    an_example: int  # more with each example
+    fixed: int  # independent of the batch size
+    an_example: int  # added by each example
     free: int
 
     def of(self, n: int) -> int:
-        """The bytes that a batch is estimated to hold."""
+        """The estimated peak bytes for a batch of n examples."""
         return self.fixed + n * self.an_example
 
 
 class BatchSize:
-    """A batch size that gives way where the memory does not suffice, and says so."""
+    """A batch size that shrinks when memory is short, and adds a note about it."""
 
     def __init__(
         self, size: int, what: str, notes: list[str], *, gives_way: bool = True, remark: str = ""
@@ -62,7 +62,7 @@ class BatchSize:
         self._said = ""
 
     def foresee(self, footprint: Footprint | None) -> None:
-        """Halve the size until it is estimated to fit; a collective call."""
+        """Halve the size until the estimate fits; all ranks must call it."""
         size = self.size
         if footprint is not None and self._gives_way:
             while size > 1 and footprint.of(size) > _PART * footprint.free:
@@ -74,22 +74,22 @@ class BatchSize:
         if footprint is not None and size < self.size:
             held, free = (n / _GIB for n in (footprint.of(self.size), footprint.free))
             why = (
-                f"a forward pass of {self.size} would hold about {held:.3g} GiB besides the "
-                f"weights, more than half of the {free:.3g} GiB that are free"
+                f"a forward pass of {self.size} would need about {held:.3g} GiB besides the "
+                f"weights, more than half of the {free:.3g} GiB of free memory"
             )
         self._shrink(smallest, why)
 
     def run(self, work: Callable[[int], _T]) -> _T:
-        """Do something in batches of this size, or of the largest half of it that fits."""
+        """Call `work` with this size, and halve the size while memory does not suffice."""
         while True:
             try:
                 return work(self.size)
             except torch.OutOfMemoryError:
                 if self.size == 1 or not self._gives_way or distributed.here().shared:
                     raise
-            # Out here the failed pass, which the error held on to, is gone.
+            # Outside the except block: the error, which kept the failed pass alive, is freed.
             torch.cuda.empty_cache()
-            self._shrink(-(-self.size // 2), f"{self.size} at once did not fit the memory")
+            self._shrink(-(-self.size // 2), f"{self.size} at once did not fit in memory")
 
     def _shrink(self, size: int, why: str) -> None:
         if self._said in self._notes:
@@ -104,7 +104,7 @@ class BatchSize:
 def footprint(
     model: nn.Module, batch: Any, precision: str = "fp32", memory_bytes: int | None = None
 ) -> Footprint | None:
-    """Estimate what forward passes of a model hold, from one or two examples; ``None``: unknown."""
+    """Estimate a model's forward memory from one or two examples; ``None`` if it is unknown."""
     free = free_memory(runtime.device_of(model)) if memory_bytes is None else memory_bytes
     if free is None:
         return None
@@ -113,7 +113,7 @@ def footprint(
         two, n = _peak(model, first_of(batch, 2), precision)
     except ModelError:
         return None
-    # Two show what grows with the batch; where there is only one, all of it may.
+    # Two examples show the growth with the batch; with one, all of it counts as growth.
     growth = max(1, two - one) if n == 2 else one
     return Footprint(max(0, one - growth), growth, free)
 
@@ -128,7 +128,7 @@ def first_of(batch: Any, n: int) -> Any:
 
 
 def _peak(model: nn.Module, batch: Any, precision: str) -> tuple[int, int]:
-    """Most bytes held in a forward pass, and its examples."""
+    """The peak bytes of a forward pass, and its number of examples."""
     device, n = runtime.device_of(model), runtime.n_examples_of(batch)
     already = sum(t.numel() * t.itemsize for t in runtime.tensors_in(batch))
     with (
@@ -143,12 +143,12 @@ def _peak(model: nn.Module, batch: Any, precision: str) -> tuple[int, int]:
 
 
 def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
-    """Bytes that this process could still take, where the system says so."""
+    """The bytes that this process can still allocate, or ``None`` if the system does not tell."""
     if device.type == "cuda":
-        # What torch has taken from the system and does not use is there for the taking too.
+        # Memory that torch has reserved and does not use is available too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    # Not only what nothing is in: files that are kept in memory make room.
+    # MemAvailable, not MemFree: the system drops cached files when memory is short.
     kib = _numbers(system / "proc/meminfo").get("MemAvailable:")
     containers = (_of_container(system / "sys/fs/cgroup", *names) for names in _CONTAINERS)
     answers = [n for n in (kib and 1024 * kib, *containers) if n is not None]
@@ -164,7 +164,7 @@ def _of_container(folder: Path, limit: str, used: str, details: str, droppable: 
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The numbers of a file of names and numbers, as the system writes them."""
+    """The numbers in a system file of names and numbers, by name."""
     try:
         rows = [line.split() for line in path.read_text().splitlines()]
     except OSError:
@@ -173,7 +173,7 @@ def _numbers(path: Path) -> dict[str, int]:
 
 
 class LiveBytes(DispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made inside it that are still held, and the most there were."""
+    """Count the bytes of live tensors that were created inside, and their peak."""
 
     def __init__(self, already: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -181,7 +181,7 @@ class LiveBytes(DispatchMode):  # type: ignore[no-untyped-call]
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What was there before is not held by the pass, even if a view of it is.
+        # A tensor from before the pass does not count, even if the pass holds a view of it.
         for storage in _storages((args, kwargs)):
             self._hold(storage, 0)
         made = func(*args, **(kwargs or {}))
@@ -209,12 +209,12 @@ def _storages(nest: Any) -> list[Any]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for reuse; for a program's start, a library should not decide it.
+    """Let glibc keep freed memory for reuse; programs call it at start, libraries should not.
 
-    Activations of a CPU run are freed and taken again layer by layer; by default glibc maps and
-    unmaps each large one, and first touches of fresh pages can cost more than the arithmetic.
-    Threads share one arena, since those of their own hold up to 64 MiB and map larger pieces
-    whatever the threshold.
+    A CPU run frees and allocates activations layer by layer. By default glibc maps and unmaps each
+    large one, and the first touch of fresh pages can cost more than the arithmetic. All threads
+    share one arena: an arena per thread holds up to 64 MiB and maps larger pieces regardless of
+    the threshold.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Where and how the model runs: device, precision, the form of batches and outputs."""
+"""How the model runs: device, precision, and the form of batches and outputs."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from bnfix.core.errors import (
 from bnfix.core.options import one_of
 from bnfix.core.torch_private import BatchNormBase, tree_map
 
-#: How a model is run on one batch of the user's own form.
+#: Runs a model on one batch of the user's own form.
 Forward = Callable[[nn.Module, Any], Any]
-#: Batches, or a function that gives those of the k-th pass, so that each can be shuffled.
+#: Batches, or a function that gives the batches of the k-th pass, to shuffle each pass.
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 
-#: The attribute of a model that says how it is called.
+#: The model attribute that holds the user's forward function.
 FORWARD = "_bnfix_forward"
-#: The attribute of a model that says which of its outputs is meant.
+#: The model attribute that names the selected output.
 OUTPUT = "_bnfix_output"
-#: Models that train only with their targets, and then give their own losses.
+#: Models that train only with targets as inputs, and then return their own losses.
 _TAKES_TARGETS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _INPUT_KEYS = ("pixel_values", "image", "images", "input", "inputs", "x")
 _LABEL_KEYS = ("labels", "label", "target", "targets", "y")
-_GIVE_FORWARD = "Give --forward (from Python forward=), called with the model and the batch."
+_GIVE_FORWARD = "Give --forward (in Python forward=), a function of the model and the batch."
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(text: str) -> torch.device:
-    """The device that an option means."""
+    """The device that an option names."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "cpu"
     if text == "cuda" and distributed.here().shared and torch.cuda.is_available():
@@ -72,14 +72,14 @@ def exact_float32() -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's tensors lie."""
+    """The device of a model's tensors."""
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """The context for a precision."""
+    """The autocast context for a precision."""
     one_of(precision, ("fp32", *_AUTOCAST), "--precision")
     if precision == "fp32":
         return nullcontext()
@@ -87,13 +87,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 
 
 def unpack(batch: Any, model: nn.Module | None = None) -> tuple[Any, Tensor | None]:
-    """The inputs (a tuple of them where there are several) and the labels of a usual batch."""
+    """The inputs (a tuple if there are several) and the labels of a batch of a usual form."""
     args, named, labels = _parts(batch, model)
     return ((args[0] if len(args) == 1 else args) if args else named), labels
 
 
 def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """How a batch is split: what `model` is called with, and the labels or `None`."""
+    """The positional and named arguments for `model` from a batch, and its labels or `None`."""
     names, least, most = _parameters(model)
     if isinstance(batch, Mapping):
         return _parts_by_name(batch, names)
@@ -108,8 +108,8 @@ def _parts(batch: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], dict[s
         place = len(batch) - 1
         if not _like_labels(batch[-1]) and model is not None:
             raise DataError(
-                f"batch: {described(batch)}, and the model takes up to {most} inputs, so which are "
-                f"labels is not known. {_GIVE_FORWARD}"
+                f"batch: {described(batch)}, and the model takes up to {most} inputs, so the "
+                f"labels are ambiguous. {_GIVE_FORWARD}"
             )
     inputs, labels = tuple(batch[:place]), batch[place] if len(batch) > place else None
     x = inputs[0] if len(inputs) == 1 else None
@@ -136,7 +136,7 @@ def _parts_by_name(
         args: tuple[Any, ...] = ()
     else:
         used, args, taken = {found[0]}, (batch[found[0]],), {}
-        # A mask is for the norm layers, and for a model that asks for it too.
+        # The norm layers need the mask; the model gets it only if its forward takes it.
         taken = {key: batch[key] for key in masks.MASK_KEYS if key in batch and key in names}
     left = [
         key
@@ -146,16 +146,16 @@ def _parts_by_name(
     ]  # fmt: skip
     if left:
         raise DataError(
-            f"batch: the model takes no {some(list(map(str, left)))}, which the batch holds. "
+            f"batch: it holds {some(list(map(str, left)))}, which the model does not take. "
             f"{_GIVE_FORWARD}"
         )
     return args, taken, labels
 
 
 def _parameters(model: nn.Module | None) -> tuple[list[str], int, float]:
-    """Names of what a model's forward takes; how many it needs and takes by position.
+    """The parameter names of a model's forward, and how many it needs and takes by position.
 
-    Where it is not known there are no names, none needed, and many taken.
+    If the signature is unknown: no names, none needed, any number taken.
     """
     try:
         found = inspect.signature(model.forward).parameters.values() if model is not None else ()
@@ -169,7 +169,7 @@ def _parameters(model: nn.Module | None) -> tuple[list[str], int, float]:
 
 
 def _like_labels(value: Any) -> bool:
-    """Whether this could be one class index an example, or none."""
+    """Whether this can be one class index per example, or no labels at all."""
     if value is None:
         return True
     if isinstance(value, list | tuple):
@@ -186,24 +186,24 @@ def move(nest: Any, device: torch.device) -> Any:
             return leaf
         movable: Any = leaf
         if device.type == "cuda" and not movable.is_cuda:
-            movable = movable.pin_memory()  # or the copy would make the host wait
+            movable = movable.pin_memory()  # otherwise the copy blocks the host
         return movable.to(device, non_blocking=True)
 
     return tree_map(moved, nest)
 
 
 def set_forward_(model: nn.Module, forward: Forward) -> None:
-    """State once how a model is called on a batch; a `forward=` given to a function goes first."""
+    """Set how a model is called on a batch; a `forward=` argument takes precedence."""
     model.__dict__[FORWARD] = forward
 
 
 def has_forward(model: nn.Module) -> bool:
-    """Say whether it was stated how a model is called."""
+    """Whether a forward function was set for a model."""
     return FORWARD in model.__dict__
 
 
 def run(model: nn.Module, batch: Any, device: torch.device, forward: Forward | None = None) -> Any:
-    """Run `model(inputs)`, or `forward(model, batch)`; what fails in it is one ModelError."""
+    """Run `model(inputs)` or `forward(model, batch)`; any failure becomes one ModelError."""
     forward = forward or model.__dict__.get(FORWARD)
     args, named, labels = ((batch,), {}, None) if forward is not None else _parts(batch, model)
     args, named = move(args, device), move(named, device)
@@ -225,7 +225,7 @@ def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextMan
     """The valid positions of a batch with a mask or lengths, for the model's norm layers."""
     given = masks.mask_in(batch)
     if by_forward and getattr(given.get("mask"), "ndim", 2) < 2:
-        del given["mask"]  # one value an example, which only the user's function knows
+        del given["mask"]  # one value per example: only the user's function can read it
     if not given:
         return nullcontext()
     stock = [
@@ -235,7 +235,7 @@ def _valid(model: nn.Module, batch: Any, by_forward: bool) -> AbstractContextMan
     ]  # fmt: skip
     if stock:
         raise NormError(
-            f"{some(stock)}: stock layers take padding for values of the batch, expected "
+            f"{some(stock)}: stock layers include padding in their moments, expected "
             "GeneralizedBatchNorm for batches with a mask. Call swap_norms_(model) first."
         )
     x = _first_of(_inputs(batch))
@@ -251,9 +251,9 @@ def _trained(
     labels: Any,
     device: torch.device,
 ) -> Any:
-    """The output in training mode; a detector refuses to train without its targets, and gets them.
+    """The output in training mode; a detector needs its targets there, and gets them.
 
-    It then gives losses, which are no output to pick from.
+    It then returns losses, so `--output` does not apply.
     """
     if model not in _TAKES_TARGETS:
         try:
@@ -267,12 +267,12 @@ def _trained(
 
 
 def trains_by_itself(model: nn.Module) -> bool:
-    """Whether a model was given its targets in training mode, for losses of its own."""
+    """Whether a model took its targets in training mode and computes its own losses."""
     return model in _TAKES_TARGETS
 
 
 def own_loss(model: nn.Module, output: Any) -> Tensor | None:
-    """The sum of the losses, a dict of numbers, that such a model has given in training mode."""
+    """The sum of the losses (a dict of numbers) that such a model returns in training mode."""
     if not (model.training and trains_by_itself(model) and isinstance(output, Mapping)):
         return None
     losses = [t for t in output.values() if isinstance(t, Tensor) and t.numel() == 1]
@@ -284,7 +284,7 @@ def own_loss(model: nn.Module, output: Any) -> Tensor | None:
 def _failed(error: Exception, given: Any, by_forward: bool) -> str:
     if by_forward:
         return (
-            f"--forward (from Python forward=): failed ({one_line(error)}). It is called with the "
+            f"--forward (in Python forward=): failed ({one_line(error)}). It is called with the "
             f"model and a batch, here {described(given)}."
         )
     what = described(given)
@@ -298,7 +298,7 @@ def _failed(error: Exception, given: Any, by_forward: bool) -> str:
 
 
 def described(value: Any) -> str:
-    """A batch in words: its nesting, and the type and shape of what is in it."""
+    """A batch in words: its nesting, and the type and shape of each item."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         kind = str(value.dtype).removeprefix("torch.")
         return f"{kind} {'x'.join(map(str, value.shape)) or 'number'}"
@@ -338,7 +338,7 @@ def outputs_by_name(output: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def set_output_(model: nn.Module, name: str) -> None:
-    """State once which of a model's outputs is meant, by dotted name or index."""
+    """Select one of a model's outputs, by dotted name or index."""
     model.__dict__[OUTPUT] = name
 
 
@@ -360,7 +360,7 @@ def _listed(found: Mapping[str, Tensor]) -> str:
 
 
 def fitting_outputs(output: Any, n_examples: int, n_classes: int | None) -> list[str]:
-    """Names of the outputs that can be logits of so many examples and classes."""
+    """The names of the outputs that can be logits for these numbers of examples and classes."""
     found = outputs_by_name(output)
     return [
         name for name, tensor in found.items()
@@ -370,7 +370,7 @@ def fitting_outputs(output: Any, n_examples: int, n_classes: int | None) -> list
 
 
 def _named(output: Any) -> Any:
-    """The part of an output that is named as the result, or all."""
+    """The part of an output with a usual result name (`logits`, `out`), or all of it."""
     for key in ("logits", "out"):
         if isinstance(output, Mapping) and key in output:
             return output[key]
@@ -380,52 +380,52 @@ def _named(output: Any) -> Any:
 
 
 def output_of(output: Any) -> Tensor:
-    """The one tensor of an output, which names it or has no other."""
+    """The result tensor of an output: the named one, or the only one."""
     tensors = outputs_by_name(_named(output))
     if len(tensors) == 1:
         return next(iter(tensors.values()))
     raise ModelError(
-        f"model: its output is {described(output)}, expected one tensor. Name one by --output, or "
-        "give --forward (from Python forward=), a function that returns it."
+        f"model: its output is {described(output)}, expected one tensor. Name one with --output, "
+        "or give --forward (in Python forward=), a function that returns it."
     )
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits `(N, K)` of an output, which names them or has no other of that form."""
+    """The logits `(N, K)` of an output: the named tensor, or the only one of that form."""
     found = _named(output)
     tensors = outputs_by_name(found)
     if len(tensors) > 1:
         flat = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
         if len(flat) > 1:
             raise ModelError(
-                f"model: it has several outputs that can be logits: {_listed(flat)}. Name one by "
-                "--output (from Python forward=, a function that returns the logits)."
+                f"model: several of its outputs can be logits: {_listed(flat)}. Name one with "
+                "--output (in Python forward=, a function that returns the logits)."
             )
         tensors = flat
     if len(tensors) == 1:
         (found,) = tensors.values()
     if isinstance(found, Tensor) and found.ndim and found.shape[1:] in ((), (1,)):
-        # Binary cross-entropy of a logit z is cross-entropy of the two logits 0 and z.
+        # The binary cross-entropy of a logit z equals the cross-entropy of the logits 0 and z.
         z = found.reshape(-1)
         return torch.stack([torch.zeros_like(z), z], 1)
     if not isinstance(found, Tensor) or found.ndim != 2:
         shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
         raise ModelError(
             f"model: its output is {type(found).__name__}{shape}, expected logits (N, classes). "
-            "For other networks there are --task and --loss, convert, and --labels none "
-            "--statistics population; or --forward (from Python forward=), which is called with "
-            "the model and the batch and returns logits."
+            "For other networks use --task and --loss, convert, or --labels none "
+            "--statistics population; or give --forward (in Python forward=), a function of the "
+            "model and the batch that returns logits."
         )
     return found
 
 
 def n_examples_of(batch: Any) -> int:
-    """Examples in a batch: the length of the first tensor, or array, found in its inputs."""
+    """The number of examples in a batch: the length of the first tensor or array in its inputs."""
     found = _inputs(batch)
     if isinstance(found, list | tuple) and all(
         isinstance(image, Tensor) and image.ndim == 3 and len(image) <= 4 for image in found
     ):
-        return len(found)  # images of several sizes, as detectors take them
+        return len(found)  # a list of images of several sizes, as detectors take
     shape = tuple(getattr(_first_of(found), "shape", ()))
     return int(shape[0]) if shape else 1
 
@@ -434,7 +434,7 @@ def _inputs(batch: Any) -> Any:
     """The inputs of a batch, or all of it."""
     try:
         return unpack(batch)[0]
-    except DataError:  # a form that only the user's forward knows
+    except DataError:  # a form that only the user's forward can read
         return batch
 
 
@@ -460,14 +460,14 @@ def again(batches: Batches) -> Batches:
 def hold_out(
     batches: Batches, held: Iterable[Any] | None, *, every: int
 ) -> tuple[Batches, Iterable[Any]]:
-    """Set every n-th batch aside, unless something is set aside already."""
+    """Hold out every n-th batch, unless held-out batches are given."""
     if held is not None:
         return again(batches), list(held) if isinstance(held, Iterator) else held
     everything = list(pass_of(batches, 0))
     if len(everything) < 2:
         raise DataError(
-            f"batches: {len(everything)}, expected at least 2 so that one can be held out. Give "
-            "smaller batches, or give the held-out ones yourself."
+            f"batches: {len(everything)}, expected at least 2, one of them to hold out. Give "
+            "smaller batches, or pass held-out batches."
         )
     every = min(every, len(everything))
     return [b for i, b in enumerate(everything) if i % every], everything[::every]

@@ -1,6 +1,6 @@
-"""All that bnfix uses of torch without torch documenting it, each with a fall-back.
+"""The undocumented parts of torch that bnfix uses, each with a fallback.
 
-Where a name is missing, a fall-back costs speed or a refinement, never a right number.
+If a name is missing, the fallback costs speed or a refinement, never a correct number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def _find(module: str, name: str) -> Any:
-    """The named object, or ``None`` where this torch has no such name."""
+    """The named object, or ``None`` if this torch does not have it."""
     try:
         return getattr(importlib.import_module(module), name, None)
     except ImportError:
@@ -47,7 +47,7 @@ else:
     ConvTransposeBase = nn.ConvTranspose2d.__base__
 
     class _NoMode:
-        """In the place of a dispatch mode: sees no operator."""
+        """A stand-in for a dispatch mode; it sees no operators."""
 
         def __enter__(self):
             return self
@@ -59,7 +59,7 @@ else:
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """For modes that are entered inside `eager`: torch imports no compiler to keep it out."""
+    """A mode for use inside `eager`: torch does not import its compiler to disable it."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -67,8 +67,8 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def tree_map(fn: Callable[[Any], Any], nest: Any) -> Any:
-    """A nest of mappings, lists and tuples with fn of every leaf; torch's is private."""
-    # A packed sequence is a named tuple too, but its lengths must stay on the CPU.
+    """Apply fn to every leaf of a nest of mappings, lists and tuples; torch's own is private."""
+    # A packed sequence is also a named tuple, but its lengths must stay on the CPU.
     if isinstance(nest, PackedSequence):
         return fn(nest)
     if isinstance(nest, Mapping):
@@ -93,26 +93,26 @@ _dispatch_modes = _find("torch._C", "_len_torch_dispatch_stack")
 
 
 def is_transformed() -> bool:
-    """Whether the tracer or a transform such as vmap is active; True where torch does not say."""
+    """Whether the tracer or a transform such as vmap is active; True if torch does not tell."""
     tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     return tracing or _transformed is None or bool(_transformed())
 
 
 def is_forward_differentiated() -> bool:
-    """Whether a level of forward-mode autograd is open; True where torch does not say."""
+    """Whether a level of forward-mode autograd is open; True if torch does not tell."""
     level = _find("torch.autograd.forward_ad", "_current_level")
     return level is None or level >= 0
 
 
 def eager() -> AbstractContextManager[Any]:
-    """Let no torch.compile start; where its compiler was never imported, none can."""
-    # set_stance itself would import it, which takes seconds.
+    """Turn torch.compile off; without an imported compiler there is nothing to turn off."""
+    # set_stance would import the compiler, which takes seconds.
     is_there = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if is_there else nullcontext()
 
 
 def has_modes() -> bool:
-    """Whether this thread has a mode, such as a default device; True where torch does not say."""
+    """Whether this thread has a mode, such as a default device; True if torch does not tell."""
     if _function_modes is None or _dispatch_modes is None:
         return True
     return bool(_function_modes() or _dispatch_modes())
@@ -125,13 +125,13 @@ def default_store() -> Any:
 
 
 def packed_weight(weight: Tensor, *how: Any) -> Tensor:
-    """A convolution's weight in the layout of the CPU's library; AttributeError without it."""
+    """A convolution's weight in the CPU library's layout; AttributeError without that library."""
     packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, *how)
     return packed
 
 
 def packed_convolution(input: Tensor, weight: Tensor, bias: Tensor | None, *how: Any) -> Tensor:
-    """A convolution by a `packed_weight`."""
+    """A convolution with a `packed_weight`."""
     made: Tensor = torch.ops.mkldnn._convolution_pointwise(
         input, weight, bias, *how, "none", [], ""
     )

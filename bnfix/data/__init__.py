@@ -1,1 +1,1 @@
-"""DATA to batches: every form on disk, splits, preprocessing, corruptions."""
+"""Data: every form on disk, splits, preprocessing, corruptions, batches."""

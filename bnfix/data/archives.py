@@ -1,8 +1,8 @@
 """Images in archives: tar shards, parquet files and Hugging Face dataset folders.
 
-A shard, ``key.jpg key.cls``, is walked once, for where each image begins. Nothing is unpacked to
-disk and no member's name is used as a path: names only group the members. Of tables, row groups are
-read as they are needed, as dictionaries: a value repeated a million times is in memory once.
+A shard (``key.jpg key.cls``) is scanned once for the offset of each image. Nothing is unpacked to
+disk, and no member's name is used as a path: names only group the members. Tables are read by row
+group on demand, as dictionaries: a value repeated a million times is in memory once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAX_MEMBERS: Final = 20_000_000
 _MAX_LABEL_BYTES: Final = 1_000_000
 _RANGE: Final = re.compile(r"\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,18}")
-_NO_END: Final = "ends without an end mark: it may have been cut"
+_NO_END: Final = "ends without an end marker: it may be truncated"
 _IMAGE_KINDS: Final = {suffix.removeprefix(".") for suffix in SUFFIXES}
 _JSON_KEYS: Final = ("label", "cls", "class", "class_id", "target", "class_name")
 _IMAGE_COLUMNS: Final = ("image", "img", "png", "jpg", "jpeg", "webp", "picture")
@@ -46,7 +46,7 @@ _LABEL_TYPES: Final = ("int", "uint", "string", "large_string", "dictionary<valu
 _MAX_ROWS: Final = 20_000_000
 _MAX_GROUP_BYTES: Final = 512 << 20
 _KEPT_BYTES: Final = 128 << 20
-#: Other names of a split, and the order in which one is taken where none is named.
+#: Aliases of split names, and the order of preference if the user names no split.
 _ALIASES: Final = {"validation": "val", "valid": "val", "dev": "val", "training": "train",
                    "testing": "test"}  # fmt: skip
 _HELD_OUT: Final = ("test", "val", "train")
@@ -70,13 +70,13 @@ def expand_braces(spec: str) -> list[str]:
 
 
 def named_files(spec: str) -> list[Path]:
-    """One file, or a range of them; all must be there."""
+    """The files of a name or of a range; all must exist."""
     paths = [Path(spec)] if Path(spec).exists() else [Path(p) for p in expand_braces(spec)]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} of {len(paths)} files are missing: {some(missing)}. "
-            "Fetch them, or give the range that is there."
+            "Download them, or give a range of files that exist."
         )
     return paths
 
@@ -96,7 +96,7 @@ class ShardImages(EncodedImages):
         return len(self._names)
 
     def name(self, i: int) -> str:
-        """Its shard and member."""
+        """The image's shard and member."""
         return f"{self._path(i).name}/{self._names[i]}"
 
     def _path(self, i: int) -> Path:
@@ -113,12 +113,12 @@ class ShardImages(EncodedImages):
 
 @dataclass(slots=True)
 class _Sample:
-    """The members of one key, in one shard."""
+    """The members with one key in one shard."""
 
     shard: int
     name: str
     offset: int = 0
-    size: int = -1  # no image so far
+    size: int = -1  # no image yet
     label: str | None = None
 
 
@@ -130,13 +130,13 @@ def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
     uncut = passed.pop(_NO_END, [])
     if not samples:
         raise DataError(
-            f"no images; looked for members named {', '.join(sorted(_IMAGE_KINDS))} "
-            f"after their key, in {len(paths)} shards."
+            f"no images in {len(paths)} shards, expected members named by a key and one of "
+            f"{', '.join(sorted(_IMAGE_KINDS))}."
         )
     places = np.asarray([(one.shard, one.offset, one.size) for one in samples], dtype=np.int64)
     images = ShardImages(paths, places, [one.name for one in samples], channels)
     images.notes += [f"{name} {_NO_END}" for name in uncut]
-    images.notes += [f"{len(v)} {kind} passed over: {some(v)}" for kind, v in passed.items()]
+    images.notes += [f"{len(v)} {kind} skipped: {some(v)}" for kind, v in passed.items()]
     labels = [one.label for one in samples]
     whole = all(label is None or _WHOLE.fullmatch(label) for label in labels)
     return images, [int(label) if whole and label else label for label in labels]
@@ -145,8 +145,8 @@ def open_shards(spec: str, wanted: bool, channels: int) -> Opened:
 def _samples(
     k: int, path: Path, wanted: bool, passed: defaultdict[str, list[str]]
 ) -> Iterator[_Sample]:
-    """Samples of one shard, in order: neighbours of one key."""
-    # A handle of its own: labels are read between two steps of the walk.
+    """The samples of one shard, in order; each groups adjacent members with one key."""
+    # A separate handle: labels are read between two steps of the scan.
     with open_regular(path) as file:
         for (folder, stem), members in groupby(_members(path, passed), _key):
             sample = _Sample(k, str(folder / stem))
@@ -175,20 +175,20 @@ def _shown(member: tarfile.TarInfo) -> str:
 
 
 def _members(path: Path, passed: defaultdict[str, list[str]]) -> Iterator[tarfile.TarInfo]:
-    """Ordinary files one after another, each wholly inside the shard and behind the one before."""
+    """The regular files in order, each entirely inside the shard and after the previous one."""
     size, last, n = path.stat().st_size, -1, 0
-    broken = parsing(f"{path}: not a whole tar archive", " Fetch it again.")
+    broken = parsing(f"{path}: not a complete tar archive", " Download it again.")
     with broken, open_regular(path) as file:
         if file.read(2) == b"\x1f\x8b":
             raise DataError(
-                f"{path}: compressed, so its images cannot be read in any order. "
+                f"{path}: compressed, so its images cannot be read in random order. "
                 "Uncompress it (gunzip)."
             )
         file.seek(0)
         archive = tarfile.open(fileobj=file, mode="r:", errorlevel=2)
         while (member := archive.next()) is not None:
             n += 1
-            # Or every header would stay in memory.
+            # Otherwise every header would stay in memory.
             archive.members.clear()  # type: ignore[attr-defined]
             end = member.offset_data + max(0, member.size)
             if member.size < 0 or member.offset <= last or end > size or n > _MAX_MEMBERS:
@@ -196,12 +196,12 @@ def _members(path: Path, passed: defaultdict[str, list[str]]) -> Iterator[tarfil
             last, name = member.offset, PurePosixPath(member.name)
             if not member.isreg() or member.issparse():
                 if not member.isdir():
-                    passed["members that are links or no ordinary files"].append(_shown(member))
+                    passed["members that are links or special files"].append(_shown(member))
             elif name.is_absolute() or ".." in name.parts or not member.name.isprintable():
-                passed["members with paths that lead out"].append(_shown(member))
+                passed["members with unsafe paths"].append(_shown(member))
             elif not name.name.startswith("."):
                 yield member
-        # Blocks of zeros end an archive; other bytes there are a member that was cut.
+        # Blocks of zeros end an archive; any other bytes there are a truncated member.
         file.seek(min(archive.offset, size))
         rest = file.read(512)
         if rest.strip(b"\0"):
@@ -232,7 +232,7 @@ def find_tables(folder: Path) -> list[Path]:
     """A folder's parquet files, or the .arrow files of ``save_to_disk``, up to two levels down."""
     for suffix in (".parquet", ".arrow"):
         found = [p for depth in ("*", "*/*", "*/*/*") for p in folder.glob(depth + suffix)]
-        # Beside others' .arrow files, as caches are, there is no state.json.
+        # Other .arrow files, such as caches, have no state.json next to them.
         tables = [
             path
             for path in found
@@ -246,7 +246,7 @@ def find_tables(folder: Path) -> list[Path]:
 
 
 def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list[Path], list[str]]:
-    """Files of one split by their names, ``train-00000-of-00002`` or ``test/0000``, and notes."""
+    """The files of one split, by name (``train-00000-of-00002``, ``test/0000``), and notes."""
     by_split: dict[str, list[Path]] = {}
     for path in tables:
         stem = _SHARD.sub("", path.stem)
@@ -263,21 +263,21 @@ def choose_split(folder: Path, tables: Sequence[Path], split: str) -> tuple[list
     folders = sorted({str(path.parent.relative_to(folder)) for path in by_split[chosen]})
     if len(folders) > 1:
         raise DataError(
-            f"{chosen or 'files'} in several folders ({some(folders)}), so several "
-            f"configurations. Give one of them, for example {folder / folders[0]}."
+            f"{chosen or 'files'} in several folders ({some(folders)}), expected one "
+            f"configuration. Give one of them, for example {folder / folders[0]}."
         )
     notes = [f"no split named, so {chosen} is used (of {some(names)})"]
     return by_split[chosen], [] if wanted or len(names) == 1 else notes
 
 
 def _arrow() -> Any:
-    """The pyarrow package, an extra that takes long to import."""
+    """The pyarrow package: an optional dependency, slow to import."""
     importlib.import_module("pyarrow.parquet")
     return importlib.import_module("pyarrow")
 
 
 def open_tables(spec: str | list[Path], wanted: bool, channels: int) -> Opened:
-    """Open parquet or .arrow files of one layout, listed or as one name or a range of them."""
+    """Open parquet or .arrow files with the same columns, given as a list, a name or a range."""
     paths = named_files(spec) if isinstance(spec, str) else spec
     try:
         _arrow()
@@ -286,23 +286,23 @@ def open_tables(spec: str | list[Path], wanted: bool, channels: int) -> Opened:
             f"needs pyarrow, which is not installed ({error}). pip install 'bnfix[parquet]'."
         ) from error
     labels, images = [], TableImages(paths, channels)
-    advice = " Fetch it again, or write it with an image column (bytes, path) and a label column."
+    advice = " Download it again, or save it with an image column (bytes, path) and a label column."
     for path in paths:
         with parsing(f"{path}: cannot be read", advice):
             labels += images.add(path, wanted)
     if not len(images):
-        raise DataError(f"no images, there are no rows in {paths[-1]}.")
+        raise DataError(f"no images: {paths[-1]} has no rows.")
     images.class_names = images.columns.names if images.columns else None
     return images, labels or None
 
 
 class TableImages(EncodedImages):
-    """Images in a column of tables, part by part: a row group each, or a whole .arrow file."""
+    """Images in a column of tables, in parts: one row group, or a whole .arrow file."""
 
     def __init__(self, paths: Sequence[Path], channels: int) -> None:
         super().__init__(str(paths[0]), channels)
         self.kind = paths[0].suffix.removeprefix(".")
-        self.columns: Columns | None = None  # of the first file; all others have the same
+        self.columns: Columns | None = None  # the first file's; all others have the same
         self._image = ""
         self._parts: list[tuple[Path, int, int]] = []  # file, row group, its first row in the file
         self._starts: list[int] = []  # position of each part's first image
@@ -317,11 +317,11 @@ class TableImages(EncodedImages):
         return self._n
 
     def add(self, path: Path, wanted: bool) -> list[Any]:
-        """Append the rows of one file; give its labels where they are wanted."""
+        """Append the rows of one file; return its labels if they are wanted."""
         schema, sizes = self._describe(path)
         columns = find_columns(schema)
         if self.columns not in (None, columns):
-            raise ValueError("its columns or classes are not those of the files before")
+            raise ValueError("its columns or classes differ from those of the other files")
         if self._n + sum(sizes) > _MAX_ROWS:
             raise ValueError(f"more than {_MAX_ROWS:,} rows")
         inner = ".bytes" if columns.nested and path.suffix == ".parquet" else ""
@@ -338,7 +338,7 @@ class TableImages(EncodedImages):
         return labels
 
     def name(self, i: int) -> str:
-        """Its file and row."""
+        """The image's file and row."""
         k, row = self._place(i)
         return f"{self._path(i).name}[{self._parts[k][2] + row}]"
 
@@ -346,7 +346,7 @@ class TableImages(EncodedImages):
         return self._parts[self._place(i)[0]][0]
 
     def _place(self, i: int) -> tuple[int, int]:
-        """Part of an image, and its row there."""
+        """The part that holds an image, and the row in that part."""
         k = int(np.searchsorted(self._starts, i, side="right")) - 1
         return k, int(i) - self._starts[k]
 
@@ -359,11 +359,11 @@ class TableImages(EncodedImages):
         return io.BytesIO(content)
 
     def _images(self, k: int) -> Any:
-        """The image column of one part; the parts read last are kept."""
+        """The image column of one part; recently used parts are cached."""
         if k not in self._kept:
             path, group, _ = self._parts[k]
             column = self._column(path, self._image, group)
-            # A file mapped into memory takes none of its own.
+            # A memory-mapped file needs no memory of its own.
             self._kept[k] = 0 if path in self._mapped else column.nbytes, column
         self._kept.move_to_end(k)
         while len(self._kept) > 1 and sum(size for size, _ in self._kept.values()) > _KEPT_BYTES:
@@ -371,7 +371,7 @@ class TableImages(EncodedImages):
         return self._kept[k][1]
 
     def _column(self, path: Path, name: str, group: int | None = None) -> Any:
-        """One column of a file, or of one of its row groups."""
+        """One column of a file or of a row group."""
         if path.suffix == ".arrow":
             return self._table(path).column(name)
         groups = None if group is None else [group]
@@ -383,13 +383,13 @@ class TableImages(EncodedImages):
         if path not in self._mapped:
             with _arrow().memory_map(str(path)) as source:
                 table = _arrow().ipc.open_stream(source).read_all()
-            # Offsets come from the file, and arrow follows them unchecked.
+            # The offsets come from the file, and arrow does not check them.
             table.validate(full=True)
             self._mapped[path] = table
         return self._mapped[path]
 
     def _describe(self, path: Path) -> tuple[Any, list[int]]:
-        """Schema and rows of each part, once the sizes that the file claims are believed."""
+        """The schema and the number of rows per part, after a check of the declared sizes."""
         if path.suffix == ".arrow":
             return self._table(path).schema, [self._table(path).num_rows]
         limits = {"thrift_string_size_limit": 64 << 20, "thrift_container_size_limit": _MAX_ROWS}
@@ -405,16 +405,16 @@ class TableImages(EncodedImages):
 
 
 class Columns(NamedTuple):
-    """The columns of images and labels, and the classes' names."""
+    """The columns with images and labels, and the class names."""
 
     image: str
-    nested: bool  # a structure with a field `bytes`
+    nested: bool  # a struct with a field `bytes`
     label: str | None
     names: tuple[str, ...] | None
 
 
 def find_columns(schema: Any) -> Columns:
-    """Find a table's columns: by Hugging Face's own description, else by type and name."""
+    """Find a table's columns by Hugging Face's metadata, or else by type and name."""
     features = _features(schema.metadata)
     types = {field.name: field.type for field in schema}
     kinds = {name: features.get(name, {}).get("_type") for name in types}
@@ -424,14 +424,14 @@ def find_columns(schema: Any) -> Columns:
     image = next((n for n in (*described, *_IMAGE_COLUMNS, *only) if n in held), None)
     if image is None:
         raise ValueError(
-            f"no image column among {some(list(types))}: expected bytes, or a structure of bytes "
+            f"no image column among {some(list(types))}: expected bytes, or a struct of bytes "
             f"and path, named {', '.join(_IMAGE_COLUMNS[:2])}"
         )
     classed = [name for name in types if kinds[name] == "ClassLabel"]
     usable = [name for name in types if str(types[name]).startswith(_LABEL_TYPES)]
     labels = [name for name in _LABEL_COLUMNS if name in usable][:1] or classed
     if len(labels) > 1:
-        raise ValueError(f"several label columns: {some(labels)}; name the one meant label")
+        raise ValueError(f"several label columns: {some(labels)}; rename one of them to label")
     label = labels[0] if labels else None
     names = features.get(label or "", {}).get("names")
     is_listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
@@ -448,7 +448,7 @@ def _features(metadata: Mapping[bytes, bytes] | None) -> dict[str, dict[str, Any
         features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}  # of any form, if the file is hostile
+        return {}  # a hostile file can hold JSON of any form
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -465,6 +465,6 @@ def _check_size(chunk: Any, held: int) -> None:
         raise ValueError(f"column {name} claims {packed:,} bytes, {size:,} unpacked, in {held:,}")
     if size > _MAX_GROUP_BYTES:
         raise ValueError(
-            f"a row group has {size:,} bytes of {name}, at most {_MAX_GROUP_BYTES:,} are read at "
-            "once; write it with smaller row groups"
+            f"a row group has {size:,} bytes of {name}, expected at most {_MAX_GROUP_BYTES:,}; "
+            "write it with smaller row groups"
         )

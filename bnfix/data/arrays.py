@@ -1,7 +1,7 @@
-"""Arrays in memory: of ``.npz``, ``.pt`` and ``.safetensors`` files, and of the user's callables.
+"""Arrays in memory, from ``.npz``, ``.pt`` and ``.safetensors`` files and the user's callables.
 
-Files may come from strangers: headers are checked before memory is taken, nothing is unpickled.
-Only a callable named on the command line is imported, never one that comes out of a file.
+Files may come from strangers: headers are checked before memory is allocated, and nothing is
+unpickled. Only a callable named on the command line is imported, never one named in a file.
 """
 
 from __future__ import annotations
@@ -37,37 +37,36 @@ from bnfix.data.images import (
 from bnfix.models.build import import_callable, importable
 
 _EXPECTED = (
-    "floating-point or whole numbers (a tensor, an array, a number), or tuples and dicts of them. "
-    "From Python, batches of any form work: bnfix.recalibrate_(model, batches, forward=...)"
+    "floating-point numbers or integers (a tensor, an array, a number), or tuples and dicts of "
+    "them. From Python, batches of any form work: bnfix.recalibrate_(model, batches, forward=...)"
 )
-#: Arrays of a file that say what is right.
+#: The arrays of a file that hold the truth.
 _TARGETS = ("labels", "targets")
-#: Under which name an item that is a dict may have its label.
+#: The keys under which a dict item can hold its label.
 _LABELS = ("label", "labels", "target", "targets", "y")
-#: The one type of each sort: networks refuse float64 and int32 beside their own.
+#: The single type per kind of number: networks refuse float64 and int32 next to their own types.
 _TYPES = {"f": np.float32, "b": np.bool_}
 _VALID = (
-    "the valid positions of inputs: lengths are whole numbers ({n},), a mask is bool ({n}, "
-    "positions). Masks to learn are targets"
+    "the valid positions of inputs: lengths are integers ({n},), a mask is bool ({n}, positions). "
+    "Masks to learn are targets"
 )
-#: Arrays beside the inputs: their kinds of numbers, numbers of axes, and both in words.
+#: Arrays next to the inputs: their kinds of numbers, numbers of axes, and both in words.
 _BESIDE = {
-    "labels": ("iu", range(1, 2), "whole numbers ({n},), one an image"),
+    "labels": ("iu", range(1, 2), "integers ({n},), one per image"),
     "targets": ("fiub", range(1, 65), "numbers of shape ({n}, ...)"),
     "lengths": ("iu", range(1, 2), _VALID),
     "mask": ("b", range(2, 65), _VALID),
 }
-# Maps are large, so targets keep a small type until `TensorItems.take` converts them.
+# Masks are large, so targets keep a small type until `TensorItems.take` converts them.
 _SMALL = {"bool": np.uint8, "uint8": np.uint8, "int16": np.int16, "int32": np.int32}
-#: Numbers looked at in one piece.
+#: Numbers checked at once.
 _AT_ONCE = 1 << 24
 
 
 class TensorItems(Images):
-    """Inputs by position: one tensor with a row an item, or a list of tensors or nests of them.
+    """Inputs by position: one tensor with a row per item, or a list of tensors or nests of them.
 
-    A batch of ``ragged`` items is a list of them. With a ``mask`` or ``lengths`` beside them a
-    batch is a dict.
+    A batch of ``ragged`` items is a list. With a ``mask`` or ``lengths``, a batch is a dict.
     """
 
     noun = "examples"
@@ -82,7 +81,7 @@ class TensorItems(Images):
         return len(self.items)
 
     def take(self, index: np.ndarray) -> Any:
-        """A batch of items, a new leading dimension on each tensor."""
+        """A batch of items, with a new leading dimension on each tensor."""
         if isinstance(self.items, Tensor):
             rows = torch.from_numpy(index)
             taken = as_inputs(self.items[rows])
@@ -100,22 +99,22 @@ class TensorItems(Images):
             odd = next(k for k, shape in enumerate(shapes) if shape != shapes[0])
             raise DataError(
                 f"{self.spec}: items of different shapes in one batch, item {index[0]} is "
-                f"{shapes[0]}, item {index[odd]} is {shapes[odd]}. Make them alike, or give "
-                "--batch-size 1."
+                f"{shapes[0]}, item {index[odd]} is {shapes[odd]}. Give them the same shape, or "
+                "use --batch-size 1."
             ) from error
         return tree_map(lambda _: next(stacks), items[0])
 
     def _hash(self, i: int) -> bytes:
         digest = hashlib.blake2b(digest_size=DIGEST_SIZE)
         for leaf in tree_leaves([self.items[i], *(part[i] for part in self.beside.values())]):
-            # The same bytes can be other numbers, or the same in another shape.
+            # The same bytes can be different numbers, or the same numbers in another shape.
             digest.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
             digest.update(leaf.contiguous().numpy().tobytes())
         return digest.digest()
 
 
 def as_inputs(value: Any) -> Any:
-    """Numbers of any kind as float32, int64 or bool tensors on the CPU; nests stay nests."""
+    """Convert numbers of any kind to float32, int64 or bool CPU tensors; nests stay nests."""
     if isinstance(value, Mapping):
         return {str(key): as_inputs(item) for key, item in value.items()}
     if isinstance(value, list | tuple) and value:
@@ -138,7 +137,7 @@ def as_inputs(value: Any) -> Any:
 
 
 def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
-    """Open ``.npz``, ``.pt`` or ``.safetensors`` files of named arrays, one or a range of them."""
+    """Open one or a range of ``.npz``, ``.pt`` or ``.safetensors`` files with named arrays."""
     parts: list[dict[str, np.ndarray]] = []
     others: set[str] = set()
     paths = named_files(spec)
@@ -154,7 +153,7 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
         if odd:
             raise DataError(
                 f"{some(odd)} in {path.name} and {paths[0].name} differ: "
-                f"{rows.get(odd[0])} and {first.get(odd[0])}. Make them alike."
+                f"{rows.get(odd[0])} and {first.get(odd[0])}. Give them one type and shape."
             )
     arrays = parts[0]
     if len(parts) > 1:
@@ -164,7 +163,7 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
     if "targets" in arrays:
         targets = _tensor("targets", arrays["targets"], _SMALL)
         images.targets = TensorItems(spec, targets, "targets")
-        # Whole numbers of the size of the pixels are masks.
+        # Integers with the size of the pixels are masks.
         if isinstance(images, ArrayImages) and not targets.is_floating_point():
             images.moves = targets.shape == images.array.shape[:3]
     return images, arrays.get("labels")
@@ -172,7 +171,7 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
 
 def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Images:
     array = arrays["images" if "images" in arrays else "inputs"]
-    # Inputs of 8 bits, channels last, are images too; other whole numbers are codes.
+    # 8-bit inputs with channels last are images too; other integers are codes.
     is_pixels = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in (1, 3, 4)
     if "images" not in arrays and not is_pixels:
         inputs = _tensor("inputs", array, {"bool": np.bool_})
@@ -189,21 +188,21 @@ def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Image
     if n_channels == 1 < channels:
         images.notes.append("grey images, repeated to 3 channels")
     if channels == 1 < n_channels:
-        images.notes.append("colour images, turned to grey by ITU-R 601 luma")
+        images.notes.append("colour images, converted to grey by ITU-R 601 luma")
     return images
 
 
 def _tensor(name: str, array: np.ndarray, kept: Mapping[str, Any]) -> Tensor:
-    """An array as float32, or as int64 unless its type is kept; not copied where it need not be."""
+    """An array as a float32 or int64 tensor, or in a kept type; copied only if necessary."""
     kind = np.float32 if array.dtype.kind == "f" else kept.get(array.dtype.name, np.int64)
-    with np.errstate(over="ignore"):  # what float32 cannot hold is found as an infinity
+    with np.errstate(over="ignore"):  # an overflow is refused below as an infinity
         values = torch.from_numpy(array.astype(kind, copy=False))
     refuse_not_finite(name, values)
     return values
 
 
 def refuse_not_finite(name: str, values: Tensor, *, infinite: bool = True) -> None:
-    """Refuse floats that are not numbers, or not finite either, with the place of the first."""
+    """Refuse NaN, and by default infinities, with the place of the first."""
     if not values.is_floating_point() or not values.numel():
         return
     values = values if values.ndim else values[None]
@@ -224,12 +223,12 @@ def refuse_not_finite(name: str, values: Tensor, *, infinite: bool = True) -> No
 @contextmanager
 def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
     with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
-        warnings.simplefilter("ignore")  # of headers that another numpy has written
+        warnings.simplefilter("ignore")  # about headers that another numpy version wrote
         yield archive
 
 
 def _read_npz(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays that are used, and the names of others: headers first, then memory, then those."""
+    """The used arrays, whose headers are checked before memory is allocated, and other names."""
     with _npz(path) as archive:
         members = [member.removesuffix(".npy") for member in archive.namelist()]
         names = _names(members, members, wanted)
@@ -239,7 +238,7 @@ def _read_npz(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str
 
 
 def _read_tensors(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Tensors by name, of torch's restricted loader; mapped from the disk where they can be."""
+    """The tensors by name, from torch's restricted loader; memory-mapped if possible."""
     content, *_ = read_file(path)
     if not isinstance(content, Mapping):
         raise DataError(f"holds a {type(content).__name__}, expected a dict with inputs, targets.")
@@ -249,7 +248,7 @@ def _read_tensors(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list
     for name in names:
         tensor = tensors[name].detach()
         plain_one = tensor.layout == torch.strided and not tensor.is_quantized
-        # Repeated by a stride of 0, a few bytes can claim any size.
+        # With a stride of 0, a few bytes can claim any size.
         if not plain_one or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
             found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise DataError(f"{name} is {found}, expected plain numbers.")
@@ -259,22 +258,22 @@ def _read_tensors(path: Path, wanted: bool) -> tuple[dict[str, np.ndarray], list
 
 
 def _names(arrays: Sequence[str], members: Sequence[str], wanted: bool) -> list[str]:
-    """The arrays that are used: images or inputs, and labels or targets where they are wanted."""
+    """The used arrays: images or inputs, and labels or targets if they are wanted."""
     inputs = [name for name in ("images", "inputs") if name in arrays][:1]
     if not inputs:
         raise DataError(
-            f"arrays {some(members) or 'none'}, expected one named images, or inputs for what is "
-            "no image."
+            f"arrays {some(members) or 'none'}, expected one named images, or inputs for other "
+            "data."
         )
     given = [name for name in _TARGETS if wanted and name in arrays]
     if len(given) > 1:
-        raise DataError("labels and targets, expected one of them: classes, or what else is right.")
-    # Images have none: they would have to move with the pixels.
+        raise DataError("labels and targets, expected one of them: labels (classes) or targets.")
+    # Images have no mask or lengths: those would have to move with the pixels.
     return inputs + given + [name for name in MASK_KEYS if name in arrays and inputs == ["inputs"]]
 
 
 def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
-    """Refuse arrays of other kinds or lengths than expected, by their headers."""
+    """Refuse arrays of an unexpected kind or length, by their headers."""
     (name, (shape, dtype)), *others = headers.items()
     if name == "images":
         n_channels = 1 if len(shape) == 3 else shape[-1] if len(shape) == 4 else 0
@@ -304,12 +303,12 @@ def named_array(path: Path, name: str) -> np.ndarray:
 
 
 def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]]:
-    """Shape and dtype of an array in the archive, once its declared size is believed."""
+    """The shape and dtype of an array in the archive, after a check of its declared size."""
     if archive.namelist().count(f"{name}.npy") != 1:
         found = some([m.removesuffix(".npy") for m in archive.namelist()]) or "none"
         raise DataError(f"arrays {found}, expected one named {name}.")
     info = archive.getinfo(f"{name}.npy")
-    # Images of one colour compress 1000 times; below 1 GiB that does no harm.
+    # Images of a single colour compress 1000 times; below 1 GiB that does no harm.
     if info.file_size > max(1 << 30, 100 * info.compress_size):
         raise DataError(
             f"{name} would unpack from {info.compress_size:,} to {info.file_size:,} bytes, "
@@ -323,10 +322,10 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
             raise ValueError(f"{name} has .npy version {version}")
         shape, _, dtype = readers[version](file)
         n_bytes = file.tell() + prod(shape) * dtype.itemsize
-    # Memory is taken for the claimed shape, so it must be that of the bytes there are.
+    # numpy allocates memory for the declared shape, so it must match the stored bytes.
     if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
         raise DataError(
-            f"{name} says {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
+            f"{name} is declared as {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
             f"{info.file_size:,} are stored."
         )
     return shape, dtype
@@ -337,11 +336,11 @@ def _npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-# --- what a callable gives ---
+# --- the items of a callable ---
 
 
 class ItemImages(Images):
-    """Images that the user's code has given, kept in memory."""
+    """Images from the user's code, kept in memory."""
 
     kind = "callable"
 
@@ -353,7 +352,7 @@ class ItemImages(Images):
         return len(self.items)
 
     def read(self, i: int) -> np.ndarray:
-        """The pixels as they were given, in the channels asked for."""
+        """The given pixels, in the requested channels."""
         return pixels_of(Image.fromarray(self.items[i]), self.channels)
 
     def _hash(self, i: int) -> bytes:
@@ -361,7 +360,7 @@ class ItemImages(Images):
 
 
 def is_callable(spec: str) -> bool:
-    """Say whether a spec can be the name of a callable; nothing is imported."""
+    """Whether a spec can be the name of a callable; nothing is imported."""
     where, _, name = spec.rpartition(":")
     if not where or not all(part.isidentifier() for part in name.split(".")):
         return False
@@ -369,11 +368,11 @@ def is_callable(spec: str) -> bool:
 
 
 def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
-    """Import a callable, call it without arguments, and keep the inputs and labels it gives."""
+    """Import a callable, call it without arguments, and keep its inputs and labels."""
     pairs: list[tuple[Any, Any]] = []
     try:
         call, folder = import_callable(spec)
-        # A generator runs, and may import, only when its items are asked for.
+        # A generator runs, and may import, only during iteration.
         with importable(folder):
             for item in _items(call() if callable(call) else call):
                 pairs.append(_pair(item, f"item {len(pairs)}"))
@@ -381,16 +380,16 @@ def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
         raise DataError(str(error).removeprefix(f"{spec}: ")) from error
     except Exception as error:
         raise DataError(
-            f"its code failed at item {len(pairs)} ({one_line(error)}). It gives items one by one, "
-            "each (input, label) or an input."
+            f"its code failed at item {len(pairs)} ({one_line(error)}), expected items, each "
+            "(input, label) or an input."
         ) from error
     if not pairs:
-        raise DataError("gave no images, expected pairs of image and label.")
+        raise DataError("gave no images, expected pairs (image, label).")
     images = _opened(spec, [inputs for inputs, _ in pairs], channels)
     labels = [label for _, label in pairs]
     if not wanted or all(isinstance(label, int | str | None) for label in labels):
         return images, labels if wanted else None
-    # Beside numbers with a fraction, whole ones are no classes either.
+    # In a list with other targets, integers are not classes.
     targets = [_inputs(float(y) if isinstance(y, int) else y, f"item {i}: its target")
                for i, y in enumerate(labels)]  # fmt: skip
     shapes = [tree_map(lambda leaf: tuple(leaf.shape), target) for target in targets]
@@ -402,7 +401,7 @@ def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
 
 
 def _is_mask(target: Any, pixels: np.ndarray) -> bool:
-    """Whether a target is whole numbers, one a pixel."""
+    """Whether a target is integers, one per pixel."""
     whole = isinstance(target, Tensor) and not target.is_floating_point()
     return whole and target.shape == pixels.shape[:2]
 
@@ -413,25 +412,25 @@ def _inputs(value: Any, place: str) -> Any:
     except DataError as error:
         raise DataError(f"{place} is {error}") from error
     for leaf in tree_leaves(nest):
-        # Infinities may be meant, as in a mask of attention.
+        # Infinities can be intended, as in an attention mask.
         refuse_not_finite(place, leaf, infinite=False)
     return nest
 
 
 def _opened(spec: str, items: list[Any], channels: int) -> Images:
-    """Items that are all images, arrays of pixels, or all inputs of one nesting of tensors."""
+    """Items that are all images (arrays of pixels), or all inputs with the same nesting."""
     kinds = [None if isinstance(item, np.ndarray) else tree_map(lambda _: "tensor", item)
              for item in items]  # fmt: skip
     odd = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), None)
     if odd is not None:
-        words = ("an image" if kinds[i] is None else f"no image ({kinds[i]})" for i in (0, odd))
+        words = ("an image" if kinds[i] is None else f"not an image ({kinds[i]})" for i in (0, odd))
         raise DataError(f"item 0 is {next(words)}, item {odd} is {next(words)}. Give one kind.")
     images = kinds[0] is None
     return ItemImages(spec, items, channels) if images else TensorItems(spec, items, "callable")
 
 
 def _items(source: Any) -> Iterator[Any]:
-    # Iteration waits for an IndexError, which many a Dataset with a length never raises.
+    # Iteration ends at an IndexError, and many a Dataset with a length never raises one.
     if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
         for i in range(len(source)):
             yield source[i]
@@ -444,7 +443,7 @@ def _items(source: Any) -> Iterator[Any]:
 
 
 def _pair(item: Any, place: str) -> tuple[Any, Any]:
-    """Pixels of an image, or tensors of any other input; and the label."""
+    """An image's pixels, or another input's tensors, and the label."""
     inputs, label = item, None
     if isinstance(item, dict):
         name = next((name for name in _LABELS if name in item), None)
@@ -466,7 +465,7 @@ def _pair(item: Any, place: str) -> tuple[Any, Any]:
 
 
 def _pixels(image: Any) -> np.ndarray | None:
-    """Pixels of a Pillow image, or of 8 bits: (H, W[, C]) as an array, (C, H, W) as a tensor."""
+    """Pixels of a Pillow image, a uint8 array (H, W[, C]) or a uint8 tensor (C, H, W), or None."""
     if isinstance(image, Image.Image):
         return pixels_of(image, 1 if image.mode in ("1", "L") else 3)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3:

@@ -1,4 +1,4 @@
-"""Opened DATA to batches: order, preprocessing, bad images, random variants for training."""
+"""Batches of opened DATA: order, preprocessing, bad images, augmentation for training."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ from bnfix.data.targets import MisfitError, moved, together
 class Batch(NamedTuple):
     """Inputs, their labels, and their positions in the data."""
 
-    x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of them
-    y: Any  # labels (N,) int64, masks (N, H, W) int64, or targets as they are; or None
+    x: Any  # images: (N, C, H, W) float32; else a tensor (N, ...), or tuples and dicts of tensors
+    y: Any  # labels (N,) int64, masks (N, H, W) int64, or other targets unchanged; or None
     index: np.ndarray  # type: ignore[assignment]  # (N,) int64; hides tuple.index
 
 
 class _Named(Batch):
-    """A batch that knows an example's name in messages, by its position; users unpack three."""
+    """A batch that also names an example by its position, for messages; users unpack three."""
 
     name: Callable[[int], str] | None = None
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A bad image that was left out, and why."""
+    """A skipped bad image, and the reason."""
 
     name: str
     reason: str
 
 
-#: Pixels and what moves with them, if anything; or the reason why there are none. A MisfitError is
-#: for the user, where other bad images are passed over.
+#: The pixels and the target that moves with them, if any; or the error. A MisfitError is raised to
+#: the user, while other bad images are skipped.
 _Item = tuple[np.ndarray, Any] | DataError
 
 
 @dataclass
 class _Shaped:
-    """Images after resize and crop, by position; a bad one is its reason."""
+    """Images after resize and crop, by position; for a bad image, its error."""
 
     known: dict[int, _Item] = field(default_factory=dict)
     n_bytes: int = 0
 
     def keep(self, i: int, shaped: _Item, cache_bytes: int) -> None:
-        """Remember one image, unless the memory allowed is used up."""
+        """Cache one image unless the cache is full."""
         size = sum(getattr(v, "nbytes", 0) for v in shaped) if isinstance(shaped, tuple) else 0
         if i not in self.known and self.n_bytes + size <= cache_bytes:
             self.known[i] = shaped
@@ -67,7 +67,7 @@ class _Shaped:
 
 
 class _Shaper(Dataset[list[_Item]]):
-    """Lists of positions to their resized and cropped pixels, or why there are none."""
+    """Map lists of positions to resized and cropped pixels, or to errors."""
 
     def __init__(self, images: Images, preprocessing: Preprocessing) -> None:
         self.images, self.preprocessing = images, preprocessing
@@ -79,7 +79,7 @@ class _Shaper(Dataset[list[_Item]]):
         try:
             return self._shaped(i)
         except DataError as error:
-            return type(error)(str(error))  # without the frames that hold the image
+            return type(error)(str(error))  # without the traceback, which keeps the image alive
 
     def _shaped(self, i: int) -> tuple[np.ndarray, Any]:
         pixels, name = self.images.read(i), self.images.name(i)
@@ -89,9 +89,9 @@ class _Shaper(Dataset[list[_Item]]):
             return pixels, target
         image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
         if resize is not None:
-            # Resized by its shorter side, an image of 1 x 5000 pixels would become enormous.
+            # An image of 1 x 5000 pixels, resized by its shorter side, would become enormous.
             if len(resize) == 1 and resize[0] ** 2 * max(image.size) > MAX_PIXELS * min(image.size):
-                large = f"{image.size} resized is above {MAX_PIXELS:,} pixels"
+                large = f"{image.size} after resize exceeds {MAX_PIXELS:,} pixels"
                 raise DataError(f"{name}: bad image, {large}.")
             v2 = _v2()
             mode = v2.InterpolationMode(self.preprocessing.interpolation)
@@ -104,14 +104,14 @@ class _Shaper(Dataset[list[_Item]]):
 
 
 class Batches:
-    """Preprocessed batches of chosen images, to iterate as often as needed.
+    """Preprocessed batches of selected images, for any number of passes.
 
-    Every pass has the same order. Bad images are left out of their batch and noted in ``skipped``,
-    each once; a pass ends at more than ``max_bad`` of them (default 1%, at least 5). Images after
-    resize and crop are kept in memory up to ``cache_bytes``, shared by all Batches over the same
-    Images, so that later passes decode nothing. ``preprocessing`` is None for inputs that are no
-    images. ``corruption`` comes after the crop; it is not part of the images kept in memory.
-    ``workers`` are processes that decode; -1 is up to 4 for many files where two cores are left.
+    Every pass has the same order. Bad images are left out of their batch and listed once in
+    ``skipped``; a pass fails at more than ``max_bad`` of them (default 1%, at least 5). Images
+    after resize and crop are cached in memory up to ``cache_bytes``, shared by all Batches over the
+    same Images, so later passes decode nothing. ``preprocessing`` is None for other inputs.
+    ``corruption`` applies after the crop and is not cached. ``workers`` is the number of decoding
+    processes; -1 means up to 4 for many files, with two cores left free.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Batches:
         require(
             no_images or preprocessing.channels == images.channels,
             f"channels: {preprocessing.channels} in the preprocessing, {images.channels} in the "
-            f"images opened from {images.spec}. Open them with the same number.",
+            f"images of {images.spec}, expected the same number. Open the images with that number.",
             "channels",
         )
         _check_maps(images, preprocessing)
@@ -159,35 +159,35 @@ class Batches:
         return len(self._groups())
 
     def _with(self, **changes: Any) -> Batches:
-        """A copy that shares memory and ``skipped``, so that it costs nothing."""
+        """A cheap copy that shares the cache and ``skipped``."""
         other = copy.copy(self)
         vars(other).update(changes)
         return other
 
     def with_seed(self, seed: int) -> Batches:
-        """The same batches in an order of their own."""
+        """Batches of the same images in a random order."""
         require(seed >= 0, f"--seed: {seed}, expected 0 or more.", "seed")
-        # By name: numpy may change the generator behind `default_rng`.
+        # An explicit generator: numpy may change the one behind `default_rng`.
         drawn = np.random.Generator(np.random.PCG64(seed))
         return self._with(_order=drawn.permutation(self._index))
 
     def dealt(self, rank: int, size: int) -> Batches:
-        """Every ``size``-th batch, whole: together, all ranks have the same batches as one."""
+        """Every ``size``-th batch: all ranks together have the batches of one process."""
         return self._with(_part=lambda groups: groups[rank::size])
 
     def sliced(self, rank: int, size: int) -> Batches:
-        """A part of every batch, so that all ranks together take the same steps as one."""
+        """A part of every batch: all ranks together take the steps of one process."""
         return self._with(
             _part=lambda groups: [group[rank::size] for group in groups if len(group) > rank]
         )
 
     def starting_at(self, n: int) -> Batches:
-        """The same without the first n batches, which are not read either."""
+        """The same batches without the first n, which are not read."""
         part = self._part
         return self._with(_part=lambda groups: part(groups)[n:])
 
     def evened(self) -> Batches:
-        """The same, with a last batch of one image or below an eighth of the size dealt out."""
+        """The same images; a last batch of one image, or up to an eighth of the size, is spread."""
         return self._with(_evened=True)
 
     def _groups(self) -> list[np.ndarray]:
@@ -211,14 +211,14 @@ class Batches:
             raise DataError(f"{self.images.spec}: no usable image among {n}{why}")
 
     def _targets(self, index: np.ndarray) -> Any:
-        """Labels, or targets that are not moved with the pixels."""
+        """Labels, or targets that do not move with the pixels."""
         images = self.images
         if images.labels is not None:
             return torch.from_numpy(images.labels[index])
         return None if images.targets is None else images.targets.take(index)
 
     def _inputs(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, Any, Any]]:
-        """Positions, inputs and targets moved with them, of each group's good examples."""
+        """The positions, inputs and moved targets of each group's good examples."""
         if isinstance(self.images, TensorItems):
             yield from ((group, self.images.take(group), None) for group in groups)
             return
@@ -226,7 +226,7 @@ class Batches:
             yield index, self._scaled(self._corrupted(pixels, index)), y
 
     def _pixels(self, groups: list[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor, Any]]:
-        """Positions, pixels, uint8 (n, C, H, W), and targets of each group's good images."""
+        """The positions, pixels (uint8, n, C, H, W) and targets of each group's good images."""
         crop, moves = self.preprocessing.crop, self.images.moves
         if (
             isinstance(self.images, ArrayImages)
@@ -253,16 +253,16 @@ class Batches:
                     good[i] = shaped
             if good:
                 self._check_sizes(good)
-                # By the group: a position given twice comes twice.
+                # From the group: a repeated position gives a repeated image.
                 index = np.asarray([i for i in group.tolist() if i in good], dtype=np.int64)
                 pixels, targets = zip(*(good[i] for i in index.tolist()), strict=True)
                 stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
                 yield index, stacked, together(targets) if moves else None
 
     def _loaded(self, groups: list[np.ndarray]) -> Iterator[dict[int, _Item]]:
-        """Each group's images, from memory or from disk."""
+        """Each group's images, from the cache or from disk."""
         known, shaper = self._shaped.known, _Shaper(self.images, self.preprocessing)
-        # Fixed before the first read: another pass may fill the memory in between.
+        # Fixed before the first read: another pass may fill the cache in between.
         before = set(known)
         wanted = [[i for i in dict.fromkeys(group.tolist()) if i not in before] for group in groups]
         to_read = [positions for positions in wanted if positions]
@@ -275,10 +275,10 @@ class Batches:
                 batch_size=None,
                 num_workers=n_workers,
                 collate_fn=list,
-                generator=torch.Generator(),  # or the global one would move with the workers
+                generator=torch.Generator(),  # otherwise the loader would draw from the global one
             )
             with warnings.catch_warnings():
-                # Newer Pythons warn of any fork beside threads; these children only decode.
+                # Newer Pythons warn about any fork with threads; these children only decode.
                 warnings.filterwarnings("ignore", category=DeprecationWarning)
                 fresh = iter(loader)
         for group, positions in zip(groups, wanted, strict=True):
@@ -294,7 +294,7 @@ class Batches:
         if self.workers >= 0:
             return min(self.workers, n_cpus) if n_wanted else 0
         many = n_wanted > 256 and isinstance(self.images, EncodedImages)
-        # On two cores decoding beside the network took longer than before it.
+        # On two cores, decoding in parallel with the network took longer than decoding first.
         return min(4, max(0, n_cpus - 2)) if many else 0
 
     def _skip(self, i: int, reason: str, n_bad: int) -> None:
@@ -303,7 +303,7 @@ class Batches:
             self.skipped.append(Skipped(self.images.name(i), reason))
         if n_bad > self.max_bad:
             raise DataError(
-                f"{self.images.spec}: {n_bad} bad images or more among {len(self._order)}, "
+                f"{self.images.spec}: at least {n_bad} bad images among {len(self._order)}, "
                 f"{self.max_bad:g} allowed: {some([skip.name for skip in self.skipped])}. "
                 f"{self.skipped[0].reason} Remove them, or allow more with --max-bad."
             )
@@ -334,7 +334,7 @@ class Batches:
 
 
 def _check_maps(images: Images, preprocessing: Preprocessing) -> None:
-    """Refuse to move pixels away from maps and coordinates that cannot move with them."""
+    """Refuse resize and crop with masks or coordinates that cannot move with the pixels."""
     given = [f"--{name}" for name in ("resize", "crop") if getattr(preprocessing, name) is not None]
     if not given or images.targets is None or images.moves or isinstance(images, TensorItems):
         return
@@ -343,24 +343,24 @@ def _check_maps(images: Images, preprocessing: Preprocessing) -> None:
         if not isinstance(item, torch.Tensor) or item.ndim > 1:
             found = f"of shape {tuple(item.shape)}" if hasattr(item, "shape") else "that are nests"
             raise ConfigError(
-                f"{images.spec}: targets {found} an example are no masks of the images' size, and "
-                f"{' and '.join(given)} would not move them. Leave it out.",
+                f"{images.spec}: targets {found} per example, expected masks of the images' size: "
+                f"{' and '.join(given)} would not move other targets. Leave it out.",
                 name=given[0].removeprefix("--"),
             )
 
 
 def max_bad_of(n: int, stated: float | None) -> float:
-    """How many bad images a pass over n images may meet: as stated, else 1%, and at least 5."""
+    """The number of bad images allowed in a pass over n images: given, or 1% and at least 5."""
     return max(5.0, 0.01 * n) if stated is None else stated
 
 
 def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Iterator[Batch]:
-    """Vary the images of batches, the same again for one seed, epoch and image.
+    """Augment the images of batches, reproducibly by seed, epoch and image.
 
-    ``light``: mirrored left to right by chance, and shifted by up to an eighth of the size, with
-    the edge mirrored in. ``standard``: mirrored by chance, and a random part (half to all of the
-    area, sides 3:4 to 4:3) resized to the whole. Masks vary with their images. The default is
-    none: mirroring damages digits and text.
+    ``light``: a random horizontal flip and a shift by up to an eighth of the size, with reflected
+    edges. ``standard``: a random horizontal flip and a random crop (half to all of the area, aspect
+    ratio 3:4 to 4:3), resized to full size. Masks move with their images. The default is none: a
+    flip damages digits and text.
     """
     from torchvision import tv_tensors  # takes seconds to import
 
@@ -370,11 +370,11 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
             yield batch
             continue
         transform, varied, is_map = _transform(kind, *batch.x.shape[-2:]), [], _is_map(batch, kind)
-        # torchvision draws from torch's own generator, which the run must find as it left it.
+        # torchvision draws from torch's global generator, whose state the run must keep.
         with torch.random.fork_rng(devices=()):
             for k, position in enumerate(batch.index):
-                # By position: batch size and order must not change the variant of an image. Only
-                # this generator: torch.manual_seed keeps stack traces for devices not in use.
+                # Seeded by position: batch size and order must not change an image's variant. Only
+                # this generator: torch.manual_seed keeps stack traces for unused devices.
                 text = b"%d:%d:%d" % (seed, epoch, position)
                 drawn = hashlib.blake2b(text, digest_size=7).digest()
                 torch.default_generator.manual_seed(int.from_bytes(drawn, "little"))
@@ -386,7 +386,7 @@ def augmented(batches: Iterable[Batch], kind: str, seed: int, epoch: int) -> Ite
 
 
 def _is_map(batch: Batch, kind: str) -> bool:
-    """Whether targets are masks, which vary with the images; others must not depend on place."""
+    """Whether targets are masks, which move with the images; refuse others that have positions."""
     y = batch.y
     if y is None or (isinstance(y, torch.Tensor) and y.ndim == 1):
         return False
@@ -395,7 +395,7 @@ def _is_map(batch: Batch, kind: str) -> bool:
         if not y.is_floating_point() and y.shape[1:] == batch.x.shape[-2:]:
             return True
         if y.ndim == 2 and bool(((y == 0) | (y == 1)).all()):
-            return False  # marks of what is in the image
+            return False  # multi-label targets
         found = f"{y.dtype} of shape {tuple(y.shape)}".removeprefix("torch.")
     raise ConfigError(
         f"--augment {kind}: targets ({found}) are neither classes nor masks of the images' size, "

@@ -1,8 +1,8 @@
 """Common corruptions of images: noise, blur, JPEG, brightness, contrast, pixelate; 3 severities.
 
-They change the pixels that the network sees: after resize and crop, as 8-bit integers, before
-scale, mean and deviation. The result depends on the kind, the severity, the seed and the image's
-position in the data alone; not on its batch, the order or the processes.
+They change 8-bit pixels after resize and crop, before scale, mean and standard deviation. The
+result depends only on the kind, the severity, the seed and the image's position in the data. It
+does not depend on the batch, the order or the number of processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_corruption
 
-#: How strong each severity is, in the units of `_WORDS`.
+#: The strength of each severity, in the units of `_WORDS`.
 STRENGTHS: Final[dict[str, tuple[float, float, float]]] = {
     "noise": (0.02, 0.04, 0.08),
     "blur": (0.08, 0.12, 0.16),
@@ -28,8 +28,8 @@ STRENGTHS: Final[dict[str, tuple[float, float, float]]] = {
     "pixelate": (0.85, 0.65, 0.45),
 }
 _WORDS: Final[dict[str, str]] = {
-    "noise": "Gaussian noise of deviation {} of the range",
-    "blur": "Gaussian blur, deviation {} times the root of the shorter side, in pixels",
+    "noise": "Gaussian noise, standard deviation {} times the pixel range",
+    "blur": "Gaussian blur, standard deviation {} times the root of the shorter side, in pixels",
     "jpeg": "JPEG of quality {:g}",
     "brightness": "brightness times {}",
     "contrast": "contrast times {}",
@@ -39,24 +39,24 @@ _WORDS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to spoil images: kind, severity 1 to 3, seed of the noise."""
+    """One corruption of images: kind, severity 1 to 3, seed of the noise."""
 
     kind: str
     severity: int
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse kinds and severities that there are not."""
+        """Refuse unknown kinds and severities."""
         check_corruption(self.text, "corruption")
 
     @property
     def text(self) -> str:
-        """As ``--corrupt`` takes it: ``blur:2``."""
+        """The form that ``--corrupt`` takes: ``blur:2``."""
         return f"{self.kind}:{self.severity}"
 
     @property
     def words(self) -> str:
-        """What is done to the pixels."""
+        """The change to the pixels, in words."""
         return _WORDS[self.kind].format(self._strength)
 
     @property
@@ -64,7 +64,7 @@ class Corruption:
         return STRENGTHS[self.kind][self.severity - 1]
 
     def apply(self, pixels: np.ndarray, position: int) -> np.ndarray:
-        """Spoil one image."""
+        """Corrupt one image."""
         if self.kind == "noise":
             return self._noisy(pixels, position)
         grey = pixels.shape[2] == 1
@@ -93,7 +93,7 @@ def every_corruption(seed: int = 0) -> list[Corruption]:
 
 
 def _blurred(image: Image.Image, strength: float) -> Image.Image:
-    # The root of the side: about as hard to see through at 32 pixels as at 224.
+    # The root of the side makes the blur about as strong at 32 pixels as at 224.
     return image.filter(ImageFilter.GaussianBlur(strength * min(image.size) ** 0.5))
 
 

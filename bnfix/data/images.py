@@ -1,7 +1,7 @@
-"""Images by position: decoding files of any origin, slicing arrays.
+"""Images by position, decoded from files or sliced from arrays.
 
-Files may come from strangers: only plain image formats are decoded, their size is checked before
-memory is taken, and what a damaged one makes Pillow raise becomes one kind of error.
+Files may come from strangers: only plain image formats are decoded, and their size is checked
+before memory is allocated. Every exception of Pillow's on a damaged file becomes a DataError.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from PIL import Image, UnidentifiedImageError
 
 from bnfix.core.errors import BnfixError, DataError, one_line, plain, some
 
-# Decoders hold an image several times over: at these limits the worst format stays below 1 GB.
+# Decoders hold several copies of an image: at these limits the worst format stays below 1 GB.
 MAX_PIXELS = 50_000_000
 MAX_IMAGE_BYTES = 256 << 20
-#: Bytes of the hash by which an image is recognized.
+#: Bytes of the hash that identifies an image.
 DIGEST_SIZE = 6
-# Files are hashed in threads, so many at a time: reading waits for the disk, hashing has no lock.
+# Batch size per thread when hashing: reading waits for the disk, and hashing releases the GIL.
 _HASHED_AT_ONCE = 256
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# Not every plugin: some of Pillow's formats start other programs (EPS) or are rarely tested.
+# Not every plugin: some of Pillow's formats start other programs (EPS), some are rarely tested.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _ORIENTATION = 0x0112
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -51,51 +51,51 @@ _STRIP_PIXELS = 1 << 22
 
 
 class Images(ABC):
-    """One opened DATA: its images by position, and their labels where there are any."""
+    """One opened DATA: its images by position, and their labels if there are any."""
 
     kind: str
     noun = "images"
     labels: np.ndarray | None = None  # int64 (n,)
-    class_names: tuple[str, ...] | None = None  # of class k
-    classes: tuple[str, ...] = ()  # its class folders, of which some may be empty
-    classes_given: Any = None  # before they were numbered, for `for_outputs`
-    #: In place of labels where they are no classes, with ``take(index)`` and ``digest(i)``.
+    class_names: tuple[str, ...] | None = None  # by class index
+    classes: tuple[str, ...] = ()  # its class folders, including empty ones
+    classes_given: Any = None  # before numbering, for `for_outputs`
+    #: Replace labels that are not classes, with ``take(index)`` and ``digest(i)``.
     targets: Any = None
     #: Whether targets move with the pixels: a mask (H, W), or boxes; `target` gives one.
     moves = False
-    #: Where examples depend on each other, int64 (n,), of the names in ``group_names``.
+    #: The group of each example if examples depend on each other: int64 (n,), into ``group_names``.
     groups: np.ndarray | None = None
     group_names: tuple[str, ...] = ()
-    #: Of several DATA taken together, the source of each image, int64 (n,).
+    #: The source of each image if several DATA are combined: int64 (n,).
     sources: np.ndarray | None = None
-    unused: Sequence[str] = ()  # arrays of its file that nothing reads
+    unused: Sequence[str] = ()  # unused arrays of its file
     _hash_threads = 1
 
     def __init__(self, spec: str, channels: int) -> None:
         self.spec, self.channels = spec, channels
         self.fields: dict[str, list[str]] = {}  # columns of labels.csv
-        self.notes: list[str] = []  # on assumptions, and on files passed over
-        self.shaped: dict[Any, Any] = {}  # resized images, kept for `Batches`
+        self.notes: list[str] = []  # on assumptions and skipped files
+        self.shaped: dict[Any, Any] = {}  # resized images, cached for `Batches`
         self._digests: dict[int, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Worker processes decode; sending them what is already decoded would copy it to each.
+        # Worker processes decode; sending them the decoded images would copy those to each worker.
         return self.__dict__ | {"shaped": {}, "_digests": {}, "classes_given": None, "fields": {}}
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """Image ``i`` in messages and reports."""
+        """The name of image ``i`` in messages and reports."""
         return f"item {i}"
 
     def read(self, i: int) -> np.ndarray:
         """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
-        raise DataError(f"{self.spec}: item {i} is no image.")
+        raise DataError(f"{self.spec}: item {i} is not an image.")
 
     @property
     def labelled(self) -> bool:
-        """Whether examples have labels, or other targets."""
+        """Whether examples have labels or other targets."""
         return self.labels is not None or self.targets is not None or self.moves
 
     def target(self, i: int) -> Any:
@@ -103,7 +103,7 @@ class Images(ABC):
         return self.targets.items[i].numpy()
 
     def target_digest(self, i: int) -> bytes:
-        """Six bytes that identify a target that is no class; none where there is no target."""
+        """Six bytes that identify a target other than a class; empty without targets."""
         digest: bytes = b"" if self.targets is None else self.targets.digest(i)
         return digest
 
@@ -115,7 +115,7 @@ class Images(ABC):
         return self.digests([i])[0]
 
     def digests(self, index: Iterable[int] | None = None) -> list[bytes]:
-        """`digest` of all images or some; a file that cannot be read has a hash of its name."""
+        """The digests of all images or some; an unreadable file gets a hash of its name."""
         wanted = range(len(self)) if index is None else [int(i) for i in index]
         missing = [i for i in wanted if i not in self._digests]
         parts = [missing[k : k + _HASHED_AT_ONCE] for k in range(0, len(missing), _HASHED_AT_ONCE)]
@@ -129,7 +129,7 @@ class Images(ABC):
 
 
 class EncodedImages(Images):
-    """Images that lie encoded somewhere, one file or one run of bytes each."""
+    """Encoded images: each is a file or a run of bytes."""
 
     @abstractmethod
     def _stream(self, i: int) -> BufferedReader | BytesIO: ...
@@ -162,7 +162,7 @@ class FileImages(EncodedImages):
         return len(self.files)
 
     def name(self, i: int) -> str:
-        """Its path inside the folder, on one line."""
+        """The image's path inside the folder, on one line."""
         name = self.files[i].encode("utf-8", "backslashreplace").decode()
         signs = (s if s.isprintable() else s.encode("unicode_escape").decode() for s in name)
         return "".join(signs)
@@ -187,7 +187,7 @@ class ArrayImages(Images):
         return len(self.array)
 
     def take(self, index: np.ndarray) -> np.ndarray:
-        """Several images at once, in the channels asked for."""
+        """Several images at once, in the requested channels."""
         pixels: np.ndarray = self.array[index]
         if pixels.shape[3] == 4:
             pixels = pixels[..., :3]
@@ -195,13 +195,13 @@ class ArrayImages(Images):
             return pixels
         if self.channels == 3:
             return np.repeat(pixels, 3, axis=3)
-        # ITU-R 601 luma in the same fixed point as Pillow, so that files and arrays agree.
+        # ITU-R 601 luma in Pillow's fixed point, so files and arrays agree.
         r, g, b = (pixels[..., k].astype(np.uint32) for k in range(3))
         luma = (r * 19595 + g * 38470 + b * 7471 + 0x8000) >> 16
         return np.expand_dims(luma.astype(np.uint8), 3)
 
     def name(self, i: int) -> str:
-        """Its place in the array."""
+        """The image's place in the array."""
         return f"images[{i}]"
 
     def read(self, i: int) -> np.ndarray:
@@ -214,7 +214,7 @@ class ArrayImages(Images):
 
 
 class SeveralImages(Images):
-    """The images of several sources; ``sources`` tells which one each image is of."""
+    """The images of several sources; ``sources`` holds the source of each image."""
 
     def __init__(self, parts: Sequence[Images]) -> None:
         super().__init__(" + ".join(part.spec for part in parts), parts[0].channels)
@@ -234,12 +234,12 @@ class SeveralImages(Images):
         return self.parts[source], i - int(self._starts[source])
 
     def name(self, i: int) -> str:
-        """Its name in its source, after that."""
+        """The image's source, then its name there."""
         part, k = self._place(i)
         return f"{part.spec}: {part.name(k)}"
 
     def read(self, i: int) -> np.ndarray:
-        """Read it from its source."""
+        """Read the image from its source."""
         part, k = self._place(i)
         return part.read(k)
 
@@ -248,25 +248,25 @@ class SeveralImages(Images):
         return part._hash(k)
 
 
-#: Images, and the class of each by name or number; None where there are none.
+#: Images, and the class of each by name or number, or None without classes.
 Opened = tuple[Images, list[Any] | np.ndarray | None]
 
 
 @contextmanager
 def parsing(problem: str, advice: str = "", path: Path | None = None) -> Iterator[None]:
-    """One kind of error for all that a parser raises on a file that is broken, even on purpose."""
+    """Turn every exception of a parser on a damaged or hostile file into a DataError."""
     try:
         yield
-    except BnfixError:  # which says it already
+    except BnfixError:  # it names the fault already
         raise
-    except Exception as error:  # parsers of others have no base class for theirs
-        # The text of others, such as a KeyError's, says little without their name.
+    except Exception as error:  # third-party parsers have no common base class of errors
+        # The text of other errors, such as a KeyError, says little without the type.
         reason = plain(error, 300) if isinstance(error, OSError | ValueError) else ""
         raise DataError(f"{problem} ({reason or one_line(error)}).{advice}", path=path) from error
 
 
 def faults_of(problems: Mapping[str, Sequence[str]]) -> str:
-    """All faults in one text, since each one found alone would cost the user another run."""
+    """All faults in one text: reporting one at a time would cost the user a run per fault."""
     return "; ".join(f"{len(v):,} {what} ({some(v)})" for what, v in problems.items() if v)
 
 
@@ -277,10 +277,10 @@ def opened(
     path: Path,
     formats: tuple[str, ...] = _FORMATS,
 ) -> Iterator[Image.Image]:
-    """An image file, its size checked, before its pixels are decoded."""
+    """Open an image file and check its size; the pixels are not decoded yet."""
     try:
         with warnings.catch_warnings(), stream() as file:
-            # Pillow warns of large or odd files; the cases that matter are errors below.
+            # Pillow warns about large or odd files; the cases that matter are errors below.
             warnings.simplefilter("ignore")
             if file.seek(0, os.SEEK_END) > MAX_IMAGE_BYTES:
                 raise OSError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
@@ -289,9 +289,9 @@ def opened(
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError
                 yield image
-    except BnfixError:  # of the caller's block
+    except BnfixError:  # from the caller's block
         raise
-    except Exception as error:  # Pillow's decoders have no base class for theirs
+    except Exception as error:  # Pillow's decoders have no common base class of errors
         known = "a known format" if formats == _FORMATS else formats[0]
         reasons: dict[type, str] = {
             Image.DecompressionBombError: f"more than {MAX_PIXELS:,} pixels",
@@ -303,7 +303,7 @@ def opened(
 
 
 def digest_of_file(stream: Callable[[], BufferedReader | BytesIO], name: str) -> bytes:
-    """Hash a file; one that cannot be read has the hash of its name."""
+    """Hash a file; an unreadable file gets the hash of its name."""
     with suppress(Exception), stream() as file:
         return hashlib.file_digest(file, lambda: blake2b(digest_size=DIGEST_SIZE)).digest()
     return blake2b(name.encode(), digest_size=DIGEST_SIZE, key=b"name").digest()
@@ -318,7 +318,7 @@ def digest_of(pixels: np.ndarray) -> bytes:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file to read, and refuse pipes and devices, which could block for ever."""
+    """Open a file for reading; refuse pipes and devices, which could block forever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a regular file")
     return path.open("rb")
@@ -328,12 +328,12 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     """Decode an image: first frame, upright, 8 bit, no alpha."""
     image.load()
     orientation = 1
-    with suppress(Exception):  # a broken tag block does not make the pixels worse
+    with suppress(Exception):  # a broken tag block does not harm the pixels
         orientation = int(image.getexif().get(_ORIENTATION, 1))
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     pixels = np.empty((image.height, image.width, channels), dtype=np.uint8)
-    # By strips: a second copy of a large image in its own mode would double the memory.
+    # In strips: a second copy of a large image in its own mode would double the memory.
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = pixels[top : top + rows]
@@ -346,14 +346,14 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def _shallow(deep: np.ndarray) -> Image.Image:
-    """Integer pixels of up to 16 bits, scaled to 8: Pillow itself would clip them."""
+    """Scale integer pixels of up to 16 bits to 8 bits; Pillow would clip them."""
     if deep.min() < 0 or deep.max() > 65535:
-        raise ValueError("more than 16 bits a pixel")
+        raise ValueError("more than 16 bits per pixel")
     return Image.fromarray(((deep.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def list_images(folder: Path) -> tuple[list[str], list[str], int]:
-    """List a folder, hidden entries apart."""
+    """A folder's image files, subfolders and number of other files, without hidden entries."""
     files, folders, n_others = [], [], 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -369,19 +369,19 @@ def list_images(folder: Path) -> tuple[list[str], list[str], int]:
 
 
 def misplaced(root: Path, files: Iterable[str]) -> dict[str, list[str]]:
-    """Listed files that lie outside their folder, on any system, or are not there."""
+    """Listed files that are missing or, on any system, outside their folder."""
     outside, missing = [], []
     for name in dict.fromkeys(files):
-        path = PureWindowsPath(name)  # it takes / and \ for separators
+        path = PureWindowsPath(name)  # it accepts / and \ as separators
         if not name or path.anchor or ".." in path.parts:
             outside.append(name)
         elif not _is_file(root / name):
             missing.append(name)
-    return {"leading out of the folder": outside, "missing": missing}
+    return {"outside the folder": outside, "missing": missing}
 
 
 def _is_file(path: Path) -> bool:
-    with suppress(OSError, ValueError):  # no file can have the name
+    with suppress(OSError, ValueError):  # the name is not possible for a file
         return path.is_file()
     return False
 
@@ -396,12 +396,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def read_object(path: Path, where: str, limit: int) -> dict[str, Any]:
-    """Read a JSON object that is not empty, and whose names are unique."""
+    """Read a JSON object that is not empty and has unique names."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = [plain(key, 60) for key, n in Counter(key for key, _ in pairs).items() if n > 1]
         if twice:
-            raise DataError(f"{where}: names listed twice: {some(twice)}. Keep one.", path=path)
+            raise DataError(f"{where}: duplicate names: {some(twice)}. Keep one.", path=path)
         return dict(pairs)
 
     with parsing(f"{where}: cannot be read as JSON", path=path):
@@ -412,7 +412,7 @@ def read_object(path: Path, where: str, limit: int) -> dict[str, Any]:
 
 
 def read_rows(path: Path, limit: int) -> list[list[str]]:
-    """Read the rows of a CSV file that are not empty, without spaces around their cells."""
+    """Read the nonempty rows of a CSV file, without spaces around cells."""
     content = read_bytes(path, limit)
     with parsing(f"{path.name}: not a readable CSV file"):
         text = content.decode("utf-8-sig")

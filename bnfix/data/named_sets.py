@@ -1,9 +1,9 @@
-"""Data sets named on the command line, ``NAME:ROOT#SPLIT``, by their usual layouts on disk.
+"""Data sets named on the command line, ``NAME:ROOT#SPLIT``, in their usual layouts on disk.
 
-torchvision compares the MD5 of every file of CIFAR, SVHN, Flowers-102 and of ImageNet's devkit with
-that of the file that its authors distribute, before it unpickles or loads it. That is why pickles
-and .mat files are read here at all: changed ones are refused. Its classes of the other sets check
-no MD5, and that of ImageNet unpacks archives into the folder.
+torchvision checks every file of CIFAR, SVHN, Flowers-102 and ImageNet's devkit against the MD5 of
+the authors' file before it unpickles or loads it. Only for that reason does this module read
+pickles and .mat files: modified files are refused. torchvision's classes for the other sets check
+no MD5, and its ImageNet class unpacks archives into the folder.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ from bnfix.data.images import (
 )
 
 _MAX_LIST_BYTES: Final = 100_000_000
-#: Caltech-256 has no split of its own: of each class this part is for training, drawn by name.
+#: Caltech-256 has no official split: this share of each class, chosen by file name, is training.
 _TRAIN_FRAC: Final = 0.8
 _CATEGORY: Final = re.compile(r"([0-9]{3})\.(.+)")
 _CLUTTER: Final = 257
-#: Where ImageNet lies inside the folder given, and tables of its flat validation folder.
+#: Subfolders in which ImageNet can be, and label tables for its flat validation folder.
 _INSIDE: Final = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "ILSVRC2012", "imagenet")
 _TABLES: Final = ("LOC_val_solution.csv", "val.csv", "val/labels.csv")
 
 
 class _Layout(NamedTuple):
-    """How a data set is opened, and the splits that it comes with, the held-out one last."""
+    """The reader of a data set, and its splits, the held-out split last."""
 
     open: Callable[[Path, str, int], Opened]
     splits: tuple[str, ...]
 
 
 def is_dataset(spec: str, path: Path) -> bool:
-    """Whether a spec begins with a known name and a colon; a folder of that name comes first."""
+    """Whether a spec begins with a known name and a colon, and is not an existing path."""
     return spec.partition(":")[0] in DATASETS and ":" in spec and not path.exists()
 
 
 def near_dataset(spec: str) -> str:
-    """A question for a spec that misspells a known name; empty for others."""
+    """A suggestion for a misspelled data set name, or an empty text."""
     kind, colon, root = spec.partition(":")
     hint = did_you_mean(kind, list(DATASETS))
-    # Not where a module has the name: then a callable is meant.
+    # If a module has the name, the user means a callable.
     if not colon or not kind.isidentifier() or not hint or find_spec(kind) is not None:
         return ""
     return f"{hint.removesuffix('?')}:{root}?"
 
 
 def open_dataset(spec: str, wanted: bool, channels: int) -> Opened:
-    """Open a split of a data set, ``NAME:ROOT#SPLIT``; without a split, the held-out one."""
+    """Open a split of a data set, ``NAME:ROOT#SPLIT``; by default the held-out split."""
     name, _, place = spec.partition(":")
     layout = DATASETS[name]
     place, mark, split = place.rpartition("#") if "#" in place else (place, "", "")
     held_out, root = layout.splits[-1], Path(place).expanduser()
     if mark and split not in layout.splits:
         known = " and ".join(f"#{one}" for one in layout.splits)
-        raise DataError(f"no split {split!r}; {name} comes with {known}. Give one of these.")
+        raise DataError(f"no split {split!r}; {name} has {known}. Give one of these.")
     if not place:
         raise DataError(f"no folder. Give {name}:ROOT#{held_out}.")
     if not root.exists():
@@ -87,11 +87,11 @@ def open_dataset(spec: str, wanted: bool, channels: int) -> Opened:
     return images, classes if wanted else None
 
 
-def _broken(found: str, todo: str = "Fetch the data set again.") -> DataError:
+def _broken(found: str, todo: str = "Download the data set again.") -> DataError:
     return DataError(f"{found}. {todo}")
 
 
-# --- CIFAR, SVHN and Flowers-102: by torchvision's classes ---
+# --- CIFAR, SVHN and Flowers-102: torchvision's classes ---
 
 
 def _torchvision() -> Any:
@@ -102,7 +102,7 @@ def _torchvision() -> Any:
 
 @contextmanager
 def _root_with(folder: Path, name: str) -> Iterator[Path]:
-    """A root in which torchvision finds the folder under the only name that it looks for."""
+    """A root in which the folder has the fixed name that torchvision expects."""
     if folder.resolve().name == name:
         yield folder.resolve().parent
         return
@@ -112,20 +112,20 @@ def _root_with(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _checked(load: Callable[[], Any], place: Path, needed: Iterable[Path]) -> Any:
-    """Load by one of torchvision's classes, which load nothing but files of the right MD5."""
+    """Load with a torchvision class; it loads only files with the right MD5."""
     try:
         return load()
     except (RuntimeError, OSError) as error:
         missing = [path.name for path in needed if not path.is_file()]
-        found = f"{some(missing, 6)} {'is' if len(missing) == 1 else 'are'} not there"
+        found = f"{some(missing, 6)} {'is' if len(missing) == 1 else 'are'} missing"
         if not missing:
-            found = "its files are not those that are distributed (by their MD5)"
-        todo = "Fetch the data set again; changed images can be given as class folders or .npz."
+            found = "its files differ from the distributed files (by their MD5)"
+        todo = "Download the data set again; give modified images as class folders or .npz."
         raise _broken(f"{place}: {found}", todo) from error
 
 
 def _open_cifar(name: str, root: Path, split: str, channels: int) -> Opened:
-    """The Python version, unpacked or as its archive."""
+    """Open the Python version, unpacked or in its archive."""
     kind = getattr(_torchvision(), name)
     names = _cifar_files(kind)
     places = (root / kind.base_folder, root / kind.filename.removesuffix(".tar.gz"), root)
@@ -135,11 +135,11 @@ def _open_cifar(name: str, root: Path, split: str, channels: int) -> Opened:
     archive = root if root.is_file() else root / kind.filename
     if not archive.is_file():
         raise DataError(
-            f"looked in {root} for {kind.base_folder}/, {names[0]} and the archive "
-            f"{kind.filename}; none is there. Give the folder that holds one of them."
+            f"nothing found in {root}, expected {kind.base_folder}/, {names[0]} or the archive "
+            f"{kind.filename}. Give the folder that holds one of them."
         )
     with TemporaryDirectory() as top:
-        # The MD5 first: an archive of other origin could be of any size, and lead anywhere.
+        # The MD5 first: another archive could have any size and unsafe paths.
         _checked(lambda: _unpack(archive, kind.tgz_md5, top), archive, ())
         return _cifar_in(kind, Path(top) / kind.base_folder, archive, split, channels)
 
@@ -183,27 +183,27 @@ def _open_flowers102(root: Path, split: str, channels: int) -> Opened:
     return images, np.asarray([label for _, label in listed], dtype=np.int64)
 
 
-# --- Folders of image files and the lists beside them ---
+# --- Folders of image files and their lists ---
 
 
 def _find_root(root: Path, folders: Sequence[str], needed: str) -> Path:
-    """Where a data set lies: in the folder given, or in its usual place inside."""
+    """The root of a data set: the given folder, or its usual subfolder."""
     places = [root, *(root / folder for folder in folders)]
     for place in places:
         if (place / needed).exists():
             return place
     beside = [root.name] if root.is_file() else sorted(path.name for path in root.iterdir())
     archives = [name for name in beside if name.endswith((".tar", ".tgz", ".tar.gz", ".zip"))]
-    found = f"looked for {some([str(place / needed) for place in places])}; not there"
+    found = f"expected {some([str(place / needed) for place in places])}; not found"
     todo = "Give the folder that holds the data set."
     if archives:
-        found += f", but {some(archives)} is"
+        found += f", but found {some(archives)}"
         todo = "Unpack it (tar xf) and give the folder."
     raise _broken(found, todo)
 
 
 def _files(root: Path, files: Sequence[str], channels: int) -> FileImages:
-    """Listed files of a folder, once all are known to be in it."""
+    """The listed files of a folder; all must exist inside it."""
     if not files:
         raise _broken(f"no images in this split, in {root}")
     if found := faults_of(misplaced(root, files)):
@@ -212,19 +212,19 @@ def _files(root: Path, files: Sequence[str], channels: int) -> FileImages:
 
 
 def _read_text(path: Path) -> str:
-    with parsing(f"{path}: cannot be read", " Fetch the data set again."):
+    with parsing(f"{path}: cannot be read", " Download the data set again."):
         return read_bytes(path, _MAX_LIST_BYTES).decode("utf-8-sig")
 
 
 def _open_caltech256(root: Path, split: str, channels: int) -> Opened:
-    """Folders ``256_ObjectCategories/001.ak47/...``."""
+    """Open folders ``256_ObjectCategories/001.ak47/...``."""
     inside = ("256_ObjectCategories", "caltech256/256_ObjectCategories")
     folder = _find_root(root, inside, "001.ak47")
     matches = [_CATEGORY.fullmatch(name) for name in list_images(folder)[1]]
     categories = {int(match[1]): match for match in reversed(matches) if match}
     n = sum(match is not None for match in matches)
     if sorted(categories) != list(range(1, n + 1)):
-        found = f"the class folders in {folder} are not numbered 001 to {n:03d}, each once"
+        found = f"the class folders in {folder} are not numbered from 001 to {n:03d}, each once"
         raise _broken(found, "Unpack the data set again.")
     files: list[str] = []
     labels: list[int] = []
@@ -240,11 +240,11 @@ def _open_caltech256(root: Path, split: str, channels: int) -> Opened:
     images.class_names = tuple(match[2] for _, match in sorted(categories.items()))
     images.notes.append(
         f"split drawn by file name, {_TRAIN_FRAC:.0%} of each class for training, since "
-        "Caltech-256 comes with none"
+        "Caltech-256 has no official split"
     )
-    # Published numbers are for 256 classes or for 257.
+    # Published results use 256 or 257 classes.
     if n == _CLUTTER:
-        images.notes.append("the class clutter is the last of 257; remove its folder for 256")
+        images.notes.append("clutter is the last of 257 classes; remove its folder for 256")
     return images, np.asarray(labels, dtype=np.int64)
 
 
@@ -253,12 +253,12 @@ def _draw(name: str) -> bytes:
 
 
 def _open_cub2011(root: Path, split: str, channels: int) -> Opened:
-    """A folder ``images/`` and the lists beside it."""
+    """Open a folder with ``images/`` and its lists."""
     folder = _find_root(root, ("CUB_200_2011",), "images")
     names = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise _broken(f"looked for {some(names)} in {folder}; {some(absent)} is not there")
+        raise _broken(f"no {some(absent)} in {folder}, expected {some(names)}")
     paths, parts, labels, classes = (_by_id(folder / name) for name in names)
     n = len(classes)
     wrong = [
@@ -278,15 +278,15 @@ def _open_cub2011(root: Path, split: str, channels: int) -> Opened:
 
 
 def _by_id(path: Path) -> dict[str, str]:
-    """Rows of a number and a value."""
+    """The rows of a file, each with a number and a value."""
     lines = [line for line in _read_text(path).splitlines() if line.strip()]
     rows = [line.split(maxsplit=1) for line in lines]
     short = [" ".join(row)[:40] for row in rows if len(row) < 2]
     values = {row[0]: row[1].strip() for row in rows if len(row) == 2}
     if short or len(values) < len(rows) or not values:
-        found = f"{path}: {len(rows)} lines, {len(values)} of them a number of its own and a value"
+        found = f"{path}: {len(rows)} lines, {len(values)} of them with a unique number and a value"
         found += f", not: {some(short)}" if short else ""
-        raise _broken(found, "Fetch it again.")
+        raise _broken(found, "Download it again.")
     return values
 
 
@@ -294,7 +294,7 @@ def _by_id(path: Path) -> dict[str, str]:
 
 
 def _open_imagenet(root: Path, split: str, channels: int) -> Opened:
-    """``train/`` in class folders, ``val/`` so or flat, ``test/`` without labels."""
+    """Open ``train/`` (class folders), ``val/`` (class folders or flat) or unlabelled ``test/``."""
     top = _find_root(root, _INSIDE, split)
     folder = top / split
     loose, folders, _ = list_images(folder)
@@ -304,7 +304,7 @@ def _open_imagenet(root: Path, split: str, channels: int) -> Opened:
         raise _broken(
             f"{found}, expected folders named by WordNet ids"
             + ("" if split == "train" else ", or images alone"),
-            "Unpack each archive into a folder of its own.",
+            "Unpack each archive into a separate folder.",
         )
     images = FileImages(folder, "imagenet", files or loose, channels)
     if split == "test":
@@ -317,17 +317,17 @@ def _open_imagenet(root: Path, split: str, channels: int) -> Opened:
 
 
 def _answers(root: Path, top: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    """The id of each image of the flat validation folder, and all ids there are."""
+    """The id of each image in the flat validation folder, and all ids."""
     for path in (place / name for place in (top, root) for name in _TABLES):
         if path.is_file():
             return _by_table(path, files)
-    # The devkit numbers the classes in an order of its own, by a table of MATLAB's.
+    # The devkit numbers the classes in its own order, in a MATLAB table.
     devkit = _torchvision().imagenet
     name, _ = devkit.ARCHIVE_META["devkit"]
     archive = next((place / name for place in (top, root) if (place / name).is_file()), None)
     if archive is None:
         raise DataError(
-            f"{top / 'val'} is flat, and its answers were not found: looked in {root} for {name}, "
+            f"{top / 'val'} is flat and has no labels: expected {name} in {root}, or one of "
             f"{some(_TABLES)}. Add one, or sort the images into folders named by WordNet ids."
         )
     with TemporaryDirectory() as folder:
@@ -338,14 +338,14 @@ def _answers(root: Path, top: Path, files: list[str]) -> tuple[list[str], tuple[
     numbers = [int(text[:9]) if text.isdecimal() else 0 for text in digits]
     wrong = [name for name, k in zip(files, numbers, strict=True) if not 0 < k <= len(ids)]
     if wrong:
-        found = f"{len(wrong):,} of {len(files):,} images in val have no answer among the "
-        todo = "Give the files that belong together."
+        found = f"{len(wrong):,} of {len(files):,} images in val have no label among the "
+        todo = "Give files that belong together."
         raise _broken(f"{found}{len(ids):,} of {archive}: {some(wrong)}", todo)
     return [ids[k - 1] for k in numbers], tuple(sorted(known))
 
 
 def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]:
-    # Kaggle's second column goes on with boxes; its first has no suffix.
+    # In Kaggle's table, boxes follow the id in the second column; the first has no suffix.
     ids = {
         Path(row[0]).stem: row[1].split()[0]
         for row in read_rows(path, _MAX_LIST_BYTES)[1:]
@@ -354,7 +354,7 @@ def _by_table(path: Path, files: list[str]) -> tuple[list[str], tuple[str, ...]]
     missing = [name for name in files if Path(name).stem not in ids]
     if missing:
         found = f"{path}: {len(missing):,} of {len(files):,} images are not in it: {some(missing)}"
-        raise _broken(found, "Give the whole table.")
+        raise _broken(found, "Give the complete table.")
     return [ids[Path(name).stem] for name in files], tuple(sorted(set(ids.values())))
 
 

@@ -1,8 +1,8 @@
-"""DATA opened: its kind found out, its images listed, each with its class.
+"""Open DATA: find its kind, list its images, and give each image its class.
 
-`_KINDS` is the table of all forms. Any of them may come from strangers: sizes are checked before
-memory is taken, nothing is unpickled but the distributed files of named sets, known by their MD5,
-and no path leads out of its folder. Only a callable named in the spec itself is imported.
+`_KINDS` is the table of all forms. Data may come from strangers: sizes are checked before memory is
+allocated, and no path leads out of its folder. The only unpickled files are the distributed files
+of named sets, checked by MD5. Only a callable named in the spec itself is imported.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def open_images(
     channels: int = 3,
     groups: str | None = None,
 ) -> Images:
-    """Open DATA: find out its kind, list its images, and give each its class and its group."""
+    """Open DATA: find its kind, list its images, and give each image its class and group."""
     one_of(labels, ("auto", "none"), "--labels")
     require(channels in (1, 3), f"channels: {channels}, expected 1 or 3.", "channels")
     mapping = None if class_map is None else read_class_map(Path(class_map))
@@ -65,7 +65,7 @@ def open_images(
         if isinstance(classes, list) and wanted:
             classes = given_classes(images, classes)
     except (DataError, CheckpointError, OSError, ValueError) as error:
-        # The kinds say the fault alone; here it gets its place.
+        # The readers state only the fault; the place is added here.
         stated = isinstance(error, BnfixError)
         fault = str(error).removeprefix(f"{spec}: ") if stated else f"cannot be read ({error})."
         raise DataError(f"DATA {spec}: {fault}", name=spec, path=spec) from error
@@ -73,7 +73,7 @@ def open_images(
     if groups is not None:
         group_(images, groups)
     if images.unused:
-        images.notes.insert(0, f"arrays passed over: {some(images.unused)}")
+        images.notes.insert(0, f"arrays skipped: {some(images.unused)}")
     if classes is not None and wanted:
         images.classes_given = classes, mapping, tuple(images.notes)
         _set_labels(images, classes, mapping, n_classes)
@@ -83,22 +83,22 @@ def open_images(
         elif not images.labelled:
             images.notes.append("no labels")
         if mapping is not None:
-            images.notes.append("the class map is not used: there are no labels to map")
+            images.notes.append("the class map is not used, since there are no labels")
     return images
 
 
 def open_several(specs: Sequence[str], **how: Any) -> Images:
-    """Open several DATA as one; labels are used where all of them have classes."""
+    """Open several DATA as one; labels are used if all of them have classes."""
     parts = [open_images(spec, **how) for spec in specs]
     odd = [p.spec for p in parts if isinstance(p, TensorItems) or (p.labelled and p.labels is None)]
     if odd:
         raise DataError(
-            f"DATA {some(odd)}: several --data, or one with --select DATA, are taken together only "
-            "where they are images with classes, or without labels. Give one --data."
+            f"DATA {some(odd)}: cannot be combined, expected images with classes or without labels "
+            "for several --data, or for --data with --select DATA. Give one --data."
         )
     whole = SeveralImages(parts)
     is_used = all(part.labels is not None for part in parts)
-    # How each one alone would number its classes is of no interest.
+    # Notes on the numbering of classes in a single part do not apply to the whole.
     notes = [part.classes_given[2] if is_used else part.notes for part in parts]
     whole.notes = [f"{p.spec}: {note}" for p, own in zip(parts, notes, strict=True) for note in own]
     if any(part.groups is not None for part in parts):
@@ -106,15 +106,15 @@ def open_several(specs: Sequence[str], **how: Any) -> Images:
     if not is_used:
         bare = [part.spec for part in parts if part.labels is None]
         if len(bare) < len(parts):
-            whole.notes.append(f"labels are not used, since {some(bare)} has none")
+            whole.notes.append(f"labels are not used, since {some(bare)} has no labels")
         return whole
     given = [part.classes_given[0] for part in parts]
     names = {part.class_names for part in parts if isinstance(part.classes_given[0], np.ndarray)}
     known = names - {None}
     if len({type(classes) for classes in given}) > 1 or len(known) > 1:
         raise DataError(
-            f"DATA {whole.spec}: their classes are named or numbered in different ways, so they "
-            "cannot be taken together. Give them the same names, or --labels none."
+            f"DATA {whole.spec}: their classes are named or numbered in different ways, expected "
+            "the same classes in all. Give them the same names, or --labels none."
         )
     whole.class_names = known.pop() if known else None
     classes = np.concatenate(given) if names else [name for part in given for name in part]
@@ -123,7 +123,7 @@ def open_several(specs: Sequence[str], **how: Any) -> Images:
 
 
 def _group_(whole: SeveralImages) -> None:
-    """Groups of all sources; an example without one is a group of its own."""
+    """Set the groups of all sources; an example without a group becomes its own group."""
     found, names = [], list[str]()
     for part in whole.parts:
         groups = np.arange(len(part)) if part.groups is None else part.groups
@@ -137,11 +137,11 @@ def _group_(whole: SeveralImages) -> None:
 
 
 class _Kind(NamedTuple):
-    """One form of DATA: in words, which specs and paths have it, and its reader."""
+    """One form of DATA: its description, a test for specs and paths, and its reader."""
 
     words: str
     fits: Callable[[str, Path], bool]
-    open: Callable[[str, bool, int], Opened]  # of the spec, whether labels are wanted, channels
+    open: Callable[[str, bool, int], Opened]  # arguments: spec, whether labels are wanted, channels
 
 
 def _kind_of(spec: str) -> _Kind:
@@ -152,7 +152,7 @@ def _kind_of(spec: str) -> _Kind:
     if not path.exists() and (hint := near_dataset(spec)):
         raise DataError(f"no such kind.{hint}")
     is_other = path.exists() or ":" in spec
-    reason = "not of a kind that is known" if is_other else "no such file or folder"
+    reason = "not of a known kind" if is_other else "no such file or folder"
     raise DataError(f"{reason}. Give {', '.join(kind.words for kind in _KINDS)}.")
 
 
@@ -174,7 +174,7 @@ def _fits_callable(spec: str, path: Path) -> bool:
 
 
 def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
-    """A folder of any kind, or one split in it, ``FOLDER#SPLIT``."""
+    """Open a folder of any kind, or one split of it, ``FOLDER#SPLIT``."""
     path, split = Path(spec), ""
     if not path.is_dir():
         folder, _, split = spec.rpartition("#")
@@ -192,15 +192,15 @@ def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
     inside = path / split
     if split and not inside.is_dir():
         raise DataError(
-            f"looked for a folder {split} or parquet files of that split in {path}; "
-            "neither is there."
+            f"no split {split} in {path}, expected a folder of that name or parquet files of "
+            "that split."
         )
     by_file = (inside / "labels.csv").exists()
     return (_open_csv if by_file else _open_folder)(inside, wanted, channels)
 
 
 def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
-    """A folder of class folders, or a flat folder."""
+    """Open a folder of class folders, or a flat folder."""
     loose, folders, n_others = list_images(path)
     parts = [str(path / name) for name in folders if is_segmentation(path / name)]
     if parts:
@@ -216,11 +216,11 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
     files = [name for names in by_class.values() for name in names]
     empty = [folder for folder, names in by_class.items() if not names]
     if not loose and not files:
-        raise DataError(f"no images; looked for {' '.join(SUFFIXES)} in it and its folders.")
+        raise DataError(f"no images, expected {' '.join(SUFFIXES)} in it or its folders.")
     if loose and files:
         raise DataError(
-            f"{len(loose)} images beside folders with images ({some(folders)}), so "
-            "neither flat nor class folders. Move one of them away."
+            f"{len(loose)} images beside folders with images ({some(folders)}), expected "
+            "only images or only class folders. Move one of them away."
         )
     if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
         raise DataError(
@@ -231,7 +231,7 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
     images = FileImages(path, kind, files or loose, channels)
     images.classes = tuple(folders) if files else ()
     if n_others:
-        images.notes.append(f"{n_others} files without an image's suffix passed over")
+        images.notes.append(f"{n_others} files without an image suffix skipped")
     if empty:
         images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
     classes = [folder for folder, names in by_class.items() for _ in names]
@@ -239,14 +239,14 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
 
 
 def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
-    """A folder with ``labels.csv``; its labels as text."""
+    """Open a folder with ``labels.csv``; its labels are text."""
     header, *rows = read_rows(path / "labels.csv", MAX_CSV_BYTES) or [[]]
     if "file" not in header or (wanted and "label" not in header):
         raise DataError(
             f"labels.csv: its first line is {','.join(header)[:100]!r}, expected file,label."
         )
     if not rows:
-        raise DataError("labels.csv: no images; there is no line after the header.")
+        raise DataError("labels.csv: no images, expected lines after the header.")
     column = header.index("file"), header.index("label") if "label" in header else 0
     files = [str(PurePosixPath(row[column[0]])) for row in rows if len(row) > column[0]]
     problems = {
@@ -263,11 +263,11 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
     }
     unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
-        images.notes.append(f"{len(unlisted)} images not in labels.csv passed over")
+        images.notes.append(f"{len(unlisted)} images not in labels.csv skipped")
     return images, [row[column[1]] for row in rows]
 
 
-#: From the first to the last, the first that fits; a new form of DATA is a line here.
+#: The first fitting entry opens DATA; a new form of DATA is one entry here.
 _KINDS: Final = (
     _Kind(
         "a folder of class folders, a folder of images with labels.csv, a flat folder of images, "
@@ -293,14 +293,14 @@ _KINDS: Final = (
 
 
 def for_outputs(images: Images, n_classes: int | None, labels: Sequence[str] = ()) -> Images:
-    """The same images with classes numbered for a model of so many outputs, as their labels are."""
+    """The same images with classes numbered for the model's outputs, by its labels if they fit."""
     again = object.__new__(type(images))
-    again.__dict__.update(images.__dict__)  # copy.copy leaves out what is not for other processes
+    again.__dict__.update(images.__dict__)  # copy.copy drops the fields not sent to other processes
     if images.classes_given is not None:
         classes, mapping, notes = images.classes_given
         again.notes = list(notes)
         if mapping is None and isinstance(classes, list):
-            # Of a name that two outputs have, nobody knows which is meant.
+            # A name that two outputs share is ambiguous.
             once = Counter(labels)
             numbers = {name: k for k, name in enumerate(labels) if once[name] == 1}
             if {*classes, *images.classes} <= numbers.keys():
@@ -322,8 +322,8 @@ def _set_labels(
             classes = np.asarray([int(name) for name in classes], dtype=np.int64)
         elif mapping is None and any(_NUMBER.fullmatch(name) for name in classes):
             raise DataError(
-                f"{where}: some labels are numbers, but not whole ones or not all: {some(odd)}. "
-                "Give whole numbers only, class names only, or --class-map FILE.json."
+                f"{where}: some labels are numbers, but not all are integers: {some(odd)}. "
+                "Give only integers, only class names, or --class-map FILE.json."
             )
     if isinstance(classes, np.ndarray):
         if mapping is None:
@@ -331,7 +331,7 @@ def _set_labels(
             if known is not None and n is not None:
                 images.class_names = (*known[:n], *map(str, range(len(known), n)))
             return
-        if known is not None:  # a class map goes by names, where numbers have them
+        if known is not None:  # a class map goes by name if the numbers have names
             classes = [known[k] if 0 <= k < len(known) else str(k) for k in classes.tolist()]
     names = [str(name) for name in classes]
     indices, how = map_classes(sorted({*names, *images.classes}), mapping, n, where)
@@ -345,7 +345,7 @@ def _set_labels(
 
 
 def given_classes(images: Images, labels: Sequence[Any]) -> list[str] | np.ndarray | None:
-    """Labels as numbers, or all as names; None where no image has any."""
+    """All labels as numbers or all as names; None if no image has a label."""
     bare = [images.name(i) for i, label in enumerate(labels) if label in (None, "")]
     if len(bare) == len(labels):
         return None
@@ -362,7 +362,7 @@ def given_classes(images: Images, labels: Sequence[Any]) -> list[str] | np.ndarr
 def map_classes(
     names: Sequence[str], class_map: dict[str, int] | None, n_classes: int | None, where: str
 ) -> tuple[dict[str, int], str]:
-    """Give each class name its index: by the map, by ImageNet id, by value, or by sorted order."""
+    """Give each class name its index, by the map, ImageNet id, value or sorted order."""
     names, n = sorted(names), len(names)
     ask = "Give --class-map FILE.json (class name to index)."
     if class_map is not None:
@@ -373,18 +373,18 @@ def map_classes(
                 f"{some(missing)}. Add them."
             )
         indices, how = {name: class_map[name] for name in names}, "classes by the class map"
-    # With a class for each output, sorted ids are the outputs and need no list.
+    # With one class per output, the sorted ids are the outputs, and no list is needed.
     elif all(_IMAGENET_ID.fullmatch(name) for name in names) and n != n_classes:
         indices, how = _imagenet_indices(names, where, ask), "classes by ImageNet id"
-    # In sorted order 10 would come before 2.
+    # In text order, 10 would come before 2.
     elif all(name.isascii() and name.isdecimal() and len(name) < 10 for name in names):
         indices, how = {name: int(name) for name in names}, "classes are numbers, taken by value"
         if len(set(indices.values())) < n:
-            raise DataError(f"{where}: two classes of the same number among {some(names)}. {ask}")
+            raise DataError(f"{where}: two classes have the same number among {some(names)}. {ask}")
     elif n_classes is not None and n != n_classes:
         raise DataError(
-            f"{where}: {n} classes for a model with {n_classes} outputs, so their sorted names "
-            f"cannot say which output is which. {ask}"
+            f"{where}: {n} classes for a model with {n_classes} outputs, expected a class per "
+            f"output to number them by sorted name. {ask}"
         )
     else:
         indices = {name: k for k, name in enumerate(names)}
@@ -393,7 +393,7 @@ def map_classes(
     outside = [f"{name} = {k}" for name, k in indices.items() if k >= limit]
     if outside:
         raise DataError(
-            f"{where}: {len(outside)} of {n} classes lie outside the outputs 0 to {limit - 1}: "
+            f"{where}: {len(outside)} of {n} classes are outside the outputs 0 to {limit - 1}: "
             f"{some(outside)}. {ask}"
         )
     return indices, how
@@ -406,8 +406,8 @@ def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, i
             from timm.data.imagenet_info import ImageNetInfo  # optional: it carries the list
         except ImportError as error:
             raise DataError(
-                f"{where}: {len(names)} folders or labels named by ImageNet ids, not all 1000, "
-                f"and the full list comes with timm, which is not installed. {ask}"
+                f"{where}: {len(names)} folders or labels named by ImageNet ids, not all 1000; "
+                f"timm has the full list and is not installed. {ask}"
             ) from error
         known = ImageNetInfo("imagenet-1k").label_names()  # type: ignore[no-untyped-call]
     indices = {name: k for k, name in enumerate(known)}
@@ -421,12 +421,12 @@ def _imagenet_indices(names: Sequence[str], where: str, ask: str) -> dict[str, i
 
 
 def check_range(labels: np.ndarray, n_classes: int | None, where: str) -> np.ndarray:
-    """Check that integer labels can be outputs of the model."""
+    """Check that integer labels are possible outputs of the model."""
     limit = MAX_CLASSES if n_classes is None else n_classes
     rows = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(rows):
         outside = f"outside 0 to {limit - 1}"
-        if n_classes is None and labels.max() < limit:  # which is only a guard
+        if n_classes is None and labels.max() < limit:  # the limit is only a guard here
             outside = "below 0, expected at least 0"
         of_model = "" if n_classes is None else f", the model's {n_classes} outputs"
         raise DataError(
@@ -448,6 +448,6 @@ def read_class_map(path: Path) -> dict[str, int]:
     ]
     if wrong:
         raise DataError(
-            f"{where}: {len(wrong)} values are not whole numbers from 0: {some(wrong)}.", path=path
+            f"{where}: {len(wrong)} values are not integers from 0: {some(wrong)}.", path=path
         )
     return content

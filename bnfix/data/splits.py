@@ -1,4 +1,4 @@
-"""Which examples belong together: groups, copies, splits, and images that a file was fitted on."""
+"""Groups of examples, splits without duplicates, and the images that a file was fitted on."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from bnfix.core.options import require
 from bnfix.data.arrays import named_array
 from bnfix.data.images import DIGEST_SIZE, EncodedImages, FileImages, Images, SeveralImages
 
-#: Images that a history lists one by one, at most; 8 characters each.
+#: Most images that a history lists one by one, with 8 characters each.
 MAX_LISTED: Final = 100_000
-#: The sequence of a file that is named by it and a running number: a path, or a name alone.
+#: The sequence in a file name of a sequence and a running number: in a path, or in a bare name.
 _OF_PATH: Final = r"(.*?)\d+\.[^./]+$"
 _OF_NAME: Final = r"([^/]*?)\d+\.[^./]+$"
-#: Fewer examples are not looked at; more sequences are no sequences.
+#: With fewer examples, sequences are not searched; with more sequences, they do not count.
 _FEWEST, _MOST = 20, 50
 _FILES: Final = (".npy", ".npz")
 _require = partial(require, name="groups")
 
 
-# --- groups of examples that depend on each other, such as the frames of one video ---
+# --- groups of dependent examples, such as the frames of one video ---
 
 
 def group_(images: Images, spec: str) -> None:
-    """Give each example its group, by ``--groups``."""
+    """Give each example its group from ``--groups``."""
     where = f"--groups {plain(spec)}"
     values = _values(images, spec, where)
-    array = spec.removeprefix(images.spec).lstrip("#") or "groups"  # read, so not passed over
+    array = spec.removeprefix(images.spec).lstrip("#") or "groups"  # used, so not in `unused`
     images.unused = [name for name in images.unused if name != array]
     found = f"{where}: {len(values):,} groups for the {len(images):,} examples of {images.spec}"
     _require(len(values) == len(images), f"{found}, expected one for each.")
@@ -53,13 +53,13 @@ def group_(images: Images, spec: str) -> None:
         "expected at least 2 groups. Give another column, expression or file.",
     )
     if len(names) == len(values):
-        images.notes.append(f"{where} is not used: every example has a group of its own")
+        images.notes.append(f"{where} is not used: every example is in a separate group")
         return
     images.groups, images.group_names = ids.reshape(-1).astype(np.int64), tuple(map(str, names))
 
 
 def _values(images: Images, spec: str, where: str) -> Sequence[str] | np.ndarray:
-    """The group of each example: of a column, an array, or a file name."""
+    """The group of each example, from a column, an array or the file names."""
     file, _, array = spec.partition("#")
     path = Path(file)
     if path.suffix.lower() in _FILES and path.is_file():
@@ -73,29 +73,29 @@ def _values(images: Images, spec: str, where: str) -> Sequence[str] | np.ndarray
     _require(not no_column, f"{columns}{some(list(images.fields))}. Name one of them.")
     _require(
         isinstance(images, EncodedImages),
-        f"{where}: no such file, and the examples of {images.spec} have no file names that an "
-        "expression could match. Give an .npy file with one group an example.",
+        f"{where}: no such file, and the examples of {images.spec} have no file names for an "
+        "expression to match. Give an .npy file with one group per example.",
     )
     try:
         expression = re.compile(spec)
     except re.error as error:
-        message = f"{where}: no column, file or regular expression ({error})."
+        message = f"{where}: not a column, a file or a regular expression ({error})."
         raise ConfigError(message, name="groups") from error
     names = [images.name(i) for i in range(len(images))]
     found = [expression.search(name) for name in names]
     missed = [name for name, match in zip(names, found, strict=True) if match is None]
     _require(
         not missed,
-        f"{where}: no column or file has this name, so it was taken as a regular expression; "
+        f"{where}: no column or file has this name, so it was used as a regular expression; "
         f"{len(missed):,} of {len(names):,} file names do not match ({some(missed)}). Give an "
-        "expression that matches all, or an .npy file with one group an example.",
+        "expression that matches all, or an .npy file with one group per example.",
     )
-    # A first group that took no part, as in (a)|b, is as good as none.
+    # If the first group did not match, as in (a)|b, the whole match counts.
     return [(m.groups() or (None,))[0] or m.group() for m in found if m is not None]
 
 
 def _numbered(path: Path, array: str, where: str) -> np.ndarray:
-    """One group an example, as whole numbers or words, from a file."""
+    """One group per example, as integers or words, from a file."""
     try:
         if path.suffix.lower() == ".npz":
             values = named_array(path, array)
@@ -107,24 +107,24 @@ def _numbered(path: Path, array: str, where: str) -> np.ndarray:
         raise ConfigError(message, name="groups") from error
     found = f"{where}: {values.dtype} {values.shape}"
     ok = values.ndim == 1 and values.dtype.kind in "iuU"
-    _require(ok, f"{found}, expected one whole number or word an example, (N,).")
+    _require(ok, f"{found}, expected one integer or word per example, (N,).")
     return values
 
 
 def groups_of_test(spec: str | None) -> str | None:
-    """``--groups`` for the examples of ``--test``: the same, or another array of the file."""
+    """``--groups`` for the examples of ``--test``: the same, or another array in the file."""
     path = Path(spec or "")
     kind = path.suffix.lower() if path.is_file() else ""
     _require(
         kind != ".npy",
-        f"--groups {plain(path)}: has no groups for the examples of --test. Give an .npz file with "
+        f"--groups {plain(path)}: no groups for the examples of --test. Give an .npz file with "
         "the arrays groups and test_groups.",
     )
     return f"{spec}#test_groups" if kind == ".npz" else spec
 
 
 def describe_groups(images: Images, *, splits: bool = True) -> list[str]:
-    """A note on the groups; without them, where file names look like frames of few sequences."""
+    """A note on the groups, or on file names that look like frames of a few sequences."""
     n = len(images)
     if images.groups is not None:
         sizes = np.bincount(images.groups)
@@ -149,7 +149,7 @@ def describe_groups(images: Images, *, splits: bool = True) -> list[str]:
     if classes is not None:
         pairs = len(set(zip(of_each, classes, strict=True)))
         if pairs == len(prefixes) == len(set(classes)):
-            return []  # cat_0001 and dog_0001 are named by their class
+            return []  # cat_0001 and dog_0001 are named after their class
     return [
         f"{images.spec}: file names look like frames of {len(prefixes)} sequences "
         f"({some(sorted(prefixes))}). Frames of a sequence depend on each other; --groups "
@@ -160,10 +160,10 @@ def describe_groups(images: Images, *, splits: bool = True) -> list[str]:
 def deal(
     sizes: np.ndarray, classes: np.ndarray, fractions: Sequence[float], least: Sequence[int]
 ) -> np.ndarray:
-    """Deal whole groups to parts: each, in this order, to the part that is owed most examples.
+    """Deal whole groups, in this order, each to the part that lacks most examples.
 
-    Class by class, so that every part gets its fraction of each as far as whole groups allow; and
-    every part gets at least so many groups.
+    It deals class by class, and every part gets its fraction of each class as far as whole groups
+    allow. Every part gets at least its number of groups in ``least``.
     """
     owed, given = np.zeros(len(fractions)), np.asarray(fractions)
     part = np.zeros(len(sizes), dtype=np.int64)
@@ -181,12 +181,12 @@ def deal(
         part[donors[sizes[donors].argmin()]] = spare.argmin()
 
 
-# --- splits without copies ---
+# --- splits without duplicates ---
 
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint positions, each sorted; exact duplicates of earlier images are in none of them."""
+    """Disjoint sorted positions; exact duplicates of earlier images are in no split."""
 
     fit: np.ndarray
     select: np.ndarray
@@ -194,12 +194,12 @@ class Split:
     duplicates: int
 
     def sizes(self) -> dict[str, int]:
-        """Examples by split."""
+        """The number of examples by split."""
         return {name: len(getattr(self, name)) for name in ("fit", "select", "test")}
 
 
 def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
-    """SHA-256 of a set of images and their labels; order, names and places do not matter."""
+    """SHA-256 of a set of images and labels; order, names and paths do not matter."""
     digests = b"".join(images.digests(index))
     rows = np.frombuffer(digests, dtype=np.uint8).reshape(-1, DIGEST_SIZE)
     if images.labels is not None:
@@ -216,15 +216,15 @@ def fingerprint(images: Images, index: np.ndarray | None = None) -> str:
 
 
 def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Split:
-    """Cut the data in three by a seed, each class by itself, exact duplicates left out.
+    """Split the data in three by a seed, stratified by class, without exact duplicates.
 
-    Every part gets its fraction of every class to within 1; a class of 3 or more is in every part
-    that has a fraction, wherever that bound allows it; over all classes the parts are balanced.
-    An image's part depends on the seed and on its bytes, not on the machine. Groups stay whole, so
-    the fractions hold as far as their sizes allow.
+    Every part gets its fraction of every class to within 1, and all classes together are balanced.
+    A class of 3 or more is in every part with a nonzero fraction if that bound allows it. An
+    image's part depends on the seed and on its bytes, not on the machine. Groups stay whole, so the
+    fractions hold as far as group sizes allow.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise ConfigError(f"fractions: {fractions}, expected 0 or more, together 1.")
+        raise ConfigError(f"fractions: {fractions}, expected 0 or more, with sum 1.")
     digests = images.digests()
     _, first = np.unique(_numbers(digests), return_index=True)
     n = len(first)
@@ -244,7 +244,7 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
         sizes = _share(len(members), fractions, owed)
         ends = np.cumsum(sizes)
         for k in range(3):
-            # Carried from class to class: else every tiny class would round the same way.
+            # Carried from class to class: otherwise every tiny class would round the same way.
             owed[k] += len(members) * fractions[k] / sum(fractions) - sizes[k]
             parts[k] += members[ends[k] - sizes[k] : ends[k]]
     fit, select, test = (np.asarray(sorted(part), dtype=np.int64) for part in parts)
@@ -252,7 +252,7 @@ def cut(images: Images, fractions: tuple[float, float, float], seed: int) -> Spl
 
 
 def choosing(split: Split, images: SeveralImages) -> Split:
-    """The split with the last source to choose on, less what it shares with groups of others."""
+    """The split with the last source as `select`, without groups shared with other sources."""
     own, others = images.parts[-1], images.parts[:-1]
     start = len(images) - len(own)
     everything = np.sort(np.concatenate([split.fit, split.select, split.test]))
@@ -266,7 +266,7 @@ def choosing(split: Split, images: SeveralImages) -> Split:
 
 
 def of_each_source(images: Images, classes: np.ndarray, index: Any) -> np.ndarray:
-    """Classes told apart by the source of the images, so that parts get a share of each source."""
+    """A separate class per source, so that parts get a share of each class of each source."""
     if images.sources is None:
         return classes
     kinds = images.sources[index] * (classes.max() + 1) + classes
@@ -276,7 +276,7 @@ def of_each_source(images: Images, classes: np.ndarray, index: Any) -> np.ndarra
 def _cut_groups(
     images: Images, index: np.ndarray, fractions: tuple[float, float, float], seed: int
 ) -> list[np.ndarray]:
-    """The three parts, of whole groups: two at least, since of one no error can be told."""
+    """The three parts, of at least two whole groups: one group gives no standard error."""
     least = [2 * (fraction > 0) for fraction in fractions]
     index, groups = np.sort(index), np.asarray(images.groups)
     ids, inverse, sizes = np.unique(groups[index], return_inverse=True, return_counts=True)
@@ -290,7 +290,7 @@ def _cut_groups(
     if images.labels is not None and images.labels.ndim == 1:
         classes = np.asarray([np.bincount(images.labels[group]).argmax() for group in members])
     classes = of_each_source(images, classes, [group[0] for group in members])
-    # As for single images, neither names nor places matter.
+    # As for single images, neither names nor paths matter.
     draws = _numbers([_draw(seed, min(images.digests(group))) for group in members])
     order = np.lexsort((draws, classes))
     part = np.empty(len(ids), dtype=np.int64)
@@ -299,12 +299,12 @@ def _cut_groups(
 
 
 def watched(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Which examples early stopping watches: whole groups of about a fifth of them."""
+    """A mask of the examples for early stopping: whole groups, about a fifth of the examples."""
     ids, inverse, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(ids) < 2:
         raise DataError(
-            "--groups: one group to fit on, expected at least 2, to learn on one and watch "
-            "another. Give more data, or smaller groups."
+            "--groups: one group to fit on, expected at least 2, one for training and one for "
+            "early stopping. Give more data, or smaller groups."
         )
     order = rng.permutation(len(ids))
     part = np.empty(len(ids), dtype=np.int64)
@@ -313,47 +313,47 @@ def watched(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def history_digests(images: Images, index: np.ndarray) -> dict[str, Any]:
-    """How many images there are, and up to 100,000 their sorted digests as base64."""
+    """The number of images and, for up to 100,000, their sorted digests as base64."""
     listed = sorted(images.digests(index)) if len(index) <= MAX_LISTED else None
     digests = None if listed is None else base64.b64encode(b"".join(listed)).decode()
     return {"n_examples": len(index), "digests": digests}
 
 
 def seen_before(images: Images, index: np.ndarray, history: Iterable[dict[str, Any]]) -> int:
-    """How many images a checkpoint's history lists as used for fitting or choosing."""
+    """The number of images that a checkpoint's history lists as used for fitting or choosing."""
     used = {digest for part in _parts(history) for digest in _listed(part)}
     return sum(digest in used for digest in images.digests(index)) if used else 0
 
 
 def describe_unlisted(history: Iterable[dict[str, Any]]) -> list[str]:
-    """A sentence where a history has used images that it does not list, else nothing."""
+    """A sentence for each use of images that a history does not list."""
     unlisted = [part for part in _parts(history) if isinstance(part, dict)]
     counts = [part.get("n_examples") for part in unlisted if part.get("digests") is None]
     return [
         f"a checkpoint was fitted or chosen on {n:,} images that its history does not list one by "
-        "one; whether the images measured here are among them is not known."
+        "one; the images measured here may be among them."
         for n in counts
         if type(n) is int and n > 0
     ]
 
 
 def data_record(images: Images, index: np.ndarray | None = None) -> dict[str, Any]:
-    """Spec, size and fingerprint of all or some images, as the history stores them."""
+    """The spec, size and fingerprint of all or some images, for the history."""
     n = len(images) if index is None else len(index)
     return {"spec": images.spec, "n_examples": n, "fingerprint": fingerprint(images, index)}
 
 
 def unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
-    """Positions of test images that are not in the data, nor in its groups, and how many are."""
+    """The positions of test images outside the data and its groups, and the number inside."""
     known, names = set(images.digests()), set(images.group_names)
-    # Groups have the same name where they are the same.
+    # Groups with the same name are the same group.
     shared = np.asarray([name in names for name in test.group_names], dtype=bool)
     inside = np.zeros(len(test), dtype=bool) if test.groups is None else shared[test.groups]
     kept = [i for i, d in enumerate(test.digests()) if d not in known and not inside[i]]
     if not kept:
         raise DataError(
-            f"{test.spec}: every test image is in {images.spec} too"
-            f"{', or in one of its groups' if names else ''}, so it can prove nothing. "
+            f"{test.spec}: every test image is also in {images.spec}"
+            f"{', or in one of its groups' if names else ''}, so the test proves nothing. "
             "Give other images."
         )
     if test.groups is not None and len(set(test.groups[kept])) < 2:
@@ -365,7 +365,7 @@ def unseen(test: Images, images: Images) -> tuple[np.ndarray, int]:
 
 
 def _parts(history: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """Records of images that were fitted or chosen on; of any type, if the file is hostile."""
+    """The records of images for fitting or choosing; a hostile file can hold any type here."""
     for entry in history:
         data = entry.get("data")
         if isinstance(data, dict):
@@ -373,14 +373,14 @@ def _parts(history: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 
 def _listed(part: Any) -> Iterator[bytes]:
-    """Digests of one record; in the first files it was a text of hexadecimal digits."""
+    """The digests of one record; in the first files the record is a text of hexadecimal digits."""
     text = part.get("digests") if isinstance(part, dict) else part
     if not isinstance(text, str):
         return
     try:
         whole = base64.b64decode(text) if isinstance(part, dict) else bytes.fromhex(text)
     except (ValueError, binascii.Error):
-        return  # of another form, which is no reason to refuse the file
+        return  # another form is no reason to refuse the file
     for start in range(0, len(whole), DIGEST_SIZE):
         yield whole[start : start + DIGEST_SIZE]
 
@@ -394,10 +394,10 @@ def _draw(seed: int, content: bytes) -> bytes:
 
 
 def _share(n: int, fractions: Sequence[float], owed: Sequence[float]) -> list[int]:
-    """Whole sizes of the parts of one class; the rest goes where most is owed."""
+    """The integer sizes of the parts of one class; the remainder goes to parts that lack most."""
     quotas = [n * f / sum(fractions) for f in fractions]
     sizes = [floor(q + 1e-9) for q in quotas]
-    # Each quota is rounded down or up, never further; so a part can take one of the rest at most.
+    # A quota is rounded only to the next integer, so a part takes at most one of the remainder.
     takers = [k for k in range(3) if quotas[k] - sizes[k] > 1e-9]
     takers.sort(key=lambda k: owed[k] + quotas[k] - sizes[k])
     for k in takers[len(takers) - (n - sum(sizes)) :]:

@@ -1,6 +1,6 @@
 """Targets that move with the pixels: masks of a segmentation folder, boxes of a COCO folder.
 
-Both may come from strangers: sizes are compared by the headers before anything is decoded.
+Both may come from strangers: sizes in the headers are compared before anything is decoded.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from bnfix.data.images import (
 
 MAX_COCO_BYTES: Final = 1_000_000_000
 _INT32: Final = np.iinfo(np.int32)
-#: Pillow spreads grey values of 2 and 4 bits over 0 to 255.
+#: Pillow scales grey values of 2 and 4 bits to 0 to 255, by these factors.
 _SPREAD: Final = {2: 85, 4: 17}
 
 
 class MisfitError(DataError):
-    """A target does not fit its image; unlike a damaged file, it is not passed over."""
+    """A target does not fit its image; unlike a damaged file, it is not skipped."""
 
 
 # --- geometry ---
@@ -47,10 +47,10 @@ class MisfitError(DataError):
 def moved(
     target: Any, before: tuple[int, int], after: tuple[int, int], crop: Any, name: str
 ) -> Any:
-    """A mask, or boxes, as the image was resized, then cropped about its centre.
+    """Resize and center-crop a mask or boxes like their image.
 
-    A mask takes the nearest pixel, by Pillow: it takes that at the centre, as images do.
-    torchvision's mode for masks takes the first, which moves a mask against its image.
+    Pillow resizes a mask by its nearest pixel, sampled at the centre as for images. torchvision's
+    mode for masks samples the first pixel, and would shift a mask against its image.
     """
     import torchvision.transforms.v2.functional as v2  # takes seconds to import
 
@@ -58,12 +58,12 @@ def moved(
         if before != after:
             if target.dtype != np.uint8:
                 if target.min() < _INT32.min or target.max() > _INT32.max:
-                    raise MisfitError(f"{name}: its target has class indices of more than 32 bits.")
+                    raise MisfitError(f"{name}: its target has class indices above 32 bits.")
                 target = target.astype(np.int32)
             image = Image.fromarray(target)
             target = np.array(image.resize(after[::-1], Image.Resampling.NEAREST))
         if crop and (after[0] < crop[0] or after[1] < crop[1]):
-            # Images are padded with black, but no class is known to be there.
+            # Images are padded with black, but the padding has no known class.
             raise MisfitError(
                 f"{name}: its target is {after[0]}x{after[1]}, too small for --crop "
                 f"{crop[0]}x{crop[1]}, and a mask cannot be padded. Give a smaller --crop, or "
@@ -81,7 +81,7 @@ def moved(
 
 
 def together(targets: Sequence[Any]) -> Any:
-    """Targets of a batch: masks as one tensor (N, H, W) int64, boxes as a list."""
+    """The targets of a batch: masks as one tensor (N, H, W) int64, boxes as a list."""
     if isinstance(targets[0], np.ndarray):
         return torch.from_numpy(np.stack(targets).astype(np.int64))
     return list(targets)
@@ -91,7 +91,7 @@ def together(targets: Sequence[Any]) -> Any:
 
 
 class MaskedImages(FileImages):
-    """Images with masks: a PNG of class indices each, which are the file's own numbers."""
+    """Images with masks: each mask is a PNG of class indices."""
 
     moves = True
 
@@ -100,9 +100,9 @@ class MaskedImages(FileImages):
         self.masks = masks
 
     def read(self, i: int) -> np.ndarray:
-        """Decode the first frame, once the mask has the size that it has."""
+        """Decode the first frame, after a check that the mask has its size."""
         with self._open(i) as image, self._mask(i) as mask:
-            if mask.size not in (image.size, image.size[::-1]):  # a photograph may lie on its side
+            if mask.size not in (image.size, image.size[::-1]):  # a photograph may be rotated
                 self._refuse(i, image.size[::-1], mask.size[::-1])
         pixels = super().read(i)
         if pixels.shape[:2] != mask.size[::-1]:
@@ -110,14 +110,14 @@ class MaskedImages(FileImages):
         return pixels
 
     def target(self, i: int) -> np.ndarray:
-        """Class indices (H, W): indices into the palette, or grey values as they are stored."""
+        """Class indices (H, W): palette indices, or the stored grey values."""
         with open_regular(self.root / self.masks[i]) as file:
             n_bits, colour = file.read(26)[24:26]
         with self._mask(i) as image:
             if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
                 raise MisfitError(
                     f"{self.masks[i]}: a mask in colours ({image.mode}), expected one class index "
-                    "a pixel (grey values or a palette). Convert it."
+                    "per pixel (grey values or a palette). Convert it."
                 )
             indices = np.array(image)
         if indices.dtype.itemsize > 1:
@@ -125,7 +125,7 @@ class MaskedImages(FileImages):
         return indices.astype(np.uint8) // np.uint8(1 if colour else _SPREAD.get(n_bits, 1))
 
     def target_digest(self, i: int) -> bytes:
-        """A hash of the mask's file."""
+        """A hash of the mask file."""
         return digest_of_file(lambda: open_regular(self.root / self.masks[i]), self.masks[i])
 
     def _mask(self, i: int) -> Any:
@@ -135,17 +135,17 @@ class MaskedImages(FileImages):
     def _refuse(self, i: int, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
         raise MisfitError(
             f"{self.masks[i]}: the mask is {mask[0]}x{mask[1]}, its image is {image[0]}x{image[1]} "
-            "(height x width), expected one size. Make the mask again from the image."
+            "(height x width), expected one size. Create the mask from this image."
         )
 
 
 def is_segmentation(folder: Path) -> bool:
-    """Whether a folder has images/ and masks/ in it."""
+    """Whether a folder contains images/ and masks/."""
     return (folder / "images").is_dir() and (folder / "masks").is_dir()
 
 
 def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
-    """A folder with ``images/`` and ``masks/``: for each image the mask with its name."""
+    """Open a folder with ``images/`` and ``masks/``: each image has the mask of the same name."""
     files, _, n_others = list_images(root / "images")
     if not files:
         raise DataError("no images in its folder images/.")
@@ -155,13 +155,13 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
         masks = {PurePosixPath(name).stem: name for name in names}
         stems = [PurePosixPath(name).stem for name in files]
         problems = {
-            "masks are no PNG, and other formats do not keep class indices": [
+            "masks are not PNG, and other formats do not keep class indices": [
                 name for name in names if not name.lower().endswith(".png")
             ],
-            "images have no mask of their name": [
+            "images have no mask with their name": [
                 name for name, stem in zip(files, stems, strict=True) if stem not in masks
             ],
-            "names are given to several files": [
+            "names belong to several files": [
                 stem for listed in (stems, [PurePosixPath(n).stem for n in names])
                 for stem, n in Counter(listed).items() if n > 1
             ],
@@ -173,9 +173,9 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
         of_each = [f"masks/{masks[stem]}" for stem in stems]
         images = MaskedImages(root, images.files, of_each, channels)
         if extra:
-            images.notes.append(f"{len(extra)} masks without an image passed over: {some(extra)}")
+            images.notes.append(f"{len(extra)} masks without an image skipped: {some(extra)}")
     if n_others:
-        images.notes.append(f"{n_others} files in images/ without an image's suffix passed over")
+        images.notes.append(f"{n_others} files in images/ without an image suffix skipped")
     return images, None
 
 
@@ -183,7 +183,7 @@ def open_masked(root: Path, wanted: bool, channels: int) -> Opened:
 
 
 class BoxedImages(FileImages):
-    """Images with boxes, as COCO's annotations give them."""
+    """Images with boxes from COCO annotations."""
 
     moves = True
 
@@ -193,12 +193,12 @@ class BoxedImages(FileImages):
         self.sizes: list[tuple[int, int]] = []
 
     def read(self, i: int) -> np.ndarray:
-        """Decode the image; one of another size than its boxes were drawn on is refused."""
+        """Decode the image; refuse one whose size differs from the annotated size."""
         pixels = super().read(i)
         if pixels.shape[:2] != self.sizes[i]:
             raise MisfitError(
-                f"{self.name(i)}: is {pixels.shape[:2]}, the annotations say {self.sizes[i]} "
-                "(height, width). Give the images that the annotations were made for."
+                f"{self.name(i)}: is {pixels.shape[:2]}, the annotations expect {self.sizes[i]} "
+                "(height, width). Give the annotated images."
             )
         return pixels
 
@@ -207,18 +207,18 @@ class BoxedImages(FileImages):
         return {name: torch.as_tensor(value) for name, value in self.boxes[i].items()}
 
     def target_digest(self, i: int) -> bytes:
-        """A hash of boxes and labels."""
+        """A hash of the boxes and labels."""
         one = self.boxes[i]
         return digest_of(np.column_stack([one["boxes"], one["labels"], one["iscrowd"]]))
 
 
 def is_coco(spec: str, path: Path) -> bool:
-    """Whether a spec is ``coco:ROOT``."""
+    """Whether a spec has the form ``coco:ROOT``."""
     return spec.startswith("coco:") and not path.exists()
 
 
 def open_coco(spec: str, wanted: bool, channels: int) -> Opened:
-    """Open ``coco:ROOT#SPLIT``: images, and ``annotations/instances_SPLIT.json``."""
+    """Open ``coco:ROOT#SPLIT``: images and ``annotations/instances_SPLIT.json``."""
     place, _, split = spec.removeprefix("coco:").partition("#")
     root, notes = Path(place).expanduser(), []
     found = {
@@ -245,7 +245,7 @@ def open_coco(spec: str, wanted: bool, channels: int) -> Opened:
         " Give images with id, file_name, height and width, and annotations with image_id, bbox "
         "and category_id."
     )
-    with parsing(f"{file.name}: no annotations of instances", advice):
+    with parsing(f"{file.name}: not instance annotations", advice):
         images, n_left_out = _read_coco(folder, file, channels)
     faults = faults_of(misplaced(folder, images.files))
     if faults or not images.files:
@@ -253,13 +253,13 @@ def open_coco(spec: str, wanted: bool, channels: int) -> Opened:
     if not wanted:
         return FileImages(folder, "coco", images.files, channels), None
     if n_left_out:
-        notes.append(f"{n_left_out} boxes without an area left out")
-    images.notes += [*notes, "labels of boxes are COCO's category ids"]
+        notes.append(f"{n_left_out} boxes without area left out")
+    images.notes += [*notes, "box labels are COCO's category ids"]
     return images, None
 
 
 def _read_coco(folder: Path, file: Path, channels: int) -> tuple[BoxedImages, int]:
-    """Images and boxes as plain numbers, and how many boxes have no area."""
+    """The images with their boxes, and the number of boxes without area."""
     from torchvision.datasets import CocoDetection
 
     with redirect_stdout(io.StringIO()):  # pycocotools prints
@@ -272,7 +272,7 @@ def _read_coco(folder: Path, file: Path, channels: int) -> tuple[BoxedImages, in
             dtype=np.float64,
         ).reshape(len(marks), 6)
         if not (np.abs(table) < _INT32.max).all():
-            raise ValueError(f"a box or category of image {image_id} is no usual number")
+            raise ValueError(f"a box or category of image {image_id} is not a valid number")
         kept = table[(table[:, 2] > 0) & (table[:, 3] > 0)]
         n_left_out += len(table) - len(kept)
         boxes = np.hstack([kept[:, :2], kept[:, :2] + kept[:, 2:4]]).astype(np.float32)
