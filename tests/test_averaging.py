@@ -438,7 +438,7 @@ def test_files_without_a_number_in_common_are_refused(tmp_path):
     paths = [str(tmp_path / f"{name}.pth") for name in "ab"]
     torch.save({"acc": 1.0, "state_dict": nets.plain().state_dict()}, paths[0])
     torch.save({"acc": float("nan"), "state_dict": nets.plain().state_dict()}, paths[1])
-    found = r"--best: no number that all the files hold .*a\.pth: acc; b\.pth: none"
+    found = r"--best: the files share no score .*a\.pth: acc; b\.pth: none"
     with pytest.raises(CheckpointError, match=found):
         best_of(paths, 2)
 

@@ -303,7 +303,7 @@ def test_in_process(files, tmp_path):
     with pytest.raises(CheckpointError, match="already exists"):
         result.save(tmp_path / "out.safetensors")
     result.save(tmp_path / "out.safetensors", force=True)
-    with pytest.raises(ModelError, match="does not say what model it is"):
+    with pytest.raises(ModelError, match="does not name its model"):
         convert(files.net)
     with pytest.raises(NormError, match="bn1: 6 channels"):
         convert(files.net, model=files.spec, swap=SwapRecipe(channel_groups=5))

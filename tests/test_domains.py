@@ -71,7 +71,7 @@ def test_a_domain_may_be_measured_again_and_the_others_stay(files, cli, several,
     words = ("calibrate", several, "--data", files.data, *files.common, *NO_WEIGHT)
     done = cli(*words, "--feed", "sequential", "--domain", "fog", "-o", out)
     assert done.code == 0, done.err
-    assert "its statistics in the file were the start" in done.err
+    assert "starts from its statistics in the file" in done.err
     again = files.trained()
     with np.load(files.data) as arrays:
         recalibrate_(again, [inputs_of(arrays["images"])], feed="sequential")
@@ -122,24 +122,24 @@ def numbers(values, kind="<f4"):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(night=[]), "night: no name of a domain, or no object"),
-        (lambda d: d.update({"a/b": {}}), "a/b: no name of a domain"),
-        (lambda d: d["night"].pop("bn1"), "night: bn1: no finite"),
+        (lambda d: d.update(night=[]), "night: not a domain name, or not an object"),
+        (lambda d: d.update({"a/b": {}}), "a/b: not a domain name"),
+        (lambda d: d["night"].pop("bn1"), "night: bn1: expected finite"),
         (lambda d: d["night"].update(bn9=["", ""]), "night: bn9: the model has no such layer"),
-        (lambda d: d["fog"].update(bn2="x"), "fog: bn2: no finite"),
-        (lambda d: d["fog"].update(bn2=["x"]), "fog: bn2: no finite"),
-        (lambda d: d["fog"].update(bn2="A" * 4000), "fog: bn2: no finite"),
-        (lambda d: d["fog"].update(bn2=d["fog"]["bn2"][:-4] + "!!!!"), "fog: bn2: no finite"),
-        (lambda d: d["fog"].update(bn1=numbers([np.nan] * 12)), "fog: bn1: no finite"),
-        (lambda d: d["fog"].update(bn1=numbers([-1] * 12)), "fog: bn1: no finite"),
-        (lambda d: d["fog"].update(bn1=numbers([1] * 11)), "fog: bn1: no finite"),
+        (lambda d: d["fog"].update(bn2="x"), "fog: bn2: expected finite"),
+        (lambda d: d["fog"].update(bn2=["x"]), "fog: bn2: expected finite"),
+        (lambda d: d["fog"].update(bn2="A" * 4000), "fog: bn2: expected finite"),
+        (lambda d: d["fog"].update(bn2=d["fog"]["bn2"][:-4] + "!!!!"), "fog: bn2: expected finite"),
+        (lambda d: d["fog"].update(bn1=numbers([np.nan] * 12)), "fog: bn1: expected finite"),
+        (lambda d: d["fog"].update(bn1=numbers([-1] * 12)), "fog: bn1: expected finite"),
+        (lambda d: d["fog"].update(bn1=numbers([1] * 11)), "fog: bn1: expected finite"),
     ],
 )
 def test_a_hostile_header_is_refused(files, several, tmp_path, change, message):
     header, path = header_of(several), tmp_path / "bad.safetensors"
     change(header["domains"])
     save_file(load_file(several), path, {"bnfix": json.dumps(header)})
-    with pytest.raises(CheckpointError, match="domains cannot be used") as caught:
+    with pytest.raises(CheckpointError, match="its domain statistics cannot be used") as caught:
         bnfix.load(path, model=files.model())
     assert message in str(caught.value)
 

@@ -183,7 +183,7 @@ def test_other_files_are_refused_in_one_line(files: Files, exported: Path, cli, 
         more = () if command == "inspect" else ("-o", tmp_path / "o.safetensors")
         words = cli(command, exported, *files.common, *data, *more).message
         assert "net.onnx: is an exported network" in words
-        assert "Give the checkpoint that it was made from" in words
+        assert "Give its original checkpoint" in words
     proto = onnx.load(linear(bad))
     proto.graph.input.add().CopyFrom(helper.make_tensor_value_info("m", TensorProto.FLOAT, (1,)))
     onnx.save(proto, bad)

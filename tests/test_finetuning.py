@@ -1387,7 +1387,7 @@ def test_the_state_of_another_run_or_no_state_at_all_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="is damaged"):
             finetune_(tiny(), BATCHES, **options)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="is not the state of a run"):
+    with pytest.raises(CheckpointError, match="is not a run state"):
         finetune_(tiny(), BATCHES, **options)
     path.write_bytes(pickle.dumps(Runs()))
     with pytest.raises(CheckpointError, match=r"pickle|not a"):

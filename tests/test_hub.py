@@ -230,7 +230,7 @@ def test_shards_and_torch_files_are_read(kind, folder, tmp_path):
     assert torch.equal(logits(bnfix.load(source), x), logits(bnfix.load(folder), x))
     first = next(iter(places))
     for wrong, match in [
-        ("../other.safetensors", "expected a .* file beside the index"),
+        ("../other.safetensors", "expected a .* file next to the index"),
         (f"{stem}-9.{kind}", r"its shard .*-9.* no such file"),
     ]:
         index.write_text(json.dumps({"weight_map": places | {first: wrong}}))
@@ -316,15 +316,15 @@ def test_a_folder_is_written_whole_and_replaces_only_its_like(cli, folder, tmp_p
     message = refused(cli, source, out, "--force")
     assert "it holds thesis.tex" in message
     assert load_file(out / weights).keys() == load_file(source / weights).keys()
-    assert "only another folder that bnfix wrote" in refused(cli, source, source, "--force")
+    assert "expected a folder that bnfix wrote" in refused(cli, source, source, "--force")
     (out / "thesis.tex").unlink()
-    assert "only another folder" in refused(cli, out, out, "--force")
+    assert "expected a folder that bnfix wrote, other than the input" in refused(cli, out, out, "--force")
     (tmp_path / "empty").mkdir()
     assert cli("convert", source, "--input-shape", "3,32,32", "-o", tmp_path / "empty").code == 0
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
-        assert "is no folder" in refused(cli, source, tmp_path / name, "--force")
+        assert "is not a folder" in refused(cli, source, tmp_path / name, "--force")
     assert "does not exist" in refused(cli, source, tmp_path / "no" / "out")
     assert "ends in .safetensors" in refused(cli, source, tmp_path / "out.pth")
     code = copied(folder, tmp_path / "code", auto_map={"AutoModel": "theirs.Net"})

@@ -185,7 +185,7 @@ def test_inputs_that_cannot_be_copied_are_refused(cli, files, tmp_path):
     ):
         for name in one.namelist():
             other.writestr(name, one.read(name))
-    shares = "share the memory of its weights"
+    shares = "share memory with its weights"
     for name, match in {
         "half": "statistics are in half precision (bn1.running_mean",
         "shared": shares,
@@ -202,8 +202,8 @@ def test_inputs_that_cannot_be_copied_are_refused(cli, files, tmp_path):
 def test_outputs_of_another_kind_are_refused(cli, files, tmp_path):
     (tmp_path / "there.pth").write_bytes(b"mine")
     for out, match in [
-        ("out.ckpt", "expected a name that ends like the input's (stale.pth)"),
-        ("out.safetensors", "expected a name that ends like the input's"),
+        ("out.ckpt", "expected the same suffix as the input (stale.pth)"),
+        ("out.safetensors", "expected the same suffix as the input"),
         ("there.pth", "already exists"),
         ("no/out.pth", "does not exist"),
     ]:

@@ -1,1 +1,1 @@
-"""Files to tensors and models, and back."""
+"""Read tensors and models from files, and write them."""

@@ -1,7 +1,7 @@
 """Outputs in the form of their input: a hub folder, or a training checkpoint with new weights.
 
-Of a training checkpoint only the bytes of the weights change: all else, what this program cannot
-read included, is copied and never understood.
+In a training checkpoint only the bytes of the weights change. All other content is copied without
+being interpreted, including parts that this program cannot read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from bnfix.norm.layer import generalized_norms
 WEIGHTS: Final = "model.safetensors"
 REPORTS: Final = ("report.json", "report.md", "report.html")
 _CARD, _ORIGINAL_CARD = "README.md", "README.original.md"
-#: Files of a hub folder that go into the output as they are.
+#: Files of a hub folder that are copied to the output unchanged.
 _TAKEN_OVER: Final = (
     "config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.md",
     "LICENSE.txt", _ORIGINAL_CARD,
@@ -50,13 +50,13 @@ _LARGEST: Final = 8 * 2**20
 
 
 def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
-    """Refuse, before any work, a place where no folder may be written."""
+    """Refuse, before any work, a path where no folder can be written."""
     check_folder(path)
     if path.suffix in TORCH_SUFFIXES:
-        raise name_error(path, "expected a name that ends in .safetensors, or a folder's.")
+        raise name_error(path, "expected a name that ends in .safetensors, or a folder name.")
     with file_errors(path, "cannot be written"):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise output_error(path, "is no folder. Give another name.")
+            raise output_error(path, "is not a folder. Give another name.")
         held = {entry.name for entry in path.iterdir()} if path.exists() else set()
         if held and not force:
             raise output_error(
@@ -64,11 +64,11 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
             )
         own = {*_TAKEN_OVER, _CARD, WEIGHTS, *REPORTS}
         if held and (REPORTS[0] not in held or not held <= own or path.samefile(source)):
-            odd = some(sorted(map(plain, held - own))) or "no report of bnfix's"
+            odd = some(sorted(map(plain, held - own))) or "no bnfix report"
             raise output_error(
                 path,
-                f"is not replaced, even by --force: it holds {odd}, and only another folder that "
-                "bnfix wrote is. Give another name.",
+                f"is not replaced, even by --force: it holds {odd}, expected a folder that bnfix "
+                "wrote, other than the input. Give another name.",
             )
     described_in(source)
     for _ in _taken_over(source):
@@ -76,37 +76,37 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
 
 
 def _taken_over(source: Path) -> Iterator[tuple[str, bytes]]:
-    """The small files of a hub folder, and their names in the output."""
+    """The small files of a hub folder, with their names in the output."""
     places = {name: source / name for name in _TAKEN_OVER}
     if not places[_ORIGINAL_CARD].is_file():
         places[_ORIGINAL_CARD] = source / _CARD
-    # Snapshots of the hub are links to files that lie beside them.
+    # Hub snapshots consist of links to files in the folder blobs/ next to them.
     inside = (source.resolve(), source.resolve().parent.parent / "blobs")
     for name, place in places.items():
         with file_errors(place, "cannot be read"):
             if not place.is_file():
                 continue
             if not any(place.resolve().is_relative_to(folder) for folder in inside):
-                raise file_error(place, "is a link to a file elsewhere. Put the file itself there.")
+                raise file_error(place, "is a link to a file elsewhere. Copy the file there.")
             if place.stat().st_size > _LARGEST:
-                raise file_error(place, f"has more than {_LARGEST:,} bytes. Take it out.")
+                raise file_error(place, f"has more than {_LARGEST:,} bytes. Remove it.")
             yield name, place.read_bytes()
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The hub folder that an output follows, as its card speaks of it."""
+    """The input hub folder, as described in the output's card."""
 
     source: str
     library: str
-    license: str  # as its own card states it; empty if it does not
-    tags: tuple[str, ...]  # of its own card
+    license: str  # from its own card; empty if there is none
+    tags: tuple[str, ...]  # from its own card
     has_card: bool
-    other_preprocessing: bool  # than it states was used
+    other_preprocessing: bool  # the output's preprocessing differs from the folder's
 
 
 def folder_of(source: Path, preprocessing: Preprocessing | None) -> Folder:
-    """What a card says of a hub folder; the preprocessing is that of the output."""
+    """The card's description of a hub folder; the preprocessing is the output's."""
     spec, _, stated = described_in(source)
     files = dict(_taken_over(source))
     card = files.get(_ORIGINAL_CARD, b"").decode(errors="replace")
@@ -130,13 +130,13 @@ def save_folder(
     texts: Mapping[str, str],
     place: Checkpoint,
 ) -> None:
-    """Write a model, its tensors named as in its hub folder, with that folder's small files."""
+    """Write a model with the tensor names and the small files of its hub folder."""
 
     def write(temporary: Path) -> None:
         for name, content in _taken_over(place.path.parent):
             (temporary / name).write_bytes(content)
         tensors = {place.names.get(n, place.prefix + n): t for n, t in stock_tensors(model).items()}
-        # Without the mark transformers takes the file for none of its own.
+        # Without this mark, transformers refuses the file.
         marks = {"format": "pt"}
         write_checkpoint(temporary / WEIGHTS, tensors, metadata, force=False, marks=marks)
         for name, text in texts.items():
@@ -149,17 +149,17 @@ def save_folder(
 
 
 def check_like_input(path: Path, source: Path, *, force: bool) -> None:
-    """Refuse, before any work, a file that cannot have the form of the input."""
+    """Refuse, before any work, a pair of files that rules out `--like-input`."""
     if source.suffix not in TORCH_SUFFIXES:
         raise file_error(
             source,
-            f"--like-input: expected a torch file ({', '.join(TORCH_SUFFIXES)}) to copy. Leave the "
-            "option out.",
+            f"--like-input: expected a torch file ({', '.join(TORCH_SUFFIXES)}) as input. Leave "
+            "the option out.",
         )
     if path.suffix != source.suffix:
         raise name_error(
             path,
-            f"--like-input: expected a name that ends like the input's ({plain(source.name)}). "
+            f"--like-input: expected the same suffix as the input ({plain(source.name)}). "
             "Change -o, or leave the option out.",
         )
     check_folder(path)
@@ -167,20 +167,20 @@ def check_like_input(path: Path, source: Path, *, force: bool) -> None:
 
 
 def check_copyable(checkpoint: Checkpoint) -> None:
-    """Refuse, before any work, an input of which new weights alone cannot be a copy."""
+    """Refuse, before any work, an input that cannot be copied with new weights in place."""
     path = checkpoint.path
     if not zipfile.is_zipfile(path):
         problem = "was written before torch 1.6"
     elif any(e.compress_type != zipfile.ZIP_STORED for e in zipfile.ZipFile(path).infolist()):
         problem = "is compressed"
     elif checkpoint.borrowed:
-        problem = "has no statistics in it to replace"
+        problem = "has no statistics to replace"
     elif half := [
         n for n, t in checkpoint.tensors.items() if n.endswith(STATISTICS) and t.dtype.itemsize < 4
     ]:
         problem = f"its statistics are in half precision ({some(half)})"
     elif _shares_memory(checkpoint):
-        problem = "other parts of it share the memory of its weights, and would change with them"
+        problem = "other parts share memory with its weights, and would change with them"
     else:
         return
     raise output_error(
@@ -189,7 +189,7 @@ def check_copyable(checkpoint: Checkpoint) -> None:
 
 
 def _shares_memory(checkpoint: Checkpoint) -> bool:
-    """Whether a tensor outside of a state dict lies in the memory of one in it."""
+    """Whether a tensor outside the state dict shares memory with one inside it."""
     content = read_file(checkpoint.path)[0]
     weights = follow(content, checkpoint.key)
     own = {weights[name].untyped_storage().data_ptr() for name in checkpoint.names.values()}
@@ -207,9 +207,9 @@ def _shares_memory(checkpoint: Checkpoint) -> bool:
 
 
 def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: bool) -> None:
-    """Write a copy of the file that a model came from, with the model's weights in their places."""
+    """Write a copy of the model's input file with the model's weights in place of the old ones."""
     if any(layer.live for _, layer in generalized_norms(model)):
-        raise file_error(path, "has no place for example and batch weights. Set them to 0.")
+        raise file_error(path, "cannot hold example and batch weights. Set them to 0.")
     stored = {place.names[n]: t for n, t in stock_tensors(model).items() if n in place.names}
 
     def write(temporary: Path) -> None:
@@ -223,7 +223,7 @@ def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: b
         again = follow(read_file(temporary)[0], place.key)
         wrong = [n for n, t in stored.items() if not _equal(again[n], t)]
         if wrong:
-            raise file_error(path, f"not written, {some(wrong)} cannot be put into the file.")
+            raise file_error(path, f"not written, {some(wrong)} cannot be stored in the file.")
         check_like_input(path, place.path, force=force)
 
     with file_errors(path, "not written", kinds=(OSError, RuntimeError, ValueError)):
@@ -235,7 +235,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _mend_checksums(path: Path) -> None:
-    """Give every entry of an archive the checksum of what it holds now."""
+    """Update the checksum of every entry of an archive to its current content."""
     with zipfile.ZipFile(path) as archive, path.open("r+b") as file:
         at = archive.start_dir
         for entry in archive.infolist():
@@ -243,7 +243,7 @@ def _mend_checksums(path: Path) -> None:
             start = entry.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             file.seek(start)
             checksum = struct.pack("<I", zlib.crc32(file.read(entry.file_size)))
-            # In the local header, or behind the content where that says so; and in the directory.
+            # In the local header, or after the content if a flag says so; and in the directory.
             behind = start + entry.file_size + 4 if entry.flag_bits & 8 else 0
             for position in (behind or entry.header_offset + 14, at + 16):
                 file.seek(position)

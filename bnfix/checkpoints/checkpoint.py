@@ -1,4 +1,4 @@
-"""The state dict in a file: its nesting, the prefixes of wrappers, and its fit with a model."""
+"""The state dict in a file: its nesting, wrapper prefixes, and its fit to a model."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from bnfix.checkpoints.read import (
 )
 from bnfix.core.errors import file_error, plain, some
 
-#: Where training programs put the state dict, the trained weights before their running means.
+#: Keys under which training programs store the state dict, trained weights before averaged ones.
 NESTS: Final = tuple(
     "state_dict model model_state_dict model_state net network params ema state_dict_ema model_ema "
     "ema_state_dict ema_model params_ema module".split()
 )
-#: Words in the name of a running mean of the weights: `swa_model`, `params_ema`, `averaged`.
+#: Words in the name of averaged weights: `swa_model`, `params_ema`, `averaged`.
 _AVERAGE: Final = re.compile(r"(?:^|_)(?:ema|swa|avg|averaged?|polyak|shadow)(?:$|_|\d)", re.I)
 STATISTICS: Final = ("running_mean", "running_var")
-#: Parts that a running mean of the weights may lack.
+#: Tensors that a set of averaged weights may lack.
 BUFFERS: Final = (*STATISTICS, "num_batches_tracked")
-#: Prefixes of every name in wrappers: DataParallel, torch.compile, Lightning and the like.
+#: Prefixes that wrappers put before every name: DataParallel, torch.compile, Lightning and others.
 PREFIXES: Final = ("module.", "_orig_mod.", "model.", "_fsdp_wrapped_module.", "_forward_module.")
-#: Parts of names that wrappers put anywhere: no module is called so by its author.
+#: Parts that wrappers put anywhere in a name; authors do not name modules like this.
 _WRAPPERS: Final = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
 _DEPTH: Final = 3
 _BESIDE_LIMIT: Final = 500
-#: A tensor may repeat its storage (strides of 0), but not so much that copying it fills the memory.
+#: A tensor can repeat its storage (strides of 0); above this size, a copy could fill the memory.
 _REPEATED_LIMIT: Final = 64 * 2**20
-#: Unusual prefixes that are tried on a model's own names.
+#: Most unusual prefixes that are tried on a model's own names.
 _PREFIX_LIMIT: Final = 32
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict as found in a file, and how it was found."""
+    """A state dict from a file, and its place in the file."""
 
     path: Path
     tensors: dict[str, torch.Tensor]  # on the CPU, prefixes stripped
     metadata: dict[str, Any] | None  # the parsed header of a file that bnfix wrote
-    key: str  # the nesting followed, for example "state_dict"; empty at top level
-    prefix: str  # stripped, for example "module."; empty for none
-    sha256: str  # of the bytes; of a sharded file: of the index, then its shards by name
-    notes: tuple[str, ...]  # in words, for the report
-    versions: dict[str, int] = field(default_factory=dict)  # of modules' state, where stated
+    key: str  # the nesting, for example "state_dict"; empty at top level
+    prefix: str  # the stripped prefix, for example "module."; empty for none
+    sha256: str  # of the bytes; for a sharded file, of the index, then of its shards by name
+    notes: tuple[str, ...]  # sentences for the report
+    versions: dict[str, int] = field(default_factory=dict)  # of modules' state, if stored
     others: tuple[str, ...] = ()  # nestings of other sets that have all of its parameters
-    borrowed: bool = False  # its statistics are those of another set, as its own has none
+    borrowed: bool = False  # its statistics come from another set, because its own has none
     names: dict[str, str] = field(default_factory=dict)  # each tensor's name in the file
-    beside: dict[str, Any] = field(default_factory=dict)  # plain values beside the weights
+    beside: dict[str, Any] = field(default_factory=dict)  # plain values next to the weights
 
 
 def read_checkpoint(
@@ -70,10 +70,10 @@ def read_checkpoint(
     expected: Collection[str] | None = None,
     prefer_ema: bool = False,
 ) -> Checkpoint:
-    """Read the state dict in a file, without running anything the file says.
+    """Read the state dict in a file without running code from the file.
 
-    Tensors are mapped, not read: they take memory as they are used. ``expected`` are the model's
-    own names; given, the prefix that matches most of them is stripped.
+    Tensors are memory-mapped and take memory only when used. ``expected`` holds the model's own
+    names; if given, the prefix that matches most of them is stripped.
     """
     path = file_in_folder(Path(path))
     require_file(path)
@@ -86,7 +86,7 @@ def read_checkpoint(
     if prefix is not None:
         tensors, prefix = strip_given(tensors, prefix, path, notes)
     elif metadata is not None and expected is None:
-        prefix = ""  # a bnfix file has the model's own names, whatever they begin with
+        prefix = ""  # a bnfix file has the model's own names, so a prefix belongs to them
     else:
         tensors, parted = split_averages(tensors, expected, notes, prefer_ema=prefer_ema)
         averaged = averaged or parted
@@ -94,8 +94,8 @@ def read_checkpoint(
     if prefer_ema and not averaged:
         raise file_error(
             path,
-            "--prefer-ema: no running mean of the weights was found in it, neither under a usual "
-            "name nor as a part of the model. Leave the option out, or give --key.",
+            "--prefer-ema: it has no averaged weights, neither under a usual name nor as a part "
+            "of the model. Leave the option out, or give --key.",
         )
     versions = {
         f"{name}.".removeprefix(prefix).rstrip("."): version
@@ -118,10 +118,10 @@ def read_checkpoint(
 
 @dataclass(frozen=True)
 class Misfits:
-    """Tensors that do not fit a model; false where there are none."""
+    """Tensors that do not fit a model; false if there are none."""
 
-    missing: list[str]  # names of the model that the file lacks
-    misshapen: list[str]  # a text each
+    missing: list[str]  # names in the model that the file lacks
+    misshapen: list[str]  # one text per tensor
     unexpected: list[str]  # names in the file that the model lacks
 
     def __len__(self) -> int:
@@ -133,13 +133,13 @@ class Misfits:
             self.misshapen,
             [f"{plain(name)}: not in the model" for name in self.unexpected],
         )
-        # Some of every kind: many of one must not hide another.
+        # A few of every kind: many of one kind must not hide another.
         return "; ".join(some(kind, 8) for kind in kinds if kind)
 
 
 def misfits_of(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]) -> Misfits:
-    """Every way in which a file's tensors do not fit a model's shapes."""
-    # A missing num_batches_tracked is none: old files have none, and nothing depends on it.
+    """All misfits between a file's tensors and a model's shapes."""
+    # A missing num_batches_tracked is fine: old files lack it, and nothing depends on it.
     missing = [n for n in shapes if n not in tensors and not n.endswith("num_batches_tracked")]
     misshapen = [
         f"{plain(name)}: {tuple(tensors[name].shape)} in the file, {tuple(shape)} in the model"
@@ -152,7 +152,7 @@ def misfits_of(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Ten
 # --- nesting ---
 
 
-# Entries of a dict from a file, whose own methods the file may have overwritten.
+# The entries of a dict from a file; the file may have overwritten the dict's own methods.
 def _items(mapping: Any) -> list[tuple[Any, Any]]:
     return list(dict.items(mapping)) if isinstance(mapping, dict) else []
 
@@ -165,7 +165,7 @@ def _has_weights(value: Any) -> bool:
     return any(isinstance(v, torch.Tensor) and v.ndim > 1 for _, v in _items(value))
 
 
-# Every dotted key under which there are tensors.
+# Every dotted key that holds tensors.
 def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
     found = []
     for name, value in _items(content):
@@ -175,13 +175,13 @@ def _nests(content: Any, depth: int = _DEPTH, at: str = "") -> list[str]:
     return found
 
 
-# The place of a key among the usual ones: by the order of their names, the innermost first.
+# The rank of a key among the usual ones: by the order of their names, the innermost first.
 def _likelihood(nest: str) -> list[int]:
     return [*(NESTS.index(part) for part in nest.split(".")), len(NESTS)]
 
 
 def follow(content: Any, key: str) -> Any:
-    """The value at a dotted key, where a part may have dots of its own; None if not there."""
+    """The value at a dotted key (a part may contain dots itself), or None."""
     entries = {name: value for name, value in _items(content) if type(name) is str}
     if not key or key in entries:
         return entries[key] if key else content
@@ -206,7 +206,7 @@ def find_state_dict(
         likely = sorted(usual, key=_likelihood) + ([""] if _has_tensors(base) else [])
         means = [n for n in (*likely, *inside) if is_average(n)]
         others = [n for n in inside if not is_average(n)]
-        # A single one with weights is meant, whatever its name; a mean if nothing else is there.
+        # A single set with weights is taken under any name; averaged weights only without others.
         unusual = [n for n in others or means if _has_weights(follow(base, n))]
         likely += unusual if len(unusual) == 1 else []
         likely = [*(means if prefer_ema else []), *likely]
@@ -228,10 +228,10 @@ def find_state_dict(
 
 
 def values_beside(content: Any, weights: Any) -> dict[str, Any]:
-    """Numbers and texts beside the weights, such as hyper-parameters, by dotted name."""
+    """Numbers and texts next to the weights, such as hyperparameters, by dotted name."""
     found: dict[str, Any] = {}
     todo: list[tuple[str, Any]] = [] if content is weights else [("", content)]
-    for at, value in todo:  # which grows: the outer ones come first
+    for at, value in todo:  # the list grows during the loop, so outer values come first
         for name, inner in _items(value.held if isinstance(value, Inert) else value):
             if type(name) is not str or inner is weights or len(found) >= _BESIDE_LIMIT:
                 continue
@@ -243,7 +243,7 @@ def values_beside(content: Any, weights: Any) -> dict[str, Any]:
     return found
 
 
-# Whether one set of tensors has all parameters of another, in wrappers or not.
+# Whether one set of tensors has all parameters of another, with or without wrapper prefixes.
 def _covers(one: Any, other: Any) -> bool:
     names = [
         {_bare(n) for n, v in _items(found) if type(n) is str and isinstance(v, torch.Tensor)}
@@ -254,7 +254,7 @@ def _covers(one: Any, other: Any) -> bool:
 
 
 def only_tensors(found: Any, path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, all plain dense ones, without gradients."""
+    """The tensors of a state dict, without gradients; all must be plain and dense."""
     tensors: dict[str, torch.Tensor] = {}
     ignored: list[str] = []
     bad: list[str] = []
@@ -268,18 +268,18 @@ def only_tensors(found: Any, path: Path, notes: list[str]) -> dict[str, torch.Te
     if bad:
         raise file_error(
             path,
-            f"{some(bad)}: expected dense tensors that fill their memory, found sparse, quantized, "
-            "wrapped, unallocated or endlessly repeated ones. Save plain ones.",
+            f"{some(bad)}: sparse, quantized, wrapped, unallocated or endlessly repeated tensors, "
+            "expected dense tensors that fill their memory. Save plain tensors.",
         )
     flat = [plain(name) for name in tensors if name.rpartition(".")[2].startswith("_flat_param")]
     if flat:
         raise file_error(
             path,
-            f"{some(flat)}: flattened parameters of FSDP, whose names and shapes are lost. Where "
-            "it was made, save it with StateDictType.FULL_STATE_DICT.",
+            f"{some(flat)}: flattened FSDP parameters without names and shapes, expected whole "
+            "tensors. Save it in the training program with StateDictType.FULL_STATE_DICT.",
         )
     if ignored:
-        notes.append(f"{len(ignored)} entries that are not tensors ignored: {some(ignored)}")
+        notes.append(f"{len(ignored)} entries ignored that are not tensors: {some(ignored)}")
     return tensors
 
 
@@ -289,7 +289,7 @@ def _repeats(tensor: torch.Tensor) -> bool:
 
 
 def storable(name: object, tensor: object) -> bool:
-    """Whether an entry is a dense tensor under a name, as a file can hold it."""
+    """Whether an entry is a named dense tensor, which a file can hold."""
     return (
         type(name) is str
         and isinstance(tensor, torch.Tensor)
@@ -301,7 +301,7 @@ def storable(name: object, tensor: object) -> bool:
 
 
 def versions_in(found: Any) -> dict[str, int]:
-    """The versions of modules' state that torch keeps beside a state dict, by module."""
+    """The versions of module state that torch stores with a state dict, by module."""
     return {
         name: version
         for name, value in _items(getattr(found, "__dict__", {}).get("_metadata"))
@@ -316,7 +316,7 @@ def versions_in(found: Any) -> dict[str, int]:
 def strip_given(
     tensors: dict[str, torch.Tensor], prefix: str, path: Path, notes: list[str]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors whose names begin with a stated prefix, without it; and the prefix with a dot."""
+    """The tensors with a given prefix, with the prefix stripped, and the prefix with a dot."""
     if prefix and not prefix.endswith("."):
         prefix += "."
     kept = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -324,7 +324,7 @@ def strip_given(
         heads = list(dict.fromkeys(plain(name.partition(".")[0]) for name in tensors))
         raise file_error(
             path,
-            f"no name begins with {plain(prefix)!r}; they begin with {some(heads)}. "
+            f"no name begins with {plain(prefix)!r}; names begin with {some(heads)}. "
             "Change --prefix, or leave it out.",
         )
     lost = [plain(name) for name in tensors if not name.startswith(prefix)]
@@ -336,7 +336,7 @@ def strip_given(
 def strip_found(
     tensors: dict[str, torch.Tensor], expected: Collection[str] | None, notes: list[str]
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Names without the parts of wrappers and the prefix that all share, or that fits a model."""
+    """The tensors without wrapper parts and without the shared or best-fitting prefix."""
     counter = tensors.get("n_averaged")
     if counter is not None and counter.numel() == 1 and "n_averaged" not in (expected or ()):
         tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
@@ -345,17 +345,17 @@ def strip_found(
     wrapped = sum(name not in tensors for name in inner)
     if wrapped and len(inner) == len(tensors):
         tensors = inner
-        notes.append(f"parts that wrappers put into {wrapped} names stripped")
+        notes.append(f"wrapper parts stripped from {wrapped} names")
     runs = dict.fromkeys(run for name in tensors for run in _prefix_runs(name))
     chosen = max((r for r in runs if all(n.startswith(r) for n in tensors)), key=len, default="")
     if expected:
         wanted = frozenset(expected)
         candidates = [chosen, *runs, *_unusual_prefixes(tensors, wanted)]
         matches = {c: sum(n.removeprefix(c) in wanted for n in tensors) for c in candidates}
-        # At a tie the shared prefix wins, since it comes first.
+        # In a tie the shared prefix wins, because it comes first.
         chosen = max(matches, key=lambda candidate: matches[candidate])
         parameters = {name for name in wanted if name.rpartition(".")[2] not in BUFFERS}
-        # An unusual prefix was chosen for want of a usual one: then nothing is left out.
+        # If no usual prefix fits and an unusual one was chosen, nothing is left out.
         for other in candidates if chosen == _prefix_runs(chosen)[-1] else ():
             second = {name for name in tensors if name.startswith(other)}
             if other in ("", chosen) or not parameters <= {n.removeprefix(other) for n in second}:
@@ -363,7 +363,7 @@ def strip_found(
             tensors = {name: tensor for name, tensor in tensors.items() if name not in second}
             notes.append(f"a second set of the weights under {plain(other)!r} left out (--prefix)")
     stripped = {name.removeprefix(chosen): tensor for name, tensor in tensors.items()}
-    if len(stripped) < len(tensors):  # two names became one: rather none than one lost
+    if len(stripped) < len(tensors):  # two names became one: strip nothing rather than lose one
         return tensors, ""
     notes += [f"prefix {plain(chosen)!r} stripped"] if chosen else []
     return stripped, chosen
@@ -376,7 +376,7 @@ def split_averages(
     *,
     prefer_ema: bool,
 ) -> tuple[dict[str, torch.Tensor], bool]:
-    """A model's own tensors, or the running mean of them that it keeps as a part of itself."""
+    """A model's own tensors, or the averaged weights that it keeps as a submodule."""
     heads = dict.fromkeys(f"{name.partition('.')[0]}." for name in tensors)
     for prefix in filter(is_average, heads):
         averages = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -386,34 +386,32 @@ def split_averages(
         if not own or asked_for or not (known or _covers(averages, own)):
             continue
         if prefer_ema:
-            notes.append(f"running mean of the weights taken from {plain(prefix)!r}")
+            notes.append(f"averaged weights taken from {plain(prefix)!r}")
             return averages, True
         tensors = own
-        notes.append(
-            f"running mean of the weights under {plain(prefix)!r} left out (--prefer-ema takes it)"
-        )
+        notes.append(f"averaged weights under {plain(prefix)!r} left out (--prefer-ema takes them)")
     return tensors, False
 
 
 def is_average(key: str) -> bool:
-    """Whether a dotted nesting leads to a running mean of the weights, by its words."""
+    """Whether a dotted key names averaged weights, by its words."""
     return any(_AVERAGE.search(part) for part in key.split("."))
 
 
-# A name without wrappers' parts, but with the usual prefixes before it.
+# A name without wrapper parts, but with its usual prefixes.
 def _unwrapped(name: str) -> str:
     head = _prefix_runs(name)[-1]
     parts = name[len(head) :].split(".")
     return head + ".".join(part for part in parts if part not in _WRAPPERS)
 
 
-# A name without either.
+# A name without wrapper parts and usual prefixes.
 def _bare(name: str) -> str:
     unwrapped = _unwrapped(name)
     return unwrapped.removeprefix(_prefix_runs(unwrapped)[-1])
 
 
-# All runs of the usual prefixes that a name begins with, from none to the longest.
+# All runs of usual prefixes at the start of a name, from none to the longest.
 def _prefix_runs(name: str) -> list[str]:
     runs = [""]
     while head := next((p for p in PREFIXES if name.startswith(p, len(runs[-1]))), ""):
@@ -421,7 +419,7 @@ def _prefix_runs(name: str) -> list[str]:
     return runs
 
 
-# Text before one of the model's own names, such as the attribute that a trainer gave the model.
+# Text before one of the model's own names, such as a trainer's attribute for the model.
 def _unusual_prefixes(tensors: Mapping[str, torch.Tensor], wanted: frozenset[str]) -> list[str]:
     longest = max(sorted(wanted), key=lambda name: name.count("."))
     found = [name.removesuffix(longest) for name in tensors if name.endswith(f".{longest}")]

@@ -1,4 +1,4 @@
-"""A file to a ready model: the model it belongs to, its tensors, its norm layers as set."""
+"""Load a ready model from a file: its architecture, tensors and norm layer settings."""
 
 from __future__ import annotations
 
@@ -49,28 +49,28 @@ from bnfix.norm.swap import plan_swap, swap_planned_, unfreeze_
 
 @dataclass
 class Origin:
-    """Where a model came from; travels with it as an attribute, so that saving knows."""
+    """The source of a model; it is an attribute of the model, for use by `save`."""
 
     spec: str | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)  # of the builder
+    arguments: dict[str, Any] = field(default_factory=dict)  # for the builder
     preprocessing: Preprocessing | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)  # one entry a command
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per command
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # of the file's tensors
-    task: TaskRecipe | None = None  # what it was judged by, if not as a classifier
-    labels: tuple[str, ...] = ()  # of the outputs, where they are known
+    task: TaskRecipe | None = None  # the task for evaluation, if not classification
+    labels: tuple[str, ...] = ()  # of the outputs, if known
     place: Checkpoint | None = None  # the file, without its tensors
-    folder: Path | None = None  # the hub folder that the file lies in
-    domains: Sets = field(default_factory=dict)  # further statistics to save beside its own
+    folder: Path | None = None  # the hub folder that contains the file
+    domains: Sets = field(default_factory=dict)  # statistics of domains to save with its own
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """Where a model came from; an empty origin for one that bnfix did not load."""
+    """The source of a model; an empty origin if bnfix did not load it."""
     found = model.__dict__.get("_bnfix_origin")
     return found if isinstance(found, Origin) else Origin()
 
 
 def stated_origin(checkpoint: Checkpoint) -> Origin:
-    """The origin in a header, its types checked: files are hostile until proven otherwise."""
+    """The origin in a header, with checked types: a file may be hostile."""
     metadata = checkpoint.metadata or {}
     model: Any = metadata.get("model") or {}
     is_object = isinstance(model, dict)
@@ -93,8 +93,8 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
     if wrong:
         raise file_error(
             checkpoint.path,
-            f"its bnfix header holds values of the wrong type under {some(wrong)}. It was not "
-            "written by bnfix; fetch the file again.",
+            f"its bnfix header holds values of the wrong type under {some(wrong)}, so bnfix did "
+            "not write it. Download the file again.",
         )
     known = None if preprocessing is None else _preprocessing(preprocessing, checkpoint)
     with file_errors(checkpoint.path, "the task in its header cannot be used", kinds=_UNUSABLE):
@@ -102,7 +102,7 @@ def stated_origin(checkpoint: Checkpoint) -> Origin:
         return Origin(spec, arguments, known, history, task=read, labels=tuple(labels))
 
 
-#: What recipes raise of values that are none.
+#: Errors that recipes raise for invalid values.
 _UNUSABLE = (TypeError, ValueError, OverflowError)
 
 
@@ -115,30 +115,30 @@ def _preprocessing(found: dict[str, Any], checkpoint: Checkpoint) -> Preprocessi
 
 
 def require_buildable(checkpoint: Checkpoint, origin: Origin) -> None:
-    """Refuse a file that names no model, or one that only somebody's code could build."""
+    """Refuse a file that names no model, or a model that needs code named in the file."""
     name = checkpoint.path.name
     if origin.spec is None:
         raise model_error(
             name,
-            "does not say what model it is. Give --model, for example torchvision:resnet50, "
+            "does not name its model. Give --model, for example torchvision:resnet50, "
             "package.module:callable or path/to/file.py:callable.",
         )
     if not from_file_allowed(origin.spec):
         raise model_error(
             name,
-            f"names the model {plain(origin.spec)!r}, and code that a file names is not run. If "
-            f"you trust it, give --model {shlex.quote(plain(origin.spec))}",
+            f"names the model {plain(origin.spec)!r}, and bnfix does not run code that a file "
+            f"names. If you trust it, give --model {shlex.quote(plain(origin.spec))}",
         )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to run, in evaluation mode on the CPU, and the file it came from."""
+    """A model ready to run, in evaluation mode on the CPU, and its source."""
 
     model: nn.Module
     checkpoint: Checkpoint
     origin: Origin
-    domains: Sets = field(default_factory=dict)  # in the file
+    domains: Sets = field(default_factory=dict)  # statistics of domains in the file
 
 
 def load(
@@ -148,16 +148,16 @@ def load(
 
     Args:
         path: a bnfix output, a hub folder, or any checkpoint if ``model`` is given.
-        model: the stock model to put it into; by default the one that the file names, if that is
-            torchvision's or timm's, or that the folder describes.
-        domain: which statistics of a file that has several; by default those of its tensors.
+        model: the stock model to fill; by default the torchvision or timm model that the file
+            names, or the model that the folder describes.
+        domain: the domain whose statistics to use; by default the statistics in the tensors.
 
     Returns:
-        The model with its norm layers swapped and their weights set as the file says.
+        The model with swapped norm layers and the settings from the file.
 
     Raises:
         CheckpointError: if the file cannot be read or does not fit.
-        ModelError: if the file names no model that may be built from what a file says.
+        ModelError: if the file names no model, or a model that only foreign code can build.
     """
     return load_ready(path, ModelRecipe(domain=domain), model=model, borrows=False).model
 
@@ -173,8 +173,8 @@ def load_ready(
 ) -> Loaded:
     """Read a checkpoint, build its model, load it strictly, and set its norm layers.
 
-    ``mapped`` models take the file's own memory where they can; ``lenders`` are further files whose
-    statistics parameters without any may take, if it ``borrows``.
+    A ``mapped`` model uses the file's memory if possible. With ``borrows``, parameters without
+    statistics take them from another set in the file or from the files in ``lenders``.
     """
     key, prefer_ema = recipe.key, recipe.prefer_ema
     checkpoint = read_checkpoint(path, key=key, prefix=recipe.prefix, prefer_ema=prefer_ema)
@@ -199,11 +199,11 @@ def load_ready(
     shapes = stock_shapes(model)
     misfits = misfits_of(shapes, checkpoint.tensors)
     if misfits and recipe.prefix is None:
-        # Known names may make another prefix the better one.
+        # With the names of the model, another prefix may fit better.
         checkpoint = read_checkpoint(path, key=key, expected=set(shapes), prefer_ema=prefer_ema)
         misfits = misfits_of(shapes, checkpoint.tensors)
     if (origin.spec or "").startswith("transformers:"):
-        notes.append(f"{type(model).__name__} of transformers was built, as the folder says")
+        notes.append(f"built {type(model).__name__} of transformers, as the folder describes")
         if misfits and not misfits.misshapen:
             checkpoint = _as_transformers_loads(checkpoint, model, notes)
             misfits = misfits_of(shapes, checkpoint.tensors)
@@ -215,15 +215,15 @@ def load_ready(
         where = origin.spec or type(model).__name__
         raise file_error(
             path,
-            f"does not fit {where}, {len(misfits)} problems: {misfits}. Give the --model that it "
-            "was trained as.",
+            f"does not fit {where}, {len(misfits)} problems: {misfits}. Give the --model of the "
+            "training run.",
         )
     _fill_(model, checkpoint)
     published = published_weights(origin.spec or "", checkpoint.sha256)
     if published is not None and published.name == "COCO_V1":
         for module in model.modules():
             if is_frozen_kind(module) or module in thawed:
-                module.__dict__["eps"] = 0.0  # as torchvision sets it beside these weights
+                module.__dict__["eps"] = 0.0  # torchvision's value for these weights
     origin.dtypes = {name: tensor.dtype for name, tensor in checkpoint.tensors.items()}
     _apply_norms(model, checkpoint)
     model.eval()
@@ -232,34 +232,34 @@ def load_ready(
     if recipe.domain is not None:
         set_statistics_(model, domain_of(sets, recipe.domain, checkpoint.path))
     elif sets:
-        only = "(--domain); of the commands that write, only calibrate --domain keeps them"
-        notes.append(f"it also has statistics of the domains {some(sorted(sets))} {only}")
+        only = "(--domain); only calibrate --domain keeps them in its output"
+        notes.append(f"it also has statistics for the domains {some(sorted(sets))} {only}")
     checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
     return Loaded(model, checkpoint, origin, sets)
 
 
 def hub_folder(checkpoint: str | Path, spec: str | None = None) -> Path | None:
-    """The folder with a description of a checkpoint's model: itself, or a stated one."""
+    """The folder that describes a checkpoint's model: the checkpoint's own, or a given one."""
     kind, _, name = (spec or "").partition(":")
     folder = Path(name) if kind == "transformers" else Path(checkpoint)
     usable = spec is None or kind == "transformers"
     try:
         return folder if usable and (folder / "config.json").is_file() else None
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # the name is not possible for a file
         return None
 
 
 def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: bool) -> nn.Module:
-    """The model that a spec names, with the arguments that belong to weights of its library."""
+    """The model that a spec names, with the library's arguments for its published weights."""
     spec = origin.spec or ""
     found = published_arguments(spec, checkpoint.sha256)
     if found is not None and "transform_input" not in origin.arguments:
         origin.arguments = {**found, **origin.arguments}
         if checkpoint.metadata is None:
             notes.append(
-                "transform_input=true, as torchvision builds it with these weights of its own"
+                "transform_input=true, as torchvision builds the model with these weights"
                 if found
-                else "built without transform_input; weights that come from torchvision's need "
+                else "built without transform_input; weights derived from torchvision's need "
                 "--model-arg transform_input=true"
             )
     tensors = checkpoint.tensors
@@ -268,9 +268,9 @@ def _built(origin: Origin, checkpoint: Checkpoint, notes: list[str], *, mapped: 
 
 
 def stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of the tensors that a file for the model has, by name."""
+    """The shapes of the tensors in a file for the model, by name."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    # Once unfrozen, a file has counters, which layers that are constants load and drop.
+    # A file of unfrozen layers has counters; frozen layers load and drop them.
     for site in find_norms(model):
         if site.frozen:
             shapes.setdefault(f"{site.name}.num_batches_tracked", torch.Size())
@@ -279,9 +279,9 @@ def stock_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def weight_buffers(model: nn.Module) -> set[str]:
-    """The keys of the weights of bnfix's layers, which stock layers do not have."""
+    """The keys of the weights that bnfix's layers have and stock layers lack."""
     return {
-        f"{name}.{weight}".removeprefix(".")  # the model may be a layer itself
+        f"{name}.{weight}".removeprefix(".")  # the model itself may be a layer
         for site in find_norms(model)
         for name in (site.name, *site.aliases)
         for weight in ("example_weight", "batch_weight", "gates")
@@ -292,19 +292,19 @@ def weight_buffers(model: nn.Module) -> set[str]:
 def _as_transformers_loads(
     checkpoint: Checkpoint, model: nn.Module, notes: list[str]
 ) -> Checkpoint:
-    """A checkpoint whose names are those of transformers' files, under the model's names."""
+    """A checkpoint with the names of transformers' files, renamed to the model's names."""
     tensors = renamed(model, checkpoint.tensors)
     if not tensors:
         return checkpoint
     n = sum(name not in tensors for name in checkpoint.tensors)
-    notes.append(f"{n} names were changed as transformers' from_pretrained changes them")
+    notes.append(f"{n} names were changed in the same way as by transformers' from_pretrained")
     places = names_in_file(model, checkpoint.tensors)
     names = {name: checkpoint.names[place] for name, place in places.items()}
     return replace(checkpoint, tensors=tensors, names=names)
 
 
 def _lacks_statistics(model: nn.Module, checkpoint: Checkpoint, misfits: Misfits) -> bool:
-    """Whether a set has all parameters and no statistics, as running means of weights often do."""
+    """Whether a set has all parameters and no statistics, which is usual for averaged weights."""
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     has_some = any(name in checkpoint.tensors for name in buffers if name.endswith(STATISTICS))
     missing = set(misfits.missing)
@@ -318,7 +318,7 @@ def _with_statistics(
     lenders: Sequence[str],
     notes: list[str],
 ) -> Checkpoint:
-    """Parameters without statistics, completed by those of another set, or refused."""
+    """Complete parameters with the statistics of another set, or refuse the checkpoint."""
     missing = [name for name in shapes if name not in checkpoint.tensors]
     places = [(checkpoint.path, key) for key in (None, *checkpoint.others)]
     for path, key in [*places, *((Path(file), None) for file in lenders)]:
@@ -331,20 +331,20 @@ def _with_statistics(
         tensors = {name: other.tensors[name] for name in missing if name in other.tensors}
         lender = f"{other.path.name}, {other.key or other.prefix or 'top level'}"
         notes.append(
-            f"{checkpoint.key or checkpoint.path.name} has parameters and no statistics; those of "
-            f"{plain(lender)} were taken, which belong to other weights; commands with data "
+            f"{checkpoint.key or checkpoint.path.name} has parameters and no statistics; it uses "
+            f"the statistics of {plain(lender)}, which belong to other weights; commands with data "
             "measure them (--statistics population)"
         )
         return replace(checkpoint, tensors={**checkpoint.tensors, **tensors}, borrowed=True)
     raise file_error(
         checkpoint.path,
         f"has the parameters of the model, but none of its {len(missing)} buffers "
-        f"({some(missing)}), nor does another set in the file. Give the file that has them too.",
+        f"({some(missing)}), nor does another set in the file. Give a file with these buffers.",
     )
 
 
 def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a fitting state dict; a model without memory takes the file's own tensors."""
+    """Load a fitting state dict; a model on the meta device takes the file's own tensors."""
     own = model.state_dict()
     empty = any(tensor.is_meta for tensor in own.values())
     state: OrderedDict[str, Tensor] = OrderedDict()
@@ -352,9 +352,9 @@ def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
         if name in checkpoint.tensors:
             found = checkpoint.tensors[name]
             state[name] = found.to(tensor.dtype) if empty else found
-        else:  # num_batches_tracked, which old files lack
+        else:  # old files lack num_batches_tracked
             state[name] = torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
-    # Some modules refuse a state dict that does not say which version of theirs it is.
+    # Some modules refuse a state dict without their version number.
     versions: Any = copy.copy(getattr(own, "_metadata", {}))
     for name, version in checkpoint.versions.items():
         if name in versions:
@@ -366,7 +366,7 @@ def _fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _settings(stated: Any) -> dict[str, Any]:
-    """The settings of a layer in a header, their types checked: files are hostile until then."""
+    """The settings of a layer in a header, with checked types: a file may be hostile."""
     if not isinstance(stated, dict):
         raise TypeError("an entry is not an object")
     names = ("channel_groups", "ghost_size", "example_weight", "eps")
@@ -374,22 +374,22 @@ def _settings(stated: Any) -> dict[str, Any]:
     groups, size, weight, eps = values
     batch = stated.get("batch_weight", 0)
     if not all(type(n) is int and n >= 1 for n in (groups, 1 if size is None else size)):
-        raise ValueError("channel_groups and ghost_size are counts of at least 1")
+        raise ValueError("channel_groups and ghost_size must be integers of at least 1")
     for name, stated_weight in (("example_weight", weight), ("batch_weight", batch)):
         for found in stated_weight if isinstance(stated_weight, list) else [stated_weight]:
             if type(found) not in (int, float) or not 0 <= found <= 1:
-                raise ValueError(f"{name} is a number from 0 to 1, or a list of such")
+                raise ValueError(f"{name} must be a number from 0 to 1, or a list of such numbers")
     if type(eps) not in (int, float) or not 0 <= eps < 1e6:
-        raise ValueError("eps is a number of at least 0")
+        raise ValueError("eps must be a number of at least 0")
     gates = stated.get("gates")
     rows = [] if gates is None else gates if isinstance(gates, list) else [gates]
     if not all(isinstance(row, list) and set(map(type, row)) <= {int, float} for row in rows):
-        raise ValueError("gates are three lists of numbers")
+        raise ValueError("gates must be three lists of numbers")
     return stated
 
 
 def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Swap the layers that the header lists and give them its settings."""
+    """Swap the layers that the header lists, and apply its settings to them."""
     norms: dict[str, Any] = (checkpoint.metadata or {}).get("norms") or {}
     if not norms:
         return
@@ -409,7 +409,7 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
                 change,
                 channel_groups=settings[change.name]["channel_groups"],
                 ghost_size=settings[change.name].get("ghost_size"),
-                example_weight=0.0,  # whose swap changes outputs by intent; set afterwards
+                example_weight=0.0,  # set after the swap, since it changes outputs on purpose
                 gated=settings[change.name].get("gates") is not None,
             )
             for change in plan.changes

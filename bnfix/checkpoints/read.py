@@ -1,7 +1,7 @@
-"""Bytes on disk to plain objects, with nothing executed because a file says so.
+"""Read files into plain objects without executing code from a file.
 
-A pickle is first walked with every name in it replaced by an inert stand-in: that shows which names
-it would need and how large it claims its storages to be, before torch's restricted loader sees it.
+A pickle is first scanned with an inert stand-in for every name in it. The scan shows the names it
+needs and the claimed sizes of its storages before torch's restricted loader sees it.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from safetensors import safe_open
 from bnfix.core.errors import file_error, file_errors, plain, some
 
 TORCH_SUFFIXES: Final = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar")
-#: Usual names of the checkpoint in a folder, the safer form first.
+#: Usual names of the checkpoint in a folder, the safer format first.
 _USUAL_NAMES: Final = tuple(
     name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
 #: Longest text (header or index) that is parsed as JSON.
 TEXT_LIMIT: Final = 64 * 2**20
-#: The newest header this program reads, and the one it writes.
+#: The newest header format that this program reads, and the one that it writes.
 FORMAT: Final = 1
 _HEADER_DEPTH: Final = 64
-#: Characters that one more entry of the history and the settings of the layers may take.
+#: Characters reserved for one more history entry and the layer settings.
 _ROOM: Final = 8 * 2**20
 
-_AGAIN: Final = " Fetch it again or save it again."
+_AGAIN: Final = " Download it again or save it again."
 _ZIP_MAGIC: Final = b"PK\x03\x04"
 _PICKLE_MAGIC: Final = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 
-#: torch stores its archives uncompressed: inflating further than this is a bomb.
+#: torch stores its archives uncompressed: a higher ratio than this is a zip bomb.
 _INFLATION_LIMIT: Final = 100
 _INFLATED_FLOOR: Final = 16 * 2**20
 
 _TORCH_MAGIC_NUMBER: Final = 0x1950A86A20F9469CFC6C  # first pickle of files before torch 1.6
 
 _NUMPY_CORES: Final = ("numpy.core.multiarray", "numpy._core.multiarray")
-#: Objects that checkpoints often carry beside their tensors. They are never built: a stand-in is.
+#: Objects that checkpoints often hold next to their tensors. A stand-in is built in their place.
 INERT_NAMES: Final = (
     "argparse.Namespace",
     "numpy.ndarray",
@@ -58,7 +58,7 @@ INERT_NAMES: Final = (
     *(f"{core}.{function}" for core in _NUMPY_CORES for function in ("scalar", "_reconstruct")),
     *(f"numpy.dtypes.{name}" for name in np.dtypes.__all__),
 )
-#: Names that torch's restricted loader knows by itself; only used to word a refusal.
+#: Names that torch's restricted loader accepts on its own; used only in the error message.
 _TORCH_NAMES: Final = tuple(
     "torch._utils._rebuild torch._tensor._rebuild_from_type_v2 torch.nn.parameter.Parameter "
     "torch.serialization._get_layout torch.storage. torch.cuda. collections.OrderedDict "
@@ -68,31 +68,31 @@ _TORCH_NAMES: Final = tuple(
 
 
 class Inert:
-    """Stands for an object of a file that is not a tensor: takes anything, does nothing."""
+    """A stand-in for an object in a file that is not a tensor: accepts anything, does nothing."""
 
     itemsize = 0
-    held: Any = None  # the attributes that the file gives it
+    held: Any = None  # the attributes from the file
 
     def __new__(cls, *_arguments: Any, **_options: Any) -> Inert:
-        """Accept whatever arguments the file gives."""
+        """Accept any arguments from the file."""
         return super().__new__(cls)
 
     def __call__(self, *_arguments: Any) -> Inert:
-        """Be called, filled and set with anything, and drop it."""
+        """Accept any call or item, and drop it."""
         return self
 
     __setitem__ = append = extend = add = __call__
 
     def __setstate__(self, state: Any) -> None:
-        """Keep attributes, which a person may want to read."""
+        """Keep attributes, since a person may want to read them."""
         self.held = state if isinstance(state, dict) else None
 
 
 class _Survey(pickle.Unpickler):
-    """Walks one pickle with stand-ins only: which names it has, how large its storages claim."""
+    """Scan one pickle with stand-ins only, for its names and the claimed sizes of its storages."""
 
     def __init__(self, data: bytes) -> None:
-        # The C unpickler allocates its memo up to the largest index: picklers number from 0.
+        # The C unpickler allocates its memo up to the largest index, but picklers count from 0.
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if isinstance(argument, int) and opcode.name.endswith("PUT") and argument > count:
                 raise pickle.UnpicklingError(f"memo index {argument} is out of order")
@@ -103,7 +103,7 @@ class _Survey(pickle.Unpickler):
         try:
             self.result = self.load()
         except pickle.UnpicklingError:
-            # Stand-ins cannot play every part; the loader, too, stops at a blocked name before.
+            # Stand-ins cannot replace every object; the loader stops earlier at a blocked name.
             if not self.blocked():
                 raise
 
@@ -125,7 +125,7 @@ class _Survey(pickle.Unpickler):
         is_class = isinstance(pid, tuple) and len(pid) >= 2 and pid[0] in ("module", b"module")
         return Inert if is_class else Inert()
 
-    # Names that the restricted loader does not build.
+    # Names that the restricted loader refuses.
     def blocked(self) -> list[str]:
         return sorted(
             plain(name)
@@ -136,7 +136,7 @@ class _Survey(pickle.Unpickler):
         )
 
 
-# Call torch's restricted loader; word its refusal by the names that a survey has found.
+# Call torch's restricted loader; if it refuses, report the names that the survey found.
 def _load(path: Path, survey: _Survey, *, mapped: bool) -> Any:
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in INERT_NAMES]):
@@ -147,26 +147,26 @@ def _load(path: Path, survey: _Survey, *, mapped: bool) -> Any:
             raise
         raise file_error(
             path,
-            f"not loaded, it holds pickled objects ({some(blocked)}) that would run code. Where it "
-            "was made, save model.state_dict() alone, or give a .safetensors file.",
+            f"not loaded, it holds pickled objects ({some(blocked)}) that would run code. Save "
+            "only model.state_dict() in the training program, or give a .safetensors file.",
         ) from error
 
 
 def read_zip(path: Path) -> Any:
-    """The content of an archive of torch.save, as it has been written since torch 1.6."""
+    """The content of a torch.save archive, the format since torch 1.6."""
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         compressed = _check_entries(path, archive.infolist())
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
         roots = [root for root in roots if root.count("/") == 1]
         if len(roots) != 1:
-            raise file_error(path, "is a zip archive, but not one that torch.save writes.")
+            raise file_error(path, "is a zip archive, but not from torch.save.")
         root = roots[0]
         if root + "constants.pkl" in entries:
             raise file_error(
                 path,
-                "is a TorchScript archive, which holds code. Load it with torch.jit.load where you "
-                "trust it and save its state_dict().",
+                "is a TorchScript archive, which holds code. If you trust it, load it with "
+                "torch.jit.load and save its state_dict().",
             )
         survey = _Survey(_entry_bytes(path, archive, entries[root + "data.pkl"]))
     for key, claimed in survey.storages.items():
@@ -181,12 +181,12 @@ def read_zip(path: Path) -> Any:
 
 
 def read_in_place(path: Path) -> Any:
-    """The content of an uncompressed archive, whose tensors are the file: to set them writes it."""
+    """The content of an uncompressed archive; setting its tensors writes to the file."""
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         return read_zip(path)
 
 
-# Refuse sizes that cannot be, before anything is inflated; say if anything is compressed.
+# Refuse impossible sizes before decompression; return whether any entry is compressed.
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
     squeezed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     stored = [entry for entry in entries if entry.compress_type == zipfile.ZIP_STORED]
@@ -203,7 +203,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
         raise file_error(
             path,
             f"not loaded, its zip directory claims {claim}. "
-            "Fetch it again, or save it again with torch.save.",
+            "Download it again, or save it again with torch.save.",
         )
     return bool(squeezed)
 
@@ -211,7 +211,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
 def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     if entry.compress_type != zipfile.ZIP_STORED:
         return archive.read(entry)
-    # Not by zipfile: it insists on checksums, which torch can be told not to write.
+    # Not with zipfile: it requires checksums, and torch has an option not to write them.
     with path.open("rb") as file:
         file.seek(entry.header_offset + 26)
         name_length, extra_length = struct.unpack("<HH", file.read(4))
@@ -220,7 +220,7 @@ def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
 
 
 def read_legacy(path: Path) -> Any:
-    """The content of a file of torch.save, as it was written before torch 1.6."""
+    """The content of a torch.save file in the format before torch 1.6."""
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -231,26 +231,26 @@ def read_legacy(path: Path) -> Any:
             holds = f" (it holds {some(first.blocked())})" if first.blocked() else ""
             raise file_error(
                 path,
-                f"is a pickle, but not one that torch.save writes{holds}. Where it was made, save "
-                "it by torch.save, or give a .safetensors file.",
+                f"is a pickle, but not from torch.save{holds}. Save it with torch.save in the "
+                "training program, or give a .safetensors file.",
             )
-        next(parts), next(parts)  # protocol version and the writer's byte order
+        next(parts), next(parts)  # protocol version and byte order
         survey = _Survey(next(parts))
         size = len(content)
     claimed = sum(survey.storages.values())
     if claimed > size:
         raise file_error(
             path,
-            f"damaged, it claims {claimed} bytes of tensors in {size}.{_AGAIN}",
+            f"damaged, it claims {claimed} bytes of tensors in {size} bytes.{_AGAIN}",
         )
     return _load(path, survey, mapped=False)
 
 
-# Cut the pickles at the head of a file one by one, without building anything.
+# Split off the pickles at the start of a file one by one, without building objects.
 def _pickles(content: mmap.mmap) -> Iterator[bytes]:
     while True:
         start = content.tell()
-        # An mmap reads like a file, but clamps a claimed length to what there is.
+        # An mmap reads like a file, but limits a claimed length to the available bytes.
         for _ in pickletools.genops(cast(IO[bytes], content)):
             pass
         yield content[start : content.tell()]
@@ -260,41 +260,41 @@ def _pickles(content: mmap.mmap) -> Iterator[bytes]:
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file lists the shards of a checkpoint, by its name."""
+    """Whether a file is an index of shards, by its name."""
     return path.name.endswith(".index.json")
 
 
 def file_in_folder(path: Path) -> Path:
-    """The checkpoint in a folder under a usual name; any other path as it is."""
+    """The checkpoint with a usual name in a folder, or the path itself."""
     try:
         return next((path / name for name in _USUAL_NAMES if (path / name).is_file()), path)
-    except (OSError, ValueError):  # a name that no file can have: the error comes at opening
+    except (OSError, ValueError):  # an impossible file name: the error is raised on opening
         return path
 
 
 def require_file(path: Path) -> None:
-    """Refuse a path that is not an ordinary file with something in it."""
+    """Refuse a path that is not a regular, nonempty file."""
     with file_errors(path, "cannot be opened"):
         if path.is_dir():
             raise file_error(path, "is a folder, expected a checkpoint file.")
         if not path.exists():
             raise file_error(path, "no such file.")
         if not path.is_file():
-            raise file_error(path, "is not an ordinary file.")
+            raise file_error(path, "is not a regular file.")
         if path.stat().st_size == 0:
             raise file_error(path, "is empty (0 bytes), expected a checkpoint.")
 
 
 def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
     """A file's content, the text of its ``bnfix`` header if it has one, and notes."""
-    # A damaged or hostile file makes readers raise almost anything.
+    # Readers raise almost any exception on a damaged or hostile file.
     problem = "cannot be read, it is damaged or not a checkpoint"
     if path.suffix in (".onnx", ".pt2"):
         raise file_error(
             path,
-            "is an exported network, whose norm layers are folded into others, so there is nothing "
-            "to repair. Give the checkpoint that it was made from, then export again; eval takes "
-            "ONNX files.",
+            "is an exported network: its norm layers are folded into other layers, so there is "
+            "nothing to repair. Give its original checkpoint, then export again; eval takes ONNX "
+            "files.",
         )
     with file_errors(path, problem, _AGAIN, kinds=(Exception,)):
         if is_index(path):
@@ -305,24 +305,24 @@ def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 return tensors, (file.metadata() or {}).get("bnfix"), []
         if kind:
-            # Odd escapes in a pickle and torch's remarks on typed storages tell a user nothing.
+            # Warnings about escapes in a pickle or typed storages do not help a user.
             with warnings.catch_warnings(action="ignore"):
                 return (read_zip if kind == "zip" else read_legacy)(path), None, []
         if path.suffix == ".tar" and tarfile.is_tarfile(path):
             raise file_error(
                 path,
-                "is a real tar archive, which the restricted loader cannot read. "
+                "is a real tar archive, and the restricted loader cannot read it. "
                 "Unpack it, or load it with the program that wrote it and save its state_dict.",
             )
     expected = "torch" if path.suffix in TORCH_SUFFIXES else "torch or safetensors"
     raise file_error(
         path,
         f"is not a {expected} file by its first bytes. "
-        f"Give .safetensors or one of {', '.join(TORCH_SUFFIXES)} written by torch.save.",
+        f"Give a .safetensors file, or one of {', '.join(TORCH_SUFFIXES)} from torch.save.",
     )
 
 
-# By the first bytes, since suffixes are given freely; empty if unknown.
+# The kind by the first bytes, since suffixes are unreliable; empty if unknown.
 def _kind_of(path: Path) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -346,7 +346,7 @@ def _read_index(path: Path) -> tuple[dict[str, torch.Tensor], None, list[str]]:
     for shard in shards:
         where = f"its shard {plain(shard)}"
         if not (path.parent / shard).exists():
-            raise file_error(path, f"{where}: no such file. Fetch all shards again.")
+            raise file_error(path, f"{where}: no such file. Download all shards again.")
         require_file(path.parent / shard)
         found = read_file(path.parent / shard)[0]
         if not isinstance(found, dict):
@@ -354,32 +354,32 @@ def _read_index(path: Path) -> tuple[dict[str, torch.Tensor], None, list[str]]:
         tensors |= {name: tensor for name, tensor in dict.items(found) if places.get(name) == shard}
     lacking = [plain(name) for name in places if name not in tensors]
     if lacking:
-        raise file_error(path, f"its shards lack {some(lacking)}. Fetch all shards again.")
+        raise file_error(path, f"its shards lack {some(lacking)}. Download all shards again.")
     return tensors, None, [f"{len(shards)} shards"]
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """The shard of each tensor; every shard lies beside the index."""
+    """The shard of each tensor; all shards are in the folder of the index."""
     if path.stat().st_size > TEXT_LIMIT:
-        raise file_error(path, f"is larger than {TEXT_LIMIT} bytes, no index is.")
+        raise file_error(path, f"is larger than {TEXT_LIMIT} bytes, expected an index.")
     with file_errors(path, "is not an index", kinds=(Exception,)):
         places = json.loads(path.read_bytes())["weight_map"]
         ok = all(isinstance(shard, str) for shard in places.values())
     if not ok or not places:
         raise file_error(path, "is not an index, its weight_map names no files.")
     kinds = (".safetensors",) if ".safetensors" in path.name else (".safetensors", ".bin")
-    # Names with a folder in them could read any file of the machine.
+    # A name with a folder could refer to any file on the machine.
     foreign = [s for s in places.values() if Path(s).name != s or not s.endswith(kinds)]
     if foreign:
         raise file_error(
             path,
-            f"names {plain(foreign[0])!r}, expected a {' or '.join(kinds)} file beside the index.",
+            f"names {plain(foreign[0])!r}, expected a {' or '.join(kinds)} file next to the index.",
         )
     return dict(places)
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file (of a sharded one: of the index, then its shards by name)."""
+    """The SHA-256 of a file; for a sharded file, of the index, then of its shards by name."""
     digest = hashlib.sha256()
     with file_errors(path, "cannot be read"):
         shards = sorted(set(read_weight_map(path).values())) if is_index(path) else []
@@ -398,7 +398,7 @@ def _no_constant(name: str) -> None:
 
 
 def parse_header(text: str, path: Path) -> dict[str, Any]:
-    """The JSON object in a header's text, of a format that this program knows."""
+    """The JSON object in a header's text; its format must be known."""
     if len(text) > TEXT_LIMIT:
         raise file_error(
             path, f"its bnfix header has {len(text)} characters, more than {TEXT_LIMIT}."
@@ -411,11 +411,11 @@ def parse_header(text: str, path: Path) -> dict[str, Any]:
     if version > FORMAT:
         raise file_error(
             path,
-            f"has header format {version}, this program reads up to {FORMAT}: it was written by a "
-            "newer bnfix. Upgrade bnfix.",
+            f"has header format {version}, expected at most {FORMAT}: a newer bnfix wrote it. "
+            "Upgrade bnfix.",
         )
     level: list[Any] = [header]
-    for _ in range(_HEADER_DEPTH):  # level by level: whatever walks it later may then recurse
+    for _ in range(_HEADER_DEPTH):  # checked by level: later code can then use recursion safely
         parts = (part.values() if isinstance(part, dict) else part for part in level)
         level = [item for part in parts for item in part if isinstance(item, dict | list)]
     if level:
@@ -429,12 +429,12 @@ def check_room(header: Mapping[str, Any] | None, path: Path) -> None:
     if length > TEXT_LIMIT - _ROOM:
         raise file_error(
             path,
-            f"its history has {length:,} characters, expected at most {TEXT_LIMIT - _ROOM:,} so "
-            "that one more entry has room. Write its tensors alone (safetensors.torch.load_file "
+            f"its history has {length:,} characters, expected at most {TEXT_LIMIT - _ROOM:,} to "
+            "leave room for one more entry. Write only its tensors (safetensors.torch.load_file "
             "and save_file), and give --model.",
         )
 
 
 def finite(value: Any) -> Any:
-    """Plain JSON values, with null for the numbers that JSON cannot express."""
+    """Plain JSON values, with null for numbers that JSON cannot represent."""
     return json.loads(json.dumps(value), parse_constant=lambda _: None)

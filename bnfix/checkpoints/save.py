@@ -1,4 +1,4 @@
-"""Tensors, models and the states of runs to files, each written whole or not at all."""
+"""Write tensors, models and run states to files, each completely or not at all."""
 
 from __future__ import annotations
 
@@ -41,30 +41,30 @@ from bnfix.norm.layer import generalized_norms
 
 _HALF = (torch.float16, torch.bfloat16)
 _LARGEST_HALF_LOSS = 1e-3
-_STATE_FORMAT = 1  # of the state of an interrupted run
+_STATE_FORMAT = 1  # format of the state of an interrupted run
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors to a file; those that share memory are written under each name."""
+    """Write tensors to a file; shared tensors are written under each name."""
     ready: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         whole = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        # The library refuses what shares memory, since it would not share it once loaded.
+        # The library refuses shared memory, because loaded tensors would not share it.
         place = whole.untyped_storage().data_ptr()
         ready[name] = whole.clone() if place in seen else whole
         seen.add(place)
     try:
         save_file(ready, path, metadata=dict(metadata))
-    except KeyError as error:  # of its table of types
+    except KeyError as error:  # from its table of types
         odd = [f"{n} ({t.dtype})" for n, t in tensors.items() if t.dtype in error.args]
-        raise TypeError(f"no type of the format: {some(odd)}") from error
+        raise TypeError(f"not a type of the format: {some(odd)}") from error
     if len(metadata) > 1:
         _order_metadata(path)
 
 
 def _order_metadata(path: Path) -> None:
-    """Put `bnfix` before `format` in the metadata; the library's order differs from run to run."""
+    """Put `bnfix` before `format` in the metadata; the library's order varies between runs."""
     first, start = '"format":"pt",', len('{"__metadata__":{')
     with path.open("r+b") as file:
         text = file.read(int.from_bytes(file.read(8), "little")).decode()
@@ -75,26 +75,25 @@ def _order_metadata(path: Path) -> None:
 
 
 def check_output(path: str | Path, *, force: bool) -> None:
-    """Refuse, before any work, a path where no checkpoint may be written."""
+    """Refuse, before any work, a path where no checkpoint can be written."""
     path = Path(path)
     if path.suffix != ".safetensors":
         better = plain(path.with_suffix(".safetensors").name) if path.name else "out.safetensors"
         raise name_error(
             path,
-            "expected a name that ends in .safetensors, the one kind that is written. "
-            f"Use {better}.",
+            f"expected a name that ends in .safetensors, the only output format. Use {better}.",
         )
     check_folder(path)
     check_free(path, force=force)
 
 
 def check_free(*paths: Path, force: bool) -> None:
-    """Refuse, before any work, files to write that are there already and may not be replaced."""
+    """Refuse, before any work, existing output files that must not be replaced."""
     for path in paths:
         with file_errors(path, "cannot be written"):
             if path.is_dir():
                 raise output_error(path, "is a folder, expected a file to write.")
-            # A link that leads nowhere does not "exist", but would be replaced all the same.
+            # A dangling link does not "exist", but writing would replace it.
             if not force and (path.exists() or path.is_symlink()):
                 raise output_error(
                     path, "already exists. Give another name, or --force to replace it."
@@ -102,21 +101,21 @@ def check_free(*paths: Path, force: bool) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a file to write whose folder is missing or closed to writing."""
+    """Refuse an output file whose folder is missing or read-only."""
     folder = path.parent
     with file_errors(path, "cannot be written"):
         if not folder.exists():
             raise output_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
         if not folder.is_dir():
             raise output_error(path, f"{plain(folder)} is not a folder.")
-        # The superuser passes os.access everywhere; a folder closed to all is still meant closed.
+        # The superuser passes os.access everywhere, but a read-only folder must stay read-only.
         if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
             raise output_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder to write into, and those above it; one that is there is left."""
-    with file_errors(folder, "cannot be made"):
+    """Create an output folder and its parents; an existing folder is left as it is."""
+    with file_errors(folder, "cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -128,24 +127,24 @@ def write_checkpoint(
     force: bool,
     marks: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write tensors, the ``bnfix`` header and other marks to one file: whole, or not at all."""
+    """Write tensors, the ``bnfix`` header and other marks to one file: completely or not at all."""
     path = Path(path)
     check_output(path, force=force)
     no_json = (TypeError, ValueError, RecursionError)
     with file_errors(path, "not written, its metadata is not JSON", kinds=no_json):
         text = json.dumps(finite(metadata))
     parse_header(text, path)
-    # The format keeps the name __metadata__ for itself, but its writer does not mind.
+    # The format reserves the name __metadata__, but its writer does not check.
     bad = [plain(n) for n, t in tensors.items() if n == "__metadata__" or not storable(n, t)]
     if bad:
         raise file_error(
-            path, f"not written, {some(bad)} cannot be stored. Expected dense tensors by name."
+            path, f"not written, {some(bad)} cannot be stored, expected dense tensors by name."
         )
     ready = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
         write_tensors(temporary, ready, {"bnfix": text, **marks})
-        if not force:  # another program may have written it meanwhile
+        if not force:  # another program may have written the file in the meantime
             check_output(path, force=False)
 
     wrong = (OSError, RuntimeError, SafetensorError, TypeError, ValueError)
@@ -154,12 +153,12 @@ def write_checkpoint(
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8, whole or not at all; an existing file is replaced."""
+    """Write a text as UTF-8, completely or not at all; an existing file is replaced."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file's content, whole or not at all; an existing file is replaced."""
+    """Write a file's content, completely or not at all; an existing file is replaced."""
     path = Path(path)
     check_folder(path)
     with file_errors(path, "not written"):
@@ -167,23 +166,23 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name beside ``path``, sync, and rename; leave nothing on failure."""
+    """Write to a temporary file next to ``path``, sync, rename; leave nothing behind on failure."""
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        # Some writers make a private file of their own; others are to read it as the umask says.
+        # Some writers create a private file; the mode must follow the umask instead.
         temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)  # else a power cut may forget the new name
+    _sync(path.parent)  # otherwise a power cut can lose the new name
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Fill a temporary folder beside ``path``, sync, and rename it; leave nothing on failure."""
+    """Fill a temporary folder next to ``path``, sync, rename; leave nothing behind on failure."""
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
     earlier = temporary.with_suffix(".old")
     with file_errors(path, "not written"):
@@ -225,20 +224,20 @@ def save(
     entry: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> None:
-    """Write a model as one ``.safetensors`` whose tensors are exactly the stock state dict.
+    """Write a model as one ``.safetensors`` file whose tensors are exactly the stock state dict.
 
-    Plain PyTorch loads it with ``strict=True`` and gets the same model with example weight 0; what
-    bnfix knows besides (settings of the norm layers, history) is in the header.
+    Plain PyTorch loads it with ``strict=True`` and gets the same model with example weight 0. The
+    header holds the further data of bnfix (settings of the norm layers, history).
 
     Args:
         model: with or without generalized layers.
-        path: ends in ``.safetensors``.
+        path: the output file; it must end in ``.safetensors``.
         force: replace an existing file.
-        entry: added to the history.
-        preprocessing: stored for later commands; by default what the model came with.
+        entry: a new entry for the history.
+        preprocessing: stored for later commands; by default the model's own.
 
     Raises:
-        CheckpointError: if the file may not be written; nothing is then left behind.
+        CheckpointError: if the file cannot be written; nothing is left behind.
     """
     metadata = metadata_of(model, entry=entry, preprocessing=preprocessing)
     write_checkpoint(path, stock_tensors(model), metadata, force=force)
@@ -250,7 +249,7 @@ def metadata_of(
     entry: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> dict[str, Any]:
-    """The header of a model's file: settings of the norm layers, and where the model came from."""
+    """The header of a model's file: the settings of the norm layers, and the model's source."""
     origin = origin_of(model)
     known = preprocessing or origin.preprocessing
     norms: dict[str, dict[str, Any]] = {}
@@ -283,16 +282,16 @@ def metadata_of(
 
 
 def _weight(weight: Tensor) -> float | list[float]:
-    """One number where all channels have the same, or one a channel."""
+    """One number if it is equal for all channels, otherwise one per channel."""
     equal = weight.ndim == 0 or bool((weight == weight[0]).all())
     return float(weight.flatten()[0]) if equal else weight.tolist()
 
 
 def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without bnfix's own buffers, in the types of the file it came from.
+    """The state dict without bnfix's own buffers, in the types of the input file.
 
-    Statistics that would lose more than 1e-3 in the file's half type (of their deviation, or of
-    themselves) are float32.
+    Statistics that would lose more than 1e-3 in the file's half type (of the standard deviation for
+    a mean, relative for a variance) are float32.
     """
     dtypes, own = origin_of(model).dtypes, weight_buffers(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
@@ -310,7 +309,7 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_as_stored_(model: nn.Module) -> None:
-    """Round every tensor as `save` would, so that the model is measured as the file holds it."""
+    """Round every tensor as `save` does, so that metrics are for the saved numbers."""
     own = model.state_dict(keep_vars=True)
     for name, stored in stock_tensors(model).items():
         if stored.dtype != own[name].dtype:
@@ -327,7 +326,7 @@ def history_entry(
     results: Mapping[str, Any] | None = None,
     command_line: str = "",
 ) -> dict[str, Any]:
-    """One entry of an output's history, JSON values; the command line is as typed, or empty."""
+    """One entry of an output's history as JSON values; the command line as typed, or empty."""
     origin = checkpoint and {"file": checkpoint.path.name, "sha256": checkpoint.sha256}
     return {
         "command": command,
@@ -342,12 +341,12 @@ def history_entry(
 
 
 def versions() -> dict[str, str]:
-    """The versions that numbers depend on."""
+    """The versions that affect the numbers."""
     python = platform.python_version()
     return {"bnfix": __version__, "python": python, "torch": torch.__version__}
 
 
-# The largest error of rounding statistics, in deviations for a mean, relative for a variance.
+# The largest rounding error of statistics: in standard deviations for a mean, else relative.
 def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> float:
     stored = tensor.to(dtype).double()
     error = torch.where(stored.isnan() & tensor.isnan(), 0.0, (stored - tensor.double()).abs())
@@ -359,43 +358,43 @@ def _loss(tensor: Tensor, dtype: torch.dtype, var: Tensor, *, is_mean: bool) -> 
 
 
 class StateFolder:
-    """The file of one run's state in a folder; that of a run of another identity is refused."""
+    """The state file of one run in a folder; it refuses the state of another run."""
 
     def __init__(self, folder: str | Path, identity: str, file: str = "finetuning.pt") -> None:
         self.path, self.identity = Path(folder) / file, identity
 
     def read(self) -> dict[str, Any] | None:
-        """The content that `write` was given, by the restricted loader only; None if none yet."""
+        """The content that `write` stored, read with the restricted loader only, or None."""
         if not self.path.exists():
             return None
         content = read_file(self.path)[0]
         if not isinstance(content, dict) or content.get("format") != _STATE_FORMAT:
             raise file_error(
                 self.path,
-                "is not the state of a run that this version wrote. Give another --state DIR.",
+                "is not a run state of this version. Give another --state DIR.",
             )
         if content.get("identity") != self.identity:
             raise file_error(
                 self.path,
-                "is the state of another run (other options, data or input). Give the same ones, "
-                "or another --state DIR.",
+                "is the state of another run, expected the same options, data and input. Give the "
+                "same ones, or another --state DIR.",
             )
         return content
 
     def write(self, content: Mapping[str, Any]) -> None:
-        """Replace the state, whole or not at all."""
+        """Replace the state, completely or not at all."""
         whole = {"format": _STATE_FORMAT, "identity": self.identity, **content}
         with file_errors(self.path, "cannot be written", " Give another --state DIR."):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
 
     def damaged(self, error: Exception) -> CheckpointError:
-        """The error of a state that does not fit the run although it claims to."""
-        return file_error(self.path, f"is damaged ({plain(error)}). Remove it to start again.")
+        """The error for a state that has the run's identity but does not fit the run."""
+        return file_error(self.path, f"is damaged ({plain(error)}). Remove it to start over.")
 
 
 def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
-    """A digest of a run's settings and of every number of the model at its start."""
+    """A digest of a run's settings and of all numbers in the model at the start."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in values_of(model).items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -404,17 +403,17 @@ def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copy every parameter and buffer, those that a state dict leaves out included."""
+    """Copy every parameter and buffer, including buffers that a state dict leaves out."""
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in named}
 
 
 @torch.no_grad()
 def set_values_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put back the parameters and buffers that `values_of` has copied."""
+    """Restore the parameters and buffers that `values_of` copied."""
     named = dict((*model.named_parameters(), *model.named_buffers()))
     if named.keys() != values.keys() or any(named[k].shape != values[k].shape for k in named):
-        raise ValueError("its tensors are not those of the model")
+        raise ValueError("its tensors do not match the model's")
     for name, tensor in named.items():
         tensor.copy_(values[name])
 
@@ -425,7 +424,7 @@ def random_state() -> list[Tensor]:
 
 
 def set_random_state_(state: list[Tensor]) -> None:
-    """Put back the state of torch's generators."""
+    """Restore the state of torch's generators."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state_all(state[1:])
@@ -433,10 +432,10 @@ def set_random_state_(state: list[Tensor]) -> None:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Let a first interrupt (Ctrl-C) wait for a convenient moment; a second one acts at once."""
+    """Delay a first interrupt (Ctrl-C) to the next check; a second one acts at once."""
     previous = signal.getsignal(signal.SIGINT)
     in_main = threading.current_thread() is threading.main_thread()
-    # Only the main thread may set a handler, and a program's own one is left to it.
+    # Only the main thread can set a handler, and a program's own handler is left in place.
     if not in_main or previous is not signal.default_int_handler:
         yield lambda: None
         return

@@ -1,10 +1,9 @@
 """Several networks in one: the mean of checkpoints, and the statistics of several domains.
 
-The statistics of a mean have to be measured afterwards. Those of domains are named sets in a file's
-header, beside those of its tensors. The tensors are the stock model's, with statistics of their
-own. A second file could be lost, and further tensors would be keys that no stock model has. So each
-set has, under its name, for every norm layer all means, then all variances as base64 of
-little-endian float32 (or float64).
+The statistics of a mean must be measured afterwards. The statistics of domains are named sets in a
+file's header. The file's tensors are the stock model's, with their own statistics. A second file
+could get lost, and further tensors would be keys that no stock model has. So each named set holds,
+for every norm layer, all means, then all variances as base64 of little-endian float32 (or float64).
 """
 
 from __future__ import annotations
@@ -46,9 +45,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 def mean_of(
     states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] = ()
 ) -> dict[str, Tensor]:
-    """The weighted mean of state dicts, summed in float64 and stored in the first's types.
+    """The weighted mean of state dicts, summed in float64 and stored in the first one's types.
 
-    A tensor's mean is over the states that have it; one that is not floating is the first's.
+    A tensor's mean is over the states that have it. Integer tensors come from the first state.
 
     Example:
         >>> mean_of([{"w": torch.zeros(1)}, {"w": torch.ones(1)}], (1, 3))["w"].item()
@@ -68,15 +67,15 @@ def mean_of(
         # Statistics are measured on the mean afterwards, so broken ones do no harm here.
         if not name.endswith(STATISTICS) and not bool(mean[name].isfinite().all()):
             raise NumericError(
-                f"{name}: the mean of the checkpoints is not finite. Leave out the one that is "
-                "broken.",
+                f"{name}: the mean of the checkpoints is not finite. Leave out the broken "
+                "checkpoint.",
                 name=name,
             )
     return mean
 
 
 class Ingredients:
-    """The checkpoints of a mean, and those of them that are in it now."""
+    """The checkpoints for a mean, and the current selection."""
 
     def __init__(
         self, model: nn.Module, first: Checkpoint, recipe: AverageRecipe, stated: ModelRecipe
@@ -84,13 +83,13 @@ class Ingredients:
         self._model, self._borrows = model, first.borrowed
         self.found = [first, *read_alike(first, recipe.files, stated)]
         self.weights = recipe.weights or (1.0,) * len(self.found)
-        #: Positions of those that the mean is of; the order counts for what is not averaged.
+        #: Positions of the averaged checkpoints; the order matters for integer tensors.
         self.which: tuple[int, ...] = tuple(range(len(self.found)))
         self.notes = _notes(self.found)
 
     @property
     def names(self) -> list[str]:
-        """A name of each: the file's, with its folder where others have the same."""
+        """The file name of each, or its path if several files have the same name."""
         short = [c.path.name for c in self.found]
         return [
             name if short.count(name) == 1 else str(c.path)
@@ -99,29 +98,29 @@ class Ingredients:
 
     @torch.no_grad()
     def put_(self, which: Sequence[int]) -> None:
-        """Put the mean of these into the model.
+        """Put the mean of these checkpoints into the model.
 
-        Its population moments are then the mean of the files' moments, not those of the mean.
+        Its running statistics are then the mean of the files' statistics, not the mean network's.
         """
         self.which, first = tuple(which), self.found[0].tensors
         mean = mean_of([self.found[i].tensors for i in which], [self.weights[i] for i in which])
         state = self._model.state_dict()
         for name, tensor in {**first, **mean}.items():
-            if name in state:  # the norm layers may have been swapped since
+            if name in state:  # norm layers may have been swapped in the meantime
                 state[name].copy_(tensor)
 
     def records(self) -> list[dict[str, Any]]:
-        """What the history holds of those in the mean."""
+        """The history's records of the averaged checkpoints."""
         return [
             {"file": c.path.name, "sha256": c.sha256, "weight": self.weights[i]}
             for i, c in ((i, self.found[i]) for i in self.which)
         ]
 
     def networks(self) -> dict[nn.Module, float]:
-        """A network of each that is in the mean, with its weight.
+        """A network per averaged checkpoint, with its weight.
 
         Raises:
-            CheckpointError: if one has no statistics of its own.
+            CheckpointError: if a checkpoint has no statistics of its own.
         """
         names = [name for name in self.found[0].tensors if name.endswith(STATISTICS)]
         for i in self.which:
@@ -142,7 +141,7 @@ class Ingredients:
         return found
 
 
-#: Numbers by which programs say how good a checkpoint is: its own first, then the best of its run.
+#: Names of scores in training checkpoints: first the checkpoint's own, then the best of its run.
 _HIGHER = (
     "val_acc val_acc1 val_accuracy val_top1 test_acc acc acc1 accuracy top1 prec1 metric "
     "best_acc best_acc1 best_accuracy best_top1 best_prec1 best_val_acc best_metric best_fitness"
@@ -151,7 +150,7 @@ _LOWER = "val_loss test_loss nll best_loss best_val_loss".split()
 
 
 def best_of(files: Sequence[str], n: int) -> tuple[list[str], str]:
-    """The n best files by a number that all of them hold, the best one first; and which it was."""
+    """The n best files by a score that all of them hold, best first, and a sentence about it."""
     numbers = [_numbers(Path(file)) for file in files]
     name = next((m for m in (*_HIGHER, *_LOWER) if all(m in own for own in numbers)), None)
     if name is None:
@@ -161,8 +160,8 @@ def best_of(files: Sequence[str], n: int) -> tuple[list[str], str]:
         )
         raise file_error(
             Path(files[0]),
-            f"--best: no number that all the files hold says how good they are ({held}); known "
-            f"are {', '.join((*_HIGHER, *_LOWER))}. Name the files yourself.",
+            f"--best: the files share no score ({held}), expected one of "
+            f"{', '.join((*_HIGHER, *_LOWER))}. Name the files yourself.",
         )
     sign = -1 if name in _HIGHER else 1
     order = sorted(range(len(files)), key=lambda i: sign * numbers[i][name])[:n]
@@ -171,7 +170,7 @@ def best_of(files: Sequence[str], n: int) -> tuple[list[str], str]:
 
 
 def _numbers(file: Path) -> dict[str, float]:
-    """Numbers of known names at the top of a file, or in the last results of a bnfix file."""
+    """The scores with known names at the top of a file, or in a bnfix file's last results."""
     file = file_in_folder(file)
     require_file(file)
     content, header, _ = read_file(file)
@@ -181,7 +180,7 @@ def _numbers(file: Path) -> dict[str, float]:
         content = last.get("results") if isinstance(last, dict) else None
     found = {}
     for name in (*_HIGHER, *_LOWER):
-        # A dict from a file may have overwritten its own methods.
+        # The file may have overwritten the dict's own methods.
         value = dict.get(content, name) if isinstance(content, dict) else None
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
         if isinstance(value, int | float) and math.isfinite(value):
@@ -190,10 +189,10 @@ def _numbers(file: Path) -> dict[str, float]:
 
 
 def matching(files: Sequence[str]) -> list[str]:
-    """Files as given, and those that match a pattern, sorted, in its place."""
+    """The given files, with each pattern replaced by its sorted matches."""
     found: list[str] = []
     for file in files:
-        # Path.glob takes no absolute pattern.
+        # Path.glob does not accept absolute patterns.
         matched = [file] if Path(file).exists() else sorted(glob.glob(file, recursive=True))  # noqa: PTH207
         if not matched and glob.has_magic(file):
             raise file_error(Path(file), "no file matches it. Give another pattern.")
@@ -202,7 +201,7 @@ def matching(files: Sequence[str]) -> list[str]:
 
 
 def read_alike(first: Checkpoint, files: Sequence[str], model: ModelRecipe) -> list[Checkpoint]:
-    """Read further checkpoints of a first one's network; all problems of all files at once."""
+    """Read further checkpoints of the first one's network; report the problems of all files."""
     shapes = {name: tensor.shape for name, tensor in first.tensors.items()}
     found, problems = [], []
     for file in files:
@@ -218,7 +217,7 @@ def read_alike(first: Checkpoint, files: Sequence[str], model: ModelRecipe) -> l
             problems.append(str(error).rstrip("."))
             continue
         found.append(other)
-        # Statistics are measured on the mean afterwards; counters are of no effect.
+        # Statistics are measured on the mean afterwards; counters have no effect.
         theirs = other.tensors
         present = {n: s for n, s in shapes.items() if n in theirs or not n.endswith(BUFFERS)}
         known = {n: t for n, t in theirs.items() if n in shapes or not n.endswith(BUFFERS[-1])}
@@ -239,8 +238,8 @@ def _notes(found: Sequence[Checkpoint]) -> list[str]:
     settings = [(c.metadata or {}).get("norms") for c in found]
     if any(other != settings[0] for other in settings):
         notes.append(
-            f"the settings of the norm layers are those of {found[0].path.name}; not all of the "
-            "files have the same."
+            f"the settings of the norm layers come from {found[0].path.name}; not all of the "
+            "files have the same settings."
         )
     names = {c.sha256: c.path.name for c in found}
     if len(names) < len(found):
@@ -255,7 +254,7 @@ def _notes(found: Sequence[Checkpoint]) -> list[str]:
 
 
 def statistics_in(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of every layer's mean and variance, as one set."""
+    """Copies of every layer's mean and variance as one set."""
     return {site.name: torch.stack(_moments(site)).detach().cpu() for site in _sites(model)}
 
 
@@ -273,42 +272,42 @@ def as_header(sets: Sets) -> dict[str, Any]:
 
 
 def read_domains(model: nn.Module, checkpoint: Checkpoint) -> Sets:
-    """The sets in a file's header, all of them checked; all problems at once."""
+    """The checked sets in a file's header; all problems are reported at once."""
     stored: Any = (checkpoint.metadata or {}).get("domains") or {}
     sites, problems, sets = _sites(model), list[str](), Sets()
     if not isinstance(stored, dict):
-        stored, problems = {}, ["they are no object"]
+        stored, problems = {}, ["they are not an object"]
     for name, layers in stored.items():
         if not _NAME.fullmatch(name) or not isinstance(layers, dict):
-            problems.append(f"{plain(name)}: no name of a domain, or no object")
+            problems.append(f"{plain(name)}: not a domain name, or not an object")
             continue
         extra = layers.keys() - {site.name for site in sites}
         problems += [f"{name}: {plain(layer)}: the model has no such layer" for layer in extra]
         sizes = {site.name: _moments(site)[0].numel() for site in sites}
         found = {layer: _pair(layers.get(layer), n) for layer, n in sizes.items()}
         bad = [layer for layer, pair in found.items() if pair is None]
-        problems += [f"{name}: {layer}: no finite means, and variances from 0" for layer in bad]
+        problems += [f"{name}: {layer}: expected finite means and variances >= 0" for layer in bad]
         sets[name] = {layer: pair for layer, pair in found.items() if pair is not None}
     if problems:
-        words = f"the statistics of its domains cannot be used: {some(problems)}. Fetch it again."
+        words = f"its domain statistics cannot be used: {some(problems)}. Download it again."
         raise file_error(checkpoint.path, words)
     return sets
 
 
 def begin_domain_(model: nn.Module, sets: Sets, name: str) -> list[str]:
-    """Start from a domain's statistics, if the file has them, before new ones are found."""
+    """Start from a domain's statistics, if the file has them, before new ones are measured."""
     if not _NAME.fullmatch(name) or name == "auto":
         expected = "up to 64 letters, digits and _.-, not auto. Give another"
         raise ConfigError(f"--domain: {plain(name)!r}, expected {expected}.", name="domain")
     if name in sets:
         set_statistics_(model, sets[name])
-    known = "its statistics in the file were" if name in sets else "the file's own were"
-    other = "the statistics of its tensors, and of other domains, are as they were."
-    return [f"domain {name}: {known} the start. The output has the result under this name; {other}"]
+    known = "its statistics in the file" if name in sets else "the statistics in the file's tensors"
+    other = "Other statistics in it stay unchanged."
+    return [f"domain {name}: starts from {known}. The output stores the result under it. {other}"]
 
 
 def end_domain_(model: nn.Module, sets: Sets, name: str, tensors: Mapping[str, Tensor]) -> Sets:
-    """The sets with the model's statistics under a name; it gets those of its file's tensors."""
+    """The sets plus the model's statistics under a name; the model gets the file tensors' own."""
     own = statistics_in(model)
     keys = {layer: [f"{layer}.{kind}".removeprefix(".") for kind in STATISTICS] for layer in own}
     set_statistics_(model, {n: torch.stack([tensors[k] for k in ks]) for n, ks in keys.items()})
@@ -316,7 +315,7 @@ def end_domain_(model: nn.Module, sets: Sets, name: str, tensors: Mapping[str, T
 
 
 def domain_of(sets: Sets, name: str, path: Path) -> dict[str, Tensor]:
-    """One set by name; others are refused."""
+    """The set with a name; an unknown name is refused."""
     if name not in sets:
         known = some(sorted(sets)) or "none"
         raise file_error(path, f"has no domain {plain(name)!r}, expected one of: {known}.")
@@ -337,12 +336,12 @@ def _text(pair: Tensor) -> str:
 
 
 def _pair(text: Any, n: int) -> Tensor | None:
-    """So many finite means, and variances from 0, or none; other lengths are not decoded."""
+    """The n finite means and n variances >= 0, or None; other text lengths are not decoded."""
     kinds = {4 * -(-size // 3): kind for kind, size in (("<f8", 16 * n), ("<f4", 8 * n))}
     if not isinstance(text, str) or len(text) not in kinds:
         return None
     kind = kinds[len(text)]
-    try:  # a byte more or less is no whole number
+    try:  # with a byte more or less, the numbers are incomplete
         content = np.frombuffer(base64.b64decode(text, validate=True), kind)
     except ValueError:
         return None
