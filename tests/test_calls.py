@@ -165,7 +165,7 @@ def test_lengths_and_masks_come_from_files(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"lengths": np.full(13, 7)}, "lengths: from 7 to 7, expected at most 6"),
+        ({"lengths": np.full(13, 7)}, "lengths: from 7 to 7, expected 0 to 6"),
         ({"lengths": np.arange(13) % 6}, r"mask: example 0 \(from 0\) has no valid position"),
         ({"lengths": np.ones((13, 1), int)}, r"lengths is int64 \(13, 1\), expected the valid"),
         ({"lengths": np.ones(12, int)}, r"lengths is int64 \(12,\)"),

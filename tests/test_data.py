@@ -385,7 +385,10 @@ def test_threads_hash_files_as_one_does(tmp_path: Path, monkeypatch: pytest.Monk
             {"images": grid(2), "labels": np.array([0, 2**64 - 1], "u8")},
             r"labels .*, 1 of 2 outside 0 to 999999, first in row 1 ",
         ),
-        ({"images": np.array([None, {}], dtype=object)}, "images says object .* plain numbers"),
+        (
+            {"images": np.array([None, {}], dtype=object)},
+            "array images is declared as object .* plain numbers",
+        ),
     ],
 )
 def test_bad_npz(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -431,10 +434,13 @@ def test_npz_with_a_long_header(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (npy_bytes((10**6, 10**4, 10**4, 3), content=bytes(48)), "images says uint8 .* are stored"),
-        (npy_bytes((-1, -1, 4, 3), content=bytes(12)), "images says uint8"),
-        (npy_bytes((1, 4, 4, 3), content=bytes(47)), "images says uint8"),
-        (npy_bytes((1, 4, 4, 3), content=bytes(49)), "images says uint8"),
+        (
+            npy_bytes((10**6, 10**4, 10**4, 3), content=bytes(48)),
+            "array images is declared as uint8 .* are stored",
+        ),
+        (npy_bytes((-1, -1, 4, 3), content=bytes(12)), "array images is declared as uint8"),
+        (npy_bytes((1, 4, 4, 3), content=bytes(47)), "array images is declared as uint8"),
+        (npy_bytes((1, 4, 4, 3), content=bytes(49)), "array images is declared as uint8"),
         (npy_bytes("boo", content=bytes(48)), "not a readable .npz file"),
         (npy_bytes((1, 4, 4, 3), content=bytes(48), version=9), "not a readable .npz file"),
         (npy_bytes((1, 4, 4, 3), descr="(((", content=bytes(48)), "not a readable .npz file"),
@@ -480,7 +486,7 @@ def test_nothing_in_an_npz_is_unpickled(tmp_path: Path) -> None:
             return os.mkdir, (str(touched),)
 
     raw = npy_bytes((1,), descr="|O", content=pickle.dumps(np.array([Touch()], dtype=object)))
-    with pytest.raises(DataError, match="images says object"):
+    with pytest.raises(DataError, match="array images is declared as object"):
         open_images(archive(tmp_path / "a.npz", raw))
     assert not touched.exists()
 

@@ -155,11 +155,11 @@ class Odd(nn.Module):
 REASONS = {
     "bn_input": "follows x, not a convolution",
     "bn_twice": "twice is shared: it is called 2 times",
-    "bn_seen": "the output of seen is used elsewhere too",
-    "bn_read": "the weights of read are used elsewhere too",
+    "bn_seen": "the output of seen is also used elsewhere",
+    "bn_read": "the weights of read are also used elsewhere",
     "bn_tied": "tied shares its weights with another layer",
     "bn_relu": "follows relu, not a convolution",
-    "bn_shared": "is called 2 times a pass",
+    "bn_shared": "is called 2 times per pass",
     "unused": "is not called",
     "bn_hooked": "hooked has hooks",
 }
@@ -191,7 +191,7 @@ def test_what_must_not_be_folded_is_left_and_listed(tool):
     for name, reason in REASONS.items():
         told = found.left[f"{prefix}{name}"].replace("inner.", "")
         if tool == "torch.export" and name == "bn_tied":
-            reason = "the weights of tied are used elsewhere too"
+            reason = "the weights of tied are also used elsewhere"
         assert reason in told, (name, told)
     assert torch.equal(outputs(model, x), before)
 
@@ -212,10 +212,10 @@ def test_what_cannot_be_traced_is_refused_and_left_as_it_was():
 
     model = Untraceable(4, 3).eval()
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ModelError, match=r"neither by torch.fx .* nor by torch.export"):
+    with pytest.raises(ModelError, match=r"neither torch.fx .* nor torch.export .* can trace"):
         optimize_(model, torch.randn(2, 3, 8, 8))
     set_forward_(model, lambda net, batch: net(batch["pixels"]))
-    with pytest.raises(ModelError, match=r"folding: the model cannot be traced by torch.fx"):
+    with pytest.raises(ModelError, match=r"folding: torch.fx cannot trace the model"):
         optimize_(model, {"pixels": IMAGES})
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 

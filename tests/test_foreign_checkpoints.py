@@ -214,7 +214,9 @@ def test_statistics_of_another_set_are_measured(files, cli, tmp_path, more):
 
 def test_a_running_mean_that_is_not_there_is_not_made_up(spec, tmp_path):
     torch.save(state(spec), tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match=r"net\.pth: --prefer-ema: it has no averaged weights"):
+    with pytest.raises(
+        CheckpointError, match=r"net\.pth: --prefer-ema: it has no averaged weights"
+    ):
         read_checkpoint(tmp_path / "net.pth", prefer_ema=True)
 
 

@@ -318,7 +318,7 @@ def test_closed_gates_fold_and_open_ones_stay():
     assert [fold.norm for fold in optimize_(net, x).folded] == ["bn1", "bn2"]
     torch.testing.assert_close(net(x), before, rtol=1e-5, atol=1e-5)
     found = optimize_(swapped(), x)
-    assert found.left == dict.fromkeys(("bn1", "bn2"), "has gates that look at the example")
+    assert found.left == dict.fromkeys(("bn1", "bn2"), "has gates that depend on the example")
 
 
 def test_a_fast_copy_agrees():

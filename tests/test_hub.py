@@ -318,7 +318,9 @@ def test_a_folder_is_written_whole_and_replaces_only_its_like(cli, folder, tmp_p
     assert load_file(out / weights).keys() == load_file(source / weights).keys()
     assert "expected a folder that bnfix wrote" in refused(cli, source, source, "--force")
     (out / "thesis.tex").unlink()
-    assert "expected a folder that bnfix wrote, other than the input" in refused(cli, out, out, "--force")
+    assert "expected a folder that bnfix wrote, other than the input" in refused(
+        cli, out, out, "--force"
+    )
     (tmp_path / "empty").mkdir()
     assert cli("convert", source, "--input-shape", "3,32,32", "-o", tmp_path / "empty").code == 0
     (tmp_path / "file").write_text("")

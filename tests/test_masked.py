@@ -384,7 +384,7 @@ def test_fine_tuning_and_choosing_see_the_mask():
     [
         ({"lengths": torch.tensor([3, 0, 4])}, r"example 1 \(from 0\) has no valid position"),
         ({"mask": torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()}, r"mask: example 2 \(from 0\)"),
-        ({"lengths": torch.tensor([3, 1, 9])}, "lengths: from 1 to 9, expected at most 5"),
+        ({"lengths": torch.tensor([3, 1, 9])}, "lengths: from 1 to 9, expected 0 to 5"),
         ({"lengths": torch.tensor([3.0, 1, 2])}, "lengths: torch.float32"),
         ({"mask": torch.ones(3, 5)}, r"mask: .*float32.*expected a bool tensor"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, "expected a bool tensor"),

@@ -86,8 +86,10 @@ def test_the_class_is_that_of_the_configuration_and_names_are_changed_as_it_load
     assert "Loading weights" not in done.err
     assert "transformers]" not in done.err
     notes = done.json["assumptions"]
-    assert "built SegformerForSemanticSegmentation of transformers, as the folder describes" in notes
-    assert any(note.endswith("names were changed in the same way as by transformers' from_pretrained")
+    assert (
+        "built SegformerForSemanticSegmentation of transformers, as the folder describes" in notes
+    )
+    assert any(note.endswith("names were changed as by transformers' from_pretrained")
                for note in notes)  # fmt: skip
     assert load_file(out).keys() == stock.state_dict().keys()
     x = torch.randn(1, 3, 32, 32)

@@ -297,7 +297,7 @@ def _as_transformers_loads(
     if not tensors:
         return checkpoint
     n = sum(name not in tensors for name in checkpoint.tensors)
-    notes.append(f"{n} names were changed in the same way as by transformers' from_pretrained")
+    notes.append(f"{n} names were changed as by transformers' from_pretrained")
     places = names_in_file(model, checkpoint.tensors)
     names = {name: checkpoint.names[place] for name, place in places.items()}
     return replace(checkpoint, tensors=tensors, names=names)

@@ -325,7 +325,7 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
     # numpy allocates memory for the declared shape, so it must match the stored bytes.
     if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
         raise DataError(
-            f"{name} is declared as {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
+            f"array {name} is declared as {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
             f"{info.file_size:,} are stored."
         )
     return shape, dtype

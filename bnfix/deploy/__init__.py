@@ -1,1 +1,1 @@
-"""Models that run elsewhere, each checked against the one that it came from."""
+"""Models for use elsewhere, each checked against its original."""

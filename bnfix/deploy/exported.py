@@ -1,4 +1,4 @@
-"""Exported files, checked and read, as networks that run beside checkpoints."""
+"""Read and check exported files, and run them like checkpoints."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from bnfix.deploy.forms import ONNX_LIMIT, Runner, onnx_runner, require_onnx, to
 from bnfix.models.build import CHANNELS
 from bnfix.models.graph import quiet
 
-#: Files that hold a network itself, not the tensors of one.
+#: Suffixes of files that hold a whole network, not only its tensors.
 EXPORTED: Final = (".onnx", ".pt2")
-#: Where an ONNX file has what bnfix knows of it.
+#: The key of bnfix's metadata in an ONNX file.
 _HEADER: Final = "bnfix"
-#: Examples of a batch that is filled up, at most.
+#: Largest fixed batch size that is accepted.
 _MOST_EXAMPLES: Final = 4096
-#: Types of an input, by their numbers in ONNX.
+#: Input types by their numbers in ONNX.
 _TYPES: Final = {1: torch.float32, 10: torch.float16, 11: torch.float64}
 _EXTERNAL: Final = 1  # data_location of a tensor whose numbers are in another file
 
 
 class ExportedNet(nn.Module):
-    """A network behind a runner, on the CPU: it has outputs, and no layers to look at."""
+    """A network behind a runner on the CPU: it has outputs, but no visible layers."""
 
     def __init__(
         self,
@@ -46,24 +46,24 @@ class ExportedNet(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self._run, self._outputs = name, run, tuple(outputs)
-        self._shape, self._dtype = tuple(shape), dtype  # of the input; None: any size
+        self._shape, self._dtype = tuple(shape), dtype  # of the input; None means any size
         if len(self._shape) > 2 and self._shape[1] is not None:
             self.__dict__[CHANNELS] = self._shape[1]
 
     @property
     def batch_size(self) -> int | None:
-        """How many examples it takes at once; ``None`` for any number."""
+        """The fixed batch size, or ``None`` for any."""
         return self._shape[0]
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        """All outputs of a batch, by name where there are several."""
+        """All outputs of a batch, by name if there are several."""
         wanted, given = self._shape[1:], x.shape[1:]
         fits = len(wanted) == len(given)
         if not fits or any(a not in (None, b) for a, b in zip(wanted, given, strict=True)):
             takes = "x".join("any" if size is None else str(size) for size in wanted)
             raise ModelError(
-                f"{plain(self.name)}: takes inputs of {takes}, was given "
-                f"{'x'.join(map(str, given))}. Give --resize and --crop, or other data."
+                f"{plain(self.name)}: inputs of {'x'.join(map(str, given))}, expected {takes}. "
+                "Give --resize and --crop, or other data."
             )
         size = self.batch_size or len(x)
         parts = [self._whole(part, size) for part in torch.split(x.to("cpu", self._dtype), size)]
@@ -71,22 +71,22 @@ class ExportedNet(nn.Module):
         return found[0] if len(found) == 1 else dict(zip(self._outputs, found, strict=True))
 
     def _whole(self, x: Tensor, size: int) -> list[Tensor]:
-        """The outputs of a batch, filled up to the size that the network takes, then cut."""
+        """The outputs of a batch, which is padded to the network's batch size."""
         last = x[-1:].expand(size - len(x), *x.shape[1:])
         return [y[: len(x)] for y in self._run(torch.cat([x, last]).contiguous())]
 
 
 def is_exported(path: str | Path) -> bool:
-    """Say whether a file holds a network itself, by its name."""
+    """Whether a file holds a whole network, by its name."""
     return Path(path).suffix in EXPORTED
 
 
 def load_exported(path: str | Path, *, trust_code: bool = False) -> Loaded:
     """Read an exported file into a network that runs like a loaded checkpoint.
 
-    Nothing in an ONNX file is executed but ONNX's own operators. Its header says preprocessing,
-    task and the examples that it was fitted on, if bnfix wrote the file. A ``.pt2`` file can run
-    code as torch reads it, so it is opened on request only.
+    In an ONNX file, only ONNX's own operators are executed. If bnfix wrote the file, its header
+    holds the preprocessing, the task and the examples that it was fitted on. A ``.pt2`` file can
+    run code while torch reads it, so it is opened only on request.
     """
     path = Path(path)
     require_file(path)
@@ -97,14 +97,14 @@ def load_exported(path: str | Path, *, trust_code: bool = False) -> Loaded:
         require_onnx(path.name, ("onnx", "onnxruntime"))
         proto = read_onnx(path)
         header = {entry.key: entry.value for entry in proto.metadata_props}.get(_HEADER)
-        with file_errors(path, "ONNX Runtime does not take it", kinds=(ModelError,)):
+        with file_errors(path, "ONNX Runtime does not accept it", kinds=(ModelError,)):
             net = exported_net(path.name, proto)
         runtime = f"ONNX Runtime {importlib.metadata.version('onnxruntime')}"
     notes = [f"run by {runtime} on the CPU, in the file's own precision"]
     if net.batch_size is not None:
         notes.append(
-            f"takes batches of {net.batch_size} only; the last one is filled up with copies of its "
-            "last example, and cut again"
+            f"takes only batches of {net.batch_size}; the last batch is padded with copies of its "
+            "last example, and their outputs are dropped"
         )
     checkpoint = Checkpoint(
         path=path,
@@ -115,22 +115,22 @@ def load_exported(path: str | Path, *, trust_code: bool = False) -> Loaded:
         sha256=sha256_of(path),
         notes=tuple(notes),
     )
-    # A model that the header names would never be built, and must not be looked up either.
+    # A model named in the header would never be built, so it must not be looked up either.
     origin = dataclasses.replace(stated_origin(checkpoint), spec=None, arguments={})
     return Loaded(net.eval(), checkpoint, origin)
 
 
 def _program(path: Path, *, trusted: bool) -> ExportedNet:
-    """The network of a ``.pt2`` file."""
+    """The network in a ``.pt2`` file."""
     if not trusted:
         raise file_error(
             path,
-            "is not opened: torch reads such a file by pickles and by expressions that it "
-            "evaluates, so the file can run code. If it is your own, give --trust-code; else "
-            "export with --to onnx, or give the checkpoint.",
+            "is not opened: torch unpickles such a file and evaluates expressions in it, so the "
+            "file can run code. If you trust it, give --trust-code; otherwise export with --to "
+            "onnx, or give the checkpoint.",
         )
-    # Whatever a damaged file makes torch raise.
-    with file_errors(path, "is damaged or no .pt2 file", kinds=(Exception,)), quiet():
+    # torch raises any kind of exception on a damaged file.
+    with file_errors(path, "is damaged or not a .pt2 file", kinds=(Exception,)), quiet():
         program = torch.export.load(path)
     inputs = program.graph_signature.user_inputs
     given = {
@@ -149,7 +149,7 @@ def _program(path: Path, *, trusted: bool) -> ExportedNet:
 
 
 def exported_net(name: str, proto: Any) -> ExportedNet:
-    """The network of a checked ONNX model."""
+    """The network in a checked ONNX model."""
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = [one for one in proto.graph.input if one.name not in constants]
     kind = inputs[0].type.tensor_type if len(inputs) == 1 else None
@@ -171,30 +171,30 @@ def exported_net(name: str, proto: Any) -> ExportedNet:
 
 
 def net_of(name: str, content: bytes) -> ExportedNet:
-    """The network of an ONNX file that this program has written."""
+    """The network in an ONNX file that this program wrote."""
     import onnx
 
     return exported_net(name, onnx.load_from_string(content))
 
 
 def read_onnx(path: Path) -> Any:
-    """An ONNX model with all its numbers, of ONNX's own operators; else a refusal."""
+    """An ONNX model with all its numbers; operators other than ONNX's own are refused."""
     import onnx
 
     _check_size(path, path.stat().st_size)
-    # The parser has errors of its own kind, which is no OSError nor ValueError.
-    with file_errors(path, "is damaged or no ONNX file", kinds=(Exception,)):
+    # The parser raises its own kind of error, neither an OSError nor a ValueError.
+    with file_errors(path, "is damaged or not an ONNX file", kinds=(Exception,)):
         proto = onnx.load(path, load_external_data=False)
     if not proto.graph.node:
-        raise file_error(path, "is damaged or no ONNX file (it has no operators).")
+        raise file_error(path, "is damaged or not an ONNX file (it has no operators).")
     parts = list(_messages(proto))
     nodes = [part for part in parts if isinstance(part, onnx.NodeProto)]
     foreign = sorted({plain(n.domain) for n in nodes if n.domain not in ("", "ai.onnx")})
     if foreign or proto.functions:
         raise file_error(
             path,
-            f"needs operators that are not ONNX's own ({some(foreign) or 'local functions'}), "
-            "which are not run. Export it in standard operators.",
+            f"needs other operators than ONNX's own ({some(foreign) or 'local functions'}), and "
+            "bnfix does not run them. Export it with standard operators.",
         )
     _take_in_(path, [part for part in parts if isinstance(part, onnx.TensorProto)])
     return proto
@@ -202,11 +202,11 @@ def read_onnx(path: Path) -> Any:
 
 def _check_size(path: Path, size: int) -> None:
     if size > ONNX_LIMIT:
-        raise file_error(path, f"has {size:,} bytes, more than the {ONNX_LIMIT:,} of one ONNX file")
+        raise file_error(path, f"has {size:,} bytes, expected at most {ONNX_LIMIT:,} in all")
 
 
 def _messages(message: Any) -> Iterator[Any]:
-    """A message of protobuf, and all inside it; the parser has limited their depth."""
+    """A protobuf message and all messages inside it; the parser has limited the depth."""
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:
@@ -215,7 +215,7 @@ def _messages(message: Any) -> Iterator[Any]:
 
 
 def _take_in_(path: Path, tensors: Iterable[Any]) -> None:
-    """Read numbers that lie in other files of the folder into the model."""
+    """Read the numbers stored in other files of the folder into the model."""
     folder, total = path.parent.resolve(), path.stat().st_size
     for tensor in tensors:
         if tensor.data_location != _EXTERNAL:
@@ -227,7 +227,7 @@ def _take_in_(path: Path, tensors: Iterable[Any]) -> None:
             raise file_error(
                 path,
                 f"the numbers of {name} are in {plain(str(place))!r}, expected a file in the "
-                "folder of the model. Fetch all its files again.",
+                "folder of the model. Download all its files again.",
             )
         with file_errors(path, f"the numbers of {name} cannot be read"):
             offset = int(stated.get("offset", 0))
@@ -248,11 +248,11 @@ def with_header(
     preprocessing: Preprocessing | None,
     entry: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """An ONNX file with what `eval` needs to know of it: no paths, and no options."""
+    """An ONNX file with the metadata that `eval` needs, without paths and options."""
     import onnx
 
     task = origin.task
-    # A loss of the user's own is a path on this machine.
+    # The user's own loss is a path on this machine.
     public = task is not None and ":" not in (task.loss or "")
     history = [*origin.history, *([] if entry is None else [entry])]
     header = {
@@ -268,7 +268,7 @@ def with_header(
 
 
 def _used(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an entry of the history the command, and the examples that were fitted or chosen on."""
+    """A history entry's command, and its examples for fitting and choosing."""
     data = entry.get("data")
     parts = data if isinstance(data, dict) else {}
     kept = {name: parts[name] for name in ("fit", "select") if name in parts}

@@ -1,12 +1,12 @@
 """Fold norm layers of weight 0 into the convolutions before them.
 
 A norm layer that ignores the example is a constant scale and shift per channel. The convolution or
-linear layer before it can carry both. With s = gamma / sqrt(var + eps):
+linear layer before it can absorb both. With s = gamma / sqrt(var + eps):
 
     s (W * x + b - mean) + beta  =  (s W) * x + (s (b - mean) + beta)
 
-computed in float64 and rounded once. A layer is folded only if the dataflow proves that nothing
-else reads the convolution's output, and if its outputs agree before and after.
+The new weights are computed in float64 and rounded once. A layer is folded only if the dataflow
+proves that nothing else reads the convolution's output, and if its outputs agree before and after.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from bnfix.norm.sites import NormSite, find_norms, is_timm_act
 CONVOLUTIONS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
-#: timm's convolution with TensorFlow's padding, recognized by its module, so timm stays optional.
+#: timm's convolution with TensorFlow padding, recognized by name, because timm is optional.
 _TIMM_SAME = "Conv2dSame"
 #: Modules that return their input unchanged in evaluation mode.
 _SILENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-#: Largest difference of a fold, relative to the largest output where that is above 1.
+#: Largest allowed difference of a fold, relative to the largest output if that is above 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-#: The source of a norm layer that no call has, as `_source` gives it.
+#: The result of `_source` for a norm layer without calls.
 _UNREACHED = "", "is not called on the way from input to output"
 
 
 @dataclass(frozen=True)
 class Fold:
-    """A norm layer that was folded into the layer before it."""
+    """A norm layer that is folded into the layer before it."""
 
     norm: str
     layer: str
@@ -55,21 +55,21 @@ class Fold:
 
 @dataclass(frozen=True)
 class Folding:
-    """Which norm layers were folded, and why the others were not."""
+    """The folded norm layers, and the reasons for the others."""
 
     folded: tuple[Fold, ...]
     left: Mapping[str, str]  # dotted name to reason
-    traced_by: str  # torch.fx or torch.export, nothing where there are no norms
+    traced_by: str  # "torch.fx" or "torch.export", or "nothing" without norm layers
 
     @property
     def checked_on(self) -> str:
-        """The kind of inputs on which each fold was checked."""
+        """The kind of inputs used to check each fold."""
         return "nothing" if self.traced_by == "nothing" else "example"
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A fold that may be tried."""
+    """A fold to try."""
 
     norm: NormSite
     name: str
@@ -82,8 +82,8 @@ class _Candidate:
         return _TOLERANCE.get(_weight(self.layer).dtype, 1e-4)
 
     def difference(self, x: Tensor) -> float:
-        """The change of the outputs on one input of the layer."""
-        # The classes' methods, not calls: hooks must not fire again.
+        """The change of the outputs for one input of the layer."""
+        # The class's methods, not module calls: hooks must not fire again.
         before = self.norm.module(type(self.layer).forward(self.layer, x))
         return relative_change(before, self.after(type(self.new).forward(self.new, x)))
 
@@ -91,9 +91,9 @@ class _Candidate:
 def optimize_(model: nn.Module, example: Any) -> Folding:
     """Fold every norm layer that ignores the example into the layer before it.
 
-    Folded are layers of weight 0 (and stock ones) whose input is the output of a convolution (1, 2
-    or 3 axes, transposed, grouped, depthwise) or a linear layer that is called once and read by
-    nothing else. All others stay and are listed with a reason. Each fold is checked on its own
+    It folds a layer of weight 0 (or a stock layer) if its input is the output of a convolution (1,
+    2 or 3 axes, transposed, grouped, depthwise) or a linear layer, called once and read by nothing
+    else. All other layers stay and are listed with a reason. Each fold is checked on its own
     activations for the example, a batch in any form that the model takes. If the whole model's
     outputs change, everything is undone and a ModelError is raised.
 
@@ -111,8 +111,8 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
     if not sites:
         return Folding((), {}, traced_by="nothing")
     for _, norm in generalized_norms(model):
-        norm.gates = norm.gates if norm.live else None  # what is closed would hide the dataflow
-    # Where the user states how the model is called, only that knows what the inputs are.
+        norm.gates = norm.gates if norm.live else None  # inactive gates would hide the dataflow
+    # With a user's forward function, only that function knows the inputs.
     x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
     x = x.to(runtime.device_of(model)) if isinstance(x, Tensor) else None
     sources, traced_by = _sources(model, [site.module for site in sites], x)
@@ -140,17 +140,17 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
 def _sources(
     model: nn.Module, norms: Sequence[nn.Module], example: Tensor | None
 ) -> tuple[dict[str, tuple[str, str]], str]:
-    """Of each norm layer its `_source`, by dotted name, and the tool that found them.
+    """The `_source` of each norm layer by dotted name, and the tool that traced the model.
 
-    torch.fx traces for all inputs at once. If it fails (on a branch that depends on a size, for
-    example) and there is an example, torch.export follows the path of inputs of its size.
+    torch.fx traces for all inputs at once. If it fails (for example, on a branch that depends on a
+    size) and there is an example, torch.export follows the path for inputs of that size.
     """
     graph = graph_or_reason(model, norms)
     if isinstance(graph, fx.Graph):
         calls, tool = _traced_calls(graph, model), "torch.fx"
     elif example is None:
         raise ModelError(
-            f"folding: the model cannot be traced by torch.fx ({graph}), and torch.export takes no "
+            f"folding: torch.fx cannot trace the model ({graph}), and torch.export does not take "
             "inputs of this form. Leave its norm layers as they are."
         )
     else:
@@ -158,8 +158,8 @@ def _sources(
             calls, tool = _exported_calls(export_program(model, example), model), "torch.export"
         except ModelError as error:
             raise ModelError(
-                f"folding: the model can be traced neither by torch.fx ({graph}) nor by "
-                f"torch.export ({error})."
+                f"folding: neither torch.fx ({graph}) nor torch.export ({error}) can trace the "
+                "model."
             ) from error
     known = set(norms)
     names = {name for name, module in model.named_modules() if module in known}
@@ -169,12 +169,12 @@ def _sources(
 
 @dataclass(frozen=True)
 class _Calls:
-    """The calls of a model's modules in a graph, each by a name of its own."""
+    """The calls of a model's modules in a graph, each with a unique name."""
 
-    nodes: dict[str, set[fx.Node]]  # one node in torch.fx, in an exported program several
-    layer: dict[str, str]  # first dotted name of the module that is called
-    tensors: set[fx.Node]  # that are parameters and buffers, not values
-    read: set[str]  # modules whose weights are also read outside of the call
+    nodes: dict[str, set[fx.Node]]  # one node per call in torch.fx, several in an exported program
+    layer: dict[str, str]  # first dotted name of the called module
+    tensors: set[fx.Node]  # nodes for parameters and buffers
+    read: set[str]  # modules whose weights are also read outside the call
 
 
 def _traced_calls(graph: fx.Graph, model: nn.Module) -> _Calls:
@@ -189,14 +189,14 @@ def _traced_calls(graph: fx.Graph, model: nn.Module) -> _Calls:
 
 
 def _exported_calls(program: torch.export.ExportedProgram, model: nn.Module) -> _Calls:
-    """The calls in an exported program, whose nodes name the module that they came from."""
+    """The calls in an exported program; each node names its module."""
     first, signature = _first_names(model), program.graph_signature
     stored = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
     found = _Calls({}, {}, {n for n in program.graph.nodes if n.name in stored}, set())
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if node.op == "call_function" and stack:
-            # A second call of the same module has its number after an @ in its key.
+            # The key of a second call of the same module has the call's number after an @.
             key, (name, _) = list(stack.items())[-1]
             call = f"{name}@{key.rpartition('@')[2]}" if "@" in key else str(name)
             found.nodes.setdefault(call, set()).add(node)
@@ -209,19 +209,19 @@ def _exported_calls(program: torch.export.ExportedProgram, model: nn.Module) -> 
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """Of each dotted name of a module, the first one that the same module has."""
+    """The first name of each module, by every dotted name of the module."""
     first = {module: name for name, module in model.named_modules()}
     return {name: first[m] for name, m in model.named_modules(remove_duplicate=False)}
 
 
 def _source(call: str, calls: _Calls, model: nn.Module) -> tuple[str, str]:
-    """The module whose output alone the norm layer in a call reads, or why there is none.
+    """The module whose output is the only input of the norm layer in a call, or the problem.
 
-    It is seen through modules that do nothing.
+    Modules that do nothing in evaluation mode are skipped.
     """
     n_calls = Counter(calls.layer.values())
     if (n := n_calls[calls.layer[call]]) > 1:
-        return "", f"is called {n} times a pass"
+        return "", f"is called {n} times per pass"
     while True:
         users = calls.nodes[call]
         given = {node for user in users for node in user.all_input_nodes} - users - calls.tensors
@@ -230,29 +230,29 @@ def _source(call: str, calls: _Calls, model: nn.Module) -> tuple[str, str]:
         (node,) = given
         call = next((name for name, nodes in calls.nodes.items() if node in nodes), "")
         name = calls.layer.get(call, "")
-        # A module with children computes more than its own formula.
+        # A module with children can compute more than its own formula.
         if not call or any(True for _ in model.get_submodule(name).children()):
             return "", f"follows {node.name}, not a convolution or linear layer"
         module = model.get_submodule(name)
         if not set(node.users) <= users:
-            return "", f"the output of {name} is used elsewhere too"
+            return "", f"the output of {name} is also used elsewhere"
         if isinstance(module, _SILENT) and not module.training:
             continue
         if (n := n_calls[name]) > 1:
-            return "", f"{name} is shared: it is called {n} times a pass"
+            return "", f"{name} is shared: it is called {n} times per pass"
         if name in calls.read:
-            return "", f"the weights of {name} are used elsewhere too"
+            return "", f"the weights of {name} are also used elsewhere"
         return name, ""
 
 
 def relative_change(before: Tensor, after: Tensor) -> float:
-    """Largest |after - before|, relative to the largest |before| where that is above 1."""
+    """Largest |after - before|, relative to the largest |before| if that is above 1."""
     return float((after - before).abs().max() / before.abs().max().clamp_min(1.0))
 
 
 def outputs_on(model: nn.Module, example: Any) -> list[Tensor]:
     """The floating-point tensors of a model's output, in float64."""
-    # A copy of the example, since some models write into their inputs.
+    # A copy of the example, because some models write to their inputs.
     own = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
     with guards.inference(model):
         found = runtime.tensors_in(runtime.run(model, own, runtime.device_of(model)))
@@ -266,11 +266,11 @@ def _weight(layer: nn.Module) -> Tensor:
 def _candidate(
     site: NormSite, source: tuple[str, str], model: nn.Module, owners: Counter[int]
 ) -> _Candidate | str:
-    """A fold that may be tried, or why not."""
+    """A fold to try, or the reason against it."""
     norm = site.module
     if isinstance(norm, GeneralizedBatchNorm) and norm.live:
         if not norm.weighs:
-            return "has gates that look at the example"
+            return "has gates that depend on the example"
         looked_at = "batch" if norm.uses_batch else "example"
         return f"weighs the {looked_at} ({looked_at} weight above 0)"
     if site.problem or not site.has_statistics:
@@ -294,23 +294,23 @@ def _candidate(
         return f"the folded weights do not fit into {_weight(layer).dtype}"
     after: nn.Module = nn.Identity()
     if is_timm_act(norm) or hasattr(norm, "act") or hasattr(norm, "drop"):
-        # The part of timm's BatchNormAct2d after normalization; its children keep their names.
+        # The part of timm's BatchNormAct2d after normalization; the children keep their names.
         rest = {name: getattr(norm, name, None) or nn.Identity() for name in ("drop", "act")}
         after = nn.Sequential(OrderedDict(rest))
     return _Candidate(norm=site, name=name, layer=layer, new=new, after=after.eval())
 
 
 def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str:
-    """Why a layer cannot take a norm in; empty if it can."""
+    """The reason why a norm cannot be folded into a layer; empty if it can."""
     kind = type(layer)
     is_same = kind.__name__ == _TIMM_SAME and kind.__module__.startswith("timm.")
     if kind not in (*CONVOLUTIONS, nn.Linear) and not is_same:
-        # A subclass may override forward, so only the known classes are proof of the arithmetic.
+        # A subclass may override forward, so only the known classes guarantee the arithmetic.
         if isinstance(layer, ConvBase | nn.Linear):
             return f"{name} is a {kind.__name__}, which may do more than {kind.__mro__[1].__name__}"
         return f"follows {name} ({kind.__name__}), not a convolution or linear layer"
     if hooked(layer) or "forward" in vars(layer):
-        return f"{name} has hooks or a forward of its own"
+        return f"{name} has hooks or its own forward"
     if any(owners[id(p)] > 1 for p in layer._parameters.values() if p is not None):
         return f"{name} shares its weights with another layer"
     return ""
@@ -318,12 +318,12 @@ def _layer_problem(layer: nn.Module, name: str, owners: Counter[int]) -> str:
 
 @torch.no_grad()
 def _folded(layer: nn.Module, norm: nn.Module, mean: Tensor, var: Tensor) -> nn.Module:
-    """A copy of a layer with the norm after it folded in."""
+    """A copy of a layer with the following norm folded in."""
     weight = _weight(layer)
     wide = weight.double()
     n = layer.groups if isinstance(layer, ConvTransposeBase) else 0
     if n:
-        # (in, out / groups, ...): each group's outputs lie along axis 1 of its block of inputs.
+        # (in, out / groups, ...): a group's outputs are along axis 1 of its block of inputs.
         wide = wide.reshape(n, -1, *wide.shape[1:]).transpose(1, 2).flatten(0, 1)
     bias, gamma, beta = (
         None if t is None else cast(Tensor, t).detach().double()
@@ -343,7 +343,7 @@ def _folded(layer: nn.Module, norm: nn.Module, mean: Tensor, var: Tensor) -> nn.
 def _differences(
     model: nn.Module, candidates: Sequence[_Candidate], example: Any
 ) -> dict[str, float | str]:
-    """The change of each fold on its own activations, or why it is not known, by the norm."""
+    """The output change of each fold on its own activations, or a problem, by norm layer."""
     found: dict[str, float | str] = {}
 
     def look(one: _Candidate, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -372,7 +372,7 @@ def _apply_(model: nn.Module, accepted: list[_Candidate], example: Any) -> None:
         one.layer._parameters.update(one.new._parameters)
         guards.exchange_(one.norm.module, one.after)
     pairs = zip(before, outputs_on(model, example), strict=True)
-    # Each fold is within its tolerance; a whole model may add some of them up.
+    # Each fold is within its tolerance; in the whole model, several differences can add up.
     limit = 10 * max(one.tolerance for one in accepted)
     if all(relative_change(old, new) <= limit for old, new in pairs):
         return
@@ -380,6 +380,6 @@ def _apply_(model: nn.Module, accepted: list[_Candidate], example: Any) -> None:
         one.layer._parameters.update(parameters)
         guards.exchange_(one.norm.module, one.after)
     raise ModelError(
-        "folding: each layer keeps its outputs, but the whole model's change, or are not finite. "
-        "Nothing was folded. Look at the statistics with `bnfix inspect`."
+        "folding: each layer keeps its outputs, but the whole model's outputs change or are not "
+        "finite. Nothing was folded. Check the statistics with `bnfix inspect`."
     )

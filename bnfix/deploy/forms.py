@@ -1,4 +1,4 @@
-"""A model in other forms (ONNX, torch.export, folded, plain files), compared with its original."""
+"""Export a model (ONNX, torch.export, folded, plain files) and compare it with its original."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from bnfix.models.build import build_model, builder_arguments, from_file_allowed
 from bnfix.models.graph import export_program, quiet
 from bnfix.norm.layer import generalized_norms
 
-#: Inputs to outputs, in the order of `outputs_of`.
+#: Maps inputs to outputs, in the order of `outputs_of`.
 Runner = Callable[[Tensor], list[Tensor]]
 
-#: Batch sizes that are run: one, and an odd one.
+#: Batch sizes for the comparison: one, and an odd size.
 BATCH_SIZES = (1, 7)
-#: Differences of one layer below this, relative to its output, are rounding in float32.
+#: Smaller differences of one layer, relative to its output, are float32 rounding.
 _ROUNDING = 1e-5
 _ROUNDS = 5
-_LONGEST = 3.0  # seconds of timing, for one batch size
-#: ONNX operator sets that torch writes directly or converts to.
+_LONGEST = 3.0  # seconds of timing per batch size
+#: ONNX operator sets that torch writes directly or by conversion.
 OPSETS: Final = range(18, 24)
-ONNX_LIMIT: Final = 2**31 - 2**20  # bytes, of protobuf
+ONNX_LIMIT: Final = 2**31 - 2**20  # bytes, protobuf's limit
 _ONNX_PACKAGES: Final = ("onnx", "onnxscript", "onnxruntime")
 #: Placeholder in a generated file until the name of the weights file is known.
 _NAME: Final = "@weights@"
@@ -56,7 +56,7 @@ _NAME: Final = "@weights@"
 
 @dataclass
 class Making:
-    """A model on its way into another form; `run` works on a copy of it."""
+    """The export of a model; `run` works on a copy of the model."""
 
     loaded: Loaded
     to: str
@@ -65,11 +65,11 @@ class Making:
     names: list[str]  # of the outputs
     free_size: bool = False  # leave height and width free
     notes: list[str] = field(default_factory=list)
-    operators: dict[str, int] = field(default_factory=dict)  # of ONNX, how many of each kind
+    operators: dict[str, int] = field(default_factory=dict)  # ONNX operators, counted by kind
     folding: Folding | None = None
 
     def run(self) -> tuple[bytes, bytes | None, Runner]:
-        """Make the form: its file, the file beside it if there is one, and how it runs."""
+        """Export: the main file, the second file if there is one, and a runner."""
         self.net = copy.deepcopy(self.loaded.model)
         if self.to in ("plain", "folded"):
             text, weights = _python(self.loaded), self._weights()
@@ -80,7 +80,7 @@ class Making:
         except ModelError as error:
             self.notes.append(f"nothing was folded: {error}")
         for layer in [layer for _, layer in generalized_norms(self.net) if layer.live]:
-            # The plain layer is made of standard operators only.
+            # The plain layer consists of standard operators only.
             new = plain.ExampleNorm(
                 layer,
                 layer.example_weight,
@@ -97,10 +97,10 @@ class Making:
     def suspect(self, x: Tensor, atol: float) -> str:
         """The first layer whose output differs from the model's on two inputs; "" if all agree.
 
-        The model is exported once more with the outputs of all its layers, so one run tells.
+        The model is exported again with the outputs of all layers, so one run finds the layer.
         """
         if self.to not in ("onnx", "pt2"):
-            return "one of those folded" if self.to == "folded" else "none, it is the loader"
+            return "one of the folded layers" if self.to == "folded" else "none, only the loader"
         with guards.hooks() as handles, torch.no_grad():
             probed = _Probed(self.net, handles)
             wanted = probed(x)
@@ -115,7 +115,7 @@ class Making:
             gap = float(_gaps(a, b).max()) if a.shape == b.shape and a.numel() else math.inf
             if gap > max(atol, _ROUNDING) * scale:
                 kind = type(self.net.get_submodule(name)).__name__
-                return f"{name} ({kind}), the first whose output differs (by {gap:.2g})"
+                return f"{name} ({kind}), the first with a different output (by {gap:.2g})"
         return ""
 
     def _write(self, net: nn.Module, names: list[str] | None) -> bytes:
@@ -130,7 +130,7 @@ class Making:
         return pt2_runner(content) if self.to == "pt2" else onnx_runner(content)
 
     def _weights(self) -> bytes:
-        """The weights of the plain, or of the folded model."""
+        """The weights of the plain or folded model."""
         if self.to == "plain":
             return _saved(stock_tensors(self.net), "bnfix", metadata_of(self.net))
         self.folding = folding = optimize_(self.net, self.example)
@@ -140,8 +140,8 @@ class Making:
             raise ModelError(f"--to folded: no norm layer can be folded: {why}. Use --to plain.")
         tensors, state = stock_tensors(self.net), self.net.state_dict()
         layers = [fold.layer for fold in folding.folded]
-        # Folded weights stay float32 for a half-precision checkpoint: a second rounding would cost
-        # a thousandth.
+        # Folded weights of a half-precision checkpoint stay float32: a second rounding would add an
+        # error of a thousandth.
         for name in (f"{layer}.{part}" for layer in layers for part in ("weight", "bias")):
             tensors[name] = state[name].detach().cpu()
         origin = self.loaded.origin
@@ -165,7 +165,7 @@ def require_onnx(where: str = "--to onnx", packages: Sequence[str] = _ONNX_PACKA
 
 
 def versions(to: str) -> dict[str, str]:
-    """Versions of the packages behind a form."""
+    """The versions of the packages used for an export format."""
     used = _ONNX_PACKAGES if to == "onnx" else ()
     return {name: importlib.metadata.version(name) for name in used}
 
@@ -182,7 +182,7 @@ def _pt2_bytes(program: torch.export.ExportedProgram) -> bytes:
 
 
 def pt2_runner(content: bytes) -> Runner:
-    """Load a ``.pt2`` file that this program has written."""
+    """Load a ``.pt2`` file that this program wrote."""
     with quiet():
         return torch_runner(torch.export.load(io.BytesIO(content)).module())
 
@@ -190,9 +190,9 @@ def pt2_runner(content: bytes) -> Runner:
 def _onnx_bytes(
     program: torch.export.ExportedProgram, names: list[str] | None, opset: int
 ) -> tuple[bytes, dict[str, int]]:
-    """An exported program as ONNX, and how many operators it has of each kind."""
+    """An exported program as ONNX, and its number of operators by kind."""
     if sum(t.numel() * t.element_size() for t in program.state_dict.values()) > ONNX_LIMIT:
-        raise ModelError("export: the model is over 2 GB, which one ONNX file cannot hold.")
+        raise ModelError("export: the model is over 2 GB, too large for one ONNX file.")
     if names is not None:
         names = [f"{name}_out" if name == "input" else name for name in names]
     problem = f"the model cannot be translated to ONNX opset {opset}"
@@ -205,12 +205,12 @@ def _onnx_bytes(
     domains = sorted({n.domain for n in proto.graph.node} - {"", "ai.onnx"})
     if domains or proto.functions:
         raise ModelError(
-            f"export: the model needs operators outside of ONNX's own ({', '.join(domains)}). Use "
+            f"export: the model needs other operators than ONNX's own ({', '.join(domains)}). Use "
             "--to pt2."
         )
     graph = proto.graph
     for part in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
-        # The paths and sources on the exporting machine are private.
+        # Paths and source lines on the exporting machine are private.
         del part.metadata_props[:]
     found = {i.version for i in proto.opset_import if i.domain in ("", "ai.onnx")}
     if found != {opset}:
@@ -225,11 +225,11 @@ def _with_operators(proto: Any) -> tuple[bytes, dict[str, int]]:
 
 
 def in_8_bits(content: bytes, batches: Iterable[Tensor]) -> tuple[bytes, dict[str, int]]:
-    """Quantize an ONNX file that this program has written; its operators, how many of each kind.
+    """Quantize an ONNX file that this program wrote; also return its number of operators by kind.
 
-    Weights get one scale a channel, symmetric, in 7 bits of the 8; activations one scale and zero
-    point a tensor, by the largest and smallest values on the batches. Both are in the graph as
-    pairs of QuantizeLinear and DequantizeLinear, which are ONNX's own.
+    Weights get one symmetric scale per channel, in 7 of the 8 bits. Activations get one scale and
+    zero point per tensor, from the largest and smallest values on the batches. The graph holds both
+    as pairs of ONNX's own QuantizeLinear and DequantizeLinear.
     """
     import onnx
     from onnxruntime.quantization import (
@@ -249,8 +249,8 @@ def in_8_bits(content: bytes, batches: Iterable[Tensor]) -> tuple[bytes, dict[st
     problem = "ONNX Runtime cannot quantize the model"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "int8.onnx"
-        # Sums of two products of full 8 bits overflow 16 bits on processors without VNNI:
-        # MobileNetV2 lost 4 points so, and 0 with weights of 7 bits.
+        # Sums of two products of full 8 bits overflow 16 bits on processors without VNNI: for this
+        # reason MobileNetV2 lost 4 points, and 0 with weights of 7 bits.
         with model_errors("export", problem, "Use --to onnx."), quiet():
             quantize_static(
                 proto, path, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
@@ -260,15 +260,15 @@ def in_8_bits(content: bytes, batches: Iterable[Tensor]) -> tuple[bytes, dict[st
 
 
 def onnx_runner(content: bytes, where: str = "export") -> Runner:
-    """Load a checked ``.onnx`` file, with all its numbers in it, into ONNX Runtime, on the CPU."""
+    """Load a checked ``.onnx`` file with all its numbers into ONNX Runtime on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 4
-    # Threads that spin while they wait would take cores from other processes, ours included.
+    # Threads that spin while they wait would take cores from other processes, including ours.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with model_errors(where, "ONNX Runtime does not take it"):
+    with model_errors(where, "ONNX Runtime does not accept it"):
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 
@@ -281,16 +281,16 @@ def onnx_runner(content: bytes, where: str = "export") -> Runner:
 
 
 def named(text: bytes, weights: Path) -> bytes:
-    """A generated Python file with the name of its weights file filled in."""
+    """Fill the name of the weights file into a generated Python file."""
     return text.replace(repr(_NAME).encode(), json.dumps(weights.name).encode())
 
 
 def _run_loader(text: bytes, weights: bytes, loaded: Loaded) -> nn.Module:
-    """Load weights into a stock model with a generated Python file, as its users will."""
+    """Load weights into a stock model with a generated Python file, like a user."""
     origin = loaded.origin
     stock = build_model(origin.spec or "", origin.arguments, loaded.checkpoint.tensors)
     names: dict[str, Any] = {"__name__": "bnfix_plain", "__file__": "plain.py"}
-    exec(compile(text, "plain.py", "exec"), names)  # our own text, written a moment ago
+    exec(compile(text, "plain.py", "exec"), names)  # our own text, just generated
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
         path.write_bytes(weights)
@@ -298,7 +298,7 @@ def _run_loader(text: bytes, weights: bytes, loaded: Loaded) -> nn.Module:
 
 
 def _python(loaded: Loaded) -> bytes:
-    """The source of the plain layer, with the builder of this model filled in."""
+    """The source of the plain layer, with this model's builder filled in."""
     source = Path(plain.__file__).read_text(encoding="utf-8")
     spec, arguments = loaded.origin.spec, dict(loaded.origin.arguments)
     model: tuple[str, str, dict[str, Any]] | None = None
@@ -317,39 +317,39 @@ def _saved(tensors: dict[str, Tensor], key: str, metadata: dict[str, Any]) -> by
 
 @dataclass(frozen=True)
 class Agreement:
-    """How two models agree on the same inputs.
+    """The agreement of two models on the same inputs.
 
-    Differences are |output - output of the first model|. The relative one is divided by that
-    output's largest value where that is above 1; it is infinite if only one of both is not finite.
+    Differences are |output - output of the first model|. The relative difference is divided by that
+    output's largest value if it is above 1. A difference is infinite if only one output is finite.
     """
 
     n_examples: int
-    batch_sizes: tuple[int, ...]  # all inputs were run at each
-    relative_difference: float  # largest of any output
-    max_difference: float  # the same, not divided
+    batch_sizes: tuple[int, ...]  # all inputs were run at each size
+    relative_difference: float  # the largest over all outputs
+    max_difference: float  # the same difference, not divided
     worst_output: str
     worst_example: int  # its position among the inputs
     largest_output: float  # largest finite value of the worst output in the first model
-    top1_agreement: float | None  # None unless classes are predicted by one output (N, C)
-    seconds: Mapping[int, tuple[float, float]]  # median of a batch, by its size: first, second
+    top1_agreement: float | None  # None unless one output (N, C) predicts classes
+    seconds: Mapping[int, tuple[float, float]]  # median per batch by batch size: first, second
 
 
 def outputs_of(output: Any) -> dict[str, Tensor]:
-    """All tensors of a model's output in order: ``output``, or dotted keys and positions."""
+    """All tensors in a model's output, by name: ``output``, or dotted keys and positions."""
     return {name or "output": tensor for name, tensor in outputs_by_name(output).items()}
 
 
 def names_of(model: nn.Module, x: Tensor) -> list[str]:
-    """Names of a model's outputs, in order."""
+    """The names of a model's outputs, in order."""
     with guards.inference(model):
         found = outputs_of(model(x))
     if not found:
-        raise ModelError("export: the model's output holds no tensor by name or position.")
+        raise ModelError("export: the model's output has no tensors by name or position.")
     return list(found)
 
 
 def torch_runner(model: nn.Module) -> Runner:
-    """Run a model in evaluation mode."""
+    """A runner for a model in evaluation mode."""
 
     def run(x: Tensor) -> list[Tensor]:
         with torch.no_grad():
@@ -386,7 +386,7 @@ def agreement(
                 if float(gaps.max()) > worst[name][0]:
                     worst[name] = float(gaps.max()), start + int(gaps.argmax())
             logits = [i for i, a in enumerate(wanted) if a.ndim == 2 and a.shape[1] > 1]
-            # Two outputs of that shape could be an auxiliary head's, or two tasks'.
+            # Two outputs of this shape could include an auxiliary head or a second task.
             if classes and len(logits) == 1:
                 n_same += int((wanted[logits[0]].argmax(1) == found[logits[0]].argmax(1)).sum())
                 n_logits += len(wanted[logits[0]])
@@ -406,13 +406,13 @@ def agreement(
 
 
 class _Probed(nn.Module):
-    """A model whose outputs are those of all its layers, in the order of calls."""
+    """A model that returns the outputs of all its layers, in call order."""
 
     def __init__(self, model: nn.Module, handles: list[RemovableHandle]) -> None:
         super().__init__()
         self.model = model
         self.names: list[str] = []
-        # In a namespace: torch.export looks into containers that a model holds, and compares them.
+        # In a namespace: torch.export inspects and compares containers among a model's attributes.
         self._found = SimpleNamespace(outputs=[])
         for name, module in model.named_modules():
             if name and not any(True for _ in module.children()):
@@ -434,7 +434,7 @@ def _check_shapes(wanted: list[Tensor], found: list[Tensor], names: Sequence[str
     shapes = [[tuple(t.shape) for t in run] for run in (wanted, found)]
     if shapes[0] != shapes[1] or len(wanted) != len(names):
         raise ModelError(
-            f"export: the exported model gives outputs of {shapes[1]}, the model gives {shapes[0]}."
+            f"export: the exported model's outputs have shapes {shapes[1]}, expected {shapes[0]}."
         )
 
 
@@ -443,7 +443,7 @@ def _largest(a: Tensor) -> float:
 
 
 def _gaps(a: Tensor, b: Tensor) -> Tensor:
-    """Largest difference of each example; infinite where only one is not finite."""
+    """The largest difference of each example; infinite if only one value is finite."""
     a, b = a.double(), b.double()
     gaps = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
     gaps = gaps.nan_to_num(nan=math.inf, posinf=math.inf)
@@ -451,7 +451,7 @@ def _gaps(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _times(reference: Runner, other: Runner, x: Tensor) -> tuple[float, float]:
-    """Median seconds of both on one batch, in alternating runs."""
+    """The median seconds of both runners on one batch, in alternating runs."""
     x = x.contiguous()
     taken: tuple[list[float], list[float]] = ([], [])
     begun = time.perf_counter()

@@ -1,9 +1,9 @@
 """A copy of a network that evaluates faster, for `eval --fast`.
 
-Layers of weight 0 are folded into the convolutions before them (`folding`). A live layer cannot be
-folded, because it has to read its input for the example's statistics. Its kernel instead does the
-residual addition and the activation that follow it, which saves their reads; and where nothing else
-reads a convolution's output, it overwrites that while it is still in the cache. On CPUs,
+Layers of weight 0 are folded into the convolutions before them (`fold`). A live layer cannot be
+folded, because it must read its input for the example's statistics. Its kernel instead performs the
+following residual addition and activation, and saves their reads. If nothing else reads a
+convolution's output, the kernel overwrites that output while it is still in the cache. On CPUs,
 convolutions use channels-last inputs and prepacked weights. The copy is for inference only: it
 shares tensors with its original and cannot be trained.
 """
@@ -37,26 +37,26 @@ from bnfix.norm.kernels import (
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, generalized_norms
 from bnfix.norm.mixture import normalized
 
-#: Functions and methods of torch that change each value by itself, without further arguments.
+#: Elementwise functions and methods of torch without further arguments.
 _FUNCTIONS: dict[Any, Activation] = {
     F.relu: torch.relu_, torch.relu: torch.relu_, torch.relu_: torch.relu_, F.relu6: relu6_,
     F.silu: silu_, F.hardswish: hardswish_, "relu": torch.relu_, "relu_": torch.relu_,
 }  # fmt: skip
 _ADDITIONS = (operator.add, torch.add, "add")
-#: These change their first operand, which others may read too unless it is the norm's output.
+#: These change their first operand; it is safe only if that is the norm's output.
 _IN_PLACE = (operator.iadd, "add_")
-#: Largest difference of outputs, relative to the largest output where that is above 1.
+#: Largest allowed difference of outputs, relative to the largest output if that is above 1.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-#: Errors of an operator that this torch lacks, or that does not support a convolution.
+#: Errors for an operator that this torch lacks, or that does not support a convolution.
 _FAILURES = (RuntimeError, AttributeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How a network was made faster."""
+    """The optimizations of a network."""
 
-    folding: Folding | None  # None where the dataflow could not be traced
-    fused: tuple[str, ...]  # live layers that also do the operations after them
+    folding: Folding | None  # None if the dataflow could not be traced
+    fused: tuple[str, ...]  # live layers that also perform the operations after them
     overwriting: int  # live layers that overwrite their input
     live: int
     prepacked: int  # convolutions
@@ -66,7 +66,7 @@ class Fusion:
 
     @property
     def text(self) -> str:
-        """A clause for reports."""
+        """The clause for reports."""
         n_folded = 0 if self.folding is None else len(self.folding.folded)
         layout = "channels last" if self.channels_last else "memory format unchanged"
         notes = "".join(f"; {note.rstrip('.')}" for note in self.notes)
@@ -79,9 +79,9 @@ class Fusion:
 
 
 class FusedNorm(nn.Module):
-    """A live norm layer in evaluation, the addition of a residual, and an activation.
+    """A live norm layer in evaluation mode, fused with a residual addition and an activation.
 
-    The activation works in place. With ``overwrite`` the output may take the input's memory.
+    The activation works in place. With ``overwrite`` the output can use the input's memory.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ def fused(
 ) -> tuple[nn.Module, Fusion]:
     """Make a copy of a model that evaluates faster, and check its outputs on a batch.
 
-    ``channels_last`` is by default on for inputs with two spatial axes on CPUs, where convolutions
-    are faster so. ``prepack`` follows it, and must be False under autocast. The example is a batch
-    of the usual size, in any form. A ModelError is raised in training mode, or where the outputs
+    By default ``channels_last`` is on for inputs with two spatial axes on CPUs, because it makes
+    convolutions faster. ``prepack`` follows it, and must be False under autocast. The example is a
+    batch of the usual size, in any form. A ModelError is raised in training mode, or if the outputs
     would change.
     """
     if any(m.training for m in model.modules()):
@@ -139,7 +139,7 @@ def fused(
         except ModelError as error:
             notes.append(f"the live layers are not fused: {error}")
     if channels_last is None:
-        # Where the user states how the model is called, only that knows what the inputs are.
+        # With a user's forward function, only that function knows the inputs.
         x = None if runtime.has_forward(model) else runtime.unpack(example)[0]
         on_cpu = runtime.device_of(model).type == "cpu"
         channels_last = isinstance(x, Tensor) and x.ndim == 4 and on_cpu
@@ -149,14 +149,14 @@ def fused(
     if channels_last:
         net = _ChannelsLast(net.to(memory_format=torch.channels_last)).eval()
     pairs = zip(before, outputs_on(net, example), strict=True)
-    # A value that is NaN before and after is no difference.
+    # A value that is NaN before and after counts as equal.
     changes = [relative_change(old.nan_to_num(), new.nan_to_num()) for old, new in pairs]
     difference = max(changes, default=0.0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     if not difference <= _TOLERANCE.get(dtype, 1e-3):
         raise ModelError(
             f"fused network: its outputs differ by {difference:.2g} from the model's. Evaluate "
-            "without --fast; look at the statistics with `bnfix inspect`."
+            "without --fast; check the statistics with `bnfix inspect`."
         )
     return net, Fusion(
         folding=folding,
@@ -185,10 +185,10 @@ class _ChannelsLast(nn.Module):
 
 
 class PrepackedConv(nn.Module):
-    """A convolution with its weights in the layout of the CPU's library, for inference.
+    """A convolution with weights in the CPU library's layout, for inference.
 
     Eager PyTorch converts the weights at each call, which can take a quarter of a single image's
-    time. `size` is that of the usual inputs; others work too. Outputs are channels last.
+    time. `size` is the usual input size; other sizes also work. Outputs are channels last.
     """
 
     def __init__(self, conv: nn.Conv2d, size: tuple[int, ...]) -> None:
@@ -196,7 +196,7 @@ class PrepackedConv(nn.Module):
         self._how = [list(cast("tuple[int, ...]", conv.padding)), list(conv.stride),
                      list(conv.dilation), conv.groups]  # fmt: skip
         self.bias = None if conv.bias is None else conv.bias.detach()
-        # Not a buffer: it has no strides, and can neither be copied nor saved.
+        # Not a buffer: the packed tensor has no strides, and cannot be copied or saved.
         self._weight = packed_weight(conv.weight.detach(), *self._how, list(size))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class PrepackedConv(nn.Module):
 def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
     """The prepacked form of a plain float32 convolution on the CPU, if it gives the same outputs.
 
-    The operators are those of torch's compiler and undocumented, so each convolution is tried.
+    It uses undocumented operators of torch's compiler, so each convolution is tested first.
     """
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return None
@@ -220,7 +220,7 @@ def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
     try:
         made = PrepackedConv(conv, tuple(example.shape)).eval()
         with torch.no_grad():
-            # The class's method, not a call: hooks must not fire again.
+            # The class's method, not a module call: hooks must not fire again.
             mine, expected = made(example), nn.Conv2d.forward(conv, example)
     except _FAILURES:
         return None
@@ -228,7 +228,7 @@ def prepacked(conv: nn.Module, example: Tensor) -> PrepackedConv | None:
 
 
 def _prepack_(net: nn.Module, example: Any) -> int:
-    """Prepack the convolutions that the example reaches; return how many there were."""
+    """Prepack the convolutions that the example reaches; return their number."""
     found: dict[int, tuple[nn.Module, PrepackedConv]] = {}
 
     def hook(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -246,13 +246,13 @@ def _prepack_(net: nn.Module, example: Any) -> int:
 
 
 def _call_alike_(net: nn.Module, original: nn.Module) -> None:
-    """Keep the user's way to call a network for the one that replaces it."""
+    """Copy the user's forward function to the replacement of a network."""
     if runtime.has_forward(original):
         runtime.set_forward_(net, original.__dict__[runtime.FORWARD])
 
 
 def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network as a graph with fused live layers, and the names of those."""
+    """The network as a graph with fused live layers, and the names of the fused layers."""
     layers = dict(generalized_norms(net))
     graph = graph_of(net, list(layers.values()))
     modules = dict(net.named_modules(remove_duplicate=False))
@@ -270,7 +270,7 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
         residual, activation, last = _what_follows(node, layer, modules)
         overwrite = _may_be_overwritten(node.args[0], modules)
         if last is None:
-            # Nothing to take over; an unknown activation of timm's stays with its layer.
+            # There is nothing to fuse; a timm layer with an unknown activation stays unchanged.
             if not overwrite or isinstance(layer, GeneralizedBatchNormAct):
                 continue
             last = node
@@ -283,7 +283,7 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             given = (node.args[0],) if residual is None else (node.args[0], residual)
             new = graph.call_module(name, given)
         last.replace_all_uses_with(new)
-        # Not eliminate_dead_code: other unused nodes may change a tensor in place.
+        # Not eliminate_dead_code: other unused nodes can change a tensor in place.
         while last is not node:
             gone, last = last, next(n for n in last.all_input_nodes if n is not residual)
             graph.erase_node(gone)
@@ -298,7 +298,7 @@ def _fused(net: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 def _what_follows(
     node: fx.Node, layer: GeneralizedBatchNorm, modules: dict[str, nn.Module]
 ) -> tuple[fx.Node | None, Activation | None, fx.Node | None]:
-    """The residual, the activation and the last node that one layer can take over."""
+    """The residual, the activation and the last node that can be fused into one layer."""
     last, residual = node, None
     if isinstance(layer, GeneralizedBatchNormAct):
         own = activation_of(layer.act)
@@ -317,7 +317,7 @@ def _what_follows(
 
 
 def _may_be_overwritten(node: object, modules: dict[str, nn.Module]) -> bool:
-    """Whether it is a convolution's output, which is fresh memory, with a single reader."""
+    """Whether a node is a convolution's output (newly allocated memory) with a single reader."""
     if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.users) != 1:
         return False
     module = modules[str(node.target)]

@@ -1,7 +1,7 @@
 """Example-aware normalization in plain PyTorch: the layer, and a loader for its weights.
 
-Needs torch and nothing else. `load(model)` puts the weights file beside this one into a stock model
-and returns it ready for inference; statistics are constants here, so it is not for training.
+It needs only torch. `load(model)` loads the weights file next to this file into a stock model and
+returns the model ready for inference. Statistics are constants here, so it is not for training.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: The weights, a file beside this one.
+#: The weights file, in the same folder as this file.
 WEIGHTS = ""
-#: The library and the name of the stock model with the arguments of its builder, where known.
+#: The library, the name and the builder arguments of the stock model, if known.
 MODEL: tuple[str, str, dict[str, Any]] | None = None
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -27,22 +27,22 @@ _TYPES = {
 
 
 class ExampleNorm(nn.Module):
-    """Batch Norm at inference with each example's own moments mixed into the population's.
+    """Batch Norm at inference with each example's moments mixed into the running statistics.
 
     mu = (1-a) mean + a mean_i; var' = (1-a) var + a var_i + a (1-a) (mean_i - mean)^2; then
-    y = gamma (x - mu) / sqrt(var' + eps) + beta, per example i and channel group. A weight of the
-    batch mixes its moments into (mean, var) first, so that outputs depend on the batch. With gates
-    (c, s, b) the layer takes x + c mean_i for x, and y - beta times sigmoid(s z_i + b) / sigmoid(b)
-    for y - beta, z_i the mean of (x - mu) / sqrt(var' + eps).
+    y = gamma (x - mu) / sqrt(var' + eps) + beta, per example i and channel group. A batch weight
+    first mixes the batch's moments into (mean, var), so outputs depend on the batch. With gates
+    (c, s, b) the layer uses x + c mean_i in place of x, and multiplies y - beta by
+    sigmoid(s z_i + b) / sigmoid(b), where z_i is the mean of (x - mu) / sqrt(var' + eps).
 
     Args:
-        norm: the layer it replaces, whose parameters, buffers and submodules it takes over.
-        example_weight: a, one number or one a channel.
-        channel_groups: groups of channels that share their moments.
+        norm: the layer to replace; its parameters, buffers and submodules are reused.
+        example_weight: a, one number or one per channel.
+        channel_groups: number of channel groups; the channels of a group share their moments.
         eps: added to the variance.
-        batch_weight: b, one number or one a channel; a + b is at most 1.
-        median: the batch's moments are medians over its examples.
-        gates: c, s and b, one of each a channel.
+        batch_weight: b, one number or one per channel; a + b is at most 1.
+        median: whether the batch's moments are medians over its examples.
+        gates: c, s and b, one of each per channel.
     """
 
     weight: Tensor | None
@@ -50,7 +50,7 @@ class ExampleNorm(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
     example_weight: Tensor
-    batch_share: Tensor  # of what is not the example's
+    batch_share: Tensor  # of the weight that the example leaves: b / (1 - a)
     gates: Tensor | None
 
     def __init__(
@@ -78,7 +78,7 @@ class ExampleNorm(nn.Module):
         b = torch.as_tensor(batch_weight, dtype=torch.float32)
         share = (b / (1 - a).clamp_min(1e-6)).clamp_max(1.0)
         for name, buffer in (("example_weight", a), ("batch_share", share)):
-            # A replaced layer of bnfix has brought buffers of its own.
+            # A replaced bnfix layer has buffers of the same names.
             self._buffers.pop(name, None)
             self.register_buffer(name, buffer, persistent=False)
         self._buffers.pop("batch_weight", None)
@@ -120,14 +120,14 @@ class ExampleNorm(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(values.dtype).view(one)
         y = y.to(x.dtype)
-        for child in self.children():  # of a layer that also drops and activates
+        for child in self.children():  # a replaced layer may include dropout and an activation
             y = child(y)
         return y
 
     def _with_batch(
         self, mean: Tensor, var: Tensor, population_mean: Tensor, population_var: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mix the batch's moments, made from its examples', into the population's."""
+        """Mix the batch's moments, computed from its examples' moments, into the population's."""
         if self.median:
             centre = _median(mean)
             spread = 1.4826 * _median((mean - centre).abs())
@@ -143,7 +143,7 @@ class ExampleNorm(nn.Module):
         return population_mean + share * gap, var
 
     def _pooled(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix the moments within each channel group; every channel gets its group's."""
+        """Mix the moments within each channel group; every channel gets its group's moments."""
         if self.groups == mean.shape[1]:
             return mean, var
         shape = (mean.shape[0], self.groups, -1, *mean.shape[2:])
@@ -154,8 +154,8 @@ class ExampleNorm(nn.Module):
 
 
 def _median(values: Tensor) -> Tensor:
-    """Over examples; of an even number the mean of the middle two."""
-    # By ranks, not by an index, which a tracer would bind to the number of examples.
+    """The median over examples; for an even number, the mean of the middle two."""
+    # By ranks: a tracer would fix an index to the example's batch size.
     rank = torch.arange(values.shape[0], device=values.device)
     middle = (2 * rank - (values.shape[0] - 1)).abs() <= 1
     ordered = values.sort(0).values
@@ -164,7 +164,7 @@ def _median(values: Tensor) -> Tensor:
 
 
 def build() -> nn.Module:
-    """Build the stock model, where it is torchvision's or timm's."""
+    """Build the stock model if it is torchvision's or timm's."""
     if MODEL is None:
         raise ValueError("The model is your own code: build it, and call load(model).")
     library, name, arguments = MODEL
@@ -178,11 +178,11 @@ def build() -> nn.Module:
 
 
 def load(model: nn.Module | None = None, weights: str | Path | None = None) -> nn.Module:
-    """Put the weights into a stock model, its norm layers as they were exported.
+    """Load the weights into a stock model, and replace norm layers as exported.
 
     Args:
-        model: the stock model; by default `build` makes it.
-        weights: the file; by default the one beside this file.
+        model: the stock model; by default the result of `build`.
+        weights: the weights file; by default the one next to this file.
 
     Returns:
         The model, ready for inference.
@@ -224,7 +224,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         if not 0 <= start <= end <= len(data):
-            raise ValueError(f"{path}: {name} lies outside of the file.")
+            raise ValueError(f"{path}: {name} lies outside the file.")
         kind, shape = _TYPES[entry["dtype"]], entry["shape"]
         flat = torch.frombuffer(data[start:end], dtype=kind) if end > start else torch.empty(0)
         tensors[name] = flat.to(kind).reshape(shape)
@@ -232,6 +232,6 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
 
 
 def _replace(old: nn.Module, new: nn.Module) -> None:
-    """Turn a module into another one in place, so that whatever holds it follows."""
+    """Turn a module into another one in place, so every reference sees the change."""
     object.__setattr__(old, "__class__", type(new))
     object.__setattr__(old, "__dict__", new.__dict__)
