@@ -522,7 +522,7 @@ def test_folders_that_cannot_be_right(tmp_path: Path) -> None:
         open_images(str(splits))
     mixed = class_folders(tmp_path / "mixed", ["cat"])
     write(mixed / "loose.png")
-    with pytest.raises(DataError, match=r"1 images beside folders with images \(cat\)"):
+    with pytest.raises(DataError, match=r"1 images next to folders with images \(cat\)"):
         open_images(str(mixed))
     few = class_folders(tmp_path / "few", ["a", "b", "c"])
     for n_classes in (2, 4):

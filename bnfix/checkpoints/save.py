@@ -114,7 +114,7 @@ def check_folder(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create an output folder and its parents; an existing folder is left as it is."""
+    """Create an output folder and its parents; an existing folder stays unchanged."""
     with file_errors(folder, "cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -309,7 +309,7 @@ def stock_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def round_as_stored_(model: nn.Module) -> None:
-    """Round every tensor as `save` does, so that metrics are for the saved numbers."""
+    """Round every tensor as `save` does, to measure the saved numbers."""
     own = model.state_dict(keep_vars=True)
     for name, stored in stock_tensors(model).items():
         if stored.dtype != own[name].dtype:

@@ -143,7 +143,7 @@ def _peak(model: nn.Module, batch: Any, precision: str) -> tuple[int, int]:
 
 
 def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
-    """The bytes that this process can still allocate, or ``None`` if the system does not tell."""
+    """The bytes that this process can still allocate, or ``None`` if that is unknown."""
     if device.type == "cuda":
         # Memory that torch has reserved and does not use is available too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -66,7 +66,7 @@ def resolve_device(text: str) -> torch.device:
 
 
 def exact_float32() -> None:
-    """Turn TF32 off, so that metrics on CPU and CUDA agree to rounding."""
+    """Turn TF32 off, because metrics on CPU and CUDA must agree to rounding."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

@@ -93,13 +93,13 @@ _dispatch_modes = _find("torch._C", "_len_torch_dispatch_stack")
 
 
 def is_transformed() -> bool:
-    """Whether the tracer or a transform such as vmap is active; True if torch does not tell."""
+    """Whether the tracer or a transform such as vmap is active; True if unknown."""
     tracing = torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined]
     return tracing or _transformed is None or bool(_transformed())
 
 
 def is_forward_differentiated() -> bool:
-    """Whether a level of forward-mode autograd is open; True if torch does not tell."""
+    """Whether a level of forward-mode autograd is open; True if unknown."""
     level = _find("torch.autograd.forward_ad", "_current_level")
     return level is None or level >= 0
 
@@ -112,7 +112,7 @@ def eager() -> AbstractContextManager[Any]:
 
 
 def has_modes() -> bool:
-    """Whether this thread has a mode, such as a default device; True if torch does not tell."""
+    """Whether this thread has a mode, such as a default device; True if unknown."""
     if _function_modes is None or _dispatch_modes is None:
         return True
     return bool(_function_modes() or _dispatch_modes())

@@ -219,7 +219,7 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
         raise DataError(f"no images, expected {' '.join(SUFFIXES)} in it or its folders.")
     if loose and files:
         raise DataError(
-            f"{len(loose)} images beside folders with images ({some(folders)}), expected "
+            f"{len(loose)} images next to folders with images ({some(folders)}), expected "
             "only images or only class folders. Move one of them away."
         )
     if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:

@@ -187,8 +187,8 @@ class _ChannelsLast(nn.Module):
 class PrepackedConv(nn.Module):
     """A convolution with weights in the CPU library's layout, for inference.
 
-    Eager PyTorch converts the weights at each call, which can take a quarter of a single image's
-    time. `size` is the usual input size; other sizes also work. Outputs are channels last.
+    Eager PyTorch converts the weights at each call. For a single image this can take a quarter of
+    the time. `size` is the usual input size; other sizes also work. Outputs are channels last.
     """
 
     def __init__(self, conv: nn.Conv2d, size: tuple[int, ...]) -> None:
