@@ -81,7 +81,7 @@ def test_parameters_come_without_gradients_and_subclasses_are_refused(tmp_path):
     assert type(found) is torch.Tensor
     assert not found.requires_grad
     sparse = saved(tmp_path / "b.pth", {"w": torch.eye(3).to_sparse(), "ok": torch.ones(1)})
-    with pytest.raises(CheckpointError, match=r"b\.pth: w: expected dense tensors"):
+    with pytest.raises(CheckpointError, match=r"b\.pth: w: .*expected dense tensors"):
         read_checkpoint(sparse)
 
 
@@ -316,7 +316,7 @@ def test_a_file_of_ours_keeps_names_that_look_like_prefixes(tmp_path):
         ('{"format": true}', "not an object with an integer"),
         ('{"format": 1.0}', "not an object with an integer"),
         ('{"format": 0}', "not an object with an integer"),
-        ('{"format": 2}', "format 2, expected at most 1: .*newer bnfix. Upgrade"),
+        ('{"format": 2}', "format 2, expected at most 1: a newer bnfix wrote it. Upgrade"),
     ],
 )
 def test_bad_headers_are_refused(tmp_path, text, match):
@@ -485,7 +485,9 @@ def test_a_legacy_file_that_claims_too_much_is_refused(tmp_path):
 
 def test_a_tensor_that_repeats_itself_endlessly_is_refused(tmp_path):
     path = saved(tmp_path / "net.pth", {"w": torch.zeros(1).expand(10**9)})
-    with pytest.raises(CheckpointError, match="w: expected dense tensors that fill their memory"):
+    with pytest.raises(
+        CheckpointError, match=r"w: .*expected dense tensors that fill their memory"
+    ):
         read_checkpoint(path)
     small = saved(tmp_path / "small.pth", {"w": torch.zeros(1).expand(100)})
     assert read_checkpoint(small).tensors["w"].shape == (100,)

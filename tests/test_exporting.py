@@ -356,7 +356,7 @@ def test_a_difference_ends_with_the_worst_output_and_the_suspect_layer(folder, t
         ModelError,
         match=rf"^--to {to}: output 'output' of example \d+ \(noise\) differs by [\d.e-]+, more "
         r"than --atol 0.0001 accepts \(0.0001, since that output reaches 0\.\d+\); "
-        r"suspect layer: middle \(Liar\), the first whose output differs",
+        r"suspect layer: middle \(Liar\), the first with a different output",
     ):
         export(
             folder / "live.safetensors",

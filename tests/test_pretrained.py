@@ -60,7 +60,7 @@ def test_a_folder_goes_through_convert_and_back(cli, folder, tmp_path):
     expected = stock(x).logits.detach()
     stock.load_state_dict(load_file(out), strict=True)
     torch.testing.assert_close(stock(x).logits, expected)
-    with pytest.raises(ModelError, match="code that a file names is not run"):
+    with pytest.raises(ModelError, match="bnfix does not run code that a file names"):
         bnfix.load(out)
     loaded = bnfix.load(out, model=build_model(spec))
     torch.testing.assert_close(loaded(x).logits, expected, atol=1e-5, rtol=1e-4)

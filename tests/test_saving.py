@@ -269,7 +269,7 @@ def test_a_callable_in_a_header_is_not_imported_unless_it_is_named(cli, files, t
         tmp_path / "forged.safetensors", torch.load(files.net),
         {"format": 1, "bnfix": "0.1.0", "model": {"spec": spec, "arguments": {}}, "norms": {}},
     )  # fmt: skip
-    with pytest.raises(ModelError, match=r"code that a file names is not run.*--model"):
+    with pytest.raises(ModelError, match=r"bnfix does not run code that a file names.*--model"):
         bnfix.load(forged)
     for words in (["eval", forged, "--data", files.data], ["inspect", forged]):
         cli(*words)

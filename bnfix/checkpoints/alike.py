@@ -209,7 +209,7 @@ def _shares_memory(checkpoint: Checkpoint) -> bool:
 def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: bool) -> None:
     """Write a copy of the model's input file with the model's weights in place of the old ones."""
     if any(layer.live for _, layer in generalized_norms(model)):
-        raise file_error(path, "cannot hold example and batch weights. Set them to 0.")
+        raise file_error(path, "has no place for example and batch weights. Set them to 0.")
     stored = {place.names[n]: t for n, t in stock_tensors(model).items() if n in place.names}
 
     def write(temporary: Path) -> None:
