@@ -527,7 +527,9 @@ def test_the_commands_set_it_and_the_report_says_so(files, cli, tmp_path):
     norms = header(out)["norms"]
     assert {norm["batch_weight"] for norm in norms.values()} == {0.5}
     assert {norm["example_weight"] for norm in norms.values()} == {0.25}
-    sentence = "predictions depend on the other images in the batch: it has a weight of up to 0.5"
+    sentence = (
+        "predictions depend on the other images in the batch: the batch has a weight of up to 0.5"
+    )
     assert sentence in " ".join(found["assumptions"])
     assert {layer["batch_weight"] for layer in found["layers"]} == {0.5}
     assert sentence in (tmp_path / "out.safetensors.report.html").read_text()

@@ -121,7 +121,7 @@ def test_one_example_cannot_judge():
     assert not decision.admitted
     assert decision.n_examples == 1
     assert (decision.nll_se, decision.top1_se) == (0.0, 0.0)
-    assert decision.reason == "1 examples are too few to judge, it takes 20"
+    assert decision.reason == "1 examples are too few to judge; it takes 20"
 
 
 def test_no_gain_is_enough_for_a_z_without_a_finite_quantile():
@@ -172,7 +172,7 @@ def test_it_takes_20_examples_to_prove_a_gain(n, enough):
     new = old - rng.uniform(0.7, 0.9, n)
     decision = decide(new, old)
     assert decision.admitted == enough
-    assert enough or decision.reason == f"{n} examples are too few to judge, it takes 20"
+    assert enough or decision.reason == f"{n} examples are too few to judge; it takes 20"
     assert compare(metrics_of(old), metrics_of(new)).verdict == ("better" if enough else "same")
     assert compare(metrics_of(new), metrics_of(old)).verdict == ("worse" if enough else "same")
 

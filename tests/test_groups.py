@@ -451,8 +451,8 @@ def test_copies_of_examples_prove_no_more_than_the_examples():
 @pytest.mark.parametrize(
     ("sizes", "says"),
     [
-        (np.full(14, 20), "14 groups are too few to judge, it takes 15"),
-        (np.r_[500, np.full(40, 2)], "1 groups are too few to judge, it takes 15"),
+        (np.full(14, 20), "14 groups are too few to judge; it takes 15"),
+        (np.r_[500, np.full(40, 2)], "1 groups are too few to judge; it takes 15"),
         (np.full(15, 20), ""),
     ],
 )

@@ -292,8 +292,11 @@ def test_a_failing_run_with_ingredients_leaves_all_as_it_was(recipe):
     ("wrong", "message"),
     [
         ({"ghost_noise": 1}, "--ghost-noise: 1, expected at least 2"),
-        ({"ghost_noise": 4, "statistics": "train"}, "--ghost-noise: batches bring noise of their"),
-        ({"batch_statistics": "exclusive"}, "--batch-statistics exclusive: statistics are only"),
+        (
+            {"ghost_noise": 4, "statistics": "train"},
+            "--ghost-noise: with --statistics train, batches have their own noise",
+        ),
+        ({"batch_statistics": "exclusive"}, "--batch-statistics exclusive: needs batch statistics"),
         (
             {"batch_statistics": "exclusive", "statistics": "train", "ghost_size": 1},
             "--batch-statistics exclusive: --ghost-size is 1, so .*expected at least 2",

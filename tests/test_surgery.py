@@ -310,7 +310,9 @@ def test_norms_with_a_forward_of_their_own_are_not_measured():
     net = nn.Sequential(nn.BatchNorm2d(3), Own(3), Heir(3), nn.BatchNorm2d(3))
     net[3].forward = lambda x: x
     state = copy.deepcopy(net.state_dict())
-    with pytest.raises(NormError, match=r"1: tests\.test_surgery\.Own has a forward.*; 3: torch"):
+    with pytest.raises(
+        NormError, match=r"1: tests\.test_surgery\.Own has its own forward.*; 3: torch"
+    ):
         recalibrate_(net, [images()])
     assert_same_state(net.state_dict(), state)
     assert list(residuals(net, [images()])) == ["0", "2"]

@@ -287,7 +287,7 @@ def _admitted(
     (difference, se), of_loss, words, groups = loss, new.words.loss, new.words, new.groups
     n, what = n_counted(len(new.losses), groups), "examples" if groups is None else "groups"
     if new.shortfall:
-        return False, f"{n} {what} are too few to judge, it takes {least(groups)}"
+        return False, f"{n} {what} are too few to judge; it takes {least(groups)}"
     if not (difference < -z * se and difference < -ROUNDING):
         return False, f"its {of_loss} is not lower by more than {z:g} standard errors"
     t = gain_t(new.losses - old.losses, new.blind_loss - old.blind_loss, groups)

@@ -25,7 +25,7 @@ class Words(NamedTuple):
     """The names of a task's loss and score, in sentences and as headings, and the loss's unit."""
 
     loss: str
-    score: str  # empty without a score, as is its heading
+    score: str  # empty without a score, like its heading
     loss_heading: str
     score_heading: str
     unit: str = ""  # with a space before it

@@ -234,8 +234,8 @@ def _unmeasured(module: nn.Module) -> str:
     if kind.forward in _FORWARDS and "forward" not in vars(module):
         return ""
     return (
-        f"{kind.__module__}.{kind.__qualname__} has its own forward; it may not normalize exactly "
-        "its input (but masked values, or other axes); leave it with --skip"
+        f"{kind.__module__}.{kind.__qualname__} has its own forward, which may not normalize its "
+        "whole input per channel (masked values, other axes); leave it with --skip"
     )
 
 

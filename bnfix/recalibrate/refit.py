@@ -201,7 +201,7 @@ class _Fit:
                 if not bool((part.mean + part.var).isfinite().all()):
                     raise NumericError(
                         f"{name}: its values are not finite in batch {index} (counted from 0). "
-                        "Leave that batch out, or look at the model.",
+                        "Leave that batch out, or check the model.",
                         name=name,
                     )
                 parts.append(part)
