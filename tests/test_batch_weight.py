@@ -708,7 +708,7 @@ def test_inspection_notes_layers_that_weigh_the_batch(files, cli, tmp_path):
     notes = [f for f in done["findings"] if f["fault"] == "batch-weight"]
     assert [(f["layer"], f["severity"]) for f in notes] == [("bn2", "note")]
     assert (
-        "depend on the other images in the batch: it has a weight of up to 0.3"
+        "depend on the other images in the batch: the batch has a weight of up to 0.3"
         in (notes[0]["detail"])
     )
     assert "0, batch 0.3" in " ".join(cli("inspect", tmp_path / "near.safetensors").out.split())

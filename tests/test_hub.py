@@ -268,7 +268,7 @@ class Evil:
         (
             "test_resnet",
             {"model_args": {"checkpoint_path": "/etc/passwd"}},
-            "is not accepted, weights",
+            "is not accepted: weights",
         ),
         ("test_resnet", {"model_args": 3}, r"its config\.json cannot be used"),
         ("test_resnet", {"pretrained_cfg": {"input_size": 3}}, r"its config\.json cannot be used"),

@@ -154,8 +154,8 @@ def test_a_fix_tries_no_weights_that_the_copy_could_not_hold(cli, files, tmp_pat
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (["--example-weight", "0.2"], "has no place for example and batch weights"),
-        (["--batch-weight", "auto"], "has no place for example and batch weights"),
+        (["--example-weight", "0.2"], "cannot hold example weights, batch weights or gates"),
+        (["--batch-weight", "auto"], "cannot hold example weights, batch weights or gates"),
     ],
 )
 def test_weights_beside_it_are_refused(more, match, cli, files, tmp_path):

@@ -618,7 +618,7 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(cli, folder, tmp_path):
     for name, masks, said in (
         ("size", y[:, :5], "masks: 5x5, expected 6x5 as the inputs or 6x5 as the outputs"),
         ("classes", masked, "masks: item 5 has class 7, expected 0 to 2, because the model has 3"),
-        ("float", y + 0.5, "of no known task. Give --task"),
+        ("float", y + 0.5, "fit no known task. Give --task"),
     ):
         np.savez(tmp_path / f"{name}.npz", inputs=x.numpy(), targets=masks.numpy())
         words = words_of(folder, "segmentation", tmp_path / f"{name}.npz")
@@ -654,7 +654,7 @@ def test_files_of_two_tasks_are_not_compared(cli, folder):
     assert set(found["ranking"][0]) >= {"rank", "name", "loss"}
     assert "expected one number for each output" not in cli("eval", *multilabel).err
     forced = cli("eval", *regression, "--task", "classification").message
-    assert "no classification's, expected logits (N, K) and integer labels (N,)" in forced
+    assert "fit no classification, expected logits (N, K) and integer labels (N,)" in forced
 
 
 @pytest.mark.parametrize("command", ["calibrate", "finetune", "inspect", "convert"])

@@ -61,7 +61,7 @@ class Traces:
     n_values: int
     sparsity: float  # part of the values that are 0
     n_distinct: int | None  # distinct values, None above 1,000
-    kind: str  # rounded, clustered, pruned or nothing
+    kind: str  # rounded, clustered, pruned or empty
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def finding(layer: str, fault: str, detail: str) -> Finding:
 def gated(found: Finding) -> Finding:
     """Advise new statistics only if labelled data shows that they are better."""
     words, asked, _ = found.advice.partition(RECALIBRATE)
-    # With an error the stored statistics are wrong for any weights, so nothing need be compared.
+    # An error means that the stored statistics are wrong for any weights: nothing to compare.
     if not asked or found.severity == "error":
         return found
     return replace(found, advice=words + GATED)
@@ -193,7 +193,7 @@ def _options(recipe: Any, without: Collection[str] = ()) -> list[str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of a history: its command (``None`` where it holds none), options and results."""
+    """One entry of a history: its command (``None`` if it holds none), options and results."""
 
     command: str | None
     options: tuple[str, ...]
@@ -362,7 +362,7 @@ def _statistics_faults(
     if n_negative:
         yield "negative-variance", f"{n_negative} {of} a negative variance"
     if _is_new(mean, var):
-        detail = "the statistics are those of a new layer (mean 0, variance 1)"
+        detail = "the statistics are a new layer's (mean 0, variance 1)"
         # A network that was trained in evaluation mode has weights that fit these statistics.
         if trained and not layer.batches_tracked:
             detail += ", scale and shift are not: possibly trained in evaluation mode"
@@ -390,19 +390,19 @@ def _counter_faults(layer: NormTensors, is_new: bool, usual: int | None) -> Iter
         if not is_new:  # with momentum None, torch's next update has weight 1 / (0 + 1)
             yield (
                 "counter-zero",
-                "num_batches_tracked is 0 although the statistics are not those of a new layer: "
+                "num_batches_tracked is 0 although the statistics are not a new layer's: "
                 "with momentum None the next training batch replaces them",
             )
     elif n < _FEW_BATCHES and not layer.ours:  # bnfix's own statistics are plain means
-        left = f"at torch's momentum of 0.1, a part of {0.9**n:.2g} of the statistics"
-        yield "few-batches", f"num_batches_tracked is {n}: {left} is still from the new layer"
+        left = f"at torch's momentum of 0.1, a fraction of {0.9**n:.2g} of the statistics"
+        yield "few-batches", f"num_batches_tracked is {n}: {left} is still a new layer's"
     elif usual and n > usual and n % usual == 0:
         k, pool = n // usual, "and its statistics pool those calls"
         calls = f"the model calls it {k} times per forward pass, {pool}"
         yield "counted-again", f"counted {k} times as many batches as most layers: {calls}"
     elif usual and n < usual / 2:
-        why = "newer than the others, or frozen for a part of training"
-        yield "counter-behind", f"counted {n} batches where most layers counted {usual}: {why}"
+        why = "newer than the others, or frozen for part of the training"
+        yield "counter-behind", f"counted {n} batches, but most layers counted {usual}: {why}"
 
 
 def _affine_faults(layer: NormTensors, tensors: Mapping[str, Tensor]) -> Iterator[Fault]:

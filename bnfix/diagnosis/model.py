@@ -58,7 +58,7 @@ def examine_model(model: nn.Module, layers: Sequence[NormTensors]) -> list[Findi
             site, stored.get(site.name), at_rest=site.is_put_to_rest(model)
         )
     ]
-    why = "its running statistics are means over each example's own, so no command changes them"
+    why = "its running statistics average each example's own, so no command changes them"
     instances = instance_norms(model).items()
     return found + [finding(name, "instance-norm", f"{kind}: {why}") for name, kind in instances]
 
@@ -95,13 +95,13 @@ def _momentum_faults(momentum: Any, n_batches: int | None) -> Iterator[Fault]:
     elif momentum == 0:
         yield "momentum-zero", "momentum 0: statistics never move in training"
     elif momentum >= 0.5:
-        detail = f"momentum {momentum:g}: statistics are those of the last few batches"
+        detail = f"momentum {momentum:g}: statistics cover only the last few batches"
         yield "momentum-high", detail
     # The tensors alone show this at torch's usual momentum: fault few-batches.
     elif momentum < 0.1 and n_batches and n_batches > 0:
         left = (1 - momentum) ** n_batches
         if left > _FEW_LEFT:
-            rest = f"leaves a part of {left:.2g} of a new layer's statistics"
+            rest = f"leaves a fraction of {left:.2g} of a new layer's statistics"
             yield "momentum-low", f"momentum {momentum:g} over {n_batches} batches {rest}"
 
 
@@ -179,7 +179,7 @@ class Shifts:
         own = sum(shift.mean_shift for _, _, shift in later) / len(later)
         worst, most, _ = max(rows, key=lambda row: row[1].mean_shift)
         went = "grows" if end.mean_shift > start.mean_shift else "falls"
-        # If no layer before adds a shift, a layer's own part remains.
+        # In the batch feed no layer before adds a shift, so the layer's own part remains.
         is_built = total > max(own, _NONE)
         built = f": {1 - own / total:.0%} of it comes from the layers before" if is_built else ""
         return (
@@ -382,7 +382,7 @@ def _pass(model: nn.Module, batches: Iterable[Any], *, training: bool) -> _Pass:
 def _stale_layers(drifts: dict[str, tuple[float, float]]) -> Iterator[Finding]:
     for name, (shift, ratio) in drifts.items():
         if not (shift <= _STALE_SHIFT and ratio <= _STALE_LOG_RATIO):  # NaN counts as stale
-            off = f"stored means are {shift:.2g} deviations off those of the data, variances by a"
+            off = f"stored means are {shift:.2g} deviations off the data's, variances by a"
             factor = math.exp(min(ratio, 700))  # exp overflows above 709
             yield finding(
                 name, "stale", f"{off} factor of {factor:.3g}, on average over the channels"

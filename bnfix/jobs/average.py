@@ -86,7 +86,7 @@ def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
     It starts from the best checkpoint as stored, then tries that one with new statistics. Each mean
     is tried with every kind of statistics, since one kind can fit where the other does not. It must
     beat both the mean kept so far and the best checkpoint. Otherwise many small steps could add up
-    to a loss or a top-1 worse than that checkpoint's.
+    to a loss or a top-1 that is worse than the best checkpoint's.
 
     Source: Wortsman et al., "Model soups", 2022, recipe 1. Differs: an equal score is not enough,
     the mean must be better by z standard errors.
@@ -106,7 +106,7 @@ def greedy(fits: Fits, now: State, *, recipe: AverageRecipe) -> Fitted:
     kept = best
     for more in [(), *(other.which for other in others)]:
         which = (*kept.which, *more)
-        wanted = recipe.statistics if len(which) > 1 else "population"  # one file has no pair
+        wanted = recipe.statistics if len(which) > 1 else "population"  # one has no other to mix
         for target in ("population", "interpolated") if wanted == "auto" else (wanted,):
             tried = _tried(fits, found, which, target, now)
             if tried and admitted(tried, kept) and (kept is best or admitted(tried, best)):
@@ -146,7 +146,7 @@ def _tried(
         else:
             fitted = fits.statistics(now, target=target)
     except NumericError as error:
-        fits.bench.assumptions.append(f"{of} ({target}): was given up: {error}")
+        fits.bench.assumptions.append(f"{of} ({target}) was given up: {error}")
         return None
     if not fitted.results:
         return None

@@ -47,7 +47,7 @@ FEWEST_SORTED = 8
 
 @dataclass(frozen=True)
 class State:
-    """A network at one point, and the results that led to it."""
+    """A network at one point of the work, and the results that led to it."""
 
     name: str
     values: guards.Snapshot
@@ -245,7 +245,7 @@ class Fits:
         """Batches to learn weights on, reordered in each pass, and batches for early stopping."""
         bench, (learn, monitor) = self.bench, self.bench.learn_and_monitor()
         if stage == BATCH:
-            # In random order: in the order of the files, a batch could hold a single class.
+            # Shuffled: in the order of the files, a batch could hold a single class.
             monitor = np.random.default_rng(self.seed).permutation(monitor)
         size = bench.training_batch_size(self.plan.weight.batch_size)
         fitting = bench.batches(learn, f"{stage}: fitting", size).shuffled(self.seed)

@@ -78,7 +78,7 @@ def cool_(bench: Workbench, temperature: float) -> None:
 def _move_(
     bench: Workbench, what: str, index: np.ndarray, scale: float, shift: Tensor | None = None
 ) -> None:
-    """Scale and shift the logits in the head, which a run on a few examples finds."""
+    """Scale and shift the logits in the head, found by running a few examples."""
     batches = bench.batches(index[:8], "a look at the head").whole()
     head = find_head(what, bench.model, batches)
     move_logits_(bench.model, head, next(iter(batches)), scale, shift)
@@ -133,7 +133,7 @@ def with_prior(fits: Fits, prior: Prior, state: State) -> tuple[State, Prior]:
 
 
 def describe_prior(prior: Prior, *, judged: bool) -> str:
-    """Describe the shares, their sources, and what judged them."""
+    """Describe the shares, their sources, and the images that judged them."""
     new, most = prior.new, np.argsort(-np.abs(prior.shift), kind="stable")
     new = prior.old if new is None else new
     names, old = prior.names, prior.old

@@ -330,11 +330,11 @@ def _set_classes(images: Images, output: Any, y: Any, stated: str) -> None:
     """Use the targets as class labels, if that is possible."""
     if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point() or images.moves:
         found = [runtime.described(part) for part in (output, y)]
-        odd = "of no known task. Give --task, or --loss FILE.py:callable"
+        odd = "fit no known task. Give --task, or --loss FILE.py:callable"
         if stated != "auto":
-            odd = f"not a {stated}'s, expected logits (N, K) and integer labels (N,). Change --task"
+            odd = f"fit no {stated}, expected logits (N, K) and integer labels (N,). Change --task"
         where = f"{images.spec}: outputs {found[0]} and targets {found[1]} of one example"
-        raise DataError(f"{where} are {odd}.")
+        raise DataError(f"{where} {odd}.")
     images.labels = images.targets.take(np.arange(len(images))).numpy()
     images.targets = None
 

@@ -69,7 +69,7 @@ def fix(
 
     Args:
         checkpoint: the file.
-        data: DATA, or several of them taken together; labelled, unless all is stated in the plan.
+        data: DATA, or a list of them to combine; labelled, unless the plan states everything.
         model: spec of the model, if the file does not carry one.
         plan: all settings; `bnfix.settings` has its recipes.
         track: how progress is shown.
@@ -92,7 +92,7 @@ def calibrate(
 
     Args:
         checkpoint: the file.
-        data: DATA, or several of them taken together; labelled, unless all is stated in the plan.
+        data: DATA, or a list of them to combine; labelled, unless the plan states everything.
         model: spec of the model, if the file does not carry one.
         plan: all settings; `bnfix.settings` has its recipes.
         track: how progress is shown.
@@ -193,7 +193,7 @@ class Run:
         self.bench.track = track
 
     def _train_again(self, step: Step, start: State) -> str:
-        """Repeat the winning training from its start, with the images that chose it."""
+        """Repeat the winning training from its start, also on the images that chose it."""
         won = self.kept
         run = _last(won.results, Finetuning)
         if won.metrics is None or run is None or run.best_epoch + 1 < len(run.curve):
@@ -210,8 +210,8 @@ class Run:
         results = (*start.results, *fitted.results)
         self.kept = State(name, guards.Snapshot(self.model), results=results)
         return (
-            f"{won.name} was trained again on all {len(self.bench.work)} images, also on those "
-            "that chose it; its curve is measured on images that it learned from."
+            f"{won.name} was trained again on all {len(self.bench.work)} images, including "
+            "those that chose it; its curve is measured on images that it learned from."
         )
 
     def _metrics_of_kept(self) -> Metrics:
@@ -229,7 +229,7 @@ class Run:
         except NumericError as error:
             if not step.gate:
                 raise
-            self.bench.assumptions.append(f"{step.name}: was given up: {error}")
+            self.bench.assumptions.append(f"{step.name} was given up: {error}")
             return Fitted(None)
         self.tried += fitted.results
         return fitted

@@ -323,7 +323,7 @@ def open_workbench(
         notes.append(f"the select split has {short}, so nothing can be chosen. {advice}")
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
-    notes += describe_corruption(source, ", those of the test too")
+    notes += describe_corruption(source, ", also in the test")
     held = None if few is None else footprint(loaded.model, few, run.precision)
     size = evaluation_batch_size(run, loaded.model, inputs.size)
     evaluation = BatchSize(size, "--batch-size", notes, gives_way=run.batch_size is None)

@@ -196,7 +196,7 @@ class _Resolver:
             # One more pass runs the reference, or looks for images of another kind.
             plain = 2 if target == "reference" or recipe.robust else 1
             feed, passes = "sequential", self.by_depth + plain - 1
-        more = "" if passes == plain else f", or {passes:g} where memory is short"
+        more = "" if passes == plain else f", or {passes:g} if memory is short"
         over = f"{plain} pass{'es' if plain > 1 else ''} over fit{more}"
         with_weight = "" if example_weight is None else f" with example weight {example_weight:.3g}"
         used = min(self.fit, recipe.samples) if isinstance(recipe.samples, int) else self.fit
@@ -212,7 +212,7 @@ class _Resolver:
         )
 
     def _distilling(self) -> list[Step]:
-        """Fine-tuning to a reference's predictions: from the input, or after matched statistics."""
+        """Fine-tuning to a reference's predictions: from the input and after matched statistics."""
         plan = self.plan
         if plan.finetune is None or plan.statistics.reference is None:
             return []

@@ -3,9 +3,9 @@
 `calibrate --data none` predicts statistics from the changed weights and the original's statistics.
 `pool` joins the statistics of clients who share no images. Each client measures, in one pass, the
 count, mean and variance of every norm layer's input. By the law of total variance, the pool equals
-one pass over all clients' batches. Under the batch feed, every client normalizes a batch by its own
-statistics. Under the sequential feed it uses stored ones: each round that starts from the last
-round's output then makes the pool exact for one more layer.
+one pass over all clients' batches. Under the batch feed, each batch is normalized by its own
+statistics, on any client. Under the sequential feed, stored statistics normalize it; each round
+that starts from the last round's output then makes the pool exact for one more layer.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ CHANNELS: Final = "_bnfix_channels"
 CLASS_ARGUMENTS: Final = ("num_classes", "n_classes", "num_labels")
 #: Two numbers of classes to probe with: small, and unlike the usual counts.
 _PROBES: Final = (11, 13)
-#: Arguments of torchvision's and timm's builders that fetch or read weights, or concern that.
+#: Arguments of torchvision's and timm's builders that fetch or read weights, or control that.
 _WEIGHT_ARGUMENTS: Final = frozenset(
     "weights weights_backbone pretrained pretrained_backbone pretrained_cfg pretrained_cfg_overlay "
     "checkpoint_path cache_dir progress".split()
@@ -56,7 +56,7 @@ _FORMS: Final = (
     "torchvision:NAME, timm:NAME, transformers:DIR, package.module:callable or "
     "path/to/file.py:callable"
 )
-#: torchvision's detectors, which are trained with constant Batch Norms.
+#: torchvision's detectors, which are trained with frozen Batch Norms.
 _DETECTORS: Final = ("fasterrcnn", "maskrcnn", "keypointrcnn", "retinanet", "fcos")
 
 
@@ -179,7 +179,7 @@ def _build(builder: _Builder, arguments: dict[str, Any], device: torch.device) -
     raise model_error(builder.spec, f"returned {type(model).__name__}, expected a torch.nn.Module.")
 
 
-# Shapes of the model's state dict, without memory where that works; None if it does not build.
+# Shapes of the model's state dict, without memory if that works; None if it does not build.
 def _shapes(builder: _Builder, arguments: dict[str, Any]) -> dict[str, torch.Size] | None:
     found = _with_state(builder, arguments, "meta") or _with_state(builder, arguments, "cpu")
     return found and {n: t.shape for n, t in found[1].items() if isinstance(t, torch.Tensor)}
@@ -289,7 +289,7 @@ def _resolve(
         if forbidden:
             raise model_error(
                 spec,
-                f"argument {some(forbidden)} is not accepted, weights come from the checkpoint. "
+                f"argument {some(forbidden)} is not accepted: weights come from the checkpoint. "
                 "Leave it out.",
             )
         return _torchvision(spec, name, tensors) if kind == "torchvision" else _timm(spec, name)
@@ -311,7 +311,7 @@ def _resolve(
     if isinstance(call, nn.Module) or not callable(call):
         found = "a model" if isinstance(call, nn.Module) else f"of type {type(call).__name__}"
         raise model_error(
-            spec, f"is {found}, expected a class or function that returns a model. Name that."
+            spec, f"is {found}, expected a class or function that returns a model. Name one."
         )
     builder = _Builder(spec, call, folder=folder)
     takes = (name for name in CLASS_ARGUMENTS if name in builder.parameters)

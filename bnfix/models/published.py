@@ -45,14 +45,14 @@ def tv_models() -> Any:
 
 
 def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, str] | None:
-    """A published model's preprocessing by its authors, and their name for it; no download."""
+    """The preprocessing by a published model's authors, and its source in words; no download."""
     kind, _, name = spec.partition(":")
     if kind == "transformers":
         own = folder_preprocessing(spec, name)
         return None if own is None else (own, f"preprocessing of {spec}")
     if kind != "torchvision" or name not in tv_models().list_models():
         return None
-    # A digest identifies the file's own weights; else the first ImageNet weights count.
+    # A digest identifies the file's own weights; else the first ImageNet weights are used.
     published = filter(None, [published_weights(spec, sha256)])
     for weights in (*published, *tv_models().get_model_weights(name)):
         found = _of_transforms(weights)
@@ -62,7 +62,7 @@ def default_preprocessing(spec: str, sha256: str = "") -> tuple[Preprocessing, s
 
 
 def published_weights(spec: str, sha256: str) -> Any | None:
-    """The published weights in a file, found by digits of its digest in torchvision's URL."""
+    """The published weights that a file holds: torchvision's URL has its digest's first digits."""
     kind, _, name = spec.partition(":")
     if kind != "torchvision" or not sha256 or name not in tv_models().list_models():
         return None
