@@ -132,10 +132,8 @@ def test_all_problems_of_moments_at_once(files, cli, clients, tmp_path):
     bad = changed(clients, tmp_path, lambda t, h: [x.mul_(np.inf) for x in t.values()])
     words = ("pool", bad, files.net, "--model", files.spec, "-o", tmp_path / "out.safetensors")
     message = cli(*words).message
-    assert all(
-        part in message
-        for part in ("bn1: expected 6", "bn2: expected 6", "other weights or statistics")
-    )
+    parts = ("bn1: expected 6 counts", "bn2: expected", "other weights or statistics")
+    assert all(part in message for part in parts)
 
 
 def test_pool_without_one_checkpoint_is_refused(files, cli, clients, tmp_path):

@@ -188,8 +188,8 @@ def _neighbours(layers: Sequence[faults.NormTensors]) -> Iterator[faults.Finding
     for layer in layers:
         highest = float(np.max(layer.batch_weight, initial=0))
         if highest > 0:
-            words = "predictions depend on the other images in the batch: the batch has a weight of up"
-            yield faults.finding(layer.name, "batch-weight", f"{words} to {highest:.3g}")
+            words = "predictions depend on the other images in the batch: the batch has a weight"
+            yield faults.finding(layer.name, "batch-weight", f"{words} of up to {highest:.3g}")
 
 
 def _frozen(sites: Sequence[NormSite], loaded: Loaded) -> dict[str, str]:
