@@ -202,7 +202,7 @@ def read_onnx(path: Path) -> Any:
 
 def _check_size(path: Path, size: int) -> None:
     if size > ONNX_LIMIT:
-        raise file_error(path, f"has {size:,} bytes, expected at most {ONNX_LIMIT:,} in all")
+        raise file_error(path, f"has {size:,} bytes, expected at most {ONNX_LIMIT:,} in all.")
 
 
 def _messages(message: Any) -> Iterator[Any]:
