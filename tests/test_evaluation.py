@@ -21,14 +21,6 @@ from tests import nets
 METRICS = ("top1", "top5", "nll", "nll_temperature_scaled", "brier", "ece")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def draw(n, k, seed=0, gain=2.0, noise=1.0):
     """Logits in which the label's is larger by ``gain``, and labels."""
     rng = np.random.default_rng(seed)

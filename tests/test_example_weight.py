@@ -19,14 +19,6 @@ from bnfix.weights.choose import WeightSearch, choose_example_weight_, weighable
 N_CLASSES = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Tiny(nn.Module):
     """Two paths side by side, through both convolutions; then a norm of single positions."""
 

@@ -30,14 +30,6 @@ from tests import nets
 N_CLASSES = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Tiny(nn.Module):
     """conv, bn, relu, dropout, conv, bn, relu, linear, bn of single positions, linear."""
 

@@ -66,12 +66,7 @@ def ended(started, seconds=120):
 
 @pytest.fixture(scope="module")
 def alone():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return ranks.everything()
-    finally:
-        torch.set_num_threads(threads)
+    return ranks.everything()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])

@@ -19,14 +19,6 @@ from tests import conftest, nets
 from tests.real import DATA, needs_data
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def images(n, seed=0, size=6):
     return 1 + 2 * torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
