@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,15 +25,6 @@ from bnfix.demo.network import digits_net
 
 SIZES = {"train": 797, "calibration": 500, "test": 500}
 FOLDER = files("bnfix.demo")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Layers this small only wait for each other on several threads, most on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def trained() -> torch.nn.Module:
