@@ -29,6 +29,11 @@ NUMBERS = (DOCS / "numbers.md").read_text(encoding="utf-8")
 #: Pages whose commands build on each other, in the order in which they are run.
 GUIDES = "\n".join((DOCS / name).read_text("utf-8") for name in ("recipes.md", "output.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+#: What users and engineers read, but for the log, which is as it was written.
+PROSE = sorted(
+    {*ROOT.glob("*.md"), *(ROOT / "bnfix").rglob("*.py"), *(ROOT / "bnfix").rglob("*.j2")}
+    | {*DOCS.rglob("*.md"), *EXAMPLES} - {DOCS / "LOG.md"}
+)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PAGE = "bnfix-demo/digits_net.fixed.safetensors.report.html"
@@ -340,4 +345,15 @@ def test_no_words_that_do_not_belong(path: Path) -> None:
     unfinished = r"\b(TODO|FIXME|TBD|XXX|[A-Z]+_ROWS|[A-Z]+_LINE)\b"
     for pattern in (machine, tracker, hype, unfinished):
         found = re.search(pattern, text)
+        assert found is None, found
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_the_prose_is_plain(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    stiff = r"(?i)\b(anew|likewise|hence|thus|gone through|stands(?! for))\b|\bis told\b|\bwas told\b"
+    # A question may begin with it, a statement may not.
+    what = r"(?:^|\"\"\"|# |#: |[.:;] |\*\* |\| )What (?![^.|]*\?)[^\n]*"
+    for pattern in (stiff, what):
+        found = re.search(pattern, text, re.MULTILINE)
         assert found is None, found
