@@ -1324,7 +1324,7 @@ def test_a_source_without_an_end_asks_for_samples(feed, monkeypatch):
 
     loader = DataLoader(Endless(), batch_size=4)
     for endless in (loader, iter(loader), itertools.repeat(images(4))):
-        with pytest.raises(DataError, match=r"^batches: 40 examples .* no end\. Give samples="):
+        with pytest.raises(DataError, match=r"^batches: 40 examples .* no end yet\. Give samples="):
             recalibrate_(some_net(nets.plain), endless, feed=feed)
     assert recalibrate_(some_net(nets.plain), loader, feed=feed, samples=60).n_examples == 60
     assert recalibrate_(some_net(nets.plain), [images(50)] * 2, feed=feed).n_examples == 100
