@@ -711,7 +711,7 @@ def test_outputs_of_any_shape_are_taken_where_that_is_asked_for():
     with pytest.raises(ModelError, match=r"expected logits \(N, classes\)"):
         collect([model], batches)
     uneven = [(torch.randn(2, 3, 4, 4),), (torch.randn(2, 3, 5, 5),)]
-    with pytest.raises(ModelError, match=r"shape \(2, 5, 5\) an example in batch 1, but"):
+    with pytest.raises(ModelError, match=r"shape \(2, 5, 5\) per example in batch 1, but"):
         collect([model], uneven, any_task=True)
 
 

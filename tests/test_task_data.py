@@ -178,7 +178,9 @@ def test_a_class_outside_the_range_is_named_by_its_file(tmp_path) -> None:
     root = folder(tmp_path)
     put(root, "2", np.zeros((6, 5, 3), np.uint8), np.full((6, 5), 40, np.uint8))
     batch = only(open_images(str(root)))
-    with pytest.raises(DataError, match=r"masks: images/2\.png has class 40, expected 0 to 8, as"):
+    with pytest.raises(
+        DataError, match=r"masks: images/2\.png has class 40, expected 0 to 8, because"
+    ):
         Segmentation().targets(batch, torch.zeros(4, 9, 6, 5), None)
 
 

@@ -395,7 +395,7 @@ def _evaluated(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
-    """Set weight 0 on layers with 1x1 feature maps: there the formula is a different function."""
+    """Set weight 0 on layers with a single position: there the formula is a different function."""
     layers = dict(generalized_norms(model))
     live = [
         name for name in excluded if layers[name].weighs and layers[name].running_mean is not None
@@ -404,4 +404,4 @@ def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
         return []
     none = dict.fromkeys(live, 0.0)
     set_example_weight_(model, none, batch_weight=none)
-    return [f"{len(live)} layers have 1x1 feature maps and keep example weight 0."]
+    return [f"{len(live)} layers have a single position per map and keep example weight 0."]

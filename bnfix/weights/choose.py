@@ -267,7 +267,7 @@ class WeightChoice:
     chosen: str  # the level that won: keep, global, layer or channel
     curve: tuple[CurvePoint, ...]  # the search over one weight for the model, by weight
     weights: dict[str, float | list[float]]  # every layer's afterwards, one number or per channel
-    excluded: tuple[str, ...]  # layers that keep their weight: 1x1 feature maps or no statistics
+    excluded: tuple[str, ...]  # layers that keep theirs: a single position per map, or no statistics
     n_live: int  # layers with a weight above 0
     #: The cost, in evaluation passes over all given examples: those to learn from, those to stop
     #: by, and the gate's. A pass with gradients counts as 3.
@@ -309,7 +309,7 @@ def choose_example_weight_(
         monitor: labelled batches that decide when to stop; by default every fifth of the rest.
         task: the task that the weights are judged by, as in `evaluate`.
         reference: a network whose predictions replace the labels, as in `evaluate`.
-        recipe: granularity, learning rate, and whether layers with 1x1 feature maps take part.
+        recipe: granularity, learning rate, and whether layers with a single position take part.
         z: number of standard errors that the gate requires.
         incumbent: name and select metrics of the current model, if known.
         forward: called as ``forward(model, batch)``, for batches in an unusual form.
