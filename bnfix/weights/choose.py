@@ -267,7 +267,7 @@ class WeightChoice:
     chosen: str  # the level that won: keep, global, layer or channel
     curve: tuple[CurvePoint, ...]  # the search over one weight for the model, by weight
     weights: dict[str, float | list[float]]  # every layer's afterwards, one number or per channel
-    excluded: tuple[str, ...]  # layers that keep theirs: a single position per map, or no statistics
+    excluded: tuple[str, ...]  # layers that keep theirs: single-position maps or no statistics
     n_live: int  # layers with a weight above 0
     #: The cost, in evaluation passes over all given examples: those to learn from, those to stop
     #: by, and the gate's. A pass with gradients counts as 3.
