@@ -261,7 +261,7 @@ def test_layers_of_a_single_position_keep_weight_0(tmp_path):
         input_shape=(5,),
     )
     assert result.report.layers[0].example_weight == 0
-    assert any("1x1 feature maps" in note for note in result.report.assumptions)
+    assert any("single position" in note for note in result.report.assumptions)
 
 
 def test_a_broken_network_can_be_converted_to_be_recalibrated(files, tmp_path):

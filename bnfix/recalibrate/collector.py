@@ -274,7 +274,7 @@ def up_to(batches: Iterable[Any], samples: int | None, most: int | None = None) 
     for batch in batches:
         if most is not None and n_examples >= most:
             raise DataError(
-                f"batches: {n_examples:,} examples from a source without a length, and no end. "
+                f"batches: {n_examples:,} examples from a source without a length, and no end yet. "
                 "Give samples=, the number of examples to use; if it does end, any larger number."
             )
         yield batch
