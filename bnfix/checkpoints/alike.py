@@ -30,7 +30,15 @@ from bnfix.checkpoints.save import (
     write_folder,
     write_text,
 )
-from bnfix.core.errors import file_error, file_errors, name_error, output_error, plain, some
+from bnfix.core.errors import (
+    file_error,
+    file_errors,
+    name_error,
+    output_error,
+    output_errors,
+    plain,
+    some,
+)
 from bnfix.core.settings import Preprocessing
 from bnfix.models.published import described_in
 from bnfix.norm.layer import generalized_norms
@@ -54,7 +62,7 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
     check_folder(path)
     if path.suffix in TORCH_SUFFIXES:
         raise name_error(path, "expected a name that ends in .safetensors, or a folder name.")
-    with file_errors(path, "cannot be written"):
+    with output_errors(path, "cannot be written"):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise output_error(path, "is not a folder. Give another name.")
         held = {entry.name for entry in path.iterdir()} if path.exists() else set()
@@ -163,14 +171,14 @@ def check_like_input(path: Path, source: Path, *, force: bool) -> None:
             "Change -o, or leave the option out.",
         )
     check_folder(path)
-    check_free(path, force=force)
+    check_free(path, force=force, source=source)
 
 
 def check_copyable(checkpoint: Checkpoint) -> None:
     """Refuse, before any work, an input that cannot be copied with new weights in place."""
     path = checkpoint.path
     if not zipfile.is_zipfile(path):
-        problem = "was written before torch 1.6"
+        problem = "is no torch file of version 1.6 or later"
     elif any(e.compress_type != zipfile.ZIP_STORED for e in zipfile.ZipFile(path).infolist()):
         problem = "is compressed"
     elif checkpoint.borrowed:
@@ -209,7 +217,7 @@ def _shares_memory(checkpoint: Checkpoint) -> bool:
 def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: bool) -> None:
     """Write a copy of the model's input file with the model's weights in place of the old ones."""
     if any(layer.live for _, layer in generalized_norms(model)):
-        raise file_error(path, "has no place for example and batch weights. Set them to 0.")
+        raise output_error(path, "has no place for example and batch weights. Set them to 0.")
     stored = {place.names[n]: t for n, t in stock_tensors(model).items() if n in place.names}
 
     def write(temporary: Path) -> None:
@@ -223,10 +231,10 @@ def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: b
         again = follow(read_file(temporary)[0], place.key)
         wrong = [n for n, t in stored.items() if not _equal(again[n], t)]
         if wrong:
-            raise file_error(path, f"not written, {some(wrong)} cannot be stored in the file.")
+            raise output_error(path, f"not written, {some(wrong)} cannot be stored in the file.")
         check_like_input(path, place.path, force=force)
 
-    with file_errors(path, "not written", kinds=(OSError, RuntimeError, ValueError)):
+    with output_errors(path, "not written", kinds=(OSError, RuntimeError, ValueError)):
         replace_whole(path, write)
 
 

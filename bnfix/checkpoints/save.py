@@ -29,10 +29,9 @@ from bnfix.checkpoints.several import as_header
 from bnfix.core import __version__
 from bnfix.core.errors import (
     CheckpointError,
-    file_error,
-    file_errors,
     name_error,
     output_error,
+    output_errors,
     plain,
     some,
 )
@@ -87,12 +86,14 @@ def check_output(path: str | Path, *, force: bool) -> None:
     check_free(path, force=force)
 
 
-def check_free(*paths: Path, force: bool) -> None:
-    """Refuse, before any work, existing output files that must not be replaced."""
+def check_free(*paths: Path, force: bool, source: Path | None = None) -> None:
+    """Refuse, before any work, existing outputs that must not be replaced, and always a source."""
     for path in paths:
-        with file_errors(path, "cannot be written"):
+        with output_errors(path, "cannot be written"):
             if path.is_dir():
                 raise output_error(path, "is a folder, expected a file to write.")
+            if source and source.exists() and path.exists() and path.samefile(source):
+                raise output_error(path, "would replace the checkpoint itself. Give another name.")
             # A dangling link does not "exist", but writing would replace it.
             if not force and (path.exists() or path.is_symlink()):
                 raise output_error(
@@ -103,19 +104,25 @@ def check_free(*paths: Path, force: bool) -> None:
 def check_folder(path: Path) -> None:
     """Refuse an output file whose folder is missing or read-only."""
     folder = path.parent
-    with file_errors(path, "cannot be written"):
+    with output_errors(path, "cannot be written"):
         if not folder.exists():
             raise output_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
         if not folder.is_dir():
-            raise output_error(path, f"{plain(folder)} is not a folder.")
+            raise output_error(path, f"{plain(folder)} is not a folder. Choose another.")
         # The superuser passes os.access everywhere, but a read-only folder must stay read-only.
         if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
             raise output_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before any work, a file whose folder cannot be written or created."""
+    with output_errors(path, "cannot be written"):
+        check_folder(next(folder for folder in path.parents if folder.exists()) / path.name)
+
+
 def make_folder(folder: Path) -> None:
     """Create an output folder and its parents; an existing folder stays unchanged."""
-    with file_errors(folder, "cannot be created"):
+    with output_errors(folder, "cannot be created"):
         folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -131,13 +138,13 @@ def write_checkpoint(
     path = Path(path)
     check_output(path, force=force)
     no_json = (TypeError, ValueError, RecursionError)
-    with file_errors(path, "not written, its metadata is not JSON", kinds=no_json):
+    with output_errors(path, "not written, its metadata is not JSON", kinds=no_json):
         text = json.dumps(finite(metadata))
     parse_header(text, path)
     # The format reserves the name __metadata__, but its writer does not check.
     bad = [plain(n) for n, t in tensors.items() if n == "__metadata__" or not storable(n, t)]
     if bad:
-        raise file_error(
+        raise output_error(
             path, f"not written, {some(bad)} cannot be stored, expected dense tensors by name."
         )
     ready = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
@@ -148,7 +155,7 @@ def write_checkpoint(
             check_output(path, force=False)
 
     wrong = (OSError, RuntimeError, SafetensorError, TypeError, ValueError)
-    with file_errors(path, "not written", kinds=wrong):
+    with output_errors(path, "not written", kinds=wrong):
         replace_whole(path, write)
 
 
@@ -161,7 +168,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file's content, completely or not at all; an existing file is replaced."""
     path = Path(path)
     check_folder(path)
-    with file_errors(path, "not written"):
+    with output_errors(path, "not written"):
         replace_whole(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -185,7 +192,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Fill a temporary folder next to ``path``, sync, rename; leave nothing behind on failure."""
     temporary = path.parent / f".{path.name[:100]}.{secrets.token_hex(8)}.tmp"
     earlier = temporary.with_suffix(".old")
-    with file_errors(path, "not written"):
+    with output_errors(path, "not written"):
         try:
             temporary.mkdir()
             write(temporary)
@@ -362,19 +369,23 @@ class StateFolder:
 
     def __init__(self, folder: str | Path, identity: str, file: str = "finetuning.pt") -> None:
         self.path, self.identity = Path(folder) / file, identity
+        check_place(self.path)
 
     def read(self) -> dict[str, Any] | None:
         """The content that `write` stored, read with the restricted loader only, or None."""
         if not self.path.exists():
             return None
-        content = read_file(self.path)[0]
+        try:
+            content = read_file(self.path)[0]
+        except CheckpointError as error:
+            raise self.damaged(error) from error
         if not isinstance(content, dict) or content.get("format") != _STATE_FORMAT:
-            raise file_error(
+            raise output_error(
                 self.path,
                 "is not a run state of this version. Give another --state DIR.",
             )
         if content.get("identity") != self.identity:
-            raise file_error(
+            raise output_error(
                 self.path,
                 "is the state of another run, expected the same options, data and input. Give the "
                 "same ones, or another --state DIR.",
@@ -384,13 +395,14 @@ class StateFolder:
     def write(self, content: Mapping[str, Any]) -> None:
         """Replace the state, completely or not at all."""
         whole = {"format": _STATE_FORMAT, "identity": self.identity, **content}
-        with file_errors(self.path, "cannot be written", " Give another --state DIR."):
+        with output_errors(self.path, "cannot be written", " Give another --state DIR."):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
 
     def damaged(self, error: Exception) -> CheckpointError:
         """The error for a state that has the run's identity but does not fit the run."""
-        return file_error(self.path, f"is damaged ({plain(error)}). Remove it to start over.")
+        advice = "Delete it to start over, or give another --state DIR."
+        return output_error(self.path, f"is damaged ({plain(error.__cause__ or error)}). {advice}")
 
 
 def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from bnfix import demo as demo_files
-from bnfix.checkpoints.save import check_output, make_folder
+from bnfix.checkpoints.save import check_place, make_folder
 from bnfix.cli.commands import (
     average,
     calibrate,
@@ -36,7 +36,7 @@ from bnfix.cli.commands import (
 from bnfix.cli.flags import RUN, OneLineGroup, Seed, Writes, flattened, written
 from bnfix.cli.terminal import Terminal, stated
 from bnfix.core import __version__, imports_done
-from bnfix.core.errors import ConfigError, did_you_mean, file_error
+from bnfix.core.errors import ConfigError, did_you_mean, output_error
 from bnfix.core.memory import keep_freed_memory
 from bnfix.core.runtime import exact_float32
 from bnfix.core.settings import RunOptions
@@ -142,18 +142,15 @@ def demo(
 
     Example: bnfix demo
     """
-    terminal = out.terminal()
+    terminal, fixed = out.terminal(), output / "digits_net.fixed.safetensors"
+    check_place(fixed)
+    if output.is_dir() and not out.force and any(output.iterdir()):
+        raise output_error(output, "already exists. Give another -o, or --force to write into it.")
     if out.show_plan:
         does = f"demo: would fix the demo files and write {output}; nothing was done"
         terminal.plan({"command": "demo", "plan": True, "output": str(output)}, does)
         return
-    fixed = output / "digits_net.fixed.safetensors"
-    # Files of an earlier demo can be replaced, because every demo writes the same ones.
-    earlier = (output / "digits_net.safetensors").is_file()
-    if output.is_dir() and not (out.force or earlier) and any(output.iterdir()):
-        raise file_error(output, "already exists. Give another -o, or --force to write into it.")
     make_folder(output)
-    check_output(fixed, force=True)
     files, prep = demo_files.write_files(output), demo_files.PREPROCESSING
     shown = {"--json": out.as_json, "--quiet": out.quiet, "--debug": out.debug}
     words = [

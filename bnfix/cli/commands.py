@@ -190,8 +190,7 @@ def _carry_out(
         size = plan.run.batch_size or plan.statistics.batch_size
         statistics = replace(plan.statistics, batch_size=size)
         plan = replace(plan, statistics=statistics, command_line=command_line())
-    if not out.show_plan:
-        check_outputs(output, checkpoint, plan.model, force=out.force)
+    check_outputs(output, checkpoint, plan.model, force=out.force)
     with terminal.working() as track:
         if data in ("none", ["none"]):
             result = unjudged.calibrate_without_data(checkpoint, plan)
@@ -232,8 +231,7 @@ def convert(
     terminal, started = out.terminal(), time.perf_counter()
     shape = None if input_shape is None else flags.sizes(input_shape, "--input-shape")
     _check_samples(samples)
-    if not out.show_plan:
-        check_outputs(output, checkpoint, model, force=out.force)
+    check_outputs(output, checkpoint, model, force=out.force)
     with terminal.working() as track:
         result = convert_file(
             checkpoint,
@@ -297,13 +295,13 @@ def export(
             "Leave the option out.",
             name="device",
         )
+    check_exports(to, output, force=out.force, checkpoint=checkpoint)
     if out.show_plan:
         with terminal.working():
             plan = plan_export(checkpoint, output, model=model, recipe=recipe, data=data)
         does = f"export: would write {', '.join(plan['files'])} with {plan['n_norms']} norm layers"
         terminal.plan(plan, f"{does}, {plan['n_live']} of them live; nothing was done")
         return
-    check_exports(to, output, force=out.force, checkpoint=checkpoint)
     with terminal.working() as track:
         result = export_file(
             checkpoint,
@@ -429,8 +427,7 @@ def pool(
     Example: bnfix pool a.safetensors b.safetensors net.pth --model net.py:build -o both.safetensors
     """
     terminal = out.terminal()
-    if not out.show_plan:
-        check_outputs(output, None, force=out.force)
+    check_outputs(output, None, force=out.force)
     with terminal.working():
         result = unjudged.pool_files(files, model=model, run=run, command_line=command_line())
         if not out.show_plan:
@@ -450,7 +447,7 @@ def _write_moments(
     if path is None or output is not None:
         raise ConfigError("calibrate: give either -o OUT or --save-moments FILE.", name="output")
     terminal = out.terminal()
-    check_output(path, force=out.force or out.show_plan)
+    check_output(path, force=out.force)
     with terminal.working() as track:
         file = None if out.show_plan else path
         found = unjudged.save_moments(checkpoint, data, plan, file, force=out.force, track=track)

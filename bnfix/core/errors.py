@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 #: Folders of code that is not the user's: this package, the standard library, installed packages.
@@ -134,6 +135,8 @@ def file_errors(
     problem: str,
     advice: str = "",
     kinds: tuple[type[Exception], ...] = (OSError, ValueError),
+    *,
+    make: Callable[[str | Path, str], CheckpointError] = file_error,
 ) -> Iterator[None]:
     """Turn errors of other code in a block into one that says what is wrong with a file."""
     try:
@@ -142,7 +145,10 @@ def file_errors(
         raise
     except kinds as error:
         reason = plain(error) or type(error).__name__
-        raise file_error(path, f"{problem} ({reason}).{advice}") from error
+        raise make(path, f"{problem} ({reason}).{advice}") from error
+
+
+output_errors = partial(file_errors, make=output_error)
 
 
 def model_error(spec: str, text: str) -> ModelError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from bnfix.checkpoints.save import StateFolder
 from bnfix.core.errors import DataError
 from bnfix.core.settings import LABEL_FREE, AverageRecipe, FinetuneRecipe
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
@@ -377,6 +378,8 @@ def open_plan(
     """Open the checkpoint and the data of a plan, split the data, swap the norm layers."""
     if model is not None:
         plan = replace(plan, model=replace(plan.model, model=model))
+    if plan.state is not None:
+        StateFolder(plan.state, "")
     # A single one is passed as text; messages name them all.
     data = data[0] if not isinstance(data, str) and len(data) == 1 else data
     plan, checkpoint, chosen = narrowed(without_live_layers(plan), checkpoint)

@@ -15,9 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.checkpoints.save import check_folder, check_free, replace_whole, write_text
+from bnfix.checkpoints.save import (
+    check_folder,
+    check_free,
+    check_place,
+    replace_whole,
+    write_text,
+)
 from bnfix.core import __version__
-from bnfix.core.errors import ConfigError, file_error, file_errors, plain
+from bnfix.core.errors import ConfigError, output_errors, plain
 from bnfix.metrics.beside import Custom, Uncertain
 from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.evaluate import Outputs
@@ -365,9 +371,7 @@ def check_report_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
     """Check before any work that a folder can get a report; return the report's files."""
     paths = tuple(folder / f"report.{kind}" for kind in ("json", "md", "html"))
     check_free(*paths, force=force)
-    if folder.exists() and not folder.is_dir():
-        raise file_error(folder, "is not a folder. Give another --report.")
-    check_folder(next(path for path in (folder, *folder.parents) if path.exists()) / "report.json")
+    check_place(paths[0])
     return paths
 
 
@@ -422,7 +426,7 @@ def write_predictions(path: Path, columns: dict[str, list[Any] | Array]) -> None
     values = [list(map(_utf8, c)) if isinstance(c, list) else c for c in columns.values()]
     table = arrow.table(values, names=names)
     check_folder(path)
-    with file_errors(path, "not written", kinds=(OSError,)):
+    with output_errors(path, "not written", kinds=(OSError,)):
         replace_whole(path, lambda temporary: parquet.write_table(table, temporary))
 
 

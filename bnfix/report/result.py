@@ -31,7 +31,7 @@ from bnfix.checkpoints.save import (
     write_bytes,
 )
 from bnfix.core import __version__, distributed
-from bnfix.core.errors import Note, name_error, output_error, some
+from bnfix.core.errors import Note, name_error, some
 from bnfix.core.settings import ModelRecipe, Preprocessing
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
@@ -410,7 +410,4 @@ def check_exports(
         raise name_error(path, f"{ends}. Use {better}.")
     files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
     check_folder(path)
-    check_free(*files, force=force)
-    old = None if checkpoint is None else Path(checkpoint)
-    if old and old.exists() and any(f.exists() and f.samefile(old) for f in files):
-        raise output_error(path, "would replace the checkpoint itself. Give another name.")
+    check_free(*files, force=force, source=None if checkpoint is None else Path(checkpoint))
