@@ -106,6 +106,8 @@ def fix(
         how: dict[str, Any] = {"command_line": command_line(), "test": plan.source.test}
         plan = with_own_models(replayed_plan(recipe, run=plan.run, **how), plan)
     else:
+        words = "--train none: nothing is trained, so --epochs, --lr and --no-refit cannot act."
+        require(train != "none" or tune == TRIED, f"{words} Leave them out.", "train")
         plan = replace(plan, finetune=None if train == "none" else replace(tune, train=train))
     _carry_out(plan, checkpoint, data, output, out)
 

@@ -255,7 +255,7 @@ def estimate_line(described: dict[str, Any]) -> str:
     passes = f"{described['passes']:.3g} passes in total"
     seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
     if seconds is None:
-        return f"{passes}; time unknown, because no batch could be run"
+        return f"{passes}; time unknown, no batch could be run: {described['problem']}"
     room = "" if memory is None else f", up to {memory / 1e9:.2g} GB of memory"
     return f"{passes}: about {duration_words(*seconds)} on this machine{room}"
 

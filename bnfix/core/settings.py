@@ -180,6 +180,8 @@ class StatisticsRecipe(NoiseRecipe):
         n, prior = self.samples, self.prior
         ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
         require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
+        words = "--tolerance: only with --samples auto. Add it, or leave --tolerance out."
+        require(n == "auto" or self.tolerance == 0.04, words, "tolerance")
         ok = prior in (None, "auto") or (not isinstance(prior, str) and 0 <= prior < math.inf)
         require(ok, f"--prior: {prior}, expected auto or a number of at least 0.", "prior")
 

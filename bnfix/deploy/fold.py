@@ -129,7 +129,8 @@ def optimize_(model: nn.Module, example: Any) -> Folding:
         if isinstance(one, str) or isinstance(found, str):
             left[name] = one if isinstance(one, str) else str(found)
         elif not found <= one.tolerance:
-            left[name] = f"its outputs would change by {found:.2g}"
+            change = f"would change by {found:.2g}" if found < torch.inf else "are not finite"
+            left[name] = f"its outputs {change}"
         else:
             accepted.append(one)
             folded.append(Fold(name, one.name, type(one.layer).__name__, found))

@@ -164,10 +164,10 @@ def _swapped(
         )
         return plan, None, notes
     difference = _difference(loaded, before, outputs_of(loaded.model, example), was_live=was_live)
-    notes.append(
-        f"on {where} of {'x'.join(map(str, example.shape))} the largest output difference is "
-        f"{difference:.2g} (relative to the largest output)."
-    )
+    found = f"largest output difference is {difference:.2g} (relative to the largest output)."
+    if not before.isfinite().all():
+        found, difference = "outputs are not finite: nothing was compared. Run bnfix inspect.", None
+    notes.append(f"on {where} of {'x'.join(map(str, example.shape))} the {found}")
     return plan, difference, notes
 
 

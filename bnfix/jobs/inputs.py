@@ -205,6 +205,8 @@ def open_inputs(
     )
     opened.setdefault(stated.channels, images)
     found = as_inputs(images, stated, notes, source)
+    if source.ignore_index != TaskRecipe().ignore_index and not isinstance(task, Segmentation):
+        found.notes.append("--ignore-index had no effect: it is for segmentation masks.")
     if isinstance(task, ByRows):
         found.notes.append(f"task: {task.name}, {told}; judged by {task.words.loss}.")
         name = task.name if task.name in TASKS else "auto"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bnfix.checkpoints.checkpoint import read_checkpoint
 from bnfix.checkpoints.several import Ingredients
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, DataError, ModelError, file_error, plain
+from bnfix.core.errors import CheckpointError, ConfigError, DataError, ModelError, file_error, plain
 from bnfix.core.memory import first_of
 from bnfix.core.settings import RunOptions
 from bnfix.data.arrays import is_callable
@@ -79,12 +79,15 @@ def replayed_plan(
 ) -> Plan:
     """Read the plan of the last `fix` or `calibrate` in a file's history."""
     where = Path(path)
-    history = (read_checkpoint(where).metadata or {}).get("history")
+    try:
+        history = (read_checkpoint(where).metadata or {}).get("history")
+    except CheckpointError as error:
+        raise CheckpointError(f"--recipe: {error}", path=where) from error
     entries = [e for e in (history if isinstance(history, list) else []) if isinstance(e, dict)]
     entries = [entry for entry in entries if entry.get("command") in ("fix", "calibrate")]
     if not entries:
-        lacks = "has no fix or calibrate in its history to replay. Give a file that was"
-        raise file_error(where, f"{lacks} written by bnfix.")
+        lacks = "--recipe: has no fix or calibrate in its history to replay. Give a file that"
+        raise file_error(where, f"{lacks} bnfix wrote.")
     try:
         found = entries[-1].get("options")
         return _replayed(found if isinstance(found, dict) else {}, run, command_line, test)
@@ -225,8 +228,8 @@ def estimated(bench: Workbench, work: Sequence[Work]) -> dict[str, Any]:
     model, passes = bench.model, sum(one.passes for one in work)
     try:
         reading, seconds_of = _timed(bench, {one.cost for one in work if one.passes * one.examples})
-    except DataError:
-        return cost_json(None, model, passes)
+    except DataError as error:
+        return cost_json(None, model, passes) | {"problem": str(error)}
     split = bench.split.sizes()
     n_read = split["fit"] + split["select"] + split["test"]
     seconds = n_read * reading
@@ -247,8 +250,8 @@ def estimated_evaluation(
     for number, (model, batches) in enumerate(models):
         try:
             reading, few = _read(batches)
-        except DataError:
-            return cost_json(None, model, passes)
+        except DataError as error:
+            return cost_json(None, model, passes) | {"problem": str(error)}
         # All models see the same images, which are read once.
         seconds += 0.0 if number else reading * n_examples
         n = sum(len(batch.index) for batch in few)

@@ -419,5 +419,10 @@ def open_plan(
             "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
             "normalized by batches; with --statistics train it is."
         )
+    n, n_fit = plan.statistics.samples, len(bench.split.fit)
+    if isinstance(n, int) and n > n_fit:
+        notes.append(f"--samples {n}: only {n_fit} images are there to use.")
+    if plan.command == "finetune" and (plan.swap.layers or plan.swap.skip):
+        notes.append("--layers and --skip select the layers to swap, not those to train (--train).")
     swap_(bench, plan.swap)
     return bench

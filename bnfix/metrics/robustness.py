@@ -102,7 +102,7 @@ def moved(before: Recorded, after: Recorded) -> Moved:
         ratio = (change / size) ** 0.5 if size else float("inf") if change else 0.0
         rms = ratio if math.isfinite(ratio) else None
     top1 = None
-    if before.classes and after.classes:
+    if rms is not None and before.classes and after.classes:
         was, now = torch.cat(before.classes), torch.cat(after.classes)
         top1 = float((was[: len(now)] != now[: len(was)]).double().mean())
     return Moved(rms, top1, min(before.n, after.n))

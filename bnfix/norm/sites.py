@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bnfix.core.errors import some
+from bnfix.core.errors import NormError, did_you_mean, some
+from bnfix.core.options import require
 from bnfix.core.torch_private import BatchNormBase, InstanceNormBase, LazyNormBase
 from bnfix.norm.layer import GeneralizedBatchNorm, GeneralizedBatchNormAct, require_eager
 from bnfix.norm.moments import over_channel_groups
@@ -170,20 +170,13 @@ def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool
     return (wanted or not layers) and not unwanted
 
 
-def unmatched(sites: Sequence[NormSite], patterns: Sequence[str]) -> list[str]:
-    """Errors for patterns that match no norm layer and are probably misspelled."""
+def check_patterns(sites: Sequence[NormSite], **patterns: Sequence[str]) -> None:
+    """Refuse patterns of an option that match no norm layer and are probably misspelled."""
     names = [name for site in sites for name in (site.name, *site.aliases)]
-    known = some(names) or "none"
-    return [
-        f"{pattern}: matches no norm layer{_near(pattern, names)} (there are: {known})"
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
-
-
-def _near(pattern: str, names: Sequence[str]) -> str:
-    close = get_close_matches(pattern.replace("*", ""), names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    for option, pattern in ((option, one) for option, given in patterns.items() for one in given):
+        found = f"--{option}: {pattern} matches no norm layer; there are {some(names) or 'none'}."
+        meant = did_you_mean(pattern.replace("*", ""), names, 3)
+        require(any(fnmatchcase(name, pattern) for name in names), found + meant, option)
 
 
 def is_frozen_kind(module: nn.Module) -> bool:
@@ -239,16 +232,17 @@ def _unmeasured(module: nn.Module) -> str:
     )
 
 
-def unmeasurable(
-    sites: Sequence[NormSite], layers: Sequence[str], skip: Sequence[str]
-) -> list[str]:
-    """Problems of the selected sites whose statistics would be measured wrongly."""
-    return [
+def check_measurable(sites: Sequence[NormSite], layers: Sequence[str], skip: Sequence[str]) -> None:
+    """Refuse unknown patterns, and selected sites whose statistics would be measured wrongly."""
+    check_patterns(sites, layers=layers, skip=skip)
+    problems = [
         f"{site.name}: {site.unmeasured}"
         for site in sites
         if site.unmeasured and site.has_statistics and not site.frozen
         and selected(site, layers, skip)
     ]  # fmt: skip
+    if problems:
+        raise NormError(f"norm layers: {'; '.join(problems)}.")
 
 
 def sites_with_statistics(

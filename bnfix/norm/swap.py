@@ -26,11 +26,11 @@ from bnfix.norm.mixture import closed
 from bnfix.norm.moments import over_channel_groups
 from bnfix.norm.sites import (
     NormSite,
+    check_patterns,
     find_norms,
     instance_norms,
     is_timm_act,
     selected,
-    unmatched,
 )
 
 
@@ -69,7 +69,8 @@ def plan_swap(model: nn.Module, recipe: SwapRecipe | None = None) -> SwapPlan:
     sites = find_norms(model)
     changes: list[Change] = []
     skipped: list[str] = []
-    problems = unmatched(sites, (*recipe.layers, *recipe.skip))
+    check_patterns(sites, layers=recipe.layers, skip=recipe.skip)
+    problems = list[str]()
     wanted = [site for site in sites if selected(site, recipe.layers, recipe.skip)]
     for site in sites:
         if site not in wanted:

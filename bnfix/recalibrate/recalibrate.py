@@ -19,7 +19,7 @@ from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
 from bnfix.core.errors import NormError, NumericError, some
 from bnfix.core.options import require
-from bnfix.norm.sites import NormSite, find_norms, sites_with_statistics, unmatched, unmeasurable
+from bnfix.norm.sites import NormSite, check_measurable, find_norms, sites_with_statistics
 from bnfix.recalibrate.accumulator import Accumulator, Sources
 from bnfix.recalibrate.collector import Cost, Found, Source, drift
 from bnfix.recalibrate.passes import Enough, Kept, collect
@@ -211,10 +211,10 @@ def recalibrate_(
         The record of the measurements, and of the layers left alone.
 
     Raises:
-        ConfigError: if an option is unknown, out of range or missing, or if the original has other
-            norm layers.
-        NormError: if a pattern matches nothing, if there is no layer to recalibrate, if the data
-            reach no layer, or if under ``batch`` a layer gets a single value per channel.
+        ConfigError: if an option is unknown, out of range or missing, if a pattern matches nothing,
+            or if the original has other norm layers.
+        NormError: if there is no layer to recalibrate, if the data reach no layer, or if under
+            ``batch`` a layer gets a single value per channel.
         DataError: if a mask does not fit or leaves an example without positions, or if only some
             batches have one; if there are no examples, or none in a later pass; if batches without
             a length do not end; if under ``batch`` each of several batches holds one example.
@@ -302,9 +302,7 @@ def _sites(
 ) -> tuple[list[NormSite], tuple[str, ...]]:
     """The layers to recalibrate, and the layers left alone because the user froze them."""
     every = find_norms(model)
-    problems = unmatched(every, (*layers, *skip)) + unmeasurable(every, layers, skip)
-    if problems:
-        raise NormError(f"norm layers: {'; '.join(problems)}.")
+    check_measurable(every, layers, skip)
     sites = list(sites_with_statistics(model, layers, skip))
     at_rest = () if include_frozen else tuple(s.name for s in sites if s.is_put_to_rest(model))
     sites = [site for site in sites if site.name not in at_rest]
