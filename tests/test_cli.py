@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -213,15 +214,16 @@ def test_all_that_does_not_fit_is_listed_at_once(cli, files, tmp_path):
         assert part in message
 
 
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
 @pytest.mark.parametrize("command", WRITING)
-def test_an_existing_output_is_refused_before_any_work(cli, files, tmp_path, command):
+def test_an_existing_output_is_refused_before_any_work(cli, files, tmp_path, command, plan):
     out = tmp_path / "out.safetensors"
     for existing in (out, *(Path(f"{out}.report.{kind}") for kind in ("json", "md", "html"))):
         existing.write_text("mine")
         # Nothing else is right: had any work been started, it would have failed first.
         words = ["--data", "nowhere"] if command != "convert" else []
         words += ["also.pth"] if command == "average" else []
-        outcome = cli(command, "missing.pth", "--model", "no:model", *words, "-o", out)
+        outcome = cli(command, "missing.pth", "--model", "no:model", *words, "-o", out, *plan)
         assert outcome.code == 1
         assert f"{existing.name}: already exists" in outcome.message
         assert existing.read_text() == "mine"
@@ -293,7 +295,8 @@ def test_places_that_cannot_be_written_are_refused_before_any_work(cli, files, t
         (tmp_path / "out.pth", "out.safetensors"),
         (tmp_path, "expected a name"),
     ):
-        outcome = cli(*arguments(command, files, out))
+        outcome = cli(*arguments(command, files, out), "--plan")
+        assert outcome.message == cli(*arguments(command, files, out)).message
         # A name of another kind is wrong usage; the place of a right one is only found closed.
         assert outcome.code == (1 if out.suffix == ".safetensors" else 2)
         assert named in outcome.message
@@ -326,6 +329,32 @@ def test_a_plan_says_what_and_does_nothing(cli, files, tmp_path, command):
         assert as_json["stages"] or command == "finetune"
     assert contents(tmp_path) == {}
     assert contents(files.folder) == before
+
+
+def test_a_plan_refuses_what_the_run_refuses(cli, files, tmp_path):
+    (tmp_path / "there.safetensors").write_text("mine")
+    model = ["--model", files.spec]
+    for words, where, said in (
+        (["export", files.net, *model, "--to", "pt2"], "no/x.pt2", "no does not exist"),
+        (["pool", files.net, files.net, *model], "there.safetensors", "already exists"),
+        (["demo"], "there.safetensors", "is not a folder"),
+        (["demo"], ".", "already exists"),
+    ):
+        done = cli(*words, "-o", tmp_path / where, "--plan")
+        assert done.code == 1
+        assert said in done.message
+        assert done.err.endswith("See bnfix help output.\n")
+        assert cli(*words, "-o", tmp_path / where).err == done.err
+
+
+def test_a_plan_says_why_no_batch_could_be_run(cli, files, tmp_path):
+    (tmp_path / "bad").mkdir()
+    for i in range(30):
+        (tmp_path / "bad" / f"{i}.png").write_text("no image")
+    words = ["--data", tmp_path / "bad", *files.common, "--plan"]
+    for command, *more in (["calibrate", "-o", tmp_path / "o.safetensors"], ["eval"]):
+        out = cli(command, files.net, *words, *more).out
+        assert re.search(r"time unknown, no batch could be run: .*0\.png", out), out
 
 
 def test_a_plan_of_eval_and_of_the_demo_does_nothing(cli, files, tmp_path, monkeypatch):
@@ -633,6 +662,7 @@ def test_the_demo_goes_the_whole_way_in_one_command(cli, tmp_path, monkeypatch):
     assert outcome.code == 1
     assert "already exists" in outcome.message
     assert list(contents(tmp_path / "other")) == ["thesis.txt"]
+    assert "already exists" in cli("demo").message  # not even its own files, without --force
     # What the demo wrote is ready for the other commands, by hand.
     words = ["--model", "bnfix.demo.network:digits_net", "--mean", "0.3061", "--std", "0.376"]
     words += ["--data", str(folder / "digits-test.npz"), "--json"]

@@ -269,7 +269,9 @@ def test_a_broken_network_can_be_converted_to_be_recalibrated(files, tmp_path):
     state["bn1.running_mean"][0] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
     result = convert(tmp_path / "nan.pth", model=files.spec)
-    assert result.entry["results"]["difference"] == 0
+    assert result.entry["results"]["difference"] is None
+    (note,) = [note for note in result.report.assumptions if "not finite" in note]
+    assert "nothing was compared. Run bnfix inspect." in note
 
 
 def test_a_small_input_is_made_up_where_no_size_is_known(files):

@@ -1379,15 +1379,31 @@ def test_the_state_of_another_run_or_no_state_at_all_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="is damaged"):
             finetune_(tiny(), BATCHES, **options)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(CheckpointError, match="is not a run state"):
+    with pytest.raises(CheckpointError, match="not a run state"):
         finetune_(tiny(), BATCHES, **options)
     path.write_bytes(pickle.dumps(Runs()))
     with pytest.raises(CheckpointError, match=r"pickle|not a"):
         finetune_(tiny(), BATCHES, **options)
     path.unlink()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="file is not a folder"):
         finetune_(tiny(), BATCHES, **{**options, "state": tmp_path / "file"})
+
+
+def test_a_state_is_checked_before_any_work(cli, files, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "cut").mkdir()
+    words = ["finetune", files.net, *files.common, "--data", files.data]
+    for more, out in ((["--steps", "2"], "a"), (["--steps", "2"], "b"), (["--plan"], "c")):
+        state = tmp_path / ("cut" if out == "b" else "file")
+        if out == "b":
+            assert cli(*words, *more, "-o", tmp_path / "o.safetensors", "--state", state).code == 0
+            whole = (state / "finetuning.pt").read_bytes()
+            (state / "finetuning.pt").write_bytes(whole[: len(whole) // 2])
+        done = cli(*words, *more, "-o", tmp_path / f"{out}.safetensors", "--state", state)
+        said = "is not a folder" if out != "b" else "Delete it to start over, or give another"
+        assert said in done.message
+        assert done.err.endswith("See bnfix help output.\n")
 
 
 class Runs:
@@ -1423,8 +1439,10 @@ def test_a_training_without_a_better_epoch_is_said(cli, files, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("--ghost-size", 4), "--ghost-size was stored but had no effect"),
+        (("--ghost-size", 4), "--ghost-size was stored without effect"),
         (("--norm-decay", 0.1), "--norm-decay: without --norm-decay-target"),
+        (("--skip", "*"), "--layers and --skip select the layers to swap, not those to train"),
+        (("--ignore-index", 3), "--ignore-index had no effect"),
     ],
 )
 def test_an_option_without_effect_is_said_before_any_work(cli, files, tmp_path, given, said):

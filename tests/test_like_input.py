@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ def test_a_fix_tries_no_weights_that_the_copy_could_not_hold(cli, files, tmp_pat
     assert torch.load(out, weights_only=True)["epoch"] == 3
     model = files.model()
     model.load_state_dict(torch.load(out, weights_only=True)["model"])
-    plan = cli("fix", net, *files.common, "--data", files.data, "--like-input", "-o", out, "--plan")
+    words = ["fix", net, *files.common, "--data", files.data, "--like-input", "-o", out, "--force"]
+    plan = cli(*words, "--plan")
     assert plan.code == 0
     assert "--like-input" in plan.out + plan.err
 
@@ -190,7 +192,7 @@ def test_inputs_that_cannot_be_copied_are_refused(cli, files, tmp_path):
         "half": "statistics are in half precision (bn1.running_mean",
         "shared": shares,
         "twice": shares,
-        "legacy": "written before torch 1.6",
+        "legacy": "no torch file of version 1.6 or later",
         "squeezed": "is compressed",
     }.items():
         net, out = tmp_path / f"{name}.pth", tmp_path / "out.pth"
@@ -210,4 +212,11 @@ def test_outputs_of_another_kind_are_refused(cli, files, tmp_path):
         done = calibrated(cli, files, files.stale, tmp_path / out, "--like-input")
         assert match in done.message
     assert (tmp_path / "there.pth").read_bytes() == b"mine"
+    # The state of the optimizer is in the input only, so not even --force replaces it.
+    net = shutil.copy(files.stale, tmp_path / "net.pth")
+    done = calibrated(cli, files, net, net, "--like-input", "--force")
+    assert "net.pth: would replace the checkpoint itself" in done.message
+    plan = ("--data", files.data, *files.common, "--like-input", "--plan", "-o", "x.pth")
+    stock = shutil.copy(files.stale, tmp_path / "net.safetensors")
+    assert "--like-input: expected a torch file" in cli("finetune", stock, *plan).message
     assert "No such option" in cli("convert", files.net, "--like-input", "-o", "x.pth").message

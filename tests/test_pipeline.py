@@ -615,6 +615,26 @@ def test_a_recipe_needs_a_history(cli, files, tmp_path):
     outcome = cli("fix", files.net, *given, "--recipe", files.net)
     assert outcome.code == 1
     assert "no fix or calibrate in its history" in outcome.message
+    for other in (files.data, tmp_path / "nothere"):
+        found = cli("fix", files.net, *given, "--recipe", other).message
+        assert found.startswith(f"bnfix: --recipe: {other}: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fix", "--train", "none", "--epochs", "5"], "--train none: nothing is trained"),
+        (["fix", "--train", "none", "--lr", "0.1"], "--train none: nothing is trained"),
+        (["calibrate", "--tolerance", "0.1"], "--tolerance: only with --samples auto"),
+        (["calibrate", "--samples", "1000", "--plan"], "--samples 1000: only 108 images"),
+    ],
+)
+def test_an_option_that_cannot_act_is_said(cli, files, tmp_path, words, said):
+    command, *options = words
+    given = [files.net, "--data", files.data, *files.common, "-o", tmp_path / "o.safetensors"]
+    done = cli(command, *given, *options)
+    assert done.code == (0 if "--plan" in words else 2)
+    assert said in done.out + done.err
 
 
 # --- from Python ---

@@ -30,15 +30,7 @@ from bnfix.checkpoints.save import (
     write_folder,
     write_text,
 )
-from bnfix.core.errors import (
-    file_error,
-    file_errors,
-    name_error,
-    output_error,
-    output_errors,
-    plain,
-    some,
-)
+from bnfix.core.errors import file_error, file_errors, name_error, output_error, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.models.published import described_in
 from bnfix.norm.layer import generalized_norms
@@ -62,7 +54,7 @@ def check_folder_output(path: Path, source: Path, *, force: bool) -> None:
     check_folder(path)
     if path.suffix in TORCH_SUFFIXES:
         raise name_error(path, "expected a name that ends in .safetensors, or a folder name.")
-    with output_errors(path, "cannot be written"):
+    with file_errors(path, "cannot be written", make=output_error):
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise output_error(path, "is not a folder. Give another name.")
         held = {entry.name for entry in path.iterdir()} if path.exists() else set()
@@ -170,7 +162,6 @@ def check_like_input(path: Path, source: Path, *, force: bool) -> None:
             f"--like-input: expected the same suffix as the input ({plain(source.name)}). "
             "Change -o, or leave the option out.",
         )
-    check_folder(path)
     check_free(path, force=force, source=source)
 
 
@@ -234,7 +225,8 @@ def save_like_input(model: nn.Module, path: Path, place: Checkpoint, *, force: b
             raise output_error(path, f"not written, {some(wrong)} cannot be stored in the file.")
         check_like_input(path, place.path, force=force)
 
-    with output_errors(path, "not written", kinds=(OSError, RuntimeError, ValueError)):
+    wrong = (OSError, RuntimeError, ValueError)
+    with file_errors(path, "not written", kinds=wrong, make=output_error):
         replace_whole(path, write)
 
 

@@ -82,12 +82,15 @@ def check_output(path: str | Path, *, force: bool) -> None:
             path,
             f"expected a name that ends in .safetensors, the only output format. Use {better}.",
         )
-    check_folder(path)
     check_free(path, force=force)
 
 
 def check_free(*paths: Path, force: bool, source: Path | None = None) -> None:
-    """Refuse, before any work, existing outputs that must not be replaced, and always a source."""
+    """Refuse, before any work, outputs that cannot be written or must not be replaced.
+
+    The source is never replaced, even with ``force``.
+    """
+    check_folder(paths[0])
     for path in paths:
         with output_errors(path, "cannot be written"):
             if path.is_dir():
@@ -101,10 +104,12 @@ def check_free(*paths: Path, force: bool, source: Path | None = None) -> None:
                 )
 
 
-def check_folder(path: Path) -> None:
-    """Refuse an output file whose folder is missing or read-only."""
+def check_folder(path: Path, *, makes: bool = False) -> None:
+    """Refuse an output file whose folder is read-only, or missing unless the program makes it."""
     folder = path.parent
     with output_errors(path, "cannot be written"):
+        if makes:
+            folder = next(parent for parent in path.parents if parent.exists())
         if not folder.exists():
             raise output_error(path, f"its folder {plain(folder)} does not exist. Create it first.")
         if not folder.is_dir():
@@ -112,12 +117,6 @@ def check_folder(path: Path) -> None:
         # The superuser passes os.access everywhere, but a read-only folder must stay read-only.
         if folder.stat().st_mode & 0o222 == 0 or not os.access(folder, os.W_OK | os.X_OK):
             raise output_error(path, f"its folder {plain(folder)} is read-only. Choose another.")
-
-
-def check_place(path: Path) -> None:
-    """Refuse, before any work, a file whose folder cannot be written or created."""
-    with output_errors(path, "cannot be written"):
-        check_folder(next(folder for folder in path.parents if folder.exists()) / path.name)
 
 
 def make_folder(folder: Path) -> None:
@@ -369,7 +368,7 @@ class StateFolder:
 
     def __init__(self, folder: str | Path, identity: str, file: str = "finetuning.pt") -> None:
         self.path, self.identity = Path(folder) / file, identity
-        check_place(self.path)
+        check_folder(self.path, makes=True)
 
     def read(self) -> dict[str, Any] | None:
         """The content that `write` stored, read with the restricted loader only, or None."""
@@ -378,12 +377,9 @@ class StateFolder:
         try:
             content = read_file(self.path)[0]
         except CheckpointError as error:
-            raise self.damaged(error) from error
+            raise self.damaged(error.__cause__ or "not a torch file") from error
         if not isinstance(content, dict) or content.get("format") != _STATE_FORMAT:
-            raise output_error(
-                self.path,
-                "is not a run state of this version. Give another --state DIR.",
-            )
+            raise self.damaged("not a run state of this version")
         if content.get("identity") != self.identity:
             raise output_error(
                 self.path,
@@ -399,10 +395,10 @@ class StateFolder:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_whole(self.path, lambda temporary: torch.save(whole, temporary))
 
-    def damaged(self, error: Exception) -> CheckpointError:
+    def damaged(self, reason: object) -> CheckpointError:
         """The error for a state that has the run's identity but does not fit the run."""
         advice = "Delete it to start over, or give another --state DIR."
-        return output_error(self.path, f"is damaged ({plain(error.__cause__ or error)}). {advice}")
+        return output_error(self.path, f"is damaged ({plain(reason)}). {advice}")
 
 
 def identity_of(model: nn.Module, settings: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from bnfix import demo as demo_files
-from bnfix.checkpoints.save import check_place, make_folder
+from bnfix.checkpoints.save import check_folder, make_folder
 from bnfix.cli.commands import (
     average,
     calibrate,
@@ -143,7 +143,7 @@ def demo(
     Example: bnfix demo
     """
     terminal, fixed = out.terminal(), output / "digits_net.fixed.safetensors"
-    check_place(fixed)
+    check_folder(fixed, makes=True)
     if output.is_dir() and not out.force and any(output.iterdir()):
         raise output_error(output, "already exists. Give another -o, or --force to write into it.")
     if out.show_plan:

@@ -198,13 +198,11 @@ def _carry_out(
             result = unjudged.calibrate_without_data(checkpoint, plan)
             notes = result.report.assumptions
             described, lines = {"command": plan.command, "steps": notes}, [*notes, "not written"]
+        elif out.show_plan:
+            described = describe(open_plan(plan, checkpoint, data, None, track), str(output))
+            lines = plan_lines(described)
         else:
-            bench = open_plan(plan, checkpoint, data, None, track)
-            if out.show_plan:
-                described = describe(bench, str(output))
-                lines = plan_lines(described)
-            else:
-                result = execute(bench)
+            result = execute(open_plan(plan, checkpoint, data, None, track))
         if not out.show_plan:
             result.save_by_first(output, force=out.force)
     if out.show_plan:
@@ -232,7 +230,8 @@ def convert(
     """
     terminal, started = out.terminal(), time.perf_counter()
     shape = None if input_shape is None else flags.sizes(input_shape, "--input-shape")
-    _check_samples(samples)
+    ok = samples is None or samples >= 2
+    require(ok, f"--samples: {samples}, expected at least 2.", "samples")
     check_outputs(output, checkpoint, model, force=out.force)
     with terminal.working() as track:
         result = convert_file(
@@ -268,10 +267,6 @@ def convert(
     terminal.say(f"{len(changes)} layers; {wrote}")
 
 
-def _check_samples(n: int | None) -> None:
-    require(n is None or n >= 2, f"--samples: {n}, expected at least 2.", "samples")
-
-
 def export(
     checkpoint: flags.Checkpoint,
     output: Annotated[Path, written("The .onnx, .pt2, folded .safetensors or plain .py to write.")],
@@ -291,12 +286,8 @@ def export(
     Example: bnfix export fixed.safetensors --model net.py:build --to onnx -o net.onnx
     """
     terminal, recipe = out.terminal(), replace(recipe, to=to)
-    if run.device not in ("auto", "cpu"):
-        raise ConfigError(
-            f"--device: {run.device!r}, but export works on the CPU; its output runs anywhere. "
-            "Leave the option out.",
-            name="device",
-        )
+    words = f"--device: {run.device!r}, but export works on the CPU; its output runs anywhere."
+    require(run.device in ("auto", "cpu"), f"{words} Leave the option out.", "device")
     check_exports(to, output, force=out.force, checkpoint=checkpoint)
     if out.show_plan:
         with terminal.working():
@@ -395,7 +386,7 @@ def inspect(
     Example: bnfix inspect net.pth
     """
     terminal = out.terminal()
-    _check_samples(samples)
+    require(samples >= 2, f"--samples: {samples}, expected at least 2.", "samples")
     with terminal.working() as track:
         found = inspect_checkpoint(
             checkpoint,

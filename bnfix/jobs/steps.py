@@ -415,10 +415,7 @@ def open_plan(
     if tune and tune.norm_decay_target == "none" and any(tune.norm_decays.values()):
         notes.append("--norm-decay: without --norm-decay-target zero or identity nothing decays.")
     if plan.command == "finetune" and tune and tune.ghost_size and tune.statistics == "frozen":
-        notes.append(
-            "--ghost-size was stored but had no effect here: with --statistics frozen nothing is "
-            "normalized by batches; with --statistics train it is."
-        )
+        notes.append("--ghost-size was stored without effect: it acts with --statistics train.")
     n, n_fit = plan.statistics.samples, len(bench.split.fit)
     if isinstance(n, int) and n > n_fit:
         notes.append(f"--samples {n}: only {n_fit} images are there to use.")

@@ -174,10 +174,9 @@ def save_moments(
 ) -> dict[str, Any]:
     """Measure every norm layer's input on a client's images; write moments to a path, if any."""
     plan = replace(plan, source=replace(plan.source, labels="none"))
-    if stated := stated_flags(plan, replace(plan.statistics, feed="batch")):
-        raise ConfigError(
-            f"--save-moments: writes plain moments, so {some(stated)} cannot act. Leave it out."
-        )
+    stated = stated_flags(plan, replace(plan.statistics, feed="batch"))
+    words = f"--save-moments: writes plain moments, so {some(stated)} cannot act. Leave it out."
+    require(not stated, words, "save_moments")
     given = data[0] if len(data) == 1 else data
     bench = open_workbench(checkpoint, given, plan, (1.0, 0.0, 0.0), track)
     recipe, identity = plan.statistics, identity_of(bench.model, {})

@@ -15,15 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bnfix.checkpoints.save import (
-    check_folder,
-    check_free,
-    check_place,
-    replace_whole,
-    write_text,
-)
+from bnfix.checkpoints.save import check_folder, check_free, write_bytes, write_text
 from bnfix.core import __version__
-from bnfix.core.errors import ConfigError, output_errors, plain
+from bnfix.core.errors import ConfigError, plain
 from bnfix.metrics.beside import Custom, Uncertain
 from bnfix.metrics.compare import Decision, Paired
 from bnfix.metrics.evaluate import Outputs
@@ -370,8 +364,9 @@ def write_texts(paths: Iterable[Path], texts: Iterable[str]) -> None:
 def check_report_folder(folder: Path, *, force: bool) -> tuple[Path, ...]:
     """Check before any work that a folder can get a report; return the report's files."""
     paths = tuple(folder / f"report.{kind}" for kind in ("json", "md", "html"))
-    check_free(*paths, force=force)
-    check_place(paths[0])
+    check_folder(paths[0], makes=True)
+    if folder.exists():
+        check_free(*paths, force=force)
     return paths
 
 
@@ -387,7 +382,6 @@ def check_predictions(path: Path, *, force: bool) -> None:
             f"--predictions: {plain(path)}, expected a name ending in {' or '.join(TABLES)}.",
             name="predictions",
         )
-    check_folder(path)
     check_free(path, force=force)
     if path.suffix.lower() == ".parquet":
         _pyarrow()
@@ -425,9 +419,9 @@ def write_predictions(path: Path, columns: dict[str, list[Any] | Array]) -> None
     names = [_utf8(name) for name in columns]
     values = [list(map(_utf8, c)) if isinstance(c, list) else c for c in columns.values()]
     table = arrow.table(values, names=names)
-    check_folder(path)
-    with output_errors(path, "not written", kinds=(OSError,)):
-        replace_whole(path, lambda temporary: parquet.write_table(table, temporary))
+    content = io.BytesIO()
+    parquet.write_table(table, content)
+    write_bytes(path, content.getvalue())
 
 
 def _utf8(text: object) -> str:

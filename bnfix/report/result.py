@@ -23,7 +23,6 @@ from bnfix.checkpoints.alike import (
 )
 from bnfix.checkpoints.load import hub_folder, origin_of
 from bnfix.checkpoints.save import (
-    check_folder,
     check_free,
     check_output,
     metadata_of,
@@ -409,5 +408,4 @@ def check_exports(
         ends = f"expected a name that ends in {SUFFIXES[to]} for --to {to}"
         raise name_error(path, f"{ends}. Use {better}.")
     files: Sequence[Path] = (*Export.files(to, path), *report_paths(path))
-    check_folder(path)
     check_free(*files, force=force, source=None if checkpoint is None else Path(checkpoint))
