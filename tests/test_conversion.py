@@ -18,6 +18,7 @@ from bnfix.core.errors import CheckpointError, ConfigError, ModelError, NormErro
 from bnfix.core.options import KINDS
 from bnfix.core.settings import DataRecipe, SwapRecipe
 from bnfix.jobs.convert import convert, example_input
+from bnfix.jobs.export import export
 from bnfix.norm.layer import generalized_norms
 from tests.conftest import images_of, inputs_of
 from tests.nets import bn1d, lived_in
@@ -163,8 +164,8 @@ def test_a_glob_that_matches_nothing_is_an_error(cli, files, tmp_path):
     words = ["convert", files.net, "--model", files.spec, "-o", tmp_path / "o.safetensors"]
     for option in ("--layers", "--skip"):
         outcome = cli(*words, option, "layer9.*")
-        assert outcome.code == 1
-        assert "layer9.*" in outcome.message
+        assert outcome.code == 2
+        assert f"{option}: layer9.* matches no norm layer" in outcome.message
 
 
 def test_groups_that_do_not_divide_are_refused_with_the_layers(cli, files, tmp_path):
@@ -272,6 +273,8 @@ def test_a_broken_network_can_be_converted_to_be_recalibrated(files, tmp_path):
     assert result.entry["results"]["difference"] is None
     (note,) = [note for note in result.report.assumptions if "not finite" in note]
     assert "nothing was compared. Run bnfix inspect." in note
+    with pytest.raises(ModelError, match="its outputs are not finite"):
+        export(tmp_path / "nan.pth", to="folded", model=files.spec)
 
 
 def test_a_small_input_is_made_up_where_no_size_is_known(files):

@@ -9,7 +9,15 @@ from torch import nn
 
 import bnfix
 from bnfix.core.errors import ConfigError, DataError
-from bnfix.metrics.robustness import STREAMS, batch_invariance, in_stream, streams_of
+from bnfix.metrics.robustness import (
+    STREAMS,
+    Moved,
+    Recorded,
+    batch_invariance,
+    in_stream,
+    moved,
+    streams_of,
+)
 
 X = torch.from_numpy(np.random.default_rng(0).normal(size=(40, 3, 6, 6))).float()
 
@@ -185,3 +193,12 @@ def test_different_preprocessing_is_said_beside_the_verdict(cli, files, tmp_path
     same = cli(*words, "--mean", "0.5,0.5,0.5", "--std", "0.25").json
     assert same["verdict"] == "same"
     assert "different preprocessing" not in same["verdict_sentence"]
+
+
+def test_classes_of_outputs_that_are_not_finite_are_not_counted():
+    outputs = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    after = Recorded([outputs], [outputs.argmax(1)], 2)
+    for broken in (torch.nan, torch.inf):
+        before = Recorded([outputs * broken], [torch.zeros(2)], 2)
+        assert moved(before, after) == Moved(None, None, 2)
+        assert moved(after, before) == Moved(None, None, 2)
