@@ -163,7 +163,8 @@ def _swapped(
             "one by one; give --input-shape C,H,W."
         )
         return plan, None, notes
-    difference = _difference(loaded, before, outputs_of(loaded.model, example), was_live=was_live)
+    after = outputs_of(loaded.model, example)
+    difference: float | None = _difference(loaded, before, after, was_live=was_live)
     found = f"largest output difference is {difference:.2g} (relative to the largest output)."
     if not before.isfinite().all():
         found, difference = "outputs are not finite: nothing was compared. Run bnfix inspect.", None
