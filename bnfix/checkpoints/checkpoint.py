@@ -194,10 +194,14 @@ def find_state_dict(
 ) -> tuple[Any, str, list[str]]:
     """The state dict in a file's content, its nesting, and the nestings of other complete ones."""
     nests = _nests(content)
-    listed = f"found under {some([plain(n) for n in nests])}" if nests else "found none"
+    listed, hint = "found none", "Save model.state_dict() with torch.save."
+    if _has_tensors(content):
+        listed, hint = "found at the top level", "Leave --key out."
+    if nests:
+        listed, hint = f"found under {some([plain(n) for n in nests])}", "Give one as --key."
     base = follow(content, key or "")
     if base is None and key:
-        raise file_error(path, f"has no {plain(key)!r}; state dicts {listed}. Give one as --key.")
+        raise file_error(path, f"has no {plain(key)!r}; state dicts: {listed}. {hint}")
     found = key or ""
     if key is None or not _has_tensors(base):
         at = f"{key}." if key else ""
@@ -212,7 +216,6 @@ def find_state_dict(
         likely = [*(means if prefer_ema else []), *likely]
         if not likely:
             under = f" under {plain(key)!r}" if key else ""
-            hint = "Give it as --key." if nests else "Save model.state_dict() with torch.save."
             raise file_error(
                 path, f"holds no state dict (names to tensors){under}; {listed}. {hint}"
             )

@@ -10,9 +10,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, get_type_hints
 
@@ -141,14 +143,14 @@ class Out:
 # --- texts to values ---
 
 
-def numbers(text: str, flag: str) -> tuple[float, ...]:
+def numbers(text: str, flag: str, *, single: bool = False) -> tuple[float, ...]:
     """Comma-separated numbers; a fraction such as 1/255 is one."""
-    try:
-        return tuple(_fraction(part) for part in text.replace(" ", ",").split(",") if part)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"{flag}: {text!r}, expected a number, or several with commas between.", name=flag[2:]
-        ) from error
+    with suppress(ValueError, ZeroDivisionError):
+        found = tuple(_fraction(part) for part in text.replace(" ", ",").split(",") if part)
+        if len(found) == 1 or (found and not single):
+            return found
+    expected = "one number" if single else "a number, or several with commas between"
+    raise ConfigError(f"{flag}: {text!r}, expected {expected}.", name=flag[2:])
 
 
 def _fraction(text: str) -> float:
@@ -157,10 +159,7 @@ def _fraction(text: str) -> float:
 
 
 def _number(text: str, flag: str) -> float:
-    found = numbers(text, flag)
-    if len(found) != 1:
-        raise ConfigError(f"{flag}: {text!r}, expected one number.", name=flag[2:])
-    return found[0]
+    return numbers(text, flag, single=True)[0]
 
 
 def sizes(text: str, flag: str) -> tuple[int, ...]:
@@ -341,6 +340,7 @@ def flattened(
     @functools.wraps(command)
     def run(**values: Any) -> None:
         with stated(called, many=many, debug=values["debug"]):
+            _refuse_empty()
             for name, group in groups.items():
                 values[name] = group.take(values)
             command(**values)
@@ -349,6 +349,19 @@ def flattened(
     wrapped.__signature__ = inspect.Signature(flat)
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
     return run
+
+
+def _refuse_empty() -> None:
+    """Refuse an empty value: as a path, it would name the current folder."""
+    for before, word in pairwise(_TYPED.get()):
+        flag, equals, value = word.partition("=")
+        empty = not word or (flag.startswith("-") and equals and not value)
+        # An empty prefix says that no prefix is stripped.
+        where = flag or (before if before.startswith("-") else "CKPT")
+        if empty and where != "--prefix":
+            raise ConfigError(
+                f"{where}: the value is empty. Give one, or leave it out."
+            )
 
 
 def check_beside_recipe(context: typer.Context) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 #: Folders of code that is not the user's: this package, the standard library, installed packages.
 _NOT_OWN = (
-    str(Path(__file__).parent),
+    str(Path(__file__).parents[1]),
     *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
 )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,10 +59,10 @@ def check_corruption(text: str, where: str = "--corrupt") -> tuple[str, int]:
     return kind, int(severity)
 
 
-def one_of(value: Any, choices: Collection[str], name: str) -> None:
-    """Refuse a setting that is not one of the choices."""
+def one_of(value: Any, choices: Collection[str], name: str, more: str = "") -> None:
+    """Refuse a setting that is not one of the choices; ``more`` is what else is accepted."""
     if value not in choices:
-        listed = ", ".join(choices)
+        listed = ", ".join(choices) + more
         error = ConfigError(f"{name}: {value!r} is not known. Use one of: {listed}.", name=name)
         error.choices = tuple(choices)
         raise error
@@ -70,21 +70,25 @@ def one_of(value: Any, choices: Collection[str], name: str) -> None:
 
 def in_range(recipe: Any, low: float, high: float, *names: str, excluded: bool = False) -> None:
     """Refuse numbers outside [low, high], or outside [low, high)."""
-    span = f"{low} to {high}" + f", {high} excluded" * excluded
-    if high == math.inf:
-        span, excluded = f"at least {low}", True
     for name in names:
         value, flag = getattr(recipe, name), "--" + name.replace("_", "-")
-        ok = value is None or (low <= value <= high and not (excluded and value == high))
+        ok = value is None or low <= value < high or (value == high < math.inf and not excluded)
+        span = f"{low} to {high}" + f", {high} excluded" * excluded
+        if high == math.inf:
+            span = f"at least {low}" if ok or math.isfinite(value) else "a finite number"
         require(ok, f"{flag}: {value}, expected {span}.", name)
 
 
 def above_zero(recipe: Any, name: str) -> None:
     """Refuse numbers that are not above 0, or so large that a sum of them overflows."""
     values = getattr(recipe, name)
-    shown = ", ".join(map(str, values))
     ok = all(0 < value < 1e6 for value in values)
-    require(ok, f"--{name}: {shown}, expected numbers above 0.", name)
+    require(ok, f"--{name}: {listed(values)}, expected numbers above 0.", name)
+
+
+def listed(values: Iterable[object]) -> str:
+    """Values as a user types them."""
+    return ",".join(map(str, values))
 
 
 # --- data, model, run, evaluation ---
@@ -147,8 +151,8 @@ class DataRecipe(InputRecipe, TaskRecipe):
         "labels.csv, a regular expression for file names (its first group, or the whole match), an "
         "array of the .npz, or an .npy or .npz file with one group per example.",
     )
-    max_bad: float | None = option(
-        None, "Bad images tolerated in one pass (default: 1%, and at least 5)."
+    max_bad: int | None = option(
+        None, "Number of bad images tolerated in one pass (default: 1% of them, at least 5)."
     )
     corrupt: str | None = option(
         None,
@@ -159,6 +163,9 @@ class DataRecipe(InputRecipe, TaskRecipe):
     def __post_init__(self) -> None:
         TaskRecipe.__post_init__(self)
         one_of(self.labels, ("auto", "none"), "--labels")
+        ok = self.max_bad is None or 0 <= self.max_bad < math.inf
+        counts = "expected a number of images, at least 0"
+        require(ok, f"--max-bad: {self.max_bad}, {counts}.", "max_bad")
         if self.corrupt is not None:
             check_corruption(self.corrupt)
 
@@ -200,12 +207,13 @@ class Preprocessing:
             require(ok, f"--{name}: {shown}, expected one or two sizes from 1 to 16384.", name)
         n = self.channels
         for name in ("mean", "std"):
-            values = getattr(self, name)
-            ok = all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-            require(ok, f"--{name}: {values}, expected finite numbers.", name)
-            words = f"--{name}: {len(values)} numbers for {n} channels. Give 1 or {n}."
+            values, least = getattr(self, name), 0 if name == "std" else -math.inf
+            ok = all(isinstance(v, int | float) and least < v < math.inf for v in values)
+            known = "finite numbers above 0" if name == "std" else "finite numbers"
+            require(ok, f"--{name}: {listed(values)}, expected {known}.", name)
+            give = "1 for grey images" if n == 1 else f"1 or {n}, one per channel"
+            words = f"--{name}: {len(values)} given, expected {give}."
             require(len(values) in (1, n), words, name)
-        require(all(s > 0 for s in self.std), f"--std: {self.std}, expected above 0.", "std")
         ok = self.scale > 0 and math.isfinite(self.scale)
         require(ok, f"--scale: {self.scale}, expected a number above 0.", "scale")
 
@@ -274,7 +282,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         one_of(self.precision, ("fp32", "bf16", "fp16"), "--precision")
         in_range(self, 1, math.inf, "batch_size")
-        require(self.workers >= -1, f"--workers: {self.workers}, expected at least 0.", "workers")
+        in_range(self, -1, math.inf, "workers")
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,8 @@ class WeightRecipe:
     def __post_init__(self) -> None:
         a = self.example_weight
         if isinstance(a, str):
-            one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight")
+            more = ", or a number from 0 to 1"
+            one_of(a, ("auto", "keep", *LABEL_FREE), "--example-weight", more)
         else:
             in_range(self, 0, 1, "example_weight")
         b, room = self.batch_weight, 1.0 if isinstance(a, str) else 1 - a
@@ -388,7 +389,8 @@ class IngredientRecipe(OptimizerRecipe):
         in_range(self, 0, 1000, "sharpness")
         factors = self.consistency
         ok = factors is None or (len(factors) == 2 and all(0 <= f <= 1000 for f in factors))
-        require(ok, f"--consistency: {factors}, expected two numbers from 0.", "consistency")
+        shown = ",".join(map(str, factors or ()))
+        require(ok, f"--consistency: {shown}, expected two numbers, 0 to 1000.", "consistency")
 
 
 @dataclass(frozen=True)

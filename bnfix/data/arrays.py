@@ -31,7 +31,7 @@ from bnfix.data.images import (
     Images,
     Opened,
     digest_of,
-    parsing,
+    parsing_file,
     pixels_of,
 )
 from bnfix.models.build import import_callable, importable
@@ -143,7 +143,7 @@ def open_arrays(spec: str, wanted: bool, channels: int) -> Opened:
     paths = named_files(spec)
     for path in paths:
         read = _read_npz if path.suffix.lower() == ".npz" else _read_tensors
-        with parsing(f"not a readable {path.suffix} file"):
+        with parsing_file(path):
             part, unused = read(path, wanted)
         parts.append(part)
         others.update(unused)
@@ -182,13 +182,8 @@ def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Image
             valid_of(items.beside.get("mask"), items.beside.get("lengths"), total)
         return items
     images = ArrayImages(spec, array[..., None] if array.ndim == 3 else array, channels)
-    n_channels = images.array.shape[3]
-    if n_channels == 4:
+    if images.array.shape[3] == 4:
         images.notes.append("the fourth channel (alpha) is dropped")
-    if n_channels == 1 < channels:
-        images.notes.append("grey images, repeated to 3 channels")
-    if channels == 1 < n_channels:
-        images.notes.append("colour images, converted to grey by ITU-R 601 luma")
     return images
 
 
@@ -278,9 +273,10 @@ def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None
     if name == "images":
         n_channels = 1 if len(shape) == 3 else shape[-1] if len(shape) == 4 else 0
         if dtype != np.uint8 or n_channels not in (1, 3, 4):
+            do = " Save (255 * images).astype(uint8), or name ready inputs `inputs`."
             raise DataError(
                 f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
-                "(N, H, W, C) with 1, 3 or 4 channels last."
+                f"(N, H, W, C) with 1, 3 or 4 channels last.{do * (dtype.kind == 'f')}"
             )
         if min(shape) == 0:
             raise DataError(f"no images; their shape is {shape}.")
@@ -297,7 +293,7 @@ def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None
 
 def named_array(path: Path, name: str) -> np.ndarray:
     """One array of an ``.npz`` file; its header is read first."""
-    with parsing("not a readable .npz file"), _npz(path) as archive:
+    with parsing_file(path), _npz(path) as archive:
         _npy_header(archive, name)
         return _npy(archive, name)
 
@@ -322,11 +318,14 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
             raise ValueError(f"{name} has .npy version {version}")
         shape, _, dtype = readers[version](file)
         n_bytes = file.tell() + prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        what = f"{name} holds Python objects, expected whole numbers"
+        raise DataError(f"{what}. Save {name}.astype(int).")
     # numpy allocates memory for the declared shape, so it must match the stored bytes.
-    if min(shape, default=0) < 0 or dtype.hasobject or n_bytes != info.file_size:
+    if min(shape, default=0) < 0 or n_bytes != info.file_size:
         raise DataError(
-            f"array {name} is declared as {dtype} {shape}, {n_bytes:,} bytes of plain numbers, but "
-            f"{info.file_size:,} are stored."
+            f"array {name} is declared as {dtype} {shape}, {n_bytes:,} bytes, but "
+            f"{info.file_size:,} are stored. Fetch it again."
         )
     return shape, dtype
 
@@ -355,6 +354,10 @@ class ItemImages(Images):
         """The given pixels, in the requested channels."""
         return pixels_of(Image.fromarray(self.items[i]), self.channels)
 
+    def is_grey(self, i: int) -> bool:
+        """Whether the pixels have no colour axis."""
+        return self.items[i].ndim == 2
+
     def _hash(self, i: int) -> bytes:
         return digest_of(self.items[i])
 
@@ -362,9 +365,8 @@ class ItemImages(Images):
 def is_callable(spec: str) -> bool:
     """Whether a spec can be the name of a callable; nothing is imported."""
     where, _, name = spec.rpartition(":")
-    if not where or not all(part.isidentifier() for part in name.split(".")):
-        return False
-    return where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
+    parts = [*name.split("."), *([] if where.endswith(".py") else where.split("."))]
+    return all(part.isidentifier() for part in parts)
 
 
 def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
@@ -396,14 +398,11 @@ def open_callable(spec: str, wanted: bool, channels: int) -> Opened:
     images.targets = TensorItems(spec, targets, "targets")
     images.targets.ragged = any(shape != shapes[0] for shape in shapes)
     if isinstance(images, ItemImages):
-        images.moves = all(map(_is_mask, targets, images.items))
+        images.moves = all(
+            isinstance(y, Tensor) and not y.is_floating_point() and y.shape == pixels.shape[:2]
+            for y, pixels in zip(targets, images.items, strict=True)
+        )
     return images, None
-
-
-def _is_mask(target: Any, pixels: np.ndarray) -> bool:
-    """Whether a target is integers, one per pixel."""
-    whole = isinstance(target, Tensor) and not target.is_floating_point()
-    return whole and target.shape == pixels.shape[:2]
 
 
 def _inputs(value: Any, place: str) -> Any:

@@ -7,7 +7,8 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,11 +78,12 @@ class _Shaper(Dataset[list[_Item]]):
 
     def _item(self, i: int) -> _Item:
         try:
-            return self._shaped(i)
+            return self.shaped(i)
         except DataError as error:
             return type(error)(str(error))  # without the traceback, which keeps the image alive
 
-    def _shaped(self, i: int) -> tuple[np.ndarray, Any]:
+    def shaped(self, i: int) -> tuple[np.ndarray, Any]:
+        """The pixels of one image and its target, after resize and crop."""
         pixels, name = self.images.read(i), self.images.name(i)
         target = self.images.target(i) if self.images.moves else None
         resize, crop = self.preprocessing.resize, self.preprocessing.crop
@@ -128,7 +130,7 @@ class Batches:
     ) -> None:
         message = f"--batch-size: {batch_size}, expected 1 or more."
         require(batch_size >= 1, message, "batch_size")
-        require(workers >= -1, f"--workers: {workers}, expected 0 or more.", "workers")
+        require(workers >= -1, f"--workers: {workers}, expected at least -1.", "workers")
         preprocessing = preprocessing or Preprocessing()
         no_images = isinstance(images, TensorItems)
         if corruption is not None:
@@ -331,6 +333,17 @@ class Batches:
         x = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (p.mean, p.std))
         return x.mul_(p.scale).sub_(mean).div_(std)
+
+
+def describe_padding(images: Images, preprocessing: Preprocessing) -> list[str]:
+    """A note if the crop is larger than the first image, which then gets a black frame."""
+    with suppress(DataError):
+        pixels, _ = _Shaper(images, replace(preprocessing, crop=None)).shaped(0)
+        size = pixels.shape[:2]
+        height, width = map(max, size, preprocessing.crop or size)
+        words = f"images of {size[0]}x{size[1]} are padded with black to {height}x{width} (--crop)."
+        return [f"{images.spec}: {words}"] * ((height, width) != size)
+    return []
 
 
 def _check_maps(images: Images, preprocessing: Preprocessing) -> None:

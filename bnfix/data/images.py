@@ -93,6 +93,20 @@ class Images(ABC):
         """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
         raise DataError(f"{self.spec}: item {i} is not an image.")
 
+    def is_grey(self, i: int) -> bool:
+        """Whether image ``i`` is stored without colours; DataError for a bad image."""
+        raise DataError(f"{self.spec}: item {i} is not an image.")
+
+    def colours(self) -> list[str]:
+        """A note if some of three images are not stored in the requested channels."""
+        found = set()
+        for i in {0, len(self) // 2, len(self) - 1}:
+            with suppress(DataError):
+                found.add(self.is_grey(i))
+        if self.channels == 1:
+            return ["colour images, converted to grey by ITU-R 601 luma"] * (False in found)
+        return ["grey images, repeated to 3 channels"] * (found == {True})
+
     @property
     def labelled(self) -> bool:
         """Whether examples have labels or other targets."""
@@ -138,6 +152,11 @@ class EncodedImages(Images):
         """Decode the first frame."""
         with self._open(i) as image:
             return pixels_of(image, self.channels)
+
+    def is_grey(self, i: int) -> bool:
+        """By the mode of the file."""
+        with self._open(i) as image:
+            return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
     def _hash(self, i: int) -> bytes:
         return digest_of_file(lambda: self._stream(i), self.name(i))
@@ -209,6 +228,10 @@ class ArrayImages(Images):
         image: np.ndarray = self.take(np.asarray([i]))[0]
         return image
 
+    def is_grey(self, i: int) -> bool:
+        """By the shape of the array."""
+        return bool(self.array.shape[3] == 1)
+
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])
 
@@ -263,6 +286,13 @@ def parsing(problem: str, advice: str = "", path: Path | None = None) -> Iterato
         # The text of other errors, such as a KeyError, says little without the type.
         reason = plain(error, 300) if isinstance(error, OSError | ValueError) else ""
         raise DataError(f"{problem} ({reason or one_line(error)}).{advice}", path=path) from error
+
+
+def parsing_file(path: Path) -> AbstractContextManager[None]:
+    """Refuse an empty file, and turn every error of its reader into a DataError."""
+    if not path.stat().st_size:
+        raise DataError("is empty (0 bytes). Fetch it again.", path=path)
+    return parsing(f"is damaged, or no {path.suffix} file", " Fetch it again.", path)
 
 
 def faults_of(problems: Mapping[str, Sequence[str]]) -> str:
@@ -404,6 +434,8 @@ def read_object(path: Path, where: str, limit: int) -> dict[str, Any]:
             raise DataError(f"{where}: duplicate names: {some(twice)}. Keep one.", path=path)
         return dict(pairs)
 
+    if not path.exists():
+        raise DataError(f"{where}: no such file.", path=path)
     with parsing(f"{where}: cannot be read as JSON", path=path):
         content = json.loads(read_bytes(path, limit), object_pairs_hook=unique)
     if not isinstance(content, dict) or not content:

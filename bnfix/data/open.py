@@ -70,6 +70,7 @@ def open_images(
         fault = str(error).removeprefix(f"{spec}: ") if stated else f"cannot be read ({error})."
         raise DataError(f"DATA {spec}: {fault}", name=spec, path=spec) from error
     images.spec = spec
+    images.notes += images.colours()
     if groups is not None:
         group_(images, groups)
     if images.unused:

@@ -20,7 +20,7 @@ from bnfix.core.errors import ConfigError, DataError, plain, some
 from bnfix.core.options import TASKS
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecipe
 from bnfix.data.arrays import TensorItems
-from bnfix.data.batches import Batch, Batches, augmented, max_bad_of
+from bnfix.data.batches import Batch, Batches, augmented, describe_padding, max_bad_of
 from bnfix.data.corruptions import Corruption, corruption_of
 from bnfix.data.images import Images
 from bnfix.data.open import for_outputs, open_images, open_several
@@ -175,7 +175,7 @@ class Inputs:
 
     def lenient(self, n: int) -> Inputs:
         """The same inputs, for a look at n images: all n can be bad."""
-        return replace(self, source=replace(self.source, max_bad=float(n)))
+        return replace(self, source=replace(self.source, max_bad=n))
 
     def first_batch(self, seed: int) -> Batch | None:
         """A few images drawn at random; none if none can be read."""
@@ -233,7 +233,7 @@ def as_inputs(
 ) -> Inputs:
     """Opened data with its preprocessing, or without it if it holds no images."""
     if not isinstance(images, TensorItems):
-        return Inputs(images, stated, notes, source)
+        return Inputs(images, stated, [*notes, *describe_padding(images, stated)], source)
     notes = [f"{images.spec}: inputs are used without any preprocessing."]
     return Inputs(images, None, notes, source)
 
