@@ -15,7 +15,6 @@ from bnfix.checkpoints.read import (
     file_in_folder,
     parse_header,
     read_file,
-    require_file,
     sha256_of,
 )
 from bnfix.core.errors import file_error, plain, some
@@ -76,7 +75,6 @@ def read_checkpoint(
     names; if given, the prefix that matches most of them is stripped.
     """
     path = file_in_folder(Path(path))
-    require_file(path)
     content, header, notes = read_file(path)
     metadata = None if header is None else parse_header(header, path)
     found, key, others = find_state_dict(content, key, path, notes, prefer_ema=prefer_ema)

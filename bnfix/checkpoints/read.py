@@ -287,6 +287,7 @@ def require_file(path: Path) -> None:
 
 def read_file(path: Path) -> tuple[Any, str | None, list[str]]:
     """A file's content, the text of its ``bnfix`` header if it has one, and notes."""
+    require_file(path)
     # Readers raise almost any exception on a damaged or hostile file.
     problem = "cannot be read, it is damaged or not a checkpoint"
     if path.suffix in (".onnx", ".pt2"):
@@ -347,7 +348,6 @@ def _read_index(path: Path) -> tuple[dict[str, torch.Tensor], None, list[str]]:
         where = f"its shard {plain(shard)}"
         if not (path.parent / shard).exists():
             raise file_error(path, f"{where}: no such file. Download all shards again.")
-        require_file(path.parent / shard)
         found = read_file(path.parent / shard)[0]
         if not isinstance(found, dict):
             raise file_error(path, f"{where} holds no state dict.")

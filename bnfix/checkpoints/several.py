@@ -28,7 +28,7 @@ from bnfix.checkpoints.checkpoint import (
     misfits_of,
     read_checkpoint,
 )
-from bnfix.checkpoints.read import file_in_folder, parse_header, read_file, require_file
+from bnfix.checkpoints.read import file_in_folder, parse_header, read_file
 from bnfix.core.errors import CheckpointError, ConfigError, NumericError, file_error, plain, some
 from bnfix.core.guards import Snapshot
 from bnfix.core.settings import AverageRecipe, ModelRecipe
@@ -172,7 +172,6 @@ def best_of(files: Sequence[str], n: int) -> tuple[list[str], str]:
 def _numbers(file: Path) -> dict[str, float]:
     """The scores with known names at the top of a file, or in a bnfix file's last results."""
     file = file_in_folder(file)
-    require_file(file)
     content, header, _ = read_file(file)
     if header is not None:
         history = parse_header(header, file).get("history")

@@ -359,9 +359,7 @@ def _refuse_empty() -> None:
         # An empty prefix says that no prefix is stripped.
         where = flag or (before if before.startswith("-") else "CKPT")
         if empty and where != "--prefix":
-            raise ConfigError(
-                f"{where}: the value is empty. Give one, or leave it out."
-            )
+            raise ConfigError(f"{where}: the value is empty. Give one, or leave it out.")
 
 
 def check_beside_recipe(context: typer.Context) -> None:

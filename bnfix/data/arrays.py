@@ -273,7 +273,7 @@ def _check(headers: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> None
     if name == "images":
         n_channels = 1 if len(shape) == 3 else shape[-1] if len(shape) == 4 else 0
         if dtype != np.uint8 or n_channels not in (1, 3, 4):
-            do = " Save (255 * images).astype(uint8), or name ready inputs `inputs`."
+            do = " Save (255 * images).astype(uint8), or store ready network inputs as `inputs`."
             raise DataError(
                 f"images are {dtype} {shape}, expected uint8 (N, H, W) or "
                 f"(N, H, W, C) with 1, 3 or 4 channels last.{do * (dtype.kind == 'f')}"

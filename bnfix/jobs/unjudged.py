@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.alike import check_copyable
 from bnfix.checkpoints.load import Loaded
-from bnfix.checkpoints.read import FORMAT, check_room, parse_header, read_file, require_file, sha256_of
+from bnfix.checkpoints.read import FORMAT, check_room, parse_header, read_file, sha256_of
 from bnfix.checkpoints.save import identity_of, round_as_stored_, write_checkpoint
 from bnfix.core import __version__
 from bnfix.core.errors import CheckpointError, ConfigError, ModelError, plain, some
@@ -253,7 +253,6 @@ def _opened(path: Path) -> tuple[dict[str, Any] | None, dict[str, Tensor]]:
     """The header and the tensors of a moments file; no header for any other file."""
     if path.suffix != ".safetensors" or path.is_dir():
         return None, {}
-    require_file(path)
     tensors, text, _ = read_file(path)
     header = None if text is None else parse_header(text, path)
     return (header, tensors) if header is not None and "moments" in header else (None, {})
