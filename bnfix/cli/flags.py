@@ -158,10 +158,6 @@ def _fraction(text: str) -> float:
     return float(above) / float(below) if slash else float(above)
 
 
-def _number(text: str, flag: str) -> float:
-    return numbers(text, flag, single=True)[0]
-
-
 def sizes(text: str, flag: str) -> tuple[int, ...]:
     """One or more sizes, such as 224 or 224x320."""
     try:
@@ -178,10 +174,6 @@ def _or_word(kind: type[int] | type[float], text: str, _: str) -> int | float | 
         return kind(text)
     except ValueError:
         return text  # the recipe checks the words
-
-
-def _many(texts: list[str], _: str) -> tuple[str, ...]:
-    return tuple(texts)
 
 
 def _arguments(pairs: list[str], flag: str) -> tuple[tuple[str, Any], ...]:
@@ -202,12 +194,12 @@ _READ: dict[Any, tuple[Any, Callable[[Any, str], Any]]] = {
     tuple[int, ...] | None: (str | None, sizes),
     tuple[float, ...] | None: (str | None, numbers),
     tuple[float, ...]: (str | None, numbers),
-    tuple[str, ...]: (list[str] | None, _many),
+    tuple[str, ...]: (list[str] | None, lambda texts, _: tuple(texts)),
     tuple[tuple[str, Any], ...]: (list[str] | None, _arguments),
     int | str | None: (str | None, functools.partial(_or_word, int)),
     str | float: (str, functools.partial(_or_word, float)),
     float | str | None: (str | None, functools.partial(_or_word, float)),
-    "scale": (str | None, _number),
+    "scale": (str | None, lambda text, flag: numbers(text, flag, single=True)[0]),
 }
 
 

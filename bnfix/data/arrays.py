@@ -184,6 +184,8 @@ def _images_of(spec: str, arrays: dict[str, np.ndarray], channels: int) -> Image
     images = ArrayImages(spec, array[..., None] if array.ndim == 3 else array, channels)
     if images.array.shape[3] == 4:
         images.notes.append("the fourth channel (alpha) is dropped")
+    if images.array.shape[3] == 1 < channels:
+        images.notes.append("grey images, repeated to 3 channels")
     return images
 
 
@@ -353,10 +355,6 @@ class ItemImages(Images):
     def read(self, i: int) -> np.ndarray:
         """The given pixels, in the requested channels."""
         return pixels_of(Image.fromarray(self.items[i]), self.channels)
-
-    def is_grey(self, i: int) -> bool:
-        """Whether the pixels have no colour axis."""
-        return self.items[i].ndim == 2
 
     def _hash(self, i: int) -> bytes:
         return digest_of(self.items[i])

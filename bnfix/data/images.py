@@ -6,6 +6,7 @@ before memory is allocated. Every exception of Pillow's on a damaged file become
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -93,19 +94,15 @@ class Images(ABC):
         """Pixels, uint8 (H, W, C): first frame, upright, no alpha; DataError for a bad image."""
         raise DataError(f"{self.spec}: item {i} is not an image.")
 
-    def is_grey(self, i: int) -> bool:
-        """Whether image ``i`` is stored without colours; DataError for a bad image."""
-        raise DataError(f"{self.spec}: item {i} is not an image.")
-
     def colours(self) -> list[str]:
-        """A note if some of three images are not stored in the requested channels."""
-        found = set()
-        for i in {0, len(self) // 2, len(self) - 1}:
+        """A note if one of three images loses its colours."""
+        whole = copy.copy(self)
+        whole.channels = 3
+        for i in (0, len(self) // 2, len(self) - 1) if self.channels == 1 else ():
             with suppress(DataError):
-                found.add(self.is_grey(i))
-        if self.channels == 1:
-            return ["colour images, converted to grey by ITU-R 601 luma"] * (False in found)
-        return ["grey images, repeated to 3 channels"] * (found == {True})
+                if np.ptp(whole.read(i), axis=2).any():
+                    return ["colour images, converted to grey by ITU-R 601 luma"]
+        return []
 
     @property
     def labelled(self) -> bool:
@@ -152,11 +149,6 @@ class EncodedImages(Images):
         """Decode the first frame."""
         with self._open(i) as image:
             return pixels_of(image, self.channels)
-
-    def is_grey(self, i: int) -> bool:
-        """By the mode of the file."""
-        with self._open(i) as image:
-            return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
     def _hash(self, i: int) -> bytes:
         return digest_of_file(lambda: self._stream(i), self.name(i))
@@ -227,10 +219,6 @@ class ArrayImages(Images):
         """Slice the array."""
         image: np.ndarray = self.take(np.asarray([i]))[0]
         return image
-
-    def is_grey(self, i: int) -> bool:
-        """By the shape of the array."""
-        return bool(self.array.shape[3] == 1)
 
     def _hash(self, i: int) -> bytes:
         return digest_of(self.array[i])

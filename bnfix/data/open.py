@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple
 
@@ -162,18 +161,6 @@ def _fits_folder(spec: str, path: Path) -> bool:
     return path.is_dir() or (not path.exists() and "#" in spec and not named)
 
 
-def _fits_arrays(spec: str, path: Path) -> bool:
-    return path.suffix.lower() in _ARRAYS and (path.is_file() or "{" in spec)
-
-
-def _fits_suffix(suffix: str, _: str, path: Path) -> bool:
-    return path.suffix.lower() == suffix
-
-
-def _fits_callable(spec: str, path: Path) -> bool:
-    return not path.exists() and not near_dataset(spec) and is_callable(spec)
-
-
 def _open_place(spec: str, wanted: bool, channels: int) -> Opened:
     """Open a folder of any kind, or one split of it, ``FOLDER#SPLIT``."""
     path, split = Path(spec), ""
@@ -279,14 +266,18 @@ _KINDS: Final = (
     _Kind(
         "an .npz, .pt or .safetensors file with images (or inputs of any shape) and labels (or "
         "targets of any shape)",
-        _fits_arrays,
+        lambda spec, path: path.suffix.lower() in _ARRAYS and (path.is_file() or "{" in spec),
         open_arrays,
     ),
     _Kind("a data set as cifar10:ROOT#test", is_dataset, open_dataset),
     _Kind("boxes as coco:ROOT#val2017", is_coco, open_coco),
-    _Kind(".tar shards", partial(_fits_suffix, ".tar"), open_shards),
-    _Kind(".parquet files", partial(_fits_suffix, ".parquet"), open_tables),
-    _Kind("or package.module:callable", _fits_callable, open_callable),
+    _Kind(".tar shards", lambda _, path: path.suffix.lower() == ".tar", open_shards),
+    _Kind(".parquet files", lambda _, path: path.suffix.lower() == ".parquet", open_tables),
+    _Kind(
+        "or package.module:callable",
+        lambda spec, path: not path.exists() and not near_dataset(spec) and is_callable(spec),
+        open_callable,
+    ),
 )
 
 
