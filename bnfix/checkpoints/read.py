@@ -221,10 +221,7 @@ def _entry_bytes(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -
 
 def read_legacy(path: Path) -> Any:
     """The content of a torch.save file in the format before torch 1.6."""
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         parts = _pickles(content)
         first = _Survey(next(parts))
         if first.result != _TORCH_MAGIC_NUMBER:
@@ -240,8 +237,7 @@ def read_legacy(path: Path) -> Any:
     claimed = sum(survey.storages.values())
     if claimed > size:
         raise file_error(
-            path,
-            f"damaged, it claims {claimed} bytes of tensors in {size} bytes.{_AGAIN}",
+            path, f"damaged, it claims {claimed} bytes of tensors in {size} bytes.{_AGAIN}"
         )
     return _load(path, survey, mapped=False)
 

@@ -298,8 +298,7 @@ class OptimizerRecipe:
 
     optimizer: str = option("adamw", "adamw or sgd (Nesterov momentum 0.9).")
     lr: float | None = option(
-        None,
-        "Peak learning rate, falling to 0 by cosine (default 0.006; 0.0005 with --train all).",
+        None, "Peak learning rate, falling to 0 by cosine (default 0.006; 0.0005 with --train all)."
     )
     weight_lr: float = option(0.02, "Peak rate for learned example weights.")
     warmup: float = option(0.05, "Fraction of the steps over which the rate rises from 0.")
