@@ -163,6 +163,8 @@ def test_nesting_is_followed_three_deep_and_no_deeper(tmp_path):
     deep = {"model": {"model": {"model": {"model": tensors()}}}}
     with pytest.raises(CheckpointError, match=r"net\.pth: holds no state dict .*found none"):
         read_checkpoint(saved(tmp_path / "net.pth", deep))
+    with pytest.raises(CheckpointError, match=r"state dicts: found at the top level\. Leave --key"):
+        read_checkpoint(saved(tmp_path / "net.pth", tensors()), key="ema")
 
 
 def test_the_other_state_dict_is_noted_and_key_chooses_it(tmp_path):

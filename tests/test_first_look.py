@@ -93,6 +93,14 @@ def test_it_is_among_the_assumptions(files: Files) -> None:
     assert "do not fit the statistics stored in bn1:" in found
 
 
+def test_padding_is_among_the_assumptions(files: Files) -> None:
+    for data in (files.data, files.folders):
+        wide = assumptions(files.net, files.spec, data, crop=(12, 8))
+        assert f"{data}: images of 8x8 are padded with black to 12x8 (--crop)." in wide
+        whole = assumptions(files.net, files.spec, data, resize=(12,), crop=(12, 8))
+        assert "padded" not in whole
+
+
 @needs_data
 @pytest.mark.data
 def test_real_images() -> None:

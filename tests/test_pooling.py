@@ -142,6 +142,8 @@ def test_pool_without_one_checkpoint_is_refused(files, cli, clients, tmp_path):
         done = cli("pool", *given, "--model", files.spec, "-o", out)
         assert done.code == 2
         assert "expected one checkpoint" in done.message
+    done = cli("pool", files.net, tmp_path / "no.safetensors", "--model", files.spec, "-o", out)
+    assert "no.safetensors: no such file." in done.message
     done = cli("calibrate", files.net, "--data", files.data, *files.common, "--robust",
                "--statistics", "blend", "--save-moments", out)  # fmt: skip
     assert done.code == 2

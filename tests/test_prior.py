@@ -256,7 +256,7 @@ def test_what_cannot_hold_a_prior_is_refused(files, cli, tmp_path):
     assert "--class-prior: cannot be folded in: the logits do not follow" in found
     assert "has no bias" in refusal(tmp_path / "bare.pth", "--class-prior", prior, model="bare")
     assert "em needs data without labels" in refusal(files.net, "--class-prior", "em")
-    assert "cannot be read as JSON" in refusal(files.net, "--class-prior", tmp_path / "none.json")
+    assert "none.json: no such file" in refusal(files.net, "--class-prior", tmp_path / "none.json")
     two = balanced(tmp_path / "two.npz", (30, 30, 0), 2)
     assert "1 of 3 classes have no labelled image" in refusal(
         files.net, "--class-prior", prior, data=two

@@ -235,7 +235,7 @@ def test_a_task_is_read_off_where_it_is_plain(z, y, task):
         ((4, 3, 6, 5), (3, (4, 6)), "segmentation", "int64 4x6 for outputs float32 4x3x6x5"),
         ((4, 3), (3, (4,)), "multilabel", "int64 4 for outputs float32 4x3"),
         ((4, 3), (3, (4, 3)), "multilabel", "other than 0 and 1"),
-        ((4, 3), (3, (4, 2)), "regression", "one number for each output"),
+        ((4, 3), (3, (4, 2)), "regression", "regression needs one number for each output"),
     ],
 )
 def test_targets_that_do_not_fit_are_refused(z, y, task, words):
@@ -652,7 +652,7 @@ def test_files_of_two_tasks_are_not_compared(cli, folder):
         assert "a mean over examples" in text
     assert len(found["ranking"]) == 2
     assert set(found["ranking"][0]) >= {"rank", "name", "loss"}
-    assert "expected one number for each output" not in cli("eval", *multilabel).err
+    assert "number for each output" not in cli("eval", *multilabel).err
     forced = cli("eval", *regression, "--task", "classification").message
     assert "fit no classification, expected logits (N, K) and integer labels (N,)" in forced
 

@@ -316,8 +316,8 @@ def end_domain_(model: nn.Module, sets: Sets, name: str, tensors: Mapping[str, T
 def domain_of(sets: Sets, name: str, path: Path) -> dict[str, Tensor]:
     """The set with a name; an unknown name is refused."""
     if name not in sets:
-        known = f"expected one of: {some(sorted(sets))}" if sets else "and no other: leave it out"
-        raise file_error(path, f"has no domain {plain(name)!r}, {known} (--domain).")
+        known = f"expected one of: {some(sorted(sets))}" if sets else "and holds none at all"
+        raise file_error(path, f"has no domain {plain(name)!r}, {known}. Change --domain.")
     return sets[name]
 
 

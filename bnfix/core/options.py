@@ -206,8 +206,8 @@ class Preprocessing:
             ok = all(isinstance(v, int | float) and least < v < math.inf for v in values)
             known = "finite numbers above 0" if name == "std" else "finite numbers"
             require(ok, f"--{name}: {','.join(map(str, values))}, expected {known}.", name)
-            give = "1 for grey images" if n == 1 else f"1 or {n}, one per channel"
-            words = f"--{name}: {len(values)} given, expected {give}."
+            wanted = "1 for a grey network" if n == 1 else f"1 or {n}, one per channel"
+            words = f"--{name}: {len(values)} numbers, expected {wanted}."
             require(len(values) in (1, n), words, name)
         ok = self.scale > 0 and math.isfinite(self.scale)
         require(ok, f"--scale: {self.scale}, expected a number above 0.", "scale")

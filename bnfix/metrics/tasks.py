@@ -385,8 +385,8 @@ def _fitting(batch: Any, outputs: Tensor, model: nn.Module | None, task: str) ->
         return None
     if found.is_complex() or not _same_numbers(found, outputs):
         raise DataError(
-            f"targets: {described(found)} for outputs {described(outputs)}, expected one number "
-            f"for each output (--task {task}). Check the data, or --output."
+            f"targets: {described(found)} for outputs {described(outputs)}, but {task} needs one "
+            "number for each output. Check the data; for classes, leave --loss and --task out."
         )
     return found.float().reshape(outputs.shape)
 
