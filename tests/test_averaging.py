@@ -151,7 +151,7 @@ def test_the_model_gets_the_mean_and_the_files_are_recorded(tmp_path):
 def test_one_file_twice_is_said(tmp_path):
     path = written(nets.plain(), tmp_path / "a.safetensors")
     _, notes = average_into_(loaded(path), AverageRecipe((str(path),)))
-    assert notes == ["2 files were averaged, but only 1 of them differ: a.safetensors."]
+    assert notes == ["2 files were averaged, but some are copies. Without copies: a.safetensors."]
 
 
 def test_other_prefixes_are_found(tmp_path):

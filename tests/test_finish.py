@@ -173,4 +173,4 @@ def test_records_say_in_a_line_what_counts():
 def test_a_fresh_calibration_names_its_examples():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     found = recalibrate_(net, [torch.randn(8, 3, 6, 6)])
-    assert repr(found).startswith("Calibration(population, batch feed: 1 layers from 8 examples")
+    assert repr(found).startswith("Calibration(population, batch feed: 1 layer from 8 examples")

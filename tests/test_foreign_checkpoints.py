@@ -185,7 +185,7 @@ def test_parameters_alone_are_refused_in_words(spec, tmp_path):
         load_ready(tmp_path / "net.pth", ModelRecipe(model=spec))
     broken = {n: t for n, t in state(spec).items() if n != "bn.running_var"}
     torch.save(broken, tmp_path / "broken.pth")
-    with pytest.raises(CheckpointError, match=r"1 problems: bn\.running_var: missing from"):
+    with pytest.raises(CheckpointError, match=r"1 problem: bn\.running_var: missing from"):
         load_ready(tmp_path / "broken.pth", ModelRecipe(model=spec))
 
 

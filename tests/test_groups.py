@@ -188,7 +188,7 @@ def test_a_group_for_each_example_is_no_group(tmp_path):
         ("objects.npy", "cannot be read"),
         ("none.npz", "none.npz cannot be read .*expected one named groups"),
         ("text.npz", "cannot be read"),
-        ("words.npy", r"1 examples without a group \(y_1.png\)"),
+        ("words.npy", r"1 example without a group \(y_1.png\)"),
     ],
 )
 def test_wrong_groups_are_refused(tmp_path, monkeypatch, spec, says):
@@ -211,7 +211,7 @@ def test_an_unknown_column_or_array_is_refused(tmp_path):
     (folder / "labels.csv").write_text("file,label,clip\nx_1.png,0,1\ny_1.png,1,\n")
     with pytest.raises(ConfigError, match=r"no such column in .*labels.csv, which has file, label"):
         open_images(str(folder), groups="patient")
-    with pytest.raises(ConfigError, match=r"1 examples without a group \(y_1.png\)"):
+    with pytest.raises(ConfigError, match=r"1 example without a group \(y_1.png\)"):
         open_images(str(folder), groups="clip")
     np.savez(tmp_path / "d.npz", images=np.zeros((2, 2, 2, 3), np.uint8))
     with pytest.raises(

@@ -25,6 +25,7 @@ from bnfix.checkpoints.several import Sets, domain_of, read_domains, set_statist
 from bnfix.core.errors import (
     BnfixError,
     CheckpointError,
+    count,
     file_error,
     file_errors,
     model_error,
@@ -215,8 +216,8 @@ def load_ready(
         where = origin.spec or type(model).__name__
         raise file_error(
             path,
-            f"does not fit {where}, {len(misfits)} problems: {misfits}. Give the --model of the "
-            "training run.",
+            f"does not fit {where}, {count(len(misfits), 'problems')}: {misfits}. "
+            "Give the --model of the training run.",
         )
     _fill_(model, checkpoint)
     published = published_weights(origin.spec or "", checkpoint.sha256)

@@ -200,11 +200,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> bool:
     )
     if odd or inflated > max(_INFLATED_FLOOR, _INFLATION_LIMIT * packed):
         claim = "sizes or names that contradict the file" if odd else f"{inflated} bytes compressed"
-        raise file_error(
-            path,
-            f"not loaded, its zip directory claims {claim}. "
-            "Download it again, or save it again with torch.save.",
-        )
+        raise file_error(path, f"not loaded, its zip directory claims {claim}.{_AGAIN}")
     return bool(squeezed)
 
 
@@ -405,11 +401,8 @@ def parse_header(text: str, path: Path) -> dict[str, Any]:
     if not isinstance(header, dict) or type(version) is not int or version < 1:
         raise file_error(path, "its bnfix header is not an object with an integer `format`.")
     if version > FORMAT:
-        raise file_error(
-            path,
-            f"has header format {version}, expected at most {FORMAT}: a newer bnfix wrote it. "
-            "Upgrade bnfix.",
-        )
+        found = f"has header format {version}, expected at most {FORMAT}"
+        raise file_error(path, f"{found}: a newer bnfix wrote it. Upgrade bnfix.")
     level: list[Any] = [header]
     for _ in range(_HEADER_DEPTH):  # checked by level: later code can then use recursion safely
         parts = (part.values() if isinstance(part, dict) else part for part in level)

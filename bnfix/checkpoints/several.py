@@ -242,10 +242,8 @@ def _notes(found: Sequence[Checkpoint]) -> list[str]:
         )
     names = {c.sha256: c.path.name for c in found}
     if len(names) < len(found):
-        notes.append(
-            f"{len(found)} files were averaged, but only {len(names)} of them differ: "
-            f"{some(list(names.values()))}."
-        )
+        without = f"Without copies: {some(list(names.values()))}"
+        notes.append(f"{len(found)} files were averaged, but some are copies. {without}.")
     return notes
 
 

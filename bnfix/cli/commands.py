@@ -33,7 +33,7 @@ from bnfix.cli.tables import (
     plan_lines,
 )
 from bnfix.core import distributed
-from bnfix.core.errors import ConfigError
+from bnfix.core.errors import ConfigError, count
 from bnfix.core.options import require
 from bnfix.core.settings import (
     AverageRecipe,
@@ -264,7 +264,7 @@ def convert(
     if out.show_plan:
         terminal.say(estimate_line(cost))
     wrote = "nothing was written" if out.show_plan else f"wrote {output} and its report"
-    terminal.say(f"{len(changes)} layers; {wrote}")
+    terminal.say(f"{count(len(changes), 'layers')}; {wrote}")
 
 
 def export(
@@ -292,8 +292,9 @@ def export(
     if out.show_plan:
         with terminal.working():
             plan = plan_export(checkpoint, output, model=model, recipe=recipe, data=data)
-        does = f"export: would write {', '.join(plan['files'])} with {plan['n_norms']} norm layers"
-        terminal.plan(plan, f"{does}, {plan['n_live']} of them live; nothing was done")
+        layers = f"{count(plan['n_norms'], 'norm layers')}, {plan['n_live']} of them live"
+        does = f"export: would write {', '.join(plan['files'])} with {layers}"
+        terminal.plan(plan, f"{does}; nothing was done")
         return
     with terminal.working() as track:
         result = export_file(
@@ -346,7 +347,7 @@ def evaluate(
     if out.show_plan:
         with terminal.working():
             plan = plan_evaluation(checkpoints, data, also, model=model, source=source, run=run)
-        size = f"eval: {plan['data']['n_examples']:,} images of {data}"
+        size = f"eval: {count(plan['data']['n_examples'], 'images')} of {data}"
         plan |= {"report": None if report is None else str(report)}
         terminal.plan(plan, size, f"{estimate_line(plan)}; nothing was done")
         return
@@ -447,4 +448,4 @@ def _write_moments(
     done = "nothing was written" if out.show_plan else f"wrote {path}"
     if not terminal.as_json:
         terminal.notes(found["assumptions"])
-    terminal.plan(found, f"moments of {found['n_examples']:,} examples; {done}")
+    terminal.plan(found, f"moments of {count(found['n_examples'], 'examples')}; {done}")

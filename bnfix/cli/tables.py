@@ -12,7 +12,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from bnfix.core.errors import some
+from bnfix.core.errors import count, some
 from bnfix.diagnosis.faults import Finding
 from bnfix.diagnosis.model import Behaviour, Shifts
 from bnfix.jobs.inspect import Inspection
@@ -194,7 +194,7 @@ def _invariance(report: Report) -> Table:
         ]
         rows.append((row.model, *pairs[0], *pairs[1]))
     first = report.invariance[0]
-    caption = f"{first.n_examples:,} images, against batches of {first.batch_size}"
+    caption = f"{count(first.n_examples, 'images')}, against batches of {first.batch_size}"
     return _table(headings, rows, caption)
 
 
@@ -205,8 +205,8 @@ def _tiles(report: Report) -> Table:
         for b in row.bands
     ]
     first = report.tiles[0]
-    size = "x".join(map(str, first.size))
-    caption = f"{first.n_examples} images whole and in tiles of {size}; difference: in spreads"
+    size, n = "x".join(map(str, first.size)), count(first.n_examples, "images")
+    caption = f"{n} whole and in tiles of {size}; difference: in spreads"
     return _table(("pixels from a cut", "layers", "difference", "other class"), rows, caption)
 
 
@@ -252,7 +252,7 @@ def plan_lines(described: dict[str, Any]) -> list[str]:
 
 def estimate_line(described: dict[str, Any]) -> str:
     """The cost of a plan in one line."""
-    passes = f"{described['passes']:.3g} passes in total"
+    passes = f"{count(described['passes'], 'passes')} in total"
     seconds, memory = described["seconds_estimated"], described["memory_estimated_bytes"]
     if seconds is None:
         return f"{passes}; time unknown, no batch could be run: {described['problem']}"
@@ -356,7 +356,7 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         lines = entry.options if entry.command is None else (entry.command,)
         yield f"history {place}: {lines[0]}"
         yield from (f"  {line}" for line in (*lines[1:], entry.did))
-    summary = f"{len(found.layers)} norm layers, {len(found.findings)} findings"
+    summary = f"{count(len(found.layers), 'norm layers')}, {count(len(found.findings), 'findings')}"
     yield summary if found.layers else "no norm layer with running statistics in this file"
 
 
@@ -386,4 +386,4 @@ def _behaviour_line(seen: Behaviour) -> str:
         batch += f", {percent(seen.top1_training)}"
     known = all(map(math.isfinite, seen.output_range_training))
     own = f" (with batch statistics {batch})" if known else ""
-    return f"on {seen.n_examples} examples: {stored}{own}"
+    return f"on {count(seen.n_examples, 'examples')}: {stored}{own}"

@@ -27,7 +27,7 @@ from rich.table import Column
 
 from bnfix.cli.tables import fitted, shown_text, tables_of
 from bnfix.core import distributed, guards
-from bnfix.core.errors import BnfixError, ConfigError, one_line, some
+from bnfix.core.errors import BnfixError, ConfigError, count, one_line, some
 from bnfix.jobs.inputs import Track, silent
 from bnfix.report.pages import clean
 from bnfix.report.report import Report
@@ -92,7 +92,8 @@ class Terminal:
         if not self.quiet:
             self.notes(report.assumptions)
             if report.data is not None and (n := report.data.n_skipped):
-                self.notes([f"{n} unreadable images skipped: {some(report.data.skipped, 3)}"])
+                names = some(report.data.skipped, 3)
+                self.notes([f"{count(n, 'unreadable images')} skipped: {names}"])
             if written is not None:
                 beside = "/: weights, card and " if written.is_dir() else f" and {written.name}."
                 self.say(f"wrote {written}{beside}report.html, .md, .json")

@@ -102,6 +102,13 @@ def some(names: Sequence[str], limit: int = 5) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def count(n: float, noun: str = "") -> str:
+    """A number and its noun, which is given in the plural: 1 image, 2,000 images, 1.5 passes."""
+    if n == 1:
+        noun = noun.removesuffix("es" if noun.endswith(("sses", "ches")) else "s")
+    return f"{n:,.0f} {noun}".rstrip() if n == int(n) else f"{n:.3g} {noun}"
+
+
 def plain(text: object, limit: int = 200) -> str:
     """A text of unknown origin as one printable line, cut unless it is a path."""
     reason = text.strerror if isinstance(text, OSError) else None  # str() would repeat the path

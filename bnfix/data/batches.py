@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from bnfix.core.errors import ConfigError, DataError, some
+from bnfix.core.errors import ConfigError, DataError, count, some
 from bnfix.core.options import one_of, require
 from bnfix.core.settings import Preprocessing
 from bnfix.data.arrays import TensorItems
@@ -128,9 +128,6 @@ class Batches:
         cache_bytes: int = 2 << 30,
         corruption: Corruption | None = None,
     ) -> None:
-        message = f"--batch-size: {batch_size}, expected 1 or more."
-        require(batch_size >= 1, message, "batch_size")
-        require(workers >= -1, f"--workers: {workers}, expected at least -1.", "workers")
         preprocessing = preprocessing or Preprocessing()
         no_images = isinstance(images, TensorItems)
         if corruption is not None:
@@ -168,7 +165,6 @@ class Batches:
 
     def with_seed(self, seed: int) -> Batches:
         """Batches of the same images in a random order."""
-        require(seed >= 0, f"--seed: {seed}, expected 0 or more.", "seed")
         # An explicit generator: numpy may change the one behind `default_rng`.
         drawn = np.random.Generator(np.random.PCG64(seed))
         return self._with(_order=drawn.permutation(self._index))
@@ -305,8 +301,9 @@ class Batches:
             self.skipped.append(Skipped(self.images.name(i), reason))
         if n_bad > self.max_bad:
             raise DataError(
-                f"{self.images.spec}: at least {n_bad} bad images among {len(self._order)}, "
-                f"{self.max_bad:g} allowed: {some([skip.name for skip in self.skipped])}. "
+                f"{self.images.spec}: at least {count(n_bad, 'bad images')} among "
+                f"{len(self._order)}, {self.max_bad:g} allowed: "
+                f"{some([skip.name for skip in self.skipped])}. "
                 f"{self.skipped[0].reason} Remove them, or allow more with --max-bad."
             )
 

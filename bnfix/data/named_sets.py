@@ -211,11 +211,6 @@ def _files(root: Path, files: Sequence[str], channels: int) -> FileImages:
     return FileImages(root, "", files, channels)
 
 
-def _read_text(path: Path) -> str:
-    with parsing(f"{path}: cannot be read", " Download the data set again."):
-        return read_bytes(path, _MAX_LIST_BYTES).decode("utf-8-sig")
-
-
 def _open_caltech256(root: Path, split: str, channels: int) -> Opened:
     """Open folders ``256_ObjectCategories/001.ak47/...``."""
     inside = ("256_ObjectCategories", "caltech256/256_ObjectCategories")
@@ -279,7 +274,9 @@ def _open_cub2011(root: Path, split: str, channels: int) -> Opened:
 
 def _by_id(path: Path) -> dict[str, str]:
     """The rows of a file, each with a number and a value."""
-    lines = [line for line in _read_text(path).splitlines() if line.strip()]
+    with parsing(f"{path}: cannot be read", " Download the data set again."):
+        text = read_bytes(path, _MAX_LIST_BYTES).decode("utf-8-sig")
+    lines = [line for line in text.splitlines() if line.strip()]
     rows = [line.split(maxsplit=1) for line in lines]
     short = [" ".join(row)[:40] for row in rows if len(row) < 2]
     values = {row[0]: row[1].strip() for row in rows if len(row) == 2}

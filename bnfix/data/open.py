@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from bnfix.core.errors import BnfixError, CheckpointError, DataError, Note, some
+from bnfix.core.errors import BnfixError, CheckpointError, DataError, Note, count, some
 from bnfix.core.options import one_of, require
 from bnfix.data.archives import choose_split, find_tables, open_shards, open_tables
 from bnfix.data.arrays import TensorItems, is_callable, open_arrays, open_callable
@@ -207,8 +207,8 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
         raise DataError(f"no images, expected {' '.join(SUFFIXES)} in it or its folders.")
     if loose and files:
         raise DataError(
-            f"{len(loose)} images next to folders with images ({some(folders)}), expected "
-            "only images or only class folders. Move one of them away."
+            f"{count(len(loose), 'images')} next to folders with images ({some(folders)}), "
+            "expected only images or only class folders. Move one of them away."
         )
     if files and wanted and {name.lower() for name in folders} <= _SPLIT_NAMES:
         raise DataError(
@@ -219,7 +219,7 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
     images = FileImages(path, kind, files or loose, channels)
     images.classes = tuple(folders) if files else ()
     if n_others:
-        images.notes.append(f"{n_others} files without an image suffix skipped")
+        images.notes.append(f"{count(n_others, 'files')} without an image suffix skipped")
     if empty:
         images.notes.append(f"{len(empty)} folders hold no images: {some(empty)}")
     classes = [folder for folder, names in by_class.items() for _ in names]
@@ -251,7 +251,7 @@ def _open_csv(path: Path, wanted: bool, channels: int) -> Opened:
     }
     unlisted = set(list_images(path)[0]).difference(files)
     if unlisted:
-        images.notes.append(f"{len(unlisted)} images not in labels.csv skipped")
+        images.notes.append(f"{count(len(unlisted), 'images')} not in labels.csv skipped")
     return images, [row[column[1]] for row in rows]
 
 
@@ -375,12 +375,12 @@ def map_classes(
             raise DataError(f"{where}: two classes have the same number among {some(names)}. {ask}")
     elif n_classes is not None and n != n_classes:
         raise DataError(
-            f"{where}: {n} classes for a model with {n_classes} outputs, expected a class per "
-            f"output to number them by sorted name. {ask}"
+            f"{where}: {count(n, 'classes')} for a model with {count(n_classes, 'outputs')}, "
+            f"expected a class per output to number them by sorted name. {ask}"
         )
     else:
         indices = {name: k for k, name in enumerate(names)}
-        how = f"{n} classes numbered by sorted name"
+        how = f"{count(n, 'classes')} numbered by sorted name"
     limit = MAX_CLASSES if n_classes is None else n_classes
     outside = [f"{name} = {k}" for name, k in indices.items() if k >= limit]
     if outside:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from bnfix.core.errors import ConfigError, DataError, plain, some
+from bnfix.core.errors import ConfigError, DataError, count, plain, some
 from bnfix.core.options import require
 from bnfix.data.arrays import named_array
 from bnfix.data.images import DIGEST_SIZE, EncodedImages, FileImages, Images, SeveralImages
@@ -44,7 +44,8 @@ def group_(images: Images, spec: str) -> None:
     _require(len(values) == len(images), f"{found}, expected one for each.")
     empty = [images.name(i) for i, value in enumerate(values) if value == ""]
     _require(
-        not empty, f"{where}: {len(empty)} examples without a group ({some(empty)}). Add them."
+        not empty,
+        f"{where}: {count(len(empty), 'examples')} without a group ({some(empty)}). Add them.",
     )
     names, ids = np.unique(values, return_inverse=True)
     _require(
@@ -130,7 +131,7 @@ def describe_groups(images: Images, *, splits: bool = True) -> list[str]:
         sizes = np.bincount(images.groups)
         kept = "No group is in two splits; intervals, tests and the gate count groups."
         return [
-            f"{images.spec}: {n:,} examples in {len(sizes):,} groups of {sizes.min():,} to "
+            f"{images.spec}: {n:,} examples in {count(len(sizes), 'groups')} of {sizes.min():,} to "
             f"{sizes.max():,} (median {np.median(sizes):g}). "
             f"{kept if splits else 'Intervals and tests count groups.'}"
         ]

@@ -16,7 +16,7 @@ from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.read import require_file
 from bnfix.checkpoints.save import versions
 from bnfix.core import distributed, runtime
-from bnfix.core.errors import DataError, ModelError
+from bnfix.core.errors import DataError, ModelError, count
 from bnfix.core.memory import BatchSize, first_of, footprint
 from bnfix.core.options import CORRUPTIONS, SEVERITIES, check_seed, require
 from bnfix.core.settings import DataRecipe, EvaluationRecipe, ModelRecipe, RunOptions
@@ -285,7 +285,7 @@ def hasten(
         except ModelError as error:
             notes.append(f"{one.name}: evaluated without --fast: {error}")
         else:
-            notes.append(f"{one.name}: {done.text}, on {len(few.index)} images.")
+            notes.append(f"{one.name}: {done.text}, on {count(len(few.index), 'images')}.")
             found[k] = dataclasses.replace(one, net=net)
     return found
 

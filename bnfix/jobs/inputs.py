@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded, origin_of
 from bnfix.core import distributed, guards, masks, runtime
-from bnfix.core.errors import ConfigError, DataError, plain, some
+from bnfix.core.errors import ConfigError, DataError, count, plain, some
 from bnfix.core.options import TASKS
 from bnfix.core.settings import DataRecipe, Preprocessing, RunOptions, TaskRecipe
 from bnfix.data.arrays import TensorItems
@@ -122,8 +122,9 @@ def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:
         names = {s.name for s in skipped}
         if distributed.here().shared and len(names) > batches.max_bad:
             raise DataError(
-                f"{batches.images.spec}: {len(names)} bad images, {batches.max_bad:g} allowed: "
-                f"{some(sorted(names))}. Remove them, or allow more with --max-bad."
+                f"{batches.images.spec}: {count(len(names), 'bad images')}, "
+                f"{batches.max_bad:g} allowed: {some(sorted(names))}. "
+                "Remove them, or allow more with --max-bad."
             )
         for s in skipped:
             found.setdefault(s.name, f"{s.name}: {s.reason.removeprefix(f'{s.name}: ')}")

@@ -20,7 +20,7 @@ from bnfix.checkpoints.read import check_room
 from bnfix.checkpoints.save import history_entry, versions
 from bnfix.checkpoints.several import begin_domain_
 from bnfix.core import distributed, runtime, settings
-from bnfix.core.errors import CheckpointError, DataError, file_error
+from bnfix.core.errors import CheckpointError, DataError, count, file_error
 from bnfix.core.memory import BatchSize, Footprint, footprint
 from bnfix.core.options import require
 from bnfix.core.settings import ModelRecipe, Preprocessing, RunOptions
@@ -397,7 +397,8 @@ def open_reference(loaded: Loaded, plan: Plan) -> Loaded | None:
     own, theirs = stock_shapes(loaded.model), stock_shapes(reference.model)
     misfits = misfits_of(own, {n: torch.empty(s, device="meta") for n, s in theirs.items()})
     if misfits:
-        problem = f"is another network than the checkpoint, {len(misfits)} problems: {misfits}."
+        n = count(len(misfits), "problems")
+        problem = f"is another network than the checkpoint, {n}: {misfits}."
         raise file_error(Path(path), f"{problem} {made}")
     return reference
 

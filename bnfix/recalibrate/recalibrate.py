@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.save import identity_of
 from bnfix.core import distributed, runtime
-from bnfix.core.errors import NormError, NumericError, some
+from bnfix.core.errors import NormError, NumericError, count, some
 from bnfix.core.options import require
 from bnfix.norm.sites import NormSite, check_measurable, find_norms, sites_with_statistics
 from bnfix.recalibrate.accumulator import Accumulator, Sources
@@ -108,8 +108,8 @@ class Calibration:
         n_missed = len(self.exceptions.never_reached)
         missed = f", {n_missed} never reached" if n_missed else ""
         return (
-            f"Calibration({self.target}, {self.feed} feed: {len(self.layers)} layers from "
-            f"{self.n_examples:,} examples{missed}, {self.effort.seconds:.3g} s)"
+            f"Calibration({self.target}, {self.feed} feed: {count(len(self.layers), 'layers')} "
+            f"from {count(self.n_examples, 'examples')}{missed}, {self.effort.seconds:.3g} s)"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from bnfix.core.errors import count
 from bnfix.metrics.compare import Difference
 
 _NONE = "-"
@@ -57,11 +58,6 @@ def clean(text: object, limit: int = 500) -> str:
     line = re.sub(r"\s*[^\S ]\s*", " ", str(text)).strip()
     line = "".join(sign if sign.isprintable() else "?" for sign in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
-def count(n: float) -> str:
-    """Write a count."""
-    return f"{n:,.0f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:

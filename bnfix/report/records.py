@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from bnfix.core.errors import some
+from bnfix.core.errors import count, some
 from bnfix.core.settings import Preprocessing
 from bnfix.metrics.beside import Custom
 from bnfix.metrics.compare import Decision, Paired, mean_and_se
@@ -20,7 +20,6 @@ from bnfix.norm.sites import find_norms
 from bnfix.norm.swap import SwapPlan
 from bnfix.recalibrate.collector import drift
 from bnfix.recalibrate.recalibrate import Calibration
-from bnfix.report.pages import count
 from bnfix.training.finetune import Finetuning
 from bnfix.weights.choose import WeightChoice, weights_of
 
@@ -147,10 +146,10 @@ def describe_neighbours(model: nn.Module) -> list[str]:
     if not found:
         return []
     highest = max(float(weight.max()) for weight in found)
-    layers = "1 norm layer" if len(found) == 1 else f"{len(found)} norm layers"
     return [
         f"predictions depend on the other images in the batch: the batch has a weight of up to "
-        f"{highest:.3g} in the statistics of {layers}; eval --compare-batch-sizes shows the effect."
+        f"{highest:.3g} in the statistics of {count(len(found), 'norm layers')}; "
+        "eval --compare-batch-sizes shows the effect."
     ]
 
 
@@ -255,22 +254,24 @@ def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = 
         if isinstance(c, Calibration):
             sentences.append(
                 f"Running statistics ({c.target}, {c.feed} feed) were measured on "
-                f"{count(c.n_examples)} images in {count(c.n_batches)} batches: {len(c.layers)} "
-                f"layers, {_passes(c.passes)}, {c.effort.seconds:.1f} s.{_spent(c)}{lost(c)}"
+                f"{count(c.n_examples, 'images')} in {count(c.n_batches, 'batches')}: "
+                f"{count(len(c.layers), 'layers')}, {count(c.passes, 'passes')}, "
+                f"{c.effort.seconds:.1f} s.{_spent(c)}{lost(c)}"
             )
     if w := trials.choice:
         chosen = {"keep": "unchanged", "global": "one for the model"}.get(w.chosen)
         clock = "" if w.clock_passes is None else f" ({w.clock_passes:.3g} by wall-clock time)"
         sentences.append(
-            f"Example weight: {chosen or 'one per ' + w.chosen}; {w.n_live} layers use it. "
-            f"The search took {_passes(w.passes)}{clock}, {w.seconds:.1f} s."
+            f"Example weight: {chosen or 'one per ' + w.chosen}; "
+            f"{count(w.n_live, 'live layers')}. "
+            f"The search took {count(w.passes, 'passes')}{clock}, {w.seconds:.1f} s."
             f"{lost(w) if w.chosen != 'keep' else ''}"
         )
     for run in trials.finetunings:
         kept = f"epoch {run.best_epoch} was kept" if run.best_epoch else "no epoch was kept"
         sentences.append(
-            f"Fine-tuning of {run.trained}: {count(run.n_parameters)} parameters, "
-            f"{count(run.n_steps)} steps, {run.seconds:.1f} s; {kept}."
+            f"Fine-tuning of {run.trained}: {count(run.n_parameters, 'parameters')}, "
+            f"{count(run.n_steps, 'steps')}, {run.seconds:.1f} s; {kept}."
             f"{lost(run) if run.best_epoch else ''}"
         )
     if decisions:
@@ -280,10 +281,6 @@ def done(swap: SwapPlan | None, trials: Trials, decisions: Sequence[Decision] = 
             f"{count(decisions[0].n_examples)} images of the select split."
         )
     return sentences
-
-
-def _passes(n: float) -> str:
-    return f"{n:.3g} {'pass' if n == 1 else 'passes'}"
 
 
 def _spent(calibration: Calibration) -> str:
@@ -320,7 +317,7 @@ def left_out(
             notes.append(f"Fine-tuning of {run.trained}: {n} steps were skipped (not finite).")
     if data and (n := data.n_skipped):
         shown = f": {some(data.skipped, 20)}" if data.skipped else ""
-        notes.append(f"{count(n)} unreadable {'image' if n == 1 else 'images'} skipped{shown}.")
+        notes.append(f"{count(n, 'unreadable images')} skipped{shown}.")
     return list(dict.fromkeys(notes))
 
 

@@ -30,13 +30,13 @@ from bnfix.checkpoints.save import (
     write_bytes,
 )
 from bnfix.core import __version__, distributed
-from bnfix.core.errors import Note, name_error, some
+from bnfix.core.errors import Note, count, name_error, some
 from bnfix.core.settings import ModelRecipe, Preprocessing
 from bnfix.deploy import forms
 from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement
 from bnfix.metrics.task import ByRows
-from bnfix.report.pages import clean, count, fields_of, percent, plain_json, render
+from bnfix.report.pages import clean, fields_of, percent, plain_json, render
 from bnfix.report.records import Evaluated, n_live
 from bnfix.report.report import Report, json_text, report_paths, write_texts
 
@@ -63,7 +63,7 @@ class Result:
         verdict = report.verdict or "no verdict"
         return (
             f"Result({report.command}: {verdict}, {len(report.models)} models measured, "
-            f"{len(report.layers)} norm layers, {n_live} of them live)"
+            f"{count(len(report.layers), 'norm layers')}, {n_live} of them live)"
         )
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
@@ -245,7 +245,7 @@ class Int8:
         """Facts for the report, one sentence each."""
         same = self.top1_agreement
         top1 = "" if same is None else f"; top-1 agrees with float on {percent(same)}"
-        sentences = [f"Calibrated on {count(self.n_calibrated)} other images{top1}."]
+        sentences = [f"Calibrated on {count(self.n_calibrated, 'other images')}{top1}."]
         if self.bound is not None and self.max_drop is not None:
             sentences.append(
                 f"Within --max-drop {self.max_drop:g}: a top-1 drop of {100 * self.bound:.2f} "
@@ -360,7 +360,7 @@ class Export:
             n, left = len(self.folding.folded), self._left()
             others = {name: reason for name, reason in left.items() if name not in self.live}
             sentences.append(
-                f"{n} norm layers folded, {len(self.live)} live, {len(others)} unchanged."
+                f"{count(n, 'norm layers')} folded, {len(self.live)} live, {len(others)} unchanged."
             )
             sentences += [f"Not folded: {name}: {why}." for name, why in list(others.items())[:8]]
         elif self.live:

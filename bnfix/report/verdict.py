@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from bnfix.core.errors import Note
+from bnfix.core.errors import Note, count
 from bnfix.metrics.compare import Difference, Paired, compare
 from bnfix.metrics.metrics import Metrics
 from bnfix.metrics.robustness import Moved
 from bnfix.metrics.task import LABELS, ByRows, Column, Task
 from bnfix.norm.swap import SwapPlan
-from bnfix.report.pages import clean, count, difference, direction, fields_of, number, percent
+from bnfix.report.pages import clean, difference, direction, fields_of, number, percent
 from bnfix.report.records import DataUsed, Evaluated
 
 #: Commands whose first model is the same network before the repair.
@@ -124,8 +124,7 @@ class Findings:
         if not self.models:
             n = len(self.swap.changes) if self.swap else 0
             if n:
-                layers = "layer" if n == 1 else "layers"
-                return f"{count(n)} norm {layers} swapped; accuracy was not evaluated."
+                return f"{count(n, 'norm layers')} swapped; accuracy was not evaluated."
             return "not evaluated: no labelled images were left for a test."
         first, last, images = self.models[0].metrics, self.models[-1].metrics, self._images()
         if not self.models[-1].classified:
@@ -273,9 +272,9 @@ class Findings:
 
     def _movement(self, moved: Moved) -> Note:
         """How far the outputs moved, with a warning if that is far and no gain is measured."""
-        n = count(moved.n)
+        n = count(moved.n, self.noun)
         if moved.relative_rms == 0 and not moved.top1_changed:
-            return Note(f"The outputs did not change on {n} {self.noun}.")
+            return Note(f"The outputs did not change on {n}.")
         text = (
             "The outputs cannot be compared with the outputs before (not finite, or another shape)"
             if moved.relative_rms is None
@@ -283,7 +282,7 @@ class Findings:
         )
         if moved.top1_changed is not None:
             text += f"; the top-1 class changed on {percent(moved.top1_changed)}"
-        text += f" {'on' if moved.top1_changed is None else 'of'} {n} {self.noun}."
+        text += f" {'on' if moved.top1_changed is None else 'of'} {n}."
         if not moved.is_large or (self.verdict or self.agreement_verdict) == "better":
             return Note(text)
         return Note(
@@ -315,11 +314,10 @@ class Findings:
     def _images(self) -> str:
         is_test = self.data is not None and self.data.splits.get("test") and not self.n_seen
         corruption = self.data.corruption if self.data is not None else None
-        groups = "" if self.n_groups is None else f" in {count(self.n_groups)} groups"
-        return (
-            f"{count(self.models[-1].metrics.n_examples)} {'test ' if is_test else ''}"
-            f"{self.noun}{groups}{f' under {corruption}' if corruption else ''}"
-        )
+        groups = "" if self.n_groups is None else f" in {count(self.n_groups, 'groups')}"
+        noun, under = f"{'test ' if is_test else ''}{self.noun}", f" under {corruption}"
+        n = count(self.models[-1].metrics.n_examples, noun)
+        return f"{n}{groups}{under if corruption else ''}"
 
     def _own_metrics(self, images: str) -> str:
         """The headline for outputs that are not class logits."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import DataError, ModelError
+from bnfix.core.errors import DataError, ModelError, count
 from bnfix.core.settings import WeightRecipe
 from bnfix.metrics.compare import Decision, judge
 from bnfix.metrics.evaluate import Score, evaluate, first_look, score
@@ -282,7 +282,7 @@ class WeightChoice:
         )
         return (
             f"WeightChoice({self.chosen}: {self.n_live} of {len(self.weights)} layers live; "
-            f"tried {tried or 'nothing'}; {self.passes:.3g} passes, {self.seconds:.3g} s)"
+            f"tried {tried or 'nothing'}; {count(self.passes, 'passes')}, {self.seconds:.3g} s)"
         )
 
 
