@@ -186,7 +186,7 @@ def test_key_may_be_dotted_hold_dots_and_lead_to_a_nest(tmp_path):
 
 def test_wrong_key_lists_the_right_ones(tmp_path):
     path = saved(tmp_path / "net.pth", {"gen": tensors(), "disc": tensors(), "epoch": 3})
-    with pytest.raises(CheckpointError, match=r"has no 'netG'; state dicts found under gen, disc"):
+    with pytest.raises(CheckpointError, match=r"has no 'netG'; state dicts: found under gen, disc"):
         read_checkpoint(path, key="netG")
     with pytest.raises(CheckpointError, match=r"under 'epoch'; found under gen, disc.*--key"):
         read_checkpoint(path, key="epoch")

@@ -116,7 +116,7 @@ def test_all_imagenet_ids_in_sorted_order_are_the_index(tmp_path: Path) -> None:
     names = [f"n{9_000_000 + 7 * k:08d}" for k in range(1000)]
     indices, how = map_classes(names[::-1], None, 1000, "here")
     assert [indices[name] for name in names] == list(range(1000))
-    assert how == "1000 classes numbered by sorted name"
+    assert how == "1,000 classes numbered by sorted name"
     assert map_classes(names, None, None, "here")[0] == indices
     with pytest.raises(DataError, match=r"here: 999 of 999 ids are not among ImageNet's 1000"):
         map_classes(names[:-1], None, 1000, "here")
@@ -1043,7 +1043,7 @@ def test_too_many_bad_images_end_the_pass(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             list(everything(images, SMALL))
     assert sum(len(batch.x) for batch in everything(images, SMALL, max_bad=6)) == 10
-    with pytest.raises(DataError, match="at least 1 bad images among 16, 0 allowed"):
+    with pytest.raises(DataError, match="at least 1 bad image among 16, 0 allowed"):
         list(everything(images, SMALL, max_bad=0))
 
 

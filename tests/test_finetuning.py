@@ -1247,7 +1247,7 @@ def test_the_average_of_the_steps_is_evaluated_and_kept(learn):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clip": -0.1}, "--clip: -0.1, expected 0 or more"),
+        ({"clip": -0.1}, "--clip: -0.1, expected at least 0"),
         ({"clip": math.nan}, "--clip: nan"),
         ({"accumulate": 0}, "--accumulate: 0, expected at least 1"),
         ({"ema": 1.0}, "--ema: 1.0, expected 0 to 1"),
@@ -1426,7 +1426,7 @@ def test_options_of_the_step_reach_it(cli, files, tmp_path):
     ]  # fmt: skip
     refused = cli(*words, "--clip", -1, "-o", tmp_path / "b.safetensors")
     assert refused.code == 2
-    assert "--clip: -1.0, expected 0 or more" in refused.message
+    assert "--clip: -1.0, expected at least 0" in refused.message
 
 
 def test_a_training_without_a_better_epoch_is_said(cli, files, tmp_path):

@@ -397,9 +397,8 @@ def _apply_norms(model: nn.Module, checkpoint: Checkpoint) -> None:
     sites = {n: site.name for site in find_norms(model) for n in (site.name, *site.aliases)}
     unknown = [plain(name) for name in norms if name not in sites]
     if unknown:
-        raise file_error(
-            checkpoint.path, f"its header sets norm layers that the model lacks: {some(unknown)}."
-        )
+        found = f"its header sets norm layers that the model lacks: {some(unknown)}"
+        raise file_error(checkpoint.path, f"{found}.")
     problem = "the norm settings in its header cannot be used"
     wrong = (BnfixError, TypeError, ValueError, OverflowError, RuntimeError)
     with file_errors(checkpoint.path, problem, kinds=wrong):

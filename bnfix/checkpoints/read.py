@@ -173,10 +173,8 @@ def read_zip(path: Path) -> Any:
         entry = entries.get(f"{root}data/{key}")
         held = 0 if entry is None else entry.file_size
         if held < claimed:
-            raise file_error(
-                path,
-                f"damaged, storage {plain(key)} claims {claimed} bytes and holds {held}.{_AGAIN}",
-            )
+            found = f"storage {plain(key)} claims {claimed} bytes and holds {held}"
+            raise file_error(path, f"damaged, {found}.{_AGAIN}")
     return _load(path, survey, mapped=not compressed)
 
 
@@ -232,9 +230,8 @@ def read_legacy(path: Path) -> Any:
         size = len(content)
     claimed = sum(survey.storages.values())
     if claimed > size:
-        raise file_error(
-            path, f"damaged, it claims {claimed} bytes of tensors in {size} bytes.{_AGAIN}"
-        )
+        found = f"it claims {claimed} bytes of tensors in {size} bytes"
+        raise file_error(path, f"damaged, {found}.{_AGAIN}")
     return _load(path, survey, mapped=False)
 
 
@@ -363,10 +360,8 @@ def read_weight_map(path: Path) -> dict[str, str]:
     # A name with a folder could refer to any file on the machine.
     foreign = [s for s in places.values() if Path(s).name != s or not s.endswith(kinds)]
     if foreign:
-        raise file_error(
-            path,
-            f"names {plain(foreign[0])!r}, expected a {' or '.join(kinds)} file next to the index.",
-        )
+        known = f"expected a {' or '.join(kinds)} file next to the index"
+        raise file_error(path, f"names {plain(foreign[0])!r}, {known}.")
     return dict(places)
 
 
@@ -392,9 +387,8 @@ def _no_constant(name: str) -> None:
 def parse_header(text: str, path: Path) -> dict[str, Any]:
     """The JSON object in a header's text; its format must be known."""
     if len(text) > TEXT_LIMIT:
-        raise file_error(
-            path, f"its bnfix header has {len(text)} characters, more than {TEXT_LIMIT}."
-        )
+        found = f"{len(text)} characters, more than {TEXT_LIMIT}"
+        raise file_error(path, f"its bnfix header has {found}.")
     with file_errors(path, "its bnfix header is not JSON", kinds=(ValueError, RecursionError)):
         header = json.loads(text, parse_constant=_no_constant)
     version = header.get("format") if isinstance(header, dict) else None

@@ -347,10 +347,9 @@ def _refuse_empty() -> None:
     """Refuse an empty value: as a path, it would name the current folder."""
     for before, word in pairwise(_TYPED.get()):
         flag, equals, value = word.partition("=")
-        empty = not word or (flag.startswith("-") and equals and not value)
-        # An empty prefix says that no prefix is stripped.
         where = flag or (before if before.startswith("-") else "CKPT")
-        if empty and where != "--prefix":
+        # An empty prefix says that no prefix is stripped.
+        if where != "--prefix" and not value and (not word or (equals and flag[:1] == "-")):
             raise ConfigError(f"{where}: the value is empty. Give one, or leave it out.")
 
 

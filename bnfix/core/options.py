@@ -83,7 +83,7 @@ def above_zero(recipe: Any, name: str) -> None:
     """Refuse numbers that are not above 0, or so large that a sum of them overflows."""
     values = getattr(recipe, name)
     ok = all(0 < value < 1e6 for value in values)
-    require(ok, f"--{name}: {','.join(map(str, values))}, expected numbers above 0.", name)
+    require(ok, f"--{name}: {', '.join(map(str, values))}, expected numbers above 0.", name)
 
 
 # --- data, model, run, evaluation ---
@@ -205,7 +205,7 @@ class Preprocessing:
             values, least = getattr(self, name), 0 if name == "std" else -math.inf
             ok = all(isinstance(v, int | float) and least < v < math.inf for v in values)
             known = "finite numbers above 0" if name == "std" else "finite numbers"
-            require(ok, f"--{name}: {','.join(map(str, values))}, expected {known}.", name)
+            require(ok, f"--{name}: {', '.join(map(str, values))}, expected {known}.", name)
             wanted = "1 for a grey network" if n == 1 else f"1 or {n}, one per channel"
             words = f"--{name}: {len(values)} numbers, expected {wanted}."
             require(len(values) in (1, n), words, name)

@@ -174,10 +174,8 @@ class StatisticsRecipe(NoiseRecipe):
         one_of(self.feed, ("batch", "sequential"), "--feed")
         in_range(self, 1, math.inf, "train_batch_size", "batch_size")
         above_zero(self, "mix")
-        require(
-            self.tolerance > 0, f"--tolerance: {self.tolerance}, expected above 0.", "tolerance"
-        )
-        n, prior = self.samples, self.prior
+        n, prior, least = self.samples, self.prior, self.tolerance
+        require(least > 0, f"--tolerance: {least}, expected above 0.", "tolerance")
         ok = n is None or n == "auto" or (isinstance(n, int) and n >= 2)
         require(ok, f"--samples: {n}, expected auto or a number of at least 2.", "samples")
         words = "--tolerance: only with --samples auto. Add it, or leave --tolerance out."
@@ -333,8 +331,7 @@ class OptimizerRecipe:
             known = f"expected 0 to 1000, or {', '.join(ROLES)} with = and such a number"
             require(ok, f"--norm-decay: {self.norm_decay}, {known}.", "norm_decay")
         in_range(self, 0, 1, "warmup", "ema", excluded=True)
-        clip = self.clip
-        require(clip is None or clip >= 0, f"--clip: {clip}, expected 0 or more.", "clip")
+        in_range(self, 0, math.inf, "clip")
         in_range(self, 1, math.inf, "accumulate")
 
     @property

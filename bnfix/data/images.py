@@ -131,12 +131,10 @@ class Images(ABC):
         missing = [i for i in wanted if i not in self._digests]
         parts = [missing[k : k + _HASHED_AT_ONCE] for k in range(0, len(missing), _HASHED_AT_ONCE)]
         with ThreadPoolExecutor(self._hash_threads) as pool:
-            for part, hashes in zip(parts, pool.map(self._hash_all, parts), strict=True):
+            found = pool.map(lambda part: [self._hash(i) for i in part], parts)
+            for part, hashes in zip(parts, found, strict=True):
                 self._digests.update(zip(part, hashes, strict=True))
         return [self._digests[i] for i in wanted]
-
-    def _hash_all(self, index: Sequence[int]) -> list[bytes]:
-        return [self._hash(i) for i in index]
 
 
 class EncodedImages(Images):

@@ -215,8 +215,7 @@ def _open_folder(path: Path, wanted: bool, channels: int) -> Opened:
             f"its folders are splits, not classes ({some(folders)}). "
             f"Give one of them, for example {path / folders[0]}."
         )
-    kind = "class folders" if files else "flat folder"
-    images = FileImages(path, kind, files or loose, channels)
+    images = FileImages(path, "class folders" if files else "flat folder", files or loose, channels)
     images.classes = tuple(folders) if files else ()
     if n_others:
         images.notes.append(f"{count(n_others, 'files')} without an image suffix skipped")

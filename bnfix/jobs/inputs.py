@@ -110,8 +110,8 @@ def describe_corruption(source: DataRecipe, too: str = "") -> list[str]:
     found = corruption_of(source.corrupt)
     if found is None:
         return []
-    words = f"every image was corrupted{too}: {found.text} ({found.words}), after resize and crop."
-    return [words]
+    words = f"{found.text} ({found.words}), after resize and crop."
+    return [f"every image was corrupted{too}: {words}"]
 
 
 def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:
