@@ -392,11 +392,11 @@ def test_threads_hash_files_as_one_does(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         (
             {"images": np.array([None, {}], dtype=object)},
-            "array images holds Python objects, expected whole numbers",
+            "array images holds Python objects, expected numbers",
         ),
         (
             {"images": grid(2), "labels": np.array([0, 1], dtype=object)},
-            r"array labels holds Python objects, .* Save labels\.astype\(int\)",
+            r"array labels holds Python objects, .* save labels\.astype\(int\)",
         ),
     ],
 )

@@ -409,7 +409,7 @@ class Code:
 def test_files_that_would_run_code_or_claim_too_much(tmp_path, capsys) -> None:
     objects = np.array([Code(), None], dtype=object)
     np.savez(tmp_path / "a.npz", inputs=objects)
-    with pytest.raises(DataError, match=r"array inputs is declared as object \(2,\)"):
+    with pytest.raises(DataError, match="array inputs holds Python objects"):
         open_images(str(tmp_path / "a.npz"))
     torch.save({"inputs": Code()}, tmp_path / "a.pt")
     with pytest.raises(DataError, match=r"^DATA \S+a\.pt: not loaded, it holds pickled objects"):

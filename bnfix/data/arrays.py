@@ -321,8 +321,8 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
         shape, _, dtype = readers[version](file)
         n_bytes = file.tell() + prod(shape) * dtype.itemsize
     if dtype.hasobject:
-        what = f"array {name} holds Python objects, expected whole numbers"
-        raise DataError(f"{what}. Save {name}.astype(int).")
+        what = f"array {name} holds Python objects, expected numbers"
+        raise DataError(f"{what}. For whole numbers, save {name}.astype(int).")
     # numpy allocates memory for the declared shape, so it must match the stored bytes.
     if min(shape, default=0) < 0 or n_bytes != info.file_size:
         raise DataError(
