@@ -272,14 +272,22 @@ def test_what_is_missing_is_named(files, tmp_path):
 
 
 def test_the_plan_names_the_reference_and_its_candidates(cli, files, pruned, tmp_path):
-    words = ["--data", files.data, *files.common, "-o", tmp_path / "out", "--labels", "none"]
+    words = [
+        "--data",
+        files.data,
+        *files.common,
+        "-o",
+        tmp_path / "o.safetensors",
+        "--labels",
+        "none",
+    ]
     outcome = cli("fix", pruned, *words, "--reference", files.net, "--plan", "--json")
     plan = outcome.json
     assert plan["reference"] == str(files.net)
     kinds = ("(population", "(reference, sequential", "distilling (norms+head) alone")
     for kind in kinds:
         assert any(kind in stage for stage in plan["stages"])
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_a_recipe_is_replayed_with_its_reference_or_another(run, cli, files, pruned, tmp_path):
