@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import numpy as np
 import pytest
@@ -173,6 +174,37 @@ def test_what_no_domain_can_be_is_refused(files, cli, several, tmp_path, words, 
     done = cli(command, several, "--data", files.data, *files.common, *more, "-o", out)
     assert (done.code, list(tmp_path.iterdir())) == (code, [])
     assert message in done.err
+
+
+def test_the_own_count_of_batches_stays(files, several):
+    own, state = load_file(several), files.trained().state_dict()
+    assert own["bn1.num_batches_tracked"] == state["bn1.num_batches_tracked"] > 0
+
+
+def test_a_nearer_domain_of_another_kind_is_not_taken(files, cli, tmp_path):
+    images, labels = images_of(180, seed=2)
+    np.savez(tmp_path / "odd.npz", images=(images * 0.97).astype(np.uint8), labels=labels)
+    out, data = tmp_path / "out.safetensors", ("--data", tmp_path / "odd.npz", *files.common)
+    assert cli("calibrate", files.net, *data, *NO_WEIGHT, "--domain", "odd", "-o", out).code == 0
+    done = cli("eval", out, "--data", files.data, *files.common, "--domain", "auto", "--json")
+    (note,) = [n for n in done.json["assumptions"] if "distances" in n]
+    far = dict(part.rsplit(" ", 1) for part in re.split("[(:;] |, ", note) if part[-1].isdigit())
+    assert float(far["odd"]) < float(far["its own"])
+    assert "statistics: its own (" in note
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_inspect_shows_the_domain_that_is_named(files, cli, several, model):
+    words = ("inspect", several, *(("--model", files.spec) if model else ()), "--json")
+    own, night = (cli(*words, *more).json for more in ((), ("--domain", "night")))
+    assert any("for the domains fog, night" in note for note in own["notes"])
+    assert "the table shows its own statistics" in own["notes"]
+    assert "with the statistics of its domain night" in night["notes"]
+    least, most = night["layers"][0]["mean_range"]
+    mean = measured(files, "night").bn1.running_mean
+    assert (least, most) == pytest.approx((float(mean.min()), float(mean.max())), rel=1e-3)
+    assert own["layers"][0]["mean_range"] != [least, most]
+    assert "no domain 'dusk'" in cli(*words[:-1], "--domain", "dusk").message
 
 
 def test_eval_refuses_an_unknown_domain_and_notes_files_without_any(files, cli, several):

@@ -700,6 +700,13 @@ def test_models_that_share_a_pass_get_what_each_gets_alone():
     assert models[0].training
 
 
+@pytest.mark.parametrize(("n", "least"), [(1, 0.025), (3, 0.025 ** (1 / 3))])
+def test_all_right_or_all_wrong_has_an_exact_interval(n, least):
+    logits, labels = np.eye(4, dtype=np.float32)[:n], np.arange(n)
+    assert measure(logits, labels).interval["top1"] == pytest.approx((least, 1))
+    assert measure(logits, labels + 1).interval["top1"] == pytest.approx((0, 1 - least))
+
+
 def test_outputs_of_any_shape_are_taken_where_that_is_asked_for():
     model = nn.Conv2d(3, 2, 1)
     batches = [(torch.randn(n, 3, 4, 4), torch.rand(n, 4, 4)) for n in (3, 2)]

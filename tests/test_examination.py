@@ -317,8 +317,9 @@ def test_what_needs_nothing_is_one_line(cli, files, tmp_path):
     state["bn1.weight"][0], state["bn2.weight"][1], state["bn2.running_var"][2] = 0, 0, 1e-9
     torch.save(state, tmp_path / "net.pth")
     lines = cli("inspect", tmp_path / "net.pth").out.splitlines()
-    (line,) = [line for line in lines if "nothing" in line]
-    assert line.startswith("note: nothing to do about 2 gamma zero (bn1, bn2); 1 dead channels")
+    (line,) = [line for line in lines if "no action" in line]
+    assert line.startswith("note: no action needed: gamma-zero in bn1, bn2; dead-channels in bn2")
+    assert lines[-1] == "2 norm layers, 0 findings"
     assert len(cli("inspect", tmp_path / "net.pth", "--json").json["findings"]) == 3
 
 

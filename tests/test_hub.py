@@ -124,6 +124,7 @@ def test_a_folder_comes_back_as_its_library_loads_it(name, cli, data, tmp_path):
     card = cards.ModelCard.load(out / "README.md")
     assert card.data.library_name == ("timm" if name in TIMM else "transformers")
     assert card.data.eval_results is None
+    assert card.data.pipeline_tag == "image-classification"
     report = json.loads((out / "report.json").read_text())
     assert report["command_line"].startswith("bnfix calibrate")
     assert json.loads(done.out)["output"] == str(out)
@@ -132,13 +133,22 @@ def test_a_folder_comes_back_as_its_library_loads_it(name, cli, data, tmp_path):
 def test_the_card_has_what_was_measured(cli, folder, data, tmp_path):
     source = copied(folder, tmp_path / "in")
     front, body = "tags:\n- x\n- 'dataset:y'\nlicense: cc-by-4.0\n", "tags:\n- z\n# Mine\n"
+    front += "datasets: [a/b, c]\npipeline_tag: image-feature-extraction\n"
+    labels = np.arange(30) % 3
+    images = np.random.default_rng(5).integers(0, 255, (30, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "new.npz", images=images, labels=labels)
     (source / "README.md").write_text(f"---\n{front}---\n{body}")
     out = tmp_path / "re: [paired] | # {net}"
     done = cli(
         "calibrate", source, "--data", data, "--select", "0.34", "--example-weight", "0.3",
-        "--samples", "16", "--workers", "0", "-o", out, "--json",
+        "--samples", "16", "--workers", "0", "-o", out, "--json", "--test", tmp_path / "new.npz",
+        "--corrupt", "contrast:1",
     )  # fmt: skip
     assert done.code == 0, done.err
+    assert done.json["data"]["test"]["spec"] == str(tmp_path / "new.npz")
+    assert done.json["data"]["test"]["n_examples"] == 30
+    for name in ("report.md", "report.html"):
+        assert "tested on" in (out / name).read_text()
     card = cards.ModelCard.load(out / "README.md")
     measured = {result.metric_name: result for result in card.data.eval_results}
     model = done.json["models"][-1]
@@ -148,7 +158,12 @@ def test_the_card_has_what_was_measured(cli, folder, data, tmp_path):
     assert measured["NLL"].metric_args["interval"] == pytest.approx(
         model["interval"]["nll"], abs=1e-4
     )
-    assert {result.dataset_name for result in measured.values()} == {data.name}
+    names = {result.dataset_name for result in measured.values()}
+    assert names == {"new.npz under contrast:1"}
+    assert (card.data.datasets, card.data.pipeline_tag) == (
+        ["a/b", "c"],
+        "image-feature-extraction",
+    )
     assert card.data.license == "cc-by-4.0"
     assert card.data.tags == ["x", "dataset:y", "bnfix"]
     assert card.data.model_name == out.name

@@ -327,7 +327,9 @@ def test_verdict_is_the_last_against_the_first() -> None:
 
 
 def test_nothing_evaluated_is_said() -> None:
-    alone = Report("calibrate", None, ())
+    pool = Report("pool", None, ())
+    assert pool.verdict_sentence() == "Not evaluated: no images were used."
+    alone = Report("calibrate", DataUsed("photos/", 9, "0"), ())
     assert alone.verdict_sentence() == "Not evaluated: no labelled images were left for a test."
     plan = SwapPlan((Change("bn", "BatchNorm2d", 3, 3, None, 0.0, 1e-7),), (), (), ())
     report = Report("convert", None, (), swap=plan)

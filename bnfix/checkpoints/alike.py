@@ -11,7 +11,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -43,6 +43,8 @@ _TAKEN_OVER: Final = (
     "config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.md",
     "LICENSE.txt", _ORIGINAL_CARD,
 )  # fmt: skip
+#: What a card keeps of its input's card.
+_KEPT: Final = ("license", "pipeline_tag", "datasets", "tags")
 _LARGEST: Final = 8 * 2**20
 
 
@@ -99,8 +101,7 @@ class Folder:
 
     source: str
     library: str
-    license: str  # from its own card; empty if there is none
-    tags: tuple[str, ...]  # from its own card
+    kept: Mapping[str, Sequence[str]]  # license, task, data and tags of its own card
     has_card: bool
     other_preprocessing: bool  # the output's preprocessing differs from the folder's
 
@@ -111,16 +112,21 @@ def folder_of(source: Path, preprocessing: Preprocessing | None) -> Folder:
     files = dict(_taken_over(source))
     card = files.get(_ORIGINAL_CARD, b"").decode(errors="replace")
     front = (re.match(r"---\n((?:(?!---).*\n)*)", card) or [""] * 2)[1]
-    licensed = re.search(r"^license: *([\w.-]+) *$", front, re.MULTILINE)
-    tagged = re.search(r"^tags: *\n((?: *- .*\n)*)", front, re.MULTILINE)
     return Folder(
         source=source.resolve().name,
         library=spec.partition(":")[0],
-        license=licensed[1] if licensed else "",
-        tags=tuple(re.findall(r"- +[\"']?([\w.:/-]{1,60})", tagged[1])[:50] if tagged else ()),
+        kept={key: _words_at(key, front) for key in _KEPT},
         has_card=bool(card),
         other_preprocessing=preprocessing not in (None, stated),
     )
+
+
+def _words_at(key: str, front: str) -> list[str]:
+    """The words at a key of a card's front matter: one, or a list in either of YAML's forms."""
+    found = re.search(rf"^{key}:(.*\n(?: *- .*\n)*)", front, re.MULTILINE)
+    parts = re.split(r"\n *- |[][,]", found[1]) if found else []
+    words = [part.partition(" #")[0].strip(" \n\"'") for part in parts]
+    return [word for word in words if re.fullmatch(r"[\w.:/-]{1,96}", word)][:50]
 
 
 def save_folder(

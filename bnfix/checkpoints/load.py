@@ -21,7 +21,7 @@ from bnfix.checkpoints.checkpoint import (
     misfits_of,
     read_checkpoint,
 )
-from bnfix.checkpoints.several import Sets, domain_of, read_domains, set_statistics_
+from bnfix.checkpoints.several import Sets, open_domains_
 from bnfix.core.errors import (
     BnfixError,
     CheckpointError,
@@ -229,13 +229,8 @@ def load_ready(
     _apply_norms(model, checkpoint)
     model.eval()
     model.__dict__["_bnfix_origin"] = origin
-    sets = read_domains(model, checkpoint)
-    if recipe.domain is not None:
-        set_statistics_(model, domain_of(sets, recipe.domain, checkpoint.path))
-    elif sets:
-        only = "(--domain); only calibrate --domain keeps them in its output"
-        notes.append(f"it also has statistics for the domains {some(sorted(sets))} {only}")
-    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes))
+    sets, more = open_domains_(model, checkpoint, recipe.domain)
+    checkpoint = replace(checkpoint, notes=(*checkpoint.notes, *notes, *more))
     return Loaded(model, checkpoint, origin, sets)
 
 

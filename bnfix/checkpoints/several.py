@@ -265,22 +265,36 @@ def set_statistics_(model: nn.Module, found: Mapping[str, Tensor]) -> None:
 
 def as_header(sets: Sets) -> dict[str, Any]:
     """The sets as JSON values."""
-    return {n: {k: _text(pair) for k, pair in layers.items()} for n, layers in sets.items()}
+
+    def text(pair: Tensor) -> str:
+        kind = "<f8" if pair.dtype == torch.float64 else "<f4"
+        return base64.b64encode(pair.numpy().astype(kind).tobytes()).decode()
+
+    return {n: {k: text(pair) for k, pair in layers.items()} for n, layers in sets.items()}
 
 
-def read_domains(model: nn.Module, checkpoint: Checkpoint) -> Sets:
+def open_domains_(
+    model: nn.Module, checkpoint: Checkpoint, name: str | None
+) -> tuple[Sets, list[str]]:
+    """The sets in a file, and notes on them; the model gets the named one."""
+    sets = read_domains(checkpoint, {s.name: _moments(s)[0].numel() for s in _sites(model)})
+    if name is not None:
+        set_statistics_(model, domain_of(sets, name, checkpoint.path))
+    return sets, describe_domains(sets, name)
+
+
+def read_domains(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> Sets:
     """The checked sets in a file's header; all problems are reported at once."""
     stored: Any = (checkpoint.metadata or {}).get("domains") or {}
-    sites, problems, sets = _sites(model), list[str](), Sets()
+    problems, sets = list[str](), Sets()
     if not isinstance(stored, dict):
         stored, problems = {}, ["they are not an object"]
     for name, layers in stored.items():
         if not _NAME.fullmatch(name) or not isinstance(layers, dict):
             problems.append(f"{plain(name)}: not a domain name, or not an object")
             continue
-        extra = layers.keys() - {site.name for site in sites}
+        extra = layers.keys() - sizes.keys()
         problems += [f"{name}: {plain(layer)}: the model has no such layer" for layer in extra]
-        sizes = {site.name: _moments(site)[0].numel() for site in sites}
         found = {layer: _pair(layers.get(layer), n) for layer, n in sizes.items()}
         bad = [layer for layer, pair in found.items() if pair is None]
         problems += [f"{name}: {layer}: expected finite means and variances >= 0" for layer in bad]
@@ -306,9 +320,20 @@ def begin_domain_(model: nn.Module, sets: Sets, name: str) -> list[str]:
 def end_domain_(model: nn.Module, sets: Sets, name: str, tensors: Mapping[str, Tensor]) -> Sets:
     """The sets plus the model's statistics under a name; the model gets the file tensors' own."""
     own = statistics_in(model)
-    keys = {layer: [f"{layer}.{kind}".removeprefix(".") for kind in STATISTICS] for layer in own}
-    set_statistics_(model, {n: torch.stack([tensors[k] for k in ks]) for n, ks in keys.items()})
+    for site in _sites(model):
+        for kind in BUFFERS:
+            now, key = site.module._buffers.get(kind), f"{site.name}.{kind}".removeprefix(".")
+            if now is not None:  # an old file has no count of batches
+                site.module._buffers[kind] = tensors.get(key, 0 * now).to(now, copy=True)
     return {**sets, name: own}
+
+
+def describe_domains(sets: Sets, name: str | None) -> list[str]:
+    """A note on the domain whose statistics are used, or on those that a file has, if any."""
+    if name is not None:
+        return [f"with the statistics of its domain {name}"]
+    only = "(--domain); only calibrate --domain keeps them in its output"
+    return [f"it also has statistics for the domains {some(sorted(sets))} {only}"] * bool(sets)
 
 
 def domain_of(sets: Sets, name: str, path: Path) -> dict[str, Tensor]:
@@ -325,11 +350,6 @@ def _sites(model: nn.Module) -> list[NormSite]:
 
 def _moments(site: NormSite) -> list[Tensor]:
     return [site.module.get_buffer(kind) for kind in STATISTICS]
-
-
-def _text(pair: Tensor) -> str:
-    kind = "<f8" if pair.dtype == torch.float64 else "<f4"
-    return base64.b64encode(pair.numpy().astype(kind).tobytes()).decode()
 
 
 def _pair(text: Any, n: int) -> Tensor | None:

@@ -75,8 +75,7 @@ def _topics(context: typer.Context, incomplete: str) -> list[str]:
 def show_help(
     context: typer.Context,
     topic: Annotated[
-        str,
-        typer.Argument(metavar="[TOPIC]", help="A page or a command.", autocompletion=_topics),
+        str, typer.Argument(metavar="[TOPIC]", help="A page or a command.", autocompletion=_topics)
     ] = "",
 ) -> None:
     """Show a page of the documentation, or list them all.

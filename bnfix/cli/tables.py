@@ -188,11 +188,10 @@ def _invariance(report: Report) -> Table:
     headings = "logits differ by", "alone", "same class", "other batch", "same class"
     rows = []
     for row in report.invariance:
-        pairs = [
-            (f"{d.largest_difference:.2g}", f"{100 * d.top1_agreement:.1f}%")
-            for d in (row.alone, row.permuted)
-        ]
-        rows.append((row.model, *pairs[0], *pairs[1]))
+        both = ((d.largest_difference, d.top1_agreement) for d in (row.alone, row.permuted))
+        rows.append(
+            (row.model, *(cell for gap, same in both for cell in (f"{gap:.2g}", percent(same))))
+        )
     first = report.invariance[0]
     caption = f"{count(first.n_examples, 'images')}, against batches of {first.batch_size}"
     return _table(headings, rows, caption)
@@ -356,7 +355,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         lines = entry.options if entry.command is None else (entry.command,)
         yield f"history {place}: {lines[0]}"
         yield from (f"  {line}" for line in (*lines[1:], entry.did))
-    summary = f"{count(len(found.layers), 'norm layers')}, {count(len(found.findings), 'findings')}"
+    n = sum(one.advice != "nothing" for one in found.findings)
+    summary = f"{count(len(found.layers), 'norm layers')}, {count(n, 'findings')}"
     yield summary if found.layers else "no norm layer with running statistics in this file"
 
 
@@ -368,14 +368,14 @@ def _finding_lines(findings: list[Finding]) -> Iterator[str]:
     for (severity, fault, advice), same in groups.items():
         layers = [one.layer for one in same]
         if advice == "nothing":
-            idle.append(f"{len(same)} {fault.replace('-', ' ')} ({some(layers, 3)})")
+            idle.append(f"{fault} in {some(layers, 3)}")
             continue
         for one in same[:_SHOWN]:
             yield f"{severity}: {one.layer or 'model'}: {one.detail}"
         also = f"(also {some(layers[_SHOWN:])}) " if len(same) > _SHOWN else ""
         yield f"  {also}-> {advice}"
     if idle:
-        yield f"note: nothing to do about {'; '.join(idle)}; --json has the details"
+        yield f"note: no action needed: {'; '.join(idle)}; --json has the details"
 
 
 def _behaviour_line(seen: Behaviour) -> str:

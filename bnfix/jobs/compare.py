@@ -435,14 +435,9 @@ class Arena:
         return [found[i] for i in range(len(self.entrants))]
 
     def _batches(
-        self,
-        one: Entrant,
-        index: np.ndarray,
-        size: int,
-        stage: str,
-        corruption: Corruption | None = None,
+        self, one: Entrant, index: np.ndarray, size: int, stage: str, by: Corruption | None = None
     ) -> Tracked:
-        batches = one.inputs.batches(index, self._run, size, corruption)
+        batches = one.inputs.batches(index, self._run, size, by)
         place = distributed.here()
         return Tracked(batches.dealt(place.rank, place.size), stage, self._track)
 

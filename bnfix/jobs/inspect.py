@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from bnfix.checkpoints.checkpoint import Checkpoint, read_checkpoint
+from bnfix.checkpoints.checkpoint import STATISTICS, Checkpoint, read_checkpoint
 from bnfix.checkpoints.load import Loaded, hub_folder
+from bnfix.checkpoints.several import describe_domains, domain_of, read_domains
 from bnfix.core import __version__
 from bnfix.core.errors import some
 from bnfix.core.options import require
@@ -117,14 +119,16 @@ def inspect_checkpoint(
     words = "--test: it is compared with --data, which is missing. Give both."
     require(source.test is None or data is not None, words, "test")
     loaded = None if recipe.model is None and data is None else load_one(path, recipe, run)
-    found = _read(path, recipe) if loaded is None else loaded.checkpoint
+    place, ema = {"key": recipe.key, "prefix": recipe.prefix}, recipe.prefer_ema
+    found = loaded.checkpoint if loaded else read_checkpoint(path, **place, prefer_ema=ema)
     header, compared = found.metadata or {}, None
     if against is not None:
-        original = read_checkpoint(against, prefer_ema=recipe.prefer_ema)
+        original = read_checkpoint(against, prefer_ema=ema)
         compared = original, compare_weights(found.tensors, original.tensors)
-    layers = faults.read_norms(found.tensors, faults.mapping(header.get("norms")))
+    tensors, more = _looked_at(found, loaded, recipe.domain)
+    layers = faults.read_norms(tensors, faults.mapping(header.get("norms")))
     weights = diagnose_weights(found.tensors) if compared is None else compared[1].findings()
-    findings = [*faults.diagnose(found.tensors, layers), *weights, *_neighbours(layers)]
+    findings = [*faults.diagnose(tensors, layers), *weights, *_neighbours(layers)]
     seen, sites, kinds, frozen = _Seen(), list[NormSite](), dict[str, str](), dict[str, str]()
     gaps = {} if loaded is None else predicted_gaps(loaded.model)
     if loaded is not None:
@@ -166,21 +170,31 @@ def inspect_checkpoint(
         behaviour=seen.behaviour,
         data=seen.record,
         commands=faults.read_history(header.get("history")),
-        notes=[*found.notes, *_describe_beside(found), *seen.remarks],
+        notes=[*found.notes, *more, *seen.remarks],
         gaps=gaps,
         against=compared,
     )
 
 
-def _read(path: str | Path, recipe: ModelRecipe) -> Checkpoint:
-    ema = recipe.prefer_ema
-    return read_checkpoint(path, key=recipe.key, prefix=recipe.prefix, prefer_ema=ema)
-
-
-def _describe_beside(file: Checkpoint) -> list[str]:
-    """A note on the values stored next to the weights."""
-    values = [f"{name} = {value}" for name, value in file.beside.items()]
-    return [f"next to the weights: {some(values, _SHOWN)}"] if values else []
+def _looked_at(
+    file: Checkpoint, loaded: Loaded | None, name: str | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's tensors with the statistics of a domain, if one is named, and notes on the file."""
+    if loaded is None:
+        stored = faults.mapping((file.metadata or {}).get("domains")).values()
+        named = {layer for found in stored for layer in faults.mapping(found)}
+        layers = faults.read_norms(file.tensors)
+        sets = read_domains(file, {x.name: x.channels for x in layers if x.name in named})
+    else:
+        sets = loaded.domains
+    used = {} if name is None else domain_of(sets, name, file.path)
+    kinds = enumerate(STATISTICS)
+    new = {faults.under(n, kind): pair[i] for i, kind in kinds for n, pair in used.items()}
+    notes = describe_domains(sets, name) if loaded is None else []
+    notes += ["the table shows its own statistics"] if sets and name is None else []
+    values = [f"{key} = {value}" for key, value in file.beside.items()]
+    notes += [f"next to the weights: {some(values, _SHOWN)}"] if values else []
+    return file.tensors | new, notes
 
 
 def _neighbours(layers: Sequence[faults.NormTensors]) -> Iterator[faults.Finding]:

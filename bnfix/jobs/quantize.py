@@ -66,8 +66,7 @@ def open_bench(
     """Split the data as `fix` does: the fit split calibrates, the test split judges."""
     if data is None:
         raise ConfigError(
-            "--to onnx-int8: no images to measure activation ranges on. Give --data.",
-            name="data",
+            "--to onnx-int8: no images to measure activation ranges on. Give --data.", name="data"
         )
     plan, gate = replace(plan, run=RunOptions("cpu", workers=workers)), plan.gate
     cut = gate.fit, gate.select_part, 1 - gate.fit - gate.select_part

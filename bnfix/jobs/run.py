@@ -272,6 +272,7 @@ class Run:
                 class_names=images.class_names,
                 splits=bench.split.sizes(),
                 corruption=self.plan.source.corrupt,
+                test=self.plan.source.test and data_record(bench.test.images, bench.split.test),
             ),
             models=models,
             layers=layer_rows(

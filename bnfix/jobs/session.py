@@ -230,11 +230,7 @@ class Workbench:
         return [index[sources[index] == k] for k in range(len(self.plan.statistics.mix))]
 
     def batches(
-        self,
-        index: np.ndarray,
-        stage: str,
-        size: int | None = None,
-        inputs: Inputs | None = None,
+        self, index: np.ndarray, stage: str, size: int | None = None, inputs: Inputs | None = None
     ) -> Tracked:
         """Re-iterable batches of chosen images in this order, for a stage that progress shows."""
         plan, place = self.plan, distributed.here()
@@ -323,7 +319,8 @@ def open_workbench(
         notes.append(f"the select split has {short}, so nothing can be chosen. {advice}")
     few = inputs.first_batch(seed)
     notes += _first_look(loaded, few, as_given=inputs.preprocessing is None)
-    notes += describe_corruption(source, ", also in the test")
+    tested = ", also in the test" if judged and len(split.test) else ""
+    notes += describe_corruption(source, tested)
     held = None if few is None else footprint(loaded.model, few, run.precision)
     size = evaluation_batch_size(run, loaded.model, inputs.size)
     evaluation = BatchSize(size, "--batch-size", notes, gives_way=run.batch_size is None)

@@ -18,6 +18,7 @@ from bnfix.metrics.metrics import (
     N_RESAMPLES,
     Interval,
     chunks,
+    exact_interval,
     inverse_temperature,
     log_softmax,
     losses_of,
@@ -194,15 +195,6 @@ def conformal_sets(logits: Array, labels: Array, wanted: float, seed: int) -> Se
         size=float(size.mean()),
         empty=float((size == 0).mean()),
     )
-
-
-def exact_interval(k: int, n: int, level: float = 0.95) -> Interval:
-    """Clopper and Pearson's interval for a fraction, from k successes in n trials."""
-    from scipy.special import betaincinv
-
-    tail = (1 - level) / 2
-    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
-    return low, float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
 
 
 def estimate_accuracy(

@@ -97,9 +97,9 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
     columns = {key: now * 1.0 - was[key] for key, now in new.columns.items() if key in was}
     blind = new.blind_loss - old.blind_loss
     table = np.column_stack(list(columns.values()))
-    drawn, means = resampled_means(table, seed, groups).T, table.mean(0)
+    samples, means = resampled_means(table, seed, groups).T, table.mean(0)
     found = {}
-    for (key, column), resampled, mean in zip(columns.items(), drawn, means, strict=True):
+    for (key, column), resampled, mean in zip(columns.items(), samples, means, strict=True):
         p = _score_p(column, groups) if key == "top1" else _paired_p(column, blind, groups)
         found[key] = Difference(float(mean), middle(resampled, mean, groups), p)
     top1, nll = found.get("top1", _NONE), found["nll"]
@@ -112,22 +112,16 @@ def compare(before: Metrics, after: Metrics, *, seed: int = 0) -> Paired:
     else:
         verdict = "better" if signs == (1, 1) or (1 in signs and surer) else "same"
     scaled = found.get("nll_temperature_scaled")
+    # The same bootstrap samples of both models.
+    drawn = {name: sample - before.resampled[name] for name, sample in after.resampled.items()}
+    moved = {name: value - before.values[name] for name, value in after.values.items()}
     left = scaled is None or _sign(top1) == 1 or _sign(scaled) == -1
     return Paired(
         **found,
         verdict=verdict,
         temperature_only=verdict == "better" and not left,
-        metrics={name: _metric_difference(name, before, after, groups) for name in after.values},
+        metrics={n: Difference(d, middle(drawn[n], d, groups), math.nan) for n, d in moved.items()},
     )
-
-
-def _metric_difference(
-    name: str, before: Metrics, after: Metrics, groups: Array | None
-) -> Difference:
-    """The difference of a metric, from the same bootstrap samples of both models."""
-    change = after.values[name] - before.values[name]
-    drawn = after.resampled[name] - before.resampled[name]
-    return Difference(change, middle(drawn, change, groups), math.nan)
 
 
 def paired_examples(before: Metrics, after: Metrics) -> tuple[PerExample, PerExample]:
@@ -231,10 +225,7 @@ class Decision(Evidence):
 
 
 def judge(
-    stage: str,
-    candidate: tuple[str, Metrics],
-    incumbent: tuple[str, Metrics],
-    z: float = 2.0,
+    stage: str, candidate: tuple[str, Metrics], incumbent: tuple[str, Metrics], z: float = 2.0
 ) -> Decision:
     """Judge a candidate against the incumbent, on the same examples of the select split.
 

@@ -123,6 +123,15 @@ def middle(resampled: Array, point: float, groups: Array | None = None) -> Inter
     return min(float(low), float(point)), max(float(high), float(point))
 
 
+def exact_interval(k: int, n: int, level: float = LEVEL) -> Interval:
+    """Clopper and Pearson's interval for a fraction, from k successes in n trials."""
+    from scipy.special import betaincinv
+
+    tail = (1 - level) / 2
+    low = float(betaincinv(k, n - k + 1, tail)) if k else 0.0
+    return low, float(betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+
+
 def chunks(logits: Array) -> Iterator[slice]:
     """Slices of rows to work on at a time."""
     size = max(1, _CHUNK // logits.shape[1])
@@ -292,7 +301,8 @@ class Metrics(Scores):
         brier: mean over examples of the squared distance from the one-hot label.
         ece: expected calibration error, 15 equal-width right-closed bins, confidence 1 in the last.
         interval: 95% bootstrap intervals of all these except the temperature; the interval of
-            ``ece`` is shifted by the bootstrap's bias (resampling increases absolute gaps).
+            ``ece`` is shifted by the bootstrap's bias (resampling increases absolute gaps), and
+            that of a ``top1`` of 0 or 1 is the exact binomial one.
         images_per_second: through the model, without loading; with several batches, the first is
             left out.
         reliability: the 15 bins.
@@ -390,6 +400,10 @@ def _means(
     means = dict(zip(columns, table.mean(0).tolist(), strict=False))
     drawn = resampled_means(table, seed, groups)
     interval = {name: middle(drawn[:, i], means[name], groups) for i, name in enumerate(columns)}
+    n = n_counted(len(table), groups)
+    if means.get("top1") in (0.0, 1.0) and (groups is None or n > 1):
+        # A bootstrap of equal scores has no width, as if no other example could differ.
+        interval["top1"] = exact_interval(n if means["top1"] else 0, n)
     return means, interval, drawn[:, len(columns) :]
 
 
@@ -397,13 +411,8 @@ def measure_rows(
     examples: PerExample, task: ByRows, *, images_per_second: float = 0.0, seed: int = 0
 ) -> Metrics:
     """A task's metrics from the losses, scores and rows of its examples."""
-    finite = np.isfinite(examples.losses)
-    if not finite.all():
-        raise NumericError(
-            f"evaluation: the {task.words.loss} of example {int(finite.argmin())} (from 0) is not "
-            "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
-        )
-    n, groups = len(finite), examples.groups
+    refuse_not_finite(examples.losses[:, None], f"{task.words.loss} of", "is")
+    n, groups = len(examples.losses), examples.groups
     rows = np.empty((n, 0)) if examples.rows is None else examples.rows
     means, interval, _ = _means(examples.columns, np.empty((n, 0)), seed, groups)
     values = {name: float(v[0]) for name, v in task.metrics(rows, np.ones((1, n))).items()}
@@ -418,13 +427,13 @@ def measure_rows(
     )  # fmt: skip
 
 
-def refuse_not_finite(logits: Array) -> None:
-    """Raise a `NumericError` for the first example whose logits are not finite."""
-    finite = np.isfinite(logits).all(1)
+def refuse_not_finite(values: Array, what: str = "logits of", verb: str = "are") -> None:
+    """Raise a `NumericError` for the first example (row) whose values are not finite."""
+    finite = np.isfinite(values).all(1)
     if not finite.all():
         raise NumericError(
-            f"evaluation: the logits of example {int(finite.argmin())} (from 0) are not "
-            "finite. Look at the statistics with `bnfix inspect`, or use --precision fp32."
+            f"evaluation: the {what} example {int(finite.argmin())} (from 0) {verb} not finite. "
+            "Look at the statistics with `bnfix inspect`, or use --precision fp32."
         )
 
 

@@ -222,9 +222,7 @@ def _with_classes(
 
 # Every number of classes that a tensor's size implies, given the sizes at two probes.
 def _solve(
-    first: dict[str, torch.Size],
-    second: dict[str, torch.Size],
-    tensors: Mapping[str, torch.Tensor],
+    first: dict[str, torch.Size], second: dict[str, torch.Size], tensors: Mapping[str, torch.Tensor]
 ) -> set[int]:
     low, high = _PROBES
     found: set[int] = set()

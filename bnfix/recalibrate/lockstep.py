@@ -23,13 +23,7 @@ from bnfix.core.errors import ModelError
 from bnfix.core.memory import LiveBytes, free_memory
 from bnfix.core.torch_private import has_modes, tree_leaves, tree_map
 from bnfix.recalibrate.accumulator import Accumulator
-from bnfix.recalibrate.collector import (
-    TRACED,
-    Collector,
-    Source,
-    StopHereError,
-    up_to,
-)
+from bnfix.recalibrate.collector import TRACED, Collector, Source, StopHereError, up_to
 
 #: Errors that a network raises for an activation with an unexpected shape.
 _OF_SHAPE = (RuntimeError, ValueError, TypeError, AssertionError, LookupError)

@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 from bnfix.checkpoints.load import Loaded
 from bnfix.checkpoints.save import identity_of
-from bnfix.checkpoints.several import domain_of, set_statistics_, statistics_in
+from bnfix.checkpoints.several import describe_domains, domain_of, set_statistics_, statistics_in
 from bnfix.core import distributed, guards
 from bnfix.core.errors import DataError, ModelError, NormError
 from bnfix.core.options import require
@@ -53,6 +54,10 @@ from bnfix.recalibrate.passes import met_in_a_pass, one_pass
 from bnfix.recalibrate.reference import Originals, Reference
 
 _Moments = tuple[Tensor, Tensor]
+_OWN = "its own"
+#: A domain is taken below this part of the own distance, if that is above the second number:
+#: nearer statistics of another kind of images can still cost accuracy (docs/LOG.md).
+_NEARER, _FAR = 0.25, 0.12
 #: The record of a calibration.
 _Done = TypeVar("_Done")
 _Rows = tuple[Tensor, Tensor, Tensor | None]
@@ -213,22 +218,25 @@ def drift_of(site: NormSite, old: _Moments, sums: Accumulator) -> tuple[float, f
 
 
 def take_domain_(loaded: Loaded, name: str | None, batches: Iterable[Any]) -> list[str]:
-    """Set a model's statistics to a named domain's or, by ``auto``, to the closest ones."""
+    """Set a model's statistics to a domain's or, by ``auto``, to much closer ones than its own."""
     if name is None or not loaded.domains:
         return [] if name is None else ["has no domains; its own statistics were used"]
     if name != "auto":
         set_statistics_(loaded.model, domain_of(loaded.domains, name, loaded.checkpoint.path))
-        return [f"with the statistics of its domain {name}"]
-    sets = {"its own": statistics_in(loaded.model), **loaded.domains}
-    met = met_in_a_pass(loaded.model, batches, Collector)
-    layer = met.sums.order()[0]
-    site, sums = met.by_name[layer], met.sums.measured[layer]
-    moments = {one: found[layer].to(sums.values.mean) for one, found in sets.items()}
-    far = {one: drift_of(site, (m[0], m[1]), sums)[0] for one, m in moments.items()}
+        return describe_domains(loaded.domains, name)
+    sets, far = {_OWN: statistics_in(loaded.model), **loaded.domains}, dict[str, float]()
+    for one, found in sets.items():
+        set_statistics_(loaded.model, found)
+        met = met_in_a_pass(loaded.model, batches, Collector)
+        pairs = [(met.by_name[layer], sums) for layer, sums in met.sums.measured.items()]
+        far[one] = fmean(drift_of(site, site.moments, sums)[0] for site, sums in pairs)
     nearest = min(far, key=lambda one: far[one])
-    set_statistics_(loaded.model, sets[nearest])
+    is_clear = far[_OWN] > _FAR and far[nearest] < _NEARER * far[_OWN]
+    chosen = nearest if is_clear else _OWN
+    set_statistics_(loaded.model, sets[chosen])
     listed = ", ".join(f"{one} {distance:.3g}" for one, distance in far.items())
-    return [f"statistics: {nearest}, closest to the inputs of {layer} (distances: {listed})"]
+    rule = f"a domain must be below {_NEARER:g} of the own distance, and that above {_FAR:g}"
+    return [f"statistics: {chosen} (distances: {listed}; {rule})"]
 
 
 @contextmanager

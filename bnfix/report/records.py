@@ -53,6 +53,7 @@ class DataUsed:
     corruption: str | None = None  # of every image, such as blur:2
     n_groups: int | None = None  # groups of examples that depend on each other
     noun: str = "images"  # "examples" for other data
+    test: Mapping[str, Any] | None = None  # spec, size and fingerprint of a separate test
 
 
 @dataclass(frozen=True)

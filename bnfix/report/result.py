@@ -37,7 +37,7 @@ from bnfix.deploy.fold import Folding
 from bnfix.deploy.forms import Agreement
 from bnfix.metrics.task import ByRows
 from bnfix.report.pages import clean, fields_of, percent, plain_json, render
-from bnfix.report.records import Evaluated, n_live
+from bnfix.report.records import DataUsed, Evaluated, n_live
 from bnfix.report.report import Report, json_text, report_paths, write_texts
 
 
@@ -110,11 +110,7 @@ class Result:
 
 
 def check_outputs(
-    path: str | Path,
-    source: str | Path | None,
-    recipe: ModelRecipe = ModelRecipe(),
-    *,
-    force: bool,
+    path: str | Path, source: str | Path | None, recipe: ModelRecipe = ModelRecipe(), *, force: bool
 ) -> str:
     """Check before any work that an output and its reports can be written; return its form.
 
@@ -159,15 +155,16 @@ def card_of(
     name = clean(path.name)
     measured = results_of(report.models[-1]) if report.models else []
     pipeline = _PIPELINES.get(report.task.name, "other")
+    kept, kind = dict(folder.kept), type(model).__name__
     front: dict[str, Any] = {"library_name": folder.library}
-    front |= {"license": folder.license} if folder.license else {}
-    if measured:
-        front |= {"pipeline_tag": pipeline} if pipeline != "other" else {}
-        data = clean(re.split(r"[/\\]", report.data.spec if report.data else "")[-1]) or "data"
-        dataset = {"name": data, "type": re.sub(r"[^\w.-]+", "-", data), "split": "test"}
-        result = {"task": {"type": pipeline}, "dataset": dataset, "metrics": measured}
-        front["model-index"] = [{"name": name, "results": [result]}]
-    front["tags"] = [*(tag for tag in folder.tags if tag != "bnfix"), "bnfix"]
+    known = measured or folder.library == "timm" or kind.endswith("ForImageClassification")
+    for key, usual in (("license", ""), ("pipeline_tag", pipeline if known else "")):
+        front |= {key: one} if (one := next(iter(kept[key]), usual)) not in ("", "other") else {}
+    front |= {"datasets": kept["datasets"]} if kept["datasets"] else {}
+    if measured and report.data is not None:
+        result = {"task": {"type": pipeline}, "dataset": _measured_on(report.data)}
+        front["model-index"] = [{"name": name, "results": [result | {"metrics": measured}]}]
+    front["tags"] = [*(tag for tag in kept["tags"] if tag != "bnfix"), "bnfix"]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
     text = render(
         "card.md.j2",
@@ -178,12 +175,20 @@ def card_of(
         command_line=command_line,
         name=name,
         folder=folder,
-        kind=type(model).__name__,
+        kind=kind,
         live=n_live(model),
         metrics=measured,
         version=__version__,
     )
     return text.rstrip() + "\n"
+
+
+def _measured_on(data: DataUsed) -> dict[str, str]:
+    """The data of a model index, by the names of its file and of the corruption."""
+    spec = data.spec if data.test is None else data.test["spec"]
+    name = clean(re.split(r"[/\\]", spec)[-1]) or "data"
+    under = f" under {data.corruption}" if data.corruption else ""
+    return {"name": name + under, "type": re.sub(r"[^\w.-]+", "-", name), "split": "test"}
 
 
 def results_of(model: Evaluated) -> list[dict[str, Any]]:

@@ -125,7 +125,8 @@ class Findings:
             n = len(self.swap.changes) if self.swap else 0
             if n:
                 return f"{count(n, 'norm layers')} swapped; accuracy was not evaluated."
-            return "not evaluated: no labelled images were left for a test."
+            left = "were left for a test" if self.data else "were used"
+            return f"not evaluated: no {'labelled ' if self.data else ''}images {left}."
         first, last, images = self.models[0].metrics, self.models[-1].metrics, self._images()
         if not self.models[-1].classified:
             return self._own_metrics(images)
@@ -244,7 +245,7 @@ class Findings:
         known = self.models and self.by_rows is None
         if known and (m := self.models[-1].metrics).top1 is not None:
             chance = 1 / m.logits.shape[1] if m.logits.size else 0
-            if m.interval["top1"][0] <= chance:
+            if m.interval["top1"][0] <= chance and m.top1 < 1:
                 yield (
                     f"This is no better than chance ({percent(chance)}). Check preprocessing, "
                     "--class-map and --output first."

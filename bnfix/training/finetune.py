@@ -215,11 +215,7 @@ class _Course:
     """The epochs so far, the best of them, and their saved state, if there is a folder."""
 
     def __init__(
-        self,
-        how: Setting,
-        judged: Task | None,
-        monitor: Iterable[Any],
-        folder: StateFolder | None,
+        self, how: Setting, judged: Task | None, monitor: Iterable[Any], folder: StateFolder | None
     ) -> None:
         self._model, self._folder, self._judged = how.model, folder, judged
         self._evaluate = partial(score, how.model, monitor, judged, forward=how.forward)

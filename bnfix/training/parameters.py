@@ -93,10 +93,7 @@ def parameter_groups(
 
 @torch.no_grad()
 def decay_norms_(
-    model: nn.Module | Iterable[nn.Module],
-    rate: float,
-    norm_decay: float,
-    target: str = "identity",
+    model: nn.Module | Iterable[nn.Module], rate: float, norm_decay: float, target: str = "identity"
 ) -> None:
     """Decay gamma and beta of norm layers by one decoupled step; call it after the optimizer step.
 
@@ -169,10 +166,7 @@ def head_of(
 
 
 def find_head(
-    what: str,
-    model: nn.Module,
-    batches: Iterable[Any],
-    forward: runtime.Forward | None = None,
+    what: str, model: nn.Module, batches: Iterable[Any], forward: runtime.Forward | None = None
 ) -> nn.Module:
     """Run one batch to find the head; ``what`` names the purpose in messages."""
     modules = {

@@ -32,11 +32,7 @@ from torch.nn import functional as F
 
 from bnfix.core import guards, masks, runtime
 from bnfix.core.errors import ConfigError, DataError, NormError
-from bnfix.norm.layer import (
-    GeneralizedBatchNorm,
-    generalized_norms,
-    set_example_weight_,
-)
+from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms, set_example_weight_
 from bnfix.norm.mixture import centred, trainable_weights
 from bnfix.norm.moments import example_moments, mix, over_channel_groups
 from bnfix.weights.choose import best_root, descent
