@@ -27,14 +27,7 @@ from bnfix.checkpoints.load import origin_of, weight_buffers
 from bnfix.checkpoints.read import FORMAT, finite, parse_header, read_file
 from bnfix.checkpoints.several import as_header
 from bnfix.core import __version__
-from bnfix.core.errors import (
-    CheckpointError,
-    name_error,
-    output_error,
-    output_errors,
-    plain,
-    some,
-)
+from bnfix.core.errors import CheckpointError, name_error, output_error, output_errors, plain, some
 from bnfix.core.settings import Preprocessing
 from bnfix.norm.layer import generalized_norms
 

@@ -252,8 +252,8 @@ def _check_size(
         raise model_error(
             builder.spec,
             f"has {size} values, the checkpoint only {held}; "
-            f"missing from the file: {some(missing) or 'none'}; "
-            f"not in the model: {some(unexpected) or 'none'}. Check --model and its arguments.",
+            f"missing from the file: {some(missing, 2) or 'none'}; "
+            f"not in the model: {some(unexpected, 2) or 'none'}. Check --model and its arguments.",
         )
 
 

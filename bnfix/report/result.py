@@ -22,13 +22,7 @@ from bnfix.checkpoints.alike import (
     save_like_input,
 )
 from bnfix.checkpoints.load import hub_folder, origin_of
-from bnfix.checkpoints.save import (
-    check_free,
-    check_output,
-    metadata_of,
-    save,
-    write_bytes,
-)
+from bnfix.checkpoints.save import check_free, check_output, metadata_of, save, write_bytes
 from bnfix.core import __version__, distributed
 from bnfix.core.errors import Note, count, name_error, some
 from bnfix.core.settings import ModelRecipe, Preprocessing
