@@ -43,7 +43,7 @@ _TAKEN_OVER: Final = (
     "config.json", "preprocessor_config.json", "processor_config.json", "LICENSE", "LICENSE.md",
     "LICENSE.txt", _ORIGINAL_CARD,
 )  # fmt: skip
-#: What a card keeps of its input's card.
+#: Keys of the input's card that the output's card keeps.
 _KEPT: Final = ("license", "pipeline_tag", "datasets", "tags")
 _LARGEST: Final = 8 * 2**20
 
