@@ -236,7 +236,7 @@ def identity_of_lazy(model):
         (
             lambda: nn.Sequential(*(nn.BatchNorm2d(6) for _ in range(11))),
             {"channel_groups": 4},
-            "2: 6 channels do not divide .*; and 8 more",
+            "7: 6 channels do not divide .*; and 3 more",
         ),
     ],
 )

@@ -214,7 +214,7 @@ def unfreeze_(model: nn.Module) -> list[nn.Module]:
     return unfrozen
 
 
-def _refuse(problems: Sequence[str], shown: int = 3) -> None:
+def _refuse(problems: Sequence[str], shown: int = 8) -> None:
     if problems:
         more = f"; and {len(problems) - shown} more" if len(problems) > shown else ""
         raise NormError(f"norm layers: {'; '.join(problems[:shown])}{more}.")
