@@ -108,10 +108,8 @@ class Tracked:
 def describe_corruption(source: DataRecipe, too: str = "") -> list[str]:
     """A note if images are corrupted."""
     found = corruption_of(source.corrupt)
-    if found is None:
-        return []
-    words = f"{found.text} ({found.words}), after resize and crop."
-    return [f"every image was corrupted{too}: {words}"]
+    words = found and f"{found.text} ({found.words}), after resize and crop."
+    return [f"every image was corrupted{too}: {words}"] if found else []
 
 
 def describe_skipped(passes: Iterable[Tracked]) -> tuple[str, ...]:
@@ -234,7 +232,8 @@ def as_inputs(
 ) -> Inputs:
     """Opened data with its preprocessing, or without it if it holds no images."""
     if not isinstance(images, TensorItems):
-        return Inputs(images, stated, [*notes, *describe_padding(images, stated)], source)
+        padded = describe_padding(images, stated) if stated.crop else []
+        return Inputs(images, stated, [*notes, *padded], source)
     notes = [f"{images.spec}: inputs are used without any preprocessing."]
     return Inputs(images, None, notes, source)
 
