@@ -32,7 +32,7 @@ help: ## these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 22
 
 demo: $(STAMP) ## the whole way on embedded data, offline, in under a minute
-	$(VENV)/bin/bnfix demo --force
+	$(VENV)/bin/bnfix demo
 
 # A second thread costs small networks more than it saves, and two processes share the cores.
 test test-lowest coverage: export OMP_NUM_THREADS ?= 1

@@ -482,12 +482,12 @@ def test_damaged_npz(tmp_path: Path) -> None:
         "flipped": whole[:1000] + bytes([whole[1000] ^ 1]) + whole[1001:],
     }
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.npz: is empty \(0 bytes\)\. Fetch it again"):
+    with pytest.raises(DataError, match=r"a\.npz: is empty \(0 bytes\)\. Download it again"):
         open_images(str(path))
     for content in damaged.values():
         path.write_bytes(content)
         with pytest.raises(
-            DataError, match=r"a\.npz: is damaged, or no \.npz file .* Fetch it again"
+            DataError, match=r"a\.npz: is damaged, or no \.npz file .* Download it again"
         ):
             open_images(str(path))
 

@@ -113,3 +113,18 @@ def test_real_images() -> None:
         chosen = np.arange(0, 650, 50)
         batch = next(iter(Batches(images, chosen, preprocessing, batch_size=13, workers=0)))
         assert (look_at_inputs(model.eval(), batch) is not None) == fires
+
+
+@pytest.mark.parametrize("kind", ["data", "folders", "table"])
+def test_a_forward_pass_that_changes_the_network_is_noted(cli, files, tmp_path, kind):
+    spec = tmp_path / "counting.py"
+    spec.write_text(
+        (files.folder / "nets.py").read_text()
+        + "\nclass Counting(Net):\n    seen = 0\n"
+        + "    def forward(self, x):\n        self.seen += 1\n        return super().forward(x)\n"
+        + "\ndef counting():\n    return Counting(3)\n"
+    )
+    words = ["--model", f"{spec}:counting", *files.common[2:], "--data", getattr(files, kind)]
+    notes = cli("eval", files.net, *words, "--json").json["assumptions"]
+    (note,) = [note for note in notes if "the forward pass itself changes" in note]
+    assert "seen" in note

@@ -196,7 +196,9 @@ def test_em_estimates_on_images_without_labels(files, cli, tmp_path, stated):
 
 def test_the_plan_names_it(files, cli, tmp_path):
     words = ["--data", files.data, "--labels", "none", *files.common, *ALONE, "--plan"]
-    found = cli("calibrate", files.net, *words, "--class-prior", "em", "-o", tmp_path / "a.x").json
+    found = cli(
+        "calibrate", files.net, *words, "--class-prior", "em", "-o", tmp_path / "a.safetensors"
+    ).json
     assert found["stages"] == ["class prior estimated by EM, into the head's bias"]
 
 

@@ -143,7 +143,9 @@ def demo(
     """
     terminal, fixed = out.terminal(), output / "digits_net.fixed.safetensors"
     check_folder(fixed, makes=True)
-    if output.is_dir() and not out.force and any(output.iterdir()):
+    # Files of an earlier demo can be replaced, because every demo writes the same ones.
+    may_write = out.force or (output / "digits_net.safetensors").is_file()
+    if output.is_dir() and not may_write and any(output.iterdir()):
         raise output_error(output, "already exists. Give another -o, or --force to write into it.")
     if out.show_plan:
         does = f"demo: would fix the demo files and write {output}; nothing was done"

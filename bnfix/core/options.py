@@ -204,8 +204,8 @@ class Preprocessing:
         for name in ("mean", "std"):
             values, least = getattr(self, name), 0 if name == "std" else -math.inf
             ok = all(isinstance(v, int | float) and least < v < math.inf for v in values)
-            known = "finite numbers above 0" if name == "std" else "finite numbers"
-            require(ok, f"--{name}: {', '.join(map(str, values))}, expected {known}.", name)
+            finite = "finite numbers above 0" if name == "std" else "finite numbers"
+            require(ok, f"--{name}: {', '.join(map(str, values))}, expected {finite}.", name)
             wanted = "1 for a grey network" if n == 1 else f"1 or {n}, one per channel"
             words = f"--{name}: {len(values)} numbers, expected {wanted}."
             require(len(values) in (1, n), words, name)

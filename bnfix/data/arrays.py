@@ -327,7 +327,7 @@ def _npy_header(archive: zipfile.ZipFile, name: str) -> tuple[Any, np.dtype[Any]
     if min(shape, default=0) < 0 or n_bytes != info.file_size:
         raise DataError(
             f"array {name} is declared as {dtype} {shape}, {n_bytes:,} bytes, but "
-            f"{info.file_size:,} are stored. Fetch it again."
+            f"{info.file_size:,} are stored. Download it again."
         )
     return shape, dtype
 

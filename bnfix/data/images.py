@@ -277,8 +277,8 @@ def parsing(problem: str, advice: str = "", path: Path | None = None) -> Iterato
 def parsing_file(path: Path) -> AbstractContextManager[None]:
     """Refuse an empty file, and turn every error of its reader into a DataError."""
     if not path.stat().st_size:
-        raise DataError("is empty (0 bytes). Fetch it again.", path=path)
-    return parsing(f"is damaged, or no {path.suffix} file", " Fetch it again.", path)
+        raise DataError("is empty (0 bytes). Download it again.", path=path)
+    return parsing(f"is damaged, or no {path.suffix} file", " Download it again.", path)
 
 
 def faults_of(problems: Mapping[str, Sequence[str]]) -> str:

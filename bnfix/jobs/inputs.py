@@ -297,9 +297,9 @@ def open_checked(
     first = next(iter(batches))
     with guards.inference(model) as changed:
         output = runtime.run(model, first, runtime.device_of(model))
-    note = f"the forward pass itself changes {some(changed)}; bnfix restores the old values"
-    if changed and note not in images.notes:
-        images.notes.append(note)
+    own = [f"the forward pass itself changes {some(changed)}; bnfix restores the old values"]
+    own = own if changed else []
+    images.notes += [note for note in own if note not in images.notes]
     input_size = sum(tensor.numel() for tensor in runtime.tensors_in(first.x))
     recipe = recipe or TaskRecipe()
     task = resolve_task(recipe, output, first.y)
@@ -324,7 +324,7 @@ def open_checked(
     output, notes = _chosen_output(model, output, images)
     labels = origin_of(model).labels
     images = for_outputs(images, runtime.logits_of(output).shape[1], labels)
-    images.notes = [*images.notes, *notes]
+    images.notes = list(dict.fromkeys([*images.notes, *own, *notes]))
     return images, input_size, task
 
 
