@@ -218,9 +218,7 @@ def test_layers_of_a_single_position_keep_weight_0_where_a_network_becomes_group
     assert {name: norm["example_weight"] for name, norm in norms.items()} == {
         "bn1": 1.0, "bn2": 1.0, "squeezed": 0.0,
     }  # fmt: skip
-    assert (
-        "1 layers have a single position per map and keep example weight 0." in found["assumptions"]
-    )
+    assert "example weight 0 for 1 layer with a single position per map." in found["assumptions"]
 
 
 # --- how far outputs moved ---

@@ -310,7 +310,7 @@ def test_copies_inside_the_data_are_in_no_two_splits(run, files, tmp_path):
     np.savez(tmp_path / "copies.npz", images=images, labels=labels)
     found, _ = run("calibrate", files.stale, data=tmp_path / "copies.npz")
     assert sum(found["data"]["splits"].values()) == 180
-    assert any("30 images are exact copies" in note for note in found["assumptions"])
+    assert any("left out: 30 images that copy others" in note for note in found["assumptions"])
 
 
 def test_too_little_data_is_said(cli, files, tmp_path):

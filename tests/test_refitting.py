@@ -166,7 +166,7 @@ def test_layers_without_scale_are_named():
     swap_norms_(model, example_weight=0.5)
     found = refit_(model, original, [images(4)])
     assert (found.layers[0].name, found.not_fitted) == ("3", ("1",))
-    assert "1 layers were re-fitted" in found.describe()
+    assert "of 1 layer were re-fitted" in found.describe()
     assert "not fitted: 1." in found.describe()
 
 

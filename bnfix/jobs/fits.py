@@ -13,7 +13,7 @@ from torch import nn
 
 from bnfix.checkpoints.several import Ingredients
 from bnfix.core import guards
-from bnfix.core.errors import DataError
+from bnfix.core.errors import DataError, count
 from bnfix.core.memory import BatchSize
 from bnfix.core.settings import FinetuneRecipe
 from bnfix.jobs.inputs import Tracked
@@ -261,8 +261,8 @@ class Fits:
             set_example_weight_(self.model, wanted)
         if excluded and value:
             self.bench.assumptions.append(
-                f"{len(excluded)} layers keep their {source} weight: they have 1x1 feature maps, "
-                "or no statistics (--pointwise includes the former)."
+                f"unchanged {source} weight: {count(len(excluded), 'layers')} with 1x1 feature "
+                "maps (--pointwise includes these) or without statistics."
             )
         return Fitted(f"{source} weight {value:.3g}{self._by_medians * (source == 'batch')}")
 

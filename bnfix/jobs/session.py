@@ -307,8 +307,8 @@ def open_workbench(
         copies = f"{n_dropped} test images are in the data too{in_groups}"
         notes += [f"{copies}; they were left out of the test."] * bool(n_dropped)
     if n := split.duplicates:
-        copies = f"{n} images are exact copies of others; they were left out, so that"
-        notes.append(f"{copies} no image is in two splits.")
+        copies = f"left out: {count(n, 'images')} that copy others exactly, so that no image is in"
+        notes.append(f"{copies} two splits.")
     notes += [f"{images.spec}: {note}." for note in images.notes]
     both = (images,) if test is inputs else (images, test.images)
     notes += [note for one in both for note in describe_groups(one)]
@@ -355,8 +355,8 @@ def _cut_inputs(
             own = isinstance(chooser, str) and name == "select"
             more = "other images than --data to --select" if own else "more data"
             raise DataError(
-                f"{images.spec}: {len(images)} images leave {split.sizes()[name]} for the {name} "
-                f"split, expected at least 2. Give {more}."
+                f"{images.spec}: {split.sizes()[name]} of {count(len(images), 'images')} for the "
+                f"{name} split, expected at least 2. Give {more}."
             )
     return inputs, split
 

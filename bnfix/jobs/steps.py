@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from bnfix.checkpoints.save import StateFolder
-from bnfix.core.errors import DataError
+from bnfix.core.errors import DataError, count
 from bnfix.core.settings import LABEL_FREE, AverageRecipe, FinetuneRecipe
 from bnfix.jobs.average import MEAN, check_unlabelled, greedy, interpolated, narrowed, uniform
 from bnfix.jobs.convert import swap_
@@ -418,7 +418,7 @@ def open_plan(
         notes.append("--ghost-size was stored without effect: it acts with --statistics train.")
     n, n_fit = plan.statistics.samples, len(bench.split.fit)
     if isinstance(n, int) and n > n_fit:
-        notes.append(f"--samples {n}: only {n_fit} images are there to use.")
+        notes.append(f"--samples {n}: only {count(n_fit, 'images')} available.")
     if plan.command == "finetune" and (plan.swap.layers or plan.swap.skip):
         notes.append("--layers and --skip select the layers to swap, not those to train (--train).")
     swap_(bench, plan.swap)

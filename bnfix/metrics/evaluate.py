@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bnfix.core import distributed, guards, runtime
-from bnfix.core.errors import ConfigError, DataError, ModelError, NumericError, plain
+from bnfix.core.errors import ConfigError, DataError, ModelError, NumericError, count, plain
 from bnfix.core.settings import TaskRecipe
 from bnfix.metrics.metrics import (
     Metrics,
@@ -207,8 +207,8 @@ def stacked(copies: Sequence[Outputs]) -> Outputs:
 
 def describe_left_out(found: Iterable[Outputs]) -> list[str]:
     """A sentence if examples had no valid target."""
-    return [f"{n} examples without a valid position were left out." for n in
-            {one.left_out for one in found} if n]  # fmt: skip
+    every = {one.left_out for one in found} - {0}
+    return [f"left out: {count(n, 'examples')} without a valid position." for n in every]
 
 
 def against(found: Outputs, reference: Outputs, task: Reference) -> Outputs:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnfix.core.errors import NormError, some
+from bnfix.core.errors import NormError, count, some
 from bnfix.core.guards import exchange_, tensors_kept
 from bnfix.core.options import KINDS
 from bnfix.core.settings import SwapRecipe
@@ -405,4 +405,4 @@ def zero_pointwise_(model: nn.Module, excluded: Iterable[str]) -> list[str]:
         return []
     none = dict.fromkeys(live, 0.0)
     set_example_weight_(model, none, batch_weight=none)
-    return [f"{len(live)} layers have a single position per map and keep example weight 0."]
+    return [f"example weight 0 for {count(len(live), 'layers')} with a single position per map."]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnfix.core import guards, masks, runtime
-from bnfix.core.errors import DataError, NormError, NumericError, some
+from bnfix.core.errors import DataError, NormError, NumericError, count, some
 from bnfix.core.torch_private import eager
 from bnfix.norm.layer import GeneralizedBatchNorm, generalized_norms
 from bnfix.norm.moments import Moments, pool
@@ -61,8 +61,8 @@ class Refitting:
         """The result in words, for the report."""
         before, after = self.distance
         done = (
-            f"scale and shift of {len(self.layers)} layers were re-fitted to the original's "
-            f"outputs on {self.n_examples} examples"
+            f"scale and shift of {count(len(self.layers), 'layers')} were re-fitted to the "
+            f"original's outputs on {count(self.n_examples, 'examples')}"
         )
         if not self.kept:
             return (
