@@ -1037,7 +1037,7 @@ def test_nothing_to_recalibrate_is_refused():
         recalibrate_(nn.Conv2d(3, 3, 3).double(), x)
     with pytest.raises(NormError, match="model: no norm layer with statistics"):
         recalibrate_(nn.Sequential(FrozenBatchNorm2d(3)).double(), x)
-    with pytest.raises(NormError, match=r"nowhere: matches no norm .*; no: matches no norm"):
+    with pytest.raises(ConfigError, match=r"--layers: nowhere matches .* --skip: no matches no"):
         recalibrate_(some_net(nets.plain), x, layers=["nowhere"], skip=["no"])
     with pytest.raises(NormError, match=r"^bn1, bn2: never reached by the data"):
         recalibrate_(some_net(nets.plain), x, forward=lambda m, b: None)

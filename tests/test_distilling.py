@@ -181,7 +181,7 @@ def test_outputs_collected_once_are_judged_either_way():
 def test_what_was_judged_differently_is_not_compared():
     theirs, own = drawn(n=50)
     by_labels = measure(own, theirs.argmax(1))
-    with pytest.raises(DataError, match="one was judged by labels, the other by a reference"):
+    with pytest.raises(DataError, match="one model was judged by labels, the other by a reference"):
         compare(by_labels, measure(own, theirs, task=ANY))
 
 

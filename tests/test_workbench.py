@@ -96,7 +96,7 @@ def test_a_network_for_grey_images_gets_one_channel(loaded):
     found, _ = resolve_preprocessing(loaded, colour)
     assert found.channels == 1
     assert found.mean == pytest.approx((0.449,), abs=1e-6)
-    with pytest.raises(ConfigError, match="--mean: 3 numbers for 1 channels"):
+    with pytest.raises(ConfigError, match="--mean: 3 numbers, expected 1 for a grey network"):
         resolve_preprocessing(loaded, DataRecipe(mean=(0.1, 0.2, 0.3)))
 
 

@@ -132,7 +132,7 @@ class Misfits:
             [f"{plain(name)}: not in the model" for name in self.unexpected],
         )
         # A few of every kind: many of one kind must not hide another.
-        return "; ".join(some(kind, 3) for kind in kinds if kind)
+        return "; ".join(some(kind, 8) for kind in kinds if kind)
 
 
 def misfits_of(shapes: Mapping[str, torch.Size], tensors: Mapping[str, torch.Tensor]) -> Misfits:

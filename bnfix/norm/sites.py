@@ -173,10 +173,13 @@ def selected(site: NormSite, layers: Sequence[str], skip: Sequence[str]) -> bool
 def check_patterns(sites: Sequence[NormSite], **patterns: Sequence[str]) -> None:
     """Refuse patterns of an option that match no norm layer and are probably misspelled."""
     names = [name for site in sites for name in (site.name, *site.aliases)]
+    known, problems = some(names) or "none", list[str]()
     for option, pattern in ((option, one) for option, given in patterns.items() for one in given):
-        found = f"--{option}: {pattern} matches no norm layer; there are {some(names) or 'none'}."
-        meant = did_you_mean(pattern.replace("*", ""), names, 3)
-        require(any(fnmatchcase(name, pattern) for name in names), found + meant, option)
+        if not any(fnmatchcase(name, pattern) for name in names):
+            meant = did_you_mean(pattern.replace("*", ""), names, 3)
+            found = f"--{option}: {pattern} matches no norm layer; there are {known}.{meant}"
+            problems.append(found)
+    require(not problems, " ".join(problems), "layers")
 
 
 def is_frozen_kind(module: nn.Module) -> bool:
