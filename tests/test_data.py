@@ -1000,10 +1000,16 @@ def test_shuffling_is_a_seeded_permutation(tmp_path: Path) -> None:
     assert order(batches.with_seed(4)) == order(as_given.with_seed(4)) != first
     assert order(as_given) == list(range(11))
     assert order(batches) == first
+    with pytest.raises(ConfigError, match="--seed: -1, expected at least 0"):
+        batches.with_seed(-1)
 
 
 def test_options_out_of_range(tmp_path: Path) -> None:
     images = labelled_npz(tmp_path)
+    with pytest.raises(ConfigError, match="--batch-size: 0, expected at least 1"):
+        everything(images, batch_size=0)
+    with pytest.raises(ConfigError, match="--workers: -2, expected at least -1"):
+        everything(images, workers=-2)
     with pytest.raises(ConfigError, match="channels: 1 in the preprocessing, 3 in the images"):
         everything(images, Preprocessing(channels=1))
     for index in ([11], [-1]):

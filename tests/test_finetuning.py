@@ -509,9 +509,9 @@ def test_decay_norms_leaves_alone_what_is_not_its_business():
     ("rate", "decay", "target", "message"),
     [
         (0.1, 0.1, "one", r"--norm-decay-target: 'one' is not known"),
-        (2.0, 1.0, "zero", r"--norm-decay: 1 at a rate of 2 overshoots"),
-        (-0.1, 1.0, "zero", r"--norm-decay: 1 at a rate of -0.1 overshoots"),
-        (math.nan, 1.0, "zero", r"--norm-decay: 1 at a rate of nan overshoots"),
+        (2.0, 1.0, "zero", r"--norm-decay: 1 at a rate of 2 overshoots its target"),
+        (-0.1, 1.0, "zero", r"--norm-decay: 1 at a rate of -0.1 overshoots its target"),
+        (math.nan, 1.0, "zero", r"--norm-decay: 1 at a rate of nan overshoots its target"),
     ],
 )
 def test_decay_norms_refuses(rate, decay, target, message):

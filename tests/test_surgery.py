@@ -243,7 +243,7 @@ def identity_of_lazy(model):
 def test_refusals(make, options, found):
     net = make()
     before = identity_of(net)
-    with pytest.raises((NormError, ConfigError), match=found):
+    with pytest.raises(ConfigError if "matches no" in found else NormError, match=found):
         swap_norms_(net, **options)
     assert_untouched(net, before)
 

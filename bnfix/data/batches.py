@@ -128,6 +128,9 @@ class Batches:
         cache_bytes: int = 2 << 30,
         corruption: Corruption | None = None,
     ) -> None:
+        message = f"--batch-size: {batch_size}, expected at least 1."
+        require(batch_size >= 1, message, "batch_size")
+        require(workers >= -1, f"--workers: {workers}, expected at least -1.", "workers")
         preprocessing = preprocessing or Preprocessing()
         no_images = isinstance(images, TensorItems)
         if corruption is not None:
@@ -165,6 +168,7 @@ class Batches:
 
     def with_seed(self, seed: int) -> Batches:
         """Batches of the same images in a random order."""
+        require(seed >= 0, f"--seed: {seed}, expected at least 0.", "seed")
         # An explicit generator: numpy may change the one behind `default_rng`.
         drawn = np.random.Generator(np.random.PCG64(seed))
         return self._with(_order=drawn.permutation(self._index))
